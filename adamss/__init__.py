@@ -1,0 +1,45 @@
+"""AdaMSS: adaptive multi-subspace fine-tuning, for NumPy, PyTorch and JAX.
+
+A frozen weight W0 is adapted as ``W = W0 + sum_k A_k B_k C_k`` over K small subspaces found in the weight
+itself; A_k is frozen, B_k and C_k are trained (Zheng et al., NeurIPS 2025). `adamss.core` has the
+mathematics, on the arrays of any framework; the verbs here work on whole models. Importing this package
+imports no framework.
+"""
+
+from adamss import core, errors
+from adamss._summary import Summary, SummaryRow
+from adamss.config import AdamssConfig, BudgetConfig
+from adamss.errors import AdamssError, AdamssWarning
+from adamss.verbs import (
+    attach,
+    detach,
+    disabled,
+    load,
+    merge,
+    save,
+    summary,
+    trainable_parameters,
+    unmerge,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdamssConfig",
+    "AdamssError",
+    "AdamssWarning",
+    "BudgetConfig",
+    "Summary",
+    "SummaryRow",
+    "attach",
+    "core",
+    "detach",
+    "disabled",
+    "errors",
+    "load",
+    "merge",
+    "save",
+    "summary",
+    "trainable_parameters",
+    "unmerge",
+]

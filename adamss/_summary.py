@@ -1,0 +1,94 @@
+"""The table that `adamss.summary` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tabulate
+
+from adamss.core import Factors, basis_ranks, count_factors
+
+__all__ = ["Summary", "SummaryRow", "summarise"]
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """Effective settings and counts of one adapted layer, or of all.
+
+    Attributes
+    ----------
+    path
+        Module path; ``"total"`` for the sum.
+    shape
+        (d, n) of the weight; None for the sum.
+    K
+        Subspaces.
+    R
+        Columns of the basis (the largest, where each subspace has its own); None for the sum.
+    q
+        Sum of the trained ranks r_k, the rank that the update can have.
+    trained
+        Trained parameters ``sum_k r_k (n_k + R_k)``; in the sum, those of ``modules_to_save`` are not counted.
+    active
+        Subspaces that are still trained.
+    """
+
+    path: str
+    shape: tuple[int, int] | None
+    K: int
+    R: int | None
+    q: int
+    trained: int
+    active: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is attached to a model; prints as a table.
+
+    Attributes
+    ----------
+    rows
+        One per adapted layer, in the order of the model.
+    total
+        Sums over the layers.
+    saved
+        Parameters of ``modules_to_save``, trained whole.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    total: SummaryRow
+    saved: int = 0
+
+    def __str__(self) -> str:
+        columns = ["layer", "shape", "K", "R", "q", "trained", "active"]
+        table = [
+            [row.path, "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"]
+            + [row.K, row.R, row.q, f"{row.trained:,}", f"{row.active}/{row.K}"]
+            for row in (*self.rows, self.total)
+        ]
+        text: str = tabulate.tabulate(table, columns, colalign=("left", "left", *["right"] * 5), missingval="")
+        return text + (f"\nmodules_to_save: {self.saved:,} trained parameters" if self.saved else "")
+
+
+def summarise(path: str, shape: tuple[int, int], factors: Factors) -> SummaryRow:
+    """Return the row of one layer.
+
+    Parameters
+    ----------
+    path
+        Module path.
+    shape
+        (d, n) of its weight.
+    factors
+        Its factors.
+    """
+    return SummaryRow(
+        path=path,
+        shape=shape,
+        K=factors.ranks.shape[0],
+        R=max(int(columns) for columns in basis_ranks(factors)),
+        q=factors.B.shape[1],
+        trained=count_factors(factors),
+        active=sum(bool(active) for active in factors.active),
+    )

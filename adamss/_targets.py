@@ -1,0 +1,70 @@
+"""Which modules of a model `targets` and `modules_to_save` mean."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable
+
+from adamss.errors import AdamssWarning, TargetError
+
+__all__ = ["match", "near_matches"]
+
+
+def match(targets: str | Iterable[str], paths: Iterable[str], *, name: str) -> list[str]:
+    """Return the paths that the targets match, in the order of the paths.
+
+    Parameters
+    ----------
+    targets
+        Names, each matched at the end of a path (whole components: ``"query"`` matches ``"0.query"``
+        and not ``"0.prequery"``), or one regular expression on the whole path.
+    paths
+        Module paths of the model.
+    name
+        What the message calls the targets: the setting.
+
+    Raises
+    ------
+    TargetError
+        If nothing matches; the message lists near matches.
+
+    Warns
+    -----
+    AdamssWarning
+        If some of the names match nothing: a slip of the pen would otherwise go unnoticed.
+    """
+    paths = list(paths)
+    if isinstance(targets, str):
+        found = [path for path in paths if re.fullmatch(targets, path)]
+        if not found:
+            raise TargetError(f"{name} = {targets!r} matches no module; {near_matches([targets], paths)}")
+        return found
+    targets = tuple(targets)
+    matches = {target: [path for path in paths if _ends_with(path, target)] for target in targets}
+    unmatched = [target for target, found in matches.items() if not found]
+    if len(unmatched) == len(targets):
+        raise TargetError(f"{name} = {list(targets)} match no module; {near_matches(targets, paths)}")
+    if unmatched:
+        hint = near_matches(unmatched, paths)
+        warnings.warn(f"{name}: {', '.join(unmatched)} match no module; {hint}", AdamssWarning, stacklevel=4)
+    wanted = {path for found in matches.values() for path in found}
+    return [path for path in paths if path in wanted]
+
+
+def near_matches(targets: Iterable[str], paths: Iterable[str]) -> str:
+    """Return a phrase that lists module names and paths that resemble the targets."""
+    paths = [path for path in paths if path]
+    names = dict.fromkeys(part for path in paths for part in (path.rpartition(".")[2], path))
+    close = dict.fromkeys(
+        candidate for target in targets for candidate in difflib.get_close_matches(target, names, n=4, cutoff=0.5)
+    )
+    if close:
+        return f"near matches: {', '.join(close)}"
+    some = list(dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()))
+    return f"the model has modules called {', '.join(some[:12])}" if some else "the model has no named modules"
+
+
+def _ends_with(path: str, target: str) -> bool:
+    return path == target or path.endswith(f".{target}")

@@ -1,0 +1,224 @@
+"""What a framework must supply so that `adamss` works on its arrays and its models.
+
+A backend is a handful of primitives. Everything that is not tied to one framework (matching of targets,
+decomposition, segmentation, initial values, the file format, the checks) is written once, in
+`adamss.core` and `adamss.verbs`, on top of them.
+
+Models are handled in the style that fits both frameworks whose models are mutated in place and those whose
+models are trees: whatever changes a model returns it. Either every change of a call is made or none.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+
+from adamss.core import Factors, Merged
+from adamss.core._array import Array
+
+if TYPE_CHECKING:
+    from adamss.checkpoint import StoredTensor
+    from adamss.config import AdamssConfig
+
+__all__ = ["Adaptation", "Array", "Backend", "BaseWeight", "Model", "Module"]
+
+Model: TypeAlias = Any
+"""A model of the framework."""
+
+Module: TypeAlias = Any
+"""One module (layer, node) of a model."""
+
+
+class BaseWeight(NamedTuple):
+    """Weight of one layer in paper orientation, without its adapter.
+
+    Attributes
+    ----------
+    W
+        (d, n): d inputs, n outputs.
+    b
+        Bias (n,), or None.
+    """
+
+    W: Array
+    b: Array | None
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What is attached to a model.
+
+    Attributes
+    ----------
+    config
+        The settings it was attached with.
+    layers
+        Factors of each adapted layer, by module path, in the order of the model.
+    shapes
+        (d, n) of the weight of each, in paper orientation.
+    saved
+        Module paths of ``modules_to_save``.
+    merged
+        Whether the updates are folded into the weights.
+    base_kept
+        Whether the base weights can be given back: False after ``merge(keep_base=False)``.
+    """
+
+    config: AdamssConfig
+    layers: Mapping[str, Factors]
+    shapes: Mapping[str, tuple[int, int]]
+    saved: tuple[str, ...] = ()
+    merged: bool = False
+    base_kept: bool = True
+
+
+class Backend(ABC):
+    """The primitives of one framework.
+
+    The laws that bind them are given with each as an equation; ``==`` is meant to the bit. Below,
+    ``f`` are factors, ``m`` is a model, ``W, b`` a layer's weight and bias in paper orientation.
+    """
+
+    name: ClassVar[str]
+    """Name under which the backend is registered, such as ``"torch"``."""
+
+    # ---- arrays -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def linear(self, x: Array, weight: Array, bias: Array | None, factors: Factors) -> Array:
+        """Return ``x @ (weight + delta(factors)) + bias``, differentiable in x, B and C.
+
+        ``linear(x, W, b, f) ~ core.linear(x, W, b, f)`` within the dtype's tolerance, gradients
+        likewise ``~ core.linear_vjp``; with C = 0, ``linear(x, W, b, f) == x @ W + b``.
+
+        Parameters
+        ----------
+        x
+            Inputs (..., d).
+        weight, bias
+            (d, n) and (n,) or None.
+        factors
+            Factors of the layer.
+        """
+
+    @abstractmethod
+    def to_stored(self, array: Array) -> StoredTensor:
+        """Return the bytes of an array: ``from_stored(to_stored(a), like=a) == a``."""
+
+    @abstractmethod
+    def from_stored(self, stored: StoredTensor, *, like: Array, dtype: str | None = None) -> Array:
+        """Return stored bytes as an array on the device of `like`.
+
+        Parameters
+        ----------
+        stored
+            Bytes, dtype and shape.
+        like
+            An array on the wanted device.
+        dtype
+            Name of the wanted dtype, such as ``"float32"``; None for the stored one.
+        """
+
+    @abstractmethod
+    def dtype_name(self, array: Array) -> str:
+        """Return the name of the dtype of an array: ``"float32"``, ``"bfloat16"``, ``"int64"``, ..."""
+
+    @abstractmethod
+    def cast(self, array: Array, dtype: str) -> Array:
+        """Return the array in the dtype of that name: ``dtype_name(cast(a, t)) == t``."""
+
+    @abstractmethod
+    def versions(self) -> Mapping[str, str]:
+        """Return the version of the framework and of what lies between it and us, for the file."""
+
+    def exact(self) -> AbstractContextManager[object]:
+        """Return a context in which matrix products have full precision and record no gradient.
+
+        In it, ``a @ b`` of float32 arrays is not rounded to TF32 or bfloat16, whatever the user has set.
+        """
+        return nullcontext()
+
+    # ---- models -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def handles(self, model: Model) -> bool:
+        """Return whether this is a model of the framework."""
+
+    @abstractmethod
+    def modules(self, model: Model) -> dict[str, Module]:
+        """Return every module once, by its path as ``targets`` spell it; adapters are not among them."""
+
+    @abstractmethod
+    def weight(self, module: Module, path: str) -> BaseWeight:
+        """Return the base weight of a layer, also while the update is merged into it.
+
+        ``weight(modules(attach(m))[path]) == weight(modules(m)[path])``.
+
+        Raises
+        ------
+        LayerTypeError, LayerError
+            If the module has no weight that can be adapted, or its forward is never called; the message
+            names `path`.
+        StateError
+            If the base weight was dropped by ``merge(keep_base=False)``.
+        """
+
+    @abstractmethod
+    def arrays(self, module: Module) -> dict[str, Array]:
+        """Return all the named arrays of a module: what ``modules_to_save`` stores."""
+
+    @abstractmethod
+    def insert(
+        self,
+        model: Model,
+        layers: Mapping[str, Factors],
+        *,
+        config: AdamssConfig,
+        saved: Mapping[str, Mapping[str, Array] | None],
+    ) -> Model:
+        """Return the model with adapters on `layers` and everything else but them and `saved` frozen.
+
+        ``adaptation(insert(m, layers, config=c, saved=s)).layers == layers``, and the model computes
+        `linear` in these layers.
+
+        Parameters
+        ----------
+        model
+            A model without adapters.
+        layers
+            Factors by module path.
+        config
+            Stored with the model.
+        saved
+            Paths of ``modules_to_save``, and the values that they get (None: as they are).
+        """
+
+    @abstractmethod
+    def adaptation(self, model: Model) -> Adaptation | None:
+        """Return what is attached to the model, or None."""
+
+    @abstractmethod
+    def parameters(self, model: Model) -> Any:
+        """Return what an optimiser gets, in the framework's own form: B and C of each layer, and saved modules."""
+
+    @abstractmethod
+    def remove(self, model: Model) -> Model:
+        """Return the base model: ``remove(insert(m, ...)) == m``, saved modules included.
+
+        Called only while the base weights are kept.
+        """
+
+    @abstractmethod
+    def fold(self, model: Model, merged: Mapping[str, Merged], *, keep_base: bool) -> Model:
+        """Return the model with these weights in the place of the base weights, and no update added."""
+
+    @abstractmethod
+    def unfold(self, model: Model) -> Model:
+        """Return the model as before `fold`: ``unfold(fold(m, ...)) == m``."""
+
+    @abstractmethod
+    def disabled(self, model: Model) -> AbstractContextManager[Model]:
+        """Return a context whose value computes what the base model computes."""

@@ -1,0 +1,149 @@
+"""Which backends there are, and which one a model belongs to. Nothing is imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from adamss.backend.interface import Backend, Model
+from adamss.errors import BackendError, MissingBackendError
+
+__all__ = ["available_backends", "backend_for", "get_backend", "register_backend"]
+
+ENTRY_POINT_GROUP = "adamss.backends"
+
+
+@dataclass(frozen=True)
+class _BuiltIn:
+    target: str
+    framework: str
+    """A model of this backend cannot exist before this module has been imported."""
+
+
+# Known without installed metadata, so that an embedded copy of the source tree works too.
+_BUILT_IN = {
+    "numpy": _BuiltIn("adamss.backend:NumpyBackend", "numpy"),
+    "torch": _BuiltIn("adamss_torch:TorchBackend", "torch"),
+    "jax": _BuiltIn("adamss_jax:JaxBackend", "jax"),
+}
+_registered: dict[str, type[Backend]] = {}
+_instances: dict[str, Backend] = {}
+
+
+def register_backend(backend: type[Backend]) -> type[Backend]:
+    """Register a backend class under its name for this process; usable as a decorator.
+
+    A package registers itself for good through the entry-point group ``adamss.backends``.
+
+    Parameters
+    ----------
+    backend
+        A concrete subclass of `Backend`.
+
+    Returns
+    -------
+    type
+        The same class.
+
+    Raises
+    ------
+    BackendError
+        If it is not a concrete subclass of `Backend` with a name.
+    """
+    missing = sorted(getattr(backend, "__abstractmethods__", ()))
+    if not (isinstance(backend, type) and issubclass(backend, Backend)) or missing:
+        lacks = f"; it lacks {', '.join(missing)}" if missing else ""
+        raise BackendError(f"a backend must be a concrete subclass of adamss.backend.Backend{lacks}")
+    if not isinstance(getattr(backend, "name", None), str):
+        raise BackendError(f"{backend.__name__} needs a class attribute `name`, such as 'torch'")
+    _registered[backend.name] = backend
+    _instances.pop(backend.name, None)
+    return backend
+
+
+def available_backends() -> tuple[str, ...]:
+    """Return the names of all backends known here, installed or not, in alphabetical order."""
+    return tuple(sorted({*_BUILT_IN, *_registered, *_entry_points()}))
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend of that name.
+
+    Parameters
+    ----------
+    name
+        Such as ``"numpy"`` or ``"torch"``.
+
+    Returns
+    -------
+    Backend
+        The one instance of this process.
+
+    Raises
+    ------
+    BackendError
+        If no backend is known by the name.
+    MissingBackendError
+        If its framework is not installed; the message names the extra to install.
+    """
+    if name not in _instances:
+        _instances[name] = _load(name)()
+    return _instances[name]
+
+
+def backend_for(model: Model) -> Backend:
+    """Return the backend that a model belongs to.
+
+    Parameters
+    ----------
+    model
+        A model of any framework.
+
+    Returns
+    -------
+    Backend
+        The first that handles it: registered ones, those of `adamss`, then entry points.
+
+    Raises
+    ------
+    BackendError
+        If none does.
+    """
+    tried = []
+    for name in dict.fromkeys((*_registered, *_BUILT_IN, *_entry_points())):
+        if name not in _registered and name in _BUILT_IN and _BUILT_IN[name].framework not in sys.modules:
+            continue
+        try:
+            backend = get_backend(name)
+        except MissingBackendError:
+            continue
+        if backend.handles(model):
+            return backend
+        tried.append(name)
+    raise BackendError(
+        f"no backend knows models of type {type(model).__module__}.{type(model).__qualname__} "
+        f"(asked: {', '.join(tried)}); see adamss.backend for writing one"
+    )
+
+
+def _entry_points() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _load(name: str) -> type[Backend]:
+    if name in _registered:
+        return _registered[name]
+    target = _BUILT_IN[name].target if name in _BUILT_IN else _entry_points().get(name)
+    if target is None:
+        raise BackendError(f"no backend is called {name!r}; there are {', '.join(available_backends())}")
+    module, _, attribute = target.partition(":")
+    try:
+        backend = getattr(import_module(module), attribute)
+    except MissingBackendError:
+        raise
+    except ImportError as error:
+        remedy = f"pip install 'adamss[{name}]'" if name in _BUILT_IN else f"install what {module} needs"
+        raise MissingBackendError(f"the backend {name!r} cannot be imported ({error}); {remedy}") from error
+    return register_backend(backend)

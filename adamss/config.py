@@ -1,0 +1,299 @@
+"""The settings of AdaMSS: frozen, keyword-only, checked when made."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from operator import index
+from typing import Any, Literal, Self, TypeVar
+
+from adamss.core import BASES, INITIAL_B, METHODS
+from adamss.errors import ConfigError, ConfigTypeError
+
+__all__ = ["AdamssConfig", "BudgetConfig"]
+
+UNITS = ("subspaces", "parameters")
+WINDOWS = ("reset", "running")
+FACTOR_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """When and how far the number of trained subspaces goes down.
+
+    Parameters
+    ----------
+    target
+        Budget from ``end_step`` on, in `unit`.
+    unit
+        ``"subspaces"``: exactly so many stay trained. ``"parameters"``: never more than so many numbers.
+    start_step
+        Completed optimiser steps before the reduction begins.
+    end_step
+        Completed optimiser steps at which the target is reached.
+    interval
+        Steps between allocations; there is always one at ``end_step``.
+    power
+        Exponent of the schedule between the two (Zhu and Gupta, 2017).
+    initial
+        Budget up to ``start_step``; None for all there is.
+    window
+        ``"reset"`` forgets the importance averages after each allocation, ``"running"`` keeps them.
+    revive
+        Whether a frozen subspace may return. False is the paper's one-way reduction.
+    sensitivity_decay, uncertainty_decay
+        Decays b1 and b2 of the importance averages, in [0, 1) (Zhang et al., 2022).
+
+    Raises
+    ------
+    ConfigError, ConfigTypeError
+        If a value cannot be used; the message names it.
+
+    Examples
+    --------
+    >>> BudgetConfig(target=40, start_step=100, end_step=1000, interval=50).power
+    3.0
+    """
+
+    target: int
+    unit: Literal["subspaces", "parameters"] = "subspaces"
+    start_step: int = 0
+    end_step: int
+    interval: int = 1
+    power: float = 3.0
+    initial: int | None = None
+    window: Literal["reset", "running"] = "reset"
+    revive: bool = False
+    sensitivity_decay: float = 0.85
+    uncertainty_decay: float = 0.85
+
+    def __post_init__(self) -> None:
+        _set_integer(self, "target", minimum=1)
+        _set_integer(self, "start_step", minimum=0)
+        _set_integer(self, "end_step", minimum=1)
+        _set_integer(self, "interval", minimum=1)
+        if self.initial is not None:
+            _set_integer(self, "initial", minimum=1)
+            if self.initial < self.target:
+                raise ConfigError(f"target = {self.target} is more than initial = {self.initial}; lower it")
+        if self.end_step <= self.start_step:
+            raise ConfigError(
+                f"end_step must come after start_step = {self.start_step}, found {self.end_step}"
+            )
+        _check_choice(self, "unit", UNITS)
+        _check_choice(self, "window", WINDOWS)
+        _check_bool(self, "revive")
+        _check_real(self, "power", low=0.0, high=None)
+        _check_real(self, "sensitivity_decay", low=0.0, high=1.0)
+        _check_real(self, "uncertainty_decay", low=0.0, high=1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a dictionary of plain values, fit for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Make a config of what `to_dict` returned.
+
+        Raises
+        ------
+        ConfigError, ConfigTypeError
+            If a setting is unknown, missing, or cannot be used.
+        """
+        return _from_dict(cls, settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamssConfig:
+    """What to adapt, and how.
+
+    A value larger than a layer allows (rank over min(d, n), subspaces over n, subspace_rank over the
+    columns of a subspace) is clamped for that layer; `adamss.summary` shows the effective one.
+
+    Parameters
+    ----------
+    targets
+        Modules to adapt: names matched at the end of the module path (``["query", "value"]``), or one
+        regular expression on the whole path.
+    rank
+        R, rank of the truncated SVD of the weight.
+    subspaces
+        K, number of subspaces.
+    subspace_rank
+        r_k, trained rank of each.
+    modules_to_save
+        Names, matched likewise, of modules that are trained whole and stored in the file: a
+        classifier head.
+    segmentation
+        How columns are grouped: ``"kmeans"``, ``"spectral"``, ``"ksubspaces"``, ``"contiguous"``, ``"random"``.
+    segmentation_dimension
+        Dimension of each subspace, for ``"ksubspaces"``.
+    basis
+        ``"shared"`` or ``"per_subspace"``: see `adamss.core.initial_factors`.
+    initial_B
+        ``"orthonormal"`` or ``"weighted"``: see `adamss.core.initial_factors`.
+    include_bias
+        Whether the update moves the bias too, as one more input row of the weight. A layer without a
+        bias is adapted without.
+    factor_dtype
+        Dtype of the factors: ``"float64"``, ``"float32"``, ``"bfloat16"``, ``"float16"``; None for the
+        weight's own, or float32 where that is half precision.
+    seed
+        Seed of decomposition and segmentation. No global random state is touched.
+    budget
+        When and how far to reduce the trained subspaces; None for never.
+
+    Raises
+    ------
+    ConfigError, ConfigTypeError
+        If a value cannot be used; the message names it.
+
+    Examples
+    --------
+    >>> AdamssConfig(rank=100, subspaces=10, subspace_rank=1, targets=["query", "value"]).targets
+    ('query', 'value')
+    """
+
+    targets: str | Iterable[str]
+    rank: int = 100
+    subspaces: int = 10
+    subspace_rank: int = 1
+    modules_to_save: Iterable[str] = ()
+    segmentation: Literal["kmeans", "spectral", "ksubspaces", "contiguous", "random"] = "kmeans"
+    segmentation_dimension: int | None = None
+    basis: Literal["shared", "per_subspace"] = "shared"
+    initial_B: Literal["orthonormal", "weighted"] = "orthonormal"
+    include_bias: bool = False
+    factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+    seed: int = 0
+    budget: BudgetConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "subspaces", "subspace_rank"):
+            _set_integer(self, name, minimum=1)
+        _set_integer(self, "seed", minimum=0)
+        if isinstance(self.targets, str):
+            _check_pattern("targets", self.targets)
+        else:
+            _set_names(self, "targets")
+            if not self.targets:
+                raise ConfigError("targets is empty; name at least one module, such as ['query', 'value']")
+        if isinstance(self.modules_to_save, str):
+            raise ConfigTypeError(
+                f"modules_to_save must be a list of names, found the string {self.modules_to_save!r}; "
+                f"write [{self.modules_to_save!r}]"
+            )
+        _set_names(self, "modules_to_save")
+        _check_choice(self, "segmentation", METHODS)
+        _check_choice(self, "basis", BASES)
+        _check_choice(self, "initial_B", INITIAL_B)
+        if self.factor_dtype is not None:
+            _check_choice(self, "factor_dtype", FACTOR_DTYPES)
+        _check_bool(self, "include_bias")
+        if self.segmentation == "ksubspaces" and self.segmentation_dimension is None:
+            raise ConfigError("segmentation = 'ksubspaces' needs segmentation_dimension, the subspaces' dimension")
+        if self.segmentation_dimension is not None:
+            _set_integer(self, "segmentation_dimension", minimum=1)
+            if self.segmentation != "ksubspaces":
+                raise ConfigError(
+                    "segmentation_dimension is for segmentation = 'ksubspaces', "
+                    f"found {self.segmentation!r}; leave it out"
+                )
+        if self.budget is not None and not isinstance(self.budget, BudgetConfig):
+            raise ConfigTypeError(
+                f"budget must be an adamss.BudgetConfig or None, found {type(self.budget).__name__}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a dictionary of plain values, fit for JSON."""
+        settings = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Make a config of what `to_dict` returned.
+
+        Raises
+        ------
+        ConfigError, ConfigTypeError
+            If a setting is unknown, missing, or cannot be used.
+        """
+        if isinstance(settings, Mapping) and isinstance(settings.get("budget"), Mapping):
+            settings = {**settings, "budget": BudgetConfig.from_dict(settings["budget"])}
+        return _from_dict(cls, settings)
+
+
+def _from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
+    if not isinstance(settings, Mapping):
+        raise ConfigTypeError(f"{cls.__name__} is made of a dictionary, found {type(settings).__name__}")
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    unknown = sorted(str(name) for name in settings.keys() - {field.name for field in fields})
+    if unknown:
+        raise ConfigError(f"{cls.__name__} has no setting {', '.join(unknown)}")
+    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    missing = [name for name in needed if name not in settings]
+    if missing:
+        raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
+    return cls(**settings)
+
+
+def _set_integer(config: object, name: str, *, minimum: int) -> None:
+    value = getattr(config, name)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        raise ConfigTypeError(f"{name} must be an integer, found {value!r}") from None
+    if number < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, found {number}")
+    object.__setattr__(config, name, number)
+
+
+def _set_names(config: object, name: str) -> None:
+    value = getattr(config, name)
+    try:
+        names = tuple(value)
+    except TypeError:
+        raise ConfigTypeError(f"{name} must be a list of names, found {value!r}") from None
+    for entry in names:
+        if not isinstance(entry, str):
+            raise ConfigTypeError(f"{name} must hold strings, found {entry!r}")
+        if not entry:
+            raise ConfigError(f"{name} holds an empty name; leave it out")
+    object.__setattr__(config, name, names)
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name} is not a regular expression: {pattern!r} ({error})") from error
+    if not pattern:
+        raise ConfigError(f"{name} is an empty pattern; name at least one module")
+
+
+def _check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; found {value!r}")
+
+
+def _check_bool(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, bool):
+        raise ConfigTypeError(f"{name} must be True or False, found {value!r}")
+
+
+def _check_real(config: object, name: str, *, low: float, high: float | None) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigTypeError(f"{name} must be a number, found {value!r}")
+    if high is None and not low < value < float("inf"):
+        raise ConfigError(f"{name} must be positive and finite, found {value}")
+    if high is not None and not low <= value < high:
+        raise ConfigError(f"{name} must lie in [{low}, {high}), found {value}")

@@ -1,0 +1,89 @@
+"""The mathematics of AdaMSS, on the arrays of any framework.
+
+Pure functions: arrays in, arrays of the same framework on the same device out. Nothing here imports a
+framework, keeps state, or touches a global random generator. Weights are in paper orientation, ``W: (d, n)``
+with d inputs and n outputs, ``y = x @ W + b``.
+
+The order of use is that of the modules: `decompose` -> `segment` -> `initial_factors` -> `linear` ->
+`update_importance` and `scores` -> `budget_at` and `allocate`.
+"""
+
+from adamss.core.bound import generalisation_bound, spectral_norms
+from adamss.core.budget import Schedule, allocate, allocates_at, budget_at
+from adamss.core.counting import (
+    count_factors,
+    count_full,
+    count_lora,
+    count_trainable,
+    count_trainable_bound,
+    subspace_costs,
+)
+from adamss.core.decomposition import Decomposition, decompose
+from adamss.core.factors import (
+    BASES,
+    INITIAL_B,
+    Factors,
+    Gradients,
+    Merged,
+    basis_ranks,
+    check_factors,
+    contract,
+    delta,
+    expand,
+    factors_from_directions,
+    initial_factors,
+    linear,
+    linear_vjp,
+    merge,
+)
+from adamss.core.importance import Importance, initial_importance, scores, update_importance
+from adamss.core.representation import (
+    block_diagonality,
+    lowest_rank_representation,
+    ordering,
+    subspace_energy,
+)
+from adamss.core.segmentation import METHODS, group_sizes, segment
+
+__all__ = [
+    "BASES",
+    "INITIAL_B",
+    "METHODS",
+    "Decomposition",
+    "Factors",
+    "Gradients",
+    "Importance",
+    "Merged",
+    "Schedule",
+    "allocate",
+    "allocates_at",
+    "basis_ranks",
+    "block_diagonality",
+    "budget_at",
+    "check_factors",
+    "contract",
+    "count_factors",
+    "count_full",
+    "count_lora",
+    "count_trainable",
+    "count_trainable_bound",
+    "decompose",
+    "delta",
+    "expand",
+    "factors_from_directions",
+    "generalisation_bound",
+    "group_sizes",
+    "initial_factors",
+    "initial_importance",
+    "linear",
+    "linear_vjp",
+    "lowest_rank_representation",
+    "merge",
+    "ordering",
+    "scores",
+    "segment",
+    "spectral_norms",
+    "subspace_costs",
+    "subspace_energy",
+    "update_importance",
+]

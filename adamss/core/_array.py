@@ -1,0 +1,93 @@
+"""What every core function needs to know about an array, whatever its framework."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import array_api_compat
+
+from adamss.errors import ArrayTypeError, ArrayValueError
+
+__all__ = ["Array", "Namespace", "as_working_precision", "check_matrix", "namespace", "one_hot"]
+
+Array: TypeAlias = Any
+"""An array of any framework that follows the array API standard."""
+
+Namespace: TypeAlias = Any
+"""The array API namespace (``numpy``, ``torch``, ``jax.numpy``, ...) of an array."""
+
+device = array_api_compat.device
+
+
+def namespace(*arrays: Array) -> Namespace:
+    """Return the array API namespace of the arrays; ``None`` among them is passed over.
+
+    Raises
+    ------
+    ArrayTypeError
+        If there is no array among them, or they come from different frameworks.
+    """
+    try:
+        return array_api_compat.array_namespace(*(array for array in arrays if array is not None))
+    except TypeError as error:
+        kinds = ", ".join(sorted({type(array).__name__ for array in arrays}))
+        raise ArrayTypeError(
+            f"expected arrays of one framework that follows the array API, found {kinds}; "
+            "convert them with that framework's asarray first"
+        ) from error
+
+
+def as_working_precision(array: Array, /) -> Array:
+    """Widen half-precision to float32: no decomposition or sum is done in 16 bits."""
+    xp = namespace(array)
+    return xp.astype(array, xp.float32) if xp.finfo(array.dtype).bits < 32 else array
+
+
+def check_matrix(array: Array, /, *, name: str) -> None:
+    """Check that an array is a finite, non-empty, real floating-point matrix.
+
+    Raises
+    ------
+    ArrayTypeError
+        If it is no array, or complex, integer or boolean.
+    ArrayValueError
+        If it is not 2-d, has an empty axis, or holds NaN or infinity.
+    """
+    xp = namespace(array)
+    if not xp.isdtype(array.dtype, "real floating"):
+        raise ArrayTypeError(
+            f"{name} must be real floating point, found dtype {array.dtype}; convert (or dequantise) it first"
+        )
+    if array.ndim != 2:
+        raise ArrayValueError(
+            f"{name} must be a matrix (d, n), found shape {tuple(array.shape)}; flatten or batch its axes first"
+        )
+    if 0 in array.shape:
+        raise ArrayValueError(f"{name} must not be empty, found shape {tuple(array.shape)}")
+    if not bool(xp.all(xp.isfinite(array))):
+        raise ArrayValueError(f"{name} holds NaN or infinity; repair the weight before adapting it")
+
+
+def one_hot(indices: Array, size: int, /, *, dtype: Any) -> Array:
+    """Return ``H`` with ``H[..., i, k] = 1`` where ``indices[..., i] == k`` and 0 elsewhere.
+
+    A matrix product with it takes the place of a scatter or a boolean index, both of which the array
+    API lacks or gives a shape that depends on the data.
+
+    Parameters
+    ----------
+    indices
+        Integers, of shape (..., m). An entry outside ``0 .. size - 1`` gives a row of zeros.
+    size
+        Number of columns K.
+    dtype
+        Dtype of the result.
+
+    Returns
+    -------
+    Array
+        Of shape (..., m, K).
+    """
+    xp = namespace(indices)
+    classes = xp.arange(size, dtype=indices.dtype, device=device(indices))
+    return xp.astype(indices[..., None] == classes, dtype)

@@ -1,0 +1,162 @@
+"""How many numbers are trained: AdaMSS, LoRA, full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from adamss.core._array import namespace, one_hot
+from adamss.core.factors import Factors, basis_ranks
+from adamss.errors import ConfigError
+
+__all__ = ["count_factors", "count_full", "count_lora", "count_trainable", "count_trainable_bound", "subspace_costs"]
+
+
+def subspace_costs(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iterable[int]) -> list[int]:
+    """Return the trained parameters of each subspace, ``r_k (n_k + R_k)``.
+
+    Parameters
+    ----------
+    sizes
+        Columns n_k of each subspace; an array (K,) or any iterable of integers.
+    ranks
+        Trained rank r_k of each subspace.
+    basis_ranks
+        Basis columns R_k of each subspace.
+
+    Returns
+    -------
+    list of int
+        One number per subspace.
+
+    Raises
+    ------
+    ConfigError
+        If the three are of different lengths, or hold a negative number.
+    """
+    rows = [tuple(int(value) for value in column) for column in (sizes, ranks, basis_ranks)]
+    if len({len(row) for row in rows}) != 1:
+        raise ConfigError(
+            "sizes, ranks and basis_ranks must have one entry per subspace each, "
+            f"found {len(rows[0])}, {len(rows[1])} and {len(rows[2])}"
+        )
+    if any(value < 0 for row in rows for value in row):
+        raise ConfigError("sizes, ranks and basis_ranks must not be negative")
+    return [rank * (size + basis) for size, rank, basis in zip(*rows, strict=True)]
+
+
+def count_trainable(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iterable[int]) -> int:
+    """Return the trained parameters of one AdaMSS layer, ``sum_k r_k (n_k + R_k)``.
+
+    Parameters
+    ----------
+    sizes
+        Columns n_k of each subspace; an array (K,) or any iterable of integers.
+    ranks
+        Trained rank r_k of each subspace.
+    basis_ranks
+        Basis columns R_k of each subspace.
+
+    Returns
+    -------
+    int
+        Number of trained parameters, padding left out.
+
+    Raises
+    ------
+    ConfigError
+        If the three are of different lengths, or hold a negative number.
+
+    Examples
+    --------
+    Query and value of the 12 layers of RoBERTa-base, K = 10, r_k = 1, R = 100:
+
+    >>> 24 * count_trainable([768 - 9 * 76] + 9 * [76], 10 * [1], 10 * [100])
+    42432
+    """
+    return sum(subspace_costs(sizes, ranks, basis_ranks))
+
+
+def count_trainable_bound(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iterable[int]) -> int:
+    """Return the bound ``q max_k (n_k + R_k)`` of the paper on `count_trainable` (its r is our q).
+
+    Parameters
+    ----------
+    sizes, ranks, basis_ranks
+        As for `count_trainable`.
+
+    Returns
+    -------
+    int
+        A number not below that of `count_trainable`.
+
+    Raises
+    ------
+    ConfigError
+        As for `count_trainable`.
+    """
+    sizes, ranks, basis_ranks = list(sizes), list(ranks), list(basis_ranks)
+    widths = subspace_costs(sizes, [1] * len(ranks), basis_ranks)
+    return sum(int(rank) for rank in ranks) * max(widths, default=0)
+
+
+def count_factors(factors: Factors, *, active_only: bool = False) -> int:
+    """Return the trained parameters of the factors of one layer, padding left out.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+    active_only
+        Count only the subspaces that are still trained.
+
+    Returns
+    -------
+    int
+        ``sum_k r_k (n_k + R_k)``.
+    """
+    xp = namespace(factors.labels)
+    sizes = xp.sum(one_hot(factors.labels, factors.ranks.shape[0], dtype=factors.ranks.dtype), axis=0)
+    ranks = factors.ranks
+    if active_only:
+        ranks = xp.where(factors.active, ranks, xp.zeros_like(ranks))
+    return count_trainable(sizes, ranks, basis_ranks(factors))
+
+
+def count_lora(d: int, n: int, rank: int) -> int:
+    """Return the trained parameters of LoRA on a weight (d, n): ``(d + n) rank``.
+
+    Parameters
+    ----------
+    d, n
+        Inputs and outputs of the layer.
+    rank
+        Rank of the update.
+
+    Returns
+    -------
+    int
+        Number of trained parameters.
+
+    References
+    ----------
+    .. [1] Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
+    """
+    return (d + n) * rank
+
+
+def count_full(d: int, n: int, *, bias: bool = False) -> int:
+    """Return the trained parameters of full fine-tuning of a weight (d, n), and its bias.
+
+    Parameters
+    ----------
+    d, n
+        Inputs and outputs of the layer.
+    bias
+        Whether a bias (n,) is trained too.
+
+    Returns
+    -------
+    int
+        Number of trained parameters.
+    """
+    return (d + int(bias)) * n

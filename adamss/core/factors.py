@@ -1,0 +1,600 @@
+"""The factors A, B, C of the update: initial values, and what is computed with them.
+
+The update of a weight ``W: (d, n)`` is ``delta = M @ E`` with ``M = [A_1 B_1 ... A_K B_K]: (d, q)`` and
+``E: (q, n)`` the block-structured expansion of C. All K subspaces are stacked in the arrays of one
+`Factors`, so the cost is that of a few matrix products, whatever K is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from adamss.core._array import Array, as_working_precision, device, namespace, one_hot
+from adamss.core.decomposition import Decomposition
+from adamss.errors import ArrayValueError, ConfigError, ConfigTypeError
+
+__all__ = [
+    "BASES",
+    "INITIAL_B",
+    "Factors",
+    "Gradients",
+    "Merged",
+    "basis_ranks",
+    "check_factors",
+    "contract",
+    "delta",
+    "expand",
+    "factors_from_directions",
+    "initial_factors",
+    "linear",
+    "linear_vjp",
+    "merge",
+]
+
+BASES = ("shared", "per_subspace")
+INITIAL_B = ("orthonormal", "weighted")
+
+
+class Factors(NamedTuple):
+    """The adapter of one weight ``W: (d, n)`` with K subspaces, in canonical stacked form.
+
+    ``delta[:, j] = M[:, columns of k] @ C[:ranks[k], j]`` with ``k = labels[j]`` and
+    ``M = [A_1 B_1 ... A_K B_K]``.
+
+    Attributes
+    ----------
+    A
+        Frozen basis, (G, d, P) floating point. G = 1 if all subspaces share it, G = K if each has its
+        own, padded with zero columns to the largest. One more input row, d + 1, where the bias is
+        adapted too.
+    B
+        Trained, (P, q) floating point: ``ranks[0]`` columns of subspace 0, then those of subspace 1, ...
+    C
+        Trained, (r, n) floating point, r = max(ranks). Entries at or beyond the rank of the column's
+        subspace are padding: never read, never trained, never counted.
+    labels
+        Subspace of each column, (n,) integers in 0 .. K - 1.
+    ranks
+        Trained rank r_k of each subspace, (K,) integers of sum q.
+    active
+        Whether each subspace is trained, (K,) booleans. One that is not still contributes.
+    """
+
+    A: Array
+    B: Array
+    C: Array
+    labels: Array
+    ranks: Array
+    active: Array
+
+
+class Gradients(NamedTuple):
+    """Gradients of a scalar with respect to x, B and C, each of the shape of its namesake."""
+
+    x: Array
+    B: Array
+    C: Array
+
+
+class Merged(NamedTuple):
+    """A weight with the update folded in.
+
+    Attributes
+    ----------
+    W
+        Merged weight (d, n), in the dtype of the base weight.
+    b
+        Merged bias (n,), or None where there is none.
+    lost
+        ``|round(W0 + delta) - (W0 + delta)| / |delta|`` in Frobenius norm: the share of the update that
+        the rounding to the dtype of W0 destroyed. 0-d float array; 0 for a zero update.
+    """
+
+    W: Array
+    b: Array | None
+    lost: Array
+
+
+def initial_factors(
+    decomposition: Decomposition,
+    labels: Array,
+    subspace_rank: int,
+    *,
+    basis: Literal["shared", "per_subspace"] = "shared",
+    initial_B: Literal["orthonormal", "weighted"] = "orthonormal",
+    reconstruct: bool = False,
+) -> Factors:
+    """Return the factors at the start of training: C = 0, so that the update is zero.
+
+    With ``W_hat = U S V^T``, V_k the rows I_k of V and Q_k the leading r_k right singular vectors of V_k^T::
+
+        B_k = A_k^T W_hat[:, I_k] Q_k           ("weighted", the paper's B_w B_z)
+        B_k = orth(V_k^T Q_k)                   ("orthonormal", shared basis)
+        B_k = orth(A_k^T W_hat[:, I_k] Q_k)     ("orthonormal", basis per subspace)
+
+    Parameters
+    ----------
+    decomposition
+        Truncated SVD of the weight: U (d, R), S (R,), V (n, R).
+    labels
+        Subspace of each column, (n,) integers; every subspace 0 .. K - 1 occurs.
+    subspace_rank
+        Trained rank r_k wanted of every subspace; clamped to min(n_k, R_k).
+    basis
+        ``"shared"``: A_k = U. ``"per_subspace"``: A_k is an orthonormal basis, of min(d, R, n_k)
+        columns, that contains the columns I_k of W_hat.
+    initial_B
+        See the equations.
+    reconstruct
+        Start from ``C_k = Q_k^T`` instead of zero. With weighted B and r_k = rank(V_k) the update then
+        equals W_hat, the identity ``W_hat[:, I_k] = A_k B_w B_z C_k`` of the paper.
+
+    Returns
+    -------
+    Factors
+        In the dtype and on the device of the decomposition, every subspace active.
+
+    Raises
+    ------
+    ConfigError, ConfigTypeError
+        If an option is unknown, or subspace_rank is not a positive integer.
+    ArrayValueError
+        If the labels do not fit the decomposition, or a subspace has no column.
+
+    References
+    ----------
+    .. [1] Zheng et al., "Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning",
+       NeurIPS 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss import core
+    >>> W = np.random.default_rng(0).standard_normal((6, 8))
+    >>> decomposition = core.decompose(W, 4)
+    >>> factors = core.initial_factors(decomposition, core.segment(decomposition, 3), 2)
+    >>> factors.A.shape, factors.B.shape, factors.C.shape
+    ((1, 6, 4), (4, 6), (2, 8))
+    """
+    if basis not in BASES:
+        raise ConfigError(f"basis must be one of {', '.join(BASES)}; found {basis!r}")
+    if initial_B not in INITIAL_B:
+        raise ConfigError(f"initial_B must be one of {', '.join(INITIAL_B)}; found {initial_B!r}")
+    if isinstance(subspace_rank, bool) or not isinstance(subspace_rank, int | np.integer):
+        raise ConfigTypeError(f"subspace_rank must be an integer, found {subspace_rank!r}")
+    if subspace_rank < 1:
+        raise ConfigError(f"subspace_rank must be at least 1, found {subspace_rank}")
+    n = decomposition.V.shape[0]
+    if tuple(labels.shape) != (n,):
+        raise ArrayValueError(f"labels must have shape ({n},), one per column, found {tuple(labels.shape)}")
+
+    xp = namespace(decomposition.U, labels)
+    subspaces = int(xp.max(labels)) + 1
+    members = one_hot(labels, subspaces, dtype=decomposition.V.dtype)
+    sizes = [int(size) for size in xp.sum(members, axis=0)]
+    if int(xp.min(labels)) < 0 or min(sizes) < 1:
+        raise ArrayValueError(f"labels must use every number 0 .. {subspaces - 1}; subspace sizes are {sizes}")
+
+    R = decomposition.S.shape[0]
+    limits = [R if basis == "shared" else min(R, size) for size in sizes]
+    ranks = [
+        min(int(subspace_rank), size, limit) for size, limit in zip(sizes, limits, strict=True)
+    ]
+    r = max(ranks)
+    leading = _leading_directions(decomposition.V, members, r)
+    principal = _principal_columns(decomposition.V, members, leading)
+    images = decomposition.S[:, None] * (xp.matrix_transpose(decomposition.V) @ principal)  # (K, R, r)
+
+    if basis == "shared":
+        A = decomposition.U[None, :, :]
+        # orth(V_k^T Q_k) is `leading` itself, which stays orthonormal where V_k^T Q_k has zero columns.
+        stacked = images if initial_B == "weighted" else leading
+    else:
+        coordinates = _column_spaces(decomposition, labels, sizes, max(limits))  # (K, R, P)
+        A = decomposition.U @ coordinates
+        stacked = xp.matrix_transpose(coordinates) @ images
+        if initial_B == "orthonormal":
+            stacked = xp.linalg.qr(stacked, mode="reduced")[0]
+    P = stacked.shape[1]
+    on = device(stacked)
+    kept = xp.asarray([k * r + i for k, rank in enumerate(ranks) for i in range(rank)], device=on)
+    B = xp.take(xp.reshape(xp.permute_dims(stacked, (1, 0, 2)), (P, subspaces * r)), kept, axis=1)
+
+    integer = labels.dtype
+    rank_array = xp.asarray(ranks, dtype=integer, device=on)
+    if reconstruct:
+        C = xp.matrix_transpose(xp.sum(principal, axis=0))
+        within = xp.arange(r, dtype=integer, device=on)[:, None] < xp.take(rank_array, labels)[None, :]
+        C = xp.where(within, C, xp.zeros_like(C))
+    else:
+        C = xp.zeros((r, n), dtype=B.dtype, device=on)
+    return Factors(A, B, C, labels, rank_array, xp.ones((subspaces,), dtype=xp.bool, device=on))
+
+
+def factors_from_directions(
+    M: Array, C: Array, labels: Array, ranks: Array, active: Array, *, U: Array | None = None
+) -> Factors:
+    """Return factors with a shared basis and the update ``M @ expand(C)``.
+
+    ``A = orth([M, U])``, its first max(q, R) columns, and ``B = A^T M``: A spans M, so the update is kept,
+    and what U adds lets training go on in R directions.
+
+    Parameters
+    ----------
+    M
+        Input directions, (d, q), of `contract`.
+    C, labels, ranks, active
+        As in `Factors`.
+    U
+        Leading left singular vectors of the weight, (d, R). None for a basis that spans M alone.
+
+    Returns
+    -------
+    Factors
+        With A (1, d, P), P = max(q, R) but at most d.
+    """
+    xp = namespace(M, C)
+    spanning = M if U is None else xp.concat([M, xp.astype(U, M.dtype)], axis=1)
+    columns = M.shape[1] if U is None else max(M.shape[1], U.shape[1])
+    A = xp.linalg.qr(spanning, mode="reduced")[0][:, :columns]
+    return Factors(A[None, :, :], xp.matrix_transpose(A) @ M, C, labels, ranks, active)
+
+
+def _leading_directions(V: Array, members: Array, r: int) -> Array:
+    """Leading r left singular vectors of every V_k^T, (K, R, r), from the Gram matrices V_k^T V_k.
+
+    Every Gram matrix is (R, R) whatever n_k is: one batched call, and one compilation, for all.
+    """
+    xp = namespace(V)
+    R = V.shape[1]
+    weighted = xp.matrix_transpose(members)[:, None, :] * xp.matrix_transpose(V)[None, :, :]
+    _, vectors = xp.linalg.eigh(weighted @ V)
+    padding = max(r - R, 0)
+    leading = xp.flip(vectors, axis=-1)[:, :, : r - padding]
+    pivots = xp.argmax(xp.abs(leading), axis=1)[:, None, :]
+    signs = xp.sign(xp.take_along_axis(leading, pivots, axis=1))
+    return leading * signs
+
+
+def _principal_columns(V: Array, members: Array, leading: Array) -> Array:
+    """Q_k: (n_k, r_k), orthonormal, spanning V_k times the leading directions; as (K, n, r) with zero rows.
+
+    Orthonormalised afresh: a singular value of V_k under the root of the rounding unit is not to be had
+    from a Gram matrix.
+    """
+    xp = namespace(V)
+    own = xp.matrix_transpose(members)[:, :, None]
+    Q, upper = xp.linalg.qr(own * (V @ leading), mode="reduced")
+    # The sign of Q R is a convention of each library; a non-negative diagonal of R fixes it.
+    diagonal = xp.sum(upper * xp.eye(upper.shape[-1], dtype=upper.dtype, device=device(upper)), axis=-1)
+    signs = xp.where(diagonal < 0, -xp.ones_like(diagonal), xp.ones_like(diagonal))
+    return own * Q * signs[:, None, :]
+
+
+def _column_spaces(decomposition: Decomposition, labels: Array, sizes: list[int], P: int) -> Array:
+    """Orthonormal bases, in the coordinates of U, of the columns I_k of W_hat: (K, R, P), zero-padded."""
+    xp = namespace(labels)
+    on = device(labels)
+    widest = max(sizes)
+    order = xp.argsort(labels, stable=True)
+    starts = np.cumsum([0, *sizes[:-1]])
+    positions = np.minimum(starts[:, None] + np.arange(widest), labels.shape[0] - 1)
+    inside = np.arange(widest) < np.asarray(sizes)[:, None]
+    columns = xp.take(order, xp.reshape(xp.asarray(positions, device=on), (-1,)))
+    rows = xp.reshape(xp.take(decomposition.V * decomposition.S, columns, axis=0), (len(sizes), widest, -1))
+    rows = xp.where(xp.asarray(inside, device=on)[:, :, None], rows, xp.zeros_like(rows))
+    Q, _ = xp.linalg.qr(xp.matrix_transpose(rows), mode="reduced")
+    # A subspace of fewer than P columns uses as many of Q; what Q holds beyond them is arbitrary.
+    limits = xp.asarray(np.minimum(sizes, P), device=on)
+    used = xp.arange(Q.shape[-1], dtype=limits.dtype, device=on)[None, :] < limits[:, None]
+    return xp.where(used[:, None, :], Q, xp.zeros_like(Q))[:, :, :P]
+
+
+def _column_index(factors: Factors) -> tuple[Array, Array]:
+    """Return subspace k(c) and place i(c) within it, both (q,), of each column c of M."""
+    xp = namespace(factors.ranks)
+    q = factors.B.shape[1]
+    ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
+    columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
+    before = xp.astype(columns[:, None] >= ends[None, :], factors.ranks.dtype)
+    group = xp.sum(before, axis=1, dtype=factors.ranks.dtype)
+    return group, columns - xp.take(ends - factors.ranks, group)
+
+
+def _own_columns(factors: Factors, group: Array) -> Array:
+    """Return (q, n) booleans: whether column c of M acts on column j of W."""
+    xp = namespace(factors.labels)
+    return group[:, None] == xp.astype(factors.labels, group.dtype)[None, :]
+
+
+def basis_ranks(factors: Factors) -> Array:
+    """Return R_k, the number of basis columns of each subspace that are not padding.
+
+    ``R_k = P`` for a shared basis and ``min(P, n_k)`` for a basis per subspace.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    Array
+        (K,) integers.
+    """
+    xp = namespace(factors.labels)
+    groups, _, P = factors.A.shape
+    if groups == 1:
+        return xp.full(factors.ranks.shape, P, dtype=factors.ranks.dtype, device=device(factors.ranks))
+    sizes = xp.sum(one_hot(factors.labels, groups, dtype=factors.ranks.dtype), axis=0, dtype=factors.ranks.dtype)
+    return xp.minimum(sizes, xp.full_like(sizes, P))
+
+
+def expand(factors: Factors) -> Array:
+    """Return E, the block-structured form of C.
+
+    ``E[c, j] = C[i, j]`` where column c of M is the i-th of subspace ``labels[j]``, else 0.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    Array
+        (q, n), dtype of C.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss.core import Factors, expand
+    >>> expand(Factors(np.ones((1, 2, 2)), np.ones((2, 3)), np.asarray([[1., 2., 3.], [4., 5., 6.]]),
+    ...                np.asarray([0, 1, 0]), np.asarray([2, 1]), np.asarray([True, True])))
+    array([[1., 0., 3.],
+           [4., 0., 6.],
+           [0., 2., 0.]])
+    """
+    xp = namespace(factors.C)
+    group, place = _column_index(factors)
+    rows = xp.take(factors.C, place, axis=0)
+    return xp.where(_own_columns(factors, group), rows, xp.zeros_like(rows))
+
+
+def _expand_vjp(dE: Array, factors: Factors) -> Array:
+    """Gradient (r, n) of C from the gradient (q, n) of E; zero at the padding of C."""
+    xp = namespace(dE)
+    group, place = _column_index(factors)
+    own = xp.where(_own_columns(factors, group), dE, xp.zeros_like(dE))
+    return xp.matrix_transpose(one_hot(place, factors.C.shape[0], dtype=dE.dtype)) @ own
+
+
+def _per_subspace(columns: Array, factors: Factors) -> Array:
+    """Rearrange the q columns of an (m, q) array into (K, m, r), with zeros beyond each rank."""
+    xp = namespace(columns)
+    K, r, q = factors.ranks.shape[0], factors.C.shape[0], columns.shape[1]
+    ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
+    places = xp.arange(r, dtype=ends.dtype, device=device(ends))
+    index = (ends - factors.ranks)[:, None] + places[None, :]
+    index = xp.minimum(index, xp.full_like(index, q - 1))
+    stacked = xp.reshape(xp.take(columns, xp.reshape(index, (-1,)), axis=1), (columns.shape[0], K, r))
+    within = places[None, :] < factors.ranks[:, None]
+    return xp.permute_dims(xp.where(within[None, :, :], stacked, xp.zeros_like(stacked)), (1, 0, 2))
+
+
+def _from_subspaces(stacked: Array, factors: Factors) -> Array:
+    """Undo `_per_subspace`: (K, m, r) to (m, q)."""
+    xp = namespace(stacked)
+    K, m, r = stacked.shape
+    group, place = _column_index(factors)
+    return xp.take(xp.reshape(xp.permute_dims(stacked, (1, 0, 2)), (m, K * r)), group * r + place, axis=1)
+
+
+def contract(factors: Factors) -> Array:
+    """Return ``M = [A_1 B_1 ... A_K B_K]``, the input directions of the update.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    Array
+        (d, q), or (d + 1, q) where the bias is adapted too; dtype of B.
+    """
+    if factors.A.shape[0] == 1:
+        return factors.A[0, :, :] @ factors.B
+    return _from_subspaces(factors.A @ _per_subspace(factors.B, factors), factors)
+
+
+def _contract_vjp(dM: Array, factors: Factors) -> Array:
+    """Gradient (P, q) of B from the gradient (d, q) of M; zero at the padding of B."""
+    xp = namespace(dM)
+    if factors.A.shape[0] == 1:
+        return xp.matrix_transpose(factors.A[0, :, :]) @ dM
+    return _from_subspaces(xp.matrix_transpose(factors.A) @ _per_subspace(dM, factors), factors)
+
+
+def delta(factors: Factors) -> Array:
+    """Return the update ``sum_k A_k B_k C_k``, each term in the columns of its subspace.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    Array
+        (d, n), or (d + 1, n) where the bias is adapted too (its update is the last row); dtype of B.
+    """
+    return contract(factors) @ expand(factors)
+
+
+def linear(x: Array, W: Array, b: Array | None, factors: Factors) -> Array:
+    """Return ``x @ (W + delta) + b`` without forming delta.
+
+    ``y = (x @ W + b) + (x @ M) @ E``, in the dtype of ``x @ W``. The base product is that of the frozen
+    layer, to the bit: the update is added to it.
+
+    Parameters
+    ----------
+    x
+        Inputs, (..., d).
+    W
+        Frozen weight, (d, n).
+    b
+        Bias (n,) or None.
+    factors
+        Factors of the layer; with d + 1 input rows, the last of them moves the bias.
+
+    Returns
+    -------
+    Array
+        (..., n).
+    """
+    xp = namespace(x, W)
+    base = x @ W if b is None else x @ W + b
+    M = xp.astype(contract(factors), base.dtype)
+    E = xp.astype(expand(factors), base.dtype)
+    return base + _directions(xp.astype(x, base.dtype), M) @ E
+
+
+def _directions(x: Array, M: Array) -> Array:
+    """``z = x M``, the bias row of M added rather than a column of ones appended to x."""
+    d = x.shape[-1]
+    z = x @ M[:d, :]
+    return z if M.shape[0] == d else z + M[d, :]
+
+
+def linear_vjp(dy: Array, x: Array, W: Array, factors: Factors, *, revive: bool = False) -> Gradients:
+    """Return the closed-form gradients of `linear` with respect to x, B and C.
+
+    With ``z = x M``, ``dz = dy E^T``::
+
+        dx = dy W^T + dz M^T,   dB_k = A_k^T (x^T dz)_k,   dC = (z^T dy) restricted to the blocks of E
+
+    Parameters
+    ----------
+    dy
+        Gradient of the output, (..., n).
+    x
+        Inputs of the forward product, (..., d).
+    W
+        Frozen weight, (d, n).
+    factors
+        Factors of the layer.
+    revive
+        If False, the gradients of the subspaces that are not active are zero.
+
+    Returns
+    -------
+    Gradients
+        Of the shapes of x, B and C; those of B and C in their dtypes.
+    """
+    xp = namespace(dy, x, W)
+    d, n = W.shape
+    dy2, x2 = xp.reshape(dy, (-1, n)), xp.reshape(x, (-1, d))
+    M = xp.astype(contract(factors), dy.dtype)
+    E = xp.astype(expand(factors), dy.dtype)
+    z, dz = _directions(x2, M), dy2 @ xp.matrix_transpose(E)
+    dx = dy2 @ xp.matrix_transpose(W) + dz @ xp.matrix_transpose(M[:d, :])
+    dM = xp.matrix_transpose(x2) @ dz
+    if M.shape[0] > d:
+        dM = xp.concat([dM, xp.sum(dz, axis=0, keepdims=True)], axis=0)
+    dB = _contract_vjp(xp.astype(dM, factors.B.dtype), factors)
+    dC = _expand_vjp(xp.astype(xp.matrix_transpose(z) @ dy2, factors.C.dtype), factors)
+    if not revive:
+        group, _ = _column_index(factors)
+        dB = xp.where(xp.take(factors.active, group)[None, :], dB, xp.zeros_like(dB))
+        dC = xp.where(xp.take(factors.active, factors.labels)[None, :], dC, xp.zeros_like(dC))
+    return Gradients(xp.reshape(dx, x.shape), dB, dC)
+
+
+def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
+    """Return ``round(W + delta)`` and how much of delta the rounding to the dtype of W destroyed.
+
+    The sum is formed in float32, or in the wider of the dtypes of W and the factors.
+
+    Parameters
+    ----------
+    W
+        Base weight, (d, n).
+    b
+        Base bias (n,) or None.
+    factors
+        Factors of the layer.
+
+    Returns
+    -------
+    Merged
+        Merged weight and bias in the dtypes of W and b, and the lost share.
+
+    Raises
+    ------
+    ArrayValueError
+        If the merged weight or bias is not finite.
+    """
+    xp = namespace(W)
+    d = W.shape[0]
+    update = delta(factors._replace(**{name: as_working_precision(getattr(factors, name)) for name in "ABC"}))
+    exact = as_working_precision(W) + update[:d, :]
+    merged = xp.astype(exact, W.dtype)
+    merged_b = b
+    if update.shape[0] > d and b is not None:
+        merged_b = xp.astype(as_working_precision(b) + update[d, :], b.dtype)
+    if not bool(xp.all(xp.isfinite(merged))) or not bool(
+        merged_b is None or xp.all(xp.isfinite(merged_b))
+    ):
+        raise ArrayValueError("the update holds NaN or infinity, or overflows the weight's dtype: not merged")
+    size = xp.linalg.vector_norm(update[:d, :])
+    error = xp.linalg.vector_norm(xp.astype(merged, exact.dtype) - exact)
+    lost = xp.where(size > 0, error / xp.where(size > 0, size, xp.ones_like(size)), xp.zeros_like(size))
+    return Merged(merged, merged_b, lost)
+
+
+def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, name: str = "factors") -> None:
+    """Check that the arrays of factors fit together (and the weight they are for).
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+    shape
+        Shape (d, n) of the weight, if known; A may have one input row more, for the bias.
+    name
+        What the message calls them: the module path of the layer.
+
+    Raises
+    ------
+    ArrayValueError
+        Naming the array that does not fit, what was found and what was expected.
+    """
+
+    def expect(condition: bool, what: str, found: Any) -> None:
+        if not condition:
+            raise ArrayValueError(f"{name}: {what}, found {found}")
+
+    A, B, C, labels, ranks, active = factors
+    for array, axes in ((A, 3), (B, 2), (C, 2), (labels, 1), (ranks, 1), (active, 1)):
+        expect(array.ndim == axes, f"an array of {axes} axes is needed", tuple(array.shape))
+    xp = namespace(labels)
+    K, n = ranks.shape[0], labels.shape[0]
+    expect(min(K, n, *A.shape, *B.shape, *C.shape) > 0, "no axis may be empty", [tuple(a.shape) for a in factors])
+    expect(A.shape[0] in (1, K), f"A must hold 1 or K = {K} bases", A.shape[0])
+    expect(B.shape[0] == A.shape[2], f"B must have P = {A.shape[2]} rows", B.shape[0])
+    expect(C.shape[1] == n, f"C must have n = {n} columns", C.shape[1])
+    expect(active.shape[0] == K, f"active must have K = {K} entries", active.shape[0])
+    lowest, highest = int(xp.min(labels)), int(xp.max(labels))
+    expect(lowest >= 0 and highest < K, f"labels must lie in 0 .. {K - 1}", f"{lowest} .. {highest}")
+    q, r = int(xp.sum(ranks)), int(xp.max(ranks))
+    expect(int(xp.min(ranks)) >= 0, "ranks must not be negative", int(xp.min(ranks)))
+    expect(q == B.shape[1], f"ranks must sum to the q = {B.shape[1]} columns of B", q)
+    expect(r <= C.shape[0], f"ranks must not exceed the r = {C.shape[0]} rows of C", r)
+    if shape is not None:
+        d, columns = shape
+        expect(A.shape[1] in (d, d + 1), f"A must have d = {d} rows (or one more, for the bias)", A.shape[1])
+        expect(n == columns, f"labels must have n = {columns} entries", n)

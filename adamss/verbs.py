@@ -1,0 +1,539 @@
+"""The verbs on models: attach, summary, save, load, merge, detach, ...
+
+Written once for all frameworks. Each finds the backend from the type of the model, and checks all that can
+be checked before anything is changed, so that a call that fails leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from adamss import checkpoint as files
+from adamss import core
+from adamss._summary import Summary, SummaryRow, summarise
+from adamss._targets import match, near_matches
+from adamss.backend.interface import Adaptation, Backend, BaseWeight, Model
+from adamss.backend.registry import backend_for
+from adamss.checkpoint import Checkpoint, StoredLayer, StoredTensor, join_path
+from adamss.config import AdamssConfig
+from adamss.core import Factors
+from adamss.core._array import check_matrix, namespace
+from adamss.errors import (
+    AdamssWarning,
+    ArrayValueError,
+    CheckpointError,
+    ConfigTypeError,
+    StateError,
+    TargetError,
+)
+
+__all__ = [
+    "attach",
+    "detach",
+    "disabled",
+    "load",
+    "merge",
+    "save",
+    "summary",
+    "trainable_parameters",
+    "unmerge",
+]
+
+LOSS_WORTH_A_WARNING = 0.05
+
+
+def attach(model: Model, config: AdamssConfig) -> Model:
+    """Adapt the layers of a model that ``config.targets`` names, and freeze the rest.
+
+    Only the factors B and C and the ``modules_to_save`` are trained afterwards. C starts at zero: the
+    outputs are those of the base model, to the bit.
+
+    Parameters
+    ----------
+    model
+        A model of any framework with a backend. PyTorch: changed in place.
+    config
+        What to adapt, and how.
+
+    Returns
+    -------
+    Model
+        The adapted model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    TargetError
+        If nothing matches ``targets`` or ``modules_to_save``; the message lists near matches.
+    LayerTypeError, LayerError
+        If a matched module has no weight that can be adapted.
+    ArrayTypeError, ArrayValueError
+        If a weight is complex or integer, or holds NaN or infinity; the message names the layer.
+    StateError
+        If adapters are attached already.
+    """
+    if not isinstance(config, AdamssConfig):
+        raise ConfigTypeError(f"config must be an adamss.AdamssConfig, found {type(config).__name__}")
+    backend = backend_for(model)
+    _require_base(backend, model, "attach")
+    modules = backend.modules(model)
+    paths = match(config.targets, modules, name="targets")
+    saved = match(config.modules_to_save, modules, name="modules_to_save") if config.modules_to_save else []
+    _require_disjoint(paths, saved)
+    weights = {path: backend.weight(modules[path], path) for path in paths}
+    with backend.exact():
+        layers = {path: _initial_factors(backend, path, base, config) for path, base in weights.items()}
+    return backend.insert(model, layers, config=config, saved=dict.fromkeys(saved))
+
+
+def summary(model: Model) -> Summary:
+    """Return effective settings and counts of every adapted layer; prints as a table.
+
+    Parameters
+    ----------
+    model
+        An adapted model.
+
+    Returns
+    -------
+    Summary
+        With `rows` and `total`.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters.
+    """
+    backend, adaptation = _adapted(model, "summary")
+    rows = [
+        summarise(path, adaptation.shapes[path], factors) for path, factors in adaptation.layers.items()
+    ]
+    total = SummaryRow(
+        path="total",
+        shape=None,
+        K=sum(row.K for row in rows),
+        R=None,
+        q=sum(row.q for row in rows),
+        trained=sum(row.trained for row in rows),
+        active=sum(row.active for row in rows),
+    )
+    modules = backend.modules(model)
+    saved = (array for path in adaptation.saved for array in backend.arrays(modules[path]).values())
+    return Summary(tuple(rows), total, sum(int(np.prod(array.shape)) for array in saved))
+
+
+def trainable_parameters(model: Model) -> Any:
+    """Return what to hand to an optimiser, in the framework's own form.
+
+    B and C of every adapted layer, then the parameters of ``modules_to_save``. PyTorch: a list of Parameters.
+
+    Parameters
+    ----------
+    model
+        An adapted model.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters.
+    """
+    backend, _ = _adapted(model, "trainable_parameters")
+    return backend.parameters(model)
+
+
+def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) -> None:
+    """Write the adapter, and ``modules_to_save``, to one safetensors file.
+
+    Parameters
+    ----------
+    model
+        An adapted model, merged or not.
+    path
+        Where to; an existing file is replaced, whole or not at all.
+    training
+        False: portable, with ``M = A B``, the smallest. True: A and B, to resume training to the bit.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, or was merged with ``keep_base=False``.
+    """
+    backend, adaptation = _adapted(model, "save")
+    _require_kept_base(adaptation, "save")
+    modules = backend.modules(model)
+    layers = {}
+    with backend.exact():
+        for layer_path, factors in adaptation.layers.items():
+            base = backend.weight(modules[layer_path], layer_path)
+            layers[layer_path] = _stored_layer(backend, factors, base, training=training)
+    saved = {
+        module_path: {
+            name: backend.to_stored(array) for name, array in backend.arrays(modules[module_path]).items()
+        }
+        for module_path in adaptation.saved
+    }
+    from adamss import __version__
+
+    writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
+    files.write(path, Checkpoint(adaptation.config, layers, saved, writer))
+
+
+def load(
+    base_model: Model,
+    path: str | os.PathLike[str],
+    *,
+    trainable: bool = True,
+    check_base: bool = True,
+) -> Model:
+    """Attach an adapter from a file, whatever framework, device or dtype it was trained with.
+
+    Segmentation, factors and mask come from the file.
+
+    Parameters
+    ----------
+    base_model
+        The model that the adapter was trained on, in any dtype, without adapters.
+    path
+        A file that `save` wrote.
+    trainable
+        For a portable file. True: the basis is ``A = orth([M, U])``, its first R columns, so that
+        training can go on in the whole subspace; this decomposes the weights. False: ``A = orth(M)``, which is
+        all that inference needs and quick.
+    check_base
+        Whether to compare the fingerprints of the base weights. Turn it off to put an adapter on a model other
+        than its own on purpose.
+
+    Returns
+    -------
+    Model
+        The adapted model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is no such file.
+    CheckpointError
+        If the file is damaged, foreign or of an unknown version, or does not fit the model; the message
+        says how. The model is unchanged.
+    StateError
+        If adapters are attached already.
+    """
+    backend = backend_for(base_model)
+    _require_base(backend, base_model, "load")
+    stored = files.read(path)
+    modules = backend.modules(base_model)
+    _require_modules([*stored.layers, *stored.saved], modules)
+    weights = {layer_path: backend.weight(modules[layer_path], layer_path) for layer_path in stored.layers}
+    with backend.exact():
+        for layer_path, layer in stored.layers.items():
+            _check_base(layer_path, layer, weights[layer_path], compare=check_base)
+        saved = {
+            module_path: _saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
+            for module_path, tensors in stored.saved.items()
+        }
+        layers = {
+            layer_path: _loaded_factors(backend, layer, weights[layer_path], stored.config, trainable=trainable)
+            for layer_path, layer in stored.layers.items()
+        }
+    return backend.insert(base_model, layers, config=stored.config, saved=saved)
+
+
+def merge(model: Model, *, keep_base: bool = True) -> Model:
+    """Fold the update into the weights, so that inference costs what the base model costs.
+
+    Each weight becomes ``round(W0 + delta)``, the sum formed in float32 or wider.
+
+    Parameters
+    ----------
+    model
+        An adapted model.
+    keep_base
+        Keep a copy of W0 on the CPU, so that `unmerge` and `detach` are exact. Without it they raise.
+
+    Returns
+    -------
+    Model
+        The merged model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters or is merged already.
+    ArrayValueError
+        If a merged weight is not finite; the message names the layer, and no layer is merged.
+
+    Warns
+    -----
+    AdamssWarning
+        If the rounding to the dtype of a weight lost more than 5 % of its update.
+    """
+    backend, adaptation = _adapted(model, "merge")
+    if adaptation.merged:
+        raise StateError("merge: the updates are merged already; call adamss.unmerge(model) first")
+    modules = backend.modules(model)
+    merged, lost = {}, {}
+    with backend.exact():
+        for path, factors in adaptation.layers.items():
+            W, b = backend.weight(modules[path], path)
+            try:
+                merged[path] = core.merge(W, b, factors)
+            except ArrayValueError as error:
+                raise ArrayValueError(f"{path}: {error}") from error
+            lost[path] = float(merged[path].lost)
+    worst = max(lost, key=lambda path: lost[path])
+    if lost[worst] > LOSS_WORTH_A_WARNING:
+        dtype = backend.dtype_name(merged[worst].W)
+        warnings.warn(
+            f"rounding to {dtype} lost {lost[worst]:.0%} of the update of {worst} "
+            f"(more than 5 % in {sum(loss > LOSS_WORTH_A_WARNING for loss in lost.values())} of {len(lost)} "
+            "layers); merge into a float32 model, or leave the adapter unmerged",
+            AdamssWarning,
+            stacklevel=2,
+        )
+    return backend.fold(model, merged, keep_base=keep_base)
+
+
+def unmerge(model: Model) -> Model:
+    """Take the update out of the weights again: W0 to the bit, the adapters as before `merge`.
+
+    Parameters
+    ----------
+    model
+        A merged model.
+
+    Returns
+    -------
+    Model
+        The adapted model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    StateError
+        If the model is not merged, or was merged with ``keep_base=False``.
+    """
+    backend, adaptation = _adapted(model, "unmerge")
+    if not adaptation.merged:
+        raise StateError("unmerge: the updates are not merged")
+    _require_kept_base(adaptation, "unmerge")
+    return backend.unfold(model)
+
+
+def detach(model: Model) -> Model:
+    """Take the adapters off: the base model back, bit for bit, ``modules_to_save`` included.
+
+    Parameters
+    ----------
+    model
+        An adapted model, merged or not.
+
+    Returns
+    -------
+    Model
+        The base model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, or was merged with ``keep_base=False``.
+    """
+    backend, adaptation = _adapted(model, "detach")
+    _require_kept_base(adaptation, "detach")
+    return backend.remove(model)
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Compute what the base model computes, ``modules_to_save`` included, within a ``with`` block.
+
+    Parameters
+    ----------
+    model
+        An adapted model.
+
+    Yields
+    ------
+    Model
+        The same object, switched off, where the framework's models are mutable; else a model without
+        the update.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, or was merged with ``keep_base=False``.
+    """
+    backend, adaptation = _adapted(model, "disabled")
+    _require_kept_base(adaptation, "disabled")
+    with backend.disabled(model) as base:
+        yield base
+
+
+# ---- state -----------------------------------------------------------------------------------------
+
+
+def _adapted(model: Model, verb: str) -> tuple[Backend, Adaptation]:
+    backend = backend_for(model)
+    adaptation = backend.adaptation(model)
+    if adaptation is None:
+        raise StateError(f"{verb}: the model has no adapters; call adamss.attach or adamss.load first")
+    return backend, adaptation
+
+
+def _require_base(backend: Backend, model: Model, verb: str) -> None:
+    if backend.adaptation(model) is not None:
+        raise StateError(f"{verb}: the model has adapters already; call adamss.detach(model) first")
+
+
+def _require_kept_base(adaptation: Adaptation, verb: str) -> None:
+    if not adaptation.base_kept:
+        raise StateError(
+            f"{verb}: the base weights were dropped by merge(keep_base=False); load the base model afresh"
+        )
+
+
+def _require_disjoint(targets: list[str], saved: list[str]) -> None:
+    for outer in saved:
+        for inner in (*targets, *(path for path in saved if path != outer)):
+            if inner == outer or inner.startswith(f"{outer}." if outer else ""):
+                raise TargetError(
+                    f"{inner!r} is matched for adapting or saving and lies within {outer!r}, which "
+                    "modules_to_save trains whole; leave one of them out"
+                )
+
+
+# ---- attaching -------------------------------------------------------------------------------------
+
+
+def _initial_factors(backend: Backend, path: str, base: BaseWeight, config: AdamssConfig) -> Factors:
+    check_matrix(base.W, name=f"{path}: weight")
+    W = base.W
+    if config.include_bias and base.b is not None:
+        xp = namespace(W)
+        if not bool(xp.all(xp.isfinite(base.b))):
+            raise ArrayValueError(f"{path}: bias holds NaN or infinity; repair it before adapting it")
+        W = xp.concat([W, xp.astype(base.b, W.dtype)[None, :]], axis=0)
+    decomposition = core.decompose(W, config.rank, seed=config.seed)
+    labels = core.segment(
+        decomposition,
+        config.subspaces,
+        config.segmentation,
+        dimension=config.segmentation_dimension,
+        seed=config.seed,
+    )
+    factors = core.initial_factors(
+        decomposition, labels, config.subspace_rank, basis=config.basis, initial_B=config.initial_B
+    )
+    return _cast(backend, factors, _factor_dtype(backend, base, config))
+
+
+def _factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig) -> str:
+    if config.factor_dtype is not None:
+        return config.factor_dtype
+    dtype = backend.dtype_name(base.W)
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _cast(backend: Backend, factors: Factors, dtype: str) -> Factors:
+    return factors._replace(**{name: backend.cast(getattr(factors, name), dtype) for name in "ABC"})
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+
+def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, training: bool) -> StoredLayer:
+    if training:
+        basis = {"A": backend.to_stored(factors.A), "B": backend.to_stored(factors.B)}
+    else:
+        basis = {"M": backend.to_stored(core.contract(factors))}
+    labels = backend.to_stored(factors.labels).numpy()
+    ranks = backend.to_stored(factors.ranks).numpy()
+    return StoredLayer(
+        C=backend.to_stored(factors.C),
+        labels=_smallest(labels),
+        ranks=_smallest(ranks),
+        active=backend.to_stored(factors.active),
+        base=files.fingerprint(base.W),
+        **basis,
+    )
+
+
+def _smallest(integers: np.ndarray[Any, Any]) -> StoredTensor:
+    """Return non-negative integers in the smallest unsigned dtype that holds them."""
+    return StoredTensor.of(integers.astype(np.min_scalar_type(int(integers.max()))))
+
+
+def _require_modules(paths: list[str], modules: Mapping[str, Any]) -> None:
+    missing = [path for path in paths if path not in modules]
+    if missing:
+        raise CheckpointError(
+            f"the model has no layer {', '.join(repr(path) for path in missing[:3])}"
+            f"{f' (and {len(missing) - 3} more)' if len(missing) > 3 else ''}, which the file adapts; "
+            f"{near_matches(missing[:1], modules)}"
+        )
+
+
+def _check_base(path: str, layer: StoredLayer, base: BaseWeight, *, compare: bool) -> None:
+    shape = tuple(base.W.shape)
+    if shape != layer.base.shape:
+        raise CheckpointError(
+            f"{path}: the weight has shape {shape} (inputs, outputs), the file's {layer.base.shape}: "
+            "it was trained on another model"
+        )
+    rows = (layer.M or layer.A or layer.C).shape[-2]
+    if rows > shape[0] and base.b is None:
+        raise CheckpointError(f"{path}: the file adapts the bias too, but the layer has none")
+    if not compare:
+        return
+    difference = layer.base.difference(files.fingerprint(base.W))
+    if not difference <= files.FINGERPRINT_TOLERANCE:
+        raise CheckpointError(
+            f"{path}: the base weight is not the one that the adapter was trained on (its fingerprint "
+            f"differs by {difference:.0%}); load the right base model, or pass check_base=False"
+        )
+
+
+def _saved_arrays(
+    backend: Backend, path: str, tensors: Mapping[str, StoredTensor], present: Mapping[str, Any]
+) -> dict[str, Any]:
+    if tensors.keys() != present.keys():
+        raise CheckpointError(
+            f"{path}: the file holds {', '.join(sorted(tensors)) or 'nothing'}, "
+            f"the model has {', '.join(sorted(present)) or 'nothing'}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != tuple(present[name].shape):
+            raise CheckpointError(
+                f"{join_path(path, name)}: the file has shape {tensor.shape}, the model {tuple(present[name].shape)}"
+            )
+    return {
+        name: backend.from_stored(tensor, like=present[name], dtype=backend.dtype_name(present[name]))
+        for name, tensor in tensors.items()
+    }
+
+
+def _loaded_factors(
+    backend: Backend, layer: StoredLayer, base: BaseWeight, config: AdamssConfig, *, trainable: bool
+) -> Factors:
+    dtype = _factor_dtype(backend, base, config)
+
+    def array(stored: StoredTensor, *, dtype: str | None = None) -> Any:
+        return backend.from_stored(stored, like=base.W, dtype=dtype)
+
+    labels = array(layer.labels, dtype="int64")
+    ranks = array(layer.ranks, dtype="int64")
+    C, active = array(layer.C, dtype=dtype), array(layer.active)
+    if layer.M is None:
+        assert layer.A is not None and layer.B is not None  # `checkpoint.read` has seen to it
+        return Factors(array(layer.A, dtype=dtype), array(layer.B, dtype=dtype), C, labels, ranks, active)
+    M = array(layer.M, dtype="float64" if dtype == "float64" else "float32")
+    U = None
+    if trainable:
+        xp = namespace(base.W)
+        W = base.W if M.shape[0] == base.W.shape[0] else xp.concat([base.W, base.b[None, :]], axis=0)
+        U = core.decompose(W, config.rank, seed=config.seed).U
+    factors = core.factors_from_directions(M, C, labels, ranks, active, U=U)
+    return _cast(backend, factors, dtype)

@@ -1,0 +1,17 @@
+"""The PyTorch backend of `adamss`.
+
+`adamss.attach` and its sister verbs find it by themselves. The layer it adapts stays the user's own
+`torch.nn.Linear`; the adapter is its child module `adamss`, an `Adapter`.
+"""
+
+from adamss.errors import MissingBackendError
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise MissingBackendError("adamss_torch needs PyTorch: pip install 'adamss[torch]'") from error
+
+from adamss_torch.adapter import Adapter
+from adamss_torch.backend import TorchBackend
+
+__all__ = ["Adapter", "TorchBackend"]

@@ -1,0 +1,322 @@
+"""`TorchBackend`: PyTorch's primitives for `adamss`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adamss.backend import Adaptation, Backend, BaseWeight
+from adamss.checkpoint import StoredTensor
+from adamss.config import AdamssConfig
+from adamss.core import Factors, Merged
+from adamss.errors import LayerError, LayerTypeError, StateError
+from adamss_torch.adapter import CHILD, Adapter
+from adamss_torch.functional import make_layout, update
+
+__all__ = ["TorchBackend"]
+
+RECORD = "_adamss_record"
+
+
+@dataclass
+class _Record:
+    """What an adapted model remembers; an attribute of the module that was adapted, copied with it.
+
+    Attributes
+    ----------
+    config
+        The settings.
+    paths
+        Paths of the adapted layers.
+    originals
+        Base values of ``modules_to_save``, by path and name.
+    required_grad
+        Which parameters required gradients before.
+    """
+
+    config: AdamssConfig
+    paths: tuple[str, ...]
+    originals: dict[str, dict[str, Tensor]]
+    required_grad: dict[str, bool]
+
+
+class TorchBackend(Backend):
+    """PyTorch: any `torch.nn.Module` with `torch.nn.Linear` layers, changed in place."""
+
+    name = "torch"
+
+    # ---- arrays -------------------------------------------------------------------------------------
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+        base = F.linear(x, weight.t(), bias)
+        layout = make_layout(factors.labels, factors.ranks, factors.C.shape[0])
+        return update(base, x, factors.A, factors.B.t(), factors.C, factors.active, layout)
+
+    def to_stored(self, array: Tensor) -> StoredTensor:
+        flat = array.detach().cpu().contiguous().view(-1)
+        data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+        return StoredTensor(self.dtype_name(array), tuple(array.shape), data)
+
+    def from_stored(self, stored: StoredTensor, *, like: Tensor, dtype: str | None = None) -> Tensor:
+        kind = getattr(torch, stored.dtype)
+        if stored.data:
+            array = torch.frombuffer(bytearray(stored.data), dtype=kind).view(stored.shape)
+        else:
+            array = torch.empty(stored.shape, dtype=kind)
+        return array.to(device=like.device, dtype=kind if dtype is None else getattr(torch, dtype))
+
+    def dtype_name(self, array: Tensor) -> str:
+        return str(array.dtype).removeprefix("torch.")
+
+    def cast(self, array: Tensor, dtype: str) -> Tensor:
+        return array.to(getattr(torch, dtype))
+
+    def versions(self) -> Mapping[str, str]:
+        return {"torch": torch.__version__}
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+    # ---- models -------------------------------------------------------------------------------------
+
+    def handles(self, model: Any) -> bool:
+        return isinstance(model, nn.Module)
+
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        owner, _ = _owner(model)
+        return {path: module for path, module in owner.named_modules() if not isinstance(module, Adapter)}
+
+    def weight(self, module: nn.Module, path: str) -> BaseWeight:
+        if not isinstance(module, nn.Linear):
+            raise LayerTypeError(
+                f"{path} is a {type(module).__name__}, which has no weight to adapt; targets must name "
+                "torch.nn.Linear layers"
+            )
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise LayerError(
+                f"{path} is the output projection of torch.nn.MultiheadAttention, which reads the weight and never "
+                "calls the layer: an adapter on it would have no effect; leave it out of targets"
+            )
+        if module.weight.is_meta:
+            raise LayerError(f"{path} is on the meta device: its weight has no values; load the weights first")
+        tensors: Mapping[str, Tensor | None] = {"weight": module.weight, "bias": module.bias}
+        adapter = getattr(module, CHILD, None)
+        if adapter is not None and adapter.merged:
+            if adapter.base is None:
+                raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
+            tensors = {**tensors, **adapter.base}
+        W, b = (None if tensor is None else tensor.detach() for tensor in tensors.values())
+        assert W is not None
+        return BaseWeight(W.t(), b)
+
+    def arrays(self, module: nn.Module) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
+
+    def insert(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Factors],
+        *,
+        config: AdamssConfig,
+        saved: Mapping[str, Mapping[str, Tensor] | None],
+    ) -> nn.Module:
+        owner, _ = _owner(model)
+        modules = dict(owner.named_modules())
+        adapters = {path: Adapter(factors, _linear(modules[path]).in_features) for path, factors in layers.items()}
+        originals = {
+            path: {name: tensor.clone() for name, tensor in self.arrays(modules[path]).items()} for path in saved
+        }
+        required_grad = {name: parameter.requires_grad for name, parameter in owner.named_parameters()}
+        # From here on nothing can fail.
+        owner.requires_grad_(False)
+        for path, values in saved.items():
+            _copy_into(self.arrays(modules[path]), values or {})
+            for parameter in modules[path].parameters():
+                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        for path, adapter in adapters.items():
+            adapter.install(modules[path])
+        setattr(owner, RECORD, _Record(config, tuple(layers), originals, required_grad))
+        return model
+
+    def adaptation(self, model: nn.Module) -> Adaptation | None:
+        owner, record = _owner(model)
+        if record is None:
+            return None
+        layers = _adapted_layers(owner, record)
+        adapters = {path: adapter for path, (_, adapter) in layers.items()}
+        return Adaptation(
+            config=record.config,
+            layers={path: adapter.factors() for path, adapter in adapters.items()},
+            shapes={path: (layer.in_features, layer.out_features) for path, (layer, _) in layers.items()},
+            saved=tuple(record.originals),
+            merged=any(adapter.merged for adapter in adapters.values()),
+            base_kept=all(adapter.base is not None or not adapter.merged for adapter in adapters.values()),
+        )
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        owner, record = _owner(model)
+        if record is None:
+            return []
+        trained = [
+            parameter for _, adapter in _adapted_layers(owner, record).values() for parameter in (adapter.B, adapter.C)
+        ]
+        for path in record.originals:
+            trained += [p for p in owner.get_submodule(path).parameters() if p.requires_grad]
+        # A parameter shared by two saved modules is handed out once: an optimiser refuses duplicates.
+        return list({id(parameter): parameter for parameter in trained}.values())
+
+    def remove(self, model: nn.Module) -> nn.Module:
+        self.unfold(model)
+        owner, record = _owner(model)
+        assert record is not None
+        for layer, adapter in _adapted_layers(owner, record).values():
+            adapter.uninstall(layer)
+        for path, values in record.originals.items():
+            _copy_into(self.arrays(owner.get_submodule(path)), values)
+        for name, parameter in owner.named_parameters():
+            if name in record.required_grad:
+                parameter.requires_grad_(record.required_grad[name])
+        delattr(owner, RECORD)
+        return model
+
+    def fold(self, model: nn.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> nn.Module:
+        owner, record = _owner(model)
+        assert record is not None
+        layers = _adapted_layers(owner, record)
+        for path, (layer, _) in layers.items():
+            if "weight" not in layer._parameters:
+                raise LayerError(
+                    f"{path}: its weight is computed by a parametrization and cannot be replaced; "
+                    "remove the parametrization, or leave the adapter unmerged"
+                )
+        counts = _parameter_counts(owner)
+        for path, (layer, adapter) in layers.items():
+            values = {"weight": merged[path].W.t()}
+            if merged[path].b is not None and adapter.A.shape[1] > adapter.d:
+                values["bias"] = merged[path].b
+            base = {}
+            for name, value in values.items():
+                parameter = getattr(layer, name)
+                if counts[id(parameter)] > 1:
+                    # Other modules go on with the base weight: this layer gets a Parameter of its own.
+                    base[name] = parameter
+                    setattr(layer, name, nn.Parameter(value.contiguous(), requires_grad=False))
+                else:
+                    base[name] = parameter.detach().to("cpu", copy=True) if keep_base else value
+                    _copy_into({name: parameter.detach()}, {name: value})
+            adapter.merged = True
+            adapter.base = base if keep_base else None
+        return model
+
+    def unfold(self, model: nn.Module) -> nn.Module:
+        owner, record = _owner(model)
+        assert record is not None
+        for layer, adapter in _adapted_layers(owner, record).values():
+            for name, tensor in (adapter.base or {}).items():
+                if isinstance(tensor, nn.Parameter):
+                    setattr(layer, name, tensor)
+                else:
+                    _copy_into({name: getattr(layer, name).detach()}, {name: tensor})
+            adapter.merged = False
+            adapter.base = None
+        return model
+
+    @contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[nn.Module]:
+        owner, record = _owner(model)
+        assert record is not None
+        adapters = [adapter for _, adapter in _adapted_layers(owner, record).values()]
+        layers = [layer for layer, _ in _adapted_layers(owner, record).values()]
+        before = [adapter.enabled for adapter in adapters]
+
+        def swap() -> None:
+            for path, originals in record.originals.items():
+                _swap_values(self.arrays(owner.get_submodule(path)), originals)
+            for layer, adapter in zip(layers, adapters, strict=True):
+                _swap_base(layer, adapter)
+
+        for adapter in adapters:
+            adapter.enabled = False
+        swap()
+        try:
+            yield model
+        finally:
+            swap()
+            for adapter, enabled in zip(adapters, before, strict=True):
+                adapter.enabled = enabled
+
+
+def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
+    """Return the module that was adapted, and its record; the model itself, unwrapped, and None if none was.
+
+    It may lie within the model (the encoder of a classifier), or be wrapped (DistributedDataParallel,
+    `torch.compile`).
+    """
+    found = [module for module in model.modules() if RECORD in vars(module)]
+    if len(found) > 1:
+        raise StateError(
+            f"{len(found)} parts of the model were adapted one by one; call adamss on each of them, not on the whole"
+        )
+    if found:
+        return found[0], vars(found[0])[RECORD]
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # a compiled module
+            model = inner
+        else:
+            return model, None
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _adapted_layers(owner: nn.Module, record: _Record) -> dict[str, tuple[nn.Linear, Adapter]]:
+    layers = {path: _linear(owner.get_submodule(path)) for path in record.paths}
+    return {path: (layer, getattr(layer, CHILD)) for path, layer in layers.items()}
+
+
+def _parameter_counts(owner: nn.Module) -> Counter[int]:
+    return Counter(id(parameter) for _, parameter in owner.named_parameters(remove_duplicate=False))
+
+
+def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Overwrite tensors in place, so that Parameters stay the objects that an optimiser may hold."""
+    with torch.no_grad():
+        for name, value in values.items():
+            tensors[name].copy_(value)
+
+
+def _swap_values(tensors: Mapping[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Exchange the values of tensors with those kept."""
+    for name, tensor in tensors.items():
+        value = tensor.clone()
+        _copy_into({name: tensor}, {name: kept[name]})
+        kept[name] = value
+
+
+def _swap_base(layer: nn.Linear, adapter: Adapter) -> None:
+    """Exchange merged tensors of a layer with the base ones that its adapter keeps."""
+    for name, kept in (adapter.base or {}).items():
+        present = getattr(layer, name)
+        if isinstance(kept, nn.Parameter):
+            setattr(layer, name, kept)
+            adapter.base[name] = present  # type: ignore[index]
+        else:
+            _swap_values({name: present.detach()}, adapter.base)  # type: ignore[arg-type]

@@ -1,0 +1,166 @@
+"""The update of a linear layer as one autograd function: a few matrix products, whatever K is.
+
+Operands are kept in the orientation in which all three of forward, input gradient and factor gradients
+read them along contiguous rows: ``B: (q, P)``, ``M: (q, d)``, ``E: (q, n)``; each is the transpose of its namesake
+in `adamss.core.factors`, but for E, which is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["Layout", "make_layout", "update"]
+
+
+class Layout(NamedTuple):
+    """Where the entries of B and C stand; a function of labels and ranks alone.
+
+    Attributes
+    ----------
+    rows
+        (r, n) int64: row of E in which ``C[i, j]`` stands; q where it is padding.
+    groups
+        (q,) int64: subspace of each row of M.
+    slots
+        (q,) int64: place ``k * r + i`` of each row of M among K padded groups of r.
+    """
+
+    rows: Tensor
+    groups: Tensor
+    slots: Tensor
+
+
+def make_layout(labels: Tensor, ranks: Tensor, r: int) -> Layout:
+    """Return the layout of C: (r, n) for these labels (n,) and ranks (K,)."""
+    labels, ranks = labels.to(torch.int64), ranks.to(torch.int64)
+    starts = ranks.cumsum(0) - ranks
+    places = torch.arange(r, device=labels.device)[:, None]
+    rows = torch.where(places < ranks[labels], starts[labels] + places, ranks.sum())
+    groups = torch.arange(ranks.numel(), device=labels.device).repeat_interleave(ranks)
+    slots = groups * r + torch.arange(groups.numel(), device=labels.device) - starts[groups]
+    return Layout(rows, groups, slots)
+
+
+def update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, active: Tensor, layout: Layout) -> Tensor:
+    """Return ``base + (x M^T) E`` in the dtype of `base`.
+
+    The base product is an input, not redone: with C = 0 the result equals it to the bit.
+
+    Parameters
+    ----------
+    base
+        Output of the frozen layer, (..., n).
+    x
+        Its input, (..., d).
+    A
+        Frozen basis, (G, d, P), or (G, d + 1, P) where the bias is adapted too.
+    B
+        Trained, (q, P).
+    C
+        Trained, (r, n).
+    active
+        (K,) booleans; the gradients of the other subspaces are zero.
+    layout
+        Of C.
+
+    Returns
+    -------
+    Tensor
+        (..., n), differentiable once in base, x, B and C.
+    """
+    result: Tensor = _Update.apply(base, x, A, B, C, active, *layout)
+    return result
+
+
+class _Update(torch.autograd.Function):
+    """``y = base + z E`` with ``z = x M^T``, and by hand ``dz = dy E^T``, ``dx = dz M``, ``dM = dz^T x``, ``dE = z^T dy``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        active: Tensor,
+        rows: Tensor,
+        groups: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        d, n, q = x.shape[-1], base.shape[-1], B.shape[0]
+        # Autocast would round A B to half precision; it is to be rounded once, as M.
+        with torch.autocast(base.device.type, enabled=False):
+            directions = _directions(A, B, slots, C.shape[0]).to(base.dtype)
+            E = _expand(C, rows, q).to(base.dtype)
+            M = directions[:, :d]
+            x2 = x.reshape(-1, d).to(base.dtype)
+            z = F.linear(x2, M)
+            if directions.shape[1] > d:
+                z = z + directions[:, d]
+            y = torch.addmm(base.reshape(-1, n), z, E)
+        ctx.save_for_backward(x2, z, M, E, A, active, rows, groups, slots)
+        ctx.dtypes = x.dtype, B.dtype, C.dtype
+        ctx.shape = x.shape
+        return y.view(base.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x2, z, M, E, A, active, rows, groups, slots = ctx.saved_tensors
+        _, x_wanted, _, B_wanted, C_wanted, *_ = ctx.needs_input_grad
+        x_dtype, B_dtype, C_dtype = ctx.dtypes
+        dx = dB = dC = None
+        dy2 = dy.reshape(-1, dy.shape[-1])
+        with torch.autocast(dy.device.type, enabled=False):
+            if x_wanted or B_wanted:
+                dz = F.linear(dy2, E)
+            if x_wanted:
+                dx = (dz @ M).to(x_dtype).view(ctx.shape)
+            if B_wanted:
+                dM = dz.t() @ x2
+                if A.shape[1] > M.shape[1]:
+                    dM = torch.cat([dM, dz.sum(0)[:, None]], dim=1)
+                dB = _directions_vjp(dM.to(B_dtype), A, slots, rows.shape[0], active.shape[0])
+                dB = torch.where(active[groups][:, None], dB, 0)
+            if C_wanted:
+                dC = _expand_vjp((z.t() @ dy2).to(C_dtype), rows)
+                # A row of padding belongs to no subspace: its gradient is zero already.
+                dC = torch.where(_column_is_active(active, groups, rows), dC, 0)
+        return dy, dx, None, dB, dC, None, None, None, None
+
+
+def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int) -> Tensor:
+    """``M = B A^T``, (q, d), each row with the basis of its own subspace."""
+    if A.shape[0] == 1:
+        return F.linear(B, A[0])
+    stacked = B.new_zeros(A.shape[0] * r, B.shape[1]).index_copy(0, slots, B).view(A.shape[0], r, -1)
+    return torch.bmm(stacked, A.transpose(1, 2)).flatten(0, 1).index_select(0, slots)
+
+
+def _directions_vjp(dM: Tensor, A: Tensor, slots: Tensor, r: int, K: int) -> Tensor:
+    """``dB = dM A``, (q, P)."""
+    A = A.to(dM.dtype)
+    if A.shape[0] == 1:
+        return dM @ A[0]
+    stacked = dM.new_zeros(K * r, dM.shape[1]).index_copy(0, slots, dM).view(K, r, -1)
+    return torch.bmm(stacked, A).flatten(0, 1).index_select(0, slots)
+
+
+def _expand(C: Tensor, rows: Tensor, q: int) -> Tensor:
+    """``E[rows[i, j], j] = C[i, j]``; the padding of C goes to a row q that is cut off."""
+    return C.new_zeros(q + 1, C.shape[1]).scatter(0, rows, C)[:q]
+
+
+def _expand_vjp(dE: Tensor, rows: Tensor) -> Tensor:
+    return F.pad(dE, (0, 0, 0, 1)).gather(0, rows)
+
+
+def _column_is_active(active: Tensor, groups: Tensor, rows: Tensor) -> Tensor:
+    """(r, n) booleans: whether the subspace in whose row ``C[i, j]`` stands is trained."""
+    return F.pad(active[groups], (0, 1))[rows]
