@@ -63,11 +63,20 @@ class Summary:
     def __str__(self) -> str:
         columns = ["layer", "shape", "K", "R", "q", "trained", "active"]
         table = [
-            [row.path, "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"]
-            + [row.K, row.R, row.q, f"{row.trained:,}", f"{row.active}/{row.K}"]
+            (
+                row.path,
+                "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}",
+                row.K,
+                row.R,
+                row.q,
+                f"{row.trained:,}",
+                f"{row.active}/{row.K}",
+            )
             for row in (*self.rows, self.total)
         ]
-        text: str = tabulate.tabulate(table, columns, colalign=("left", "left", *["right"] * 5), missingval="")
+        text: str = tabulate.tabulate(
+            table, columns, colalign=("left", "left", *["right"] * 5), missingval=""
+        )
         return text + (f"\nmodules_to_save: {self.saved:,} trained parameters" if self.saved else "")
 
 

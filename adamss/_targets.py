@@ -58,12 +58,18 @@ def near_matches(targets: Iterable[str], paths: Iterable[str]) -> str:
     paths = [path for path in paths if path]
     names = dict.fromkeys(part for path in paths for part in (path.rpartition(".")[2], path))
     close = dict.fromkeys(
-        candidate for target in targets for candidate in difflib.get_close_matches(target, names, n=4, cutoff=0.5)
+        candidate
+        for target in targets
+        for candidate in difflib.get_close_matches(target, names, n=4, cutoff=0.5)
     )
     if close:
         return f"near matches: {', '.join(close)}"
-    some = list(dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()))
-    return f"the model has modules called {', '.join(some[:12])}" if some else "the model has no named modules"
+    some = list(
+        dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit())
+    )
+    return (
+        f"the model has modules called {', '.join(some[:12])}" if some else "the model has no named modules"
+    )
 
 
 def _ends_with(path: str, target: str) -> bool:

@@ -341,7 +341,7 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 def _check_version(metadata: Mapping[str, str]) -> None:
     version = metadata.get("format_version")
-    if version not in map(str, READABLE_VERSIONS):
+    if version not in [str(readable) for readable in READABLE_VERSIONS]:
         raise CheckpointError(
             f"it has format version {version!r}; this adamss reads {', '.join(map(str, READABLE_VERSIONS))}: "
             "install a newer adamss"
@@ -356,7 +356,9 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor]) -> 
     layers = {}
     for path, base in bases.items():
         d, n = base["shape"]
-        mark = Fingerprint((int(d), int(n)), float(base["norm"]), tuple(float(p) for p in base["projections"]))
+        mark = Fingerprint(
+            (int(d), int(n)), float(base["norm"]), tuple(float(p) for p in base["projections"])
+        )
         present = {
             name: left.pop(join_path(path, name))
             for name in StoredLayer.TENSORS
@@ -364,7 +366,9 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor]) -> 
         }
         missing = {"C", "labels", "ranks", "active"} - present.keys()
         if missing or ("M" in present) == ("A" in present) or ("A" in present) != ("B" in present):
-            raise CheckpointError(f"layer {path!r} lacks tensors; it has {', '.join(sorted(present)) or 'none'}")
+            raise CheckpointError(
+                f"layer {path!r} lacks tensors; it has {', '.join(sorted(present)) or 'none'}"
+            )
         layer = StoredLayer(base=mark, **present)
         _check_layer(layer, path)
         layers[path] = layer
@@ -379,7 +383,11 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor]) -> 
 def _check_layer(layer: StoredLayer, path: str) -> None:
     for name, tensor in layer.tensors().items():
         kind = {"labels": "uint", "ranks": "uint", "active": "bool"}.get(name, "")
-        fits = tensor.dtype.startswith(kind) if kind else tensor.dtype in ("float64", "float32", "float16", "bfloat16")
+        fits = (
+            tensor.dtype.startswith(kind)
+            if kind
+            else tensor.dtype in ("float64", "float32", "float16", "bfloat16")
+        )
         if not fits:
             raise CheckpointError(f"layer {path!r}: {name} has dtype {tensor.dtype}")
     check_factors(layer.factors(), shape=layer.base.shape, name=f"layer {path!r}")
@@ -411,7 +419,7 @@ def _serialize(tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) ->
 
 def _deserialize(content: bytes) -> dict[str, StoredTensor]:
     try:
-        entries = safetensors.deserialize(content)
+        entries = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"it is truncated or damaged ({error}); take a fresh copy") from error
     tensors = {}

@@ -195,7 +195,9 @@ class AdamssConfig:
             _check_choice(self, "factor_dtype", FACTOR_DTYPES)
         _check_bool(self, "include_bias")
         if self.segmentation == "ksubspaces" and self.segmentation_dimension is None:
-            raise ConfigError("segmentation = 'ksubspaces' needs segmentation_dimension, the subspaces' dimension")
+            raise ConfigError(
+                "segmentation = 'ksubspaces' needs segmentation_dimension, the subspaces' dimension"
+            )
         if self.segmentation_dimension is not None:
             _set_integer(self, "segmentation_dimension", minimum=1)
             if self.segmentation != "ksubspaces":

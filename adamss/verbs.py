@@ -110,9 +110,7 @@ def summary(model: Model) -> Summary:
         If the model has no adapters.
     """
     backend, adaptation = _adapted(model, "summary")
-    rows = [
-        summarise(path, adaptation.shapes[path], factors) for path, factors in adaptation.layers.items()
-    ]
+    rows = [summarise(path, adaptation.shapes[path], factors) for path, factors in adaptation.layers.items()]
     total = SummaryRow(
         path="total",
         shape=None,
@@ -237,7 +235,9 @@ def load(
             for module_path, tensors in stored.saved.items()
         }
         layers = {
-            layer_path: _loaded_factors(backend, layer, weights[layer_path], stored.config, trainable=trainable)
+            layer_path: _loaded_factors(
+                backend, layer, weights[layer_path], stored.config, trainable=trainable
+            )
             for layer_path, layer in stored.layers.items()
         }
     return backend.insert(base_model, layers, config=stored.config, saved=saved)
@@ -412,10 +412,8 @@ def _initial_factors(backend: Backend, path: str, base: BaseWeight, config: Adam
     check_matrix(base.W, name=f"{path}: weight")
     W = base.W
     if config.include_bias and base.b is not None:
-        xp = namespace(W)
-        if not bool(xp.all(xp.isfinite(base.b))):
-            raise ArrayValueError(f"{path}: bias holds NaN or infinity; repair it before adapting it")
-        W = xp.concat([W, xp.astype(base.b, W.dtype)[None, :]], axis=0)
+        W = _with_bias_row(base)
+        check_matrix(W[-1:, :], name=f"{path}: bias")
     decomposition = core.decompose(W, config.rank, seed=config.seed)
     labels = core.segment(
         decomposition,
@@ -428,6 +426,12 @@ def _initial_factors(backend: Backend, path: str, base: BaseWeight, config: Adam
         decomposition, labels, config.subspace_rank, basis=config.basis, initial_B=config.initial_B
     )
     return _cast(backend, factors, _factor_dtype(backend, base, config))
+
+
+def _with_bias_row(base: BaseWeight) -> Any:
+    """Return (d + 1, n): the weight, and the bias as one more input row."""
+    xp = namespace(base.W, base.b)
+    return xp.concat([base.W, xp.astype(xp.reshape(base.b, (1, -1)), base.W.dtype)], axis=0)
 
 
 def _factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig) -> str:
@@ -532,8 +536,7 @@ def _loaded_factors(
     M = array(layer.M, dtype="float64" if dtype == "float64" else "float32")
     U = None
     if trainable:
-        xp = namespace(base.W)
-        W = base.W if M.shape[0] == base.W.shape[0] else xp.concat([base.W, base.b[None, :]], axis=0)
+        W = _with_bias_row(base) if M.shape[0] > base.W.shape[0] else base.W
         U = core.decompose(W, config.rank, seed=config.seed).U
     factors = core.factors_from_directions(M, C, labels, ranks, active, U=U)
     return _cast(backend, factors, dtype)

@@ -138,7 +138,7 @@ class NumpyBackend(Backend):
         for path, factors in layers.items():
             changed[path] = replace(changed[path], factors=factors)
         for path, values in saved.items():
-            changed[path] = replace(changed[path], **(values or {}))
+            changed[path] = replace(changed[path], **dict[str, Any](values or {}))
         return NumpyModel(changed, config, tuple(saved), model.layers)
 
     def adaptation(self, model: NumpyModel) -> Adaptation | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from adamss.core._array import Array, device, namespace
-from adamss.core.factors import Factors, _own_columns, _column_index, expand
+from adamss.core.factors import Factors, _column_index, expand
 from adamss.errors import ConfigError
 
 __all__ = ["generalisation_bound", "spectral_norms"]

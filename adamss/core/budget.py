@@ -93,7 +93,8 @@ def budget_at(step: int, config: Schedule, total: int | None = None) -> int:
     left, span = config.end_step - step, config.end_step - config.start_step
     if float(config.power).is_integer():
         p = int(config.power)
-        return config.target + (start - config.target) * left**p // span**p
+        reduction: int = (start - config.target) * left**p // span**p
+        return config.target + reduction
     return math.floor(config.target + (start - config.target) * (left / span) ** config.power)
 
 

@@ -8,7 +8,14 @@ from adamss.core._array import namespace, one_hot
 from adamss.core.factors import Factors, basis_ranks
 from adamss.errors import ConfigError
 
-__all__ = ["count_factors", "count_full", "count_lora", "count_trainable", "count_trainable_bound", "subspace_costs"]
+__all__ = [
+    "count_factors",
+    "count_full",
+    "count_lora",
+    "count_trainable",
+    "count_trainable_bound",
+    "subspace_costs",
+]
 
 
 def subspace_costs(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iterable[int]) -> list[int]:

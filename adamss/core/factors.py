@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from adamss.core._array import Array, as_working_precision, device, namespace, one_hot
-from adamss.core.decomposition import Decomposition
-from adamss.errors import ArrayValueError, ConfigError, ConfigTypeError
+from adamss.core.decomposition import Decomposition, check_count
+from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = [
     "BASES",
@@ -138,7 +138,7 @@ def initial_factors(
 
     Raises
     ------
-    ConfigError, ConfigTypeError
+    ConfigError
         If an option is unknown, or subspace_rank is not a positive integer.
     ArrayValueError
         If the labels do not fit the decomposition, or a subspace has no column.
@@ -162,10 +162,7 @@ def initial_factors(
         raise ConfigError(f"basis must be one of {', '.join(BASES)}; found {basis!r}")
     if initial_B not in INITIAL_B:
         raise ConfigError(f"initial_B must be one of {', '.join(INITIAL_B)}; found {initial_B!r}")
-    if isinstance(subspace_rank, bool) or not isinstance(subspace_rank, int | np.integer):
-        raise ConfigTypeError(f"subspace_rank must be an integer, found {subspace_rank!r}")
-    if subspace_rank < 1:
-        raise ConfigError(f"subspace_rank must be at least 1, found {subspace_rank}")
+    subspace_rank = check_count(subspace_rank, name="subspace_rank", remedy="train 1 or more ranks")
     n = decomposition.V.shape[0]
     if tuple(labels.shape) != (n,):
         raise ArrayValueError(f"labels must have shape ({n},), one per column, found {tuple(labels.shape)}")
@@ -175,26 +172,26 @@ def initial_factors(
     members = one_hot(labels, subspaces, dtype=decomposition.V.dtype)
     sizes = [int(size) for size in xp.sum(members, axis=0)]
     if int(xp.min(labels)) < 0 or min(sizes) < 1:
-        raise ArrayValueError(f"labels must use every number 0 .. {subspaces - 1}; subspace sizes are {sizes}")
+        raise ArrayValueError(
+            f"labels must use every number 0 .. {subspaces - 1}; subspace sizes are {sizes}"
+        )
 
     R = decomposition.S.shape[0]
     limits = [R if basis == "shared" else min(R, size) for size in sizes]
-    ranks = [
-        min(int(subspace_rank), size, limit) for size, limit in zip(sizes, limits, strict=True)
-    ]
+    ranks = [min(subspace_rank, size, limit) for size, limit in zip(sizes, limits, strict=True)]
     r = max(ranks)
     leading = _leading_directions(decomposition.V, members, r)
-    principal = _principal_columns(decomposition.V, members, leading)
-    images = decomposition.S[:, None] * (xp.matrix_transpose(decomposition.V) @ principal)  # (K, R, r)
-
-    if basis == "shared":
-        A = decomposition.U[None, :, :]
-        # orth(V_k^T Q_k) is `leading` itself, which stays orthonormal where V_k^T Q_k has zero columns.
-        stacked = images if initial_B == "weighted" else leading
-    else:
+    # orth(V_k^T Q_k) is `leading` itself, which stays orthonormal where V_k^T Q_k has zero columns.
+    A, stacked = decomposition.U[None, :, :], leading
+    plain = basis == "shared" and initial_B == "orthonormal"
+    if not plain or reconstruct:
+        principal = _principal_columns(decomposition.V, members, leading)
+    if not plain:
+        stacked = decomposition.S[:, None] * (xp.matrix_transpose(decomposition.V) @ principal)
+    if basis == "per_subspace":
         coordinates = _column_spaces(decomposition, labels, sizes, max(limits))  # (K, R, P)
         A = decomposition.U @ coordinates
-        stacked = xp.matrix_transpose(coordinates) @ images
+        stacked = xp.matrix_transpose(coordinates) @ stacked
         if initial_B == "orthonormal":
             stacked = xp.linalg.qr(stacked, mode="reduced")[0]
     P = stacked.shape[1]
@@ -328,7 +325,9 @@ def basis_ranks(factors: Factors) -> Array:
     groups, _, P = factors.A.shape
     if groups == 1:
         return xp.full(factors.ranks.shape, P, dtype=factors.ranks.dtype, device=device(factors.ranks))
-    sizes = xp.sum(one_hot(factors.labels, groups, dtype=factors.ranks.dtype), axis=0, dtype=factors.ranks.dtype)
+    sizes = xp.sum(
+        one_hot(factors.labels, groups, dtype=factors.ranks.dtype), axis=0, dtype=factors.ranks.dtype
+    )
     return xp.minimum(sizes, xp.full_like(sizes, P))
 
 
@@ -458,9 +457,10 @@ def linear(x: Array, W: Array, b: Array | None, factors: Factors) -> Array:
     """
     xp = namespace(x, W)
     base = x @ W if b is None else x @ W + b
-    M = xp.astype(contract(factors), base.dtype)
-    E = xp.astype(expand(factors), base.dtype)
-    return base + _directions(xp.astype(x, base.dtype), M) @ E
+    # Half-precision inputs can overflow in x M, and infinity times C = 0 would be NaN.
+    wide = as_working_precision(base).dtype
+    M, E = xp.astype(contract(factors), wide), xp.astype(expand(factors), wide)
+    return base + xp.astype(_directions(xp.astype(x, wide), M) @ E, base.dtype)
 
 
 def _directions(x: Array, M: Array) -> Array:
@@ -546,9 +546,7 @@ def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
     merged_b = b
     if update.shape[0] > d and b is not None:
         merged_b = xp.astype(as_working_precision(b) + update[d, :], b.dtype)
-    if not bool(xp.all(xp.isfinite(merged))) or not bool(
-        merged_b is None or xp.all(xp.isfinite(merged_b))
-    ):
+    if not bool(xp.all(xp.isfinite(merged))) or not bool(merged_b is None or xp.all(xp.isfinite(merged_b))):
         raise ArrayValueError("the update holds NaN or infinity, or overflows the weight's dtype: not merged")
     size = xp.linalg.vector_norm(update[:d, :])
     error = xp.linalg.vector_norm(xp.astype(merged, exact.dtype) - exact)
@@ -583,7 +581,9 @@ def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, nam
         expect(array.ndim == axes, f"an array of {axes} axes is needed", tuple(array.shape))
     xp = namespace(labels)
     K, n = ranks.shape[0], labels.shape[0]
-    expect(min(K, n, *A.shape, *B.shape, *C.shape) > 0, "no axis may be empty", [tuple(a.shape) for a in factors])
+    expect(
+        min(K, n, *A.shape, *B.shape, *C.shape) > 0, "no axis may be empty", [tuple(a.shape) for a in factors]
+    )
     expect(A.shape[0] in (1, K), f"A must hold 1 or K = {K} bases", A.shape[0])
     expect(B.shape[0] == A.shape[2], f"B must have P = {A.shape[2]} rows", B.shape[0])
     expect(C.shape[1] == n, f"C must have n = {n} columns", C.shape[1])

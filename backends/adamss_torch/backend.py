@@ -112,7 +112,9 @@ class TorchBackend(Backend):
                 "calls the layer: an adapter on it would have no effect; leave it out of targets"
             )
         if module.weight.is_meta:
-            raise LayerError(f"{path} is on the meta device: its weight has no values; load the weights first")
+            raise LayerError(
+                f"{path} is on the meta device: its weight has no values; load the weights first"
+            )
         tensors: Mapping[str, Tensor | None] = {"weight": module.weight, "bias": module.bias}
         adapter = getattr(module, CHILD, None)
         if adapter is not None and adapter.merged:
@@ -136,9 +138,12 @@ class TorchBackend(Backend):
     ) -> nn.Module:
         owner, _ = _owner(model)
         modules = dict(owner.named_modules())
-        adapters = {path: Adapter(factors, _linear(modules[path]).in_features) for path, factors in layers.items()}
+        adapters = {
+            path: Adapter(factors, _linear(modules[path]).in_features) for path, factors in layers.items()
+        }
         originals = {
-            path: {name: tensor.clone() for name, tensor in self.arrays(modules[path]).items()} for path in saved
+            path: {name: tensor.clone() for name, tensor in self.arrays(modules[path]).items()}
+            for path in saved
         }
         required_grad = {name: parameter.requires_grad for name, parameter in owner.named_parameters()}
         # From here on nothing can fail.
@@ -172,7 +177,9 @@ class TorchBackend(Backend):
         if record is None:
             return []
         trained = [
-            parameter for _, adapter in _adapted_layers(owner, record).values() for parameter in (adapter.B, adapter.C)
+            parameter
+            for _, adapter in _adapted_layers(owner, record).values()
+            for parameter in (adapter.B, adapter.C)
         ]
         for path in record.originals:
             trained += [p for p in owner.get_submodule(path).parameters() if p.requires_grad]

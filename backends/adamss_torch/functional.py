@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["Layout", "make_layout", "update"]
 
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
 
 class Layout(NamedTuple):
     """Where the entries of B and C stand; a function of labels and ranks alone.
@@ -46,7 +48,9 @@ def make_layout(labels: Tensor, ranks: Tensor, r: int) -> Layout:
     return Layout(rows, groups, slots)
 
 
-def update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, active: Tensor, layout: Layout) -> Tensor:
+def update(
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, active: Tensor, layout: Layout
+) -> Tensor:
     """Return ``base + (x M^T) E`` in the dtype of `base`.
 
     The base product is an input, not redone: with C = 0 the result equals it to the bit.
@@ -73,12 +77,12 @@ def update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, active: Ten
     Tensor
         (..., n), differentiable once in base, x, B and C.
     """
-    result: Tensor = _Update.apply(base, x, A, B, C, active, *layout)
+    result: Tensor = _Update.apply(base, x, A, B, C, active, *layout)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Update(torch.autograd.Function):
-    """``y = base + z E`` with ``z = x M^T``, and by hand ``dz = dy E^T``, ``dx = dz M``, ``dM = dz^T x``, ``dE = z^T dy``."""
+    """``y = base + z E``, ``z = x M^T``; by hand ``dz = dy E^T``, ``dx = dz M``, ``dM = dz^T x``, ``dE = z^T dy``."""
 
     @staticmethod
     def forward(
@@ -103,6 +107,9 @@ class _Update(torch.autograd.Function):
             z = F.linear(x2, M)
             if directions.shape[1] > d:
                 z = z + directions[:, d]
+            if z.dtype == torch.float16:
+                # Inputs near the largest number overflow in z, and infinity times C = 0 would be NaN.
+                z = z.clamp(-FLOAT16_MAX, FLOAT16_MAX)
             y = torch.addmm(base.reshape(-1, n), z, E)
         ctx.save_for_backward(x2, z, M, E, A, active, rows, groups, slots)
         ctx.dtypes = x.dtype, B.dtype, C.dtype
@@ -111,7 +118,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x2, z, M, E, A, active, rows, groups, slots = ctx.saved_tensors
         _, x_wanted, _, B_wanted, C_wanted, *_ = ctx.needs_input_grad
         x_dtype, B_dtype, C_dtype = ctx.dtypes

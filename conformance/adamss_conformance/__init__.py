@@ -1,7 +1,7 @@
 """Place of the conformance suite of `adamss`, which this version does not have yet.
 
-The laws that it will hold every backend to are stated in the docstrings of `adamss.backend.Backend`.
-Asking for the suite raises an error that says so.
+There is its table of tolerances, `adamss_conformance.tolerances`. The laws that it will hold every backend
+to are stated in the docstrings of `adamss.backend.Backend`. Asking for the suite raises an error that says so.
 """
 
 from typing import NoReturn

