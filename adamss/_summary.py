@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tabulate
 
 from adamss.core import Factors, basis_ranks, count_factors
 
-__all__ = ["Summary", "SummaryRow", "summarise"]
+__all__ = ["Summary", "SummaryRow", "summarise", "total"]
 
 
 @dataclass(frozen=True)
@@ -100,4 +101,23 @@ def summarise(path: str, shape: tuple[int, int], factors: Factors) -> SummaryRow
         q=factors.B.shape[1],
         trained=count_factors(factors),
         active=sum(bool(active) for active in factors.active),
+    )
+
+
+def total(rows: Sequence[SummaryRow]) -> SummaryRow:
+    """Return the sum of rows.
+
+    Parameters
+    ----------
+    rows
+        One per layer.
+    """
+    return SummaryRow(
+        path="total",
+        shape=None,
+        K=sum(row.K for row in rows),
+        R=None,
+        q=sum(row.q for row in rows),
+        trained=sum(row.trained for row in rows),
+        active=sum(row.active for row in rows),
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from adamss import checkpoint as files
 from adamss import core
-from adamss._summary import Summary, SummaryRow, summarise
+from adamss._summary import Summary, summarise, total
 from adamss._targets import match, near_matches
 from adamss.backend.interface import Adaptation, Backend, BaseWeight, Model
 from adamss.backend.registry import backend_for
@@ -82,8 +82,10 @@ def attach(model: Model, config: AdamssConfig) -> Model:
     backend = backend_for(model)
     _require_base(backend, model, "attach")
     modules = backend.modules(model)
-    paths = match(config.targets, modules, name="targets")
-    saved = match(config.modules_to_save, modules, name="modules_to_save") if config.modules_to_save else []
+    paths = _once(match(config.targets, modules, name="targets"), modules)
+    saved = []
+    if config.modules_to_save:
+        saved = _once(match(config.modules_to_save, modules, name="modules_to_save"), modules)
     _require_disjoint(paths, saved)
     weights = {path: backend.weight(modules[path], path) for path in paths}
     with backend.exact():
@@ -111,18 +113,9 @@ def summary(model: Model) -> Summary:
     """
     backend, adaptation = _adapted(model, "summary")
     rows = [summarise(path, adaptation.shapes[path], factors) for path, factors in adaptation.layers.items()]
-    total = SummaryRow(
-        path="total",
-        shape=None,
-        K=sum(row.K for row in rows),
-        R=None,
-        q=sum(row.q for row in rows),
-        trained=sum(row.trained for row in rows),
-        active=sum(row.active for row in rows),
-    )
     modules = backend.modules(model)
     saved = (array for path in adaptation.saved for array in backend.arrays(modules[path]).values())
-    return Summary(tuple(rows), total, sum(int(np.prod(array.shape)) for array in saved))
+    return Summary(tuple(rows), total(rows), sum(int(np.prod(array.shape)) for array in saved))
 
 
 def trainable_parameters(model: Model) -> Any:
@@ -406,6 +399,14 @@ def _require_disjoint(targets: list[str], saved: list[str]) -> None:
 
 
 # ---- attaching -------------------------------------------------------------------------------------
+
+
+def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:
+    """Return the first path of each module that the paths name: one that appears twice is adapted once."""
+    first: dict[int, str] = {}
+    for path, module in modules.items():
+        first.setdefault(id(module), path)
+    return list(dict.fromkeys(first[id(modules[path])] for path in paths))
 
 
 def _initial_factors(backend: Backend, path: str, base: BaseWeight, config: AdamssConfig) -> Factors:

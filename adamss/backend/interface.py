@@ -149,7 +149,10 @@ class Backend(ABC):
 
     @abstractmethod
     def modules(self, model: Model) -> dict[str, Module]:
-        """Return every module once, by its path as ``targets`` spell it; adapters are not among them."""
+        """Return the modules by their paths, as ``targets`` spell them, in the order of the model.
+
+        A module that appears in several places has several paths. Adapters are not among them.
+        """
 
     @abstractmethod
     def weight(self, module: Module, path: str) -> BaseWeight:

@@ -95,7 +95,7 @@ def budget_at(step: int, config: Schedule, total: int | None = None) -> int:
         p = int(config.power)
         reduction: int = (start - config.target) * left**p // span**p
         return config.target + reduction
-    return math.floor(config.target + (start - config.target) * (left / span) ** config.power)
+    return math.floor(config.target + (start - config.target) * math.pow(left / span, config.power))
 
 
 def allocates_at(step: int, config: Schedule) -> bool:

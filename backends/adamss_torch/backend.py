@@ -98,7 +98,8 @@ class TorchBackend(Backend):
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
         owner, _ = _owner(model)
-        return {path: module for path, module in owner.named_modules() if not isinstance(module, Adapter)}
+        every = owner.named_modules(remove_duplicate=False)
+        return {path: module for path, module in every if not isinstance(module, Adapter)}
 
     def weight(self, module: nn.Module, path: str) -> BaseWeight:
         if not isinstance(module, nn.Linear):

@@ -1,0 +1,194 @@
+"""The registry, laziness of imports, and the NumPy reference as a model."""
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+
+import adamss
+from adamss import core
+from adamss.backend import (
+    Backend,
+    NumpyBackend,
+    NumpyLinear,
+    NumpyModel,
+    available_backends,
+    backend_for,
+    get_backend,
+    register_backend,
+    registry,
+)
+from adamss.errors import (
+    ArrayTypeError,
+    BackendError,
+    LayerTypeError,
+    MissingBackendError,
+    StateError,
+    TargetError,
+)
+
+
+def model(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    names = ("encoder.query", "encoder.value", "head")
+    return NumpyModel(
+        {name: NumpyLinear(rng.standard_normal((6, 8)).astype(dtype), np.ones(8, dtype)) for name in names}
+    )
+
+
+CONFIG = adamss.AdamssConfig(targets=["query", "value"], rank=4, subspaces=3, modules_to_save=["head"])
+
+
+@pytest.mark.parametrize(
+    "module", ["adamss", "adamss.core", "adamss.backend", "adamss.checkpoint", "adamss.cli"]
+)
+def test_importing_imports_no_framework(module):
+    code = (
+        f"import sys, {module}; "
+        "found = {'torch', 'jax', 'flax', 'equinox', 'optax', 'transformers', 'peft', 'cupy'} & set(sys.modules); "
+        "assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_using_numpy_imports_no_framework():
+    code = (
+        "import sys, numpy as np, adamss\n"
+        "from adamss.backend import NumpyLinear, NumpyModel\n"
+        "m = adamss.attach(NumpyModel({'q': NumpyLinear(np.eye(4))}), adamss.AdamssConfig(targets=['q']))\n"
+        "assert m['q'](np.ones(4)).tolist() == [1, 1, 1, 1]\n"
+        "assert not {'torch', 'jax'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class TestRegistry:
+    @pytest.fixture(autouse=True)
+    def fresh(self, monkeypatch):
+        monkeypatch.setattr(registry, "_registered", {})
+        monkeypatch.setattr(registry, "_instances", {})
+
+    def test_names(self):
+        assert {"jax", "numpy", "torch"} <= set(available_backends())
+
+    def test_one_instance(self):
+        assert get_backend("numpy") is get_backend("numpy")
+        assert isinstance(backend_for(model()), NumpyBackend)
+
+    def test_unknown_name(self):
+        with pytest.raises(BackendError, match=r"no backend is called 'mlx'; there are .*numpy"):
+            get_backend("mlx")
+
+    def test_unknown_model(self):
+        with pytest.raises(BackendError, match=r"models of type builtins\.list") as caught:
+            adamss.summary([])
+        assert isinstance(caught.value, TypeError)
+
+    def test_missing_framework_names_the_extra(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch", None)
+        monkeypatch.delitem(sys.modules, "adamss_torch", raising=False)
+        with pytest.raises(MissingBackendError, match=r"pip install 'adamss\[torch\]'") as caught:
+            get_backend("torch")
+        assert isinstance(caught.value, ImportError)
+
+    @pytest.mark.parametrize("name", ["adamss_jax.JaxBackend", "adamss_conformance.BackendSuite"])
+    def test_what_this_version_lacks_says_so(self, name):
+        package, attribute = name.split(".")
+        with pytest.raises(MissingBackendError, match=rf"{name}: this version of adamss has no"):
+            getattr(__import__(package), attribute)
+
+    def test_jax_backend_is_refused_by_name(self):
+        with pytest.raises(MissingBackendError, match="this version of adamss has no JAX backend"):
+            get_backend("jax")
+
+    def test_a_third_party_registers_a_class(self):
+        @register_backend
+        class Mine(NumpyBackend):
+            name = "mine"
+
+            def handles(self, model):
+                return model == "mine"
+
+            def adaptation(self, model):
+                return None
+
+        assert "mine" in available_backends()
+        assert isinstance(backend_for("mine"), Mine)
+        with pytest.raises(StateError, match="no adapters"):
+            adamss.summary("mine")
+
+    def test_a_third_party_registers_an_entry_point(self, monkeypatch):
+        point = EntryPoint("third", "adamss.backend:NumpyBackend", "adamss.backends")
+        monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+        assert "third" in available_backends()
+        assert isinstance(get_backend("third"), NumpyBackend)
+
+    def test_an_incomplete_backend_is_refused(self):
+        class Half(Backend):
+            name = "half"
+
+        with pytest.raises(BackendError, match=r"it lacks adaptation, arrays, .*weight"):
+            register_backend(Half)
+        with pytest.raises(BackendError, match="concrete subclass"):
+            register_backend(dict)
+
+
+class TestNumpyModel:
+    def test_every_verb(self):
+        base, x = model(), np.random.default_rng(1).standard_normal((3, 6))
+        expected = {path: base[path](x) for path in base.layers}
+        adapted = adamss.attach(base, CONFIG)
+        assert base.config is None
+        assert all(np.array_equal(adapted[path](x), expected[path]) for path in expected)
+        assert adamss.summary(adapted).total.trained == 2 * (8 + 3 * 4)
+        assert adamss.summary(adapted).saved == 6 * 8 + 8
+        parameters = adamss.trainable_parameters(adapted)
+        assert set(parameters) == {"encoder.query", "encoder.value", "head"}
+        for path in CONFIG.targets:
+            parameters[f"encoder.{path}"]["C"][...] = 0.5
+        y = adapted["encoder.query"](x)
+        assert not np.allclose(y, expected["encoder.query"])
+        merged = adamss.merge(adapted)
+        np.testing.assert_allclose(merged["encoder.query"](x), y, atol=1e-12)
+        for same in (adamss.unmerge(merged), adapted):
+            assert np.array_equal(same["encoder.query"](x), y)
+        for back in (adamss.detach(merged), adamss.detach(adapted)):
+            assert all(np.array_equal(back[path](x), expected[path]) for path in expected)
+        with adamss.disabled(adapted) as plain:
+            assert np.array_equal(plain["encoder.query"](x), expected["encoder.query"])
+        dropped = adamss.merge(adapted, keep_base=False)
+        np.testing.assert_allclose(dropped["encoder.query"](x), y, atol=1e-12)
+        with pytest.raises(StateError, match="keep_base=False"):
+            adamss.detach(dropped)
+
+    def test_half_precision_gets_float32_factors(self):
+        layer = adamss.attach(model(np.float16), CONFIG)["encoder.query"]
+        assert {array.dtype for array in layer.factors[:3]} == {np.dtype(np.float32)}
+        assert layer(np.ones((2, 6), np.float16)).dtype == np.float16
+
+    def test_bad_layers(self):
+        with pytest.raises(ArrayTypeError, match="q: W must be a NumPy array, found list"):
+            adamss.attach(NumpyModel({"q": NumpyLinear([[1.0]])}), adamss.AdamssConfig(targets=["q"]))
+        with pytest.raises(LayerTypeError, match="q: expected a NumpyLinear, found str"):
+            adamss.attach(NumpyModel({"q": "layer"}), adamss.AdamssConfig(targets=["q"]))
+        with pytest.raises(TargetError, match="near matches: .*query"):
+            adamss.attach(model(), adamss.AdamssConfig(targets=["querry"]))
+
+    def test_summary_prints_a_table(self):
+        text = str(adamss.summary(adamss.attach(model(), CONFIG)))
+        lines = text.splitlines()
+        assert lines[0].split() == ["layer", "shape", "K", "R", "q", "trained", "active"]
+        assert lines[2].split() == ["encoder.query", "6", "x", "8", "3", "4", "3", "20", "3/3"]
+        assert lines[4].split() == ["total", "6", "6", "40", "6/6"]
+        assert lines[5] == "modules_to_save: 56 trained parameters"
+
+
+def test_the_reference_computes_what_core_does():
+    layer = adamss.attach(model(), CONFIG)["encoder.query"]
+    x = np.random.default_rng(1).standard_normal((3, 6))
+    reference = NumpyBackend().linear(x, layer.W, layer.b, layer.factors)
+    assert np.array_equal(reference, core.linear(x, layer.W, layer.b, layer.factors))

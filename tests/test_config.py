@@ -1,0 +1,101 @@
+"""Configs complain when made, and travel through JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from adamss import AdamssConfig, BudgetConfig
+from adamss.errors import AdamssError, ConfigError, ConfigTypeError
+
+BUDGET = {"target": 10, "end_step": 100}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "match"),
+    [
+        ({"rank": 0}, ConfigError, "rank must be at least 1, found 0"),
+        ({"subspaces": -1}, ConfigError, "subspaces must be at least 1"),
+        ({"subspace_rank": 0}, ConfigError, "subspace_rank must be at least 1"),
+        ({"rank": 1.5}, ConfigTypeError, "rank must be an integer, found 1.5"),
+        ({"rank": True}, ConfigTypeError, "rank must be an integer, found True"),
+        ({"seed": -1}, ConfigError, "seed must be at least 0"),
+        ({"targets": []}, ConfigError, "targets is empty"),
+        ({"targets": ""}, ConfigError, "targets is an empty pattern"),
+        ({"targets": "("}, ConfigError, "targets is not a regular expression"),
+        ({"targets": [1]}, ConfigTypeError, "targets must hold strings, found 1"),
+        ({"targets": [""]}, ConfigError, "targets holds an empty name"),
+        ({"targets": None}, ConfigTypeError, "targets must be a list of names, found None"),
+        ({"modules_to_save": "head"}, ConfigTypeError, r"modules_to_save must be a list.*write \['head'\]"),
+        ({"segmentation": "k-means"}, ConfigError, "segmentation must be one of kmeans, .*'k-means'"),
+        ({"basis": "own"}, ConfigError, "basis must be one of shared, per_subspace; found 'own'"),
+        ({"initial_B": "zero"}, ConfigError, "initial_B must be one of"),
+        ({"factor_dtype": "int8"}, ConfigError, "factor_dtype must be one of"),
+        ({"include_bias": 1}, ConfigTypeError, "include_bias must be True or False, found 1"),
+        ({"segmentation": "ksubspaces"}, ConfigError, "needs segmentation_dimension"),
+        (
+            {"segmentation_dimension": 3},
+            ConfigError,
+            "segmentation_dimension is for segmentation = 'ksubspaces'",
+        ),
+        ({"budget": {"target": 3}}, ConfigTypeError, "budget must be an adamss.BudgetConfig"),
+    ],
+)
+def test_bad_adamss_config(changes, kind, match):
+    with pytest.raises(kind, match=match) as caught:
+        AdamssConfig(**({"targets": ["query"]} | changes))
+    assert isinstance(caught.value, AdamssError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "match"),
+    [
+        ({"target": 0}, ConfigError, "target must be at least 1"),
+        ({"end_step": 5, "start_step": 5}, ConfigError, "end_step must come after start_step = 5, found 5"),
+        ({"interval": 0}, ConfigError, "interval must be at least 1"),
+        ({"start_step": -1}, ConfigError, "start_step must be at least 0"),
+        ({"unit": "layers"}, ConfigError, "unit must be one of subspaces, parameters; found 'layers'"),
+        ({"window": "never"}, ConfigError, "window must be one of"),
+        ({"revive": "no"}, ConfigTypeError, "revive must be True or False"),
+        ({"power": 0.0}, ConfigError, "power must be positive"),
+        ({"power": "3"}, ConfigTypeError, "power must be a number"),
+        ({"sensitivity_decay": 1.0}, ConfigError, r"sensitivity_decay must lie in \[0.0, 1.0\)"),
+        ({"uncertainty_decay": float("nan")}, ConfigError, "uncertainty_decay must lie in"),
+        ({"initial": 9}, ConfigError, "target = 10 is more than initial = 9"),
+    ],
+)
+def test_bad_budget_config(changes, kind, match):
+    with pytest.raises(kind, match=match):
+        BudgetConfig(**(BUDGET | changes))
+
+
+def test_is_frozen_and_keyword_only():
+    config = AdamssConfig(targets=("query", "value"), budget=BudgetConfig(**BUDGET))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 3
+    with pytest.raises(TypeError):
+        AdamssConfig(["query"])
+    assert config == AdamssConfig(targets=["query", "value"], budget=BudgetConfig(**BUDGET))
+    assert len({config, AdamssConfig(targets=["query", "value"], budget=BudgetConfig(**BUDGET))}) == 1
+
+
+@pytest.mark.parametrize("targets", ["a.*b", ["query", "value"]])
+@pytest.mark.parametrize("budget", [None, BudgetConfig(**BUDGET, unit="parameters", revive=True)])
+def test_travels_through_json(targets, budget):
+    config = AdamssConfig(
+        targets=targets, modules_to_save=["head"], basis="per_subspace", seed=3, budget=budget
+    )
+    assert AdamssConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"targets": ["a"], "rnk": 3}, "AdamssConfig has no setting rnk"),
+        ({"rank": 3}, "AdamssConfig needs targets"),
+        ({"targets": ["a"], "budget": {"target": 3}}, "BudgetConfig needs end_step"),
+    ],
+)
+def test_from_dict_names_what_is_wrong(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        AdamssConfig.from_dict(settings)

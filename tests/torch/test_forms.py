@@ -1,0 +1,251 @@
+"""The forms in which real models use a linear layer."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import adamss
+from adamss_conformance.tolerances import assert_agrees
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    found = [parameter.grad.clone() for parameter in adamss.trainable_parameters(model)]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(net, config, inputs, train, reentrant):
+    model = train(adamss.attach(net(), config()))
+    x = inputs(4, 16).requires_grad_()
+    expected = gradients(model, model(x).square().sum())
+
+    def checkpointed(x):
+        for layer in model.layers:
+            x = x + checkpoint(layer, x, use_reentrant=reentrant)
+        return model.classifier(x)
+
+    actual = gradients(model, checkpointed(x).square().sum())
+    for ours, reference in zip(actual, expected, strict=True):
+        assert_agrees(ours, reference, dtype="float32", what="gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_like_the_base_and_keeps_float32_gradients(net, config, inputs, train, dtype):
+    model, x = train(adamss.attach(net(), config())), inputs(4, 16)
+    exact = model(x)
+    expected = gradients(model, exact.square().sum())
+    with torch.autocast("cpu", dtype=dtype):
+        y = model(x)
+        loss = y.float().square().sum()
+    assert y.dtype == dtype
+    name = str(dtype).removeprefix("torch.")
+    assert_agrees(y.detach().float(), exact.detach(), dtype=name, what="outputs")
+    for actual, reference in zip(gradients(model, loss), expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert_agrees(actual, reference, dtype=name, what="gradient", scale=4 * float(reference.abs().max()))
+
+
+def test_start_under_autocast_equals_the_base(net, config, inputs):
+    model, x = net(), inputs(4, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(x)
+        assert torch.equal(adamss.attach(model, config())(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base_trains_float32_factors(net, config, train, dtype):
+    model = train(adamss.attach(net(dtype=dtype), config()))
+    assert {p.dtype for p in adamss.trainable_parameters(model)} == {torch.float32}
+    assert model(torch.ones(2, 16, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])
+def test_factor_dtype_is_the_users_choice(net, config, inputs, name):
+    model = adamss.attach(net(), config(factor_dtype=name))
+    assert {str(p.dtype) for p in adamss.trainable_parameters(model)} == {f"torch.{name}"}
+    model(inputs(2, 16)).sum().backward()
+    assert {str(p.grad.dtype) for p in adamss.trainable_parameters(model)} == {f"torch.{name}"}
+
+
+def test_keyword_input_and_double_use_of_a_layer(config, inputs):
+    layer = adamss.attach(nn.Sequential(nn.Linear(8, 8)), config(targets=["0"]))[0]
+    layer.adamss.C.data.fill_(0.3)
+    x = inputs(3, 8)
+    assert torch.equal(layer(input=x), layer(x))
+    merged = layer.weight + adamss.core.delta(layer.adamss.factors()).T
+    twice = layer(layer(x))
+    expected = nn.functional.linear(nn.functional.linear(x, merged, layer.bias), merged, layer.bias)
+    assert_agrees(twice.detach(), expected.detach(), dtype="float32", what="outputs")
+    leaves = [layer.adamss.B, layer.adamss.C]
+    actual = torch.autograd.grad(twice.sum(), leaves)
+    # Each use contributes: the gradient of both is the sum of those of either.
+    (inner, outer) = layer(x), layer(layer(x).detach())
+    upstream = torch.ones_like(twice) @ merged
+    first = torch.autograd.grad(inner, leaves, upstream.detach())
+    second = torch.autograd.grad(outer.sum(), leaves)
+    for whole, a, b in zip(actual, first, second, strict=True):
+        assert_agrees(whole, a + b, dtype="float32", what="gradient")
+
+
+def test_transposed_and_strided_inputs(config, inputs):
+    model = adamss.attach(nn.Sequential(nn.Linear(8, 5)), config(targets=["0"]))
+    model[0].adamss.C.data.fill_(0.3)
+    x = inputs(8, 6, 3).permute(2, 1, 0)
+    assert not x.is_contiguous()
+    assert_agrees(model(x).detach(), model(x.contiguous()).detach(), dtype="float32", what="outputs")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fused_transformer_paths_do_not_bypass_the_adapter(config, inputs, mode):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    model = adamss.attach(nn.TransformerEncoder(layer, 2).eval(), config(targets=["linear1", "linear2"]))
+    x = inputs(2, 5, 16)
+    with mode():
+        before = model(x).clone()
+    for _, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05)
+    expected = model(x).detach()
+    with mode():
+        fused = model(x).clone()
+    assert_agrees(fused, expected, dtype="float32", what="outputs under no_grad")
+    assert float((fused - before).abs().max()) > 0.01
+
+
+def test_multihead_attention_out_proj_is_refused(config):
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(adamss.errors.LayerError, match=r"self_attn\.out_proj.*never"):
+        adamss.attach(model, config(targets=["out_proj"]))
+    assert not hasattr(model.self_attn.out_proj, "adamss")
+
+
+@pytest.mark.parametrize("targets", [["0", "2"], ["0"], ["2"], "[02]"], ids=str)
+def test_a_module_that_appears_twice_is_adapted_once(config, targets):
+    shared = nn.Linear(8, 8)
+    model = adamss.attach(nn.Sequential(shared, nn.ReLU(), shared), config(targets=targets))
+    assert [row.path for row in adamss.summary(model).rows] == ["0"]
+    assert len(shared._forward_hooks) == 1
+    assert len(adamss.trainable_parameters(model)) == 2
+
+
+def test_the_layer_keeps_class_weight_and_state_dict_keys(net, config):
+    model = net()
+    keys, weight = list(model.state_dict()), model.layers[0].query.weight
+    adamss.attach(model, config())
+    assert type(model.layers[0].query) is nn.Linear
+    assert model.layers[0].query.weight is weight
+    assert [key for key in model.state_dict() if ".adamss." not in key] == keys
+
+
+def test_a_single_linear_layer_is_a_model(inputs, tmp_path):
+    model = nn.Linear(8, 6)
+    adamss.attach(model, adamss.AdamssConfig(targets=".*"))
+    model.adamss.C.data.fill_(0.2)
+    adamss.save(model, tmp_path / "a.safetensors")
+    other = nn.Linear(8, 6)
+    other.load_state_dict({"weight": model.weight, "bias": model.bias})
+    x = inputs(3, 8)
+    adamss.load(other, tmp_path / "a.safetensors")
+    assert_agrees(other(x).detach(), model(x).detach(), dtype="float32", what="outputs")
+
+
+def test_a_part_of_a_model_can_be_adapted_and_reached_through_the_whole(net, config, inputs, tmp_path):
+    model = net()
+    adamss.attach(model.layers, config())
+    assert adamss.summary(model).rows[0].path == "0.query"
+    with pytest.raises(adamss.errors.StateError, match="already"):
+        adamss.attach(model, config())
+    adamss.save(model, tmp_path / "a.safetensors")
+    other = net()
+    adamss.load(other.layers, tmp_path / "a.safetensors")
+    x = inputs(2, 16)
+    assert torch.equal(other(x), model(x))
+    adamss.detach(model)
+    assert "adamss" not in str(model)
+
+
+def test_wrappers_are_seen_through(net, config, tmp_path):
+    model = adamss.attach(net(), config())
+    wrapped = nn.DataParallel(model)
+    adamss.save(wrapped, tmp_path / "a.safetensors")
+    assert [row.path for row in adamss.summary(wrapped).rows] == [
+        row.path for row in adamss.summary(model).rows
+    ]
+    fresh = nn.DataParallel(net())
+    assert adamss.load(fresh, tmp_path / "a.safetensors") is fresh
+    assert adamss.summary(fresh).rows[0].path == "layers.0.query"
+
+
+@pytest.mark.parametrize(
+    "copy_of",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: torch.load(_saved(model), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_keep_adapters_merges_and_saved_modules(net, config, train, inputs, copy_of):
+    model, x = train(adamss.attach(net(), config(modules_to_save=["classifier"]))), inputs(3, 16)
+    base = net()(x)
+    adapted = model(x)
+    twin = copy_of(adamss.merge(copy_of(model)))
+    assert_agrees(twin(x).detach(), adapted.detach(), dtype="float32", what="merged copy")
+    assert torch.equal(adamss.unmerge(twin)(x), adapted)
+    assert torch.equal(adamss.detach(twin)(x), base)
+    assert torch.equal(model(x), adapted)
+
+
+def _saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_state_dict_round_trip_rebuilds_what_it_does_not_hold(net, config, train, inputs):
+    """The layout of C follows from the labels: loading other labels must change it too."""
+    model = train(adamss.attach(net(), config(segmentation="random", seed=3, subspace_rank=1)))
+    other = adamss.attach(net(), config(segmentation="random", seed=4, subspace_rank=1))
+    assert not torch.equal(other.layers[0].query.adamss.labels, model.layers[0].query.adamss.labels)
+    other.load_state_dict(model.state_dict())
+    x = inputs(3, 16)
+    assert torch.equal(other(x), model(x))
+
+
+def test_moving_and_casting_the_model_moves_the_adapter(net, config, train, inputs):
+    model = train(adamss.attach(net(), config()))
+    expected = model(inputs(3, 16))
+    model.to(torch.float64)
+    y = model(inputs(3, 16, dtype=torch.float64))
+    assert y.dtype == torch.float64
+    assert_agrees(y.detach(), expected.detach(), dtype="float32", what="outputs")
+
+
+def test_gradients_flow_through_a_frozen_adapter(net, config, inputs, train):
+    model = train(adamss.attach(net(), config()))
+    x = inputs(3, 16).requires_grad_()
+    model(x).square().sum().backward()
+    expected = x.grad.clone()
+    for parameter in adamss.trainable_parameters(model):
+        parameter.requires_grad_(False)
+    x.grad = None
+    model(x).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_gradient_accumulation_sums(net, config, inputs, train):
+    model, x = train(adamss.attach(net(dtype=torch.float64), config())), inputs(6, 16, dtype=torch.float64)
+    whole = gradients(model, model(x).square().sum())
+    for part in x.split(2):
+        model(part).square().sum().backward()
+    for parameter, reference in zip(adamss.trainable_parameters(model), whole, strict=True):
+        assert_agrees(parameter.grad, reference, dtype="float64", what="accumulated gradient")
