@@ -175,7 +175,7 @@ class TestNumpyModel:
             adamss.attach(NumpyModel({"q": NumpyLinear([[1.0]])}), adamss.AdamssConfig(targets=["q"]))
         with pytest.raises(LayerTypeError, match="q: expected a NumpyLinear, found str"):
             adamss.attach(NumpyModel({"q": "layer"}), adamss.AdamssConfig(targets=["q"]))
-        with pytest.raises(TargetError, match="near matches: .*query"):
+        with pytest.raises(TargetError, match=r"near matches: .*query"):
             adamss.attach(model(), adamss.AdamssConfig(targets=["querry"]))
 
     def test_summary_prints_a_table(self):

@@ -88,11 +88,12 @@ def update_importance(
     Importance(sensitivity=array([0.5, 2. ]), uncertainty=array([0.25, 1.  ]))
     """
     xp = namespace(weight)
-    sensitivity = xp.abs(weight * gradient)
+    usable = xp.isfinite(gradient)
+    sensitivity = xp.abs(weight * xp.where(usable, gradient, xp.zeros_like(gradient)))
     average = sensitivity_decay * importance.sensitivity + (1 - sensitivity_decay) * sensitivity
     deviation = xp.abs(sensitivity - average)
     uncertainty = uncertainty_decay * importance.uncertainty + (1 - uncertainty_decay) * deviation
-    finite = xp.all(xp.isfinite(sensitivity))
+    finite = xp.all(usable & xp.isfinite(sensitivity))
     return Importance(
         xp.where(finite, average, importance.sensitivity),
         xp.where(finite, uncertainty, importance.uncertainty),

@@ -1,0 +1,353 @@
+"""Factors against a loop over subspaces in float64 NumPy, written as the paper writes it."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adamss import core
+from adamss.core import Factors
+from adamss.errors import ArrayValueError, ConfigError
+from adamss_conformance.tolerances import assert_agrees
+
+
+@st.composite
+def weights(draw):
+    """Weights of any shape: random, of low rank, with duplicate columns, of one column, zero."""
+    d, n = draw(st.integers(1, 10)), draw(st.integers(1, 12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    kind = draw(st.sampled_from(["random", "low rank", "duplicate columns", "zero"]))
+    if kind == "low rank":
+        return rng.standard_normal((d, 1)) @ rng.standard_normal((1, n))
+    if kind == "duplicate columns":
+        return np.repeat(rng.standard_normal((d, 1)), n, axis=1)
+    return np.zeros((d, n)) if kind == "zero" else rng.standard_normal((d, n))
+
+
+@st.composite
+def problems(draw):
+    """A weight, its decomposition and labels; K up to n, R up to min(d, n)."""
+    W = draw(weights())
+    decomposition = core.decompose(W, draw(st.integers(1, min(W.shape))))
+    method = draw(st.sampled_from(["kmeans", "contiguous", "random"]))
+    return W, decomposition, core.segment(decomposition, draw(st.integers(1, W.shape[1])), method)
+
+
+def random_factors(decomposition, labels, r, basis, seed=0):
+    """Factors with every trained number non-zero, and every second subspace frozen."""
+    rng = np.random.default_rng(seed)
+    f = core.initial_factors(decomposition, labels, r, basis=basis)
+    bases = np.repeat(core.basis_ranks(f), f.ranks)
+    B = np.where(np.arange(f.B.shape[0])[:, None] < bases, rng.standard_normal(f.B.shape), 0)
+    C = np.where(np.arange(f.C.shape[0])[:, None] < f.ranks[labels], rng.standard_normal(f.C.shape), 0)
+    return f._replace(B=B, C=C, active=np.arange(len(f.ranks)) % 2 == 0)
+
+
+def per_subspace(f):
+    """Yield (columns I_k, A_k, B_k, C_k) of each subspace: the paper's own objects."""
+    start = 0
+    for k, (rank, R) in enumerate(zip(f.ranks, core.basis_ranks(f), strict=True)):
+        columns = np.flatnonzero(f.labels == k)
+        A = f.A[0 if f.A.shape[0] == 1 else k][:, :R]
+        yield columns, A, f.B[:R, start : start + rank], f.C[:rank, columns]
+        start += rank
+
+
+def delta_by_loop(f):
+    update = np.zeros((f.A.shape[1], f.labels.size))
+    for columns, A, B, C in per_subspace(f):
+        update[:, columns] = A @ B @ C
+    return update
+
+
+BASES = st.sampled_from(["shared", "per_subspace"])
+
+
+class TestInitialFactors:
+    @given(problems(), st.integers(1, 4), BASES, st.sampled_from(["orthonormal", "weighted"]))
+    def test_start_is_zero_and_shapes_are_canonical(self, problem, r, basis, initial_B):
+        W, decomposition, labels = problem
+        f = core.initial_factors(decomposition, labels, r, basis=basis, initial_B=initial_B)
+        core.check_factors(f, shape=W.shape)
+        sizes = np.bincount(labels)
+        R = decomposition.S.size
+        limits = np.minimum(R, sizes) if basis == "per_subspace" else np.full(sizes.size, R)
+        assert f.ranks.tolist() == np.minimum(np.minimum(r, sizes), limits).tolist()
+        assert core.basis_ranks(f).tolist() == limits.tolist()
+        assert f.A.shape == (1 if basis == "shared" else sizes.size, W.shape[0], limits.max())
+        assert not core.delta(f).any()
+        assert all(np.isfinite(array).all() for array in f[:3])
+        for _, A, B, _ in per_subspace(f):
+            assert_agrees(A.T @ A, np.eye(A.shape[1]), dtype="float64", what="A_k^T A_k")
+            if initial_B == "orthonormal":
+                assert_agrees(B.T @ B, np.eye(B.shape[1]), dtype="float64", what="B_k^T B_k")
+
+    @given(problems(), BASES)
+    def test_basis_contains_the_columns_of_its_subspace(self, problem, basis):
+        W, decomposition, labels = problem
+        f = core.initial_factors(decomposition, labels, 1, basis=basis)
+        W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
+        scale = max(1.0, np.abs(W).max())
+        for columns, A, _, _ in per_subspace(f):
+            own = W_hat[:, columns]
+            assert_agrees(A @ (A.T @ own), own, dtype="float64", what="A A^T W_hat[:, I_k]", scale=scale)
+
+    @given(problems(), BASES)
+    def test_full_rank_reproduces_the_columns(self, problem, basis):
+        """The paper's identity: A_k B_w B_z C_k = W_hat[:, I_k] when r_k = rank(V_k)."""
+        W, decomposition, labels = problem
+        full = max(np.bincount(labels).max(), decomposition.S.size)
+        f = core.initial_factors(
+            decomposition, labels, int(full), basis=basis, initial_B="weighted", reconstruct=True
+        )
+        W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
+        scale = max(1.0, np.abs(W).max())
+        assert_agrees(core.delta(f), W_hat, dtype="float64", what="A B_w B_z C", scale=10 * scale)
+
+    @given(problems(), BASES, st.sampled_from(["orthonormal", "weighted"]))
+    def test_B_spans_the_leading_directions(self, problem, basis, initial_B):
+        """B_k spans A_k^T W_hat[:, I_k] Q_k, Q_k the leading right singular vectors of V_k^T (here by LAPACK)."""
+        _, decomposition, labels = problem
+        f = core.initial_factors(decomposition, labels, 1, basis=basis, initial_B=initial_B)
+        W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
+        for columns, A, B, _ in per_subspace(f):
+            V_k = decomposition.V[columns]
+            U, S, Vh = np.linalg.svd(V_k, full_matrices=False)
+            if (S.size > 1 and S[0] - S[1] < 1e-3 * S[0]) or S[0] < 1e-8:
+                continue  # the leading direction is not unique
+            expected = (
+                Vh[0]
+                if basis == "shared" and initial_B == "orthonormal"
+                else A.T @ W_hat[:, columns] @ U[:, 0]
+            )
+            size = np.linalg.norm(expected)
+            if size < 1e-8:
+                continue
+            if initial_B == "orthonormal":
+                expected = expected / size
+            sign = np.sign(expected @ B[:, 0])
+            np.testing.assert_allclose(sign * B[:, 0], expected, atol=1e-8 * max(1.0, size))
+
+    def test_bad_options(self):
+        decomposition = core.decompose(np.eye(4), 4)
+        labels = np.asarray([0, 0, 1, 1])
+        for options, match in (
+            ({"basis": "own"}, "basis must be one of shared, per_subspace; found 'own'"),
+            ({"initial_B": "zero"}, "initial_B must be one of"),
+        ):
+            with pytest.raises(ConfigError, match=match):
+                core.initial_factors(decomposition, labels, 1, **options)
+        for rank in (0, 1.5, True):
+            with pytest.raises(ConfigError, match="subspace_rank must be an integer"):
+                core.initial_factors(decomposition, labels, rank)
+        for bad in ([0, 0, 2, 2], [-1, 0, 1, 1]):
+            with pytest.raises(ArrayValueError, match="labels must use every number"):
+                core.initial_factors(decomposition, np.asarray(bad), 1)
+        with pytest.raises(ArrayValueError, match=r"labels must have shape \(4,\)"):
+            core.initial_factors(decomposition, labels[:3], 1)
+
+
+class TestUpdate:
+    @given(problems(), st.integers(1, 4), BASES)
+    def test_delta_is_the_sum_over_subspaces(self, problem, r, basis):
+        _, decomposition, labels = problem
+        f = random_factors(decomposition, labels, r, basis)
+        assert_agrees(core.delta(f), delta_by_loop(f), dtype="float64", what="delta", scale=100.0)
+        assert_agrees(
+            core.contract(f) @ core.expand(f), delta_by_loop(f), dtype="float64", what="M E", scale=100.0
+        )
+
+    @given(problems(), st.integers(1, 3), BASES, st.booleans())
+    def test_linear_is_the_product_with_the_updated_weight(self, problem, r, basis, bias):
+        W, decomposition, labels = problem
+        f = random_factors(decomposition, labels, r, basis)
+        rng = np.random.default_rng(1)
+        x, b = rng.standard_normal((2, 3, W.shape[0])), rng.standard_normal(W.shape[1]) if bias else None
+        expected = x @ (W + delta_by_loop(f)) + (0 if b is None else b)
+        assert_agrees(core.linear(x, W, b, f), expected, dtype="float64", what="y", scale=1000.0)
+
+    @given(problems(), BASES)
+    def test_bias_row(self, problem, basis):
+        """With d + 1 input rows the update is that of inputs with a one appended, which is never formed."""
+        W, _, labels = problem
+        whole = np.concatenate([W, np.ones((1, W.shape[1]))])
+        f = random_factors(core.decompose(whole, 3), labels, 2, basis)
+        x = np.random.default_rng(1).standard_normal((5, W.shape[0]))
+        expected = np.concatenate([x, np.ones((5, 1))], axis=1) @ (whole + delta_by_loop(f))
+        assert_agrees(core.linear(x, W, whole[-1], f), expected, dtype="float64", what="y", scale=1000.0)
+        merged = core.merge(W, whole[-1], f)
+        assert_agrees(x @ merged.W + merged.b, expected, dtype="float64", what="merged y", scale=1000.0)
+
+    @given(problems(), st.integers(1, 3), BASES, st.booleans(), st.booleans())
+    def test_vjp_equals_finite_differences(self, problem, r, basis, bias_row, revive):
+        W, decomposition, labels = problem
+        if bias_row:
+            decomposition = core.decompose(np.concatenate([W, W[:1]]), decomposition.S.size)
+        f = random_factors(decomposition, labels, r, basis)
+        rng = np.random.default_rng(2)
+        x, dy = rng.standard_normal((3, W.shape[0])), rng.standard_normal((3, W.shape[1]))
+        gradients = core.linear_vjp(dy, x, W, f, revive=revive)
+
+        def loss(x=x, **changed):
+            return float((dy * core.linear(x, W, None, f._replace(**changed))).sum())
+
+        def directional(name, direction):
+            # The function is at most quadratic in each argument: the central difference is exact.
+            if name == "x":
+                return (loss(x=x + direction) - loss(x=x - direction)) / 2
+            value = getattr(f, name)
+            return (loss(**{name: value + direction}) - loss(**{name: value - direction})) / 2
+
+        columns = np.repeat(f.active, f.ranks)
+        for name, trained in (("x", True), ("B", columns[None, :]), ("C", f.active[labels][None, :])):
+            gradient = getattr(gradients, name)
+            mask = True if revive else trained
+            direction = rng.standard_normal(gradient.shape) * mask
+            if name == "C":
+                direction *= np.arange(f.C.shape[0])[:, None] < f.ranks[labels]
+            if name == "B":
+                bases = np.repeat(core.basis_ranks(f), f.ranks)
+                direction *= np.arange(f.B.shape[0])[:, None] < bases
+            assert_agrees(
+                (gradient * direction).sum(),
+                directional(name, direction),
+                dtype="float64",
+                what=name,
+                scale=1e4,
+            )
+            if not revive:
+                assert not (gradient * ~np.broadcast_to(np.asarray(trained), gradient.shape)).any()
+
+    @given(problems(), st.integers(1, 3), BASES)
+    def test_padding_gets_no_gradient(self, problem, r, basis):
+        W, decomposition, labels = problem
+        f = random_factors(decomposition, labels, r, basis)
+        rng = np.random.default_rng(3)
+        x, dy = rng.standard_normal((3, W.shape[0])), rng.standard_normal((3, W.shape[1]))
+        _, dB, dC = core.linear_vjp(dy, x, W, f, revive=True)
+        bases = np.repeat(core.basis_ranks(f), f.ranks)
+        assert not dB[np.arange(f.B.shape[0])[:, None] >= bases].any()
+        assert not dC[np.arange(f.C.shape[0])[:, None] >= f.ranks[labels]].any()
+
+    def test_rank_of_the_update_exceeds_loras_at_equal_parameters(self):
+        """K subspaces of rank 1 give rank K for sum r_k (n_k + R) parameters; LoRA's rank for them is less."""
+        rng = np.random.default_rng(0)
+        W = rng.standard_normal((96, 96))
+        decomposition = core.decompose(W, 12)
+        f = random_factors(decomposition, core.segment(decomposition, 8, "contiguous"), 1, "shared")
+        trained = core.count_factors(f)
+        assert np.linalg.matrix_rank(core.delta(f)) == 8
+        assert trained < core.count_lora(96, 96, 2), "LoRA cannot even afford rank 2"
+
+    def test_half_precision_inputs_do_not_overflow_at_the_start(self):
+        W = np.eye(64, dtype=np.float16) * np.float16(0.001)
+        f = core.initial_factors(core.decompose(W, 8), core.segment(core.decompose(W, 8), 3), 1)
+        x = np.full((2, 64), 6e4, np.float16)
+        assert np.array_equal(core.linear(x, W, None, f), x @ W)
+
+
+class TestMerge:
+    @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+    def test_is_the_rounded_sum(self, dtype):
+        rng = np.random.default_rng(0)
+        W = rng.standard_normal((8, 6)).astype(dtype)
+        decomposition = core.decompose(W, 4)
+        f = random_factors(decomposition, core.segment(decomposition, 2), 2, "shared")
+        merged = core.merge(W, None, f)
+        exact = W.astype(np.float64) + core.delta(f)
+        assert merged.b is None
+        assert np.array_equal(merged.W, exact.astype(dtype))
+        expected = np.linalg.norm(merged.W.astype(np.float64) - exact) / np.linalg.norm(core.delta(f))
+        assert float(merged.lost) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+    def test_zero_update_loses_nothing(self):
+        W = np.eye(4, dtype=np.float16)
+        f = core.initial_factors(core.decompose(W, 2), np.asarray([0, 0, 1, 1]), 1)
+        merged = core.merge(W, None, f)
+        assert np.array_equal(merged.W, W)
+        assert float(merged.lost) == 0.0
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+    def test_what_is_not_finite_is_refused(self, value):
+        W = np.eye(4, dtype=np.float16)
+        f = core.initial_factors(core.decompose(W, 2), np.asarray([0, 0, 1, 1]), 1)
+        with pytest.raises(ArrayValueError, match="NaN or infinity, or overflows"), np.errstate(all="ignore"):
+            core.merge(W, None, f._replace(C=np.full_like(f.C, value)))
+
+
+class TestFromDirections:
+    @given(problems(), st.integers(1, 4), BASES, st.booleans())
+    def test_keeps_the_update_and_an_orthonormal_basis(self, problem, r, basis, with_U):
+        _, decomposition, labels = problem
+        f = random_factors(decomposition, labels, r, basis)
+        M = core.contract(f)
+        U = decomposition.U if with_U else None
+        g = core.factors_from_directions(M, f.C, f.labels, f.ranks, f.active, U=U)
+        core.check_factors(g)
+        A = g.A[0]
+        assert A.shape[1] == min(A.shape[0], max(M.shape[1], U.shape[1] if with_U else 0))
+        assert_agrees(A.T @ A, np.eye(A.shape[1]), dtype="float64", what="A^T A")
+        assert_agrees(core.delta(g), core.delta(f), dtype="float64", what="delta", scale=100.0)
+        assert np.array_equal(g.active, f.active)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"A": np.zeros((3, 4, 2))}, r"A must hold 1 or K = 2 bases, found 3"),
+        ({"A": np.zeros((4, 2))}, "3 axes"),
+        ({"A": np.zeros((1, 7, 2))}, r"A must have d = 4 rows"),
+        ({"B": np.zeros((3, 2))}, "B must have P = 2 rows, found 3"),
+        ({"C": np.zeros((1, 5))}, "C must have n = 3 columns, found 5"),
+        ({"labels": np.asarray([0, 1, 2])}, r"labels must lie in 0 \.\. 1, found 0 \.\. 2"),
+        ({"ranks": np.asarray([1, 2])}, "ranks must sum to the q = 2 columns of B, found 3"),
+        ({"ranks": np.asarray([2, 0])}, "ranks must not exceed the r = 1 rows of C, found 2"),
+        ({"active": np.ones(3, bool)}, "active must have K = 2 entries, found 3"),
+        ({"C": np.zeros((0, 3))}, "no axis may be empty"),
+    ],
+)
+def test_check_factors_names_what_does_not_fit(changes, match):
+    good = Factors(
+        A=np.zeros((1, 4, 2)),
+        B=np.zeros((2, 2)),
+        C=np.zeros((1, 3)),
+        labels=np.asarray([0, 1, 0]),
+        ranks=np.asarray([1, 1]),
+        active=np.ones(2, bool),
+    )
+    core.check_factors(good, shape=(4, 3))
+    with pytest.raises(ArrayValueError, match=f"^query: .*{match}"):
+        core.check_factors(good._replace(**changes), shape=(4, 3), name="query")
+
+
+@pytest.mark.parametrize("basis", ["shared", "per_subspace"])
+@pytest.mark.parametrize("initial_B", ["orthonormal", "weighted"])
+def test_every_framework_computes_the_same(xp, to_numpy, basis, initial_B):
+    """The very same functions on each framework's arrays; from the same factors, the same numbers."""
+    W = np.random.default_rng(0).standard_normal((9, 12)).astype(np.float32)
+    x, dy = (
+        np.random.default_rng(s).standard_normal((5, k)).astype(np.float32) for s, k in ((1, 9), (2, 12))
+    )
+
+    def run(W, x, dy, C):
+        decomposition = core.decompose(W, 6)
+        f = core.initial_factors(
+            decomposition, core.segment(decomposition, 4), 2, basis=basis, initial_B=initial_B
+        )
+        f = f._replace(C=f.C + C[: f.C.shape[0], :], active=f.labels[:4] >= 0)
+        return f, {
+            "labels": f.labels,
+            "M": core.contract(f),
+            "delta": core.delta(f),
+            "y": core.linear(x, W, None, f),
+            **core.linear_vjp(dy, x, W, f)._asdict(),
+            "merged": core.merge(W, None, f).W,
+            "norms": core.spectral_norms(f),
+        }
+
+    C = np.ones((2, 12), np.float32)
+    _, expected = run(W, x, dy, C)
+    factors, actual = run(*(xp.asarray(array) for array in (W, x, dy, C)))
+    assert {type(array) for array in (*factors, *actual.values())} == {type(xp.asarray(W))}
+    for name, array in actual.items():
+        assert_agrees(to_numpy(array), expected[name], dtype="float32", what=name)
