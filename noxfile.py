@@ -17,7 +17,7 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 PACKAGES = ("adamss", "backends/adamss_torch", "backends/adamss_jax", "conformance/adamss_conformance")
-TEST_TOOLS = ("scikit-learn", "jax", "ruff", "mypy", "types-tabulate", "scipy-stubs")
+TEST_TOOLS = ("scikit-learn", "jax", "ruff", "mypy", "types-tabulate")
 
 
 def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> None:

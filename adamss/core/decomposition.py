@@ -157,7 +157,6 @@ def _krylov_basis(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array,
     d, n = W.shape
     # Multiples of 16 columns multiply fastest.
     size = max(16, rank // 2 // 16 * 16)
-    rounding = xp.finfo(W.dtype).eps
 
     def noise(rows: int) -> Array:
         draws = rng.standard_normal((rows, size), dtype=np.float32)
@@ -166,11 +165,14 @@ def _krylov_basis(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array,
     basis, _ = xp.linalg.qr(W @ noise(n))
     images = [W.T @ basis]
     gram = images[0].T @ images[0]
+    # Where the space is exhausted, nothing but rounding is left of the next block, and that lies in the basis.
+    # Noise just above the rounding gives fresh directions instead, and is lost in any block that counts.
+    rounding = xp.finfo(W.dtype).eps * (1 + xp.max(gram))
     energies: list[float] = []
     for _ in range(d // size - 1):
-        # The Gram matrix is block tridiagonal: the new block meets only the last two of the basis. Where the
-        # space is exhausted nothing is left; noise as small as the rounding keeps the directions independent.
-        block = W @ images[-1] - basis[:, -2 * size :] @ gram[-2 * size :, -size:] + rounding * noise(d)
+        # The Gram matrix is block tridiagonal: the new block meets only the last two of the basis.
+        near = max(0, basis.shape[1] - 2 * size)
+        block = W @ images[-1] - basis[:, near:] @ gram[near:, -size:] + rounding * noise(d)
         block, _ = xp.linalg.qr(block)
         # Rounding breaks the orthogonality to all earlier blocks, above all once a direction has converged.
         block, _ = xp.linalg.qr(block - basis @ (basis.T @ block))

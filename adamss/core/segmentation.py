@@ -16,7 +16,7 @@ __all__ = ["METHODS", "group_sizes", "segment"]
 METHODS = ("kmeans", "spectral", "ksubspaces", "contiguous", "random")
 """Ways to group the columns."""
 
-RESTARTS = 4
+RESTARTS = 8
 TRIAL_ITERATIONS = 10
 FINAL_ITERATIONS = 30
 SUBSPACE_ITERATIONS = 30

