@@ -22,7 +22,7 @@ TEST_TOOLS = ("scikit-learn", "jax", "ruff", "mypy", "types-tabulate")
 
 def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> None:
     """Build the wheel and install it with these extras: what is tested is what users get."""
-    folder = Path(session.create_tmp())
+    folder = Path(session.create_tmp()).resolve()
     for old in folder.glob("*.whl"):
         old.unlink()
     session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT))

@@ -21,6 +21,9 @@ where singular values decay."""
 EXACT_SIDE = 512
 """Up to this length of the smaller side, the eigenvectors of the whole Gram matrix cost the least."""
 
+SAFE_NORM = 1e-6
+"""Weights whose norm lies between this and its inverse are decomposed at the scale that they have."""
+
 
 class Decomposition(NamedTuple):
     """A truncated singular value decomposition ``W_hat = U diag(S) V^T``.
@@ -113,13 +116,16 @@ def check_count(count: int | None, /, *, name: str, remedy: str) -> int:
 def _decompose(W: Array, rank: int, rng: np.random.Generator) -> Decomposition:
     """Decompose with the Gram matrix on the smaller side, at a scale where no square over- or underflows."""
     xp = namespace(W)
-    scale = float(xp.max(xp.abs(W))) or 1.0
-    scaled = W / scale
+    scale = 1.0
+    # The norm is an order of magnitude cheaper than the largest entry, but is itself made of squares.
+    if not SAFE_NORM <= float(xp.linalg.vector_norm(W)) <= 1 / SAFE_NORM:
+        scale = float(xp.max(xp.abs(W))) or 1.0
+        W = W / scale
     d, n = W.shape
     if d <= n:
-        U, S, V = _decompose_wide(scaled, rank, rng)
+        U, S, V = _decompose_wide(W, rank, rng)
     else:
-        V, S, U = _decompose_wide(scaled.T, rank, rng)
+        V, S, U = _decompose_wide(W.T, rank, rng)
     # The entry of largest magnitude is the maximum or the minimum.
     negative = xp.max(U, axis=0) + xp.min(U, axis=0) < 0
     sign = 1 - 2 * xp.astype(negative, U.dtype)
@@ -130,50 +136,42 @@ def _decompose_wide(W: Array, rank: int, rng: np.random.Generator) -> Decomposit
     xp = namespace(W)
     d, _ = W.shape
     if d <= max(EXACT_SIDE, 4 * rank):
-        leading = _leading_eigenvectors(W @ W.T, rank)
-        U, image = leading, W.T @ leading
+        _, eigenvectors = xp.linalg.eigh(W @ W.T)
+        U = eigenvectors[:, -rank:]
+        image = W.T @ U
     else:
-        basis, basis_image, gram = _krylov_basis(W, rank, rng)
-        leading = _leading_eigenvectors(gram, rank)
-        U, image = basis @ leading, basis_image @ leading
+        U, image = _search(W, rank, rng)
     # Squaring W loses the small singular values; inside the subspace found they come back from U^T W.
     Q, triangle = xp.linalg.qr(image)
     right, S, left = xp.linalg.svd(triangle, full_matrices=False)
     return Decomposition(U @ left.T, S, Q @ right)
 
 
-def _leading_eigenvectors(gram: Array, rank: int) -> Array:
-    xp = namespace(gram)
-    _, vectors = xp.linalg.eigh(gram)
-    return vectors[:, -rank:]
-
-
-def _krylov_basis(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array]:
     """Grow an orthonormal basis Q until its best ``rank`` directions hold nearly all energy there is.
 
-    Returns Q: (d, m), ``W^T Q``: (n, m) and the Gram matrix ``Q^T W W^T Q``: (m, m).
+    These are ``U = Q E``, with E the leading eigenvectors of ``Q^T W W^T Q`` (Rayleigh and Ritz). Returns U:
+    (d, R) and ``W^T U``: (n, R).
     """
     xp = namespace(W)
     d, n = W.shape
     # Multiples of 16 columns multiply fastest.
     size = max(16, rank // 2 // 16 * 16)
-
-    def noise(rows: int) -> Array:
-        draws = rng.standard_normal((rows, size), dtype=np.float32)
-        return xp.asarray(draws, dtype=W.dtype, device=device(W))
-
-    basis, _ = xp.linalg.qr(W @ noise(n))
+    draws = rng.standard_normal((max(d, n), size), dtype=np.float32)
+    noise = xp.asarray(draws, dtype=W.dtype, device=device(W))
+    basis, _ = xp.linalg.qr(W @ noise[:n, :])
     images = [W.T @ basis]
     gram = images[0].T @ images[0]
     # Where the space is exhausted, nothing but rounding is left of the next block, and that lies in the basis.
     # Noise just above the rounding gives fresh directions instead, and is lost in any block that counts.
-    rounding = xp.finfo(W.dtype).eps * (1 + xp.max(gram))
+    largest = xp.max(gram)
+    noise = noise[:d, :] * xp.finfo(W.dtype).eps * xp.where(largest > 0, largest, xp.ones_like(largest))
     energies: list[float] = []
-    for _ in range(d // size - 1):
+    for shift in range(1, d // size):
         # The Gram matrix is block tridiagonal: the new block meets only the last two of the basis.
         near = max(0, basis.shape[1] - 2 * size)
-        block = W @ images[-1] - basis[:, near:] @ gram[near:, -size:] + rounding * noise(d)
-        block, _ = xp.linalg.qr(block)
+        block = W @ images[-1] - basis[:, near:] @ gram[near:, -size:]
+        block, _ = xp.linalg.qr(block + xp.roll(noise, shift, axis=0))
         # Rounding breaks the orthogonality to all earlier blocks, above all once a direction has converged.
         block, _ = xp.linalg.qr(block - basis @ (basis.T @ block))
         image = W.T @ block
@@ -185,10 +183,12 @@ def _krylov_basis(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array,
         basis = xp.concat([basis, block], axis=1)
         images.append(image)
         if basis.shape[1] >= rank:
-            energies.append(float(xp.sum(xp.linalg.eigvalsh(gram)[-rank:])))
+            eigenvalues, eigenvectors = xp.linalg.eigh(gram)
+            energies.append(float(xp.sum(eigenvalues[-rank:])))
             if _missing_energy(energies) <= MISSING_ENERGY:
                 break
-    return basis, xp.concat(images, axis=1), gram
+    leading = eigenvectors[:, -rank:]
+    return basis @ leading, xp.concat(images, axis=1) @ leading
 
 
 def _missing_energy(energies: list[float]) -> float:

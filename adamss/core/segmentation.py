@@ -16,9 +16,9 @@ __all__ = ["METHODS", "group_sizes", "segment"]
 METHODS = ("kmeans", "spectral", "ksubspaces", "contiguous", "random")
 """Ways to group the columns."""
 
-RESTARTS = 8
-TRIAL_ITERATIONS = 10
-FINAL_ITERATIONS = 30
+RESTARTS = 5
+TRIAL_ITERATIONS = 5
+FINAL_ITERATIONS = 20
 SUBSPACE_ITERATIONS = 30
 
 WINNING_MARGIN = 1e-3
