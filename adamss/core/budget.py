@@ -74,7 +74,7 @@ def budget_at(step: int, config: Schedule, total: int | None = None) -> int:
 
     Examples
     --------
-    >>> from adamss import BudgetConfig
+    >>> from adamss import BudgetConfig, core
     >>> config = BudgetConfig(target=10, start_step=100, end_step=200, interval=10)
     >>> [core.budget_at(step, config, total=40) for step in (0, 100, 150, 199, 200, 1000)]
     [40, 40, 13, 10, 10, 10]

@@ -117,8 +117,10 @@ def _decompose(W: Array, rank: int, rng: np.random.Generator) -> Decomposition:
     """Decompose with the Gram matrix on the smaller side, at a scale where no square over- or underflows."""
     xp = namespace(W)
     scale = 1.0
-    # The norm is an order of magnitude cheaper than the largest entry, but is itself made of squares.
-    if not SAFE_NORM <= float(xp.linalg.vector_norm(W)) <= 1 / SAFE_NORM:
+    # The norm costs a tenth of the largest entry, but is made of squares itself.
+    with np.errstate(over="ignore"):
+        norm = float(xp.linalg.vector_norm(W))
+    if not SAFE_NORM <= norm <= 1 / SAFE_NORM:
         scale = float(xp.max(xp.abs(W))) or 1.0
         W = W / scale
     d, n = W.shape

@@ -154,7 +154,8 @@ def initial_factors(
     >>> from adamss import core
     >>> W = np.random.default_rng(0).standard_normal((6, 8))
     >>> decomposition = core.decompose(W, 4)
-    >>> factors = core.initial_factors(decomposition, core.segment(decomposition, 3), 2)
+    >>> labels = core.segment(decomposition, 3, "contiguous")
+    >>> factors = core.initial_factors(decomposition, labels, 2)
     >>> factors.A.shape, factors.B.shape, factors.C.shape
     ((1, 6, 4), (4, 6), (2, 8))
     """

@@ -10,10 +10,12 @@ from adamss.errors import MissingBackendError
 
 __all__: list[str] = []
 
+_PLANNED = ("JaxBackend", "budgeted", "synchronise")
+
 
 def __getattr__(name: str) -> NoReturn:
-    if name.startswith("__"):
-        raise AttributeError(name)
+    if name not in _PLANNED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     raise MissingBackendError(
         f"adamss_jax.{name}: this version of adamss has no JAX backend; adamss.core works on JAX arrays"
     )

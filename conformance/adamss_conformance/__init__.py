@@ -10,10 +10,12 @@ from adamss.errors import MissingBackendError
 
 __all__: list[str] = []
 
+_PLANNED = ("BackendSuite",)
+
 
 def __getattr__(name: str) -> NoReturn:
-    if name.startswith("__"):
-        raise AttributeError(name)
+    if name not in _PLANNED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     raise MissingBackendError(
         f"adamss_conformance.{name}: this version of adamss has no conformance suite; "
         "see the laws in the docstrings of adamss.backend.Backend"
