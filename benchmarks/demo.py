@@ -28,6 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Read once, when torch is loaded. Threads that wait for each other by spinning make a step ten times slower
+    # as soon as another program needs one of two cores; asleep, they cost next to nothing on an idle machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 from safetensors import safe_open

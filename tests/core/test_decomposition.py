@@ -81,7 +81,7 @@ def test_every_framework(xp, to_numpy, shape):
     assert_decomposes(W, 6, *map(to_numpy, decompose(xp.asarray(W), 6)))
 
 
-@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1e-12, 1e12, 1e19, 1e30])
 def test_huge_and_tiny_entries(xp, to_numpy, magnitude):
     W = gaussian(9, 14) * np.float32(magnitude)
     assert_decomposes(W, 4, *map(to_numpy, decompose(xp.asarray(W), 4)))

@@ -15,6 +15,15 @@ pytest.importorskip("matplotlib")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "demo.py"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny products gain nothing from more, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def demo():
     spec = importlib.util.spec_from_file_location("adamss_demo", SCRIPT)
