@@ -129,7 +129,8 @@ def test_a_search_that_runs_out_of_directions(xp, to_numpy, kind):
     rank = {"zero": 0, "two rows": 2, "rank 60": 60, "duplicate columns": 5}[kind]
     rounding = np.finfo(np.float32).eps * 700 * S[0]
     assert np.count_nonzero(rounding < S) == rank
-    assert np.linalg.norm(W - (U * S) @ V.T) <= 1e-5 * np.linalg.norm(W)
+    # Sums over 640 equal columns in float32, in an order that each library chooses.
+    assert np.linalg.norm(W - (U * S) @ V.T) <= 700 * np.finfo(np.float32).eps * np.linalg.norm(W)
 
 
 def test_frameworks_agree(xp, to_numpy):
