@@ -48,7 +48,7 @@ def match(targets: str | Iterable[str], paths: Iterable[str], *, name: str) -> l
         raise TargetError(f"{name} = {list(targets)} match no module; {near_matches(targets, paths)}")
     if unmatched:
         hint = near_matches(unmatched, paths)
-        warnings.warn(f"{name}: {', '.join(unmatched)} match no module; {hint}", AdamssWarning, stacklevel=4)
+        warnings.warn(f"{name}: {', '.join(unmatched)} match no module; {hint}", AdamssWarning, stacklevel=3)
     wanted = {path for found in matches.values() for path in found}
     return [path for path in paths if path in wanted]
 

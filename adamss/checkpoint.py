@@ -42,6 +42,9 @@ FORMAT = "adamss"
 FORMAT_VERSION = 1
 READABLE_VERSIONS = (1,)
 
+# What metadata of the wrong structure, or numbers out of range, can raise on their way into our types.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+
 PROJECTIONS = 4
 FINGERPRINT_TOLERANCE = 0.02
 """Of the Frobenius norm. Rounding to bfloat16 moves a projection by about 0.001 of it, other weights by about 1."""
@@ -193,6 +196,18 @@ class StoredLayer:
 
         return self.M.numpy() if self.M is not None else np.asarray(contract(self.factors()))
 
+    def outline(self) -> Factors:
+        """Return factors of the right shapes, labels, ranks and mask, whose B takes no memory.
+
+        A file that lies about its sizes must not make its reader allocate them.
+        """
+        if self.M is None:
+            return self.factors()
+        q = self.M.shape[-1]
+        B = np.broadcast_to(np.zeros((), dtype=np.float32), (q, q))
+        labels, ranks = self.labels.numpy().astype(np.int64), self.ranks.numpy().astype(np.int64)
+        return Factors(self.M.numpy()[None, ...], B, self.C.numpy(), labels, ranks, self.active.numpy())
+
     def factors(self) -> Factors:
         """Return the factors as NumPy arrays; of a portable file with ``A = M`` and ``B = I``."""
         if self.M is not None:
@@ -317,7 +332,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         return _assemble(metadata, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{str(path)!r}: {error}") from error
-    except (AdamssError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (AdamssError, *MALFORMED) as error:
         raise CheckpointError(f"{str(path)!r} is not a valid adapter file: {error}") from error
 
 
@@ -377,7 +392,10 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor]) -> 
     }
     if left:
         raise CheckpointError(f"it holds tensors that belong to no layer: {', '.join(sorted(left)[:3])}")
-    return Checkpoint(config, layers, saved, json.loads(metadata["writer"]))
+    if not layers:
+        raise CheckpointError("it adapts no layer")
+    writer = {str(name): str(version) for name, version in json.loads(metadata["writer"]).items()}
+    return Checkpoint(config, layers, saved, writer)
 
 
 def _check_layer(layer: StoredLayer, path: str) -> None:
@@ -390,7 +408,7 @@ def _check_layer(layer: StoredLayer, path: str) -> None:
         )
         if not fits:
             raise CheckpointError(f"layer {path!r}: {name} has dtype {tensor.dtype}")
-    check_factors(layer.factors(), shape=layer.base.shape, name=f"layer {path!r}")
+    check_factors(layer.outline(), shape=layer.base.shape, name=f"layer {path!r}")
 
 
 def _checksum(tensors: Mapping[str, StoredTensor]) -> str:

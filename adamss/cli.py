@@ -53,7 +53,7 @@ def describe(stored: checkpoint.Checkpoint) -> str:
     str
         Several lines.
     """
-    rows = tuple(summarise(path, layer.base.shape, layer.factors()) for path, layer in stored.layers.items())
+    rows = tuple(summarise(path, layer.base.shape, layer.outline()) for path, layer in stored.layers.items())
     sizes = [tensor.numpy().size for module in stored.saved.values() for tensor in module.values()]
     training = any(layer.A is not None for layer in stored.layers.values())
     return "\n".join(

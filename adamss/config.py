@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from operator import index
 from typing import Any, Literal, Self, TypeVar
 
@@ -15,6 +16,7 @@ from adamss.errors import ConfigError, ConfigTypeError
 __all__ = ["AdamssConfig", "BudgetConfig"]
 
 UNITS = ("subspaces", "parameters")
+LARGEST_POWER = 100
 WINDOWS = ("reset", "running")
 FACTOR_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -88,6 +90,8 @@ class BudgetConfig:
         _check_choice(self, "window", WINDOWS)
         _check_bool(self, "revive")
         _check_real(self, "power", low=0.0, high=None)
+        if self.power > LARGEST_POWER:
+            raise ConfigError(f"power must be at most {LARGEST_POWER}, found {self.power}")
         _check_real(self, "sensitivity_decay", low=0.0, high=1.0)
         _check_real(self, "uncertainty_decay", low=0.0, high=1.0)
 
@@ -281,7 +285,7 @@ def _check_pattern(name: str, pattern: str) -> None:
 
 def _check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; found {value!r}")
 
 
@@ -293,8 +297,10 @@ def _check_bool(config: object, name: str) -> None:
 
 def _check_real(config: object, name: str, *, low: float, high: float | None) -> None:
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigTypeError(f"{name} must be a number, found {value!r}")
+    value = float(value)
+    object.__setattr__(config, name, value)
     if high is None and not low < value < float("inf"):
         raise ConfigError(f"{name} must be positive and finite, found {value}")
     if high is not None and not low <= value < high:

@@ -28,6 +28,7 @@ from adamss.errors import (
     AdamssWarning,
     ArrayValueError,
     CheckpointError,
+    ConfigError,
     ConfigTypeError,
     StateError,
     TargetError,
@@ -90,7 +91,8 @@ def attach(model: Model, config: AdamssConfig) -> Model:
     weights = {path: backend.weight(modules[path], path) for path in paths}
     with backend.exact():
         layers = {path: _initial_factors(backend, path, base, config) for path, base in weights.items()}
-    return backend.insert(model, layers, config=config, saved=dict.fromkeys(saved))
+        _check_budget(config, layers)
+        return backend.insert(model, layers, config=config, saved=dict.fromkeys(saved))
 
 
 def summary(model: Model) -> Summary:
@@ -171,7 +173,7 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     from adamss import __version__
 
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
-    files.write(path, Checkpoint(adaptation.config, layers, saved, writer))
+    files.write(_checked_path(path), Checkpoint(adaptation.config, layers, saved, writer))
 
 
 def load(
@@ -183,7 +185,8 @@ def load(
 ) -> Model:
     """Attach an adapter from a file, whatever framework, device or dtype it was trained with.
 
-    Segmentation, factors and mask come from the file.
+    Segmentation, factors and mask come from the file. From a portable one the basis is made anew, and shared by
+    all subspaces: the update is the same, and R (with it the number of trained parameters) may not be.
 
     Parameters
     ----------
@@ -216,10 +219,13 @@ def load(
     """
     backend = backend_for(base_model)
     _require_base(backend, base_model, "load")
-    stored = files.read(path)
+    stored = files.read(_checked_path(path))
     modules = backend.modules(base_model)
     _require_modules([*stored.layers, *stored.saved], modules)
+    _require_distinct(list(stored.layers), modules)
     weights = {layer_path: backend.weight(modules[layer_path], layer_path) for layer_path in stored.layers}
+    for layer_path, base in weights.items():
+        check_matrix(base.W, name=f"{layer_path}: weight")
     with backend.exact():
         for layer_path, layer in stored.layers.items():
             _check_base(layer_path, layer, weights[layer_path], compare=check_base)
@@ -233,7 +239,7 @@ def load(
             )
             for layer_path, layer in stored.layers.items()
         }
-    return backend.insert(base_model, layers, config=stored.config, saved=saved)
+        return backend.insert(base_model, layers, config=stored.config, saved=saved)
 
 
 def merge(model: Model, *, keep_base: bool = True) -> Model:
@@ -267,6 +273,7 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     """
     backend, adaptation = _adapted(model, "merge")
     if adaptation.merged:
+        _require_kept_base(adaptation, "merge")
         raise StateError("merge: the updates are merged already; call adamss.unmerge(model) first")
     modules = backend.modules(model)
     merged, lost = {}, {}
@@ -368,11 +375,16 @@ def disabled(model: Model) -> Iterator[Model]:
 # ---- state -----------------------------------------------------------------------------------------
 
 
+READ_ONLY = ("summary", "trainable_parameters", "disabled")
+
+
 def _adapted(model: Model, verb: str) -> tuple[Backend, Adaptation]:
     backend = backend_for(model)
     adaptation = backend.adaptation(model)
     if adaptation is None:
         raise StateError(f"{verb}: the model has no adapters; call adamss.attach or adamss.load first")
+    if adaptation.disabled and verb not in READ_ONLY:
+        raise StateError(f"{verb}: the model is switched off by adamss.disabled; leave its with block first")
     return backend, adaptation
 
 
@@ -435,8 +447,28 @@ def _with_bias_row(base: BaseWeight) -> Any:
     return xp.concat([base.W, xp.astype(xp.reshape(base.b, (1, -1)), base.W.dtype)], axis=0)
 
 
-def _factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig) -> str:
-    if config.factor_dtype is not None:
+def _check_budget(config: AdamssConfig, layers: Mapping[str, Factors]) -> None:
+    if config.budget is None:
+        return
+    if config.budget.unit == "subspaces":
+        total = sum(factors.ranks.shape[0] for factors in layers.values())
+    else:
+        total = sum(core.count_factors(factors) for factors in layers.values())
+    if config.budget.target > total:
+        raise ConfigError(
+            f"budget: target = {config.budget.target} is more than the {total} {config.budget.unit} "
+            "of the model; lower it"
+        )
+    warnings.warn(
+        "budget: this version has no controller that follows it in training; it is stored with the adapter, "
+        "and all subspaces stay trained",
+        AdamssWarning,
+        stacklevel=3,
+    )
+
+
+def _factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig, *, loading: bool = False) -> str:
+    if config.factor_dtype is not None and (backend.has_dtype(config.factor_dtype) or not loading):
         return config.factor_dtype
     dtype = backend.dtype_name(base.W)
     return "float64" if dtype == "float64" else "float32"
@@ -447,6 +479,13 @@ def _cast(backend: Backend, factors: Factors, dtype: str) -> Factors:
 
 
 # ---- files -----------------------------------------------------------------------------------------
+
+
+def _checked_path(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError as error:
+        raise ConfigTypeError(f"path must be a string or a pathlib.Path, found {path!r}") from error
 
 
 def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, training: bool) -> StoredLayer:
@@ -479,6 +518,17 @@ def _require_modules(paths: list[str], modules: Mapping[str, Any]) -> None:
             f"{f' (and {len(missing) - 3} more)' if len(missing) > 3 else ''}, which the file adapts; "
             f"{near_matches(missing[:1], modules)}"
         )
+
+
+def _require_distinct(paths: list[str], modules: Mapping[str, Any]) -> None:
+    seen: dict[int, str] = {}
+    for path in paths:
+        other = seen.setdefault(id(modules[path]), path)
+        if other != path:
+            raise CheckpointError(
+                f"{other!r} and {path!r} are one module in this model; the file adapts them apart: "
+                "it was trained on another model"
+            )
 
 
 def _check_base(path: str, layer: StoredLayer, base: BaseWeight, *, compare: bool) -> None:
@@ -523,7 +573,7 @@ def _saved_arrays(
 def _loaded_factors(
     backend: Backend, layer: StoredLayer, base: BaseWeight, config: AdamssConfig, *, trainable: bool
 ) -> Factors:
-    dtype = _factor_dtype(backend, base, config)
+    dtype = _factor_dtype(backend, base, config, loading=True)
 
     def array(stored: StoredTensor, *, dtype: str | None = None) -> Any:
         return backend.from_stored(stored, like=base.W, dtype=dtype)

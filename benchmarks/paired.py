@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -118,6 +119,10 @@ def environment(packages: Iterable[str]) -> dict[str, object]:
     """Describe what was measured on: machine, threads, versions of the packages, date (UTC)."""
     import torch
 
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    if load is not None and load > 0.5:
+        # Two threads that spin while a third wants their core can make a step ten times slower.
+        print(f"other programs are running (load average {load}): expect wide intervals", file=sys.stderr)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -125,6 +130,6 @@ def environment(packages: Iterable[str]) -> dict[str, object]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load_average": load,
         **{name: metadata.version(name) for name in packages},
     }

@@ -20,11 +20,13 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from paired import Ratio, environment, paired_times, ratio
+from paired import environment, paired_times, ratio
 from peft import AdamssConfig as PeftAdamssConfig
 from peft import LoraConfig, get_peft_model
 from tabulate import tabulate
@@ -35,6 +37,7 @@ import adamss
 
 RANK = 100
 LORA_RANK = 8
+LENGTH = 64
 BASE = "frozen base"
 HEAD_ONLY = "head only"
 LORA = f"PEFT LoRA r={LORA_RANK}"
@@ -169,18 +172,67 @@ def time_minilm(batch: int, length: int, subspaces: Sequence[int], repeats: int)
     return paired_times(calls, repeats=repeats, label="MiniLM")
 
 
-def records(what: str, seconds: dict[str, np.ndarray], baseline: str) -> list[dict[str, object]]:
-    """Return one record per method, with its ratios to the baseline and to LoRA."""
-    return [
-        {
-            "what": what,
-            "method": name,
-            "median_ms": 1e3 * float(np.median(times)),
-            "over_baseline": ratio(times, seconds[baseline]),
-            "over_lora": ratio(times, seconds[LORA]),
-        }
-        for name, times in seconds.items()
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What is timed together.
+
+    Attributes
+    ----------
+    name : str
+    baseline : str
+        The method that the others are divided by.
+    measure : callable
+        Returns the seconds of every method, the rounds in the same order.
+    """
+
+    name: str
+    baseline: str
+    measure: Callable[[], dict[str, np.ndarray]]
+
+    def records(self) -> list[dict[str, object]]:
+        """Measure, and return one record per method with its ratios to the baseline and to LoRA."""
+        seconds = self.measure()
+        return [
+            {
+                "what": self.name,
+                "method": name,
+                "median_ms": 1e3 * float(np.median(times)),
+                "baseline": self.baseline,
+                "over_baseline": ratio(times, seconds[self.baseline]),
+                "over_lora": ratio(times, seconds[LORA]),
+            }
+            for name, times in seconds.items()
+        ]
+
+
+def plan(arguments: argparse.Namespace) -> list[Part]:
+    """Return the parts that the command line asks for."""
+    common = {"subspaces": arguments.subspaces, "repeats": arguments.repeats}
+    parts = [
+        Part(
+            name=f"linear layer, d = n = {width}, {arguments.tokens} tokens",
+            baseline=BASE,
+            measure=partial(time_layer, width, arguments.tokens, **common),
+        )
+        for width in arguments.widths
     ]
+    if not arguments.no_model:
+        batch = max(1, arguments.tokens // (2 * LENGTH))
+        parts.append(
+            Part(
+                name=f"training step of MiniLM, {batch} sentences of {LENGTH} tokens",
+                baseline=HEAD_ONLY,
+                measure=partial(time_minilm, batch, LENGTH, **common),
+            )
+        )
+    return parts
+
+
+def table(records: list[dict[str, object]]) -> str:
+    """Format the records of one part."""
+    rows = [[r["method"], f"{r['median_ms']:.2f}", r["over_baseline"], r["over_lora"]] for r in records]
+    headers = [records[0]["what"], "median (ms)", f"over {records[0]['baseline']}", f"over {LORA}"]
+    return tabulate(rows, headers=headers, colalign=("left", "right", "right", "right"), floatfmt=".2f")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -197,43 +249,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the JSON."""
+    """Measure, print a table for each part, write the JSON."""
     arguments = parse(argv)
-    repeats = 10 if arguments.quick else arguments.repeats
-    tokens = min(256, arguments.tokens) if arguments.quick else arguments.tokens
+    if arguments.quick:
+        arguments.repeats, arguments.tokens = 10, 256
+    settings = {"repeats": arguments.repeats, "rank": RANK, "subspace_rank": 1, "dtype": "float32"}
     about = environment(["torch", "peft", "transformers", "numpy"])
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(
-        f"{repeats} alternations, N = {tokens}, float32, R = {RANK}, r_k = 1; ratios: median [95 % interval]"
-    )
+    for facts in (about, settings):
+        print(", ".join(f"{name} {value}" for name, value in facts.items()))
 
     found: list[dict[str, object]] = []
-    for width in arguments.widths:
-        found += records(
-            f"layer d={width}", time_layer(width, tokens, arguments.subspaces, repeats), baseline=BASE
-        )
-    if not arguments.no_model:
-        length = 64
-        seconds = time_minilm(max(1, tokens // length), length, arguments.subspaces, repeats)
-        found += records("MiniLM step", seconds, baseline=HEAD_ONLY)
-
-    rows = [
-        [r["what"], r["method"], f"{r['median_ms']:.2f}", str(r["over_baseline"]), str(r["over_lora"])]
-        for r in found
-    ]
-    headers = ["what", "method", "median (ms)", f"over {BASE} (layer), {HEAD_ONLY} (MiniLM)", f"over {LORA}"]
-    print(tabulate(rows, headers=headers, colalign=("left", "left", "right", "right", "right")))
+    for part in plan(arguments):
+        records = part.records()
+        print("", table(records), sep="\n", flush=True)
+        found += records
+    print("\nratios within a round: median [95 % interval]")
     if arguments.json:
-        plain = [
-            {
-                key: dataclasses.asdict(value) if isinstance(value, Ratio) else value
-                for key, value in r.items()
-            }
-            for r in found
-        ]
-        settings = {"repeats": repeats, "tokens": tokens, "rank": RANK, "lora_rank": LORA_RANK}
-        report = {"environment": about, "settings": settings, "results": plain}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        report = {"environment": about, "settings": settings, "results": found}
+        arguments.json.write_text(json.dumps(report, indent=2, default=dataclasses.asdict) + "\n")
     return 0
 
 

@@ -10,7 +10,7 @@ import safetensors.numpy
 from safetensors import safe_open
 
 import adamss
-from adamss import checkpoint, core
+from adamss import checkpoint, cli, core
 from adamss.backend import NumpyLinear, NumpyModel
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError, ConfigError
 
@@ -176,6 +176,17 @@ class TestBadFiles:
             ({"metadata": {"config": '{"targets": ["query"], "evil": 1}'}}, "no setting evil"),
             ({"metadata": {"layers": "[" * 100_000}}, "not a valid adapter file"),
             ({"metadata": {"layers": "{}"}}, "belong to no layer"),
+            ({"metadata": {"layers": "[]"}}, "not a valid adapter file"),
+            ({"metadata": {"modules_to_save": "null"}}, "not a valid adapter file"),
+            ({"metadata": {"writer": "[]"}}, "not a valid adapter file"),
+            (
+                {"metadata": {"layers": '{"layer.0.query": {"shape": [Infinity, 1]}}'}},
+                "not a valid adapter file",
+            ),
+            (
+                {"tensors": {"layer.0.query.M": np.zeros((1, 2_000_000), np.float32)}},
+                "not a valid adapter file",
+            ),
             ({"tensors": {"layer.0.query.C": None}}, "'layer.0.query' lacks tensors"),
             ({"tensors": {"layer.0.query.M": None}}, "'layer.0.query' lacks tensors"),
             ({"tensors": {"layer.0.query.labels": np.full(10, 3, np.uint8)}}, r"labels must lie in 0 \.\. 2"),
@@ -241,3 +252,13 @@ class TestWriting:
 def test_numpy_has_no_bfloat16():
     with pytest.raises(ConfigError, match="no bfloat16"):
         adamss.attach(base(), adamss.AdamssConfig(targets=["query"], factor_dtype="bfloat16"))
+
+
+def test_show_prints_what_a_file_holds(path, capsys):
+    assert cli.main(["show", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "layer.1.query" in text
+    assert "form: portable (M)" in text
+    assert f"numpy {np.__version__}" in text
+    assert cli.main(["show", str(path.parent / "none")]) == 1
+    assert "there is no adapter file" in capsys.readouterr().err

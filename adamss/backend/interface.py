@@ -65,6 +65,8 @@ class Adaptation:
         Whether the updates are folded into the weights.
     base_kept
         Whether the base weights can be given back: False after ``merge(keep_base=False)``.
+    disabled
+        Whether the model is switched off at the moment, by `Backend.disabled`.
     """
 
     config: AdamssConfig
@@ -73,6 +75,7 @@ class Adaptation:
     saved: tuple[str, ...] = ()
     merged: bool = False
     base_kept: bool = True
+    disabled: bool = False
 
 
 class Backend(ABC):
@@ -129,6 +132,10 @@ class Backend(ABC):
     @abstractmethod
     def cast(self, array: Array, dtype: str) -> Array:
         """Return the array in the dtype of that name: ``dtype_name(cast(a, t)) == t``."""
+
+    def has_dtype(self, dtype: str) -> bool:
+        """Return whether the framework has a dtype of that name."""
+        return True
 
     @abstractmethod
     def versions(self) -> Mapping[str, str]:
@@ -224,4 +231,4 @@ class Backend(ABC):
 
     @abstractmethod
     def disabled(self, model: Model) -> AbstractContextManager[Model]:
-        """Return a context whose value computes what the base model computes."""
+        """Return a context whose value computes what the base model computes; it may be entered again inside."""

@@ -103,6 +103,9 @@ class NumpyBackend(Backend):
             raise ConfigError("NumPy has no bfloat16; choose factor_dtype = 'float32'")
         return array.astype(dtype)
 
+    def has_dtype(self, dtype: str) -> bool:
+        return dtype != "bfloat16"
+
     def versions(self) -> Mapping[str, str]:
         return {"numpy": np.__version__}
 

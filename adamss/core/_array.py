@@ -8,7 +8,16 @@ import array_api_compat
 
 from adamss.errors import ArrayTypeError, ArrayValueError
 
-__all__ = ["Array", "Namespace", "as_working_precision", "check_matrix", "namespace", "one_hot"]
+__all__ = [
+    "Array",
+    "Namespace",
+    "as_constant",
+    "as_working_precision",
+    "check_matrix",
+    "device",
+    "namespace",
+    "one_hot",
+]
 
 Array: TypeAlias = Any
 """An array of any framework that follows the array API standard."""
@@ -37,6 +46,11 @@ def namespace(*arrays: Array) -> Namespace:
         ) from error
 
 
+def as_constant(array: Array, /) -> Array:
+    """Cut an array off from automatic differentiation that records as it goes: decompositions are constants."""
+    return array.detach() if getattr(array, "requires_grad", False) else array
+
+
 def as_working_precision(array: Array, /) -> Array:
     """Widen half-precision to float32: no decomposition or sum is done in 16 bits."""
     xp = namespace(array)
@@ -57,6 +71,10 @@ def check_matrix(array: Array, /, *, name: str) -> None:
     if not xp.isdtype(array.dtype, "real floating"):
         raise ArrayTypeError(
             f"{name} must be real floating point, found dtype {array.dtype}; convert (or dequantise) it first"
+        )
+    if xp.finfo(array.dtype).bits < 16:
+        raise ArrayTypeError(
+            f"{name} has dtype {array.dtype}, which frameworks only store; dequantise it first"
         )
     if array.ndim != 2:
         raise ArrayValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 from adamss.core._array import Array, device, namespace
@@ -135,7 +136,8 @@ def allocate(scores: Array, budget: int, costs: Array | None = None) -> Array:
     budget
         Number of subspaces, or of parameters where costs are given; an integer >= 0.
     costs
-        Trained parameters of each subspace, (T,) positive integers, as of `adamss.core.subspace_costs`.
+        Trained parameters of each subspace, (T,) positive integers: an array, or the list that
+        `adamss.core.subspace_costs` returns.
 
     Returns
     -------
@@ -158,7 +160,9 @@ def allocate(scores: Array, budget: int, costs: Array | None = None) -> Array:
     >>> allocate(np.asarray([9.0, 8.0, 1.0]), 5, np.asarray([3, 4, 2]))
     array([ True, False,  True])
     """
-    xp = namespace(scores, costs)
+    xp = namespace(scores)
+    if isinstance(costs, Sequence):
+        costs = xp.asarray(costs, device=device(scores))
     if scores.ndim != 1 or (costs is not None and costs.shape != scores.shape):
         found = tuple(scores.shape) if costs is None else (tuple(scores.shape), tuple(costs.shape))
         raise ArrayValueError(f"scores and costs must be 1-d and of equal length, found {found}")

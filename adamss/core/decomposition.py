@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adamss.core._array import Array, as_working_precision, check_matrix, device, namespace
+from adamss.core._array import Array, as_constant, as_working_precision, check_matrix, device, namespace
 from adamss.errors import ConfigError
 
 __all__ = ["Decomposition", "decompose"]
@@ -92,6 +92,7 @@ def decompose(W: Array, rank: int, *, seed: int = 0) -> Decomposition:
     (True, True)
     """
     check_matrix(W, name="W")
+    W = as_constant(W)
     rank = min(check_count(rank, name="rank", remedy="use 1 or more singular vectors"), *W.shape)
     return _decompose(as_working_precision(W), rank, np.random.default_rng(seed))
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from adamss.core._array import Array, device, namespace, one_hot
-from adamss.core.decomposition import Decomposition, check_count, decompose
+from adamss.core.decomposition import Decomposition, check_count
 from adamss.core.representation import effective_coordinates
 from adamss.errors import ConfigError
 
@@ -152,10 +152,10 @@ def _spectral(coordinates: Array, subspaces: int, rng: np.random.Generator) -> A
     # A zero column has no affinity, not even to itself; it stays alone.
     inverse_root = 1 / xp.sqrt(xp.where(degree > 0, degree, xp.ones_like(degree)))
     similarity = affinity * inverse_root[:, None] * inverse_root[None, :]
-    # I + D^-1/2 |Z*| D^-1/2 is two minus the symmetric normalised Laplacian, and has no negative eigenvalue:
-    # its leading singular vectors are the eigenvectors of the Laplacian's smallest eigenvalues.
-    identity = xp.eye(similarity.shape[0], dtype=similarity.dtype, device=device(similarity))
-    vectors = decompose(identity + similarity, subspaces).U
+    # The Laplacian is I - D^-1/2 |Z*| D^-1/2: its smallest eigenvalues are the largest of the similarity.
+    # They lie close together, where a search that stops at captured energy would mix them up.
+    _, eigenvectors = xp.linalg.eigh(similarity)
+    vectors = eigenvectors[:, -subspaces:]
     length = xp.sqrt(xp.sum(vectors**2, axis=1, keepdims=True))
     return _kmeans(vectors / xp.where(length > 0, length, xp.ones_like(length)), subspaces, rng)
 

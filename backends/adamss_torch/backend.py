@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from adamss.backend import Adaptation, Backend, BaseWeight
 from adamss.checkpoint import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
-from adamss.errors import LayerError, LayerTypeError, StateError
+from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch.adapter import CHILD, Adapter
 from adamss_torch.functional import make_layout, update
 
@@ -39,12 +40,15 @@ class _Record:
         Base values of ``modules_to_save``, by path and name.
     required_grad
         Which parameters required gradients before.
+    disabled
+        Whether the model is within a `TorchBackend.disabled` block.
     """
 
     config: AdamssConfig
     paths: tuple[str, ...]
     originals: dict[str, dict[str, Tensor]]
     required_grad: dict[str, bool]
+    disabled: bool = False
 
 
 class TorchBackend(Backend):
@@ -83,13 +87,14 @@ class TorchBackend(Backend):
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        with (
+            _full_matmul_precision(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
 
     # ---- models -------------------------------------------------------------------------------------
 
@@ -102,10 +107,17 @@ class TorchBackend(Backend):
         return {path: module for path, module in every if not isinstance(module, Adapter)}
 
     def weight(self, module: nn.Module, path: str) -> BaseWeight:
+        path = path or "the model itself"
         if not isinstance(module, nn.Linear):
             raise LayerTypeError(
                 f"{path} is a {type(module).__name__}, which has no weight to adapt; targets must name "
                 "torch.nn.Linear layers"
+            )
+        if is_lazy(module.weight):
+            raise LayerError(f"{path} is a lazy layer without weights; run the model once, then attach")
+        if not isinstance(getattr(module, CHILD, None), Adapter | None):
+            raise LayerError(
+                f"{path} has an attribute {CHILD!r} of its own, where the adapter goes; rename it"
             )
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise LayerError(
@@ -127,7 +139,7 @@ class TorchBackend(Backend):
         return BaseWeight(W.t(), b)
 
     def arrays(self, module: nn.Module) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
+        return {name: tensor.detach() for name, tensor in _tensors(module).items()}
 
     def insert(
         self,
@@ -138,7 +150,8 @@ class TorchBackend(Backend):
         saved: Mapping[str, Mapping[str, Tensor] | None],
     ) -> nn.Module:
         owner, _ = _owner(model)
-        modules = dict(owner.named_modules())
+        modules = self.modules(owner)
+        _check_parameters(owner, [modules[path] for path in layers], {path: modules[path] for path in saved})
         adapters = {
             path: Adapter(factors, _linear(modules[path]).in_features) for path, factors in layers.items()
         }
@@ -171,6 +184,7 @@ class TorchBackend(Backend):
             saved=tuple(record.originals),
             merged=any(adapter.merged for adapter in adapters.values()),
             base_kept=all(adapter.base is not None or not adapter.merged for adapter in adapters.values()),
+            disabled=record.disabled,
         )
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
@@ -195,6 +209,7 @@ class TorchBackend(Backend):
             adapter.uninstall(layer)
         for path, values in record.originals.items():
             _copy_into(self.arrays(owner.get_submodule(path)), values)
+            owner.get_submodule(path).zero_grad(set_to_none=True)
         for name, parameter in owner.named_parameters():
             if name in record.required_grad:
                 parameter.requires_grad_(record.required_grad[name])
@@ -206,9 +221,9 @@ class TorchBackend(Backend):
         assert record is not None
         layers = _adapted_layers(owner, record)
         for path, (layer, _) in layers.items():
-            if "weight" not in layer._parameters:
+            if not {"weight", "bias"} <= layer._parameters.keys():
                 raise LayerError(
-                    f"{path}: its weight is computed by a parametrization and cannot be replaced; "
+                    f"{path}: its weight or bias is computed by a parametrization and cannot be replaced; "
                     "remove the parametrization, or leave the adapter unmerged"
                 )
         counts = _parameter_counts(owner)
@@ -247,23 +262,28 @@ class TorchBackend(Backend):
     def disabled(self, model: nn.Module) -> Iterator[nn.Module]:
         owner, record = _owner(model)
         assert record is not None
+        if record.disabled:
+            yield model
+            return
         adapters = [adapter for _, adapter in _adapted_layers(owner, record).values()]
         layers = [layer for layer, _ in _adapted_layers(owner, record).values()]
         before = [adapter.enabled for adapter in adapters]
 
         def swap() -> None:
             for path, originals in record.originals.items():
-                _swap_values(self.arrays(owner.get_submodule(path)), originals)
+                _swap_values(_tensors(owner.get_submodule(path)), originals)
             for layer, adapter in zip(layers, adapters, strict=True):
                 _swap_base(layer, adapter)
 
         for adapter in adapters:
             adapter.enabled = False
+        record.disabled = True
         swap()
         try:
             yield model
         finally:
             swap()
+            record.disabled = False
             for adapter, enabled in zip(adapters, before, strict=True):
                 adapter.enabled = enabled
 
@@ -281,6 +301,11 @@ def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
         )
     if found:
         return found[0], vars(found[0])[RECORD]
+    if any(isinstance(module, Adapter) for module in model.modules()):
+        raise StateError(
+            "this is a part of a model that was adapted as a whole: adapters are attached already; "
+            "call adamss on the whole"
+        )
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -288,6 +313,54 @@ def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
             model = inner
         else:
             return model, None
+
+
+@contextmanager
+def _full_matmul_precision() -> Iterator[None]:
+    """Multiply float32 matrices in float32, through whichever of PyTorch's two interfaces the user has chosen.
+
+    Once the newer one has been used, the older one raises.
+    """
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        places: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")]  # noqa: B009
+        before = [place.fp32_precision for place in places]
+        for place in places:
+            place.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for place, value in zip(places, before, strict=True):
+                place.fp32_precision = value
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers of a module; extra state that is no tensor is left out."""
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping[str, nn.Module]) -> None:
+    """Check what would fail, or go wrong, after the first change has been made."""
+    for name, parameter in owner.named_parameters():
+        if is_lazy(parameter):
+            raise LayerError(
+                f"{name} belongs to a lazy layer without weights; run the model once, then attach"
+            )
+    frozen = {id(parameter) for layer in adapted for parameter in layer.parameters()}
+    for path, module in saved.items():
+        if any(id(parameter) in frozen for parameter in module.parameters()):
+            raise TargetError(
+                f"modules_to_save: {path} shares its weight with a layer that targets adapts, "
+                "and would train it whole; leave one of them out"
+            )
 
 
 def _linear(module: nn.Module) -> nn.Linear:
@@ -314,9 +387,9 @@ def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> N
 def _swap_values(tensors: Mapping[str, Tensor], kept: dict[str, Tensor]) -> None:
     """Exchange the values of tensors with those kept."""
     for name, tensor in tensors.items():
-        value = tensor.clone()
-        _copy_into({name: tensor}, {name: kept[name]})
-        kept[name] = value
+        # Not a copy in place: what a forward before has saved for its backward must stay as it was.
+        other = kept[name]
+        kept[name], tensor.data = tensor.data.to(other.device), other.to(tensor.device)
 
 
 def _swap_base(layer: nn.Linear, adapter: Adapter) -> None:
@@ -327,4 +400,4 @@ def _swap_base(layer: nn.Linear, adapter: Adapter) -> None:
             setattr(layer, name, kept)
             adapter.base[name] = present  # type: ignore[index]
         else:
-            _swap_values({name: present.detach()}, adapter.base)  # type: ignore[arg-type]
+            _swap_values({name: present}, adapter.base)  # type: ignore[arg-type]

@@ -85,6 +85,11 @@ def test_every_framework_decides_alike(xp, to_numpy):
         assert np.array_equal(by_cost, core.allocate(scores, budget, costs))
 
 
+def test_costs_may_be_the_list_that_counting_returns():
+    costs = core.subspace_costs([3, 2], [1, 1], [2, 2])
+    assert core.allocate(np.asarray([1.0, 1.0]), 4, costs).tolist() == [False, True]
+
+
 def test_nan_ranks_below_everything():
     scores = np.asarray([np.nan, -1.0, 0.0, -np.inf])
     assert core.allocate(scores, 2).tolist() == [False, True, True, False]

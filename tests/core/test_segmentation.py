@@ -100,6 +100,7 @@ PLANTED = [
     {"d": 40, "subspaces": 10, "dimension": 1},
     {"d": 64, "subspaces": 4, "dimension": 8},
     {"d": 90, "subspaces": 16, "dimension": 4},
+    {"d": 128, "subspaces": 24, "dimension": 4},
 ]
 
 

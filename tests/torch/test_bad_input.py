@@ -143,6 +143,82 @@ def test_verbs_out_of_order(net, config, unchanged, tmp_path):
     unchanged(model, lambda: adamss.merge(model), errors.StateError, RuntimeError, "merged already.*unmerge")
 
 
+def test_a_part_of_an_adapted_model(net, config, unchanged):
+    model = adamss.attach(net(), config())
+    for verb in (lambda m: adamss.attach(m, config()), adamss.summary, adamss.detach):
+        call = lambda verb=verb: verb(model.layers[0])  # noqa: E731
+        unchanged(model, call, errors.StateError, RuntimeError, "adapters are attached already")
+
+
+def test_a_lazy_layer_elsewhere_and_as_target(config):
+    for targets in (["query"], ["lazy"]):
+        model = nn.ModuleDict({"query": nn.Linear(4, 4), "lazy": nn.LazyLinear(3)})
+        with pytest.raises(errors.LayerError, match=r"lazy.*run the model once"):
+            adamss.attach(model, config(targets=targets))
+        assert model["query"].weight.requires_grad
+        assert not model["query"]._forward_hooks
+
+
+def test_a_target_that_shares_its_weight_with_a_saved_module(config, unchanged):
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    model["head"].weight = model["query"].weight
+    attach = lambda: adamss.attach(model, config(targets=["query"], modules_to_save=["head"]))  # noqa: E731
+    unchanged(model, attach, errors.TargetError, ValueError, "head shares its weight")
+
+
+def test_an_attribute_where_the_adapter_goes(net, config, unchanged):
+    model = net()
+    model.layers[0].query.adamss = 3
+    unchanged(
+        model, lambda: adamss.attach(model, config()), errors.LayerError, ValueError, "attribute 'adamss'"
+    )
+
+
+@pytest.mark.parametrize("unit", ["subspaces", "parameters"])
+def test_budget_over_the_total_and_without_a_controller(net, config, unchanged, unit):
+    model = net()
+    budget = adamss.BudgetConfig(target=10**6, end_step=5, unit=unit)
+    attach = lambda: adamss.attach(model, config(budget=budget))  # noqa: E731
+    unchanged(model, attach, errors.ConfigError, ValueError, rf"target = 1000000 is more than the \d+ {unit}")
+    with pytest.warns(adamss.AdamssWarning, match="no controller"):
+        adamss.attach(model, config(budget=adamss.BudgetConfig(target=3, end_step=5, unit=unit)))
+
+
+def test_merge_of_a_parametrized_bias(net, config, unchanged):
+    model = net()
+    nn.utils.parametrize.register_parametrization(model.layers[0].query, "bias", nn.Identity())
+    adamss.attach(model, config(include_bias=True))
+    unchanged(
+        model,
+        lambda: adamss.merge(model),
+        errors.LayerError,
+        ValueError,
+        r"layers\.0\.query.*parametrization",
+    )
+
+
+def test_tied_modules_in_another_order(tmp_path, config):
+    def tied(*names):
+        layer = nn.Linear(8, 8)
+        nn.init.eye_(layer.weight)
+        return nn.ModuleDict(dict.fromkeys(names, layer))
+
+    model = adamss.attach(tied("p", "q"), config(targets=["p"]))
+    adamss.save(model, tmp_path / "a.safetensors")
+    assert adamss.summary(adamss.load(tied("q", "p"), tmp_path / "a.safetensors")).total.K == 3
+    apart = nn.ModuleDict({name: nn.Linear(8, 8) for name in "pq"})
+    adamss.save(adamss.attach(apart, config(targets=["p", "q"])), tmp_path / "b.safetensors")
+    with pytest.raises(errors.CheckpointError, match="'p' and 'q' are one module"):
+        adamss.load(tied("p", "q"), tmp_path / "b.safetensors", check_base=False)
+
+
+@pytest.mark.parametrize("path", [None, 123, 1.5])
+def test_paths_of_the_wrong_kind(net, config, path):
+    for call in (lambda: adamss.save(adamss.attach(net(), config()), path), lambda: adamss.load(net(), path)):
+        with pytest.raises(errors.ConfigTypeError, match="path must be a string"):
+            call()
+
+
 def test_models_and_configs_of_the_wrong_kind(net, config):
     with pytest.raises(errors.BackendError, match=r"builtins\.dict"):
         adamss.attach({"a": 1}, config())

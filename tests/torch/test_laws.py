@@ -1,6 +1,8 @@
 """The laws of the design on PyTorch models: start, base, update, merge, count, travel, compilation, determinism."""
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -121,6 +123,35 @@ class TestLaw2BaseUntouched:
         with adamss.disabled(model) as base:
             assert base is model
             assert torch.equal(base(x), expected)
+        assert torch.equal(model(x), adapted)
+
+    def test_a_reference_forward_leaves_the_backward_of_another_alone(self, net, config, inputs, train):
+        """As preference optimisation does: the base's outputs are needed between forward and backward."""
+        model, x = train(adamss.attach(net(), config(modules_to_save=["classifier"]))), inputs(4, 16)
+        with adamss.disabled(model), torch.no_grad():
+            reference = model(x)
+        leaves = adamss.trainable_parameters(model)
+        expected = torch.autograd.grad((model(x) - reference).square().sum(), leaves)
+        y = model(x)
+        with adamss.disabled(model), torch.no_grad():
+            assert torch.equal(model(x), reference)
+        actual = torch.autograd.grad((y - reference).square().sum(), leaves)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+    def test_disabled_can_be_nested_and_refuses_what_would_confuse_it(
+        self, net, config, inputs, train, tmp_path
+    ):
+        model, x = net(), inputs(4, 16)
+        expected = model(x)
+        train(adamss.attach(model, config(modules_to_save=["classifier"])))
+        adapted = model(x)
+        with adamss.disabled(model):
+            with adamss.disabled(model):
+                assert torch.equal(model(x), expected)
+            assert torch.equal(model(x), expected)
+            for verb in (adamss.merge, adamss.detach, lambda m: adamss.save(m, tmp_path / "a.safetensors")):
+                with pytest.raises(adamss.errors.StateError, match=r"switched off by adamss\.disabled"):
+                    verb(model)
         assert torch.equal(model(x), adapted)
 
 
@@ -424,6 +455,27 @@ class TestLaw12Determinism:
             torch.set_float32_matmul_precision("highest")
             torch.set_default_dtype(torch.float32)
         assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
+
+
+def test_attach_under_inference_mode_can_be_trained(net, config, train):
+    model = net()
+    with torch.inference_mode():
+        adamss.attach(model, config())
+    train(model)
+    assert torch.count_nonzero(model.layers[0].query.adamss.C) > 0
+
+
+def test_attach_after_the_newer_precision_interface():
+    """Once it has been used, PyTorch's older one raises: in a process of its own."""
+    code = (
+        "import torch, adamss\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(8, 8))\n"
+        "adamss.attach(model, adamss.AdamssConfig(targets=['0']))\n"
+        "assert torch.backends.cuda.matmul.fp32_precision == 'tf32'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_copies_are_independent(net, config, train, inputs):
