@@ -114,7 +114,10 @@ def summary(model: Model) -> Summary:
         If the model has no adapters.
     """
     backend, adaptation = _adapted(model, "summary")
-    rows = [summarise(path, adaptation.shapes[path], factors) for path, factors in adaptation.layers.items()]
+    rows = [
+        summarise(path, adaptation.shapes[path], _outline(backend, factors))
+        for path, factors in adaptation.layers.items()
+    ]
     modules = backend.modules(model)
     saved = (array for path in adaptation.saved for array in backend.arrays(modules[path]).values())
     return Summary(tuple(rows), total(rows), sum(int(np.prod(array.shape)) for array in saved))
@@ -423,10 +426,16 @@ def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:
 
 def _initial_factors(backend: Backend, path: str, base: BaseWeight, config: AdamssConfig) -> Factors:
     check_matrix(base.W, name=f"{path}: weight")
+    dtype = _factor_dtype(backend, base, config)
+    if not backend.has_dtype(dtype):
+        raise ConfigError(
+            f"factor_dtype = {dtype!r}: {backend.name} has no such dtype as it is set up; choose 'float32'"
+        )
     W = base.W
     if config.include_bias and base.b is not None:
         W = _with_bias_row(base)
         check_matrix(W[-1:, :], name=f"{path}: bias")
+    W = backend.decomposition_input(W)
     decomposition = core.decompose(W, config.rank, seed=config.seed)
     labels = core.segment(
         decomposition,
@@ -438,7 +447,7 @@ def _initial_factors(backend: Backend, path: str, base: BaseWeight, config: Adam
     factors = core.initial_factors(
         decomposition, labels, config.subspace_rank, basis=config.basis, initial_B=config.initial_B
     )
-    return _cast(backend, factors, _factor_dtype(backend, base, config))
+    return _cast(backend, factors, dtype)
 
 
 def _with_bias_row(base: BaseWeight) -> Any:
@@ -465,6 +474,15 @@ def _check_budget(config: AdamssConfig, layers: Mapping[str, Factors]) -> None:
         AdamssWarning,
         stacklevel=3,
     )
+
+
+def _outline(backend: Backend, factors: Factors) -> Factors:
+    """Return labels, ranks and mask as NumPy arrays, and A, B, C that have shapes alone: enough to count."""
+    small = {
+        name: backend.to_stored(getattr(factors, name)).numpy() for name in ("labels", "ranks", "active")
+    }
+    nothing = np.zeros(())
+    return Factors(*(np.broadcast_to(nothing, tuple(array.shape)) for array in factors))._replace(**small)
 
 
 def _factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig, *, loading: bool = False) -> str:
@@ -588,6 +606,7 @@ def _loaded_factors(
     U = None
     if trainable:
         W = _with_bias_row(base) if M.shape[0] > base.W.shape[0] else base.W
-        U = core.decompose(W, config.rank, seed=config.seed).U
+        U = core.decompose(backend.decomposition_input(W), config.rank, seed=config.seed).U
+        U = backend.cast(U, backend.dtype_name(M))
     factors = core.factors_from_directions(M, C, labels, ranks, active, U=U)
     return _cast(backend, factors, dtype)

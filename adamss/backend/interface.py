@@ -112,7 +112,9 @@ class Backend(ABC):
         """Return the bytes of an array: ``from_stored(to_stored(a), like=a) == a``."""
 
     @abstractmethod
-    def from_stored(self, stored: StoredTensor, *, like: Array, dtype: str | None = None) -> Array:
+    def from_stored(
+        self, stored: StoredTensor, *, like: Array | None = None, dtype: str | None = None
+    ) -> Array:
         """Return stored bytes as an array on the device of `like`.
 
         Parameters
@@ -120,7 +122,7 @@ class Backend(ABC):
         stored
             Bytes, dtype and shape.
         like
-            An array on the wanted device.
+            An array on the wanted device; None for the framework's default device.
         dtype
             Name of the wanted dtype, such as ``"float32"``; None for the stored one.
         """
@@ -136,6 +138,19 @@ class Backend(ABC):
     def has_dtype(self, dtype: str) -> bool:
         """Return whether the framework has a dtype of that name."""
         return True
+
+    def decomposition_input(self, W: Array) -> Array:
+        """Return the array on which a weight is decomposed and segmented, of the same values.
+
+        W itself, unless the framework would compile every operation for every new shape. What is computed
+        from it goes through `cast` into `insert`, and both take arrays of its kind too.
+
+        Parameters
+        ----------
+        W
+            (d, n), or (d + 1, n) with the bias as one more row.
+        """
+        return W
 
     @abstractmethod
     def versions(self) -> Mapping[str, str]:
@@ -178,7 +193,11 @@ class Backend(ABC):
 
     @abstractmethod
     def arrays(self, module: Module) -> dict[str, Array]:
-        """Return all the named arrays of a module: what ``modules_to_save`` stores."""
+        """Return all the named arrays of a module, as ``modules_to_save`` stores them.
+
+        Names and orientation are PyTorch's, so that a head travels between frameworks: ``weight`` (n, d) and
+        ``bias`` (n,) of a linear layer, dots between the names of nested modules.
+        """
 
     @abstractmethod
     def insert(
@@ -203,7 +222,7 @@ class Backend(ABC):
         config
             Stored with the model.
         saved
-            Paths of ``modules_to_save``, and the values that they get (None: as they are).
+            Paths of ``modules_to_save``, and the values that they get, as from `arrays` (None: as they are).
         """
 
     @abstractmethod
@@ -213,6 +232,20 @@ class Backend(ABC):
     @abstractmethod
     def parameters(self, model: Model) -> Any:
         """Return what an optimiser gets, in the framework's own form: B and C of each layer, and saved modules."""
+
+    @abstractmethod
+    def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
+        """Return the model with other masks: ``adaptation(set_active(m, a)).layers[path].active == a[path]``.
+
+        Nothing that is compiled may depend on the values of a mask.
+
+        Parameters
+        ----------
+        model
+            An adapted model.
+        active
+            (K,) booleans by module path; a layer that is not named keeps its mask.
+        """
 
     @abstractmethod
     def remove(self, model: Model) -> Model:

@@ -13,7 +13,8 @@ from adamss import core
 from adamss.backend.interface import Adaptation, Backend, BaseWeight
 from adamss.checkpoint import StoredTensor
 from adamss.config import AdamssConfig
-from adamss.core import Factors, Merged
+from adamss.core import Factors, Gradients, Merged
+from adamss.core._array import namespace
 from adamss.errors import ArrayTypeError, ConfigError, LayerTypeError, StateError
 
 __all__ = ["NumpyBackend", "NumpyLinear", "NumpyModel"]
@@ -84,14 +85,22 @@ class NumpyBackend(Backend):
     """NumPy: the float64 oracle that every other backend is compared with."""
 
     name = "numpy"
+    array_type: type = np.ndarray
+    """What a layer holds; a subclass for another namespace of the array API changes it."""
 
     def linear(self, x: Array, weight: Array, bias: Array | None, factors: Factors) -> Array:
         return np.asarray(core.linear(x, weight, bias, factors))
 
+    def linear_vjp(self, dy: Array, x: Array, weight: Array, factors: Factors) -> Gradients:
+        """Return the gradients of `linear`, written by hand: see `adamss.core.linear_vjp`."""
+        return core.linear_vjp(dy, x, weight, factors)
+
     def to_stored(self, array: Array) -> StoredTensor:
         return StoredTensor.of(np.asarray(array))
 
-    def from_stored(self, stored: StoredTensor, *, like: Array, dtype: str | None = None) -> Array:
+    def from_stored(
+        self, stored: StoredTensor, *, like: Array | None = None, dtype: str | None = None
+    ) -> Array:
         array = stored.numpy()
         return array.copy() if dtype is None else self.cast(array, dtype)
 
@@ -118,7 +127,7 @@ class NumpyBackend(Backend):
     def weight(self, module: Any, path: str) -> BaseWeight:
         if not isinstance(module, NumpyLinear):
             raise LayerTypeError(f"{path}: expected a NumpyLinear, found {type(module).__name__}")
-        if not isinstance(module.W, np.ndarray):
+        if not isinstance(module.W, self.array_type):
             raise ArrayTypeError(f"{path}: W must be a NumPy array, found {type(module.W).__name__}")
         if not module.merged:
             return BaseWeight(module.W, module.b)
@@ -127,7 +136,8 @@ class NumpyBackend(Backend):
         return module.base
 
     def arrays(self, module: NumpyLinear) -> dict[str, Array]:
-        return {"W": module.W} if module.b is None else {"W": module.W, "b": module.b}
+        weight = {"weight": module.W.T}
+        return weight if module.b is None else weight | {"bias": module.b}
 
     def insert(
         self,
@@ -141,7 +151,10 @@ class NumpyBackend(Backend):
         for path, factors in layers.items():
             changed[path] = replace(changed[path], factors=factors)
         for path, values in saved.items():
-            changed[path] = replace(changed[path], **dict[str, Any](values or {}))
+            # Copies: a training loop writes into them, and `remove` gives the originals back.
+            new = self.arrays(changed[path]) if values is None else values
+            copies = {name: namespace(array).asarray(array, copy=True) for name, array in new.items()}
+            changed[path] = replace(changed[path], W=copies["weight"].T, b=copies.get("bias"))
         return NumpyModel(changed, config, tuple(saved), model.layers)
 
     def adaptation(self, model: NumpyModel) -> Adaptation | None:
@@ -164,6 +177,14 @@ class NumpyBackend(Backend):
             if layer.factors is not None
         }
         return adapted | {path: self.arrays(model.layers[path]) for path in model.saved}
+
+    def set_active(self, model: NumpyModel, active: Mapping[str, Array]) -> NumpyModel:
+        changed = dict(model.layers)
+        for path, mask in active.items():
+            factors = changed[path].factors
+            assert factors is not None
+            changed[path] = replace(changed[path], factors=factors._replace(active=mask))
+        return replace(model, layers=changed)
 
     def remove(self, model: NumpyModel) -> NumpyModel:
         return NumpyModel(model.originals or {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -10,7 +12,7 @@ from importlib.metadata import entry_points
 from adamss.backend.interface import Backend, Model
 from adamss.errors import BackendError, MissingBackendError
 
-__all__ = ["available_backends", "backend_for", "get_backend", "register_backend"]
+__all__ = ["available_backends", "backend_for", "get_backend", "register_backend", "using"]
 
 ENTRY_POINT_GROUP = "adamss.backends"
 
@@ -61,6 +63,27 @@ def register_backend(backend: type[Backend]) -> type[Backend]:
     _registered[backend.name] = backend
     _instances.pop(backend.name, None)
     return backend
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Let this very instance stand for its name, and be asked first, within a ``with`` block: for testing it.
+
+    Parameters
+    ----------
+    backend
+        An instance that need not be registered.
+    """
+    registered, instances = dict(_registered), dict(_instances)
+    _registered.clear()
+    _registered.update({backend.name: type(backend)} | registered | {backend.name: type(backend)})
+    _instances[backend.name] = backend
+    try:
+        yield
+    finally:
+        for table, before in ((_registered, registered), (_instances, instances)):
+            table.clear()
+            table.update(before)  # type: ignore[arg-type]
 
 
 def available_backends() -> tuple[str, ...]:

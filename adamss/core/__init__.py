@@ -30,11 +30,14 @@ from adamss.core.factors import (
     contract,
     delta,
     expand,
+    factor_gradients,
     factors_from_directions,
+    hold_frozen,
     initial_factors,
     linear,
     linear_vjp,
     merge,
+    trained_elements,
 )
 from adamss.core.importance import Importance, initial_importance, scores, update_importance
 from adamss.core.representation import (
@@ -70,9 +73,11 @@ __all__ = [
     "decompose",
     "delta",
     "expand",
+    "factor_gradients",
     "factors_from_directions",
     "generalisation_bound",
     "group_sizes",
+    "hold_frozen",
     "initial_factors",
     "initial_importance",
     "linear",
@@ -85,5 +90,6 @@ __all__ = [
     "spectral_norms",
     "subspace_costs",
     "subspace_energy",
+    "trained_elements",
     "update_importance",
 ]

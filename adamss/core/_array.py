@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -13,6 +14,7 @@ __all__ = [
     "Namespace",
     "as_constant",
     "as_working_precision",
+    "check_concrete",
     "check_matrix",
     "device",
     "namespace",
@@ -57,6 +59,22 @@ def as_working_precision(array: Array, /) -> Array:
     return xp.astype(array, xp.float32) if xp.finfo(array.dtype).bits < 32 else array
 
 
+def check_concrete(*arrays: Array | None, name: str) -> None:
+    """Check that arrays have values: that none is a tracer, of which JAX knows only shape and dtype.
+
+    Raises
+    ------
+    ArrayTypeError
+        If one is a tracer; the message says where to call instead.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and any(isinstance(array, jax.core.Tracer) for array in arrays):
+        raise ArrayTypeError(
+            f"{name}: the values are needed here, and found was a tracer, which has none; call this outside of "
+            "jax.jit, jax.grad, jax.vmap and jax.lax.scan, and pass the result in"
+        )
+
+
 def check_matrix(array: Array, /, *, name: str) -> None:
     """Check that an array is a finite, non-empty, real floating-point matrix.
 
@@ -82,6 +100,7 @@ def check_matrix(array: Array, /, *, name: str) -> None:
         )
     if 0 in array.shape:
         raise ArrayValueError(f"{name} must not be empty, found shape {tuple(array.shape)}")
+    check_concrete(array, name=name)
     if not bool(xp.all(xp.isfinite(array))):
         raise ArrayValueError(f"{name} holds NaN or infinity; repair the weight before adapting it")
 

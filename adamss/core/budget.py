@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from adamss.core._array import Array, device, namespace
+from adamss.core._array import Array, check_concrete, device, namespace
 from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = ["Schedule", "allocate", "allocates_at", "budget_at"]
@@ -171,6 +171,7 @@ def allocate(scores: Array, budget: int, costs: Array | None = None) -> Array:
     scores = xp.where(xp.isnan(scores), xp.full_like(scores, -float("inf")), scores)
     if costs is None:
         return _rank_of(scores) < budget
+    check_concrete(scores, costs, name="scores and costs")
     if scores.shape[0] and int(xp.min(costs)) < 1:
         raise ArrayValueError(f"costs must be positive, found {int(xp.min(costs))}")
     order = xp.argsort(scores / xp.astype(costs, scores.dtype), descending=True, stable=True)

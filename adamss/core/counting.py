@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adamss.core._array import namespace, one_hot
+from adamss.core._array import check_concrete, namespace, one_hot
 from adamss.core.factors import Factors, basis_ranks
 from adamss.errors import ConfigError
 
@@ -121,6 +121,7 @@ def count_factors(factors: Factors, *, active_only: bool = False) -> int:
     int
         ``sum_k r_k (n_k + R_k)``.
     """
+    check_concrete(factors.labels, factors.ranks, name="labels and ranks")
     xp = namespace(factors.labels)
     sizes = xp.sum(one_hot(factors.labels, factors.ranks.shape[0], dtype=factors.ranks.dtype), axis=0)
     ranks = factors.ranks

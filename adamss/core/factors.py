@@ -11,7 +11,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from adamss.core._array import Array, as_working_precision, device, namespace, one_hot
+from adamss.core._array import (
+    Array,
+    as_working_precision,
+    check_concrete,
+    device,
+    namespace,
+    one_hot,
+)
 from adamss.core.decomposition import Decomposition, check_count
 from adamss.errors import ArrayValueError, ConfigError
 
@@ -26,11 +33,14 @@ __all__ = [
     "contract",
     "delta",
     "expand",
+    "factor_gradients",
     "factors_from_directions",
+    "hold_frozen",
     "initial_factors",
     "linear",
     "linear_vjp",
     "merge",
+    "trained_elements",
 ]
 
 BASES = ("shared", "per_subspace")
@@ -159,6 +169,7 @@ def initial_factors(
     >>> factors.A.shape, factors.B.shape, factors.C.shape
     ((1, 6, 4), (4, 6), (2, 8))
     """
+    check_concrete(*decomposition, labels, name="decomposition and labels")
     if basis not in BASES:
         raise ConfigError(f"basis must be one of {', '.join(BASES)}; found {basis!r}")
     if initial_B not in INITIAL_B:
@@ -294,6 +305,10 @@ def _column_index(factors: Factors) -> tuple[Array, Array]:
     """Return subspace k(c) and place i(c) within it, both (q,), of each column c of M."""
     xp = namespace(factors.ranks)
     q = factors.B.shape[1]
+    if factors.C.shape[0] == 1 and q == factors.ranks.shape[0]:
+        # No rank is above 1, and they sum to K: all are 1, and column k belongs to subspace k.
+        columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
+        return columns, xp.zeros_like(columns)
     ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
     columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
     before = xp.astype(columns[:, None] >= ends[None, :], factors.ranks.dtype)
@@ -359,7 +374,7 @@ def expand(factors: Factors) -> Array:
     """
     xp = namespace(factors.C)
     group, place = _column_index(factors)
-    rows = xp.take(factors.C, place, axis=0)
+    rows = factors.C if factors.C.shape[0] == 1 else xp.take(factors.C, place, axis=0)
     return xp.where(_own_columns(factors, group), rows, xp.zeros_like(rows))
 
 
@@ -368,6 +383,8 @@ def _expand_vjp(dE: Array, factors: Factors) -> Array:
     xp = namespace(dE)
     group, place = _column_index(factors)
     own = xp.where(_own_columns(factors, group), dE, xp.zeros_like(dE))
+    if factors.C.shape[0] == 1:
+        return xp.sum(own, axis=0, keepdims=True)
     return xp.matrix_transpose(one_hot(place, factors.C.shape[0], dtype=dE.dtype)) @ own
 
 
@@ -506,13 +523,69 @@ def linear_vjp(dy: Array, x: Array, W: Array, factors: Factors, *, revive: bool 
     dM = xp.matrix_transpose(x2) @ dz
     if M.shape[0] > d:
         dM = xp.concat([dM, xp.sum(dz, axis=0, keepdims=True)], axis=0)
-    dB = _contract_vjp(xp.astype(dM, factors.B.dtype), factors)
-    dC = _expand_vjp(xp.astype(xp.matrix_transpose(z) @ dy2, factors.C.dtype), factors)
-    if not revive:
-        group, _ = _column_index(factors)
-        dB = xp.where(xp.take(factors.active, group)[None, :], dB, xp.zeros_like(dB))
-        dC = xp.where(xp.take(factors.active, factors.labels)[None, :], dC, xp.zeros_like(dC))
+    dB, dC = factor_gradients(dM, xp.matrix_transpose(z) @ dy2, factors, revive=revive)
     return Gradients(xp.reshape(dx, x.shape), dB, dC)
+
+
+def factor_gradients(dM: Array, dE: Array, factors: Factors, *, revive: bool = False) -> tuple[Array, Array]:
+    """Gradients of B and C, in their dtypes, from those of M = [A_k B_k] and of E = expand(C).
+
+    Parameters
+    ----------
+    dM
+        (d, q), or (d + 1, q) where the bias is adapted too.
+    dE
+        (q, n).
+    factors
+        Factors of the layer.
+    revive
+        If False, the gradients of the subspaces that are not active are zero.
+    """
+    xp = namespace(dM)
+    dB = _contract_vjp(xp.astype(dM, factors.B.dtype), factors)
+    dC = _expand_vjp(xp.astype(dE, factors.C.dtype), factors)
+    if revive:
+        return dB, dC
+    trained_B, trained_C = trained_elements(factors)
+    return xp.where(trained_B, dB, xp.zeros_like(dB)), xp.where(trained_C, dC, xp.zeros_like(dC))
+
+
+def hold_frozen(before: Factors, after: Factors) -> Factors:
+    """Return factors whose frozen subspaces are those of `before`, to the bit, and the rest that of `after`.
+
+    What an optimiser does to a frozen element (weight decay, momentum) is undone by it.
+
+    Parameters
+    ----------
+    before, after
+        Factors of one layer before and after a step of an optimiser; the mask is that of `before`.
+
+    Returns
+    -------
+    Factors
+        B and C put together; all else as in `before`.
+    """
+    xp = namespace(before.B)
+    trained_B, trained_C = trained_elements(before)
+    return before._replace(B=xp.where(trained_B, after.B, before.B), C=xp.where(trained_C, after.C, before.C))
+
+
+def trained_elements(factors: Factors) -> tuple[Array, Array]:
+    """Return which columns of B, and of C, belong to a subspace that is active.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    tuple of Array
+        Booleans (1, q) and (1, n), which broadcast against B and C.
+    """
+    xp = namespace(factors.labels)
+    group, _ = _column_index(factors)
+    return xp.take(factors.active, group)[None, :], xp.take(factors.active, factors.labels)[None, :]
 
 
 def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
@@ -539,6 +612,7 @@ def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
     ArrayValueError
         If the merged weight or bias is not finite.
     """
+    check_concrete(W, b, *factors, name="weight and factors")
     xp = namespace(W)
     d = W.shape[0]
     update = delta(factors._replace(**{name: as_working_precision(getattr(factors, name)) for name in "ABC"}))
@@ -578,6 +652,7 @@ def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, nam
             raise ArrayValueError(f"{name}: {what}, found {found}")
 
     A, B, C, labels, ranks, active = factors
+    check_concrete(labels, ranks, name=f"{name}: labels and ranks")
     for array, axes in ((A, 3), (B, 2), (C, 2), (labels, 1), (ranks, 1), (active, 1)):
         expect(array.ndim == axes, f"an array of {axes} axes is needed", tuple(array.shape))
     xp = namespace(labels)

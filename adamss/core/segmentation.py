@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from adamss.core._array import Array, device, namespace, one_hot
+from adamss.core._array import Array, check_concrete, device, namespace, one_hot
 from adamss.core.decomposition import Decomposition, check_count
 from adamss.core.representation import effective_coordinates
 from adamss.errors import ConfigError
@@ -99,6 +99,7 @@ def segment(
             "leave it out"
         )
     V = decomposition.V
+    check_concrete(*decomposition, name="decomposition")
     xp = namespace(V)
     columns = xp.arange(V.shape[0], device=device(V))
     if subspaces >= V.shape[0]:
