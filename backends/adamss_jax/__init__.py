@@ -1,21 +1,34 @@
-"""Place of the JAX backend of `adamss`, which this version does not have yet.
+"""The JAX backend of `adamss`: pure functions on pytrees, and thin shells for Flax NNX and Equinox.
 
-What works on JAX today is `adamss.core`: its functions take and return JAX arrays, under ``jit`` too where
-they return arrays alone. Asking for the backend raises an error that says so.
+`linear` is all that a model made of plain arrays needs; `Factors` are a pytree. `adamss.attach` and its sister
+verbs find the backend by themselves. The shells `adamss_jax.flax` and `adamss_jax.equinox` are imported when
+they are first asked for: neither library is needed for the other, or for the functions.
 """
 
-from typing import NoReturn
+from importlib import import_module
+from typing import Any
 
 from adamss.errors import MissingBackendError
 
-__all__: list[str] = []
+try:
+    import jax as _jax  # noqa: F401
+except ImportError as error:
+    raise MissingBackendError("adamss_jax needs JAX: pip install 'adamss[jax]'") from error
 
-_PLANNED = ("JaxBackend", "budgeted", "synchronise")
+from adamss_jax.backend import JaxBackend
+from adamss_jax.functional import linear, update
+
+__all__ = ["JaxBackend", "linear", "update"]
+
+_SHELLS = ("equinox", "flax")
+_PLANNED = ("budgeted", "synchronise")
 
 
-def __getattr__(name: str) -> NoReturn:
-    if name not in _PLANNED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    raise MissingBackendError(
-        f"adamss_jax.{name}: this version of adamss has no JAX backend; adamss.core works on JAX arrays"
-    )
+def __getattr__(name: str) -> Any:
+    if name in _SHELLS:
+        return import_module(f"adamss_jax.{name}")
+    if name in _PLANNED:
+        raise MissingBackendError(
+            f"adamss_jax.{name}: this version of adamss has no budget controller; its mathematics is in adamss.core"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

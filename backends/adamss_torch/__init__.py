@@ -13,5 +13,6 @@ except ImportError as error:
 
 from adamss_torch.adapter import Adapter
 from adamss_torch.backend import TorchBackend
+from adamss_torch.frozen import hold_frozen
 
-__all__ = ["Adapter", "TorchBackend"]
+__all__ = ["Adapter", "TorchBackend", "hold_frozen"]

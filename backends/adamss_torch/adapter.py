@@ -65,7 +65,7 @@ class Adapter(nn.Module):
         for name in ("A", "labels", "ranks", "active"):
             self.register_buffer(name, getattr(factors, name).detach())
         # A function of labels and ranks: not stored, made anew whenever they are loaded.
-        for name, value in make_layout(self.labels, self.ranks, self.C.shape[0])._asdict().items():
+        for name, value in make_layout(self.labels, self.ranks, *self._sizes())._asdict().items():
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, base: Tensor, x: Tensor) -> Tensor:
@@ -100,6 +100,9 @@ class Adapter(nn.Module):
                 layer._forward_hooks_with_kwargs.pop(key, None)
         delattr(layer, CHILD)
 
+    def _sizes(self) -> tuple[int, int]:
+        return self.C.shape[0], self.B.shape[0]
+
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(model)``."""
         G, d, P = self.A.shape
@@ -107,5 +110,5 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, *args, **kwargs)
-        for name, value in make_layout(self.labels, self.ranks, self.C.shape[0])._asdict().items():
+        for name, value in make_layout(self.labels, self.ranks, *self._sizes())._asdict().items():
             setattr(self, name, value)

@@ -60,7 +60,7 @@ class TorchBackend(Backend):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
         base = F.linear(x, weight.t(), bias)
-        layout = make_layout(factors.labels, factors.ranks, factors.C.shape[0])
+        layout = make_layout(factors.labels, factors.ranks, factors.C.shape[0], factors.B.shape[1])
         return update(base, x, factors.A, factors.B.t(), factors.C, factors.active, layout)
 
     def to_stored(self, array: Tensor) -> StoredTensor:
@@ -68,13 +68,16 @@ class TorchBackend(Backend):
         data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
         return StoredTensor(self.dtype_name(array), tuple(array.shape), data)
 
-    def from_stored(self, stored: StoredTensor, *, like: Tensor, dtype: str | None = None) -> Tensor:
+    def from_stored(
+        self, stored: StoredTensor, *, like: Tensor | None = None, dtype: str | None = None
+    ) -> Tensor:
         kind = getattr(torch, stored.dtype)
         if stored.data:
             array = torch.frombuffer(bytearray(stored.data), dtype=kind).view(stored.shape)
         else:
             array = torch.empty(stored.shape, dtype=kind)
-        return array.to(device=like.device, dtype=kind if dtype is None else getattr(torch, dtype))
+        device = None if like is None else like.device
+        return array.to(device=device, dtype=kind if dtype is None else getattr(torch, dtype))
 
     def dtype_name(self, array: Tensor) -> str:
         return str(array.dtype).removeprefix("torch.")
@@ -200,6 +203,14 @@ class TorchBackend(Backend):
             trained += [p for p in owner.get_submodule(path).parameters() if p.requires_grad]
         # A parameter shared by two saved modules is handed out once: an optimiser refuses duplicates.
         return list({id(parameter): parameter for parameter in trained}.values())
+
+    def set_active(self, model: nn.Module, active: Mapping[str, Tensor]) -> nn.Module:
+        owner, record = _owner(model)
+        assert record is not None
+        layers = _adapted_layers(owner, record)
+        for path, mask in active.items():
+            layers[path][1].active.copy_(mask)
+        return model
 
     def remove(self, model: nn.Module) -> nn.Module:
         self.unfold(model)

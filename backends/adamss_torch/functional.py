@@ -37,14 +37,17 @@ class Layout(NamedTuple):
     slots: Tensor
 
 
-def make_layout(labels: Tensor, ranks: Tensor, r: int) -> Layout:
-    """Return the layout of C: (r, n) for these labels (n,) and ranks (K,)."""
+def make_layout(labels: Tensor, ranks: Tensor, r: int, q: int) -> Layout:
+    """Return the layout of C: (r, n) and of q rows of M for these labels (n,) and ranks (K,) of sum q."""
     labels, ranks = labels.to(torch.int64), ranks.to(torch.int64)
-    starts = ranks.cumsum(0) - ranks
+    ends = ranks.cumsum(0)
+    starts = ends - ranks
     places = torch.arange(r, device=labels.device)[:, None]
-    rows = torch.where(places < ranks[labels], starts[labels] + places, ranks.sum())
-    groups = torch.arange(ranks.numel(), device=labels.device).repeat_interleave(ranks)
-    slots = groups * r + torch.arange(groups.numel(), device=labels.device) - starts[groups]
+    rows = torch.where(places < ranks[labels], starts[labels] + places, q)
+    # Not `repeat_interleave`, whose length depends on values: a compiler must know it.
+    columns = torch.arange(q, device=labels.device)
+    groups = torch.searchsorted(ends, columns, right=True)
+    slots = groups * r + columns - starts[groups]
     return Layout(rows, groups, slots)
 
 

@@ -1,0 +1,396 @@
+"""Equinox: models are trees, and every verb returns a new one.
+
+Each `equinox.nn.Linear` that is adapted is replaced by an `AdaptedLinear` around it. `trainable_filter` says which
+leaves are trained, for ``eqx.partition(model, trainable_filter(model))``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from adamss.errors import MissingBackendError
+
+try:
+    import equinox as eqx
+except ImportError as error:
+    raise MissingBackendError("adamss_jax.equinox needs Equinox: pip install 'adamss[equinox]'") from error
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from adamss.backend import Adaptation, BaseWeight
+from adamss.checkpoint import join_path
+from adamss.config import AdamssConfig
+from adamss.core import Factors, Merged, trained_elements
+from adamss.errors import LayerError, LayerTypeError, StateError
+from adamss_jax.functional import update
+from adamss_jax.shell import HostCopies, Record, Shell, check_values, owner_prefix, placed_as
+
+__all__ = ["AdaptedLinear", "EquinoxShell", "trainable_filter"]
+
+
+class AdaptedLinear(eqx.Module):
+    """``y = base(x) + (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C.
+
+    It has no ``weight`` of its own: code that multiplies by ``layer.weight`` itself would not see the adapter, and
+    fails instead.
+
+    Attributes
+    ----------
+    base
+        The frozen layer.
+    B, C
+        Trained, (P, q) and (r, n).
+    A, labels, ranks, active
+        As in `adamss.core.Factors`.
+    record
+        What the adapters of a model share.
+    merged
+        Whether the weight of `base` holds the update already.
+    kept
+        While merged: copies of the weight and bias as they were, or None if they were dropped.
+    """
+
+    base: eqx.nn.Linear
+    A: Array
+    B: Array
+    C: Array
+    labels: Array
+    ranks: Array
+    active: Array
+    record: Record = eqx.field(static=True)
+    merged: bool = eqx.field(static=True, default=False)
+    kept: HostCopies | None = eqx.field(static=True, default=None)
+
+    @property
+    def in_features(self) -> Any:
+        """Inputs, as of the frozen layer."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> Any:
+        """Outputs, as of the frozen layer."""
+        return self.base.out_features
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether the frozen layer has a bias."""
+        return self.base.use_bias
+
+    def __call__(self, x: Array, *, key: Any = None) -> Array:
+        """Return the output (out_features,) of an input (in_features,), as `equinox.nn.Linear` does."""
+        y = self.base(x, key=key)
+        if self.merged:
+            return y
+        u = update(jnp.reshape(jnp.asarray(x, y.dtype), -1), self.factors())
+        return y + jnp.reshape(u, y.shape)
+
+    def factors(self) -> Factors:
+        """Return the factors, canonical."""
+        return Factors(*(getattr(self, name) for name in Factors._fields))
+
+
+def trainable_filter(model: Any) -> Any:
+    """Return a tree of the model's structure that is True at every trained leaf, and False elsewhere.
+
+    Trained are B and C of every adapted layer and the floating-point arrays of ``modules_to_save``. For
+    ``eqx.partition(model, trainable_filter(model))``.
+
+    Parameters
+    ----------
+    model
+        An adapted Equinox model.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters.
+
+    Examples
+    --------
+    >>> import adamss, equinox as eqx, jax
+    >>> from adamss_jax.equinox import trainable_filter
+    >>> model = {"query": eqx.nn.Linear(6, 8, key=jax.random.key(0))}
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=3))
+    >>> trained, frozen = eqx.partition(model, trainable_filter(model))
+    >>> [leaf.shape for leaf in jax.tree.leaves(trained)]
+    [(4, 3), (1, 8)]
+    """
+    adapted = _adapted(model)
+    if not adapted:
+        raise StateError("trainable_filter: the model has no adapters; call adamss.attach first")
+    prefix, record = _prefix(adapted), next(iter(adapted.values())).record
+    saved = [prefix + path for path in record.saved]
+
+    def trained(path: str, leaf: Any) -> bool:
+        owner, _, name = path.rpartition(".")
+        if owner in adapted:
+            return name in ("B", "C")
+        within = any(f"{path}.".startswith(join_path(module, "")) for module in saved)
+        return within and eqx.is_inexact_array(leaf)
+
+    leaves, structure = _flattened(model)
+    return structure.unflatten([trained(path, leaf) for path, leaf in leaves])
+
+
+class EquinoxShell(Shell):
+    """`equinox.Module`, and lists, tuples and dictionaries of modules; layers are `equinox.nn.Linear`."""
+
+    library = "equinox"
+
+    def handles(self, model: Any) -> bool:
+        if isinstance(model, eqx.Module):
+            return True
+        if not isinstance(model, list | tuple | dict):
+            return False
+        nodes = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, eqx.Module))
+        return any(isinstance(node, eqx.Module) for node in nodes)
+
+    def modules(self, model: Any) -> dict[str, Any]:
+        found = dict(_walk(model))
+        prefix = _prefix({path: node for path, node in found.items() if isinstance(node, AdaptedLinear)})
+        seen: set[int] = set()
+        modules = {}
+        for path, node in found.items():
+            if not f"{path}.".startswith(prefix):
+                continue
+            # A tree has values and no identities: what stands in two places is two layers.
+            modules[f"{path}.".removeprefix(prefix).rstrip(".")] = (
+                copy.copy(node) if id(node) in seen else node
+            )
+            seen.add(id(node))
+        return modules
+
+    def weight(self, module: Any, path: str) -> BaseWeight:
+        path = path or "the model itself"
+        if isinstance(module, AdaptedLinear):
+            if module.merged and module.kept is None:
+                raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
+            module = _unmerged(module)
+        if not isinstance(module, eqx.nn.Linear):
+            raise LayerTypeError(
+                f"{path} is a {type(module).__name__}, which has no weight to adapt; targets must name "
+                "equinox.nn.Linear layers"
+            )
+        if not eqx.is_array_like(module.weight):
+            raise LayerTypeError(f"{path}: its weight is a {type(module.weight).__name__}, no array")
+        check_values(module.weight, path)
+        weight = jnp.asarray(module.weight)
+        if weight.ndim != 2:
+            raise LayerError(
+                f"{path}: its weight has shape {tuple(weight.shape)}, with more axes than (outputs, inputs): a "
+                "stack of layers; attach to the single layers, then stack the model"
+            )
+        return BaseWeight(weight.T, None if module.bias is None else jnp.asarray(module.bias))
+
+    def arrays(self, module: Any) -> dict[str, Array]:
+        leaves, _ = _flattened(module)
+        return {path: jnp.asarray(leaf) for path, leaf in leaves if _is_stored(leaf)}
+
+    def insert(
+        self,
+        model: Any,
+        layers: Mapping[str, Factors],
+        *,
+        config: AdamssConfig,
+        saved: Mapping[str, Mapping[str, Array] | None],
+    ) -> Any:
+        modules = self.modules(model)
+        before = {
+            join_path(path, name): array
+            for path in saved
+            for name, array in self.arrays(modules[path]).items()
+        }
+        record = Record(config, tuple(layers), tuple(saved), HostCopies(before) if saved else None)
+        adapted = {
+            path: AdaptedLinear(modules[path], **factors._asdict(), record=record)
+            for path, factors in layers.items()
+        }
+        changed = {path: _with_arrays(modules[path], values or {}) for path, values in saved.items()}
+        return _replaced(model, adapted | changed)
+
+    def adaptation(self, model: Any) -> Adaptation | None:
+        adapted = _adapted(model)
+        if not adapted:
+            return None
+        prefix, record = _prefix(adapted), next(iter(adapted.values())).record
+        layers = {path: adapted[prefix + path] for path in record.paths}
+        return Adaptation(
+            config=record.config,
+            layers={path: layer.factors() for path, layer in layers.items()},
+            shapes={path: _shape(layer) for path, layer in layers.items()},
+            saved=record.saved,
+            merged=any(layer.merged for layer in layers.values()),
+            base_kept=all(layer.kept is not None or not layer.merged for layer in layers.values()),
+        )
+
+    def parameters(self, model: Any) -> Any:
+        """Return the tree of the trained leaves, None elsewhere: what an optimiser's ``init`` gets."""
+        return eqx.filter(model, trainable_filter(model))
+
+    def trained_elements(self, model: Any) -> Any:
+        masks = {
+            join_path(path, name): mask
+            for path, layer in _adapted(model).items()
+            for name, mask in zip("BC", trained_elements(layer.factors()), strict=True)
+        }
+        leaves, structure = _flattened(self.parameters(model))
+        everything = jnp.ones((), bool)
+        return structure.unflatten([masks.get(path, everything) for path, _ in leaves])
+
+    def set_active(self, model: Any, active: Mapping[str, Array]) -> Any:
+        prefix = _prefix(_adapted(model))
+        layers = {prefix + path: mask for path, mask in active.items()}
+        return _mapped(
+            model,
+            lambda path, layer: (
+                _changed(layer, active=jnp.asarray(layers[path], bool)) if path in layers else layer
+            ),
+        )
+
+    def remove(self, model: Any) -> Any:
+        adapted = _adapted(model)
+        prefix, record = _prefix(adapted), next(iter(adapted.values())).record
+        base = _mapped(model, lambda _, layer: _unmerged(layer))
+        originals = {} if record.originals is None else record.originals.restored()
+        modules = dict(_walk(base))
+        saved = {}
+        for path in record.saved:
+            below = join_path(path, "")
+            own = {name.removeprefix(below): a for name, a in originals.items() if name.startswith(below)}
+            saved[prefix + path] = _with_arrays(modules[(prefix + path).rstrip(".")], own)
+        return _replaced(base, saved)
+
+    def fold(self, model: Any, merged: Mapping[str, Merged], *, keep_base: bool) -> Any:
+        prefix = _prefix(_adapted(model))
+
+        def fold(path: str, layer: AdaptedLinear) -> Any:
+            new, base = merged[path.removeprefix(prefix)], layer.base
+            kept = (
+                {"weight": base.weight} if base.bias is None else {"weight": base.weight, "bias": base.bias}
+            )
+            values = {"weight": new.W.T, "bias": None if base.bias is None else new.b}
+            return _changed(
+                layer,
+                base=_changed(base, **values),
+                merged=True,
+                kept=HostCopies(kept) if keep_base else None,
+            )
+
+        return _mapped(model, fold)
+
+    def unfold(self, model: Any) -> Any:
+        return _mapped(
+            model, lambda _, layer: _changed(layer, base=_unmerged(layer), merged=False, kept=None)
+        )
+
+    @contextmanager
+    def disabled(self, model: Any) -> Iterator[Any]:
+        yield self.remove(model)
+
+
+# ---- the tree of a model ---------------------------------------------------------------------------
+
+
+def _children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Return what lies directly below a node of a pytree, with names, and the way to put it together again."""
+    return _flattened(node, is_leaf=lambda child: child is not node)
+
+
+def _flattened(tree: Any, **options: Any) -> tuple[list[tuple[str, Any]], Any]:
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, **options)
+    return [(_spelled(path), leaf) for path, leaf in pairs], structure
+
+
+def _spelled(path: tuple[Any, ...]) -> str:
+    names = []
+    for key in path:
+        match key:
+            case GetAttrKey():
+                names.append(key.name)
+            case SequenceKey():
+                names.append(str(key.idx))
+            case DictKey() | FlattenedIndexKey():
+                names.append(str(key.key))
+            case _:
+                names.append(str(key))
+    return ".".join(names)
+
+
+def _is_inner(node: Any) -> bool:
+    return isinstance(node, eqx.Module | list | tuple | dict)
+
+
+def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield modules and containers by path, parents first; what lies within an adapted layer is its own."""
+    yield path, node
+    if isinstance(node, AdaptedLinear):
+        return
+    for name, child in _children(node)[0]:
+        if _is_inner(child):
+            yield from _walk(child, join_path(path, name))
+
+
+def _replaced(model: Any, new: Mapping[str, Any], path: str = "") -> Any:
+    """Return the tree with other nodes at some paths."""
+    if path in new:
+        return new[path]
+    if not _is_inner(model):
+        return model
+    pairs, structure = _children(model)
+    return structure.unflatten([_replaced(child, new, join_path(path, name)) for name, child in pairs])
+
+
+def _mapped(model: Any, change: Any) -> Any:
+    """Return the tree with every adapted layer changed by a function of its path and itself."""
+    return _replaced(model, {path: change(path, layer) for path, layer in _adapted(model).items()})
+
+
+def _adapted(model: Any) -> dict[str, AdaptedLinear]:
+    return {path: node for path, node in _walk(model) if isinstance(node, AdaptedLinear)}
+
+
+def _prefix(adapted: Mapping[str, AdaptedLinear]) -> str:
+    return owner_prefix({path: layer.record for path, layer in adapted.items()}) if adapted else ""
+
+
+# ---- layers ----------------------------------------------------------------------------------------
+
+
+def _changed(module: Any, **values: Any) -> Any:
+    """Return a module with other values of some fields; its __init__ does not run again."""
+    new = object.__new__(type(module))
+    for name in module.__dataclass_fields__:
+        if name in values or hasattr(module, name):
+            object.__setattr__(new, name, values.get(name, getattr(module, name, None)))
+    return new
+
+
+def _shape(layer: AdaptedLinear) -> tuple[int, int]:
+    n, d = layer.base.weight.shape
+    return d, n
+
+
+def _unmerged(layer: AdaptedLinear) -> Any:
+    if not layer.merged or layer.kept is None:
+        return layer.base
+    return _changed(layer.base, **layer.kept.restored())
+
+
+def _is_stored(leaf: Any) -> bool:
+    return eqx.is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _with_arrays(module: Any, values: Mapping[str, Array]) -> Any:
+    def new(path: str, leaf: Any) -> Any:
+        if not _is_stored(leaf) or path not in values:
+            return leaf
+        return placed_as(values[path], jnp.asarray(leaf))
+
+    leaves, structure = _flattened(module)
+    return structure.unflatten([new(path, leaf) for path, leaf in leaves])

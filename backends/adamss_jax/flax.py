@@ -1,0 +1,501 @@
+"""Flax NNX: layers change in place, and stay the objects that they were.
+
+An adapted layer keeps its variables and their paths. Its class becomes a subclass that adds the update to the
+output, and its child `adamss`, an `Adapter`, holds the factors: B and C are `AdamssParam`, a kind of
+`nnx.LoRAParam`, so that ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)`` and libraries built on that filter train
+them; basis, labels, ranks and mask are plain `nnx.Variable`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from adamss.errors import MissingBackendError
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise MissingBackendError("adamss_jax.flax needs Flax: pip install 'adamss[flax]'") from error
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adamss.backend import Adaptation, BaseWeight
+from adamss.checkpoint import join_path
+from adamss.config import AdamssConfig
+from adamss.core import Factors, Merged, trained_elements
+from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
+from adamss_jax.functional import update
+from adamss_jax.matrix import MatrixView
+from adamss_jax.shell import HostCopies, Record, Shell, check_values, owner_prefix, placed_as
+
+__all__ = ["AdamssParam", "Adapter", "NnxShell"]
+
+CHILD = "adamss"
+"""Name of the adapter among the children of its layer."""
+
+LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+
+NOT_STORED = (nnx.RngState, nnx.Cache, nnx.Intermediate)
+"""Variables that are no weights: ``modules_to_save`` does not store them."""
+
+
+class AdamssParam(nnx.LoRAParam[Any]):
+    """A trained variable of an adapted model: B and C of its layers, and the parameters of ``modules_to_save``."""
+
+
+class Adapter(nnx.Module):
+    """``y = base(x) + (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C.
+
+    Parameters
+    ----------
+    factors
+        Factors of the layer.
+    view
+        How the kernel of the layer is a matrix.
+    record
+        What the adapters of a model share.
+
+    Attributes
+    ----------
+    B, C
+        Trained, `AdamssParam`, (P, q) and (r, n).
+    A, labels, ranks, active
+        `nnx.Variable`, as in `adamss.core.Factors`.
+    enabled
+        Whether the layer adds the update.
+    merged
+        Whether its kernel holds the update already.
+    base
+        While merged: copies of kernel and bias as they were, or None if they were dropped.
+    """
+
+    def __init__(self, factors: Factors, view: MatrixView, record: Record) -> None:
+        self.B, self.C = AdamssParam(factors.B), AdamssParam(factors.C)
+        for name in ("A", "labels", "ranks", "active"):
+            setattr(self, name, nnx.Variable(getattr(factors, name)))
+        self.view = view
+        self.record = record
+        self.enabled = True
+        self.merged = False
+        self.base: HostCopies | None = None
+
+    def __call__(self, y: Array, x: Array, kernel_shape: tuple[int, ...]) -> Array:
+        """Return the output of the layer: its frozen product y, and the update of its input x."""
+        if self.merged or not self.enabled:
+            return y
+        u = update(self.view.flat_inputs(jnp.asarray(x, y.dtype)), self.factors())
+        return y + self.view.outputs(u, kernel_shape)
+
+    def factors(self) -> Factors:
+        """Return the factors, canonical."""
+        return Factors(*(getattr(self, name).get_value() for name in Factors._fields))
+
+
+_CLASSES: dict[Any, Any] = {}
+
+
+def adapted_class(kind: Any) -> Any:
+    """Return the subclass of a layer's class whose call adds the update; the same for every layer of the class."""
+    if kind in _CLASSES:
+        return _CLASSES[kind]
+
+    def call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        y = kind.__call__(self, inputs, *args, **kwargs)
+        return getattr(self, CHILD)(y, inputs, self.kernel.shape)
+
+    def reduce(self: Any) -> Any:
+        # By name there is no such class: a copy or a pickle is made of the class it is derived from.
+        return _rebuilt, (kind,), vars(self)
+
+    name = f"Adamss{kind.__name__}"
+    members = {"__call__": call, "__reduce__": reduce, "__module__": __name__, "__doc__": kind.__doc__}
+    return _CLASSES.setdefault(kind, type(kind)(name, (kind,), members))
+
+
+def _rebuilt(kind: Any) -> Any:
+    return object.__new__(adapted_class(kind))
+
+
+def _set_class(target: object, kind: type) -> None:
+    # NNX's own __setattr__ would take the class for an attribute of the model.
+    object.__setattr__(target, "__class__", kind)
+
+
+class NnxShell(Shell):
+    """`flax.nnx.Module`: `nnx.Linear`, `nnx.LinearGeneral`, and `nnx.Einsum` where it is a matrix product."""
+
+    library = "flax.nnx"
+
+    def handles(self, model: Any) -> bool:
+        return isinstance(model, nnx.Pytree)
+
+    def modules(self, model: nnx.Module) -> dict[str, Any]:
+        found = dict(_walk(model))
+        adapters = {path: node for path, node in found.items() if isinstance(node, Adapter)}
+        prefix = _prefix(adapters)
+        return {
+            f"{path}.".removeprefix(prefix).rstrip("."): node
+            for path, node in found.items()
+            if path not in adapters and f"{path}.".startswith(prefix)
+        }
+
+    def weight(self, module: Any, path: str) -> BaseWeight:
+        view = _view(module, path)
+        kernel, bias = _values(module)
+        adapter = getattr(module, CHILD, None)
+        if adapter is not None and not isinstance(adapter, Adapter):
+            raise LayerError(
+                f"{path} has an attribute {CHILD!r} of its own, where the adapter goes; rename it"
+            )
+        if adapter is not None and adapter.merged:
+            if adapter.base is None:
+                raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
+            base = adapter.base.restored()
+            kernel, bias = base["kernel"], base.get("bias", bias)
+        check_values(kernel, path)
+        return BaseWeight(view.matrix(kernel), None if bias is None else jnp.reshape(bias, -1))
+
+    def arrays(self, module: Any) -> dict[str, Array]:
+        return {name: as_stored(variable.get_value()) for name, variable, as_stored, _ in _stored(module)}
+
+    def insert(
+        self,
+        model: nnx.Module,
+        layers: Mapping[str, Factors],
+        *,
+        config: AdamssConfig,
+        saved: Mapping[str, Mapping[str, Array] | None],
+    ) -> nnx.Module:
+        modules = self.modules(model)
+        _check_disjoint({path: modules[path] for path in layers}, {path: modules[path] for path in saved})
+        before = {
+            join_path(path, name): array
+            for path in saved
+            for name, array in self.arrays(modules[path]).items()
+        }
+        record = Record(config, tuple(layers), tuple(saved), HostCopies(before) if saved else None)
+        adapters = {
+            path: Adapter(factors, _view(modules[path], path), record) for path, factors in layers.items()
+        }
+        # From here on nothing can fail.
+        for path, values in saved.items():
+            _write(modules[path], values or {})
+            for variable in _trained_whole(modules[path]):
+                variable.set_metadata(adamss_kind=type(variable))
+                _set_class(variable, AdamssParam)
+        for path, adapter in adapters.items():
+            setattr(modules[path], CHILD, adapter)
+            _set_class(modules[path], adapted_class(type(modules[path])))
+        return model
+
+    def adaptation(self, model: nnx.Module) -> Adaptation | None:
+        layers = _adapted(model)
+        if not layers:
+            return None
+        adapters = {path: getattr(layer, CHILD) for path, layer in layers.items()}
+        record = next(iter(adapters.values())).record
+        columns = {path: adapter.C.shape[1] for path, adapter in adapters.items()}
+        return Adaptation(
+            config=record.config,
+            layers={path: adapter.factors() for path, adapter in adapters.items()},
+            shapes={
+                path: (layer.kernel.size // columns[path], columns[path]) for path, layer in layers.items()
+            },
+            saved=record.saved,
+            merged=any(adapter.merged for adapter in adapters.values()),
+            base_kept=all(adapter.base is not None or not adapter.merged for adapter in adapters.values()),
+            disabled=not all(adapter.enabled for adapter in adapters.values()),
+        )
+
+    def parameters(self, model: nnx.Module) -> nnx.State[Any, Any]:
+        """Return the `nnx.State` of the trained variables, what ``wrt=nnx.LoRAParam`` selects."""
+        return nnx.state(model, AdamssParam)
+
+    def trained_elements(self, model: nnx.Module) -> nnx.State[Any, Any]:
+        masks = {}
+        layers = {id(getattr(layer, CHILD)): getattr(layer, CHILD) for layer in _adapted(model).values()}
+        for path, node in _walk(model):
+            if id(node) in layers:
+                masks[path] = dict(zip("BC", trained_elements(node.factors()), strict=True))
+
+        def mask(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+            owner, name = ".".join(map(str, path[:-1])), str(path[-1])
+            return variable.replace(masks[owner][name] if owner in masks else jnp.ones((), bool))
+
+        return nnx.map_state(mask, self.parameters(model))
+
+    def set_active(self, model: nnx.Module, active: Mapping[str, Array]) -> nnx.Module:
+        layers = _adapted(model)
+        for path, mask in active.items():
+            variable = getattr(layers[path], CHILD).active
+            variable.set_value(jnp.asarray(mask, variable.get_value().dtype))
+        return model
+
+    def remove(self, model: nnx.Module) -> nnx.Module:
+        self.unfold(model)
+        record, modules = _record(model), self.modules(model)
+        for path, values in _originals(record).items():
+            _write(modules[path], values)
+            for _, variable in _variables(modules[path]):
+                if variable.has_metadata("adamss_kind"):
+                    _set_class(variable, variable.get_metadata("adamss_kind"))
+                    variable.del_metadata("adamss_kind")
+        for path in record.paths:
+            layer = modules[path]
+            delattr(layer, CHILD)
+            _set_class(layer, type(layer).__bases__[0])
+        return model
+
+    def fold(self, model: nnx.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> nnx.Module:
+        layers = _adapted(model)
+        every = {id(module): module for _, module in _walk(model)}.values()
+        shared = Counter(id(variable) for module in every for _, variable in _own(module))
+        for path, layer in layers.items():
+            if any(shared[id(variable)] > 1 for _, variable in _own(layer)):
+                raise LayerError(
+                    f"{path}: its kernel is shared with another layer, which merging would change too; "
+                    "leave the adapter unmerged"
+                )
+        for path, layer in layers.items():
+            adapter, (kernel, bias) = getattr(layer, CHILD), _values(layer)
+            values = {"kernel": adapter.view.kernel(merged[path].W, kernel.shape)}
+            if bias is not None and merged[path].b is not None:
+                values["bias"] = jnp.reshape(jnp.asarray(merged[path].b), bias.shape)
+            base = {name: getattr(layer, name).get_value() for name in values}
+            adapter.base = HostCopies(base) if keep_base else None
+            _set_values(layer, values)
+            adapter.merged = True
+        return model
+
+    def unfold(self, model: nnx.Module) -> nnx.Module:
+        for layer in _adapted(model).values():
+            adapter = getattr(layer, CHILD)
+            if adapter.base is not None:
+                _set_values(layer, adapter.base.restored())
+            adapter.merged, adapter.base = False, None
+        return model
+
+    @contextmanager
+    def disabled(self, model: nnx.Module) -> Iterator[nnx.Module]:
+        layers = list(_adapted(model).values())
+        adapters = [getattr(layer, CHILD) for layer in layers]
+        if not all(adapter.enabled for adapter in adapters):
+            yield model
+            return
+        modules, originals = self.modules(model), _originals(_record(model))
+        saved = {path: dict(self.arrays(modules[path])) for path in originals}
+        merged = [
+            {name: getattr(layer, name).get_value() for name in adapter.base.arrays} if adapter.base else {}
+            for layer, adapter in zip(layers, adapters, strict=True)
+        ]
+        for path, values in originals.items():
+            _write(modules[path], values)
+        for layer, adapter in zip(layers, adapters, strict=True):
+            adapter.enabled = False
+            if adapter.base is not None:
+                _set_values(layer, adapter.base.restored())
+        try:
+            yield model
+        finally:
+            for path, values in saved.items():
+                _write(modules[path], values)
+            for layer, adapter, values in zip(layers, adapters, merged, strict=True):
+                _set_values(layer, values)
+                adapter.enabled = True
+
+
+# ---- the tree of a model ---------------------------------------------------------------------------
+
+
+def _children(node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, nnx.Pytree):
+        for name, value in vars(node).items():
+            if not name.startswith(("_pytree__", "_object__")):
+                yield name, value
+    elif isinstance(node, list | tuple):
+        yield from ((str(index), value) for index, value in enumerate(node))
+    elif isinstance(node, dict):
+        yield from ((str(key), value) for key, value in node.items())
+
+
+def _walk(node: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield modules and containers by path, parents first; one that appears twice is yielded twice."""
+    if isinstance(node, nnx.Variable) or id(node) in above:
+        return
+    if isinstance(node, nnx.Pytree | list | tuple | dict):
+        yield path, node
+        for name, child in _children(node):
+            yield from _walk(child, join_path(path, name), (*above, id(node)))
+
+
+def _own(module: Any) -> Iterator[tuple[str, nnx.Variable[Any]]]:
+    for name, value in _children(module):
+        if isinstance(value, nnx.Variable):
+            yield name, value
+
+
+def _variables(module: Any) -> Iterator[tuple[str, nnx.Variable[Any]]]:
+    """Yield the variables within a module by path, each once; the adapters' are passed over."""
+    seen: set[int] = set()
+    for path, node in _walk(module):
+        if isinstance(node, Adapter):
+            continue
+        for name, variable in _own(node):
+            if id(variable) not in seen:
+                seen.add(id(variable))
+                yield join_path(path, name), variable
+
+
+def _trained_whole(module: Any) -> Iterator[nnx.Variable[Any]]:
+    for _, variable in _variables(module):
+        if isinstance(variable, nnx.Param) and jnp.issubdtype(variable.get_value().dtype, jnp.inexact):
+            yield variable
+
+
+# ---- adapted models --------------------------------------------------------------------------------
+
+
+def _prefix(adapters: Mapping[str, Adapter]) -> str:
+    if not adapters:
+        return ""
+    records: dict[int, tuple[str, Record]] = {}
+    for path, adapter in adapters.items():
+        # A layer that appears twice was adapted at its first path.
+        records.setdefault(id(adapter), (path.removesuffix(CHILD).removesuffix("."), adapter.record))
+    return owner_prefix(dict(records.values()))
+
+
+def _adapted(model: Any) -> dict[str, Any]:
+    """Return the adapted layers by the paths under which they were attached."""
+    found = {path: node for path, node in _walk(model) if isinstance(getattr(node, CHILD, None), Adapter)}
+    if not found:
+        return {}
+    prefix = _prefix({join_path(path, CHILD): getattr(layer, CHILD) for path, layer in found.items()})
+    record = getattr(next(iter(found.values())), CHILD).record
+    return {path: found[prefix + path] for path in record.paths}
+
+
+def _record(model: Any) -> Record:
+    record: Record = getattr(next(iter(_adapted(model).values())), CHILD).record
+    return record
+
+
+def _originals(record: Record) -> dict[str, dict[str, Array]]:
+    if record.originals is None:
+        return {}
+    originals = record.originals.restored()
+    return {
+        path: {
+            name.removeprefix(join_path(path, "")): array
+            for name, array in originals.items()
+            if name.startswith(join_path(path, ""))
+        }
+        for path in record.saved
+    }
+
+
+def _check_disjoint(adapted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    frozen = {id(variable) for layer in adapted.values() for _, variable in _own(layer)}
+    for path, module in saved.items():
+        if any(id(variable) in frozen for _, variable in _variables(module)):
+            raise TargetError(
+                f"modules_to_save: {path} shares its weight with a layer that targets adapts, "
+                "and would train it whole; leave one of them out"
+            )
+
+
+# ---- layers ----------------------------------------------------------------------------------------
+
+
+def _view(layer: Any, path: str) -> MatrixView:
+    path = path or "the model itself"
+    if not isinstance(layer, LAYERS):
+        raise LayerTypeError(
+            f"{path} is a {type(layer).__name__}, which has no weight to adapt; targets must name nnx.Linear, "
+            "nnx.LinearGeneral or nnx.Einsum layers"
+        )
+    kernel = layer.kernel.get_value()
+    if not isinstance(kernel, jax.Array | jax.ShapeDtypeStruct) and not hasattr(kernel, "__array__"):
+        raise LayerTypeError(
+            f"{path}: its kernel is a {type(kernel).__name__}, no array; dequantise it first"
+        )
+    if isinstance(layer, nnx.Einsum):
+        if layer.einsum_str is None:
+            raise LayerError(
+                f"{path}: its equation is given at every call, so the layer has no matrix of its own"
+            )
+        view, axes = MatrixView.of_einsum(layer.einsum_str, path), len(layer.kernel_shape)
+    elif isinstance(layer, nnx.LinearGeneral):
+        if layer.batch_axis:
+            raise LayerError(
+                f"{path}: its batch_axis makes it many matrices, not one; leave it out of targets"
+            )
+        view, axes = MatrixView.of_axes(layer.axis), len(layer.in_features) + len(layer.out_features)
+    else:
+        view, axes = MatrixView.of_axes((-1,)), 2
+    if kernel.ndim != axes:
+        raise LayerError(
+            f"{path}: its kernel has shape {tuple(kernel.shape)}, with more axes than the layer describes "
+            "(a stack of layers?); attach to the single layers, then stack the model"
+        )
+    return view
+
+
+def _values(layer: Any) -> tuple[Array, Array | None]:
+    kernel = jnp.asarray(layer.kernel.get_value())
+    return kernel, None if layer.bias is None else layer.bias.get_value()
+
+
+def _set_values(layer: Any, values: Mapping[str, Array]) -> None:
+    for name, value in values.items():
+        variable = getattr(layer, name)
+        variable.set_value(placed_as(value, variable.get_value()))
+
+
+def _stored(module: Any) -> Iterator[tuple[str, nnx.Variable[Any], Any, Any]]:
+    """Yield each variable that is stored: PyTorch's name, itself, and the way to PyTorch's orientation and back."""
+    for path, node in _walk(module):
+        for name, variable in _own(node):
+            if not isinstance(variable, NOT_STORED):
+                stored, there, back = _as_in_torch(node, name, variable.get_value().shape)
+                yield join_path(path, stored), variable, there, back
+
+
+def _as_in_torch(node: Any, name: str, shape: tuple[int, ...]) -> tuple[str, Any, Any]:
+    def transposed(order: tuple[int, ...]) -> tuple[Any, Any]:
+        back = tuple(order.index(axis) for axis in range(len(order)))
+        return lambda array: jnp.transpose(array, order), lambda array: jnp.transpose(array, back)
+
+    def same(array: Array) -> Array:
+        return array
+
+    if isinstance(node, LAYERS) and name == "kernel":
+        try:
+            view = _view(node, "")
+        except LayerError:
+            return name, same, same
+        return "weight", lambda kernel: view.matrix(kernel).T, lambda weight: view.kernel(weight.T, shape)
+    if isinstance(node, LAYERS) and name == "bias":
+        return name, lambda bias: jnp.reshape(bias, -1), lambda bias: jnp.reshape(bias, shape)
+    if isinstance(node, nnx.Conv) and name == "kernel":
+        # (*window, inputs, outputs) here, (outputs, inputs, *window) there.
+        return "weight", *transposed((len(shape) - 1, len(shape) - 2, *range(len(shape) - 2)))
+    if isinstance(node, nnx.Embed) and name == "embedding":
+        return "weight", same, same
+    if isinstance(node, nnx.BatchNorm) and name in ("mean", "var"):
+        return f"running_{name}", same, same
+    if isinstance(node, nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm | nnx.BatchNorm) and name == "scale":
+        return "weight", same, same
+    return name, same, same
+
+
+def _write(module: Any, values: Mapping[str, Array]) -> None:
+    """Give the variables of a module the stored values."""
+    for name, variable, _, back in list(_stored(module)):
+        if name in values:
+            variable.set_value(placed_as(back(values[name]), variable.get_value()))

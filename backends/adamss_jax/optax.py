@@ -1,0 +1,76 @@
+"""Frozen means frozen: an optax transformation that leaves the elements of frozen subspaces where they are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from adamss.errors import MissingBackendError, StateError
+
+try:
+    import optax
+except ImportError as error:
+    raise MissingBackendError("adamss_jax.optax needs Optax: pip install 'adamss[flax]'") from error
+
+import jax
+import jax.numpy as jnp
+
+from adamss_jax.backend import JaxBackend
+
+__all__ = ["HoldFrozenState", "hold_frozen"]
+
+
+class HoldFrozenState(NamedTuple):
+    """State of `hold_frozen`.
+
+    Attributes
+    ----------
+    inner
+        State of the transformation within.
+    trained
+        Booleans that broadcast against the parameters: True where an element is trained.
+    """
+
+    inner: Any
+    trained: Any
+
+
+def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientTransformation:
+    """Keep the frozen elements of an adapted model where they are, whatever the optimiser does.
+
+    Weight decay, and momentum from before an element was frozen, move it although its gradient is zero. The updates
+    of frozen elements are zero here, so that `tx`, with all that is chained in it, belongs inside. The mask is part
+    of the state: another one does not compile anything anew.
+
+    Parameters
+    ----------
+    tx
+        Any optax transformation.
+    model
+        The adapted model whose parameters (``wrt=nnx.LoRAParam``, or those of `trainable_filter`) it gets.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        Its state is a `HoldFrozenState`.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters.
+    """
+    backend = JaxBackend()
+    if backend.adaptation(model) is None:
+        raise StateError("hold_frozen: the model has no adapters; call adamss.attach first")
+    trained = backend.trained_elements(model)
+
+    def init(params: Any) -> HoldFrozenState:
+        return HoldFrozenState(tx.init(params), trained)
+
+    def update(updates: Any, state: HoldFrozenState, params: Any = None) -> tuple[Any, HoldFrozenState]:
+        updates, inner = tx.update(updates, state.inner, params)
+        held = jax.tree.map(
+            lambda mask, step: jnp.where(mask, step, jnp.zeros_like(step)), state.trained, updates
+        )
+        return held, HoldFrozenState(inner, state.trained)
+
+    return optax.GradientTransformation(init, update)
