@@ -1,22 +1,18 @@
-"""Place of the conformance suite of `adamss`, which this version does not have yet.
+"""The conformance suite of `adamss`: thirteen laws that every backend keeps, yours too.
 
-There is its table of tolerances, `adamss_conformance.tolerances`. The laws that it will hold every backend
-to are stated in the docstrings of `adamss.backend.Backend`. Asking for the suite raises an error that says so.
+From the command line, for a backend by name or class::
+
+    pytest -p adamss_conformance.plugin --pyargs adamss_conformance --adamss-backend NAME_or_module:Class
+
+or as a test class of your own: subclass `BackendSuite` and override its fixture ``driver``. A `Driver` says how your
+framework makes, runs and trains a small model, and its `Capabilities` what it cannot do, and why: the cases that
+need it are then reported as not applicable, by law and with the reason.
 """
 
-from typing import NoReturn
+from adamss_conformance.capabilities import Capabilities
+from adamss_conformance.driver import Driver
+from adamss_conformance.laws import LAWS
+from adamss_conformance.suite import BackendSuite
+from adamss_conformance.tolerances import RELATIVE_TOLERANCE, assert_agrees
 
-from adamss.errors import MissingBackendError
-
-__all__: list[str] = []
-
-_PLANNED = ("BackendSuite",)
-
-
-def __getattr__(name: str) -> NoReturn:
-    if name not in _PLANNED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    raise MissingBackendError(
-        f"adamss_conformance.{name}: this version of adamss has no conformance suite; "
-        "see the laws in the docstrings of adamss.backend.Backend"
-    )
+__all__ = ["LAWS", "RELATIVE_TOLERANCE", "BackendSuite", "Capabilities", "Driver", "assert_agrees"]

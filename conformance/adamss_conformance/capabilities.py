@@ -1,0 +1,122 @@
+"""What each driver can do: the one table that decides which cases of the suite apply to it.
+
+Whatever a driver lacks stands in the table with the reason; `Capabilities` refuses to be made without one. So no case
+can be left out in silence: the suite reports the law, and the reason, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["DTYPES", "OPTIMISERS", "TABLE", "Capabilities"]
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+OPTIMISERS = ("sgd", "adamw", "adafactor", "muon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a driver can do.
+
+    Parameters
+    ----------
+    models
+        The models that it drives, in words; empty if it has arrays only.
+    dtypes
+        Of `DTYPES`.
+    optimisers
+        Of `OPTIMISERS`: SGD with momentum and weight decay, AdamW with weight decay, Adafactor, Muon.
+    arrays
+        Whether it tries `Backend.linear` on arrays. False where another driver of the same backend does.
+    gradients
+        Whether it has gradients of `Backend.linear`.
+    compiles
+        Whether the framework compiles functions.
+    missing
+        For everything above that is lacking, why: by the dtype, by the optimiser, or by ``"models"``, ``"arrays"``,
+        ``"gradients"``, ``"compiles"``.
+
+    Raises
+    ------
+    ValueError
+        If something is lacking without a reason, or a reason is given for what is there.
+
+    Examples
+    --------
+    >>> Capabilities(models="", dtypes=("float64", "float32", "float16"), missing={"bfloat16": "no such dtype"})
+    Traceback (most recent call last):
+        ...
+    ValueError: lacking without a reason: adafactor, adamw, arrays, compiles, gradients, models, muon, sgd
+    """
+
+    models: str
+    dtypes: tuple[str, ...]
+    optimisers: tuple[str, ...] = ()
+    arrays: bool = False
+    gradients: bool = False
+    compiles: bool = False
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lacking = {name for name in (*DTYPES, *OPTIMISERS) if name not in (*self.dtypes, *self.optimisers)}
+        lacking |= {name for name in ("models", "arrays", "gradients", "compiles") if not getattr(self, name)}
+        if unexplained := sorted(lacking - self.missing.keys()):
+            raise ValueError(f"lacking without a reason: {', '.join(unexplained)}")
+        if surplus := sorted(self.missing.keys() - lacking):
+            raise ValueError(f"a reason for what is not lacking: {', '.join(surplus)}")
+
+
+_NO_OPTIMISERS = dict.fromkeys(("adafactor", "muon"), "the reference has SGD and AdamW, written out")
+
+TABLE: dict[str, Capabilities] = {
+    "numpy": Capabilities(
+        models="adamss.backend.NumpyModel",
+        dtypes=("float64", "float32", "float16"),
+        optimisers=("sgd", "adamw"),
+        arrays=True,
+        gradients=True,
+        missing={
+            "bfloat16": "NumPy has no bfloat16",
+            "compiles": "NumPy compiles nothing",
+            **_NO_OPTIMISERS,
+        },
+    ),
+    "strict": Capabilities(
+        models="NumpyModel on arrays of array-api-strict",
+        dtypes=("float64", "float32"),
+        optimisers=("sgd", "adamw"),
+        arrays=True,
+        gradients=True,
+        missing={
+            **dict.fromkeys(("bfloat16", "float16"), "the array API standard has no half precision"),
+            "compiles": "array-api-strict compiles nothing",
+            **_NO_OPTIMISERS,
+        },
+    ),
+    "torch": Capabilities(
+        models="torch.nn.Module",
+        dtypes=DTYPES,
+        optimisers=OPTIMISERS,
+        arrays=True,
+        gradients=True,
+        compiles=True,
+    ),
+    "jax-nnx": Capabilities(
+        models="flax.nnx.Module",
+        dtypes=DTYPES,
+        optimisers=OPTIMISERS,
+        arrays=True,
+        gradients=True,
+        compiles=True,
+    ),
+    "jax-equinox": Capabilities(
+        models="equinox.Module",
+        dtypes=DTYPES,
+        optimisers=OPTIMISERS,
+        gradients=True,
+        compiles=True,
+        missing={"arrays": "the functions on arrays are those that jax-nnx tries"},
+    ),
+}
+"""The drivers of `adamss` itself; a third party's driver has a table entry of its own, `Driver.capabilities`."""

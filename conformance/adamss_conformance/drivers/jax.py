@@ -1,0 +1,104 @@
+"""What the drivers of JAX's model libraries share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from adamss.core import Factors, Gradients
+from adamss_conformance.driver import Driver
+
+__all__ = ["JaxDriver"]
+
+
+class JaxDriver(Driver):
+    """JAX on its CPU, and on the accelerator where there is one; 64-bit types for the cases in float64 alone."""
+
+    backend_name = "jax"
+
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        platforms = dict.fromkeys(device.platform for device in jax.devices())
+        return ("cpu", *(platform for platform in platforms if platform != "cpu"))
+
+    def array(self, values: np.ndarray, dtype: str | None = None) -> Array:
+        array: Array = jax.device_put(super().array(values, dtype), jax.devices(self.device)[0])
+        return array
+
+    def device_of(self, array: Array) -> str:
+        (device,) = array.devices()
+        return str(device.platform)
+
+    def settings(self, dtype: str | None = None) -> AbstractContextManager[object]:
+        return jax.enable_x64(True) if dtype == "float64" else nullcontext()
+
+    def count(self, parameters: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(parameters))
+
+    def gradients(
+        self,
+        linear: Callable[..., Array],
+        x: Array,
+        W: Array,
+        b: Array | None,
+        factors: Factors,
+        dy: Array,
+    ) -> Gradients:
+        def run(x: Array, B: Array, C: Array) -> Array:
+            return linear(x, W, b, factors._replace(B=B, C=C))
+
+        _, vjp = jax.vjp(run, x, factors.B, factors.C)
+        return Gradients(*vjp(dy))
+
+    @abstractmethod
+    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function under the library's own ``jit``, which takes models as arguments."""
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        count = 0
+
+        def traced(*args: Any) -> Any:
+            nonlocal count
+            count += 1  # Python runs it only to compile
+            return function(*args)
+
+        compiled = self.jit(traced)
+
+        def call(*args: Any) -> Any:
+            return compiled(*args)
+
+        call.compilations = lambda: count  # type: ignore[attr-defined]
+        return call
+
+    def compilations(self, compiled: Callable[..., Any]) -> int:
+        return int(compiled.compilations())  # type: ignore[attr-defined]
+
+    def optimiser(self, name: str, rate: float) -> optax.GradientTransformation:
+        """Return an optax transformation with weight decay."""
+        if name == "sgd":
+            return optax.chain(optax.add_decayed_weights(0.1), optax.sgd(rate, momentum=0.9))
+        if name == "adamw":
+            return optax.adamw(rate, weight_decay=0.1)
+        if name == "adafactor":
+            return optax.adafactor(rate, weight_decay_rate=0.1, min_dim_size_to_factor=2)
+        return optax.contrib.muon(rate, weight_decay=0.1)
+
+    def loss(self, model: Any, inputs: Mapping[str, np.ndarray]) -> Array:
+        """Return what `train` minimises."""
+        total = jnp.zeros(())
+        for path, values in inputs.items():
+            x = self.array(values, self.dtype_of(model, path))
+            total = total + jnp.mean(jnp.square(self.call(model, path, x)))
+        return total
+
+    @abstractmethod
+    def dtype_of(self, model: Any, path: str) -> str:
+        """Return the dtype of the weight of a layer."""

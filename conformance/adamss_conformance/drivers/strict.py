@@ -1,0 +1,97 @@
+"""Drivers of the core alone on `array_api_strict`: nothing but what the array API standard promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import array_api_strict as xp
+import numpy as np
+
+from adamss.backend import NumpyBackend
+from adamss.checkpoint import StoredTensor
+from adamss.core import Factors, linear
+from adamss_conformance.capabilities import TABLE
+from adamss_conformance.drivers.numpy import NumpyDriver
+
+__all__ = ["StaticDriver", "StrictBackend", "StrictDriver"]
+
+Array = Any
+
+HOST = xp.Device("CPU_DEVICE")
+
+
+class StrictBackend(NumpyBackend):
+    """`NumpyModel` with arrays of `array_api_strict`, on one of the several devices that it pretends to have."""
+
+    name = "strict"
+    array_type = type(xp.asarray(0.0))
+
+    def __init__(self, device: Any = HOST) -> None:
+        self.device = device
+
+    def handles(self, model: Any) -> bool:
+        return super().handles(model) and any(isinstance(m.W, self.array_type) for m in model.layers.values())
+
+    def linear(self, x: Array, weight: Array, bias: Array | None, factors: Factors) -> Array:
+        return linear(x, weight, bias, factors)
+
+    def to_stored(self, array: Array) -> StoredTensor:
+        return StoredTensor.of(np.from_dlpack(array.to_device(HOST)))
+
+    def from_stored(
+        self, stored: StoredTensor, *, like: Array | None = None, dtype: str | None = None
+    ) -> Array:
+        array = xp.asarray(stored.numpy().copy(), device=self.device if like is None else like.device)
+        return array if dtype is None else self.cast(array, dtype)
+
+    def dtype_name(self, array: Array) -> str:
+        return str(array.dtype).rpartition(".")[2]
+
+    def cast(self, array: Array, dtype: str) -> Array:
+        return xp.astype(array, getattr(xp, dtype))
+
+    def has_dtype(self, dtype: str) -> bool:
+        return hasattr(xp, dtype)
+
+    def versions(self) -> Mapping[str, str]:
+        return {"array-api-strict": xp.__version__}
+
+
+class StrictDriver(NumpyDriver):
+    """On the host, and on a second device: an array made on the wrong one cannot meet the others."""
+
+    name = "strict"
+    backend_name = "strict"
+    capabilities = TABLE["strict"]
+
+    def __init__(self, backend: Any = None, device: str | None = None) -> None:
+        device = self.devices()[0] if device is None else device
+        on = HOST if device == "cpu" else xp.Device(device)
+        backend = StrictBackend() if backend is None else backend
+        backend.device = on
+        super().__init__(backend, device)
+
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        return ("cpu", "device1")
+
+    def device_of(self, array: Array) -> str:
+        return "cpu" if array.device == HOST else str(array.device).split("'")[1]
+
+
+class StaticDriver(StrictDriver):
+    """The same with boolean indexing and shapes that depend on values turned off, as under a compiler."""
+
+    name = "strict-static"
+
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        return ("cpu",)
+
+    def settings(self, dtype: str | None = None) -> AbstractContextManager[object]:
+        flags: AbstractContextManager[object] = xp.ArrayAPIStrictFlags(
+            boolean_indexing=False, data_dependent_shapes=False
+        )
+        return flags

@@ -1,0 +1,116 @@
+"""The pytest plugin: which backends to hold to the laws, and what came of it.
+
+::
+
+    pytest -p adamss_conformance.plugin --pyargs adamss_conformance --adamss-backend torch --adamss-backend jax
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import tabulate
+
+from adamss_conformance.driver import NOT_APPLICABLE, Driver, find_drivers
+from adamss_conformance.laws import LAWS, law_of
+
+__all__ = ["requested_drivers"]
+
+_DRIVERS = pytest.StashKey[list[Driver]]()
+_PROPERTY = "adamss law"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--adamss-backend``."""
+    group = parser.getgroup("adamss", "conformance of backends of adamss")
+    group.addoption(
+        "--adamss-backend",
+        action="append",
+        default=[],
+        metavar="NAME_or_module:Class",
+        help="hold this backend to the laws (again for more): a registered name (numpy, torch, jax, ...), 'strict' "
+        "for the core on array-api-strict, or module:Class of a Backend or an adamss_conformance.Driver",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find the drivers; a backend that was asked for and cannot be had is an error, not a skip."""
+    drivers: list[Driver] = []
+    for target in config.getoption("adamss_backend"):
+        try:
+            drivers += find_drivers(target)
+        except (LookupError, ImportError, TypeError) as error:
+            raise pytest.UsageError(f"--adamss-backend {target}: {error}") from error
+    config.stash[_DRIVERS] = drivers
+    config.pluginmanager.register(_Outcomes(), "adamss-laws")
+
+
+def requested_drivers(config: pytest.Config) -> list[Driver]:
+    """Return the drivers of ``--adamss-backend``.
+
+    Raises
+    ------
+    pytest.UsageError
+        If none was asked for.
+    """
+    drivers = config.stash.get(_DRIVERS, [])
+    if not drivers:
+        raise pytest.UsageError(
+            "name a backend: -p adamss_conformance.plugin --adamss-backend NAME_or_module:Class; "
+            "or subclass BackendSuite and override its fixture `driver`"
+        )
+    return drivers
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note law and driver of each report, and fail what was left out for a reason that is not in the table."""
+    report = yield
+    law = law_of(item.name)
+    if law is None:
+        return report
+    driver = getattr(item, "funcargs", {}).get("driver")
+    report.user_properties.append((_PROPERTY, f"{driver or item.nodeid}/{law}"))
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(NOT_APPLICABLE):
+            report.outcome = "failed"
+            report.longrepr = f"left out for a reason that the capability table does not give: {reason}"
+    return report
+
+
+class _Outcomes:
+    """Collects what came of each case, and prints it, by driver and law."""
+
+    def __init__(self) -> None:
+        self.by_driver: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note the outcome of a case."""
+        if report.when != "call" and not (report.when == "setup" and not report.passed):
+            return
+        reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
+        for name, value in report.user_properties:
+            if name == _PROPERTY:
+                driver, law = str(value).rsplit("/", 1)
+                self.by_driver[driver].append((int(law), report.outcome, reason.partition(NOT_APPLICABLE)[2]))
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Print, for each driver, by how many cases each law was held, and why the others do not apply."""
+        for driver, outcomes in sorted(self.by_driver.items()):
+            counts = Counter((law, outcome) for law, outcome, _ in outcomes)
+            rows = [
+                (law, title, counts[law, "passed"], counts[law, "failed"], counts[law, "skipped"])
+                for law, title in LAWS.items()
+            ]
+            terminalreporter.section(f"laws of adamss: {driver}")
+            headers = ["law", "", "held", "failed", "not applicable"]
+            terminalreporter.write_line(tabulate.tabulate(rows, headers))
+            reasons = Counter(reason for _, outcome, reason in outcomes if outcome == "skipped")
+            for reason, count in sorted(reasons.items()):
+                terminalreporter.write_line(f"not applicable, {count} cases: {reason}")
