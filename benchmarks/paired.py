@@ -116,9 +116,19 @@ def paired_ratios(
 
 
 def environment(packages: Iterable[str]) -> dict[str, object]:
-    """Describe what was measured on: machine, threads, versions of the packages, date (UTC)."""
-    import torch
+    """Describe what was measured on: machine, threads, versions of the packages, date (UTC).
 
+    Parameters
+    ----------
+    packages : iterable of str
+        Distributions whose versions to give; the threads of PyTorch are given if it is among them.
+    """
+    packages = list(packages)
+    threads = {}
+    if "torch" in packages:
+        import torch
+
+        threads["torch_threads"] = torch.get_num_threads()
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     if load is not None and load > 0.5:
         # Two threads that spin while a third wants their core can make a step ten times slower.
@@ -128,7 +138,7 @@ def environment(packages: Iterable[str]) -> dict[str, object]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
+        **threads,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": load,
         **{name: metadata.version(name) for name in packages},

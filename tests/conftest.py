@@ -1,5 +1,13 @@
 """Settings that all tests share."""
 
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Derandomised: a test that needs luck is a bug, and a failure must be the same on every machine.
@@ -7,3 +15,30 @@ settings.register_profile(
     "adamss", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("adamss")
+
+
+@pytest.fixture(scope="session")
+def script() -> Iterator[Callable[[str], ModuleType]]:
+    """Return a function that imports a script of benchmarks/, which find each other by plain name."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module
+    sys.path.remove(str(folder))
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(script: Callable[[str], ModuleType]) -> Any:
+    """Return a tokenizer of the words of the demo's sentences, without a padding token, as many decoders'."""
+    transformers = pytest.importorskip("transformers", reason="the demo extra brings transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    texts = script("sentences").scipy_sentences().texts[::10]
+    words = sorted({word.lower() for text in texts for word in text.split()})
+    vocabulary = {token: index for index, token in enumerate(["[UNK]", "[PAD]", "[EOS]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]"
+    )

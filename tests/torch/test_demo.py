@@ -1,18 +1,11 @@
-"""The demo: its data, and a short run on a tiny model with random weights."""
+"""The demo: a short run on a tiny model with random weights."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "demo.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,37 +18,14 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("adamss_demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-@pytest.fixture(scope="module")
-def corpus(demo):
-    return demo.scipy_sentences()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = sorted({word.lower() for text in corpus.texts[::10] for word in text.split()})
-    vocabulary = {token: index for index, token in enumerate(["[UNK]", "[PAD]", "[EOS]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]"
-    )
+def demo(script):
+    return script("demo")
 
 
 @pytest.fixture(scope="module", params=["roberta", "distilbert", "llama"])
-def model_folder(request, tokenizer, tmp_path_factory):
+def model_folder(request, tiny_tokenizer, tmp_path_factory):
     """Return a folder with a tiny random encoder; its tokenizer has no padding token, as many decoders'."""
-    words = len(tokenizer)
+    words = len(tiny_tokenizer)
     sizes = {
         "vocab_size": words,
         "hidden_size": 32,
@@ -72,71 +42,8 @@ def model_folder(request, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     transformers.AutoModel.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
     return folder
-
-
-def test_corpus_has_about_a_thousand_sentences_of_many_classes(corpus):
-    counts = np.bincount(corpus.labels, minlength=len(corpus.classes))
-    assert len(corpus.classes) >= 8
-    assert 800 <= len(corpus) <= 1300
-    assert counts.min() >= 20
-    assert counts.max() <= 150
-
-
-def test_no_sentence_occurs_twice(corpus):
-    assert len(set(corpus.texts)) == len(corpus)
-
-
-def test_no_sentence_names_a_submodule(corpus):
-    words = {word.lower() for text in corpus.texts for word in text.split()}
-    assert words.isdisjoint({*corpus.classes, "scipy"})
-
-
-def test_data_and_split_are_the_same_every_time(demo, corpus):
-    again = demo.scipy_sentences()
-    assert again.texts == corpus.texts
-    np.testing.assert_array_equal(again.labels, corpus.labels)
-    for first, second in zip(demo.split(corpus), demo.split(again), strict=True):
-        assert first.texts == second.texts
-
-
-def test_split_is_disjoint_and_stratified(demo, corpus):
-    rest, part = demo.split(corpus, fraction=0.25, seed=3)
-    assert set(rest.texts).isdisjoint(part.texts)
-    assert sorted((*rest.texts, *part.texts)) == sorted(corpus.texts)
-    expected = [round(0.25 * count) for count in np.bincount(corpus.labels)]
-    assert np.bincount(part.labels).tolist() == expected
-    label_of = dict(zip(corpus.texts, corpus.labels, strict=True))
-    assert [label_of[text] for text in part.texts] == part.labels.tolist()
-
-
-@pytest.mark.parametrize(
-    ("docstring", "sentence"),
-    [
-        ("One line.", "One line."),
-        ("\n    Two lines\n    of one sentence. Another one.\n\n    More.", "Two lines of one sentence."),
-        ("f(x, out=None) -> y\n\nAfter the signature.\n", "After the signature."),
-        ("Expit (a.k.a. logistic sigmoid) function.", "Expit (a.k.a. logistic sigmoid) function."),
-        (".. deprecated:: 1.0\n\nStill here", "Still here"),
-        ("f(x)", ""),
-    ],
-)
-def test_first_sentence(demo, docstring, sentence):
-    assert demo.first_sentence(docstring) == sentence
-
-
-def test_clean_takes_the_label_out(demo):
-    sentence = "Multiply `scipy.sparse` matrices and sparse arrays with an integral."
-    assert demo.clean(sentence) == "Multiply matrices and arrays with an integral"
-
-
-def test_batches_pass_over_all_rows_before_any_comes_again(demo):
-    batches = list(demo.batch_order(rows=12, steps=6, size=4, seed=0))
-    assert [len(batch) for batch in batches] == [4] * 6
-    for epoch in (batches[:3], batches[3:]):
-        assert sorted(np.concatenate(epoch).tolist()) == list(range(12))
-    assert np.concatenate(batches[:3]).tolist() != np.concatenate(batches[3:]).tolist()
 
 
 def test_copies_share_the_base_and_not_the_head(demo):

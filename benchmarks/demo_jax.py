@@ -1,0 +1,362 @@
+"""The demo in JAX: fine-tune MiniLM in Flax NNX, then let the adapter travel to PyTorch and another one back.
+
+The task, the batches, the learning rates and the head's initial values are those of `demo`, the encoder is
+the NNX model of `minilm_nnx`. ::
+
+    python benchmarks/demo_jax.py
+    python benchmarks/demo_jax.py --model path/to/bert --steps 500
+
+Afterwards the adapter trained here is loaded into the PyTorch model, and one trained in PyTorch into the model
+here. Each has to give the same answer to every test sentence; if one does not, the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; `demo` says why
+
+import demo
+import jax
+import numpy as np
+import optax
+import torch
+from flax import nnx
+from minilm_nnx import SentenceClassifier, load_encoder
+from safetensors.numpy import save_file
+from sentences import (
+    BATCH_SIZE,
+    HEAD,
+    MAX_TOKENS,
+    REPORT_HEADER,
+    Corpus,
+    accuracy,
+    batch_order,
+    bundled_model,
+    quiet_transformers,
+    report_row,
+    same_answers,
+    scipy_sentences,
+    split,
+)
+from tabulate import tabulate
+from tqdm import tqdm
+
+import adamss
+
+TARGETS = ["query", "value"]
+LORA_RANK = 8
+TORCH_STEPS = 30
+
+# --- The three methods ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes
+    ----------
+    prepare : callable
+        ``(model, rngs) -> model``: adds the adapter.
+    trained : filter of NNX
+        Which variables are trained.
+    learning_rate : float
+        The winner of the search that `demo` describes.
+    """
+
+    prepare: Callable[[SentenceClassifier, nnx.Rngs], SentenceClassifier]
+    trained: Any
+    learning_rate: float
+
+
+def prepare_adamss(model: SentenceClassifier, rngs: nnx.Rngs) -> SentenceClassifier:
+    """Adapt the target layers by AdaMSS. The adapter and the head become variables of type LoRAParam."""
+    config = adamss.AdamssConfig(
+        rank=100, subspaces=10, subspace_rank=1, targets=TARGETS, modules_to_save=[HEAD]
+    )
+    return adamss.attach(model, config)
+
+
+def prepare_lora(model: SentenceClassifier, rngs: nnx.Rngs) -> SentenceClassifier:
+    """Adapt the same layers by Flax's own LoRA."""
+    for _, module in list(nnx.iter_modules(model)):
+        for name in TARGETS:
+            layer = getattr(module, name, None)
+            if isinstance(layer, nnx.Linear):
+                sizes = (layer.in_features, LORA_RANK, layer.out_features)
+                setattr(module, name, nnx.LoRA(*sizes, base_module=layer, rngs=rngs))
+    return model
+
+
+IN_HEAD = nnx.All(nnx.Param, nnx.PathContains(HEAD))
+ADAMSS = "AdaMSS K=10 r=1"
+METHODS = {
+    "head only": Method(
+        prepare=lambda model, rngs: model,
+        trained=IN_HEAD,
+        learning_rate=demo.METHODS["head only"].learning_rate,
+    ),
+    ADAMSS: Method(
+        prepare=prepare_adamss, trained=nnx.LoRAParam, learning_rate=demo.METHODS[demo.ADAMSS].learning_rate
+    ),
+    f"LoRA r={LORA_RANK} (Flax)": Method(
+        prepare=prepare_lora,
+        trained=nnx.Any(nnx.LoRAParam, IN_HEAD),
+        learning_rate=demo.METHODS["LoRA r=8"].learning_rate,
+    ),
+}
+
+
+# --- Training -------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A model in training, with what is measured on the way.
+
+    Attributes
+    ----------
+    model : SentenceClassifier
+    trained : filter of NNX
+    optimizer : nnx.Optimizer
+        AdamW on what is trained, and a learning rate that falls linearly to zero.
+    update : callable
+        The compiled step: ``(model, optimizer, inputs, labels) -> loss``.
+    losses : list of float
+        Training loss of each step.
+    seconds : list of float
+        Duration of each step, without those that compiled.
+    compiled : set
+        Shapes of the batches so far: another one is compiled anew.
+    """
+
+    model: SentenceClassifier
+    trained: Any
+    optimizer: nnx.Optimizer
+    update: Callable[..., jax.Array]
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    compiled: set[tuple[int, ...]] = field(default_factory=set)
+
+    @classmethod
+    def start(cls, model: SentenceClassifier, method: Method, steps: int) -> Run:
+        """Put an optimiser on what a method trains."""
+        schedule = optax.linear_schedule(method.learning_rate, 0.0, steps)
+        rule = optax.adamw(schedule, weight_decay=1e-2)  # PyTorch's default, which the rates were found with
+        differentiated = nnx.DiffState(0, method.trained)
+
+        @nnx.jit
+        def update(
+            model: SentenceClassifier, optimizer: nnx.Optimizer, inputs: Mapping[str, Any], labels: Any
+        ) -> jax.Array:
+            def loss(model: SentenceClassifier) -> jax.Array:
+                return optax.softmax_cross_entropy_with_integer_labels(model(**inputs), labels).mean()
+
+            value, gradients = nnx.value_and_grad(loss, argnums=differentiated)(model)
+            optimizer.update(model, gradients)
+            return value
+
+        model.train()
+        optimizer = nnx.Optimizer(model, rule, wrt=method.trained)
+        return cls(model=model, trained=method.trained, optimizer=optimizer, update=update)
+
+    def step(self, inputs: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
+        """Take one step on one batch."""
+        start = time.perf_counter()
+        loss = self.update(self.model, self.optimizer, inputs, labels)
+        jax.block_until_ready(nnx.state((self.model, self.optimizer)))
+        seconds = time.perf_counter() - start
+        shape = inputs["input_ids"].shape
+        if shape in self.compiled:
+            self.seconds.append(seconds)
+        self.compiled.add(shape)
+        self.losses.append(float(loss))
+
+    def trained_arrays(self) -> dict[str, np.ndarray]:
+        """Return the values of what is trained, by path."""
+        state = nnx.to_flat_state(nnx.state(self.model, self.trained))
+        return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
+
+    def trained_numbers(self) -> dict[str, int]:
+        """Return how many numbers are trained in the adapter, and how many in the head."""
+        sizes = {name: array.size for name, array in self.trained_arrays().items()}
+        head = sum(size for name, size in sizes.items() if HEAD in name)
+        return {"adapter": sum(sizes.values()) - head, "head": head}
+
+    def save(self, path: Path, *, adapted: bool) -> Path:
+        """Write what was trained: by `adamss`, or the arrays as they are."""
+        if adapted:
+            adamss.save(self.model, path)
+        else:
+            save_file(self.trained_arrays(), path)
+        return path
+
+
+def tokenize(tokenizer: Callable, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Turn texts into one batch of token ids and mask, padded to one of four lengths: few compilations."""
+    batch = tokenizer(
+        list(texts),
+        padding=True,
+        pad_to_multiple_of=MAX_TOKENS // 4,
+        truncation=True,
+        max_length=MAX_TOKENS,
+        return_tensors="np",
+    )
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def train(runs: Sequence[Run], tokenizer: Callable, corpus: Corpus, *, steps: int, seed: int) -> None:
+    """Train all runs side by side: each batch goes to every run before the next one is drawn."""
+    order = batch_order(len(corpus), steps, BATCH_SIZE, seed)
+    with tqdm(order, total=steps, desc="training", unit="step", mininterval=0.5) as progress:
+        for indices in progress:
+            batch = corpus.take(indices)
+            inputs = tokenize(tokenizer, batch.texts)
+            for run in runs:
+                run.step(inputs, batch.labels)
+            progress.set_postfix_str("loss " + " ".join(f"{run.losses[-1]:.2f}" for run in runs))
+
+
+@nnx.jit
+def logits(model: SentenceClassifier, inputs: Mapping[str, Any]) -> jax.Array:
+    """Return the logits of one batch."""
+    return model(**inputs)
+
+
+def predict(model: SentenceClassifier, tokenizer: Callable, texts: Sequence[str]) -> np.ndarray:
+    """Return the logits (len(texts), classes), dropout off."""
+    model.eval()
+    batches = (tokenize(tokenizer, texts[i : i + 64]) for i in range(0, len(texts), 64))
+    return np.concatenate([logits(model, inputs) for inputs in batches])
+
+
+# --- The command ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What all parts share: where the model is, the split and the settings."""
+
+    source: demo.Source
+    tokenizer: Callable
+    train: Corpus
+    test: Corpus
+    steps: int
+    seed: int
+    output: Path
+
+    @classmethod
+    def open(cls, arguments: argparse.Namespace) -> Session:
+        """Load the data and the tokenizer of the model that the command line asks for."""
+        quiet_transformers()
+        source = demo.Source(name=str(arguments.model or bundled_model()), offline=True)
+        train_part, test_part = split(scipy_sentences())
+        return cls(
+            source=source,
+            tokenizer=source.tokenizer(),
+            train=train_part,
+            test=test_part,
+            steps=arguments.steps,
+            seed=arguments.seed,
+            output=arguments.output,
+        )
+
+    def classifier(self, seed: int) -> SentenceClassifier:
+        """Load the encoder, and put the head on it that the PyTorch demo has with this seed."""
+        rngs = nnx.Rngs(seed)
+        classes = len(self.train.classes)
+        model = SentenceClassifier(load_encoder(self.source.name, rngs=rngs), classes, rngs=rngs)
+        torch.manual_seed(seed)
+        head = torch.nn.Linear(model.classifier.in_features, classes)
+        model.classifier.kernel.set_value(jax.numpy.asarray(head.weight.detach().numpy().T))
+        model.classifier.bias.set_value(jax.numpy.asarray(head.bias.detach().numpy()))
+        return model
+
+    def start(self, method: Method) -> Run:
+        """Prepare a copy of the base for a method."""
+        model = method.prepare(self.classifier(self.seed), nnx.Rngs(self.seed))
+        return Run.start(model, method, self.steps)
+
+    def in_jax(self, model: SentenceClassifier) -> np.ndarray:
+        """Predict the test sentences by a model of NNX."""
+        return predict(model, self.tokenizer, self.test.texts)
+
+    def in_torch(self, model: torch.nn.Module) -> np.ndarray:
+        """Predict the test sentences by a model of PyTorch."""
+        return demo.predict(model, self.tokenizer, self.test.texts, "cpu").numpy()
+
+
+def compare(session: Session) -> tuple[np.ndarray, Path]:
+    """Train the three methods, print the table, and return the logits and the file of AdaMSS."""
+    print(
+        f"{len(session.train)} sentences to train on, {len(session.test)} to test on, "
+        f"{len(session.train.classes)} classes; adapted: {', '.join(TARGETS)}; JAX on {jax.default_backend()}"
+    )
+    runs = {name: session.start(method) for name, method in METHODS.items()}
+    train(list(runs.values()), session.tokenizer, session.train, steps=session.steps, seed=session.seed)
+
+    session.output.mkdir(parents=True, exist_ok=True)
+    rows, predictions, files = [], {}, {}
+    for name, run in runs.items():
+        predictions[name] = session.in_jax(run.model)
+        file_name = f"{name.split()[0].lower()}-jax.safetensors"
+        files[name] = run.save(session.output / file_name, adapted=name == ADAMSS)
+        correct = accuracy(predictions[name], session.test)
+        rows.append(report_row(name, correct, **run.trained_numbers(), seconds=run.seconds, path=files[name]))
+    print(tabulate(rows, headers=REPORT_HEADER, stralign="right", disable_numparse=True))
+    return predictions[ADAMSS], files[ADAMSS]
+
+
+def train_in_torch(session: Session) -> tuple[np.ndarray, Path]:
+    """Train an AdaMSS adapter for a few steps in PyTorch, and return its logits and file."""
+    base = session.source.classifier(len(session.train.classes), session.seed)
+    method = demo.METHODS[demo.ADAMSS]
+    steps = min(session.steps, TORCH_STEPS)
+    run = demo.Run.start(method.prepare(base, TARGETS), method.learning_rate, steps)
+    demo.train([run], session.tokenizer, session.train, steps=steps, seed=session.seed, device="cpu")
+    return session.in_torch(run.model), method.save(run.model, session.output)
+
+
+def travel(session: Session, here: tuple[np.ndarray, Path]) -> bool:
+    """Load either framework's adapter into a fresh base of the other, and say whether the answers agree."""
+    # Another seed, so that the heads of the fresh bases are not those that the training started from.
+    before, path = here
+    base = session.source.classifier(len(session.train.classes), session.seed + 1)
+    after = session.in_torch(adamss.load(base, path))
+    there = same_answers("adapter trained in JAX, loaded into PyTorch", before, after)
+
+    before, path = train_in_torch(session)
+    after = session.in_jax(adamss.load(session.classifier(session.seed + 1), path))
+    back = same_answers("adapter trained in PyTorch, loaded into JAX", before, after)
+    return there and back
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a sentence encoder in JAX: AdaMSS, LoRA, head only."
+    )
+    parser.add_argument("--model", type=Path, help="folder of a BERT model (default: MiniLM-L6)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of head, LoRA, batches and dropout (default: 0)")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the adapters")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; return the exit status."""
+    session = Session.open(parse(argv))
+    return 0 if travel(session, compare(session)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
