@@ -16,8 +16,10 @@ nox.options.reuse_existing_virtualenvs = True
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
-PACKAGES = ("adamss", "backends/adamss_torch", "backends/adamss_jax", "conformance/adamss_conformance")
-TEST_TOOLS = ("scikit-learn", "jax", "ruff", "mypy", "types-tabulate")
+FRAMEWORKS = ("demo", "flax", "equinox", "conformance")
+TEST_TOOLS = ("scikit-learn", "ruff", "mypy", "types-tabulate")
+# The test of a third party's backend builds a project of its own.
+BUILD_TOOLS = ("hatchling", "trove-classifiers")
 
 
 def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> None:
@@ -37,10 +39,21 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     session.run("python", "-m", "pytest", *arguments, *session.posargs)
 
 
+def laws(session: nox.Session, *backends: str) -> None:
+    """Hold backends to the laws; small products gain nothing from threads, the cases from a second process."""
+    wanted = [word for backend in backends for word in ("--adamss-backend", backend)]
+    session.run(
+        *("python", "-m", "pytest", "-q", "-n", "2", "-p", "adamss_conformance.plugin"),
+        *("--pyargs", "adamss_conformance", *wanted, *session.posargs),
+        env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
+
+
 def doctests(session: nox.Session) -> None:
     """Run the examples in the docstrings of the installed packages, and those of the README."""
-    modules = ["adamss", "adamss_torch", "adamss_conformance"]
-    session.run("python", "-m", "pytest", "-q", "--doctest-modules", "--pyargs", *modules)
+    modules = ["adamss", "adamss_torch", "adamss_jax", "adamss_conformance"]
+    ignored = ["--deselect", "adamss_conformance/test_laws.py"]
+    session.run("python", "-m", "pytest", "-q", "--doctest-modules", *ignored, "--pyargs", *modules)
     session.run("python", "-m", "pytest", "-q", "tests/test_readme.py")
 
 
@@ -55,12 +68,13 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All that CI runs: lint, types, tests with every framework, doctests, and the core without any."""
-    install(session, "demo", "conformance", tools=TEST_TOOLS)
+    """All that CI runs: lint, types, tests with every framework, doctests, the laws, and the core alone."""
+    install(session, *FRAMEWORKS, tools=(*TEST_TOOLS, *BUILD_TOOLS))
     lint(session)
     types(session)
     doctests(session)
     pytest(session)
+    laws(session, "numpy", "strict", "torch", "jax")
     session.notify("core")
 
 
@@ -70,14 +84,39 @@ def core(session: nox.Session) -> None:
     install(session, "conformance")
     absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'jax')))"
     session.run("python", "-c", absent)
-    session.run("python", "-m", "pytest", "--ignore=tests/torch", *session.posargs)
+    pytest(session, "--ignore=tests/torch", "--ignore=tests/jax")
 
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    """The PyTorch backend."""
+    """The PyTorch backend: its tests and the laws."""
     install(session, "demo", "conformance")
     pytest(session, "tests/torch")
+    laws(session, "torch")
+
+
+@nox.session
+def jax(session: nox.Session) -> None:
+    """The JAX backend without PyTorch: its tests and the laws."""
+    install(session, "flax", "equinox", "conformance")
+    pytest(session, "tests/jax")
+    laws(session, "jax")
+
+
+@nox.session
+def strict(session: nox.Session) -> None:
+    """The core on nothing but what the array API standard promises."""
+    install(session, "conformance")
+    pytest(session, "tests/core")
+    laws(session, "strict")
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """The thirteen laws on every backend, with the summary; arguments go to pytest."""
+    install(session, *FRAMEWORKS, tools=BUILD_TOOLS)
+    laws(session, "numpy", "strict", "torch", "jax")
+    session.run("python", "-m", "pytest", "-q", "tests/conformance")
 
 
 @nox.session(name="lint")
@@ -90,14 +129,14 @@ def lint_session(session: nox.Session) -> None:
 @nox.session(name="types")
 def types_session(session: nox.Session) -> None:
     """Types of all four packages."""
-    install(session, "demo", "conformance", tools=TEST_TOOLS)
+    install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     types(session)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Examples of docstrings and README."""
-    install(session, "demo", "conformance", tools=("jax",))
+    install(session, *FRAMEWORKS)
     doctests(session)
 
 
@@ -109,8 +148,15 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def demo_jax(session: nox.Session) -> None:
+    """The same in JAX, and adapters that travel between the two; arguments go to benchmarks/demo_jax.py."""
+    install(session, "demo", "flax")
+    session.run("python", "benchmarks/demo_jax.py", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Print the tables of benchmarks/; arguments go to each of them (--quick)."""
-    install(session, "demo", tools=("scikit-learn",))
-    for script in ("parameters", "decomposition", "step_time"):
+    install(session, "demo", "flax", tools=("scikit-learn",))
+    for script in ("parameters", "decomposition", "agreement", "step_time", "step_time_jax"):
         session.run("python", f"benchmarks/{script}.py", *session.posargs)

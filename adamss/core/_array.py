@@ -13,6 +13,7 @@ __all__ = [
     "Array",
     "Namespace",
     "as_constant",
+    "as_widest_precision",
     "as_working_precision",
     "check_concrete",
     "check_matrix",
@@ -57,6 +58,16 @@ def as_working_precision(array: Array, /) -> Array:
     """Widen half-precision to float32: no decomposition or sum is done in 16 bits."""
     xp = namespace(array)
     return xp.astype(array, xp.float32) if xp.finfo(array.dtype).bits < 32 else array
+
+
+def as_widest_precision(array: Array, /) -> Array:
+    """Widen to float64, where the framework as it is set up, and the device, have it; else return the array."""
+    xp = namespace(array)
+    if array_api_compat.is_jax_namespace(xp) and not sys.modules["jax"].config.jax_enable_x64:
+        return array
+    if array_api_compat.is_torch_namespace(xp) and array.device.type == "mps":
+        return array
+    return xp.astype(array, xp.float64)
 
 
 def check_concrete(*arrays: Array | None, name: str) -> None:

@@ -107,8 +107,24 @@ class BackendSuite:
     # ---- 2 base untouched -------------------------------------------------------------------------------
 
     @each_variant
-    def test_law_02_base_untouched(self, driver: Driver, variant: str) -> None:
-        """Neither `attach` nor training changes W0, and `detach` gives the very same model back."""
+    def test_law_02_base_untouched_by_attach(self, driver: Driver, variant: str) -> None:
+        """`attach` does not change W0, and `detach` takes off whatever the factors have become."""
+        with _case(driver, "float32", "models"):
+            before = _everything(driver, driver.model(LAYERS, "float32"))
+            outputs = _outputs(driver, driver.model(LAYERS, "float32"))
+            model = _trained(driver, "float32", VARIANTS[variant])
+            for path, weight in _weights(driver, model).items():
+                _assert_same(weight, before[path], f"base of {path}")
+            model = adamss.detach(model)
+            assert driver.backend.adaptation(model) is None
+            for path, arrays in _everything(driver, model).items():
+                _assert_same(arrays, before[path], f"{path} after detach")
+            for path, output in _outputs(driver, model).items():
+                _assert_same(output, outputs[path], f"output of {path} after detach")
+
+    @each_variant
+    def test_law_02_base_untouched_by_training(self, driver: Driver, variant: str) -> None:
+        """Training does not change W0, and `detach` gives the very same model back, its head included."""
         with _case(driver, "float32", "models"):
             optimiser = _an_optimiser(driver)
             model = driver.model(LAYERS, "float32")
@@ -315,19 +331,16 @@ class BackendSuite:
     # ---- 7 allocation -----------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("dtype", ["float64", "float32"])
-    @every(
-        25,
-        scores=st.lists(st.integers(0, 6), min_size=1, max_size=24),
-        budget=st.integers(0, 80),
-        costly=st.booleans(),
-    )
+    @pytest.mark.parametrize("unit", ["subspaces", "parameters"])
+    @every(25, scores=st.lists(st.integers(0, 6), min_size=1, max_size=24), share=st.floats(0, 1.2))
     def test_law_07_allocation(
-        self, driver: Driver, dtype: str, scores: list[int], budget: int, costly: bool
+        self, driver: Driver, dtype: str, unit: str, scores: list[int], share: float
     ) -> None:
         """Exactly the budget, best first, ties by position; in parameters, never above it."""
         with _case(driver, dtype):
             values = np.asarray(scores, dtype=np.float64)
-            costs = 1 + np.arange(len(scores)) * 7 % 5 if costly else None
+            costs = 1 + np.arange(len(scores)) * 7 % 5 if unit == "parameters" else None
+            budget = int(share * (len(scores) if costs is None else costs.sum()))
             mask = driver.numpy(
                 driver.allocate(
                     driver.array(values, dtype), budget, None if costs is None else driver.array(costs)
@@ -468,6 +481,18 @@ class BackendSuite:
                         _assert_same(actual, tensor.numpy(), f"{name} of {path} after resuming")
                     else:
                         assert_agrees(actual, tensor.numpy(), dtype="float32", what=f"{name} of {path}")
+
+    @pytest.mark.parametrize("variant", ["default", "bias per subspace"])
+    def test_law_10_resume_from_the_very_factors(self, driver: Driver, variant: str, tmp_path: Path) -> None:
+        """A training file gives A, B, C, segmentation and mask back to the bit."""
+        with _case(driver, "float32", "models"):
+            path = tmp_path / "adapter.safetensors"
+            model, _ = _partly_frozen(driver, _trained(driver, "float32", VARIANTS[variant]))
+            adamss.save(model, path, training=True)
+            loaded = _factors(driver, adamss.load(driver.model(LAYERS, "float32"), path))
+            for layer, factors in _factors(driver, model).items():
+                for name in Factors._fields:
+                    _assert_same(getattr(loaded[layer], name), getattr(factors, name), f"{name} of {layer}")
 
     # ---- 11 compilation ---------------------------------------------------------------------------------
 

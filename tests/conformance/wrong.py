@@ -1,0 +1,209 @@
+"""Backends with one thing wrong each. `test_suite.py` sees that the suite finds it, and by which law."""
+
+import array_api_strict
+import numpy as np
+import pytest
+
+from adamss import core
+from adamss.backend import NumpyBackend
+from adamss_conformance import Capabilities
+from adamss_conformance.drivers.numpy import NumpyDriver
+from adamss_conformance.drivers.strict import HOST, StrictBackend, StrictDriver
+
+
+class DeltaTransposed(NumpyBackend):
+    """The update of a square weight is that of its transpose."""
+
+    def linear(self, x, weight, bias, factors):
+        delta = core.delta(factors)[: weight.shape[0]]
+        if delta.shape[0] == delta.shape[1]:
+            delta = delta.T
+        y = x @ weight if bias is None else x @ weight + bias
+        return y + (x @ delta).astype(y.dtype)
+
+
+class SegmentPermuted(NumpyBackend):
+    """Subspaces 0 and 1 have each other's directions."""
+
+    def linear(self, x, weight, bias, factors):
+        swapped = np.where(factors.labels == 0, 1, np.where(factors.labels == 1, 0, factors.labels))
+        if len(factors.ranks) > 1 and factors.ranks[0] == factors.ranks[1]:
+            factors = factors._replace(labels=swapped)
+        return super().linear(x, weight, bias, factors)
+
+
+class GradientOfBScaled(NumpyBackend):
+    """As if the loss were averaged over the tokens once more."""
+
+    def linear_vjp(self, dy, x, weight, factors):
+        gradients = super().linear_vjp(dy, x, weight, factors)
+        return gradients._replace(B=gradients.B * 0.5)
+
+
+class GradientOfFrozen(NumpyBackend):
+    """Frozen subspaces have a gradient, which would count in a clipped norm."""
+
+    def linear_vjp(self, dy, x, weight, factors):
+        return core.linear_vjp(dy, x, weight, factors, revive=True)
+
+
+class BaseMutated(NumpyBackend):
+    """Training writes into the frozen weight."""
+
+    def linear_vjp(self, dy, x, weight, factors):
+        weight[0, 0] += 1e-3
+        return super().linear_vjp(dy, x, weight, factors)
+
+
+class OriginalsLost(NumpyBackend):
+    """`detach` leaves the trained head in place."""
+
+    def remove(self, model):
+        base = super().remove(model)
+        return type(base)({**base.layers, **{path: model.layers[path] for path in model.saved}})
+
+
+class StartsOff(NumpyBackend):
+    """The base product is fused with the update's, and rounded otherwise."""
+
+    def linear(self, x, weight, bias, factors):
+        y = x @ (weight + core.delta(factors)[: weight.shape[0]]).astype(weight.dtype)
+        y = y.astype(np.float64) * (1 + 1e-7)
+        y = y.astype(weight.dtype)
+        return y if bias is None else y + bias
+
+
+class MergedTwice(NumpyBackend):
+    """`unmerge` subtracts what was added instead of giving W0 back."""
+
+    def unfold(self, model):
+        whole = super().unfold(model)
+        changed = dict(whole.layers)
+        for path, layer in model.layers.items():
+            if layer.merged:
+                W = layer.W - core.delta(layer.factors)[: layer.W.shape[0]].astype(layer.W.dtype)
+                changed[path] = type(layer)(W, whole.layers[path].b, layer.factors)
+        return type(whole)(changed, whole.config, whole.saved, whole.originals)
+
+
+class PaddingTrained(NumpyBackend):
+    """The padding of C gets a gradient, so that it is no longer zero."""
+
+    def linear_vjp(self, dy, x, weight, factors):
+        gradients = super().linear_vjp(dy, x, weight, factors)
+        return gradients._replace(C=gradients.C + 0.1)
+
+
+class GlobalSeedTouched(NumpyBackend):
+    """`attach` seeds NumPy's global generator."""
+
+    def insert(self, model, layers, *, config, saved):
+        np.random.seed(config.seed)  # noqa: NPY002 (this is what is wrong with it)
+        return super().insert(model, layers, config=config, saved=saved)
+
+
+class SilentUpcast(NumpyBackend):
+    """Half-precision outputs come back as float32."""
+
+    def linear(self, x, weight, bias, factors):
+        y = super().linear(x, weight, bias, factors)
+        return y.astype(np.float32) if y.dtype == np.float16 else y
+
+
+class LabelsMadeAnew(NumpyBackend):
+    """What is loaded is segmented by position, not as the file says."""
+
+    def from_stored(self, stored, *, like=None, dtype=None):
+        array = super().from_stored(stored, like=like, dtype=dtype)
+        if stored.dtype == "uint8" and array.ndim == 1 and array.size == 19:
+            array = np.sort(array)
+        return array
+
+
+class PrecisionLost(NumpyBackend):
+    """Files hold half precision."""
+
+    def to_stored(self, array):
+        narrow = array.astype(np.float16) if array.dtype == np.float32 else array
+        return super().to_stored(narrow.astype(array.dtype))
+
+
+class DecomposesRounded(NumpyBackend):
+    """The decomposition sees a quantised weight."""
+
+    def decomposition_input(self, W):
+        return np.round(W)
+
+
+class WrongDevice(StrictBackend):
+    """Results are brought back to the host."""
+
+    def linear(self, x, weight, bias, factors):
+        return super().linear(x, weight, bias, factors).to_device(HOST)
+
+
+class WrongDeviceDriver(StrictDriver):
+    """On the second device, where it shows."""
+
+    name = "wrong-device"
+
+    def __init__(self, backend=None, device=None):
+        super().__init__(WrongDevice(array_api_strict.Device("device1")), "device1")
+
+
+class MaskOffByOne(NumpyDriver):
+    """Keeps what is strictly above the score at the budget: one too few."""
+
+    name = "off-by-one"
+
+    def allocate(self, scores, budget, costs=None):
+        mask = core.allocate(scores, budget, costs)
+        if costs is None and 0 < budget < len(scores):
+            mask = scores > np.sort(scores)[::-1][budget - 1]
+        return mask
+
+
+class FrozenDecayed(NumpyDriver):
+    """Weight decay goes on where the gradient is zero."""
+
+    name = "decayed"
+
+    def hold_frozen(self, before, after):
+        return after
+
+
+class CompilesMasks(NumpyDriver):
+    """A compiler, of a kind, that takes the mask for a constant."""
+
+    name = "compiler"
+    capabilities = Capabilities(
+        **{
+            **vars(NumpyDriver.capabilities),
+            "compiles": True,
+            "missing": {k: v for k, v in NumpyDriver.capabilities.missing.items() if k != "compiles"},
+        }
+    )
+
+    def compile(self, function):
+        seen = set()
+
+        def call(model, x):
+            seen.add(
+                tuple(layer.factors.active.tobytes() for layer in model.layers.values() if layer.factors)
+            )
+            return function(model, x)
+
+        call.seen = seen
+        return call
+
+    def compilations(self, compiled):
+        return len(compiled.seen)
+
+
+class Shy(NumpyDriver):
+    """Left out of the laws for a reason of its own making."""
+
+    name = "shy"
+
+    def require(self, capability):
+        pytest.skip("not today")
