@@ -11,6 +11,9 @@ from adamss.errors import AdamssWarning, TargetError
 
 __all__ = ["match", "near_matches"]
 
+_INDEX = re.compile(r"\[\d+(,\d+)*\]$")
+"""What the path of one layer of a stack ends with: ``layers.query[3]``."""
+
 
 def match(targets: str | Iterable[str], paths: Iterable[str], *, name: str) -> list[str]:
     """Return the paths that the targets match, in the order of the paths.
@@ -19,7 +22,8 @@ def match(targets: str | Iterable[str], paths: Iterable[str], *, name: str) -> l
     ----------
     targets
         Names, each matched at the end of a path (whole components: ``"query"`` matches ``"0.query"``
-        and not ``"0.prequery"``), or one regular expression on the whole path.
+        and not ``"0.prequery"``), or one regular expression on the whole path. The index of a layer in a stack
+        (``"layers.query[3]"``) need not be named.
     paths
         Module paths of the model.
     name
@@ -37,7 +41,8 @@ def match(targets: str | Iterable[str], paths: Iterable[str], *, name: str) -> l
     """
     paths = list(paths)
     if isinstance(targets, str):
-        found = [path for path in paths if re.fullmatch(targets, path)]
+        pattern = re.compile(targets)
+        found = [path for path in paths if pattern.fullmatch(path) or pattern.fullmatch(_INDEX.sub("", path))]
         if not found:
             raise TargetError(f"{name} = {targets!r} matches no module; {near_matches([targets], paths)}")
         return found
@@ -73,4 +78,5 @@ def near_matches(targets: Iterable[str], paths: Iterable[str]) -> str:
 
 
 def _ends_with(path: str, target: str) -> bool:
+    path = _INDEX.sub("", path)
     return path == target or path.endswith(f".{target}")

@@ -23,7 +23,7 @@ from adamss.backend.registry import backend_for
 from adamss.checkpoint import Checkpoint, StoredLayer, StoredTensor, join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors
-from adamss.core._array import check_matrix, namespace
+from adamss.core._array import check_concrete, check_matrix, namespace
 from adamss.errors import (
     AdamssWarning,
     ArrayValueError,
@@ -115,7 +115,7 @@ def summary(model: Model) -> Summary:
     """
     backend, adaptation = _adapted(model, "summary")
     rows = [
-        summarise(path, adaptation.shapes[path], _outline(backend, factors))
+        summarise(path, adaptation.shapes[path], _outline(backend, factors, path))
         for path, factors in adaptation.layers.items()
     ]
     modules = backend.modules(model)
@@ -166,13 +166,13 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     with backend.exact():
         for layer_path, factors in adaptation.layers.items():
             base = backend.weight(modules[layer_path], layer_path)
+            check_concrete(*factors, name=layer_path)
             layers[layer_path] = _stored_layer(backend, factors, base, training=training)
-    saved = {
-        module_path: {
-            name: backend.to_stored(array) for name, array in backend.arrays(modules[module_path]).items()
-        }
-        for module_path in adaptation.saved
-    }
+    saved = {}
+    for module_path in adaptation.saved:
+        arrays = backend.arrays(modules[module_path])
+        check_concrete(*arrays.values(), name=module_path)
+        saved[module_path] = {name: backend.to_stored(array) for name, array in arrays.items()}
     from adamss import __version__
 
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
@@ -283,6 +283,7 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     with backend.exact():
         for path, factors in adaptation.layers.items():
             W, b = backend.weight(modules[path], path)
+            check_concrete(W, b, *factors, name=path)
             try:
                 merged[path] = core.merge(W, b, factors)
             except ArrayValueError as error:
@@ -476,8 +477,9 @@ def _check_budget(config: AdamssConfig, layers: Mapping[str, Factors]) -> None:
     )
 
 
-def _outline(backend: Backend, factors: Factors) -> Factors:
+def _outline(backend: Backend, factors: Factors, path: str) -> Factors:
     """Return labels, ranks and mask as NumPy arrays, and A, B, C that have shapes alone: enough to count."""
+    check_concrete(factors.labels, factors.ranks, factors.active, name=path)
     small = {
         name: backend.to_stored(getattr(factors, name)).numpy() for name in ("labels", "ranks", "active")
     }

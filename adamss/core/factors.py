@@ -302,7 +302,11 @@ def _column_spaces(decomposition: Decomposition, labels: Array, sizes: list[int]
 
 
 def _column_index(factors: Factors) -> tuple[Array, Array]:
-    """Return subspace k(c) and place i(c) within it, both (q,), of each column c of M."""
+    """Return subspace k(c) and place i(c) within it, both (q,), of each column c of M.
+
+    A column beyond the sum of the ranks is padding, as layers of one stack need it: its subspace is K, which
+    no column of W has, and its place any.
+    """
     xp = namespace(factors.ranks)
     q = factors.B.shape[1]
     if factors.C.shape[0] == 1 and q == factors.ranks.shape[0]:
@@ -313,7 +317,9 @@ def _column_index(factors: Factors) -> tuple[Array, Array]:
     columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
     before = xp.astype(columns[:, None] >= ends[None, :], factors.ranks.dtype)
     group = xp.sum(before, axis=1, dtype=factors.ranks.dtype)
-    return group, columns - xp.take(ends - factors.ranks, group)
+    last = xp.full_like(group, factors.ranks.shape[0] - 1)
+    place = columns - xp.take(ends - factors.ranks, xp.minimum(group, last))
+    return group, xp.minimum(place, xp.full_like(place, factors.C.shape[0] - 1))
 
 
 def _own_columns(factors: Factors, group: Array) -> Array:
@@ -402,11 +408,14 @@ def _per_subspace(columns: Array, factors: Factors) -> Array:
 
 
 def _from_subspaces(stacked: Array, factors: Factors) -> Array:
-    """Undo `_per_subspace`: (K, m, r) to (m, q)."""
+    """Undo `_per_subspace`: (K, m, r) to (m, q), with zeros in columns that are padding."""
     xp = namespace(stacked)
     K, m, r = stacked.shape
     group, place = _column_index(factors)
-    return xp.take(xp.reshape(xp.permute_dims(stacked, (1, 0, 2)), (m, K * r)), group * r + place, axis=1)
+    index = group * r + place
+    index = xp.minimum(index, xp.full_like(index, K * r - 1))
+    columns = xp.take(xp.reshape(xp.permute_dims(stacked, (1, 0, 2)), (m, K * r)), index, axis=1)
+    return xp.where((group < K)[None, :], columns, xp.zeros_like(columns))
 
 
 def contract(factors: Factors) -> Array:
@@ -585,7 +594,9 @@ def trained_elements(factors: Factors) -> tuple[Array, Array]:
     """
     xp = namespace(factors.labels)
     group, _ = _column_index(factors)
-    return xp.take(factors.active, group)[None, :], xp.take(factors.active, factors.labels)[None, :]
+    last = xp.full_like(group, factors.ranks.shape[0] - 1)
+    trained_B = xp.take(factors.active, xp.minimum(group, last)) & (group <= last)
+    return trained_B[None, :], xp.take(factors.active, factors.labels)[None, :]
 
 
 def merge(W: Array, b: Array | None, factors: Factors) -> Merged:

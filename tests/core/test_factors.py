@@ -351,3 +351,29 @@ def test_every_framework_computes_the_same(xp, to_numpy, basis, initial_B):
     assert {type(array) for array in (*factors, *actual.values())} == {type(xp.asarray(W))}
     for name, array in actual.items():
         assert_agrees(to_numpy(array), expected[name], dtype="float32", what=name)
+
+
+class TestPadding:
+    """Layers of one stack share a shape: B may have more columns than ranks, C more rows."""
+
+    @given(problems(), st.integers(1, 3), BASES, st.integers(1, 2), st.integers(0, 2))
+    def test_more_columns_and_rows_change_nothing(self, problem, r, basis, columns, rows):
+        W, decomposition, labels = problem
+        f = random_factors(decomposition, labels, r, basis)
+        rng = np.random.default_rng(1)
+        padded = f._replace(
+            B=np.pad(f.B, ((0, 0), (0, columns))), C=np.pad(f.C, ((0, rows), (0, 0)), constant_values=7.0)
+        )
+        x, dy = rng.standard_normal((3, W.shape[0])), rng.standard_normal((3, W.shape[1]))
+        assert_agrees(core.delta(padded), core.delta(f), dtype="float64", what="delta", scale=10.0)
+        assert_agrees(
+            core.linear(x, W, None, padded), core.linear(x, W, None, f), dtype="float64", what="y", scale=10.0
+        )
+        for revive in (False, True):
+            expected = core.linear_vjp(dy, x, W, f, revive=revive)
+            actual = core.linear_vjp(dy, x, W, padded, revive=revive)
+            q, height = f.B.shape[1], f.C.shape[0]
+            assert_agrees(actual.B[:, :q], expected.B, dtype="float64", what="dB", scale=100.0)
+            assert_agrees(actual.C[:height], expected.C, dtype="float64", what="dC", scale=100.0)
+            assert not actual.B[:, q:].any()
+            assert not actual.C[height:].any()
