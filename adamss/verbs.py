@@ -47,6 +47,8 @@ __all__ = [
 ]
 
 LOSS_WORTH_A_WARNING = 0.05
+COUNTERS = ("num_batches_tracked",)
+"""What PyTorch counts in its layers and other frameworks do not: a file may lack it, or have it in vain."""
 
 
 def attach(model: Model, config: AdamssConfig) -> Model:
@@ -574,7 +576,9 @@ def _check_base(path: str, layer: StoredLayer, base: BaseWeight, *, compare: boo
 def _saved_arrays(
     backend: Backend, path: str, tensors: Mapping[str, StoredTensor], present: Mapping[str, Any]
 ) -> dict[str, Any]:
-    if tensors.keys() != present.keys():
+    optional = {name for name in {*tensors, *present} if name.rpartition(".")[2] in COUNTERS}
+    tensors = {name: tensor for name, tensor in tensors.items() if name in present or name not in optional}
+    if tensors.keys() | optional != present.keys() | optional:
         raise CheckpointError(
             f"{path}: the file holds {', '.join(sorted(tensors)) or 'nothing'}, "
             f"the model has {', '.join(sorted(present)) or 'nothing'}"

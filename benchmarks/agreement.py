@@ -1,8 +1,9 @@
 """Law 13 on real weights: NumPy, PyTorch and JAX find the same subspaces, and compute the same update.
 
-Every weight matrix of MiniLM-L6 is decomposed and segmented in float32, as `adamss.attach` does it for the arrays of
-each framework, and compared with NumPy in float64: the grouping by the adjusted Rand index, the basis by the energy
-that it captures, and the update by its largest difference from the same factors, over the largest sum of magnitudes. ::
+Every weight matrix of MiniLM-L6 is decomposed and segmented in float32, as `adamss.attach` does it for the
+arrays of each framework, and compared with NumPy in float64: the grouping by the adjusted Rand index, the basis by
+the energy that it captures, and the update by its largest difference from the same factors, over the largest sum of
+magnitudes. ::
 
     python benchmarks/agreement.py
     python benchmarks/agreement.py --layers 2 --json agreement.json

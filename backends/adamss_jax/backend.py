@@ -22,6 +22,7 @@ from adamss.core import Factors, Merged
 from adamss.errors import BackendError
 from adamss_jax.functional import linear
 from adamss_jax.shell import Model, Module, Shell, beside, factors_beside
+from adamss_jax.stacks import StackedLayer
 
 __all__ = ["JaxBackend"]
 
@@ -80,6 +81,8 @@ class JaxBackend(Backend):
     # ---- models -------------------------------------------------------------------------------------
 
     def _shell(self, model: Model) -> Shell:
+        if isinstance(model, StackedLayer):
+            model = model.module
         for library, target in SHELLS.items():
             if library not in sys.modules:
                 continue

@@ -26,12 +26,24 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from adamss.backend import Adaptation, BaseWeight
 from adamss.checkpoint import join_path
 from adamss.config import AdamssConfig
-from adamss.core import Factors, Merged, trained_elements
+from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError
 from adamss_jax.functional import update
 from adamss_jax.shell import HostCopies, Record, Shell, check_values, owner_prefix, placed_as
+from adamss_jax.stacks import (
+    StackedLayer,
+    by_owner,
+    factors_at,
+    split_path,
+    stack_paths,
+    stacked,
+    stacked_factors,
+    stacked_masks,
+)
 
 __all__ = ["AdaptedLinear", "EquinoxShell", "trainable_filter"]
+
+CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose)
 
 
 class AdaptedLinear(eqx.Module):
@@ -155,19 +167,23 @@ class EquinoxShell(Shell):
         found = dict(_walk(model))
         prefix = _prefix({path: node for path, node in found.items() if isinstance(node, AdaptedLinear)})
         seen: set[int] = set()
-        modules = {}
+        modules: dict[str, Any] = {}
         for path, node in found.items():
             if not f"{path}.".startswith(prefix):
                 continue
+            own = f"{path}.".removeprefix(prefix).rstrip(".")
+            leading = _leading(node)
+            if leading:
+                modules |= {place: StackedLayer(node, at) for place, at in stack_paths(own, leading).items()}
+                continue
             # A tree has values and no identities: what stands in two places is two layers.
-            modules[f"{path}.".removeprefix(prefix).rstrip(".")] = (
-                copy.copy(node) if id(node) in seen else node
-            )
+            modules[own] = copy.copy(node) if id(node) in seen else node
             seen.add(id(node))
         return modules
 
     def weight(self, module: Any, path: str) -> BaseWeight:
         path = path or "the model itself"
+        module, index = (module.module, module.index) if isinstance(module, StackedLayer) else (module, ())
         if isinstance(module, AdaptedLinear):
             if module.merged and module.kept is None:
                 raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
@@ -177,20 +193,26 @@ class EquinoxShell(Shell):
                 f"{path} is a {type(module).__name__}, which has no weight to adapt; targets must name "
                 "equinox.nn.Linear layers"
             )
+        check_values(module.weight, path)
         if not eqx.is_array_like(module.weight):
             raise LayerTypeError(f"{path}: its weight is a {type(module.weight).__name__}, no array")
-        check_values(module.weight, path)
         weight = jnp.asarray(module.weight)
-        if weight.ndim != 2:
-            raise LayerError(
-                f"{path}: its weight has shape {tuple(weight.shape)}, with more axes than (outputs, inputs): a "
-                "stack of layers; attach to the single layers, then stack the model"
-            )
-        return BaseWeight(weight.T, None if module.bias is None else jnp.asarray(module.bias))
+        bias = None if module.bias is None else jnp.asarray(module.bias)
+        if index:
+            weight, bias = weight[index], None if bias is None else bias[index]
+        return BaseWeight(weight.T, bias)
 
     def arrays(self, module: Any) -> dict[str, Array]:
+        if isinstance(module, StackedLayer):
+            raise LayerError(
+                "modules_to_save names a single layer of a stack; name the module that holds the stack"
+            )
         leaves, _ = _flattened(module)
-        return {path: jnp.asarray(leaf) for path, leaf in leaves if _is_stored(leaf)}
+        arrays = {path: jnp.asarray(leaf) for path, leaf in leaves if _is_stored(leaf)}
+        # Equinox keeps the bias of a convolution as (outputs, 1, 1), PyTorch as (outputs,).
+        convolutions = [path for path, node in _walk(module) if isinstance(node, CONVOLUTIONS)]
+        biases = {join_path(path, "bias") for path in convolutions} & arrays.keys()
+        return arrays | {path: jnp.reshape(arrays[path], -1) for path in biases}
 
     def insert(
         self,
@@ -200,6 +222,7 @@ class EquinoxShell(Shell):
         config: AdamssConfig,
         saved: Mapping[str, Mapping[str, Array] | None],
     ) -> Any:
+        nodes = dict(_walk(model))
         modules = self.modules(model)
         before = {
             join_path(path, name): array
@@ -208,8 +231,12 @@ class EquinoxShell(Shell):
         }
         record = Record(config, tuple(layers), tuple(saved), HostCopies(before) if saved else None)
         adapted = {
-            path: AdaptedLinear(modules[path], **factors._asdict(), record=record)
-            for path, factors in layers.items()
+            path: AdaptedLinear(
+                nodes[path],
+                **stacked_factors(factors, _leading(nodes[path]), path)._asdict(),
+                record=record,
+            )
+            for path, factors in by_owner(layers).items()
         }
         changed = {path: _with_arrays(modules[path], values or {}) for path, values in saved.items()}
         return _replaced(model, adapted | changed)
@@ -219,11 +246,14 @@ class EquinoxShell(Shell):
         if not adapted:
             return None
         prefix, record = _prefix(adapted), next(iter(adapted.values())).record
-        layers = {path: adapted[prefix + path] for path in record.paths}
+        places = {path: split_path(path) for path in record.paths}
+        layers = {owner: adapted[prefix + owner] for owner in record.owners}
         return Adaptation(
             config=record.config,
-            layers={path: layer.factors() for path, layer in layers.items()},
-            shapes={path: _shape(layer) for path, layer in layers.items()},
+            layers={
+                path: factors_at(layers[owner].factors(), index) for path, (owner, index) in places.items()
+            },
+            shapes={path: _shape(layers[owner]) for path, (owner, _) in places.items()},
             saved=record.saved,
             merged=any(layer.merged for layer in layers.values()),
             base_kept=all(layer.kept is not None or not layer.merged for layer in layers.values()),
@@ -237,7 +267,7 @@ class EquinoxShell(Shell):
         masks = {
             join_path(path, name): mask
             for path, layer in _adapted(model).items()
-            for name, mask in zip("BC", trained_elements(layer.factors()), strict=True)
+            for name, mask in stacked_masks(layer.factors(), layer.ranks.ndim - 1).items()
         }
         leaves, structure = _flattened(self.parameters(model))
         everything = jnp.ones((), bool)
@@ -245,13 +275,15 @@ class EquinoxShell(Shell):
 
     def set_active(self, model: Any, active: Mapping[str, Array]) -> Any:
         prefix = _prefix(_adapted(model))
-        layers = {prefix + path: mask for path, mask in active.items()}
-        return _mapped(
-            model,
-            lambda path, layer: (
-                _changed(layer, active=jnp.asarray(layers[path], bool)) if path in layers else layer
-            ),
-        )
+        owners = {prefix + path: masks for path, masks in by_owner(active).items()}
+
+        def masked(path: str, layer: AdaptedLinear) -> Any:
+            value = layer.active
+            for index, mask in owners.get(path, {}).items():
+                value = value.at[index].set(mask) if index else jnp.asarray(mask, bool)
+            return _changed(layer, active=value)
+
+        return _mapped(model, masked)
 
     def remove(self, model: Any) -> Any:
         adapted = _adapted(model)
@@ -270,11 +302,15 @@ class EquinoxShell(Shell):
         prefix = _prefix(_adapted(model))
 
         def fold(path: str, layer: AdaptedLinear) -> Any:
-            new, base = merged[path.removeprefix(prefix)], layer.base
+            new, base = by_owner(merged)[path.removeprefix(prefix)], layer.base
+            leading = _leading(layer)
             kept = (
                 {"weight": base.weight} if base.bias is None else {"weight": base.weight, "bias": base.bias}
             )
-            values = {"weight": new.W.T, "bias": None if base.bias is None else new.b}
+            values = {
+                "weight": stacked({index: m.W.T for index, m in new.items()}, leading),
+                "bias": None if base.bias is None else stacked({i: m.b for i, m in new.items()}, leading),
+            }
             return _changed(
                 layer,
                 base=_changed(base, **values),
@@ -371,8 +407,14 @@ def _changed(module: Any, **values: Any) -> Any:
     return new
 
 
+def _leading(node: Any) -> tuple[int, ...]:
+    """Return the leading axes of a stack of layers, ``()`` for anything else."""
+    layer = node.base if isinstance(node, AdaptedLinear) else node
+    return tuple(getattr(layer.weight, "shape", ())[:-2]) if isinstance(layer, eqx.nn.Linear) else ()
+
+
 def _shape(layer: AdaptedLinear) -> tuple[int, int]:
-    n, d = layer.base.weight.shape
+    n, d = layer.base.weight.shape[-2:]
     return d, n
 
 
@@ -390,7 +432,7 @@ def _with_arrays(module: Any, values: Mapping[str, Array]) -> Any:
     def new(path: str, leaf: Any) -> Any:
         if not _is_stored(leaf) or path not in values:
             return leaf
-        return placed_as(values[path], jnp.asarray(leaf))
+        return placed_as(jnp.reshape(values[path], leaf.shape), jnp.asarray(leaf))
 
     leaves, structure = _flattened(module)
     return structure.unflatten([new(path, leaf) for path, leaf in leaves])

@@ -8,9 +8,12 @@ them; basis, labels, ranks and mask are plain `nnx.Variable`.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from adamss.errors import MissingBackendError
@@ -27,11 +30,21 @@ from jax import Array
 from adamss.backend import Adaptation, BaseWeight
 from adamss.checkpoint import join_path
 from adamss.config import AdamssConfig
-from adamss.core import Factors, Merged, trained_elements
+from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
 from adamss_jax.functional import update
 from adamss_jax.matrix import MatrixView
 from adamss_jax.shell import HostCopies, Record, Shell, check_values, owner_prefix, placed_as
+from adamss_jax.stacks import (
+    StackedLayer,
+    by_owner,
+    factors_at,
+    split_path,
+    stack_paths,
+    stacked,
+    stacked_factors,
+    stacked_masks,
+)
 
 __all__ = ["AdamssParam", "Adapter", "NnxShell"]
 
@@ -104,9 +117,13 @@ def adapted_class(kind: Any) -> Any:
     if kind in _CLASSES:
         return _CLASSES[kind]
 
-    def call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        y = kind.__call__(self, inputs, *args, **kwargs)
-        return getattr(self, CHILD)(y, inputs, self.kernel.shape)
+    # The input goes by the name that the layer's class gives it.
+    first = next(islice(inspect.signature(kind.__call__).parameters, 1, None), "")
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y = kind.__call__(self, *args, **kwargs)
+        x = args[0] if args else kwargs[first]
+        return getattr(self, CHILD)(y, x, self.kernel.shape)
 
     def reduce(self: Any) -> Any:
         # By name there is no such class: a copy or a pickle is made of the class it is derived from.
@@ -138,14 +155,24 @@ class NnxShell(Shell):
         found = dict(_walk(model))
         adapters = {path: node for path, node in found.items() if isinstance(node, Adapter)}
         prefix = _prefix(adapters)
-        return {
-            f"{path}.".removeprefix(prefix).rstrip("."): node
-            for path, node in found.items()
-            if path not in adapters and f"{path}.".startswith(prefix)
-        }
+        modules: dict[str, Any] = {}
+        in_stacks: dict[tuple[int, tuple[int, ...]], StackedLayer] = {}
+        for path, node in found.items():
+            if path in adapters or not f"{path}.".startswith(prefix):
+                continue
+            own = f"{path}.".removeprefix(prefix).rstrip(".")
+            leading = _leading(node)
+            if not leading:
+                modules[own] = node
+            for place, index in stack_paths(own, leading).items() if leading else ():
+                # One object per layer, also where the stack appears twice.
+                modules[place] = in_stacks.setdefault((id(node), index), StackedLayer(node, index))
+        return modules
 
     def weight(self, module: Any, path: str) -> BaseWeight:
+        module, index = (module.module, module.index) if isinstance(module, StackedLayer) else (module, ())
         view = _view(module, path)
+        check_values(module.kernel.get_value(), path)
         kernel, bias = _values(module)
         adapter = getattr(module, CHILD, None)
         if adapter is not None and not isinstance(adapter, Adapter):
@@ -157,10 +184,15 @@ class NnxShell(Shell):
                 raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
             base = adapter.base.restored()
             kernel, bias = base["kernel"], base.get("bias", bias)
-        check_values(kernel, path)
+        if index:
+            kernel, bias = kernel[index], None if bias is None else bias[index]
         return BaseWeight(view.matrix(kernel), None if bias is None else jnp.reshape(bias, -1))
 
     def arrays(self, module: Any) -> dict[str, Array]:
+        if isinstance(module, StackedLayer):
+            raise LayerError(
+                "modules_to_save names a single layer of a stack; name the module that holds the stack"
+            )
         return {name: as_stored(variable.get_value()) for name, variable, as_stored, _ in _stored(module)}
 
     def insert(
@@ -172,7 +204,8 @@ class NnxShell(Shell):
         saved: Mapping[str, Mapping[str, Array] | None],
     ) -> nnx.Module:
         modules = self.modules(model)
-        _check_disjoint({path: modules[path] for path in layers}, {path: modules[path] for path in saved})
+        owners = {path: _module_of(modules, path, places) for path, places in by_owner(layers).items()}
+        _check_disjoint(owners, {path: modules[path] for path in saved})
         before = {
             join_path(path, name): array
             for path in saved
@@ -180,7 +213,10 @@ class NnxShell(Shell):
         }
         record = Record(config, tuple(layers), tuple(saved), HostCopies(before) if saved else None)
         adapters = {
-            path: Adapter(factors, _view(modules[path], path), record) for path, factors in layers.items()
+            path: Adapter(
+                stacked_factors(factors, _leading(owners[path]), path), _view(owners[path], path), record
+            )
+            for path, factors in by_owner(layers).items()
         }
         # From here on nothing can fail.
         for path, values in saved.items():
@@ -189,8 +225,8 @@ class NnxShell(Shell):
                 variable.set_metadata(adamss_kind=type(variable))
                 _set_class(variable, AdamssParam)
         for path, adapter in adapters.items():
-            setattr(modules[path], CHILD, adapter)
-            _set_class(modules[path], adapted_class(type(modules[path])))
+            setattr(owners[path], CHILD, adapter)
+            _set_class(owners[path], adapted_class(type(owners[path])))
         return model
 
     def adaptation(self, model: nnx.Module) -> Adaptation | None:
@@ -199,13 +235,12 @@ class NnxShell(Shell):
             return None
         adapters = {path: getattr(layer, CHILD) for path, layer in layers.items()}
         record = next(iter(adapters.values())).record
-        columns = {path: adapter.C.shape[1] for path, adapter in adapters.items()}
+        places = {path: split_path(path) for path in record.paths}
+        whole = {path: adapter.factors() for path, adapter in adapters.items()}
         return Adaptation(
             config=record.config,
-            layers={path: adapter.factors() for path, adapter in adapters.items()},
-            shapes={
-                path: (layer.kernel.size // columns[path], columns[path]) for path, layer in layers.items()
-            },
+            layers={path: factors_at(whole[owner], index) for path, (owner, index) in places.items()},
+            shapes={path: _shape(layers[owner]) for path, (owner, _) in places.items()},
             saved=record.saved,
             merged=any(adapter.merged for adapter in adapters.values()),
             base_kept=all(adapter.base is not None or not adapter.merged for adapter in adapters.values()),
@@ -221,7 +256,7 @@ class NnxShell(Shell):
         layers = {id(getattr(layer, CHILD)): getattr(layer, CHILD) for layer in _adapted(model).values()}
         for path, node in _walk(model):
             if id(node) in layers:
-                masks[path] = dict(zip("BC", trained_elements(node.factors()), strict=True))
+                masks[path] = stacked_masks(node.factors(), node.ranks.get_value().ndim - 1)
 
         def mask(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
             owner, name = ".".join(map(str, path[:-1])), str(path[-1])
@@ -231,9 +266,12 @@ class NnxShell(Shell):
 
     def set_active(self, model: nnx.Module, active: Mapping[str, Array]) -> nnx.Module:
         layers = _adapted(model)
-        for path, mask in active.items():
+        for path, masks in by_owner(active).items():
             variable = getattr(layers[path], CHILD).active
-            variable.set_value(jnp.asarray(mask, variable.get_value().dtype))
+            value = variable.get_value()
+            for index, mask in masks.items():
+                value = value.at[index].set(mask) if index else jnp.asarray(mask, bool)
+            variable.set_value(value)
         return model
 
     def remove(self, model: nnx.Module) -> nnx.Module:
@@ -245,8 +283,7 @@ class NnxShell(Shell):
                 if variable.has_metadata("adamss_kind"):
                     _set_class(variable, variable.get_metadata("adamss_kind"))
                     variable.del_metadata("adamss_kind")
-        for path in record.paths:
-            layer = modules[path]
+        for layer in _adapted(model).values():
             delattr(layer, CHILD)
             _set_class(layer, type(layer).__bases__[0])
         return model
@@ -263,9 +300,15 @@ class NnxShell(Shell):
                 )
         for path, layer in layers.items():
             adapter, (kernel, bias) = getattr(layer, CHILD), _values(layer)
-            values = {"kernel": adapter.view.kernel(merged[path].W, kernel.shape)}
-            if bias is not None and merged[path].b is not None:
-                values["bias"] = jnp.reshape(jnp.asarray(merged[path].b), bias.shape)
+            leading, new = _leading(layer), by_owner(merged)[path]
+            shape = kernel.shape[len(leading) :]
+            kernels = {
+                index: adapter.view.kernel(layer_merged.W, shape) for index, layer_merged in new.items()
+            }
+            values = {"kernel": stacked(kernels, leading)}
+            if bias is not None:
+                biases = {index: layer_merged.b for index, layer_merged in new.items()}
+                values["bias"] = jnp.reshape(stacked(biases, leading), bias.shape)
             base = {name: getattr(layer, name).get_value() for name in values}
             adapter.base = HostCopies(base) if keep_base else None
             _set_values(layer, values)
@@ -315,8 +358,8 @@ class NnxShell(Shell):
 def _children(node: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(node, nnx.Pytree):
         for name, value in vars(node).items():
-            if not name.startswith(("_pytree__", "_object__")):
-                yield name, value
+            if not str(name).startswith(("_pytree__", "_object__")):
+                yield str(name), value
     elif isinstance(node, list | tuple):
         yield from ((str(index), value) for index, value in enumerate(node))
     elif isinstance(node, dict):
@@ -371,13 +414,13 @@ def _prefix(adapters: Mapping[str, Adapter]) -> str:
 
 
 def _adapted(model: Any) -> dict[str, Any]:
-    """Return the adapted layers by the paths under which they were attached."""
+    """Return the adapted modules by the paths under which they were attached; a stack of layers is one."""
     found = {path: node for path, node in _walk(model) if isinstance(getattr(node, CHILD, None), Adapter)}
     if not found:
         return {}
     prefix = _prefix({join_path(path, CHILD): getattr(layer, CHILD) for path, layer in found.items()})
     record = getattr(next(iter(found.values())), CHILD).record
-    return {path: found[prefix + path] for path in record.paths}
+    return {path: found[prefix + path] for path in record.owners}
 
 
 def _record(model: Any) -> Record:
@@ -429,21 +472,50 @@ def _view(layer: Any, path: str) -> MatrixView:
             raise LayerError(
                 f"{path}: its equation is given at every call, so the layer has no matrix of its own"
             )
-        view, axes = MatrixView.of_einsum(layer.einsum_str, path), len(layer.kernel_shape)
+        view = MatrixView.of_einsum(layer.einsum_str, path)
     elif isinstance(layer, nnx.LinearGeneral):
         if layer.batch_axis:
             raise LayerError(
                 f"{path}: its batch_axis makes it many matrices, not one; leave it out of targets"
             )
-        view, axes = MatrixView.of_axes(layer.axis), len(layer.in_features) + len(layer.out_features)
+        view = MatrixView.of_axes(layer.axis)
     else:
-        view, axes = MatrixView.of_axes((-1,)), 2
-    if kernel.ndim != axes:
+        view = MatrixView.of_axes((-1,))
+    stack = _leading(layer)
+    if stack and tuple(kernel.shape) != stack + _declared(layer):
         raise LayerError(
-            f"{path}: its kernel has shape {tuple(kernel.shape)}, with more axes than the layer describes "
-            "(a stack of layers?); attach to the single layers, then stack the model"
+            f"{path}: its kernel has shape {tuple(kernel.shape)}, where the layer says {_declared(layer)}; the axes "
+            "of a stack of layers must come first"
         )
     return view
+
+
+def _declared(layer: Any) -> tuple[int, ...]:
+    """Return the shape of the kernel of a single layer, as the layer says it."""
+    if isinstance(layer, nnx.Einsum):
+        return tuple(layer.kernel_shape)
+    if isinstance(layer, nnx.LinearGeneral):
+        return (*layer.in_features, *layer.out_features)
+    return layer.in_features, layer.out_features
+
+
+def _leading(layer: Any) -> tuple[int, ...]:
+    """Return the leading axes of a stack of layers, ``()`` for anything else."""
+    if not isinstance(layer, LAYERS) or (isinstance(layer, nnx.LinearGeneral) and layer.batch_axis):
+        return ()
+    shape = getattr(layer.kernel.get_value(), "shape", ())
+    return tuple(shape[: max(len(shape) - len(_declared(layer)), 0)])
+
+
+def _module_of(modules: Mapping[str, Any], path: str, places: Mapping[tuple[int, ...], Any]) -> Any:
+    """Return the module at a path, or that of a stack of layers, from what `NnxShell.modules` lists."""
+    index = next(iter(places))
+    return modules[path] if not index else modules[f"{path}[{','.join(map(str, index))}]"].module
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    n = int(getattr(layer, CHILD).C.shape[-1])
+    return layer.kernel.size // n // math.prod(_leading(layer)), n
 
 
 def _values(layer: Any) -> tuple[Array, Array | None]:
@@ -474,6 +546,8 @@ def _as_in_torch(node: Any, name: str, shape: tuple[int, ...]) -> tuple[str, Any
     def same(array: Array) -> Array:
         return array
 
+    if _leading(node):  # PyTorch has no stacks of layers
+        return name, same, same
     if isinstance(node, LAYERS) and name == "kernel":
         try:
             view = _view(node, "")

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 from adamss.core import Factors, contract, expand, factor_gradients
 
@@ -36,6 +37,7 @@ def linear(x: Array, kernel: Array, bias: Array | None, factors: Factors) -> Arr
         (n,) or None.
     factors
         Factors of the layer; trained are B and C. With d + 1 input rows, the last of them moves the bias.
+        They may be sharded over mesh axes that XLA manages; over axes of type Explicit they are replicated.
 
     Returns
     -------
@@ -109,14 +111,17 @@ def _backward(saved: tuple[Any, ...], du: Array) -> tuple[Array | None, ...]:
     """``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz``, ``dE = z^T du``."""
     x, z, M, E, factors = saved
     d, leading = x.shape[-1], tuple(range(x.ndim - 1))
-    dz = du @ E.T
-    dx = dz @ M[:d].T
+    dz = jnp.matmul(du, E.T, out_sharding=_sharding(z))
+    dx = jnp.matmul(dz, M[:d].T, out_sharding=_sharding(x))
     # Sums over all tokens: in half precision the products are rounded, the sums are not. On the CPU dz^T x costs
     # a quarter to a half of x^T dz, into which XLA would turn it back but for the barrier.
-    dM = jax.lax.optimization_barrier(_contracted(dz, x, leading)).T
+    dM_t: Array = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+        _contracted(dz, x, leading, _sharding(M[:d].T))
+    )
+    dM = dM_t.T
     if M.shape[0] > d:
         dM = jnp.concatenate([dM, jnp.sum(dz, axis=leading, dtype=dM.dtype)[None, :]])
-    dB, dC = factor_gradients(dM, _contracted(z, du, leading), factors)
+    dB, dC = factor_gradients(dM, _contracted(z, du, leading, _sharding(E)), factors)
     return dx, None, dB, dC, None, None, None
 
 
@@ -135,8 +140,18 @@ def _directions(x: Array, M: Array) -> Array:
     return z.astype(x.dtype)
 
 
-def _contracted(left: Array, right: Array, leading: tuple[int, ...]) -> Array:
-    return jnp.tensordot(left, right, (leading, leading), preferred_element_type=_accumulator(left))
+def _contracted(left: Array, right: Array, leading: tuple[int, ...], sharding: Any) -> Array:
+    wide = _accumulator(left)
+    return jnp.tensordot(left, right, (leading, leading), preferred_element_type=wide, out_sharding=sharding)
+
+
+def _sharding(array: Array) -> Any:
+    """Return how an array is spread over mesh axes of type Explicit; None where XLA decides.
+
+    A sum over such an axis needs to be told how its result is spread: a gradient is as its namesake is.
+    """
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _accumulator(array: Array) -> Any:

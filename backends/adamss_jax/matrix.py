@@ -24,7 +24,8 @@ class MatrixView:
         Axes of the kernel that are contracted with the input, and those that come out, in the order in which
         they make up the d rows and n columns.
     inputs
-        Axes of the input that are contracted, in the order of `rows`; None where `gather` says it.
+        Axes of the input that are contracted, the first of them with the first of `rows`, whatever the order in
+        which they are named; None where `gather` says it.
     gather
         Einsum equation that brings these axes of the input to the end, in that order; None for `inputs`.
     scatter
@@ -80,8 +81,8 @@ class MatrixView:
     def matrix(self, kernel: Array) -> Array:
         """Return the kernel as W: (d, n)."""
         columns = self._columns(kernel.ndim)
-        d = math.prod(kernel.shape[axis] for axis in self.rows)
-        return jnp.reshape(jnp.transpose(kernel, (*self.rows, *columns)), (d, -1))
+        d, n = (math.prod(kernel.shape[axis] for axis in axes) for axes in (self.rows, columns))
+        return jnp.reshape(jnp.transpose(kernel, (*self.rows, *columns)), (d, n))
 
     def kernel(self, W: Array, shape: Sequence[int]) -> Array:
         """Return W: (d, n) as a kernel of this shape: ``kernel(matrix(k), k.shape) == k``."""
@@ -95,7 +96,9 @@ class MatrixView:
             x = jnp.einsum(self.gather, x)
         elif self.inputs != (-1,):
             assert self.inputs is not None
-            x = jnp.moveaxis(x, self.inputs, range(-len(self.inputs), 0))
+            # In the order in which the input has them, as Flax pairs them with those of the kernel.
+            axes = sorted(axis % x.ndim for axis in self.inputs)
+            x = jnp.moveaxis(x, axes, range(-len(axes), 0))
         count = len(self.rows)
         return x if count == 1 else jnp.reshape(x, (*x.shape[:-count], -1))
 

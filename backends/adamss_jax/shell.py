@@ -7,7 +7,6 @@ another library means writing one module beside `flax.py` and `equinox.py`, and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from adamss.backend import Adaptation, BaseWeight
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import ArrayTypeError, StateError
+from adamss_jax.stacks import split_path
 
 __all__ = [
     "HostCopies",
@@ -92,6 +92,11 @@ class Record:
     paths: tuple[str, ...]
     saved: tuple[str, ...] = ()
     originals: HostCopies | None = None
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Paths of the modules that hold the adapters: a stack of layers has one."""
+        return tuple(dict.fromkeys(split_path(path)[0] for path in self.paths))
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self
@@ -223,15 +228,15 @@ def owner_prefix(found: Mapping[str, Record]) -> str:
     StateError
         If several modules of the model were adapted one by one, or this is only a part of one.
     """
-    owners = Counter(id(record) for record in found.values())
     record = next(iter(found.values()))
-    if len(owners) > 1 and any(other != record for other in found.values()):
-        raise StateError(
-            f"{len(owners)} parts of the model were adapted one by one; call adamss on each of them, not on the whole"
-        )
     first = next(iter(found))
-    prefix = first.removesuffix(record.paths[0])
-    if set(found) != {prefix + path for path in record.paths} or (prefix and not prefix.endswith(".")):
+    prefix = first.removesuffix(record.owners[0])
+    whole = {prefix + path for path in record.owners}
+    if whole < set(found) or any(other != record for other in found.values()):
+        raise StateError(
+            "parts of the model were adapted one by one; call adamss on each of them, not on the whole"
+        )
+    if set(found) != whole or (prefix and not prefix.endswith(".")):
         raise StateError(
             "this is a part of a model that was adapted as a whole: adapters are attached already; "
             "call adamss on the whole"

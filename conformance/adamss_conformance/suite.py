@@ -94,15 +94,18 @@ class BackendSuite:
             _assert_starts_equal(driver, "float32", mode, x, VARIANTS[variant])
 
     @each_dtype
+    @each_mode
     @pytest.mark.parametrize("scale", [1e-30, 1e15, "largest"])
-    def test_law_01_start_for_extreme_inputs(self, driver: Driver, dtype: str, scale: float | str) -> None:
+    def test_law_01_start_for_extreme_inputs(
+        self, driver: Driver, dtype: str, mode: str, scale: float | str
+    ) -> None:
         """No finite input makes ``x M`` times C = 0 anything but zero."""
         with _case(driver, dtype, "models"):
             largest = {"float16": 6e4, "bfloat16": 1e38, "float32": 1e38, "float64": 1e300}[dtype]
             size = largest if scale == "largest" else float(scale)
             x = driver.array(np.full((2, 16), min(size, largest)), dtype)
             small = {path: (W * 1e-3, b) for path, (W, b) in LAYERS.items()}
-            _assert_starts_equal(driver, dtype, EAGER, x, layers=small)
+            _assert_starts_equal(driver, dtype, mode, x, layers=small)
 
     # ---- 2 base untouched -------------------------------------------------------------------------------
 
@@ -210,7 +213,8 @@ class BackendSuite:
     # ---- 5 merge ----------------------------------------------------------------------------------------
 
     @each_dtype
-    def test_law_05_merge(self, driver: Driver, dtype: str) -> None:
+    @each_mode
+    def test_law_05_merge(self, driver: Driver, dtype: str, mode: str) -> None:
         """``merge`` is the rounded sum; ``unmerge`` and ``detach`` are exact; twice is an error."""
         with _case(driver, dtype, "models"), _unheard():
             layers = cases.layers_without_bias()
@@ -218,11 +222,11 @@ class BackendSuite:
             adaptation = driver.backend.adaptation(model)
             assert adaptation is not None
             deltas = {path: core.delta(_host(driver, f)) for path, f in adaptation.layers.items()}
-            before, base = _outputs(driver, model, dtype), _weights(driver, model)
+            before, base = _outputs(driver, model, dtype, mode), _weights(driver, model)
             merged = adamss.merge(model)
             for path, delta in deltas.items():
                 W0 = base[path]["W"].astype(np.float64)
-                seen = driver.call(merged, path, driver.array(np.eye(16), dtype))
+                seen = _runner(driver, mode, path)(merged, driver.array(np.eye(16), dtype))
                 assert driver.backend.dtype_name(seen) == dtype
                 error = np.abs(driver.numpy(seen).astype(np.float64) - (W0 + delta))
                 slack = RELATIVE_TOLERANCE["float64" if dtype == "float64" else "float32"]
@@ -234,7 +238,7 @@ class BackendSuite:
             with pytest.raises(StateError, match="merged already"):
                 adamss.merge(merged)
             model = adamss.unmerge(merged)
-            for path, output in _outputs(driver, model, dtype).items():
+            for path, output in _outputs(driver, model, dtype, mode).items():
                 _assert_same(output, before[path], f"{path} after unmerge")
             with pytest.raises(StateError, match="not merged"):
                 adamss.unmerge(model)
@@ -387,12 +391,13 @@ class BackendSuite:
     def test_law_08_frozen_have_no_gradient(self, driver: Driver, problem: Problem) -> None:
         """The gradient of a frozen element is zero, so that it does not count in a clipped norm."""
         with _case(driver, "float32", "arrays", "gradients"):
-            f = problem.factors
-            x, W, b, factors, dy = _arrays(driver, problem, "float32")
-            gradients = driver.gradients(driver.backend.linear, x, W, b, factors, dy)
-            groups = np.repeat(np.arange(len(f.ranks)), f.ranks)
-            assert not driver.numpy(gradients.B)[:, ~f.active[groups]].any(), "gradient of frozen B"
-            assert not driver.numpy(gradients.C)[:, ~f.active[f.labels]].any(), "gradient of frozen C"
+            _assert_no_gradient_of_frozen(driver, driver.backend.linear, problem)
+
+    @every(4, problem=problems(empty=False))
+    def test_law_08_frozen_have_no_gradient_compiled(self, driver: Driver, problem: Problem) -> None:
+        """The same compiled."""
+        with _case(driver, "float32", "arrays", "gradients", "compiles"):
+            _assert_no_gradient_of_frozen(driver, driver.compile(driver.backend.linear), problem)
 
     # ---- 9 travel ---------------------------------------------------------------------------------------
 
@@ -623,9 +628,10 @@ def _assert_same(actual: Any, expected: Any, what: str) -> None:
 # ---- models ----------------------------------------------------------------------------------------
 
 
-def _outputs(driver: Driver, model: Any, dtype: str = "float32") -> dict[str, np.ndarray]:
+def _outputs(driver: Driver, model: Any, dtype: str = "float32", mode: str = EAGER) -> dict[str, np.ndarray]:
     return {
-        path: driver.numpy(driver.call(model, path, driver.array(x, dtype))) for path, x in INPUTS.items()
+        path: driver.numpy(_runner(driver, mode, path)(model, driver.array(x, dtype)))
+        for path, x in INPUTS.items()
     }
 
 
@@ -785,6 +791,14 @@ def _assert_gradients(driver: Driver, linear: Callable[..., Any], problem: Probl
             what=f"gradient of {name}",
             scale=scale,
         )
+
+
+def _assert_no_gradient_of_frozen(driver: Driver, linear: Callable[..., Any], problem: Problem) -> None:
+    f = problem.factors
+    gradients = driver.gradients(linear, *_arrays(driver, problem, "float32"))
+    groups = np.repeat(np.arange(len(f.ranks)), f.ranks)
+    assert not driver.numpy(gradients.B)[:, ~f.active[groups]].any(), "gradient of frozen B"
+    assert not driver.numpy(gradients.C)[:, ~f.active[f.labels]].any(), "gradient of frozen C"
 
 
 def _assert_finite_differences(driver: Driver, problem: Problem) -> None:

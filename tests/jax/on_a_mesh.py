@@ -1,0 +1,162 @@
+"""Print, as JSON, how far results on a mesh of four devices lie from those on one: run by `test_functional.py`.
+
+XLA reads the number of devices when JAX is imported, so that this is a process of its own.
+"""
+
+import json
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import adamss
+import adamss_jax
+from adamss.core import Factors
+
+D, N, TOKENS, K = 8, 12, 16, 3
+SHARDINGS = {
+    "kernel on d": {"kernel": P("m", None)},
+    "kernel on n": {"kernel": P(None, "m"), "bias": P("m")},
+    "C and labels on n": {"C": P(None, "m"), "labels": P("m")},
+    "kernel and C on n": {"kernel": P(None, "m"), "bias": P("m"), "C": P(None, "m")},
+    "all on n": {"kernel": P(None, "m"), "bias": P("m"), "C": P(None, "m"), "labels": P("m")},
+    "x on batch": {"x": P("m", None)},
+    "x on d, kernel on d": {"x": P(None, "m"), "kernel": P("m", None)},
+    "A on d, B on P": {"A": P(None, "m", None), "B": P("m", None)},
+}
+EXPLICIT = ("kernel on n", "x on batch")
+"""Those whose base product JAX takes without being told the sharding of the result, the factors on every device."""
+
+
+def problem(*, bias_row):
+    rng = np.random.default_rng(0)
+    labels, ranks = rng.permutation(np.arange(N) % K), np.asarray([2, 1, 2])
+    C = np.where(np.arange(2)[:, None] < ranks[labels], rng.standard_normal((2, N)), 0)
+    arrays = {
+        "x": rng.standard_normal((TOKENS, D)),
+        "kernel": rng.standard_normal((D, N)),
+        "bias": rng.standard_normal(N),
+        "A": rng.standard_normal((1, D + bias_row, 4)),
+        "B": rng.standard_normal((4, 5)),
+        "C": C,
+        "dy": rng.standard_normal((TOKENS, N)),
+    }
+    arrays = {name: jnp.asarray(array, "float32") for name, array in arrays.items()}
+    return arrays | {"labels": jnp.asarray(labels), "ranks": jnp.asarray(ranks), "active": jnp.ones(K, bool)}
+
+
+@jax.jit
+def results(arrays):
+    """Return the output and the gradients of x, B and C."""
+
+    def run(x, B, C):
+        f = Factors(arrays["A"], B, C, *(arrays[name] for name in ("labels", "ranks", "active")))
+        return adamss_jax.linear(x, arrays["kernel"], arrays["bias"], f)
+
+    y, vjp = jax.vjp(run, arrays["x"], arrays["B"], arrays["C"])
+    return dict(zip(("y", "x", "B", "C"), (y, *vjp(arrays["dy"])), strict=True))
+
+
+def difference(actual, expected):
+    """Return the largest difference relative to the largest magnitude, over a tree of arrays."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    return max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()) for a, b in pairs
+    )
+
+
+def differences(kind, names):
+    mesh = jax.make_mesh((4,), ("m",), axis_types=(kind,))
+    found = {}
+    for bias_row in (0, 1):
+        arrays = problem(bias_row=bias_row)
+        expected = results(arrays)
+        for name in names:
+            specs = SHARDINGS[name]
+            if bias_row and "A" in specs:
+                continue  # d + 1 rows are not divided by 4
+            if kind is AxisType.Explicit:
+                rows, columns = specs.get("x", P(None, None))[0], specs.get("kernel", P(None, None))[1]
+                specs = specs | {"dy": P(rows, columns)}
+            placed = {
+                key: jax.device_put(array, NamedSharding(mesh, specs.get(key, P(*[None] * array.ndim))))
+                for key, array in arrays.items()
+            }
+            with jax.set_mesh(mesh):
+                actual = results(placed)
+            case = f"{kind.name}: {name}"
+            found[case] = max(found.get(case, 0.0), difference(actual, expected))
+    return found
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        self.query = nnx.Linear(D, N, rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(N, 4, rngs=nnx.Rngs(1))
+
+    def __call__(self, x, hidden=None):
+        return self.head(jnp.tanh(self.query(x, out_sharding=hidden)))
+
+
+def attached(kind, specs, *, inputs=None, hidden=None):
+    """Return what the verbs do to a model that is sharded over a mesh; its first layer's output is to be `hidden`."""
+    mesh = jax.make_mesh((4,), ("m",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        return _attached(mesh, specs, inputs or P(None, None), hidden)
+
+
+def _attached(mesh, specs, inputs, hidden):
+    config = adamss.AdamssConfig(targets=["query"], modules_to_save=["head"], rank=4, subspaces=K)
+    x = jax.device_put(problem(bias_row=0)["x"], NamedSharding(mesh, inputs))
+    run = nnx.jit(lambda model, x: model(x, hidden))
+    alone, model = Net(), Net()
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        spec = specs.get(".".join(map(str, path)), P(*[None] * variable.ndim))
+        variable.set_value(jax.device_put(variable.get_value(), NamedSharding(mesh, spec)))
+    kernel = model.query.kernel.get_value()
+    base = run(model, x)
+    adamss.attach(alone, config)
+    adamss.attach(model, config)
+    f = model.query.adamss.factors()
+    found = {
+        "start equals the base": bool(jnp.array_equal(run(model, x), base)),
+        "factors on every device": all(len(array.sharding.device_set) == 4 for array in f),
+    }
+    gradients = []
+    for one in (alone, model):
+        adapter = one.query.adamss
+        adapter.C.set_value(jnp.ones_like(adapter.C.get_value()))
+        wanted = nnx.DiffState(0, nnx.LoRAParam)
+        gradients.append(nnx.grad(lambda m: jnp.sum(jnp.square(run(m, x))), argnums=wanted)(one))
+    found["gradients"] = difference(*gradients[::-1])
+    found["outputs"] = difference(run(model, x), run(alone, x))
+    found["merged"] = difference(run(adamss.merge(model), x), run(alone, x))
+    merged = model.query.kernel.get_value()
+    found["merged keeps the sharding"] = merged.sharding.is_equivalent_to(kernel.sharding, 2)
+    adamss.detach(model)
+    back = model.query.kernel.get_value()
+    found["detach gives the same bits"] = bool(np.array_equal(back, kernel))
+    found["detach keeps the sharding"] = back.sharding.is_equivalent_to(kernel.sharding, 2)
+    return found
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 4
+    on_n = {"query.kernel": P(None, "m"), "query.bias": P("m"), "head.kernel": P("m", None)}
+    report = {
+        "linear": differences(AxisType.Auto, SHARDINGS) | differences(AxisType.Explicit, EXPLICIT),
+        "attach": {
+            "Auto: kernel on d": attached(AxisType.Auto, {"query.kernel": P("m", None)}),
+            "Auto: kernel on n": attached(AxisType.Auto, on_n),
+            "Auto: x on batch": attached(AxisType.Auto, {}, inputs=P("m", None)),
+            "Explicit: kernel on d": attached(AxisType.Explicit, {"query.kernel": P("m", None)}, hidden=P()),
+            "Explicit: x on batch": attached(AxisType.Explicit, {}, inputs=P("m", None), hidden=P("m", None)),
+        },
+    }
+    print(json.dumps(report))

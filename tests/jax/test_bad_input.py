@@ -1,0 +1,427 @@
+"""Section 8 of the design on JAX: type and message of each error, and models left as they were."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import adamss
+from adamss import core, errors
+from adamss_jax.equinox import trainable_filter
+
+SAVED = ["classifier"]
+
+
+@pytest.fixture
+def unchanged(variables):
+    """Return a check that a call raises, names what it should, and leaves the model as it was."""
+
+    def check(model, call, kind, builtin, match):
+        before = variables(model)
+        with pytest.raises(kind, match=match) as caught:
+            call()
+        assert isinstance(caught.value, errors.AdamssError)
+        assert isinstance(caught.value, builtin)
+        assert variables(model) == before
+
+    return check
+
+
+def equinox_model(seed=0):
+    key = jax.random.key(seed)
+    return {"query": eqx.nn.Linear(6, 8, key=key), "classifier": eqx.nn.Linear(8, 3, key=key)}
+
+
+# ---- tracers -----------------------------------------------------------------------------------------
+
+
+def calling(call):
+    """Return a function of a model that calls a verb, and what a transformation can take."""
+
+    def function(model):
+        call(model)
+        return 0.0
+
+    return function
+
+
+def stacked(model):
+    """Return two of a model as one, as training an ensemble takes them."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state))
+
+
+TRANSFORMS = {
+    "jit": lambda call, model: nnx.jit(calling(call))(model),
+    "grad": lambda call, model: nnx.grad(calling(call))(model),
+    "vmap": lambda call, model: nnx.vmap(calling(call))(stacked(model)),
+    "remat": lambda call, model: nnx.jit(nnx.remat(calling(call)))(model),
+}
+VERBS_ON_BASE = {
+    "attach": lambda m, path: adamss.attach(m, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2)),
+    "load": lambda m, path: adamss.load(m, path),
+}
+VERBS_ON_ADAPTED = {
+    "save": lambda m, path: adamss.save(m, path.with_name("b.safetensors")),
+    "summary": lambda m, path: adamss.summary(m),
+    "merge": lambda m, path: adamss.merge(m),
+}
+
+
+@pytest.fixture
+def file(net, config, tmp_path):
+    """Return an adapter file of `net`."""
+    adamss.save(adamss.attach(net(), config()), tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("verb", [*VERBS_ON_BASE, *VERBS_ON_ADAPTED])
+def test_verbs_within_transformations_name_the_layer_and_leak_nothing(
+    verb, transform, net, config, file, unchanged, inputs
+):
+    model = net() if verb in VERBS_ON_BASE else adamss.attach(net(), config(modules_to_save=SAVED))
+    call = {**VERBS_ON_BASE, **VERBS_ON_ADAPTED}[verb]
+    if (verb, transform) == ("summary", "grad"):
+        TRANSFORMS[transform](lambda m: call(m, file), model)  # what it counts is no subject of a gradient
+        return
+    with jax.checking_leaks():
+        unchanged(
+            model,
+            lambda: TRANSFORMS[transform](lambda m: call(m, file), model),
+            errors.ArrayTypeError,
+            TypeError,
+            r"blocks\.0\.query: .*outside of jax\.jit",
+        )
+    assert not (file.parent / "b.safetensors").exists()
+    assert np.isfinite(model(inputs(2, 8))).all()
+
+
+@pytest.mark.parametrize("verb", ["save", "merge"])
+def test_verbs_within_the_gradient_of_the_trained_variables(verb, net, config, file, unchanged):
+    """The base weights have values there, the factors have none."""
+    model = adamss.attach(net(), config(modules_to_save=SAVED))
+    function = calling(lambda m: VERBS_ON_ADAPTED[verb](m, file))
+    with jax.checking_leaks():
+        unchanged(
+            model,
+            lambda: nnx.grad(function, argnums=nnx.DiffState(0, nnx.LoRAParam))(model),
+            errors.ArrayTypeError,
+            TypeError,
+            r"blocks\.0\.query: .*outside of jax\.jit",
+        )
+
+
+@pytest.mark.parametrize("transform", [eqx.filter_jit, eqx.filter_grad], ids=["jit", "grad"])
+@pytest.mark.parametrize("verb", ["attach", "load", "save", "summary", "merge"])
+def test_verbs_on_equinox_models_within_transformations(verb, transform, tmp_path):
+    path = tmp_path / "a.safetensors"
+    model = equinox_model()
+    adapted = VERBS_ON_BASE["attach"](model, None)
+    adamss.save(adapted, path)
+    call = {**VERBS_ON_BASE, **VERBS_ON_ADAPTED}[verb]
+    target = model if verb in VERBS_ON_BASE else adapted
+    wrapped = transform(calling(lambda m: call(m, path)))
+    if (verb, transform) == ("summary", eqx.filter_grad):
+        wrapped(target)  # what it counts is no subject of a gradient
+        return
+    with jax.checking_leaks(), pytest.raises(errors.ArrayTypeError, match=r"query: .*outside of jax\.jit"):
+        wrapped(target)
+
+
+def within_core():
+    W = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    decomposition = core.decompose(W, 4)
+    labels = core.segment(decomposition, 3)
+    factors = core.initial_factors(decomposition, labels, 1)
+    return {
+        "decompose": (lambda W: core.decompose(W, 4), W),
+        "segment": (lambda d: core.segment(d, 3), decomposition),
+        "initial_factors": (lambda pair: core.initial_factors(*pair, 1), (decomposition, labels)),
+        "merge": (lambda pair: core.merge(pair[0], None, pair[1]), (W, factors)),
+        "count_factors": (core.count_factors, factors),
+        "allocate": (
+            lambda pair: core.allocate(pair[0], 3, pair[1]),
+            (np.ones(3, np.float32), np.ones(3, int)),
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["decompose", "segment", "initial_factors", "merge", "count_factors", "allocate"]
+)
+@pytest.mark.parametrize("transform", ["jit", "grad"])
+def test_core_functions_that_need_values_say_so(name, transform):
+    function, argument = within_core()[name]
+    argument = jax.tree.map(jnp.asarray, argument)
+    if transform == "jit":
+        wrapped = jax.jit(calling(function))
+    else:
+        wrapped = jax.grad(calling(function), allow_int=True)
+        if name == "count_factors":
+            wrapped(argument)  # integers have no gradient, and so have values
+            return
+    with jax.checking_leaks(), pytest.raises(errors.ArrayTypeError, match=r"tracer.*outside of jax\.jit"):
+        wrapped(argument)
+
+
+# ---- weights -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weight_that_is_not_finite(value, net, config, unchanged):
+    model = net()
+    kernel = model.blocks[1]["value"].kernel  # the last target: the others come first
+    kernel.set_value(kernel.get_value().at[2, 3].set(value))
+    attach = lambda: adamss.attach(model, config())  # noqa: E731
+    unchanged(model, attach, errors.ArrayValueError, ValueError, r"blocks\.1\.value: weight holds NaN")
+
+
+def test_bias_that_is_not_finite(net, config, unchanged):
+    model = net()
+    bias = model.blocks[1]["value"].bias
+    bias.set_value(bias.get_value().at[2].set(jnp.nan))
+    attach = lambda: adamss.attach(model, config(include_bias=True))  # noqa: E731
+    unchanged(model, attach, errors.ArrayValueError, ValueError, r"blocks\.1\.value: bias holds NaN")
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int8", "bool", "float8_e4m3fn"])
+def test_weight_of_another_kind(dtype, net, config, unchanged):
+    model = net()
+    model.blocks[1]["value"].kernel.set_value(jnp.ones((8, 8), dtype))
+    attach = lambda: adamss.attach(model, config())  # noqa: E731
+    unchanged(model, attach, errors.ArrayTypeError, TypeError, rf"blocks\.1\.value: weight .*dtype.*{dtype}")
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
+def test_empty_axis(shape, net, config, unchanged):
+    model = net()
+    model.blocks[1]["value"].kernel.set_value(jnp.ones(shape))
+    attach = lambda: adamss.attach(model, config())  # noqa: E731
+    unchanged(
+        model, attach, errors.ArrayValueError, ValueError, r"blocks\.1\.value: weight must not be empty"
+    )
+
+
+@pytest.mark.parametrize("value", [jnp.nan, 1j, jnp.int8(1)], ids=["NaN", "complex", "integer"])
+def test_weights_of_equinox_models(value, config):
+    model = equinox_model()
+    model["query"] = eqx.tree_at(lambda layer: layer.weight, model["query"], jnp.full((8, 6), value))
+    with pytest.raises((errors.ArrayValueError, errors.ArrayTypeError), match="query: weight"):
+        adamss.attach(model, config(targets=["query"]))
+
+
+def test_models_that_have_shapes_alone(net, config, unchanged, file):
+    model = nnx.eval_shape(net)
+    for call in (lambda: adamss.attach(model, config()), lambda: adamss.load(model, file)):
+        unchanged(
+            model, call, errors.ArrayTypeError, TypeError, r"blocks\.0\.query: .*load the weights first"
+        )
+    with pytest.raises(errors.ArrayTypeError, match=r"query: .*load the weights first"):
+        adamss.attach(eqx.filter_eval_shape(equinox_model), config(targets=["query"]))
+
+
+def test_the_factors_dtype_needs_64_bits(net, config, unchanged):
+    model = net()
+    attach = lambda: adamss.attach(model, config(factor_dtype="float64"))  # noqa: E731
+    unchanged(
+        model, attach, errors.ConfigError, ValueError, "factor_dtype = 'float64': jax has no such dtype"
+    )
+    with jax.enable_x64(True):
+        adamss.attach(model, config(factor_dtype="float64"))
+        assert model.blocks[0]["query"].adamss.B.dtype == jnp.float64
+
+
+# ---- targets -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"targets": ["quary"]}, r"targets = \['quary'\].*near matches: query"),
+        ({"targets": r".*\.quary"}, r"targets = .*matches no module"),
+        ({"targets": ["zzz"]}, r"the model has modules called .*query"),
+        ({"modules_to_save": ["clasifier"]}, r"modules_to_save.*near matches: classifier"),
+        ({"modules_to_save": ["query"]}, r"blocks\.0\.query.*modules_to_save"),
+        ({"modules_to_save": ["blocks"]}, r"blocks\.0\.query.*modules_to_save"),
+    ],
+)
+def test_targets_that_do_not_fit(changes, match, net, config, unchanged):
+    model = net()
+    unchanged(model, lambda: adamss.attach(model, config(**changes)), errors.TargetError, ValueError, match)
+
+
+def test_targets_of_equinox_models(config):
+    with pytest.raises(errors.TargetError, match=r"near matches: query"):
+        adamss.attach(equinox_model(), config(targets=["quary"]))
+    with pytest.raises(errors.LayerTypeError, match="norm is a LayerNorm"):
+        adamss.attach({"norm": eqx.nn.LayerNorm(4)}, config(targets=["norm"]))
+
+
+@pytest.mark.parametrize(("target", "kind"), [("blocks", "List"), ("norm", "LayerNorm"), ("0", "Dict")])
+def test_matched_module_has_no_weight_to_adapt(target, kind, net, config, unchanged):
+    model = net()
+    attach = lambda: adamss.attach(model, config(targets=[target]))  # noqa: E731
+    unchanged(model, attach, errors.LayerTypeError, TypeError, rf"{target} is a {kind}")
+
+
+def test_an_attribute_where_the_adapter_goes(net, config, unchanged):
+    model = net()
+    model.blocks[0]["query"].adamss = 3
+    attach = lambda: adamss.attach(model, config())  # noqa: E731
+    unchanged(model, attach, errors.LayerError, ValueError, "attribute 'adamss'")
+
+
+def test_models_and_configs_of_the_wrong_kind(net, config):
+    for model, kind in (({"query": jnp.ones((3, 4))}, r"builtins\.dict"), (jnp.ones((3, 4)), "ArrayImpl")):
+        with pytest.raises(errors.BackendError, match=kind) as caught:
+            adamss.attach(model, config())
+        assert isinstance(caught.value, TypeError)
+    for model in (net(), equinox_model()):
+        with pytest.raises(errors.ConfigTypeError, match=r"AdamssConfig, found dict"):
+            adamss.attach(model, {"targets": ["query"]})
+
+
+# ---- order -------------------------------------------------------------------------------------------
+
+
+def test_verbs_out_of_order(net, config, unchanged, tmp_path):
+    model = net()
+    for verb in (
+        adamss.detach,
+        adamss.merge,
+        adamss.unmerge,
+        adamss.summary,
+        adamss.trainable_parameters,
+        lambda m: adamss.save(m, tmp_path / "a.safetensors"),
+        lambda m: adamss.disabled(m).__enter__(),
+    ):
+        call = lambda verb=verb: verb(model)  # noqa: E731
+        unchanged(model, call, errors.StateError, RuntimeError, "no adapters.*attach")
+    assert not list(tmp_path.iterdir())
+    adamss.attach(model, config())
+    attach = lambda: adamss.attach(model, config())  # noqa: E731
+    unchanged(model, attach, errors.StateError, RuntimeError, "already.*detach")
+    unchanged(model, lambda: adamss.unmerge(model), errors.StateError, RuntimeError, "not merged")
+    adamss.merge(model)
+    unchanged(model, lambda: adamss.merge(model), errors.StateError, RuntimeError, "merged already.*unmerge")
+
+
+def test_verbs_out_of_order_on_equinox_models(config, tmp_path):
+    model = equinox_model()
+    for verb in (adamss.detach, adamss.merge, adamss.unmerge, adamss.summary, adamss.trainable_parameters):
+        with pytest.raises(errors.StateError, match="no adapters"):
+            verb(model)
+    with pytest.raises(errors.StateError, match="no adapters"):
+        trainable_filter(model)
+    model = adamss.attach(model, config(targets=["query"]))
+    with pytest.raises(errors.StateError, match="already"):
+        adamss.attach(model, config(targets=["query"]))
+    with pytest.raises(errors.StateError, match="not merged"):
+        adamss.unmerge(model)
+    with pytest.raises(errors.StateError, match="merged already"):
+        adamss.merge(adamss.merge(model))
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+def test_files_that_do_not_fit_the_model(net, config, filled, unchanged, tmp_path):
+    path = tmp_path / "a.safetensors"
+    adamss.save(filled(adamss.attach(net(), config(modules_to_save=SAVED))), path)
+
+    def refused(model, match):
+        unchanged(model, lambda: adamss.load(model, path), errors.CheckpointError, ValueError, match)
+
+    refused(net(seed=1), r"blocks\.0\.query: the base weight is not the one")
+    other = net()
+    other.blocks[1]["value"] = nnx.Linear(8, 9, rngs=nnx.Rngs(0))
+    refused(other, r"blocks\.1\.value: the weight has shape \(8, 9\).*\(8, 8\)")
+    other = net()
+    del other.blocks[1]["query"]
+    refused(other, r"no layer 'blocks\.1\.query'")
+    other = net()
+    other.classifier = nnx.Linear(8, 7, rngs=nnx.Rngs(0))
+    refused(other, r"classifier\.\w+: the file has shape .*3.*, the model .*7")
+    other = net()
+    other.classifier = nnx.Linear(8, 3, use_bias=False, rngs=nnx.Rngs(0))
+    refused(other, r"classifier: the file holds bias, weight, the model has weight")
+    adapted = adamss.attach(net(), config())
+    unchanged(adapted, lambda: adamss.load(adapted, path), errors.StateError, RuntimeError, "already")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, 0.5, -1], ids=str)
+def test_truncated_files(kept, net, unchanged, file):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    model = net()
+    load = lambda: adamss.load(model, file)  # noqa: E731
+    unchanged(model, load, errors.CheckpointError, ValueError, r"truncated|damaged|no safetensors")
+
+
+def test_foreign_and_missing_files(net, unchanged, file, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    model = net()
+    save_file(load_file(file), tmp_path / "foreign.safetensors")
+    load = lambda: adamss.load(model, tmp_path / "foreign.safetensors")  # noqa: E731
+    unchanged(model, load, errors.CheckpointError, ValueError, "not written by adamss")
+    load = lambda: adamss.load(model, tmp_path / "none.safetensors")  # noqa: E731
+    unchanged(model, load, errors.CheckpointNotFoundError, FileNotFoundError, "no adapter file")
+
+
+def test_tied_modules_in_a_file_of_a_model_that_has_two(config, tmp_path):
+    def pair(*, tied):
+        model = nnx.Module()
+        model.p = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        model.q = model.p if tied else nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        return model
+
+    adamss.save(adamss.attach(pair(tied=False), config(targets=["p", "q"])), tmp_path / "a.safetensors")
+    with pytest.raises(errors.CheckpointError, match="'p' and 'q' are one module"):
+        adamss.load(pair(tied=True), tmp_path / "a.safetensors")
+
+
+def test_an_update_that_overflows_cannot_be_merged(net, config, unchanged):
+    model = adamss.attach(net(dtype=jnp.float16), config())
+    C = model.blocks[1]["query"].adamss.C
+    C.set_value(jnp.full_like(C.get_value(), 1e6))
+    merge = lambda: adamss.merge(model)  # noqa: E731
+    unchanged(model, merge, errors.ArrayValueError, ValueError, r"blocks\.1\.query: .*overflows")
+
+
+# ---- degenerate weights ------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+DEGENERATE = {
+    "zero": np.zeros((8, 6)),
+    "rank one": np.ones((8, 6)),
+    "duplicate columns": np.tile(RNG.standard_normal((8, 2)), 3),
+    "tiny": np.eye(8, 6) * 1e-30,
+    "huge": np.eye(8, 6) * 1e30,
+    "one input": RNG.standard_normal((1, 6)),
+    "one output": RNG.standard_normal((8, 1)),
+    "one number": RNG.standard_normal((1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("basis", ["shared", "per_subspace"])
+def test_degenerate_weights_work(name, basis, inputs):
+    W = jnp.asarray(DEGENERATE[name], "float32")
+    model, x = nnx.Sequential(nnx.Linear(*W.shape, rngs=nnx.Rngs(0))), inputs(2, W.shape[0])
+    model.layers[0].kernel.set_value(W)
+    expected = model(x)
+    config = adamss.AdamssConfig(targets=["0"], subspaces=3, subspace_rank=2, basis=basis)
+    adamss.attach(model, config)
+    f = model.layers[0].adamss.factors()
+    assert all(np.isfinite(array).all() for array in (f.A, f.B, f.C))
+    for A, columns in zip(f.A, core.basis_ranks(f), strict=False):
+        orthonormal = np.diag(np.arange(A.shape[1]) < columns)
+        assert np.abs(A.T @ A - orthonormal).max() <= 1e-5
+    assert np.bincount(f.labels, minlength=len(f.ranks)).min() >= 1
+    assert jnp.array_equal(model(x), expected)
+    gradient = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))

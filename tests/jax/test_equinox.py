@@ -1,0 +1,382 @@
+"""Equinox: trees of layers, the filters and the transforms in which people use them."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+
+eqx = pytest.importorskip(
+    "equinox", reason="the jax session has Equinox; the core and torch sessions have not"
+)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+
+import adamss  # noqa: E402
+from adamss import core  # noqa: E402
+from adamss_conformance.tolerances import assert_agrees  # noqa: E402
+from adamss_jax.equinox import AdaptedLinear, trainable_filter  # noqa: E402
+from adamss_jax.optax import hold_frozen  # noqa: E402
+
+
+class Block(eqx.Module):
+    query: eqx.nn.Linear
+    value: eqx.nn.Linear
+    norm: eqx.nn.LayerNorm
+
+    def __init__(self, key):
+        self.query = eqx.nn.Linear(8, 8, use_bias=False, key=jax.random.fold_in(key, 0))
+        self.value = eqx.nn.Linear(8, 8, key=jax.random.fold_in(key, 1))
+        self.norm = eqx.nn.LayerNorm(8)
+
+    def __call__(self, x):
+        x = self.norm(x)
+        return x + jnp.tanh(self.query(x)) * self.value(x)
+
+
+class Net(eqx.Module):
+    blocks: list
+    heads: dict
+    scale: float = eqx.field(static=True)
+
+    def __init__(self):
+        key = jax.random.key(0)
+        self.blocks = [Block(jax.random.fold_in(key, i)) for i in range(2)]
+        self.heads = {"classifier": eqx.nn.Linear(8, 3, key=key), "other": (eqx.nn.Identity(), jnp.ones(3))}
+        self.scale = 0.5
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.heads["classifier"](x) * self.scale + self.heads["other"][1]
+
+
+PATHS = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("query", "value")]
+
+
+def filled(model, seed=2):
+    """Return the adapted model with every C other than zero."""
+    rng = np.random.default_rng(seed)
+
+    def fill(node):
+        if not isinstance(node, AdaptedLinear):
+            return node
+        f = node.factors()
+        within = np.arange(f.C.shape[0])[:, None] < np.asarray(f.ranks)[np.asarray(f.labels)]
+        C = jnp.where(within, rng.standard_normal(f.C.shape), 0).astype(f.C.dtype)
+        return eqx.tree_at(lambda layer: layer.C, node, C)
+
+    return jax.tree.map(fill, model, is_leaf=lambda node: isinstance(node, AdaptedLinear))
+
+
+def adapted(config, **changes):
+    return filled(adamss.attach(Net(), config(modules_to_save=["classifier"], **changes)))
+
+
+def leaves(tree):
+    """Return the structure, and the bytes of every leaf."""
+    flat, structure = jax.tree.flatten(tree)
+    return structure, [
+        (np.asarray(leaf).dtype, np.asarray(leaf).tobytes()) for leaf in flat if eqx.is_array(leaf)
+    ]
+
+
+def agrees(actual, expected, what):
+    assert_agrees(
+        actual, expected, dtype="float32", what=what, scale=max(10.0, float(jnp.abs(expected).max()))
+    )
+
+
+def test_modules_lists_and_dictionaries(config, inputs):
+    model, x = Net(), inputs(4, 8)
+    expected = jax.vmap(model)(x)
+    attached = adamss.attach(model, config(modules_to_save=["classifier"], include_bias=True))
+    assert [row.path for row in adamss.summary(attached).rows] == PATHS
+    assert jnp.array_equal(jax.vmap(attached)(x), expected)
+    attached = filled(attached)
+    y = jax.vmap(attached)(x)
+    assert float(jnp.abs(y - expected).max()) > 0.01
+    reference = model
+    for i in (0, 1):
+        for name in ("query", "value"):
+            layer, delta = (
+                getattr(model.blocks[i], name),
+                core.delta(getattr(attached.blocks[i], name).factors()),
+            )
+            where = lambda m, i=i, name=name: getattr(m.blocks[i], name).weight  # noqa: E731
+            reference = eqx.tree_at(where, reference, layer.weight + delta[:8].T)
+            if layer.bias is not None:
+                where = lambda m, i=i, name=name: getattr(m.blocks[i], name).bias  # noqa: E731
+                reference = eqx.tree_at(where, reference, layer.bias + delta[8])
+    agrees(y, jax.vmap(reference)(x), "outputs")
+    merged = adamss.merge(attached)
+    agrees(jax.vmap(merged)(x), y, "merged outputs")
+    assert jnp.array_equal(jax.vmap(adamss.unmerge(merged))(x), y)
+    for back in (adamss.detach(attached), adamss.detach(merged)):
+        assert leaves(back) == leaves(model)
+
+
+def test_containers_without_a_module_around_them(config, inputs):
+    def linear():
+        return eqx.nn.Linear(8, 8, key=jax.random.key(0))
+
+    models = {"0": [linear(), jnp.ones(2)], "1": ({"a": 3}, linear()), "query.0": {"query": (linear(),)}}
+    for path, model in models.items():
+        attached = adamss.attach(model, config(targets=[path]))
+        assert type(attached) is type(model)
+        assert [row.path for row in adamss.summary(attached).rows] == [path]
+        assert leaves(adamss.detach(filled(attached))) == leaves(model)
+
+
+def test_a_single_layer_is_a_model(config, inputs, tmp_path):
+    layer = eqx.nn.Linear(8, 6, key=jax.random.key(0))
+    attached = filled(adamss.attach(layer, config(targets=".*")))
+    adamss.save(attached, tmp_path / "a.safetensors", training=True)
+    x = inputs(8)
+    assert jnp.array_equal(adamss.load(layer, tmp_path / "a.safetensors")(x), attached(x))
+
+
+@pytest.mark.parametrize(("d", "n"), [("scalar", 8), (8, "scalar"), ("scalar", "scalar")], ids=str)
+@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no bias"])
+def test_scalar_features(d, n, use_bias, config, inputs):
+    layer = eqx.nn.Linear(d, n, use_bias=use_bias, key=jax.random.key(0))
+    x = inputs() if d == "scalar" else inputs(8)
+    expected = layer(x)
+    attached = adamss.attach([layer], config(targets=["0"], include_bias=use_bias))
+    assert jnp.array_equal(attached[0](x), expected)
+    assert attached[0](x).shape == expected.shape
+    attached = filled(attached)
+    assert (attached[0].in_features, attached[0].out_features, attached[0].use_bias) == (d, n, use_bias)
+    delta = core.delta(attached[0].factors())
+    row = jnp.concatenate([jnp.reshape(x, -1), jnp.ones(1 if use_bias else 0)])
+    agrees(attached[0](x), expected + jnp.reshape(row @ delta, expected.shape), "outputs")
+    agrees(adamss.merge(attached)[0](x), attached[0](x), "merged outputs")
+    gradient = jax.grad(lambda x: attached[0](x).sum())(x)
+    assert gradient.shape == x.shape
+    assert leaves(adamss.detach(attached)) == leaves([layer])
+
+
+def test_multi_layer_perceptron(config, inputs):
+    model, x = eqx.nn.MLP(8, 4, 6, 2, key=jax.random.key(0)), inputs(8)
+    expected = model(x)
+    attached = adamss.attach(model, config(targets=["layers.0", "layers.2"]))
+    assert [row.path for row in adamss.summary(attached).rows] == ["layers.0", "layers.2"]
+    assert jnp.array_equal(attached(x), expected)
+    attached = filled(attached)
+    agrees(adamss.merge(attached)(x), attached(x), "merged outputs")
+    assert not jnp.array_equal(attached(x), expected)
+    assert leaves(adamss.detach(attached)) == leaves(model)
+
+
+def test_multi_head_attention(config, inputs):
+    model, x = eqx.nn.MultiheadAttention(2, 8, key=jax.random.key(0)), inputs(5, 8)
+    expected = model(x, x, x)
+    names = ["query_proj", "key_proj", "value_proj", "output_proj"]
+    attached = adamss.attach(model, config(targets=names))
+    assert [row.path for row in adamss.summary(attached).rows] == names
+    assert jnp.array_equal(attached(x, x, x), expected)
+    attached = filled(attached)
+    agrees(adamss.merge(attached)(x, x, x), attached(x, x, x), "merged outputs")
+    assert not jnp.array_equal(attached(x, x, x), expected)
+
+
+class Tied(eqx.Module):
+    """An embedding whose weight is that of the head, and a layer to adapt between them."""
+
+    shared: eqx.nn.Shared
+    query: eqx.nn.Linear
+
+    def __init__(self):
+        embedding = eqx.nn.Embedding(5, 8, key=jax.random.key(0))
+        head = eqx.nn.Linear(8, 5, key=jax.random.key(1))
+        self.shared = eqx.nn.Shared((embedding, head), lambda p: p[1].weight, lambda p: p[0].weight)
+        self.query = eqx.nn.Linear(8, 8, key=jax.random.key(2))
+
+    def __call__(self, token):
+        embedding, head = self.shared()
+        return head(jnp.tanh(self.query(embedding(token))))
+
+
+def test_shared_nodes_are_left_as_they_are(config, tmp_path):
+    model, token = Tied(), jnp.asarray(3)
+    attached = adamss.attach(model, config(targets=["query"], modules_to_save=["shared"]))
+    assert jnp.array_equal(attached(token), model(token))
+    paths = [leaf.shape for leaf in jax.tree.leaves(eqx.filter(attached, trainable_filter(attached)))]
+    assert paths == [(5, 8), (5,), (5, 6), (2, 8)]
+    attached = filled(attached)
+    adamss.save(attached, tmp_path / "a.safetensors", training=True)
+    assert jnp.array_equal(adamss.load(model, tmp_path / "a.safetensors")(token), attached(token))
+    assert leaves(adamss.detach(attached)) == leaves(model)
+    with pytest.raises(adamss.errors.LayerTypeError, match=r"shared\.pytree\.1: its weight is a SharedNode"):
+        adamss.attach(model, config(targets=["shared.pytree.1"]))
+
+
+def test_one_object_in_two_places_is_two_layers(config, inputs):
+    """A tree has values and no identities: they are trained apart, as Equinox documents."""
+    layer, x = eqx.nn.Linear(8, 8, key=jax.random.key(0)), inputs(8)
+    model = {"first": layer, "second": layer}
+    attached = adamss.attach(model, config(targets=["first", "second"]))
+    assert [row.path for row in adamss.summary(attached).rows] == ["first", "second"]
+    attached = filled(attached)
+    assert not jnp.array_equal(attached["first"](x), attached["second"](x))
+    single = adamss.attach(model, config(targets=["second"]))
+    assert [row.path for row in adamss.summary(single).rows] == ["second"]
+    assert leaves(adamss.detach(attached)) == leaves(model)
+
+
+def test_a_model_within_a_larger_one_and_a_part_of_it(config, inputs):
+    model = adapted(config)
+    whole = {"encoder": model, "other": eqx.nn.Linear(3, 3, key=jax.random.key(0))}
+    assert [row.path for row in adamss.summary(whole).rows] == PATHS
+    base = adamss.detach(adamss.unmerge(adamss.merge(whole)))
+    assert leaves(base["encoder"]) == leaves(Net())
+    for part in (model.blocks, model.blocks[0], model.blocks[0].query):
+        with pytest.raises(adamss.errors.StateError, match="adapters are attached already"):
+            adamss.summary(part)
+    parts = [adamss.attach(block, config()) for block in Net().blocks]
+    with pytest.raises(adamss.errors.StateError, match="one by one"):
+        adamss.summary(parts)
+
+
+# ---- training ----------------------------------------------------------------------------------------
+
+
+def test_training_changes_what_is_trained_and_nothing_else(config, inputs):
+    model, x = adapted(config), inputs(4, 8)
+    model = adamss.backend.get_backend("jax").set_active(model, {PATHS[0]: np.asarray([True, False, True])})
+    trained, frozen = eqx.partition(model, trainable_filter(model))
+    tx = hold_frozen(optax.adamw(0.05, weight_decay=0.1), model)
+    state, traces = tx.init(trained), 0
+
+    @eqx.filter_jit
+    def step(trained, frozen, state, x):
+        nonlocal traces
+        traces += 1
+
+        def loss(trained):
+            return jnp.mean(jnp.square(jax.vmap(eqx.combine(trained, frozen))(x)))
+
+        updates, state = tx.update(jax.grad(loss)(trained), state, trained)
+        return eqx.apply_updates(trained, updates), state
+
+    for _ in range(3):
+        trained, state = step(trained, frozen, state, x)
+    assert traces == 1
+    after = eqx.combine(trained, frozen)
+    assert jax.tree.structure(after) == jax.tree.structure(model)
+    before, after_leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in (model, after))
+    changed = {
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for (path, a), (_, b) in zip(before, after_leaves, strict=True)
+        if eqx.is_array(a) and not jnp.array_equal(a, b)
+    }
+    expected = {f"{path}.{name}" for path in PATHS for name in "BC"}
+    assert changed == expected | {"heads.classifier.weight", "heads.classifier.bias"}
+    layer, was = after.blocks[0].query, model.blocks[0].query
+    own = np.asarray(layer.labels) == 1
+    assert jnp.array_equal(layer.C[:, own], was.C[:, own])
+    assert not np.any(layer.C[0, ~own] == was.C[0, ~own])
+
+
+def test_masks_and_training_do_not_compile_anew(config, inputs):
+    model, x, traces = adapted(config), inputs(4, 8), 0
+
+    @eqx.filter_jit
+    def run(model, x):
+        nonlocal traces
+        traces += 1
+        return jax.vmap(model)(x)
+
+    y = run(model, x)
+    backend = adamss.backend.get_backend("jax")
+    masked = backend.set_active(model, {PATHS[1]: np.asarray([False, False, True])})
+    assert jnp.array_equal(run(masked, x), y)
+    moved = filled(model, seed=7)
+    assert not jnp.array_equal(run(moved, x), y)
+    assert traces == 1
+    agrees(run(adamss.merge(model), x), y, "merged outputs")
+    assert traces == 2
+
+
+def test_merged_and_disabled_models_cost_what_the_base_costs(config, inputs):
+    def products(model):
+        arrays, rest = eqx.partition(model, eqx.is_array)
+        run = lambda arrays, x: eqx.combine(arrays, rest)(x)  # noqa: E731
+        return str(jax.make_jaxpr(run)(arrays, inputs(8))).count("dot_general")
+
+    model = adapted(config)
+    assert products(Net()) == 5
+    assert products(model) == 5 + 4 * 3  # A B, x M and z E
+    assert products(adamss.merge(model)) == 5
+    with adamss.disabled(model) as base:
+        assert products(base) == 5
+    assert products(adamss.unmerge(adamss.merge(model))) == 17
+
+
+# ---- copies ------------------------------------------------------------------------------------------
+
+
+def serialised(model):
+    buffer = io.BytesIO()
+    eqx.tree_serialise_leaves(buffer, model)
+    buffer.seek(0)
+    return eqx.tree_deserialise_leaves(buffer, filled(model, seed=9))
+
+
+@pytest.mark.parametrize(
+    "copy_of",
+    [serialised, copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["tree_serialise_leaves", "deepcopy", "copy", "pickle"],
+)
+def test_copies_keep_adapters_merges_and_saved_modules(copy_of, config, inputs):
+    model, x = adapted(config), inputs(4, 8)
+    model = eqx.tree_at(lambda m: m.heads["classifier"].bias, model, jnp.ones(3))
+    y = jax.vmap(model)(x)
+    twin = copy_of(adamss.merge(copy_of(model)))
+    agrees(jax.vmap(twin)(x), y, "merged copy")
+    assert jnp.array_equal(jax.vmap(adamss.unmerge(twin))(x), y)
+    assert leaves(adamss.detach(twin)) == leaves(Net())
+
+
+def test_no_verb_touches_the_tree_it_is_given(config, tmp_path):
+    path = tmp_path / "a.safetensors"
+    base = Net()
+    base_leaves = leaves(base)
+    model = filled(adamss.attach(base, config(modules_to_save=["classifier"])))
+    assert leaves(base) == base_leaves
+    model = eqx.tree_at(lambda m: m.heads["classifier"].bias, model, jnp.ones(3))
+    before = leaves(model)
+    adamss.save(model, path)
+    adamss.load(base, path)
+    assert leaves(base) == base_leaves
+    merged = adamss.merge(model)
+    merged_leaves = leaves(merged)
+    adamss.unmerge(merged)
+    with adamss.disabled(merged) as off:
+        assert leaves(off) == base_leaves
+    adamss.detach(merged)
+    assert leaves(merged) == merged_leaves
+    adamss.detach(model)
+    adamss.summary(model)
+    adamss.backend.get_backend("jax").set_active(model, {PATHS[0]: np.zeros(3, bool)})
+    with adamss.disabled(model) as off:
+        assert leaves(off) == base_leaves
+    assert leaves(model) == before
+    assert leaves(adamss.detach(adamss.load(base, path))) == base_leaves
+
+
+def test_adapted_layers_can_be_stacked_and_scanned_over(config, inputs):
+    """With rank 1 everywhere the factors have equal shapes."""
+    layers = [eqx.nn.Linear(8, 8, key=jax.random.key(i)) for i in range(3)]
+    model = filled(adamss.attach(layers, config(targets=["0", "1", "2"], subspace_rank=1)))
+    x = expected = inputs(8)
+    for layer in model:
+        expected = jnp.tanh(layer(expected))
+    arrays = [eqx.filter(layer, eqx.is_array) for layer in model]
+    rest = eqx.filter(model[0], eqx.is_array, inverse=True)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
+    y, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(eqx.combine(layer, rest)(x)), None), x, stacked)
+    agrees(y, expected, "outputs")

@@ -1,0 +1,658 @@
+"""Flax NNX: the layers, the models and the transforms in which people use them."""
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+import adamss
+from adamss import core, errors
+from adamss_conformance.tolerances import assert_agrees
+from adamss_jax.flax import AdamssParam
+
+FORMS = {
+    # name: (layer, shape of its input, axes of its kernel in the order of the rows and columns of W, rows)
+    "linear": (lambda rngs: nnx.Linear(6, 8, rngs=rngs), (2, 6), (0, 1), 1),
+    "linear of one vector": (lambda rngs: nnx.Linear(6, 8, use_bias=False, rngs=rngs), (6,), (0, 1), 1),
+    "heads": (lambda rngs: nnx.LinearGeneral(6, (2, 4), rngs=rngs), (2, 3, 6), (0, 1, 2), 1),
+    "three output axes": (lambda rngs: nnx.LinearGeneral(6, (2, 1, 4), rngs=rngs), (3, 6), (0, 1, 2, 3), 1),
+    "two contracted axes": (
+        lambda rngs: nnx.LinearGeneral((2, 3), 8, axis=(-2, -1), rngs=rngs),
+        (2, 5, 2, 3),
+        (0, 1, 2),
+        2,
+    ),
+    "positive axis": (lambda rngs: nnx.LinearGeneral(6, 8, axis=1, rngs=rngs), (3, 6, 4), (0, 1), 1),
+    "axes of both signs": (
+        lambda rngs: nnx.LinearGeneral((2, 3), (4, 2), axis=(0, -1), use_bias=False, rngs=rngs),
+        (2, 5, 3),
+        (0, 1, 2, 3),
+        2,
+    ),
+    "axes out of order": (  # Flax sorts them: the first axis of the kernel goes with the first of the input
+        lambda rngs: nnx.LinearGeneral((2, 3), 8, axis=(-1, -2), rngs=rngs),
+        (5, 2, 3),
+        (0, 1, 2),
+        2,
+    ),
+    "BTD,NDH->BTNH": (
+        lambda rngs: nnx.Einsum("BTD,NDH->BTNH", (2, 6, 4), (2, 4), rngs=rngs),
+        (2, 3, 6),
+        (1, 0, 2),
+        1,
+    ),
+    "BTD,NDH->BTHN": (  # a bias is in the order of the output, whatever shape it was given
+        lambda rngs: nnx.Einsum("BTD,NDH->BTHN", (2, 6, 4), (2, 4), rngs=rngs),
+        (2, 3, 6),
+        (1, 2, 0),
+        1,
+    ),
+    "...d,df->...f": (
+        lambda rngs: nnx.Einsum("...d, df -> ...f", (6, 8), (8,), rngs=rngs),
+        (2, 3, 6),
+        (0, 1),
+        1,
+    ),
+    "d...,df->f...": (lambda rngs: nnx.Einsum("d...,df->f...", (6, 8), rngs=rngs), (6, 2, 3), (0, 1), 1),
+    "BSD,CKDH->CBSKH": (
+        lambda rngs: nnx.Einsum("BSD,CKDH->CBSKH", (2, 1, 6, 4), rngs=rngs),
+        (3, 2, 6),
+        (2, 0, 1, 3),
+        1,
+    ),
+    "bthd,hdo->bto": (
+        lambda rngs: nnx.Einsum("bthd,hdo->bto", (2, 3, 8), rngs=rngs),
+        (2, 4, 2, 3),
+        (0, 1, 2),
+        2,
+    ),
+}
+
+
+class Holder(nnx.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+def with_bias(layer):
+    """Give the bias, zero at first, values."""
+    if layer.bias is not None:
+        layer.bias.set_value(
+            jnp.asarray(np.random.default_rng(5).standard_normal(layer.bias.shape), "float32")
+        )
+    return layer
+
+
+def add_delta(layer, factors, order, rows):
+    """Add the update to the kernel and the bias of a layer without adapter, along axes spelled out by hand."""
+    delta = np.asarray(core.delta(factors))
+    d = int(np.prod([layer.kernel.shape[axis] for axis in order[:rows]]))
+    split = delta[:d].reshape([layer.kernel.shape[axis] for axis in order])
+    layer.kernel.set_value(layer.kernel.get_value() + np.transpose(split, np.argsort(order)))
+    if len(delta) > d:
+        layer.bias.set_value(layer.bias.get_value() + delta[d].reshape(layer.bias.shape))
+    return layer
+
+
+def agrees(actual, expected, what, scale=None):
+    assert_agrees(actual, expected, dtype="float32", what=what, scale=scale)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_layer(name, config, inputs, filled, variables):
+    make, shape, order, rows = FORMS[name]
+    model, x = Holder(with_bias(make(nnx.Rngs(0)))), inputs(*shape)
+    before, expected = variables(model), model(x)
+    adamss.attach(model, config(targets=["layer"], include_bias=True))
+    assert jnp.array_equal(model(x), expected)
+    y = filled(model)(x)
+    assert float(jnp.abs(y - expected).max()) > 0.01
+    reference = add_delta(with_bias(make(nnx.Rngs(0))), model.layer.adamss.factors(), order, rows)
+    scale = float(jnp.abs(y).max()) * 4
+    agrees(y, reference(x), "outputs", scale)
+    adamss.merge(model)
+    agrees(model.layer.kernel.get_value(), reference.kernel.get_value(), "merged kernel")
+    agrees(model(x), y, "merged outputs", scale)
+    assert jnp.array_equal(adamss.unmerge(model)(x), y)
+    adamss.detach(adamss.merge(model))
+    assert variables(model) == before
+    assert jnp.array_equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["heads", "two contracted axes", "BSD,CKDH->CBSKH", "BTD,NDH->BTHN"])
+def test_gradients_of_every_form(name, config, inputs, filled):
+    """Those of C and of the input, against finite differences of a linear function: exact but for rounding."""
+    make, shape, _, _ = FORMS[name]
+    model, x = filled(adamss.attach(Holder(make(nnx.Rngs(0))), config(targets=["layer"]))), inputs(*shape)
+    weights = inputs(*model(x).shape, seed=8)
+
+    def value(model, x):
+        return jnp.sum(weights * model(x))
+
+    gradient, dx = nnx.grad(value, argnums=(nnx.DiffState(0, nnx.LoRAParam), 1))(model, x)
+    direction = inputs(*x.shape, seed=9)
+    slope = value(model, x + direction) - value(model, x)
+    agrees(jnp.sum(dx * direction), slope, "slope along x", 100.0)
+    C = model.layer.adamss.C
+    direction = inputs(*C.shape, seed=9)
+    before = value(model, x)
+    C.set_value(C.get_value() + direction)
+    agrees(jnp.sum(gradient.layer.adamss.C.get_value() * direction), value(model, x) - before, "slope", 100.0)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_multi_head_attention(config, inputs, filled, variables, kv_heads):
+    def make():
+        attention = nnx.MultiHeadAttention(2, 8, num_kv_heads=kv_heads, rngs=nnx.Rngs(0))
+        for name in ("query", "key", "value", "out"):
+            with_bias(getattr(attention, name))
+        return attention
+
+    model, x = make(), inputs(2, 5, 8)
+
+    def run(model):
+        return model(x, decode=False, is_causal=True)
+
+    before, expected = variables(model), run(model)
+    adamss.attach(model, config(targets=["query", "key", "value", "out"], include_bias=True))
+    assert [row.path for row in adamss.summary(model).rows] == ["query", "key", "value", "out"]
+    assert jnp.array_equal(run(model), expected)
+    y = run(filled(model))
+    reference = make()
+    for name in ("query", "key", "value", "out"):
+        add_delta(
+            getattr(reference, name),
+            getattr(model, name).adamss.factors(),
+            (0, 1, 2),
+            2 if name == "out" else 1,
+        )
+    agrees(y, run(reference), "outputs", 10.0)
+    agrees(run(adamss.merge(model)), y, "merged outputs", 10.0)
+    assert jnp.array_equal(run(adamss.unmerge(model)), y)
+    assert variables(adamss.detach(model)) == before
+
+
+def equation_at_call(rngs):
+    layer = nnx.Einsum("bd,df->bf", (6, 8), rngs=rngs)
+    layer.einsum_str = None
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda r: nnx.Einsum("BNTD,NDH->BNTH", (2, 6, 4), rngs=r), r"layer: the equation 'BNTD,NDH->BNTH'"),
+        (lambda r: nnx.Einsum("bd,dfk->bf", (6, 4, 2), rngs=r), r"layer: the equation 'bd,dfk->bf'"),
+        (lambda r: nnx.Einsum("bd,dd->b", (6, 6), rngs=r), r"layer: the equation 'bd,dd->b'"),
+        (lambda r: nnx.Einsum("bd,d...->b...", (6, 4), rngs=r), r"layer: the equation"),
+        (
+            lambda r: nnx.Einsum("bd,f->bdf", (6,), kernel_init=nnx.initializers.ones, rngs=r),
+            r"layer: the equation",
+        ),
+        (equation_at_call, r"layer: its equation is given at every call"),
+        (
+            lambda r: nnx.LinearGeneral(6, 4, batch_axis={0: 3}, rngs=r),
+            r"layer: its batch_axis makes it many matrices",
+        ),
+    ],
+    ids=["batch axis", "summed alone", "diagonal", "ellipsis", "outer product", "at call", "batch_axis"],
+)
+def test_layers_that_are_no_matrix_are_refused(make, match, config, variables):
+    model = Holder(make(nnx.Rngs(0)))
+    before = variables(model)
+    with pytest.raises(errors.LayerError, match=match):
+        adamss.attach(model, config(targets=["layer"]))
+    assert variables(model) == before
+
+
+class Shifted(nnx.Linear):
+    """A user's layer with a signature of its own."""
+
+    def __call__(self, x, shift, *, negate=False, out_sharding=None):
+        y = super().__call__(x, out_sharding=out_sharding)
+        return (y - shift) if negate else (y + shift)
+
+
+def test_a_users_layer_keeps_its_signature_and_class(config, inputs, filled, variables):
+    model, x = Holder(Shifted(6, 8, rngs=nnx.Rngs(0))), inputs(2, 6)
+    before = variables(model)
+    expected = model.layer(x, 3.0, negate=True, out_sharding=None)
+    adamss.attach(model, config(targets=["layer"]))
+    assert isinstance(model.layer, Shifted)
+    assert jnp.array_equal(model.layer(x, 3.0, negate=True, out_sharding=None), expected)
+    filled(model)
+    update = x @ core.delta(model.layer.adamss.factors())
+    agrees(model.layer(x, shift=3.0, negate=True) - expected, update, "update", 10.0)
+    assert jnp.array_equal(model.layer(shift=3.0, x=x), model.layer(x, 3.0))
+    assert variables(adamss.detach(model)) == before
+    assert type(model.layer) is Shifted
+
+
+class Compiled(nnx.Linear):
+    @nnx.jit
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class Wrapped(nnx.Linear):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Compiled, Wrapped])
+def test_layers_with_a_decorated_or_generic_call(kind, config, inputs, filled):
+    model, x = Holder(kind(6, 8, rngs=nnx.Rngs(0))), inputs(2, 6)
+    expected = model(x)
+    adamss.attach(model, config(targets=["layer"]))
+    assert jnp.array_equal(model(x), expected)
+    filled(model)
+    agrees(model(x) - expected, x @ core.delta(model.layer.adamss.factors()), "update", 10.0)
+
+
+def test_keyword_input(config, inputs, filled):
+    model, x = (
+        filled(adamss.attach(Holder(nnx.Linear(6, 8, rngs=nnx.Rngs(0))), config(targets=["layer"]))),
+        inputs(2, 6),
+    )
+    assert jnp.array_equal(model.layer(inputs=x), model.layer(x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_computation_in_another_dtype_than_the_parameters(dtype, config, inputs, filled):
+    layer = nnx.Linear(6, 8, dtype=dtype, rngs=nnx.Rngs(0))
+    model, x = Holder(layer), inputs(2, 6)
+    expected = model(x)
+    adamss.attach(model, config(targets=["layer"]))
+    y = model(x)
+    assert y.dtype == dtype
+    assert jnp.array_equal(y, expected)
+    filled(model)
+    exact = x @ (layer.kernel.get_value() + core.delta(layer.adamss.factors())) + layer.bias.get_value()
+    assert_agrees(model(x).astype("float32"), exact, dtype=jnp.dtype(dtype).name, what="outputs")
+    gradient = nnx.grad(lambda m: m(x).sum().astype("float32"), argnums=nnx.DiffState(0, nnx.LoRAParam))(
+        model
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+# ---- tied --------------------------------------------------------------------------------------------
+
+
+class Pair(nnx.Module):
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("targets", [["first", "second"], ["first"], ["second"], "second|first"], ids=str)
+def test_a_module_that_appears_twice_is_adapted_once(targets, config, inputs, filled, variables, tmp_path):
+    def make():
+        layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        return Pair(layer, layer)
+
+    model, x = make(), inputs(2, 8)
+    before, expected = variables(model), model(x)
+    adamss.attach(model, config(targets=targets))
+    assert [row.path for row in adamss.summary(model).rows] == ["first"]
+    assert model.first is model.second
+    assert jnp.array_equal(model(x), expected)
+    assert len(jax.tree.leaves(adamss.trainable_parameters(model))) == 2
+    y = filled(model)(x)
+    kernel = model.first.kernel.get_value() + core.delta(model.first.adamss.factors())
+    agrees(y, jnp.tanh(x @ kernel) @ kernel, "outputs", 10.0)
+    adamss.save(model, tmp_path / "a.safetensors", training=True)
+    assert jnp.array_equal(adamss.load(make(), tmp_path / "a.safetensors")(x), y)
+    agrees(adamss.merge(model)(x), y, "merged outputs", 10.0)
+    assert variables(adamss.detach(model)) == before
+
+
+def test_a_kernel_shared_by_two_layers_cannot_be_merged(config, inputs, filled, variables):
+    model, x = Pair(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1))), inputs(2, 8)
+    model.second.kernel = model.first.kernel
+    filled(adamss.attach(model, config(targets=["first"])))
+    before, y = variables(model), model(x)
+    with pytest.raises(errors.LayerError, match="first: its kernel is shared with another layer"):
+        adamss.merge(model)
+    assert variables(model) == before
+    assert jnp.array_equal(model(x), y)
+    adamss.detach(model)
+    assert model.second.kernel is model.first.kernel
+
+
+def test_a_target_that_shares_its_kernel_with_a_saved_module(config, variables):
+    model = Pair(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1)))
+    model.second.kernel = model.first.kernel
+    before = variables(model)
+    with pytest.raises(errors.TargetError, match="second shares its weight"):
+        adamss.attach(model, config(targets=["first"], modules_to_save=["second"]))
+    assert variables(model) == before
+
+
+# ---- training ----------------------------------------------------------------------------------------
+
+
+def trained(model, x, *, steps=3):
+    """Train with AdamW and weight decay as the documentation of NNX does; also return the number of traces."""
+    optimizer = nnx.Optimizer(model, optax.adamw(0.05, weight_decay=0.1), wrt=nnx.LoRAParam)
+    traces = 0
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        nonlocal traces
+        traces += 1
+        gradient = nnx.grad(lambda m: jnp.mean(jnp.square(m(x))), argnums=nnx.DiffState(0, nnx.LoRAParam))(
+            model
+        )
+        optimizer.update(model, gradient)
+
+    for _ in range(steps):
+        step(model, optimizer, x)
+    return model, traces
+
+
+def test_an_optimiser_on_lora_parameters_trains_those_alone_and_compiles_once(net, config, inputs, variables):
+    model = adamss.attach(net(), config(modules_to_save=["classifier"]))
+    before = variables(model)
+    model, traces = trained(model, inputs(4, 8))
+    after = variables(model)
+    assert list(after) == list(before)
+    changed = {path for path in before if before[path] != after[path]}
+    layers = [("blocks", i, name) for i in (0, 1) for name in ("query", "value")]
+    expected = {(*layer, "adamss", name) for layer in layers for name in "BC"}
+    assert changed == expected | {("classifier", "kernel"), ("classifier", "bias")}
+    assert {
+        path for path, entry in after.items() if isinstance(entry, tuple) and entry[0] is AdamssParam
+    } == changed
+    assert traces == 1
+
+
+def test_masks_and_merges_do_and_do_not_compile_anew(net, config, inputs, filled):
+    """A mask is a value; whether a model is merged is a property of the program."""
+    model, x, traces = filled(adamss.attach(net(), config())), inputs(4, 8), 0
+
+    @nnx.jit
+    def run(model, x):
+        nonlocal traces
+        traces += 1
+        return model(x)
+
+    y = run(model, x)
+    run(model, x)
+    backend = adamss.backend.get_backend("jax")
+    backend.set_active(model, {"blocks.0.query": np.asarray([True, False, False])})
+    assert jnp.array_equal(run(model, x), y)
+    assert traces == 1
+    agrees(run(adamss.merge(model), x), y, "merged outputs", 10.0)
+    assert traces == 2
+    assert jnp.array_equal(run(adamss.unmerge(model), x), y)
+    assert traces == 2
+
+
+def test_inactive_subspaces_get_no_gradient_under_nnx_grad(net, config, inputs, filled):
+    model = filled(adamss.attach(net(), config()))
+    adamss.backend.get_backend("jax").set_active(model, {"blocks.1.value": np.asarray([True, False, True])})
+    x = inputs(4, 8)
+    gradient = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    adapter = model.blocks[1]["value"].adamss
+    own = np.asarray(adapter.labels.get_value()) == 1
+    dC = np.asarray(gradient["blocks"][1]["value"]["adamss"]["C"].get_value())
+    assert np.all(dC[:, own] == 0)
+    assert np.all(dC[0, ~own] != 0)
+
+
+def test_remat_gives_the_same_gradients(net, config, inputs, filled):
+    model, x = filled(adamss.attach(net(), config(modules_to_save=["classifier"]))), inputs(4, 8)
+
+    def gradient(run):
+        return nnx.grad(lambda m: jnp.sum(jnp.square(run(m, x))), argnums=nnx.DiffState(0, nnx.LoRAParam))(
+            model
+        )
+
+    plain = gradient(lambda m, x: m(x))
+    for ours, expected in zip(
+        jax.tree.leaves(gradient(nnx.remat(lambda m, x: m(x)))), jax.tree.leaves(plain), strict=True
+    ):
+        agrees(ours, expected, "gradient")
+
+
+def test_donated_buffers_do_not_take_the_base_along(net, config, inputs, filled, variables):
+    model, x = net(), inputs(4, 8)
+    before, expected = variables(model), model(x)
+    filled(adamss.attach(model, config(modules_to_save=["classifier"])))
+    y = model(x)
+    adamss.merge(model)
+
+    @jax.jit(donate_argnums=(0, 1))
+    def step(trained, rest):
+        return jax.tree.map(lambda leaf: leaf + 1, trained), rest
+
+    _, trained, rest = nnx.split(model, nnx.LoRAParam, ...)
+    buffers = [model.classifier.kernel.get_value(), model.blocks[0]["query"].kernel.get_value()]
+    nnx.update(model, *step(trained, rest))
+    assert all(buffer.is_deleted() for buffer in buffers)
+    assert not jnp.array_equal(model(x), y)
+    assert variables(adamss.detach(model)) == before
+    assert jnp.array_equal(model(x), expected)
+
+
+# ---- copies and wholes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copy_of",
+    [
+        lambda model: nnx.merge(*nnx.split(model), copy=True),
+        lambda model: nnx.merge(*nnx.split(model, nnx.LoRAParam, ...), copy=True),
+        nnx.clone,
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+    ],
+    ids=["split and merge", "split by filter", "clone", "deepcopy", "pickle"],
+)
+def test_copies_keep_adapters_merges_and_saved_modules(copy_of, net, config, inputs, filled, variables):
+    model, x = net(), inputs(4, 8)
+    before, base = variables(model), model(x)
+    adamss.attach(model, config(modules_to_save=["classifier"]))
+    model.classifier.bias.set_value(model.classifier.bias.get_value() + 1)
+    adapted = filled(model)(x)
+    merged = adamss.merge(copy_of(model))
+    twin = copy_of(merged)
+    assert jnp.array_equal(twin(x), merged(x))
+    agrees(twin(x), adapted, "merged copy", 10.0)
+    assert jnp.array_equal(adamss.unmerge(twin)(x), adapted)
+    with adamss.disabled(twin):
+        assert jnp.array_equal(twin(x), base)
+    assert variables(adamss.detach(twin)) == before
+    assert jnp.array_equal(model(x), adapted)
+
+
+def test_a_copy_does_not_share_what_is_trained(net, config, inputs, filled):
+    model, x = filled(adamss.attach(net(), config())), inputs(4, 8)
+    y = model(x)
+    twin = copy.deepcopy(model)
+    trained(twin, x)
+    assert jnp.array_equal(model(x), y)
+    assert not jnp.array_equal(twin(x), y)
+
+
+def test_a_model_within_a_larger_one_is_found(net, config, inputs, filled, variables, tmp_path):
+    model = filled(adamss.attach(net(), config(modules_to_save=["classifier"])))
+    whole = Holder(nnx.Dict({"encoder": model, "other": nnx.Linear(3, 3, rngs=nnx.Rngs(0))}))
+    paths = [row.path for row in adamss.summary(model).rows]
+    assert [row.path for row in adamss.summary(whole).rows] == paths
+    for name, target in (("whole", whole), ("part", model)):
+        adamss.save(target, tmp_path / name)
+    stored, expected = load_file(tmp_path / "whole"), load_file(tmp_path / "part")
+    assert stored.keys() == expected.keys()
+    assert all(np.array_equal(stored[name], expected[name]) for name in stored)
+    x = inputs(2, 8)
+    y = model(x)
+    agrees(adamss.merge(whole).layer["encoder"](x), y, "merged outputs", 10.0)
+    adamss.unmerge(whole)
+    with adamss.disabled(whole):
+        assert jnp.array_equal(model(x), net()(x))
+    with pytest.raises(errors.StateError, match="already"):
+        adamss.attach(whole, config(targets=["other"]))
+    adamss.detach(whole)
+    assert variables(model) == variables(net())
+
+
+@pytest.mark.parametrize("verb", [adamss.summary, adamss.merge, adamss.detach, adamss.trainable_parameters])
+def test_a_part_of_an_adapted_model(verb, net, config, variables):
+    model = adamss.attach(net(), config())
+    before = variables(model)
+    for part in (model.blocks[0], model.blocks, model.blocks[0]["query"]):
+        with pytest.raises(errors.StateError, match="adapters are attached already"):
+            verb(part)
+    assert variables(model) == before
+
+
+def test_parts_that_were_adapted_one_by_one(net, config):
+    model = net()
+    for block in model.blocks:
+        adamss.attach(block, config())
+    with pytest.raises(errors.StateError, match="one by one"):
+        adamss.summary(model)
+    for block in model.blocks:
+        assert [row.path for row in adamss.summary(block).rows] == ["query", "value"]
+
+
+# ---- what merged and disabled models cost ------------------------------------------------------------
+
+
+def products(model, x):
+    """Return how many matrix products the compiled program of a model has."""
+    graph, state = nnx.split(model)
+    return str(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x)).count("dot_general")
+
+
+def test_merged_and_disabled_models_cost_what_the_base_costs(net, config, inputs):
+    model, x = net(), inputs(4, 8)
+    assert products(model, x) == 5
+    adamss.attach(model, config())
+    assert products(model, x) == 5 + 4 * 3  # A B, x M and z E
+    with adamss.disabled(model):
+        assert products(model, x) == 5
+    assert products(adamss.merge(model), x) == 5
+    assert products(adamss.unmerge(model), x) == 17
+
+
+def test_disabled_nested_and_in_functions_that_were_compiled_before(net, config, inputs, filled):
+    model, x = net(), inputs(4, 8)
+    base = model(x)
+    adamss.attach(model, config(modules_to_save=["classifier"]))
+    model.classifier.bias.set_value(model.classifier.bias.get_value() + 1)
+    filled(model)
+    run = nnx.jit(lambda model, x: model(x))
+    compiled_base, y = run(net(), x), run(model, x)
+    for prepare in (lambda m: m, adamss.merge):
+        prepare(model)
+        y = run(model, x)
+        with adamss.disabled(model) as outer:
+            assert outer is model
+            assert jnp.array_equal(run(model, x), compiled_base)
+            assert jnp.array_equal(model(x), base)
+            with adamss.disabled(model):
+                assert jnp.array_equal(run(model, x), compiled_base)
+            assert jnp.array_equal(run(model, x), compiled_base)
+            with pytest.raises(errors.StateError, match="switched off"):
+                adamss.detach(model)
+        assert jnp.array_equal(run(model, x), y)
+    with pytest.raises(ZeroDivisionError), adamss.disabled(model):
+        _ = 1 / 0
+    assert jnp.array_equal(run(model, x), y)
+
+
+# ---- modules to save ---------------------------------------------------------------------------------
+
+
+class Heads(nnx.Module):
+    """A target, and every kind of module that is saved whole."""
+
+    def __init__(self, rngs):
+        self.query = nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.rms = nnx.RMSNorm(8, rngs=rngs)
+        self.group = nnx.GroupNorm(8, 2, rngs=rngs)
+        self.batch = nnx.BatchNorm(8, rngs=rngs)
+        self.embed = nnx.Embed(5, 8, rngs=rngs)
+        self.conv = nnx.Conv(2, 4, (3, 5), rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, dropout_rate=0.1, rngs=rngs)
+        self.mixer = nnx.Einsum("BNTD,NDH->BNTH", (2, 6, 4), rngs=rngs)
+
+
+SAVED = ["norm", "rms", "group", "batch", "embed", "conv", "attention", "mixer"]
+
+
+def heads():
+    model, rng = Heads(nnx.Rngs(0)), np.random.default_rng(0)
+    for _, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
+        variable.set_value(jnp.asarray(rng.standard_normal(variable.shape), "float32"))
+    return model
+
+
+def test_saved_modules_are_stored_as_pytorch_names_and_orients_them(config, tmp_path):
+    model = adamss.attach(heads(), config(targets="query", modules_to_save=SAVED))
+    adamss.save(model, tmp_path / "a.safetensors")
+    stored = {n: a for n, a in load_file(tmp_path / "a.safetensors").items() if n.partition(".")[0] in SAVED}
+    conv, attention = model.conv.kernel.get_value(), model.attention
+    expected = {
+        "norm.weight": model.norm.scale,
+        "norm.bias": model.norm.bias,
+        "rms.weight": model.rms.scale,
+        "group.weight": model.group.scale,
+        "group.bias": model.group.bias,
+        "batch.weight": model.batch.scale,
+        "batch.bias": model.batch.bias,
+        "batch.running_mean": model.batch.mean,
+        "batch.running_var": model.batch.var,
+        "embed.weight": model.embed.embedding,
+        "conv.bias": model.conv.bias,
+        "mixer.kernel": model.mixer.kernel,
+    }
+    expected = {name: variable.get_value() for name, variable in expected.items()}
+    expected["conv.weight"] = np.moveaxis(conv, (3, 2), (0, 1))
+    for name in ("query", "key", "value"):
+        expected[f"attention.{name}.weight"] = getattr(attention, name).kernel.get_value().reshape(8, 8).T
+        expected[f"attention.{name}.bias"] = getattr(attention, name).bias.get_value().reshape(8)
+    expected["attention.out.weight"] = attention.out.kernel.get_value().reshape(8, 8).T
+    expected["attention.out.bias"] = attention.out.bias.get_value()
+    assert set(stored) == set(expected)
+    for name, array in expected.items():
+        assert stored[name].shape == array.shape, name
+        assert np.array_equal(stored[name], array), name
+
+
+def test_saved_modules_come_back_on_another_model(config, variables, tmp_path):
+    model = adamss.attach(heads(), config(targets="query", modules_to_save=SAVED[:-2]))
+    rng = np.random.default_rng(4)
+    for _, variable in nnx.to_flat_state(nnx.state(model, (AdamssParam, nnx.BatchStat))):
+        variable.set_value(jnp.asarray(rng.standard_normal(variable.shape), "float32"))
+    adamss.save(model, tmp_path / "a.safetensors", training=True)
+    other = heads()
+    before = variables(other)
+    adamss.load(other, tmp_path / "a.safetensors")
+    assert variables(other) == variables(model)
+    assert variables(adamss.detach(other)) == before
+
+
+def test_what_is_trained_of_a_saved_module(config):
+    """Its parameters; no statistics, no random state, and nothing of the layers around it."""
+    model = adamss.attach(heads(), config(targets=["query"], modules_to_save=["batch", "conv"]))
+    paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
+    adapters = {f"{layer}.adamss.{name}" for layer in ("query", "attention.query") for name in "BC"}
+    assert paths == adapters | {"batch.scale", "batch.bias", "conv.kernel", "conv.bias"}
+    assert type(model.batch.mean) is nnx.BatchStat

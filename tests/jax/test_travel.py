@@ -1,0 +1,294 @@
+"""Adapters with heads between JAX and PyTorch: trained in one, used in the other."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch", reason="the jax session may have no PyTorch to travel to")
+
+import adamss  # noqa: E402
+from adamss_conformance.tolerances import assert_agrees  # noqa: E402
+from adamss_jax.equinox import trainable_filter  # noqa: E402
+
+SHAPES = {"query": (8, 9), "value": (8, 9), "classifier": (9, 3)}
+SAVED = ["norm", "classifier", "embed", "conv"]
+
+
+class TorchNet(torch.nn.Module):
+    """Two layers to adapt, and a head of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(5, 8)
+        self.conv = torch.nn.Conv2d(1, 1, (3, 3), padding=1)
+        self.query, self.value = torch.nn.Linear(8, 9), torch.nn.Linear(8, 9, bias=False)
+        self.norm = torch.nn.LayerNorm(9)
+        self.classifier = torch.nn.Linear(9, 3)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)  # (2, 4, 8)
+        x = self.conv(x[:, None])[:, 0]
+        x = self.norm(torch.tanh(self.query(x)) * self.value(x))
+        return self.classifier(x)
+
+
+class NnxNet(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(5, 8, rngs=rngs)
+        self.conv = nnx.Conv(1, 1, (3, 3), padding=1, rngs=rngs)
+        self.query = nnx.Linear(8, 9, rngs=rngs)
+        self.value = nnx.Linear(8, 9, use_bias=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(9, epsilon=1e-5, rngs=rngs)
+        self.classifier = nnx.Linear(9, 3, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        x = self.conv(x[..., None])[..., 0]
+        x = self.norm(jnp.tanh(self.query(x)) * self.value(x))
+        return self.classifier(x)
+
+
+class EquinoxNet(eqx.Module):
+    embed: eqx.nn.Embedding
+    conv: eqx.nn.Conv2d
+    query: eqx.nn.Linear
+    value: eqx.nn.Linear
+    norm: eqx.nn.LayerNorm
+    classifier: eqx.nn.Linear
+
+    def __init__(self):
+        key = jax.random.key(0)
+        self.embed = eqx.nn.Embedding(5, 8, key=key)
+        self.conv = eqx.nn.Conv2d(1, 1, 3, padding=1, key=key)
+        self.query, self.value = eqx.nn.Linear(8, 9, key=key), eqx.nn.Linear(8, 9, use_bias=False, key=key)
+        self.norm, self.classifier = eqx.nn.LayerNorm(9), eqx.nn.Linear(9, 3, key=key)
+
+    def __call__(self, tokens):
+        def one(tokens):
+            x = jax.vmap(self.embed)(tokens)
+            x = self.conv(x[None])[0]
+            x = jnp.tanh(jax.vmap(self.query)(x)) * jax.vmap(self.value)(x)
+            return jax.vmap(self.classifier)(jax.vmap(self.norm)(x))
+
+        return jax.vmap(one)(tokens)
+
+
+TOKENS = np.asarray([[0, 1, 2, 3], [4, 3, 3, 1]])
+
+
+def parameters():
+    """Return the base weights by PyTorch's names."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.standard_normal(tuple(tensor.shape)).astype(np.float32)
+        for name, tensor in TorchNet().state_dict().items()
+    }
+
+
+def torch_net(dtype="float32"):
+    model = TorchNet()
+    model.load_state_dict({name: torch.tensor(array) for name, array in parameters().items()})
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def nnx_net(dtype="float32"):
+    model, p = NnxNet(), {name: jnp.asarray(array, dtype) for name, array in parameters().items()}
+    model.embed.embedding.set_value(p["embed.weight"])
+    model.conv.kernel.set_value(jnp.transpose(p["conv.weight"], (2, 3, 1, 0)))
+    model.norm.scale.set_value(p["norm.weight"])
+    for name in ("query", "value", "classifier"):
+        getattr(model, name).kernel.set_value(p[f"{name}.weight"].T)
+    for name in ("conv", "norm", "query", "classifier"):
+        getattr(model, name).bias.set_value(p[f"{name}.bias"])
+    return model
+
+
+def equinox_net(dtype="float32"):
+    model = EquinoxNet()
+    for name, array in parameters().items():
+        module, _, field = name.partition(".")
+        value = jnp.asarray(array, dtype)
+        if name == "conv.bias":
+            value = value[:, None, None]
+        model = eqx.tree_at(lambda m, a=module, b=field: getattr(getattr(m, a), b), model, value)
+    return model
+
+
+def train_torch(model):
+    optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.05, weight_decay=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.tensor(TOKENS)).square().sum().backward()
+        optimizer.step()
+    return model
+
+
+def train_nnx(model):
+    optimizer = nnx.Optimizer(model, optax.adamw(0.05, weight_decay=0.01), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer):
+        wanted = nnx.DiffState(0, nnx.LoRAParam)
+        optimizer.update(model, nnx.grad(lambda m: jnp.square(m(TOKENS)).sum(), argnums=wanted)(model))
+
+    for _ in range(3):
+        step(model, optimizer)
+    return model
+
+
+def train_equinox(model):
+    trained, frozen = eqx.partition(model, trainable_filter(model))
+    tx = optax.adamw(0.05, weight_decay=0.01)
+    state = tx.init(trained)
+    gradient = jax.jit(jax.grad(lambda t: jnp.square(eqx.combine(t, frozen)(TOKENS)).sum()))
+    for _ in range(3):
+        updates, state = tx.update(gradient(trained), state, trained)
+        trained = eqx.apply_updates(trained, updates)
+    return eqx.combine(trained, frozen)
+
+
+def run_torch(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).double().numpy()
+
+
+def run_jax(model):
+    return np.asarray(model(TOKENS).astype("float32"))
+
+
+FRAMEWORKS = {
+    "torch": (torch_net, train_torch, run_torch),
+    "nnx": (nnx_net, train_nnx, run_jax),
+    "equinox": (equinox_net, train_equinox, run_jax),
+}
+PAIRS = [("nnx", "torch"), ("torch", "nnx"), ("equinox", "torch"), ("torch", "equinox"), ("nnx", "equinox")]
+
+
+def config(**changes):
+    settings = {"targets": ["query", "value"], "rank": 6, "subspaces": 3, "subspace_rank": 2}
+    return adamss.AdamssConfig(**(settings | {"modules_to_save": SAVED} | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a function of a framework and settings: outputs of a trained model, and its file in both forms."""
+    made = {}
+
+    def make(framework, **changes):
+        key = (framework, *sorted((name, str(value)) for name, value in changes.items()))
+        if key not in made:
+            make_net, train, run = FRAMEWORKS[framework]
+            model = make_net()
+            base = run(model)
+            model = train(adamss.attach(model, config(**changes)))
+            y = run(model)
+            assert np.abs(y - base).max() > 0.1
+            folder = tmp_path_factory.mktemp(framework)
+            for training in (False, True):
+                adamss.save(model, folder / f"{training}.safetensors", training=training)
+            made[key] = y, folder
+        return made[key]
+
+    return make
+
+
+def agrees(actual, expected, dtype="float32"):
+    assert_agrees(actual, expected, dtype=dtype, what="outputs", scale=float(np.abs(expected).max()) * 4)
+
+
+def test_the_bases_agree():
+    for framework in ("nnx", "equinox"):
+        make_net, _, run = FRAMEWORKS[framework]
+        agrees(run(make_net()), run_torch(torch_net()))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" to ".join)
+@pytest.mark.parametrize("training", [False, True], ids=["portable", "training"])
+def test_an_adapter_with_heads(pair, training, trained):
+    source, target = pair
+    y, folder = trained(source)
+    make_net, _, run = FRAMEWORKS[target]
+    model = make_net()
+    base = run(model)
+    model = adamss.load(model, folder / f"{training}.safetensors")
+    agrees(run(model), y)
+    merged = adamss.merge(model)
+    agrees(run(merged), y)
+    model = adamss.detach(merged)
+    assert np.array_equal(run(model), base)
+
+
+@pytest.mark.parametrize("pair", [("torch", "nnx"), ("equinox", "torch")], ids=" to ".join)
+def test_what_arrives_can_be_trained_further(pair, trained):
+    """Three steps more in either framework give the same: basis, mask and heads have all arrived."""
+    source, target = pair
+    _, folder = trained(source)
+    outputs = []
+    for framework in (source, target):
+        make_net, train, run = FRAMEWORKS[framework]
+        outputs.append(run(train(adamss.load(make_net(), folder / "True.safetensors"))))
+    # The optimiser divides by root mean squares near zero: rounding is magnified in the steps that it makes.
+    assert_agrees(outputs[1], outputs[0], dtype="float16", what="outputs after further training")
+
+
+@pytest.mark.parametrize("target", FRAMEWORKS)
+@pytest.mark.parametrize("source", ["torch", "nnx"])
+@pytest.mark.parametrize("training", [False, True], ids=["portable", "training"])
+def test_a_float32_file_on_a_bfloat16_base(source, target, training, trained):
+    """Segmentation and factors come from the file, in float32: what is lost is what bfloat16 rounds."""
+    y, folder = trained(source)
+    make_net, _, run = FRAMEWORKS[target]
+    model = adamss.load(make_net("bfloat16"), folder / f"{training}.safetensors")
+    backend = adamss.backend.backend_for(model)
+    factors = backend.adaptation(model).layers["query"]
+    assert {backend.dtype_name(factors.B), backend.dtype_name(factors.C)} == {"float32"}
+    agrees(run(model), y, dtype="bfloat16")
+
+
+def test_a_bias_that_was_adapted(trained):
+    """One more input row, and a subspace basis of its own for each group of columns."""
+    changes = {"include_bias": True, "basis": "per_subspace", "modules_to_save": ["classifier"]}
+    for source, target in (("torch", "nnx"), ("nnx", "torch"), ("torch", "equinox")):
+        y, folder = trained(source, **changes)
+        make_net, _, run = FRAMEWORKS[target]
+        for training in (False, True):
+            agrees(run(adamss.load(make_net(), folder / f"{training}.safetensors")), y)
+
+
+def test_batch_norm_travels_without_pytorchs_counter(tmp_path):
+    """PyTorch counts batches beside the running mean and variance; Flax does not."""
+    path = tmp_path / "a.safetensors"
+    weight = np.random.default_rng(0).standard_normal((9, 8)).astype(np.float32)
+    config = adamss.AdamssConfig(targets=["query"], modules_to_save=["norm"], rank=4, subspaces=2)
+
+    def in_torch():
+        model = torch.nn.ModuleDict(
+            {"query": torch.nn.Linear(8, 9, bias=False), "norm": torch.nn.BatchNorm1d(9)}
+        )
+        model["query"].weight.data = torch.tensor(weight)
+        return model
+
+    def in_jax():
+        rngs = nnx.Rngs(0)
+        norm = nnx.BatchNorm(9, rngs=rngs)
+        model = nnx.Dict(query=nnx.Linear(8, 9, use_bias=False, rngs=rngs), norm=norm)
+        model.query.kernel.set_value(jnp.asarray(weight.T))
+        return model
+
+    there = adamss.attach(in_torch(), config)
+    there["norm"].running_mean.fill_(3.0)
+    there["norm"].weight.data.fill_(2.0)
+    adamss.save(there, path)
+    here = adamss.load(in_jax(), path)
+    assert here.norm.mean[...].tolist() == [3.0] * 9
+    assert here.norm.scale[...].tolist() == [2.0] * 9
+    here.norm.mean.set_value(jnp.full(9, 4.0))
+    adamss.save(here, path)
+    back = adamss.load(in_torch(), path)
+    assert back["norm"].running_mean.tolist() == [4.0] * 9
+    assert int(back["norm"].num_batches_tracked) == 0
