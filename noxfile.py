@@ -17,9 +17,9 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 FRAMEWORKS = ("demo", "flax", "equinox", "conformance")
-TEST_TOOLS = ("scikit-learn", "ruff", "mypy", "types-tabulate")
-# The test of a third party's backend builds a project of its own.
-BUILD_TOOLS = ("hatchling", "trove-classifiers")
+# xdist runs the laws in two processes; the test of a third party's backend builds a project of its own.
+TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers")
+STYLE_TOOLS = ("ruff", "mypy", "types-tabulate")
 
 
 def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> None:
@@ -69,7 +69,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All that CI runs: lint, types, tests with every framework, doctests, the laws, and the core alone."""
-    install(session, *FRAMEWORKS, tools=(*TEST_TOOLS, *BUILD_TOOLS))
+    install(session, *FRAMEWORKS, tools=(*TEST_TOOLS, *STYLE_TOOLS))
     lint(session)
     types(session)
     doctests(session)
@@ -90,7 +90,7 @@ def core(session: nox.Session) -> None:
 @nox.session
 def torch(session: nox.Session) -> None:
     """The PyTorch backend: its tests and the laws."""
-    install(session, "demo", "conformance")
+    install(session, "demo", "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/torch")
     laws(session, "torch")
 
@@ -98,7 +98,7 @@ def torch(session: nox.Session) -> None:
 @nox.session
 def jax(session: nox.Session) -> None:
     """The JAX backend without PyTorch: its tests and the laws."""
-    install(session, "flax", "equinox", "conformance")
+    install(session, "flax", "equinox", "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/jax")
     laws(session, "jax")
 
@@ -106,7 +106,7 @@ def jax(session: nox.Session) -> None:
 @nox.session
 def strict(session: nox.Session) -> None:
     """The core on nothing but what the array API standard promises."""
-    install(session, "conformance")
+    install(session, "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/core")
     laws(session, "strict")
 
@@ -114,7 +114,7 @@ def strict(session: nox.Session) -> None:
 @nox.session
 def conformance(session: nox.Session) -> None:
     """The thirteen laws on every backend, with the summary; arguments go to pytest."""
-    install(session, *FRAMEWORKS, tools=BUILD_TOOLS)
+    install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     laws(session, "numpy", "strict", "torch", "jax")
     session.run("python", "-m", "pytest", "-q", "tests/conformance")
 
@@ -129,7 +129,7 @@ def lint_session(session: nox.Session) -> None:
 @nox.session(name="types")
 def types_session(session: nox.Session) -> None:
     """Types of all four packages."""
-    install(session, *FRAMEWORKS, tools=TEST_TOOLS)
+    install(session, *FRAMEWORKS, tools=STYLE_TOOLS)
     types(session)
 
 

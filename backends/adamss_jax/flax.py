@@ -164,7 +164,8 @@ class NnxShell(Shell):
             leading = _leading(node)
             if not leading:
                 modules[own] = node
-            for place, index in stack_paths(own, leading).items() if leading else ():
+                continue
+            for place, index in stack_paths(own, leading).items():
                 # One object per layer, also where the stack appears twice.
                 modules[place] = in_stacks.setdefault((id(node), index), StackedLayer(node, index))
         return modules
