@@ -25,6 +25,8 @@ class Capabilities:
         The models that it drives, in words; empty if it has arrays only.
     dtypes
         Of `DTYPES`.
+    devices
+        Where its arrays can live, the CPU first. The suite runs on those that are present, and names the others.
     optimisers
         Of `OPTIMISERS`: SGD with momentum and weight decay, AdamW with weight decay, Adafactor, Muon.
     arrays
@@ -52,6 +54,7 @@ class Capabilities:
 
     models: str
     dtypes: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu",)
     optimisers: tuple[str, ...] = ()
     arrays: bool = False
     gradients: bool = False
@@ -85,6 +88,7 @@ TABLE: dict[str, Capabilities] = {
     "strict": Capabilities(
         models="NumpyModel on arrays of array-api-strict",
         dtypes=("float64", "float32"),
+        devices=("cpu", "device1"),
         optimisers=("sgd", "adamw"),
         arrays=True,
         gradients=True,
@@ -97,6 +101,7 @@ TABLE: dict[str, Capabilities] = {
     "torch": Capabilities(
         models="torch.nn.Module",
         dtypes=DTYPES,
+        devices=("cpu", "cuda"),
         optimisers=OPTIMISERS,
         arrays=True,
         gradients=True,
@@ -105,6 +110,7 @@ TABLE: dict[str, Capabilities] = {
     "jax-nnx": Capabilities(
         models="flax.nnx.Module",
         dtypes=DTYPES,
+        devices=("cpu", "gpu", "tpu"),
         optimisers=OPTIMISERS,
         arrays=True,
         gradients=True,
@@ -113,6 +119,7 @@ TABLE: dict[str, Capabilities] = {
     "jax-equinox": Capabilities(
         models="equinox.Module",
         dtypes=DTYPES,
+        devices=("cpu", "gpu", "tpu"),
         optimisers=OPTIMISERS,
         gradients=True,
         compiles=True,

@@ -68,9 +68,14 @@ class Driver(ABC):
         self.device = self.devices()[0] if device is None else device
 
     @classmethod
+    def has_device(cls, device: str) -> bool:
+        """Return whether a device of the table is present; override it if one may not be."""
+        return True
+
+    @classmethod
     def devices(cls) -> tuple[str, ...]:
-        """Return the devices that are present, the CPU first; the suite runs on each."""
-        return ("cpu",)
+        """Return the devices of the table that are present; the suite runs on each."""
+        return tuple(device for device in cls.capabilities.devices if cls.has_device(device))
 
     # ---- what every framework needs ---------------------------------------------------------------------
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import pytest
@@ -45,7 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
         except (LookupError, ImportError, TypeError) as error:
             raise pytest.UsageError(f"--adamss-backend {target}: {error}") from error
     config.stash[_DRIVERS] = drivers
-    config.pluginmanager.register(_Outcomes(), "adamss-laws")
+    absent = {
+        type(driver).name: [d for d in driver.capabilities.devices if d not in driver.devices()]
+        for driver in drivers
+    }
+    config.pluginmanager.register(_Outcomes(absent), "adamss-laws")
 
 
 def requested_drivers(config: pytest.Config) -> list[Driver]:
@@ -87,7 +91,8 @@ def pytest_runtest_makereport(
 class _Outcomes:
     """Collects what came of each case, and prints it, by driver and law."""
 
-    def __init__(self) -> None:
+    def __init__(self, absent: Mapping[str, list[str]]) -> None:
+        self.absent = absent
         self.by_driver: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -114,3 +119,8 @@ class _Outcomes:
             reasons = Counter(reason for _, outcome, reason in outcomes if outcome == "skipped")
             for reason, count in sorted(reasons.items()):
                 terminalreporter.write_line(f"not applicable, {count} cases: {reason}")
+        for driver, devices in self.absent.items():
+            if devices:
+                terminalreporter.write_line(
+                    f"{driver}: not run on {', '.join(devices)}, of which there is none here"
+                )

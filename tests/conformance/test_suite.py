@@ -94,6 +94,12 @@ def test_a_case_left_out_for_a_reason_of_its_own_fails():
     assert "left out for a reason that the capability table does not give: not today" in done.stdout
 
 
+def test_a_device_that_is_absent_is_named():
+    done = run("--adamss-backend", "wrong:OnTheMoon", "-k", "law_07")
+    assert done.returncode == 0, done.stdout
+    assert "moon: not run on moon, of which there is none here" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [

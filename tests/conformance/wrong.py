@@ -1,12 +1,13 @@
 """Backends with one thing wrong each. `test_suite.py` sees that the suite finds it, and by which law."""
 
+from dataclasses import replace
+
 import array_api_strict
 import numpy as np
 import pytest
 
 from adamss import core
 from adamss.backend import NumpyBackend
-from adamss_conformance import Capabilities
 from adamss_conformance.drivers.numpy import NumpyDriver
 from adamss_conformance.drivers.strict import HOST, StrictBackend, StrictDriver
 
@@ -176,12 +177,10 @@ class CompilesMasks(NumpyDriver):
     """A compiler, of a kind, that takes the mask for a constant."""
 
     name = "compiler"
-    capabilities = Capabilities(
-        **{
-            **vars(NumpyDriver.capabilities),
-            "compiles": True,
-            "missing": {k: v for k, v in NumpyDriver.capabilities.missing.items() if k != "compiles"},
-        }
+    capabilities = replace(
+        NumpyDriver.capabilities,
+        compiles=True,
+        missing={k: v for k, v in NumpyDriver.capabilities.missing.items() if k != "compiles"},
     )
 
     def compile(self, function):
@@ -198,6 +197,17 @@ class CompilesMasks(NumpyDriver):
 
     def compilations(self, compiled):
         return len(compiled.seen)
+
+
+class OnTheMoon(NumpyDriver):
+    """Nothing wrong: one of its devices is elsewhere."""
+
+    name = "moon"
+    capabilities = replace(NumpyDriver.capabilities, devices=("cpu", "moon"))
+
+    @classmethod
+    def has_device(cls, device):
+        return device == "cpu"
 
 
 class Shy(NumpyDriver):

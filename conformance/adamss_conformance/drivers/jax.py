@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -25,9 +25,11 @@ class JaxDriver(Driver):
     backend_name = "jax"
 
     @classmethod
-    def devices(cls) -> tuple[str, ...]:
-        platforms = dict.fromkeys(device.platform for device in jax.devices())
-        return ("cpu", *(platform for platform in platforms if platform != "cpu"))
+    def has_device(cls, device: str) -> bool:
+        try:
+            return bool(jax.devices(device))
+        except RuntimeError:  # JAX has not been built for it, or finds none
+            return False
 
     def array(self, values: np.ndarray, dtype: str | None = None) -> Array:
         array: Array = jax.device_put(super().array(values, dtype), jax.devices(self.device)[0])
@@ -37,8 +39,11 @@ class JaxDriver(Driver):
         (device,) = array.devices()
         return str(device.platform)
 
-    def settings(self, dtype: str | None = None) -> AbstractContextManager[object]:
-        return jax.enable_x64(True) if dtype == "float64" else nullcontext()
+    @contextmanager
+    def settings(self, dtype: str | None = None) -> Iterator[None]:
+        # An accelerator would round the inputs of float32 products.
+        with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+            yield
 
     def count(self, parameters: Any) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(parameters))

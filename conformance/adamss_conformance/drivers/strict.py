@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import array_api_strict as xp
@@ -73,10 +74,6 @@ class StrictDriver(NumpyDriver):
         backend.device = on
         super().__init__(backend, device)
 
-    @classmethod
-    def devices(cls) -> tuple[str, ...]:
-        return ("cpu", "device1")
-
     def device_of(self, array: Array) -> str:
         return "cpu" if array.device == HOST else str(array.device).split("'")[1]
 
@@ -85,10 +82,7 @@ class StaticDriver(StrictDriver):
     """The same with boolean indexing and shapes that depend on values turned off, as under a compiler."""
 
     name = "strict-static"
-
-    @classmethod
-    def devices(cls) -> tuple[str, ...]:
-        return ("cpu",)
+    capabilities = replace(TABLE["strict"], devices=("cpu",))
 
     def settings(self, dtype: str | None = None) -> AbstractContextManager[object]:
         flags: AbstractContextManager[object] = xp.ArrayAPIStrictFlags(

@@ -26,8 +26,8 @@ class TorchDriver(Driver):
     capabilities = TABLE["torch"]
 
     @classmethod
-    def devices(cls) -> tuple[str, ...]:
-        return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    def has_device(cls, device: str) -> bool:
+        return device == "cpu" or torch.cuda.is_available()
 
     def array(self, values: np.ndarray, dtype: str | None = None) -> Tensor:
         array: Tensor = super().array(values, dtype)
