@@ -78,5 +78,5 @@ def near_matches(targets: Iterable[str], paths: Iterable[str]) -> str:
 
 
 def _ends_with(path: str, target: str) -> bool:
-    path = _INDEX.sub("", path)
-    return path == target or path.endswith(f".{target}")
+    ends = (path, _INDEX.sub("", path))
+    return any(end == target or end.endswith(f".{target}") for end in ends)

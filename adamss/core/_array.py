@@ -70,7 +70,7 @@ def as_widest_precision(array: Array, /) -> Array:
     return xp.astype(array, xp.float64)
 
 
-def check_concrete(*arrays: Array | None, name: str) -> None:
+def check_concrete(*arrays: Any, name: str) -> None:
     """Check that arrays have values: that none is a tracer, of which JAX knows only shape and dtype.
 
     Raises

@@ -40,6 +40,7 @@ def subspace_costs(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iter
     ConfigError
         If the three are of different lengths, or hold a negative number.
     """
+    check_concrete(sizes, ranks, basis_ranks, name="sizes, ranks and basis_ranks")
     rows = [tuple(int(value) for value in column) for column in (sizes, ranks, basis_ranks)]
     if len({len(row) for row in rows}) != 1:
         raise ConfigError(

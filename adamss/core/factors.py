@@ -24,6 +24,7 @@ from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = [
     "BASES",
+    "HEADROOM",
     "INITIAL_B",
     "Factors",
     "Gradients",
@@ -42,6 +43,12 @@ __all__ = [
     "merge",
     "trained_elements",
 ]
+
+HEADROOM = 2.0**-12
+"""``x M`` is formed times this power of two, and E over it: exact, and no sum overflows that ``x W`` survives.
+
+Columns of M have a norm near 1, so that their entries sum to at most the root of d. Without it, infinity times C = 0
+would be NaN."""
 
 BASES = ("shared", "per_subspace")
 INITIAL_B = ("orthonormal", "weighted")
@@ -484,10 +491,10 @@ def linear(x: Array, W: Array, b: Array | None, factors: Factors) -> Array:
     """
     xp = namespace(x, W)
     base = x @ W if b is None else x @ W + b
-    # Half-precision inputs can overflow in x M, and infinity times C = 0 would be NaN.
     wide = as_working_precision(base).dtype
     M, E = xp.astype(contract(factors), wide), xp.astype(expand(factors), wide)
-    return base + xp.astype(_directions(xp.astype(x, wide), M) @ E, base.dtype)
+    z = _directions(xp.astype(x, wide), M * HEADROOM)
+    return base + xp.astype(z @ (E * (1 / HEADROOM)), base.dtype)
 
 
 def _directions(x: Array, M: Array) -> Array:

@@ -102,6 +102,7 @@ def segment(
     check_concrete(*decomposition, name="decomposition")
     xp = namespace(V)
     columns = xp.arange(V.shape[0], device=device(V))
+    check_concrete(columns, name="decomposition")  # under jax.jit, whatever is computed is traced
     if subspaces >= V.shape[0]:
         return columns
     rng = np.random.default_rng(seed)

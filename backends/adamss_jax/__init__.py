@@ -1,8 +1,8 @@
 """The JAX backend of `adamss`: pure functions on pytrees, and thin shells for Flax NNX and Equinox.
 
 `linear` is all that a model made of plain arrays needs; `Factors` are a pytree. `adamss.attach` and its sister
-verbs find the backend by themselves. The shells `adamss_jax.flax` and `adamss_jax.equinox` are imported when
-they are first asked for: neither library is needed for the other, or for the functions.
+verbs find the backend by themselves. The shells `adamss_jax.flax` and `adamss_jax.equinox`, and `adamss_jax.optax`,
+are imported when they are first asked for: no library is needed for another, or for the functions.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ from adamss_jax.functional import linear, update
 
 __all__ = ["JaxBackend", "linear", "update"]
 
-_SHELLS = ("equinox", "flax")
+_SHELLS = ("equinox", "flax", "optax")
 _PLANNED = ("budgeted", "synchronise")
 
 
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     if name in _SHELLS:
         return import_module(f"adamss_jax.{name}")
     if name in _PLANNED:
-        raise MissingBackendError(
+        raise AttributeError(
             f"adamss_jax.{name}: this version of adamss has no budget controller; its mathematics is in adamss.core"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

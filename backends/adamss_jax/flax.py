@@ -97,12 +97,25 @@ class Adapter(nnx.Module):
         self.merged = False
         self.base: HostCopies | None = None
 
-    def __call__(self, y: Array, x: Array, kernel_shape: tuple[int, ...]) -> Array:
-        """Return the output of the layer: its frozen product y, and the update of its input x."""
+    def __call__(
+        self, y: Array, x: Array, kernel_shape: tuple[int, ...], equation: str | None = None
+    ) -> Array:
+        """Return the output of the layer: its frozen product y, and the update of its input x.
+
+        An `nnx.Einsum` may be called with an equation of its own, as long as its kernel is the same matrix.
+        """
         if self.merged or not self.enabled:
             return y
-        u = update(self.view.flat_inputs(jnp.asarray(x, y.dtype)), self.factors())
-        return y + self.view.outputs(u, kernel_shape)
+        view = self.view
+        if equation is not None:
+            view = MatrixView.of_einsum(equation, "an adapted nnx.Einsum")
+            if (view.rows, view.columns) != (self.view.rows, self.view.columns):
+                raise LayerError(
+                    f"an adapted nnx.Einsum was called with {equation!r}, in which its kernel is another matrix than "
+                    "in the equation that it was attached with; merge, or leave it out of targets"
+                )
+        u = update(view.flat_inputs(jnp.asarray(x, y.dtype)), self.factors())
+        return y + view.outputs(u, kernel_shape)
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""
@@ -123,7 +136,10 @@ def adapted_class(kind: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = kind.__call__(self, *args, **kwargs)
         x = args[0] if args else kwargs[first]
-        return getattr(self, CHILD)(y, x, self.kernel.shape)
+        equation = None
+        if isinstance(self, nnx.Einsum):
+            equation = kwargs.get("einsum_str", args[1] if len(args) > 1 else None)
+        return getattr(self, CHILD)(y, x, self.kernel.shape, equation)
 
     def reduce(self: Any) -> Any:
         # By name there is no such class: a copy or a pickle is made of the class it is derived from.
@@ -337,13 +353,13 @@ class NnxShell(Shell):
             {name: getattr(layer, name).get_value() for name in adapter.base.arrays} if adapter.base else {}
             for layer, adapter in zip(layers, adapters, strict=True)
         ]
-        for path, values in originals.items():
-            _write(modules[path], values)
-        for layer, adapter in zip(layers, adapters, strict=True):
-            adapter.enabled = False
-            if adapter.base is not None:
-                _set_values(layer, adapter.base.restored())
         try:
+            for path, values in originals.items():
+                _write(modules[path], values)
+            for layer, adapter in zip(layers, adapters, strict=True):
+                adapter.enabled = False
+                if adapter.base is not None:
+                    _set_values(layer, adapter.base.restored())
             yield model
         finally:
             for path, values in saved.items():

@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import AxisType
 
 from adamss.core import Factors, contract, expand, factor_gradients
+from adamss.core.factors import HEADROOM
 
 __all__ = ["linear", "update"]
 
@@ -103,12 +104,13 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     factors = Factors(A, B, C, labels, ranks, active)
     M, E = contract(factors).astype(x.dtype), expand(factors).astype(x.dtype)
-    z = _directions(x, M)
-    return z @ E, (x, z, M, E, factors)
+    scale = _headroom(x)
+    z = _directions(x, M * scale)
+    return z @ (E * (1 / scale)), (x, z, M, E, factors)
 
 
 def _backward(saved: tuple[Any, ...], du: Array) -> tuple[Array | None, ...]:
-    """``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz``, ``dE = z^T du``."""
+    """``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz``, ``dE = z^T du``; z was kept with its headroom."""
     x, z, M, E, factors = saved
     d, leading = x.shape[-1], tuple(range(x.ndim - 1))
     dz = jnp.matmul(du, E.T, out_sharding=_sharding(z))
@@ -121,7 +123,8 @@ def _backward(saved: tuple[Any, ...], du: Array) -> tuple[Array | None, ...]:
     dM = dM_t.T
     if M.shape[0] > d:
         dM = jnp.concatenate([dM, jnp.sum(dz, axis=leading, dtype=dM.dtype)[None, :]])
-    dB, dC = factor_gradients(dM, _contracted(z, du, leading, _sharding(E)), factors)
+    dE = _contracted(z, du, leading, _sharding(E)) * (1 / _headroom(x))
+    dB, dC = factor_gradients(dM, dE, factors)
     return dx, None, dB, dC, None, None, None
 
 
@@ -135,9 +138,13 @@ def _directions(x: Array, M: Array) -> Array:
     if M.shape[0] > d:
         z = z + M[d]
     if x.dtype == jnp.float16:
-        # Inputs near the largest number overflow in z, and infinity times C = 0 would be NaN.
+        # For want of exponents there is no headroom here; the sum itself has those of float32.
         z = jnp.clip(z, -FLOAT16_MAX, FLOAT16_MAX)
     return z.astype(x.dtype)
+
+
+def _headroom(x: Array) -> float:
+    return 1.0 if x.dtype == jnp.float16 else HEADROOM
 
 
 def _contracted(left: Array, right: Array, leading: tuple[int, ...], sharding: Any) -> Array:

@@ -38,8 +38,9 @@ def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientT
     """Keep the frozen elements of an adapted model where they are, whatever the optimiser does.
 
     Weight decay, and momentum from before an element was frozen, move it although its gradient is zero. The updates
-    of frozen elements are zero here, so that `tx`, with all that is chained in it, belongs inside. The mask is part
-    of the state: another one does not compile anything anew.
+    of frozen elements are zero here, so that `tx`, with all that is chained in it, belongs inside. The mask is that
+    of the model when this is called, and part of the state: after another allocation,
+    ``state._replace(trained=JaxBackend().trained_elements(model))`` takes it over and compiles nothing anew.
 
     Parameters
     ----------

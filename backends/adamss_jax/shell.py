@@ -40,11 +40,16 @@ Model = Any
 Module = Any
 
 
+def _values_of(copies: HostCopies) -> Any:
+    return copies.arrays.values()
+
+
 class HostCopies:
     """Arrays kept outside of the model's pytree, as copies in the host's memory.
 
     They do not travel to the device with every call of a compiled function, and a donated buffer cannot take
-    them along. Compared by identity, they are a constant of the compiled function.
+    them along. Compared by their values, they are a constant of the compiled function, and models that are equal
+    have trees of equal structure.
 
     Parameters
     ----------
@@ -67,6 +72,16 @@ class HostCopies:
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self
+
+    def __hash__(self) -> int:
+        return hash(tuple((name, array.shape, array.dtype.name) for name, array in self.arrays.items()))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, HostCopies) or hash(self) != hash(other):
+            return False
+        return all(a.tobytes() == b.tobytes() for a, b in zip(*map(_values_of, (self, other)), strict=True))
 
     def __getstate__(self) -> Any:
         return None, {"arrays": self.arrays, "shardings": {}}  # devices are those of the process
@@ -191,7 +206,9 @@ def check_values(array: jax.Array, path: str) -> None:
 
 def placed_as(array: Any, like: jax.Array) -> jax.Array:
     """Return an array where another one of its shape is, spread over devices as that is."""
-    placed: jax.Array = jax.device_put(array, like.sharding) if like.committed else jnp.asarray(array)
+    if isinstance(like, jax.core.Tracer) or not like.committed:
+        return jnp.asarray(array)
+    placed: jax.Array = jax.device_put(array, like.sharding)
     return placed
 
 
@@ -229,16 +246,17 @@ def owner_prefix(found: Mapping[str, Record]) -> str:
         If several modules of the model were adapted one by one, or this is only a part of one.
     """
     record = next(iter(found.values()))
-    first = next(iter(found))
-    prefix = first.removesuffix(record.owners[0])
-    whole = {prefix + path for path in record.owners}
-    if whole < set(found) or any(other != record for other in found.values()):
+    first = record.owners[0]
+    # Not by position: attributes come in another order after a transformation, or in another model.
+    prefixes = [path.removesuffix(first) for path in found if f".{path}".endswith(f".{first}")]
+    whole = [prefix for prefix in prefixes if {prefix + path for path in record.owners} <= set(found)]
+    if any(other != record for other in found.values()) or (whole and len(record.owners) < len(found)):
         raise StateError(
             "parts of the model were adapted one by one; call adamss on each of them, not on the whole"
         )
-    if set(found) != whole or (prefix and not prefix.endswith(".")):
+    if not whole:
         raise StateError(
             "this is a part of a model that was adapted as a whole: adapters are attached already; "
             "call adamss on the whole"
         )
-    return prefix
+    return whole[0]

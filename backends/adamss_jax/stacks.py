@@ -109,6 +109,8 @@ def factors_at(factors: Factors, index: tuple[int, ...]) -> Factors:
     if not index:
         return factors
     A, B, C, labels, ranks, active = (array[index] for array in factors)
+    if isinstance(ranks, jax.core.Tracer):
+        return Factors(A, B, C, labels, ranks, active)  # how much is padding depends on values
     q, r = int(jnp.sum(ranks)), int(jnp.max(ranks))
     P = B.shape[0]
     if A.shape[0] > 1:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from adamss.core.factors import HEADROOM
+
 __all__ = ["Layout", "make_layout", "update"]
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -107,13 +109,16 @@ class _Update(torch.autograd.Function):
             E = _expand(C, rows, q).to(base.dtype)
             M = directions[:, :d]
             x2 = x.reshape(-1, d).to(base.dtype)
-            z = F.linear(x2, M)
+            scale = _headroom(x2)
+            scaled = directions if scale == 1.0 else directions * scale
+            z = F.linear(x2, scaled[:, :d])
             if directions.shape[1] > d:
-                z = z + directions[:, d]
+                z = z + scaled[:, d]
             if z.dtype == torch.float16:
-                # Inputs near the largest number overflow in z, and infinity times C = 0 would be NaN.
+                # For want of exponents there is no headroom here, and infinity times C = 0 would be NaN.
                 z = z.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-            y = torch.addmm(base.reshape(-1, n), z, E)
+            # Not by `alpha`, with which some libraries multiply z.
+            y = torch.addmm(base.reshape(-1, n), z, E if scale == 1.0 else E * (1 / scale))
         ctx.save_for_backward(x2, z, M, E, A, active, rows, groups, slots)
         ctx.dtypes = x.dtype, B.dtype, C.dtype
         ctx.shape = x.shape
@@ -139,10 +144,15 @@ class _Update(torch.autograd.Function):
                 dB = _directions_vjp(dM.to(B_dtype), A, slots, rows.shape[0], active.shape[0])
                 dB = torch.where(active[groups][:, None], dB, 0)
             if C_wanted:
-                dC = _expand_vjp((z.t() @ dy2).to(C_dtype), rows)
+                # z was kept with its headroom.
+                dC = _expand_vjp((z.t() @ dy2).to(C_dtype), rows) * (1 / _headroom(x2))
                 # A row of padding belongs to no subspace: its gradient is zero already.
                 dC = torch.where(_column_is_active(active, groups, rows), dC, 0)
         return dy, dx, None, dB, dC, None, None, None, None
+
+
+def _headroom(x: Tensor) -> float:
+    return 1.0 if x.dtype == torch.float16 else HEADROOM
 
 
 def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int) -> Tensor:

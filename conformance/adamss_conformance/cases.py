@@ -38,13 +38,14 @@ EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float
 _RNG = np.random.default_rng(0)
 
 LAYERS: dict[str, tuple[Array, Array | None]] = {
-    "encoder.0.query": (_RNG.standard_normal((16, 19)), _RNG.standard_normal(19)),
+    # Not in alphabetical order, in which some frameworks give back what they have transformed.
     "encoder.0.value": (_RNG.standard_normal((16, 19)), None),
+    "encoder.0.query": (_RNG.standard_normal((16, 19)), _RNG.standard_normal(19)),
     "head": (_RNG.standard_normal((16, 5)), _RNG.standard_normal(5)),
 }
 """The small model: W: (d, n) and b of each layer by module path."""
 
-TARGETS = ("encoder.0.query", "encoder.0.value")
+TARGETS = ("encoder.0.value", "encoder.0.query")
 INPUTS = {path: _RNG.standard_normal((7, W.shape[0])) for path, (W, _) in LAYERS.items()}
 
 CONFIG: dict[str, Any] = {

@@ -24,7 +24,7 @@ from adamss.checkpoint import StoredTensor
 from adamss.core import Factors, Gradients
 from adamss_conformance.capabilities import Capabilities
 
-__all__ = ["Driver", "find_drivers"]
+__all__ = ["FROM_TABLE", "NOT_APPLICABLE", "Driver", "find_drivers", "reasons", "require"]
 
 Array = Any
 Model = Any
@@ -147,22 +147,21 @@ class Driver(ABC):
         raise NotImplementedError(f"{self.name} promises to compile and does not")
 
     def train(
-        self, model: Model, inputs: Mapping[str, np.ndarray], *, steps: int, optimiser: str, rate: float
+        self,
+        model: Model,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        steps: int,
+        optimiser: str,
+        rate: float,
+        compiled: bool = False,
     ) -> Model:
-        """Train an adapted model and return it. Capability ``optimisers``.
+        """Train an adapted model and return it, the step compiled if asked. Capability ``optimisers``.
 
         Minimises the sum over the paths of `inputs` of ``mean(call(model, path, x)^2)``, without frozen elements
         moving, by one of `adamss_conformance.capabilities.OPTIMISERS`, started anew with every call.
         """
         raise NotImplementedError(f"{self.name} promises optimisers and has none")
-
-    # ---- what the suite asks ----------------------------------------------------------------------------
-
-    def require(self, capability: str) -> None:
-        """Leave the case, with the reason of the table, if the driver lacks a capability."""
-        if capability in self.capabilities.missing:
-            reason = self.capabilities.missing[capability]
-            pytest.skip(f"{NOT_APPLICABLE}{capability}: {reason}")
 
     def __str__(self) -> str:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
@@ -170,6 +169,24 @@ class Driver(ABC):
 
 NOT_APPLICABLE = "not applicable: "
 """How the reason of every case begins that the table excludes."""
+
+FROM_TABLE = "from_capability_table"
+"""Attribute of the outcome of such a case."""
+
+
+def reasons(driver: Driver) -> set[str]:
+    """Return the reasons for which a case may be left out."""
+    return {f"{NOT_APPLICABLE}{what}: {why}" for what, why in driver.capabilities.missing.items()}
+
+
+def require(driver: Driver, capability: str) -> None:
+    """Leave the case, with the reason of the table, if the driver lacks a capability."""
+    if capability in driver.capabilities.missing:
+        try:
+            pytest.skip(f"{NOT_APPLICABLE}{capability}: {driver.capabilities.missing[capability]}")
+        except pytest.skip.Exception as outcome:
+            setattr(outcome, FROM_TABLE, True)
+            raise
 
 
 def find_drivers(target: str) -> list[Driver]:

@@ -24,7 +24,7 @@ from adamss.errors import StateError
 from adamss_conformance import cases
 from adamss_conformance.capabilities import DTYPES, OPTIMISERS
 from adamss_conformance.cases import INPUTS, LAYERS, TARGETS, VARIANTS, Problem, config, every, problems
-from adamss_conformance.driver import Driver
+from adamss_conformance.driver import FROM_TABLE, Driver, require
 from adamss_conformance.tolerances import RELATIVE_TOLERANCE, assert_agrees
 
 __all__ = ["BackendSuite"]
@@ -101,7 +101,7 @@ class BackendSuite:
     ) -> None:
         """No finite input makes ``x M`` times C = 0 anything but zero."""
         with _case(driver, dtype, "models"):
-            largest = {"float16": 6e4, "bfloat16": 1e38, "float32": 1e38, "float64": 1e300}[dtype]
+            largest = {"float16": 6.5e4, "bfloat16": 3.3e38, "float32": 3.4e38, "float64": 1.7e308}[dtype]
             size = largest if scale == "largest" else float(scale)
             x = driver.array(np.full((2, 16), min(size, largest)), dtype)
             small = {path: (W * 1e-3, b) for path, (W, b) in LAYERS.items()}
@@ -125,34 +125,16 @@ class BackendSuite:
             for path, output in _outputs(driver, model).items():
                 _assert_same(output, outputs[path], f"output of {path} after detach")
 
+    def test_law_02_base_untouched_by_compiled_training(self, driver: Driver) -> None:
+        """Nor does training whose step is compiled."""
+        with _case(driver, "float32", "models", "compiles"):
+            _assert_training_leaves_the_base(driver, {}, compiled=True)
+
     @each_variant
     def test_law_02_base_untouched_by_training(self, driver: Driver, variant: str) -> None:
         """Training does not change W0, and `detach` gives the very same model back, its head included."""
         with _case(driver, "float32", "models"):
-            optimiser = _an_optimiser(driver)
-            model = driver.model(LAYERS, "float32")
-            before = _everything(driver, model)
-            outputs = _outputs(driver, model)
-            model = adamss.attach(model, config(**VARIANTS[variant]))
-            model = driver.train(model, INPUTS, steps=3, optimiser=optimiser, rate=0.05)
-            for path, weight in _weights(driver, model).items():
-                _assert_same(weight, before[path], f"base of {path} after training")
-            assert not np.array_equal(_outputs(driver, model)["head"], outputs["head"]), (
-                "the head was not trained"
-            )
-            for path in TARGETS:
-                assert not np.array_equal(_outputs(driver, model)[path], outputs[path]), (
-                    f"{path} was not trained"
-                )
-            with adamss.disabled(model) as base:
-                for path, output in _outputs(driver, base).items():
-                    _assert_same(output, outputs[path], f"{path}, disabled")
-            model = adamss.detach(model)
-            assert driver.backend.adaptation(model) is None
-            for path, arrays in _everything(driver, model).items():
-                _assert_same(arrays, before[path], f"{path} after detach")
-            for path, output in _outputs(driver, model).items():
-                _assert_same(output, outputs[path], f"output of {path} after detach")
+            _assert_training_leaves_the_base(driver, VARIANTS[variant], compiled=False)
 
     # ---- 3 update ---------------------------------------------------------------------------------------
 
@@ -371,12 +353,16 @@ class BackendSuite:
     # ---- 8 frozen ---------------------------------------------------------------------------------------
 
     @each_optimiser
-    def test_law_08_frozen(self, driver: Driver, optimiser: str) -> None:
+    @each_mode
+    def test_law_08_frozen(self, driver: Driver, optimiser: str, mode: str) -> None:
         """No optimiser moves a frozen element, with weight decay and momentum; the others are trained."""
         with _case(driver, "float32", "models", optimiser):
             model, masks = _partly_frozen(driver, _trained(driver, "float32", {}))
             before = _factors(driver, model)
-            after = _factors(driver, driver.train(model, INPUTS, steps=3, optimiser=optimiser, rate=0.05))
+            if mode == COMPILED:
+                require(driver, "compiles")
+            how: dict[str, Any] = {"steps": 3, "optimiser": optimiser, "rate": 0.05}
+            after = _factors(driver, driver.train(model, INPUTS, compiled=mode == COMPILED, **how))
             for path, mask in masks.items():
                 f, g = before[path], after[path]
                 groups = np.repeat(np.arange(len(mask)), f.ranks)
@@ -442,6 +428,20 @@ class BackendSuite:
             adamss.save(model, again)
             _assert_same(files.read(again).saved["head"]["weight"].numpy(), head, "head written again")
 
+    def test_law_09_travel_to_a_model_in_another_order(self, driver: Driver, tmp_path: Path) -> None:
+        """Layers are found by their paths, whatever the order in which a model has them."""
+        with _case(driver, "float32", "models"):
+            model = _trained(driver, "float32", {})
+            adamss.save(model, tmp_path / "adapter.safetensors")
+            turned = dict(reversed(LAYERS.items()))
+            loaded = adamss.load(driver.model(turned, "float32"), tmp_path / "adapter.safetensors")
+            assert {row.path for row in adamss.summary(loaded).rows} == set(TARGETS)
+            expected = _outputs(driver, model)
+            for path, output in _outputs(driver, loaded).items():
+                assert_agrees(output, expected[path], dtype="float32", what=path)
+            loaded = adamss.detach(loaded)
+            assert driver.backend.adaptation(loaded) is None
+
     def test_law_09_travel_refuses_another_base(self, driver: Driver, tmp_path: Path) -> None:
         """The wrong model is an error that names the layer, and is left as it was."""
         with _case(driver, "float32", "models"):
@@ -449,7 +449,7 @@ class BackendSuite:
             _write(path, _reference_factors(), np.zeros((5, 16), np.float32))
             other = driver.model({name: (W[::-1].copy(), b) for name, (W, b) in LAYERS.items()}, "float32")
             before = _everything(driver, other)
-            with pytest.raises(adamss.errors.CheckpointError, match=r"encoder\.0\.query"):
+            with pytest.raises(adamss.errors.CheckpointError, match=r"encoder\.0\.value"):
                 adamss.load(other, path)
             assert driver.backend.adaptation(other) is None
             for name, arrays in _everything(driver, other).items():
@@ -517,6 +517,24 @@ class BackendSuite:
             model, _ = _partly_frozen(driver, model)
             assert_agrees(driver.numpy(compiled(model, x)), eager, dtype=dtype, what="after an allocation")
             assert driver.compilations(compiled) == before, "an allocation made it compile again"
+
+    def test_law_11_compilation_leaves_a_model_that_the_verbs_know(
+        self, driver: Driver, tmp_path: Path
+    ) -> None:
+        """A model that has been through a compiled function is still adapted: it can be saved, merged, detached."""
+        with _case(driver, "float32", "models", "compiles"):
+            outputs = _outputs(driver, driver.model(LAYERS, "float32"))
+            model = _trained(driver, "float32", {})
+            adapted = _outputs(driver, model, mode=COMPILED)
+            summary = adamss.summary(model)
+            assert {row.path for row in summary.rows} == set(TARGETS)
+            adamss.save(model, tmp_path / "adapter.safetensors")
+            loaded = adamss.load(driver.model(LAYERS, "float32"), tmp_path / "adapter.safetensors")
+            for path, output in _outputs(driver, loaded).items():
+                assert_agrees(output, adapted[path], dtype="float32", what=f"{path}, saved after compilation")
+            model = adamss.detach(adamss.merge(model))
+            for path, output in _outputs(driver, model, mode=COMPILED).items():
+                assert_agrees(output, outputs[path], dtype="float32", what=f"{path} after detach")
 
     # ---- 12 determinism ---------------------------------------------------------------------------------
 
@@ -586,10 +604,18 @@ def single_steps(driver: Driver, model: Any, count: int) -> Any:
 
 @contextmanager
 def _case(driver: Driver, dtype: str, *capabilities: str) -> Iterator[None]:
+    """Enter the settings of a case that the table admits; within it, nothing may be left out."""
     for capability in (dtype, *capabilities):
-        driver.require(capability)
-    with driver.settings(dtype):
-        yield
+        require(driver, capability)
+    try:
+        with driver.settings(dtype):
+            yield
+    except (pytest.skip.Exception, pytest.xfail.Exception) as outcome:
+        if not hasattr(outcome, FROM_TABLE):
+            raise AssertionError(
+                f"left out for a reason that the capability table does not give: {outcome}"
+            ) from None
+        raise
 
 
 @contextmanager
@@ -609,7 +635,7 @@ def _an_optimiser(driver: Driver) -> str:
     for optimiser in OPTIMISERS:
         if optimiser in driver.capabilities.optimisers:
             return optimiser
-    driver.require(OPTIMISERS[0])
+    require(driver, OPTIMISERS[0])
     raise AssertionError("the table gives a reason for every optimiser that is lacking")
 
 
@@ -667,6 +693,29 @@ def _factors(driver: Driver, model: Any) -> dict[str, Factors]:
     return {path: _host(driver, factors) for path, factors in adaptation.layers.items()}
 
 
+def _assert_training_leaves_the_base(driver: Driver, changes: Any, *, compiled: bool) -> None:
+    optimiser = _an_optimiser(driver)
+    model = driver.model(LAYERS, "float32")
+    before = _everything(driver, model)
+    outputs = _outputs(driver, model)
+    model = adamss.attach(model, config(**changes))
+    model = driver.train(model, INPUTS, steps=3, optimiser=optimiser, rate=0.05, compiled=compiled)
+    for path, weight in _weights(driver, model).items():
+        _assert_same(weight, before[path], f"base of {path} after training")
+    assert not np.array_equal(_outputs(driver, model)["head"], outputs["head"]), "the head was not trained"
+    for path in TARGETS:
+        assert not np.array_equal(_outputs(driver, model)[path], outputs[path]), f"{path} was not trained"
+    with adamss.disabled(model) as base:
+        for path, output in _outputs(driver, base).items():
+            _assert_same(output, outputs[path], f"{path}, disabled")
+    model = adamss.detach(model)
+    assert driver.backend.adaptation(model) is None
+    for path, arrays in _everything(driver, model).items():
+        _assert_same(arrays, before[path], f"{path} after detach")
+    for path, output in _outputs(driver, model).items():
+        _assert_same(output, outputs[path], f"output of {path} after detach")
+
+
 def _with_random_C(
     driver: Driver,
     model: Any,
@@ -710,7 +759,7 @@ def _runner(driver: Driver, mode: str, path: str) -> Callable[[Any, Any], Any]:
         return driver.call(model, path, x)
 
     if mode == COMPILED:
-        driver.require("compiles")
+        require(driver, "compiles")
         return driver.compile(run)
     return run
 

@@ -88,10 +88,30 @@ def test_what_is_right_holds_every_law_that_applies():
     assert "bfloat16: NumPy has no bfloat16" in done.stdout
 
 
-def test_a_case_left_out_for_a_reason_of_its_own_fails():
-    done = run("--adamss-backend", "wrong:Shy", "-k", "law_12")
+@pytest.mark.parametrize("name", ["Shy", "Resigned"])
+def test_a_case_left_out_for_a_reason_of_its_own_fails(name):
+    done = run("--adamss-backend", f"wrong:{name}", "-k", "law_12")
     assert done.returncode == 1
-    assert "left out for a reason that the capability table does not give: not today" in done.stdout
+    assert table(done.stdout)[12] == (0, 13, 0)
+    assert "left out for a reason that the capability table does not give" in done.stdout
+
+
+def test_so_it_does_behind_the_other_door(tmp_path):
+    """Without the plugin, which a subclass does not need."""
+    (tmp_path / "test_shy.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "import pytest, wrong\n"
+        "from adamss_conformance import BackendSuite\n"
+        "class TestShy(BackendSuite):\n"
+        "    @pytest.fixture\n"
+        "    def driver(self):\n"
+        "        return wrong.Shy()\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "law_12 or law_11"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"13 failed, 9 skipped", done.stdout), done.stdout
 
 
 def test_a_device_that_is_absent_is_named():
@@ -107,6 +127,10 @@ def test_a_device_that_is_absent_is_named():
         ("no_such_module:Backend", "No module named 'no_such_module'"),
         ("wrong:np", "wrong:np is neither a Backend nor an adamss_conformance.Driver"),
         ("wrong:Missing", "wrong:Missing is neither a Backend nor"),
+        (
+            "broken:Driver",
+            "--adamss-backend broken:Driver: RuntimeError: the driver of the device is too old",
+        ),
     ],
 )
 def test_a_backend_that_cannot_be_had_is_a_failure(target, message):

@@ -380,3 +380,13 @@ def test_adapted_layers_can_be_stacked_and_scanned_over(config, inputs):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
     y, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(eqx.combine(layer, rest)(x)), None), x, stacked)
     agrees(y, expected, "outputs")
+
+
+def test_equal_models_have_trees_of_equal_structure(config, inputs):
+    """So that they can be averaged, and a state of an optimiser can be loaded for a model that was loaded."""
+    first, second = (adamss.attach(Net(), config(modules_to_save=["classifier"])) for _ in range(2))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    mean = jax.tree.map(lambda a, b: a if a.dtype == bool else (a + b) / 2, first, second)
+    assert jax.tree.structure(mean) == jax.tree.structure(first)
+    again = pickle.loads(pickle.dumps(first))
+    assert jax.tree.structure(again) == jax.tree.structure(first)

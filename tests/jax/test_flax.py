@@ -656,3 +656,75 @@ def test_what_is_trained_of_a_saved_module(config):
     adapters = {f"{layer}.adamss.{name}" for layer in ("query", "attention.query") for name in "BC"}
     assert paths == adapters | {"batch.scale", "batch.bias", "conv.kernel", "conv.bias"}
     assert type(model.batch.mean) is nnx.BatchStat
+
+
+class Unsorted(nnx.Module):
+    """Attributes in another order than the alphabet's, in which NNX gives back what it has transformed."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.value, self.query = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(6, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.value(x) * self.query(x))
+
+
+UNSORTED = adamss.AdamssConfig(
+    targets=["query", "value"], modules_to_save=["head"], rank=4, subspaces=2, subspace_rank=1
+)
+
+
+@pytest.mark.parametrize("transform", [nnx.clone, copy.deepcopy, nnx.jit(lambda model: model)])
+def test_verbs_know_a_transformed_model(transform, tmp_path):
+    model = adamss.attach(Unsorted(), UNSORTED)
+    model.query.adamss.C.set_value(jnp.full_like(model.query.adamss.C[...], 0.3))
+    y = model(jnp.ones((2, 6)))
+    model = transform(model)
+    assert {row.path for row in adamss.summary(model).rows} == {"query", "value"}
+    adamss.save(model, tmp_path / "a.safetensors")
+    assert_agrees(adamss.merge(model)(jnp.ones((2, 6))), y, dtype="float32", what="merged")
+    assert type(adamss.detach(model).query) is nnx.Linear
+
+
+def test_equal_models_share_what_is_compiled():
+    traces = 0
+
+    @nnx.jit
+    def run(model, x):
+        nonlocal traces
+        traces += 1
+        return model(x)
+
+    for _ in range(3):
+        run(adamss.attach(Unsorted(), UNSORTED), jnp.ones((2, 6)))
+    assert traces == 1
+
+
+def test_the_base_within_a_compiled_step():
+    """As preference optimisation does it, with a head that was trained too."""
+    base, x = Unsorted(), jnp.ones((2, 6))
+    expected = base(x)
+    model = adamss.attach(base, UNSORTED)
+    model.head.kernel.set_value(model.head.kernel[...] * 2)
+
+    @nnx.jit
+    def reference(model, x):
+        with adamss.disabled(model):
+            return model(x)
+
+    assert_agrees(reference(model, x), expected, dtype="float32", what="disabled, compiled")
+    assert not jnp.allclose(model(x), expected, atol=1e-3)
+
+
+def test_einsum_called_with_an_equation_of_its_own():
+    layer = nnx.Einsum("bd,dn->bn", (6, 6), rngs=nnx.Rngs(0))
+    model = nnx.Dict(layer=layer)
+    adamss.attach(model, adamss.AdamssConfig(targets=["layer"], rank=4, subspaces=2))
+    layer.adamss.C.set_value(jnp.full_like(layer.adamss.C[...], 0.3))
+    x = jax.random.normal(jax.random.key(0), (2, 3, 6))
+    same = layer(x, "abd,dn->abn")
+    for row, expected in zip(x, same, strict=True):
+        assert_agrees(layer(row), expected, dtype="float32", what="one more axis of the input")
+    with pytest.raises(errors.LayerError, match="its kernel is another matrix"):
+        layer(x[0], "bn,dn->bd")

@@ -155,10 +155,11 @@ def test_padding_of_a_stack_is_never_trained(x):
     assert not jnp.any(jnp.where(padding[:, None, :], adapter.B[...], 0.0))
 
 
-def test_a_part_of_a_stack_is_refused():
+@pytest.mark.parametrize("targets", [r"layers\.query\[[01]\]", ["query[0]", "query[2]"]])
+def test_a_part_of_a_stack_is_refused(targets):
     model = Scanned()
     with pytest.raises(LayerError, match=r"layers\.query is a stack of 3 layers, of which 1 match no target"):
-        adamss.attach(model, adamss.AdamssConfig(targets=r"layers\.query\[[01]\]"))
+        adamss.attach(model, adamss.AdamssConfig(targets=targets))
     assert type(model.layers.query) is nnx.Linear
 
 

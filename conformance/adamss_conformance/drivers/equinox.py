@@ -54,15 +54,27 @@ class EquinoxDriver(JaxDriver):
         return str(getattr(layer, "base", layer).weight.dtype)
 
     def train(
-        self, model: Any, inputs: Mapping[str, np.ndarray], *, steps: int, optimiser: str, rate: float
+        self,
+        model: Any,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        steps: int,
+        optimiser: str,
+        rate: float,
+        compiled: bool = False,
     ) -> Any:
         tx = hold_frozen(self.optimiser(optimiser, rate), model)
         trained, frozen = eqx.partition(model, trainable_filter(model))
         state = tx.init(trained)
-        for _ in range(steps):
-            gradients = jax.grad(lambda t: self.loss(eqx.combine(t, frozen), inputs))(trained)
+
+        def step(trained: Any, state: Any) -> Any:
+            gradients = jax.grad(lambda trained: self.loss(eqx.combine(trained, frozen), inputs))(trained)
             updates, state = tx.update(gradients, state, trained)
-            trained = eqx.apply_updates(trained, updates)
+            return eqx.apply_updates(trained, updates), state
+
+        run = eqx.filter_jit(step) if compiled else step
+        for _ in range(steps):
+            trained, state = run(trained, state)
         return eqx.combine(trained, frozen)
 
     def _layer(self, model: Any, path: str) -> Any:

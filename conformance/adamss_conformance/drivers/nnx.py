@@ -52,13 +52,25 @@ class NnxDriver(JaxDriver):
         return str(self._layer(model, path).kernel.dtype)
 
     def train(
-        self, model: nnx.Module, inputs: Mapping[str, np.ndarray], *, steps: int, optimiser: str, rate: float
+        self,
+        model: nnx.Module,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        steps: int,
+        optimiser: str,
+        rate: float,
+        compiled: bool = False,
     ) -> nnx.Module:
         tx = hold_frozen(self.optimiser(optimiser, rate), model)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+
+        def step(model: Any, optimizer: Any) -> None:
+            slope = nnx.grad(self.loss, argnums=nnx.DiffState(0, nnx.LoRAParam))
+            optimizer.update(model, slope(model, inputs))
+
+        run = nnx.jit(step) if compiled else step
         for _ in range(steps):
-            gradients = nnx.grad(self.loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, inputs)
-            optimizer.update(model, gradients)
+            run(model, optimizer)
         return model
 
     def _layer(self, model: nnx.Module, path: str) -> Any:

@@ -51,7 +51,14 @@ class NumpyDriver(Driver):
         return self.backend.linear_vjp(dy, x, W, factors)  # type: ignore[attr-defined,no-any-return]
 
     def train(
-        self, model: NumpyModel, inputs: Mapping[str, np.ndarray], *, steps: int, optimiser: str, rate: float
+        self,
+        model: NumpyModel,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        steps: int,
+        optimiser: str,
+        rate: float,
+        compiled: bool = False,
     ) -> NumpyModel:
         step = {"sgd": _sgd, "adamw": _adamw}[optimiser]
         states: dict[str, Any] = {}

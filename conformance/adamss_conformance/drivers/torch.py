@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,7 +88,9 @@ class TorchDriver(Driver):
         compiled = torch.compile(function, fullgraph=True, backend=backend)
 
         def call(*args: Any) -> Any:
-            return compiled(*args)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # those of the compiler about itself
+                return compiled(*args)
 
         call.compilations = lambda: count  # type: ignore[attr-defined]
         return call
@@ -96,7 +99,14 @@ class TorchDriver(Driver):
         return int(compiled.compilations())  # type: ignore[attr-defined]
 
     def train(
-        self, model: nn.Module, inputs: Mapping[str, np.ndarray], *, steps: int, optimiser: str, rate: float
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        steps: int,
+        optimiser: str,
+        rate: float,
+        compiled: bool = False,
     ) -> nn.Module:
         parameters = adamss.trainable_parameters(model)
         kinds: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -109,13 +119,18 @@ class TorchDriver(Driver):
         optimizer = kinds[optimiser]([p for p in parameters if optimiser != "muon" or p.ndim == 2])
         hold_frozen(model, optimizer)
         x = {path: self.array(values) for path, values in inputs.items()}
-        for _ in range(steps):
-            optimizer.zero_grad()
-            loss = torch.zeros((), device=self.device)
+
+        def loss() -> Tensor:
+            total = torch.zeros((), device=self.device)
             for path, values in x.items():
                 weight = model.get_parameter(f"{path}.weight")
-                loss = loss + self.call(model, path, values.to(weight.dtype)).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+                total = total + self.call(model, path, values.to(weight.dtype)).square().mean()
+            return total
+
+        forward = self.compile(loss) if compiled else loss
+        for _ in range(steps):
+            optimizer.zero_grad()
+            forward().backward()
             optimizer.step()
         return model
 
