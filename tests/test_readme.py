@@ -39,3 +39,8 @@ def test_every_public_name_is_in_the_readme(module, needs):
     text = README.read_text(encoding="utf-8")
     missing = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
     assert not missing, f"{module}.__all__ has names that the README does not mention: {missing}"
+
+
+def test_nothing_in_it_waits_to_be_filled_in():
+    text = re.sub(r"```.*?```", "", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert re.findall(r"^[A-Z_]{5,}$|TODO|FIXME|XXX", text, flags=re.MULTILINE) == []
