@@ -289,13 +289,11 @@ class EquinoxShell(Shell):
         adapted = _adapted(model)
         prefix, record = _prefix(adapted), next(iter(adapted.values())).record
         base = _mapped(model, lambda _, layer: _unmerged(layer))
-        originals = {} if record.originals is None else record.originals.restored()
         modules = dict(_walk(base))
-        saved = {}
-        for path in record.saved:
-            below = join_path(path, "")
-            own = {name.removeprefix(below): a for name, a in originals.items() if name.startswith(below)}
-            saved[prefix + path] = _with_arrays(modules[(prefix + path).rstrip(".")], own)
+        saved = {
+            prefix + path: _with_arrays(modules[(prefix + path).rstrip(".")], arrays)
+            for path, arrays in record.saved_originals().items()
+        }
         return _replaced(base, saved)
 
     def fold(self, model: Any, merged: Mapping[str, Merged], *, keep_base: bool) -> Any:

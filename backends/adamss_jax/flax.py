@@ -294,7 +294,7 @@ class NnxShell(Shell):
     def remove(self, model: nnx.Module) -> nnx.Module:
         self.unfold(model)
         record, modules = _record(model), self.modules(model)
-        for path, values in _originals(record).items():
+        for path, values in record.saved_originals().items():
             _write(modules[path], values)
             for _, variable in _variables(modules[path]):
                 if variable.has_metadata("adamss_kind"):
@@ -347,7 +347,7 @@ class NnxShell(Shell):
         if not all(adapter.enabled for adapter in adapters):
             yield model
             return
-        modules, originals = self.modules(model), _originals(_record(model))
+        modules, originals = self.modules(model), _record(model).saved_originals()
         saved = {path: dict(self.arrays(modules[path])) for path in originals}
         merged = [
             {name: getattr(layer, name).get_value() for name in adapter.base.arrays} if adapter.base else {}
@@ -443,20 +443,6 @@ def _adapted(model: Any) -> dict[str, Any]:
 def _record(model: Any) -> Record:
     record: Record = getattr(next(iter(_adapted(model).values())), CHILD).record
     return record
-
-
-def _originals(record: Record) -> dict[str, dict[str, Array]]:
-    if record.originals is None:
-        return {}
-    originals = record.originals.restored()
-    return {
-        path: {
-            name.removeprefix(join_path(path, "")): array
-            for name, array in originals.items()
-            if name.startswith(join_path(path, ""))
-        }
-        for path in record.saved
-    }
 
 
 def _check_disjoint(adapted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

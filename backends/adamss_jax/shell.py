@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamss.backend import Adaptation, BaseWeight
+from adamss.checkpoint import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import ArrayTypeError, StateError
@@ -107,6 +108,15 @@ class Record:
     paths: tuple[str, ...]
     saved: tuple[str, ...] = ()
     originals: HostCopies | None = None
+
+    def saved_originals(self) -> dict[str, dict[str, jax.Array]]:
+        """Return the base values of each of ``modules_to_save``, by its path and then by name."""
+        arrays = {} if self.originals is None else self.originals.restored()
+        below = {path: join_path(path, "") for path in self.saved}
+        return {
+            path: {name.removeprefix(start): a for name, a in arrays.items() if name.startswith(start)}
+            for path, start in below.items()
+        }
 
     @property
     def owners(self) -> tuple[str, ...]:

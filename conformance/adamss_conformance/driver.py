@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import array_api_compat
 import numpy as np
@@ -136,15 +136,15 @@ class Driver(ABC):
         dy: Array,
     ) -> Gradients:
         """Return the gradients of ``sum(dy * linear(x, W, b, factors))`` for x, B and C. Capability ``gradients``."""
-        raise NotImplementedError(f"{self.name} promises gradients and has none")
+        self._broke_its_promise("gradients", "gradients")
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function compiled as a whole, with nothing left to the interpreter. Capability ``compiles``."""
-        raise NotImplementedError(f"{self.name} promises to compile and does not")
+        self._broke_its_promise("compiles", "compile")
 
     def compilations(self, compiled: Callable[..., Any]) -> int:
         """Return how often a function from `compile` has been compiled so far. Capability ``compiles``."""
-        raise NotImplementedError(f"{self.name} promises to compile and does not")
+        self._broke_its_promise("compiles", "compilations")
 
     def train(
         self,
@@ -161,7 +161,13 @@ class Driver(ABC):
         Minimises the sum over the paths of `inputs` of ``mean(call(model, path, x)^2)``, without frozen elements
         moving, by one of `adamss_conformance.capabilities.OPTIMISERS`, started anew with every call.
         """
-        raise NotImplementedError(f"{self.name} promises optimisers and has none")
+        self._broke_its_promise("optimisers", "train")
+
+    def _broke_its_promise(self, capability: str, method: str) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: its capabilities promise {capability!r}, and it does not override `{method}`; "
+            "write it, or give in Capabilities(missing=...) the reason why not"
+        )
 
     def __str__(self) -> str:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adamss_conformance import LAWS, Capabilities
+from adamss_conformance import LAWS, Capabilities, Driver
 from adamss_conformance.cases import adjusted_rand_index
 from adamss_conformance.driver import find_drivers
 from adamss_conformance.laws import law_of
@@ -158,6 +158,27 @@ def test_capabilities_need_reasons():
         Capabilities(**{**vars(complete), "dtypes": ("float64", "float32")})
     with pytest.raises(ValueError, match="a reason for what is not lacking: float16"):
         Capabilities(**{**vars(complete), "missing": {**complete.missing, "float16": "none"}})
+
+
+@pytest.mark.parametrize(
+    ("capability", "call"),
+    [
+        ("gradients", lambda driver: driver.gradients(None, None, None, None, None, None)),
+        ("compiles", lambda driver: driver.compile(None)),
+        ("optimisers", lambda driver: driver.train(None, {}, steps=1, optimiser="sgd", rate=0.1)),
+    ],
+)
+def test_a_driver_that_promises_what_it_has_not_is_told_what_to_write(capability, call):
+    class Boaster(Driver):
+        name, backend_name = "boaster", "numpy"
+        capabilities = find_drivers("numpy")[0].capabilities
+
+        def model(self, layers, dtype): ...
+
+        def call(self, model, path, x): ...
+
+    with pytest.raises(TypeError, match=f"Boaster: its capabilities promise '{capability}'"):
+        call(Boaster())
 
 
 class TestByFixture(BackendSuite):
