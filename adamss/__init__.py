@@ -12,6 +12,7 @@ from adamss.config import AdamssConfig, BudgetConfig
 from adamss.errors import AdamssError, AdamssWarning
 from adamss.verbs import (
     attach,
+    consolidate,
     detach,
     disabled,
     load,
@@ -32,6 +33,7 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "attach",
+    "consolidate",
     "core",
     "detach",
     "disabled",

@@ -43,6 +43,8 @@ class BudgetConfig:
         Exponent of the schedule between the two (Zhu and Gupta, 2017).
     initial
         Budget up to ``start_step``; None for all there is.
+    minimum_per_layer
+        Subspaces that every layer keeps in any case, the best it has; all of a layer that has no more.
     window
         ``"reset"`` forgets the importance averages after each allocation, ``"running"`` keeps them.
     revive
@@ -68,6 +70,7 @@ class BudgetConfig:
     interval: int = 1
     power: float = 3.0
     initial: int | None = None
+    minimum_per_layer: int = 0
     window: Literal["reset", "running"] = "reset"
     revive: bool = False
     sensitivity_decay: float = 0.85
@@ -78,6 +81,7 @@ class BudgetConfig:
         _set_integer(self, "start_step", minimum=0)
         _set_integer(self, "end_step", minimum=1)
         _set_integer(self, "interval", minimum=1)
+        _set_integer(self, "minimum_per_layer", minimum=0)
         if self.initial is not None:
             _set_integer(self, "initial", minimum=1)
             if self.initial < self.target:

@@ -26,6 +26,7 @@ from adamss.core import Factors
 from adamss.core._array import check_concrete, check_matrix, namespace
 from adamss.errors import (
     AdamssWarning,
+    ArrayTypeError,
     ArrayValueError,
     CheckpointError,
     ConfigError,
@@ -36,6 +37,7 @@ from adamss.errors import (
 
 __all__ = [
     "attach",
+    "consolidate",
     "detach",
     "disabled",
     "load",
@@ -93,7 +95,8 @@ def attach(model: Model, config: AdamssConfig) -> Model:
     weights = {path: backend.weight(modules[path], path) for path in paths}
     with backend.exact():
         layers = {path: _initial_factors(backend, path, base, config) for path, base in weights.items()}
-        _check_budget(config, layers)
+        if config.budget is not None:
+            core.plan_budget(layers, config.budget)  # complains of what cannot be kept to
         return backend.insert(model, layers, config=config, saved=dict.fromkeys(saved))
 
 
@@ -162,7 +165,8 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
         If the model has no adapters, or was merged with ``keep_base=False``.
     """
     backend, adaptation = _adapted(model, "save")
-    _require_kept_base(adaptation, "save")
+    if adaptation.merged:
+        _require_kept_base(adaptation, "save")
     modules = backend.modules(model)
     layers = {}
     with backend.exact():
@@ -250,7 +254,8 @@ def load(
 def merge(model: Model, *, keep_base: bool = True) -> Model:
     """Fold the update into the weights, so that inference costs what the base model costs.
 
-    Each weight becomes ``round(W0 + delta)``, the sum formed in float32 or wider.
+    Each weight becomes ``round(W0 + delta)``, the sum formed in float32 or wider. What `consolidate` has folded is
+    merged anew with the rest: `unmerge` gives back the model as it was before both.
 
     Parameters
     ----------
@@ -267,7 +272,7 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     Raises
     ------
     StateError
-        If the model has no adapters or is merged already.
+        If the model has no adapters or is merged already, or was consolidated with ``keep_base=False``.
     ArrayValueError
         If a merged weight is not finite; the message names the layer, and no layer is merged.
 
@@ -280,6 +285,9 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     if adaptation.merged:
         _require_kept_base(adaptation, "merge")
         raise StateError("merge: the updates are merged already; call adamss.unmerge(model) first")
+    if adaptation.folded:
+        _require_kept_base(adaptation, "merge")
+        model = backend.unfold(model)
     modules = backend.modules(model)
     merged, lost = {}, {}
     with backend.exact():
@@ -327,6 +335,60 @@ def unmerge(model: Model) -> Model:
         raise StateError("unmerge: the updates are not merged")
     _require_kept_base(adaptation, "unmerge")
     return backend.unfold(model)
+
+
+def consolidate(model: Model, *, keep_base: bool = True) -> Model:
+    """Fold the frozen subspaces into the weights, so that the forward computes only what is still trained.
+
+    Each weight becomes ``W0 + sum of A_k B_k C_k over the frozen k``. Outputs and gradients of the trained subspaces
+    are the same, up to rounding; `save` goes on writing every subspace, `detach` gives W0 back. Training goes on as
+    before, and what is frozen later is folded by the next call. `adamss_torch.BudgetController.compact` and
+    `adamss_jax.compact` do the same for parameters and optimiser.
+
+    Parameters
+    ----------
+    model
+        An adapted model with frozen subspaces, not merged.
+    keep_base
+        Keep a copy of W0 on the CPU, so that `detach`, `merge` and `disabled` are exact. Without it they raise, and
+        nothing more can be thawed.
+
+    Returns
+    -------
+    Model
+        The model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, is merged, or has no frozen subspaces that are not folded yet.
+    ArrayTypeError
+        If a weight is in half precision, which would lose the update: merge at the end instead.
+    ArrayValueError
+        If a weight would not be finite; the message names the layer, and nothing is changed.
+    """
+    backend, adaptation = _adapted(model, "consolidate")
+    if adaptation.merged:
+        raise StateError("consolidate: the updates are merged; call adamss.unmerge(model) first")
+    folded = {path: ~factors.active for path, factors in adaptation.layers.items()}
+    already = adaptation.folded
+    new = {path: mask & ~already[path] if path in already else mask for path, mask in folded.items()}
+    if not any(bool(namespace(mask).any(mask)) for mask in new.values()):
+        raise StateError("consolidate: there is no frozen subspace that is not folded already")
+    modules = backend.modules(model)
+    merged = {}
+    with backend.exact():
+        for path, factors in adaptation.layers.items():
+            W, b = backend.weight(modules[path], path)
+            if backend.dtype_name(W) not in ("float32", "float64"):
+                raise ArrayTypeError(
+                    f"{path}: consolidating into {backend.dtype_name(W)} would round the update away; "
+                    "leave the model as it is, and merge at the end"
+                )
+            merged[path] = _folded_weight(W, b, factors, folded[path], path)
+        return backend.consolidate(
+            model, merged, folded, keep_base=keep_base and (adaptation.base_kept or not already)
+        )
 
 
 def detach(model: Model) -> Model:
@@ -402,7 +464,7 @@ def _require_base(backend: Backend, model: Model, verb: str) -> None:
 def _require_kept_base(adaptation: Adaptation, verb: str) -> None:
     if not adaptation.base_kept:
         raise StateError(
-            f"{verb}: the base weights were dropped by merge(keep_base=False); load the base model afresh"
+            f"{verb}: the base weights were dropped (keep_base=False); load the base model afresh"
         )
 
 
@@ -459,26 +521,6 @@ def _with_bias_row(base: BaseWeight) -> Any:
     return xp.concat([base.W, xp.astype(xp.reshape(base.b, (1, -1)), base.W.dtype)], axis=0)
 
 
-def _check_budget(config: AdamssConfig, layers: Mapping[str, Factors]) -> None:
-    if config.budget is None:
-        return
-    if config.budget.unit == "subspaces":
-        total = sum(factors.ranks.shape[0] for factors in layers.values())
-    else:
-        total = sum(core.count_factors(factors) for factors in layers.values())
-    if config.budget.target > total:
-        raise ConfigError(
-            f"budget: target = {config.budget.target} is more than the {total} {config.budget.unit} "
-            "of the model; lower it"
-        )
-    warnings.warn(
-        "budget: this version has no controller that follows it in training; it is stored with the adapter, "
-        "and all subspaces stay trained",
-        AdamssWarning,
-        stacklevel=3,
-    )
-
-
 def _outline(backend: Backend, factors: Factors, path: str) -> Factors:
     """Return labels, ranks and mask as NumPy arrays, and A, B, C that have shapes alone: enough to count."""
     check_concrete(factors.labels, factors.ranks, factors.active, name=path)
@@ -498,6 +540,16 @@ def _factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig, *, l
 
 def _cast(backend: Backend, factors: Factors, dtype: str) -> Factors:
     return factors._replace(**{name: backend.cast(getattr(factors, name), dtype) for name in "ABC"})
+
+
+def _folded_weight(W: Any, b: Any, factors: Factors, folded: Any, path: str) -> core.Merged:
+    """Return the base weight with the update of some subspaces."""
+    xp = namespace(factors.C)
+    own = xp.take(folded, factors.labels)[None, :]
+    try:
+        return core.merge(W, b, factors._replace(C=xp.where(own, factors.C, xp.zeros_like(factors.C))))
+    except ArrayValueError as error:
+        raise ArrayValueError(f"{path}: {error}") from error
 
 
 # ---- files -----------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from adamss.core import Factors, Merged
 from adamss.core._array import Array
+from adamss.errors import StateError
 
 if TYPE_CHECKING:
     from adamss.checkpoint import StoredTensor
@@ -67,6 +68,9 @@ class Adaptation:
         Whether the base weights can be given back: False after ``merge(keep_base=False)``.
     disabled
         Whether the model is switched off at the moment, by `Backend.disabled`.
+    folded
+        (K,) booleans by module path: the frozen subspaces that `Backend.consolidate` has folded into the weights.
+        Empty if there are none.
     """
 
     config: AdamssConfig
@@ -76,6 +80,7 @@ class Adaptation:
     merged: bool = False
     base_kept: bool = True
     disabled: bool = False
+    folded: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Backend(ABC):
@@ -188,7 +193,8 @@ class Backend(ABC):
             If the module has no weight that can be adapted, or its forward is never called; the message
             names `path`.
         StateError
-            If the base weight was dropped by ``merge(keep_base=False)``.
+            If the base weight was dropped by ``merge(keep_base=False)``. After ``consolidate(keep_base=False)`` it is
+            what is left when the folded update is subtracted again, up to rounding.
         """
 
     @abstractmethod
@@ -244,7 +250,8 @@ class Backend(ABC):
         model
             An adapted model.
         active
-            (K,) booleans by module path; a layer that is not named keeps its mask.
+            (K,) booleans by module path; a layer that is not named keeps its mask. None of `Adaptation.folded` is
+            among them.
         """
 
     @abstractmethod
@@ -260,7 +267,29 @@ class Backend(ABC):
 
     @abstractmethod
     def unfold(self, model: Model) -> Model:
-        """Return the model as before `fold`: ``unfold(fold(m, ...)) == m``."""
+        """Return the model as before `fold` and `consolidate`: ``unfold(fold(m, ...)) == m``."""
+
+    def consolidate(
+        self, model: Model, merged: Mapping[str, Merged], folded: Mapping[str, Array], *, keep_base: bool
+    ) -> Model:
+        """Return the model with these weights, and without these subspaces in what its adapters compute.
+
+        The output is that of `model` up to rounding, and so are the gradients of the subspaces that are left;
+        ``adaptation(consolidate(m, ...)).layers == adaptation(m).layers``. `unfold` undoes it. A backend need not
+        have it.
+
+        Parameters
+        ----------
+        model
+            An adapted model that is not merged.
+        merged
+            By module path, the base weight with the update of the folded subspaces.
+        folded
+            By module path, (K,) booleans; all are frozen.
+        keep_base
+            Whether the base weight is kept.
+        """
+        raise StateError(f"consolidate: the backend {self.name!r} does not have it; leave the model as it is")
 
     @abstractmethod
     def disabled(self, model: Model) -> AbstractContextManager[Model]:

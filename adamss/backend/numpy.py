@@ -35,9 +35,11 @@ class NumpyLinear:
     factors
         The adapter, or None.
     base
-        The base weight, while `W` and `b` are merged ones and it was kept; else None.
+        The base weight, while `W` and `b` are merged or consolidated ones and it was kept; else None.
     merged
         Whether `W` and `b` hold the update already.
+    folded
+        (K,) booleans, the subspaces whose update `W` and `b` hold already; None for none.
     """
 
     W: Array
@@ -45,12 +47,27 @@ class NumpyLinear:
     factors: Factors | None = None
     base: BaseWeight | None = None
     merged: bool = False
+    folded: Array | None = None
 
     def __call__(self, x: Array) -> Array:
         """Return the output (..., n) for inputs (..., d)."""
-        if self.factors is None or self.merged:
+        factors = self.computed()
+        if factors is None:
             return x @ self.W if self.b is None else x @ self.W + self.b
-        return np.asarray(core.linear(x, self.W, self.b, self.factors))
+        return np.asarray(core.linear(x, self.W, self.b, factors))
+
+    def computed(self) -> Factors | None:
+        """Return the factors whose update is added to the frozen product: without what `W` holds already."""
+        if self.factors is None or self.merged or self.folded is None:
+            return None if self.merged else self.factors
+        return _without(self.factors, self.folded)
+
+
+def _without(factors: Factors, subspaces: Array) -> Factors:
+    """Return factors in which the update of some subspaces is zero."""
+    xp = namespace(factors.C)
+    own = xp.take(subspaces, factors.labels)[None, :]
+    return factors._replace(C=xp.where(own, xp.zeros_like(factors.C), factors.C))
 
 
 @dataclass(frozen=True)
@@ -129,11 +146,16 @@ class NumpyBackend(Backend):
             raise LayerTypeError(f"{path}: expected a NumpyLinear, found {type(module).__name__}")
         if not isinstance(module.W, self.array_type):
             raise ArrayTypeError(f"{path}: W must be a NumPy array, found {type(module.W).__name__}")
-        if not module.merged:
-            return BaseWeight(module.W, module.b)
-        if module.base is None:
+        if module.base is not None:
+            return module.base
+        if module.merged:
             raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
-        return module.base
+        if module.folded is not None and module.factors is not None:
+            update = core.delta(_without(module.factors, ~module.folded))
+            return BaseWeight(
+                module.W - namespace(module.W).astype(update, module.W.dtype)[: module.W.shape[0]], module.b
+            )
+        return BaseWeight(module.W, module.b)
 
     def arrays(self, module: NumpyLinear) -> dict[str, Array]:
         weight = {"weight": module.W.T}
@@ -167,7 +189,11 @@ class NumpyBackend(Backend):
             shapes={path: (layer.W.shape[0], layer.W.shape[1]) for path, layer in adapted.items()},
             saved=model.saved,
             merged=any(layer.merged for layer in adapted.values()),
-            base_kept=all(layer.base is not None or not layer.merged for layer in adapted.values()),
+            base_kept=all(
+                layer.base is not None or not (layer.merged or layer.folded is not None)
+                for layer in adapted.values()
+            ),
+            folded={path: layer.folded for path, layer in adapted.items() if layer.folded is not None},
         )
 
     def parameters(self, model: NumpyModel) -> dict[str, dict[str, Array]]:
@@ -190,17 +216,29 @@ class NumpyBackend(Backend):
         return NumpyModel(model.originals or {})
 
     def fold(self, model: NumpyModel, merged: Mapping[str, Merged], *, keep_base: bool) -> NumpyModel:
+        return self._with_weights(model, merged, {path: {"merged": True} for path in merged}, keep_base)
+
+    def consolidate(
+        self, model: NumpyModel, merged: Mapping[str, Merged], folded: Mapping[str, Array], *, keep_base: bool
+    ) -> NumpyModel:
+        return self._with_weights(
+            model, merged, {path: {"folded": folded[path]} for path in merged}, keep_base
+        )
+
+    def _with_weights(
+        self, model: NumpyModel, merged: Mapping[str, Merged], state: Mapping[str, Any], keep_base: bool
+    ) -> NumpyModel:
         changed = dict(model.layers)
         for path, value in merged.items():
-            base = BaseWeight(changed[path].W, changed[path].b) if keep_base else None
-            changed[path] = replace(changed[path], W=value.W, b=value.b, base=base, merged=True)
+            base = self.weight(changed[path], path) if keep_base else None
+            changed[path] = replace(changed[path], W=value.W, b=value.b, base=base, **state[path])
         return replace(model, layers=changed, originals=model.originals if keep_base else None)
 
     def unfold(self, model: NumpyModel) -> NumpyModel:
         return replace(
             model,
             layers={
-                path: replace(layer, W=layer.base.W, b=layer.base.b, base=None, merged=False)
+                path: replace(layer, W=layer.base.W, b=layer.base.b, base=None, merged=False, folded=None)
                 if layer.base is not None
                 else layer
                 for path, layer in model.layers.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -17,9 +18,12 @@ __all__ = [
     "as_working_precision",
     "check_concrete",
     "check_matrix",
+    "choose",
     "device",
+    "is_traced",
     "namespace",
     "one_hot",
+    "repeat_while",
 ]
 
 Array: TypeAlias = Any
@@ -70,6 +74,48 @@ def as_widest_precision(array: Array, /) -> Array:
     return xp.astype(array, xp.float64)
 
 
+def is_traced(*arrays: Any) -> bool:
+    """Return whether one of the arrays is a tracer of JAX: a shape and a dtype, without values."""
+    jax = sys.modules.get("jax")
+    return jax is not None and any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def choose(
+    condition: Array, then: Callable[..., Any], otherwise: Callable[..., Any], /, *operands: Any
+) -> Any:
+    """Return ``then(*operands)`` or ``otherwise(*operands)``; a branch of the compiled function where traced.
+
+    Parameters
+    ----------
+    condition
+        0-d boolean.
+    then, otherwise
+        Pure functions with results of one structure, shapes and dtypes.
+    operands
+        Arrays, or tuples, lists and dictionaries of them.
+    """
+    if is_traced(condition):
+        return sys.modules["jax"].lax.cond(condition, then, otherwise, *operands)
+    return then(*operands) if bool(condition) else otherwise(*operands)
+
+
+def repeat_while(condition: Callable[[Any], Array], body: Callable[[Any], Any], state: Any, /) -> Any:
+    """Return ``body(...body(body(state)))`` as long as the condition holds; a compiled loop where traced.
+
+    Parameters
+    ----------
+    condition, body
+        Pure functions of the state: to a 0-d boolean, and to a state of the same structure, shapes and dtypes.
+    state
+        A tuple of arrays.
+    """
+    if is_traced(*state):
+        return sys.modules["jax"].lax.while_loop(condition, body, state)
+    while bool(condition(state)):
+        state = body(state)
+    return state
+
+
 def check_concrete(*arrays: Any, name: str) -> None:
     """Check that arrays have values: that none is a tracer, of which JAX knows only shape and dtype.
 
@@ -78,8 +124,7 @@ def check_concrete(*arrays: Any, name: str) -> None:
     ArrayTypeError
         If one is a tracer; the message says where to call instead.
     """
-    jax = sys.modules.get("jax")
-    if jax is not None and any(isinstance(array, jax.core.Tracer) for array in arrays):
+    if is_traced(*arrays):
         raise ArrayTypeError(
             f"{name}: the values are needed here, and found was a tracer, which has none; call this outside of "
             "jax.jit, jax.grad, jax.vmap and jax.lax.scan, and pass the result in"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from adamss.core._array import Array, check_concrete, device, namespace
+from adamss.core._array import Array, device, is_traced, namespace, repeat_while
 from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = ["Schedule", "allocate", "allocates_at", "budget_at"]
@@ -99,7 +99,7 @@ def budget_at(step: int, config: Schedule, total: int | None = None) -> int:
     return math.floor(config.target + (start - config.target) * math.pow(left / span, config.power))
 
 
-def allocates_at(step: int, config: Schedule) -> bool:
+def allocates_at(step: Any, config: Schedule) -> Any:
     """Return whether there is an allocation after ``step`` completed steps.
 
     Every ``interval`` steps after t0, and always at t1; none before or after.
@@ -107,37 +107,51 @@ def allocates_at(step: int, config: Schedule) -> bool:
     Parameters
     ----------
     step
-        Completed, not skipped, optimiser steps.
+        Completed, not skipped, optimiser steps; an integer, or an array of them.
     config
         The schedule, as `adamss.BudgetConfig`.
 
     Returns
     -------
     bool
-        Whether to call `allocate`.
+        Whether to call `allocate`; an array of booleans for an array.
     """
-    if not config.start_step < step <= config.end_step:
-        return False
-    return step == config.end_step or (step - config.start_step) % config.interval == 0
+    within = (step > config.start_step) & (step <= config.end_step)
+    return within & ((step == config.end_step) | ((step - config.start_step) % config.interval == 0))
 
 
-def allocate(scores: Array, budget: int, costs: Array | None = None) -> Array:
+def allocate(
+    scores: Array,
+    budget: int | Array,
+    costs: Array | None = None,
+    *,
+    candidates: Array | None = None,
+    layers: Array | None = None,
+    minimum: int = 0,
+) -> Array:
     """Return which subspaces stay trained: the best that the budget affords.
 
     Without costs, exactly ``min(budget, T)`` subspaces, highest scores first. With costs, in order of
     score over cost, each that still fits is taken and one that does not is passed over, so that the
     costs never sum to more than the budget. Equal scores: the lower index first; order the subspaces by
-    module path, then by number, and every framework and process decides alike.
+    module path, then by number, and every framework and process decides alike. Under ``jax.jit`` too.
 
     Parameters
     ----------
     scores
         Score of every subspace of the model, (T,) floating point. NaN ranks below everything.
     budget
-        Number of subspaces, or of parameters where costs are given; an integer >= 0.
+        Number of subspaces, or of parameters where costs are given; an integer >= 0, or a 0-d array.
     costs
         Trained parameters of each subspace, (T,) positive integers: an array, or the list that
         `adamss.core.subspace_costs` returns.
+    candidates
+        (T,) booleans: which subspaces may be taken, those that are still trained where none may come back. None for
+        all.
+    layers
+        Layer of each subspace, (T,) integers, for `minimum`.
+    minimum
+        So many of the best candidates of every layer are taken before all others, as far as the budget goes.
 
     Returns
     -------
@@ -147,9 +161,9 @@ def allocate(scores: Array, budget: int, costs: Array | None = None) -> Array:
     Raises
     ------
     ArrayValueError
-        If scores or costs are not (T,), or a cost is not positive.
+        If scores, costs, candidates or layers are not (T,), or a cost is not positive.
     ConfigError
-        If the budget is negative.
+        If the budget or the minimum is negative, or there is a minimum and no `layers`.
 
     Examples
     --------
@@ -159,33 +173,58 @@ def allocate(scores: Array, budget: int, costs: Array | None = None) -> Array:
     array([ True, False,  True, False])
     >>> allocate(np.asarray([9.0, 8.0, 1.0]), 5, np.asarray([3, 4, 2]))
     array([ True, False,  True])
+    >>> allocate(np.asarray([9.0, 8.0, 1.0]), 2, layers=np.asarray([0, 0, 1]), minimum=1)
+    array([ True, False,  True])
     """
     xp = namespace(scores)
     if isinstance(costs, Sequence):
         costs = xp.asarray(costs, device=device(scores))
-    if scores.ndim != 1 or (costs is not None and costs.shape != scores.shape):
-        found = tuple(scores.shape) if costs is None else (tuple(scores.shape), tuple(costs.shape))
-        raise ArrayValueError(f"scores and costs must be 1-d and of equal length, found {found}")
-    if budget < 0:
+    for name, array in (("costs", costs), ("candidates", candidates), ("layers", layers)):
+        if scores.ndim != 1 or (array is not None and array.shape != scores.shape):
+            found = "none" if array is None else tuple(array.shape)
+            raise ArrayValueError(
+                f"scores and {name} must be 1-d and of equal length, found {tuple(scores.shape)} and {found}"
+            )
+    if not is_traced(budget) and budget < 0:
         raise ConfigError(f"budget must not be negative, found {budget}")
-    scores = xp.where(xp.isnan(scores), xp.full_like(scores, -float("inf")), scores)
-    if costs is None:
-        return _rank_of(scores) < budget
-    check_concrete(scores, costs, name="scores and costs")
-    if scores.shape[0] and int(xp.min(costs)) < 1:
+    if minimum < 0 or (minimum and layers is None):
+        raise ConfigError(f"minimum must not be negative, and needs layers; found {minimum}")
+    if costs is not None and costs.shape[0] and not is_traced(costs) and int(xp.min(costs)) < 1:
         raise ArrayValueError(f"costs must be positive, found {int(xp.min(costs))}")
-    order = xp.argsort(scores / xp.astype(costs, scores.dtype), descending=True, stable=True)
-    kept = _fill(xp.take(costs, order), budget)
-    return xp.take(kept, xp.argsort(order))
+    if candidates is None:
+        candidates = xp.ones(scores.shape, dtype=xp.bool, device=device(scores))
+    scores = xp.where(xp.isnan(scores), xp.full_like(scores, -float("inf")), scores)
+    density = scores if costs is None else scores / xp.astype(costs, scores.dtype)
+    order = xp.argsort(density, descending=True, stable=True)
+    order = _stably_sorted(~xp.take(candidates, order), order)
+    if minimum and layers is not None:
+        place = _place_in_layer(xp.take(layers, order))
+        order = _stably_sorted(place >= minimum, order)
+    taken = xp.take(candidates, order)
+    if costs is None:
+        taken = taken & (xp.cumulative_sum(xp.astype(taken, order.dtype)) <= budget)
+    else:
+        taken = _fill(xp.take(costs, order), taken, budget)
+    return xp.take(taken, xp.argsort(order))
 
 
-def _rank_of(scores: Array) -> Array:
-    """Place of each score in descending order, the lower index first among equals."""
-    xp = namespace(scores)
-    return xp.argsort(xp.argsort(scores, descending=True, stable=True))
+def _stably_sorted(last: Array, order: Array) -> Array:
+    """Move the entries of an order that are marked behind the others, each kind in its order."""
+    xp = namespace(order)
+    return xp.take(order, xp.argsort(xp.astype(last, xp.int8), stable=True))
 
 
-def _fill(costs: Array, budget: int) -> Array:
+def _place_in_layer(layers: Array) -> Array:
+    """How many entries of the same layer come before each."""
+    xp = namespace(layers)
+    grouped = xp.argsort(layers, stable=True)
+    sorted_layers = xp.take(layers, grouped)
+    positions = xp.arange(layers.shape[0], dtype=grouped.dtype, device=device(layers))
+    first = xp.astype(xp.searchsorted(sorted_layers, sorted_layers), grouped.dtype)
+    return xp.take(positions - first, xp.argsort(grouped))
+
+
+def _fill(costs: Array, candidates: Array, budget: int | Array) -> Array:
     """Take the costs in order, passing over each that no longer fits; booleans (T,).
 
     Each round takes as long a run as fits; what is dearer than the rest of the budget can never fit
@@ -193,15 +232,16 @@ def _fill(costs: Array, budget: int) -> Array:
     as distinct costs, where a loop over entries would take T.
     """
     xp = namespace(costs)
+
+    def cost(chosen: Array) -> Array:
+        return xp.where(chosen, costs, xp.zeros_like(costs))
+
+    def take(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        kept, candidates = state
+        spent = xp.cumulative_sum(cost(candidates))
+        kept = kept | (candidates & (spent <= budget - xp.sum(cost(kept))))
+        return kept, candidates & ~kept & (costs <= budget - xp.sum(cost(kept)))
+
     kept = xp.zeros(costs.shape, dtype=xp.bool, device=device(costs))
-    candidates = costs <= budget
-    while bool(xp.any(candidates)):
-        spent = xp.cumulative_sum(xp.where(candidates, costs, xp.zeros_like(costs)))
-        kept = kept | (candidates & (spent <= budget - _cost(costs, kept)))
-        candidates = candidates & ~kept & (costs <= budget - _cost(costs, kept))
+    kept, _ = repeat_while(lambda state: xp.any(state[1]), take, (kept, candidates & (costs <= budget)))
     return kept
-
-
-def _cost(costs: Array, kept: Array) -> int:
-    xp = namespace(costs)
-    return int(xp.sum(xp.where(kept, costs, xp.zeros_like(costs))))

@@ -29,6 +29,7 @@ __all__ = [
     "Factors",
     "Gradients",
     "Merged",
+    "Restriction",
     "basis_ranks",
     "check_factors",
     "contract",
@@ -41,6 +42,8 @@ __all__ = [
     "linear",
     "linear_vjp",
     "merge",
+    "restrict",
+    "reunite",
     "trained_elements",
 ]
 
@@ -112,6 +115,27 @@ class Merged(NamedTuple):
     W: Array
     b: Array | None
     lost: Array
+
+
+class Restriction(NamedTuple):
+    """The factors of some subspaces alone, and where they stand in the whole.
+
+    Attributes
+    ----------
+    factors
+        Of the chosen subspaces, renumbered, for their own columns: B (P, q') and C (r, n').
+    subspaces
+        Numbers of the chosen subspaces, (K',) integers, ascending.
+    directions
+        Their columns of B, (q',) integers, ascending.
+    columns
+        Their columns of W, (n',) integers, ascending.
+    """
+
+    factors: Factors
+    subspaces: Array
+    directions: Array
+    columns: Array
 
 
 def initial_factors(
@@ -604,6 +628,78 @@ def trained_elements(factors: Factors) -> tuple[Array, Array]:
     last = xp.full_like(group, factors.ranks.shape[0] - 1)
     trained_B = xp.take(factors.active, xp.minimum(group, last)) & (group <= last)
     return trained_B[None, :], xp.take(factors.active, factors.labels)[None, :]
+
+
+def restrict(factors: Factors, chosen: Array) -> Restriction:
+    """Return the factors of some subspaces alone: ``delta[:, columns]`` is the update of their own columns.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+    chosen
+        (K,) booleans. There may be none: the arrays are empty then.
+
+    Returns
+    -------
+    Restriction
+        Views or copies of the arrays.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss import core
+    >>> decomposition = core.decompose(np.eye(6), 4)
+    >>> factors = core.initial_factors(decomposition, core.segment(decomposition, 3, "contiguous"), 1)
+    >>> part = core.restrict(factors, np.asarray([True, False, True]))
+    >>> part.columns.tolist(), part.directions.tolist(), part.factors.labels.tolist()
+    ([0, 1, 4, 5], [0, 2], [0, 0, 1, 1])
+    """
+    check_concrete(chosen, factors.labels, factors.ranks, name="factors and chosen")
+    xp = namespace(factors.labels)
+    integer = factors.labels.dtype
+    group, _ = _column_index(factors)
+    last = xp.full_like(group, factors.ranks.shape[0] - 1)
+    subspaces = xp.nonzero(chosen)[0]
+    directions = xp.nonzero(xp.take(chosen, xp.minimum(group, last)) & (group <= last))[0]
+    columns = xp.nonzero(xp.take(chosen, factors.labels))[0]
+    number = xp.cumulative_sum(xp.astype(chosen, integer)) - 1
+    part = Factors(
+        factors.A if factors.A.shape[0] == 1 else xp.take(factors.A, subspaces, axis=0),
+        xp.take(factors.B, directions, axis=1),
+        xp.take(factors.C, columns, axis=1),
+        xp.astype(xp.take(number, xp.take(factors.labels, columns)), integer),
+        xp.take(factors.ranks, subspaces),
+        xp.take(factors.active, subspaces),
+    )
+    return Restriction(part, subspaces, directions, columns)
+
+
+def reunite(first: Restriction, second: Restriction, whole: Factors) -> Factors:
+    """Return B and C of a layer put together from two restrictions of it that have all subspaces between them.
+
+    ``reunite(restrict(f, m), restrict(f, ~m), f) == f``.
+
+    Parameters
+    ----------
+    first, second
+        Of which B and C are read, and where they stand.
+    whole
+        Factors of the layer, for all but B and C.
+
+    Returns
+    -------
+    Factors
+        Of the layer.
+    """
+    xp = namespace(first.factors.B, second.factors.B)
+
+    def joined(name: str, places: str) -> Array:
+        arrays = [getattr(part.factors, name) for part in (first, second)]
+        order = xp.argsort(xp.concat([getattr(part, places) for part in (first, second)]))
+        return xp.take(xp.concat(arrays, axis=1), order, axis=1)
+
+    return whole._replace(B=joined("B", "directions"), C=joined("C", "columns"))
 
 
 def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
