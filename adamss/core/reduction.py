@@ -329,7 +329,7 @@ def advance_budget(
         def averaged_only(state: BudgetState) -> BudgetState:
             return state._replace(importance=averaged)
 
-        new = choose(due & informative, allocated, averaged_only, state)
+        new: BudgetState = choose(due & informative, allocated, averaged_only, state)
         left_out = state.left_out + xp.astype(~usable, state.left_out.dtype)
         return new._replace(step=step, waiting=due & ~informative, left_out=left_out)
 
