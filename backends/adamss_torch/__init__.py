@@ -13,6 +13,7 @@ except ImportError as error:
 
 from adamss_torch.adapter import Adapter
 from adamss_torch.backend import TorchBackend
+from adamss_torch.budget import Allocation, BudgetController
 from adamss_torch.frozen import hold_frozen
 
-__all__ = ["Adapter", "TorchBackend", "hold_frozen"]
+__all__ = ["Adapter", "Allocation", "BudgetController", "TorchBackend", "hold_frozen"]

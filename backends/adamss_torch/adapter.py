@@ -13,17 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamss.core import Factors
-from adamss_torch.functional import Layout, make_layout, update
+from adamss.core import Factors, contract, expand, restrict
+from adamss_torch.compaction import resize
+from adamss_torch.functional import Constants, Layout, make_layout, update
 
 __all__ = ["CHILD", "Adapter"]
 
 CHILD = "adamss"
 """Name of the adapter among the children of its layer."""
 
+DERIVED = (
+    "rows",
+    "groups",
+    "slots",
+    "columns",
+    "owners_B",
+    "owners_C",
+    "used_B",
+    "used_C",
+    "more_M",
+    "more_E",
+)
+"""Buffers that follow from the others: not stored, made anew whenever those change."""
+
 
 class Adapter(nn.Module):
     """``y = base(x) + (x M^T) E``, with ``M = B A^T`` and E the expansion of C.
+
+    Its subspaces lie in three places. Those in the Parameters B and C are all of them, until `compact` moves the
+    frozen ones to buffers, as constants; `fold` leaves out of the sum those that the weight of the layer holds.
 
     Parameters
     ----------
@@ -35,43 +53,73 @@ class Adapter(nn.Module):
     Attributes
     ----------
     B, C
-        Trained Parameters, (q, P) and (r, n).
+        Trained Parameters, (q', P) and (r, n'): the rows of B and columns of C of the subspaces `owned`.
     A, labels, ranks, active
         Buffers, as in `adamss.core.Factors`.
+    owned
+        Buffer, (K,) booleans: whose B and C are in the Parameters; None for all.
+    rest_B, rest_C
+        Buffers, B and C of the other subspaces; None where there are none.
+    folded
+        (K,) booleans: whose update the weight of the layer holds; None for none.
+    revive
+        Whether frozen subspaces get gradients all the same, because they may return.
     enabled
         Whether the hook adds the update.
     merged
-        Whether the weights of the layer hold the update already.
+        Whether the weights of the layer hold the whole update already.
     base
-        While merged: the tensors that the layer had before, by name; None if they were dropped.
+        While merged or folded: the tensors that the layer had before, by name; None if they were dropped.
     """
 
     A: Tensor
     labels: Tensor
     ranks: Tensor
     active: Tensor
+    owned: Tensor | None
+    rest_B: Tensor | None
+    rest_C: Tensor | None
+    folded: Tensor | None
     rows: Tensor
     groups: Tensor
     slots: Tensor
+    columns: Tensor | None
+    owners_B: Tensor
+    owners_C: Tensor
+    used_B: Tensor | None
+    used_C: Tensor | None
+    more_M: Tensor | None
+    more_E: Tensor | None
 
     def __init__(self, factors: Factors, d: int) -> None:
         super().__init__()
         self.d = d
         self.enabled = True
         self.merged = False
+        self.revive = False
         self.base: dict[str, Tensor] | None = None
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
         for name in ("A", "labels", "ranks", "active"):
             self.register_buffer(name, getattr(factors, name).detach())
-        # A function of labels and ranks: not stored, made anew whenever they are loaded.
-        for name, value in make_layout(self.labels, self.ranks, *self._sizes())._asdict().items():
-            self.register_buffer(name, value, persistent=False)
+        for name in ("owned", "rest_B", "rest_C"):
+            self.register_buffer(name, None)
+        for name in ("folded", *DERIVED):
+            self.register_buffer(name, None, persistent=False)
+        self._derive()
 
     def forward(self, base: Tensor, x: Tensor) -> Tensor:
         """Return the output of the layer: the frozen product `base` (..., n) and the update of x (..., d)."""
-        layout = Layout(self.rows, self.groups, self.slots)
-        return update(base, x, self.A, self.B, self.C, self.active, layout)
+        B = self.B if self.used_B is None else self.B.index_select(0, self.used_B)
+        C = self.C if self.used_C is None else self.C.index_select(1, self.used_C)
+        if self.more_M is None or self.more_E is None:
+            constants = None
+            if B.shape[0] == 0:
+                return base
+        else:
+            constants = Constants(self.more_M, self.more_E)
+        layout = Layout(self.rows, self.groups, self.slots, self.columns)
+        return update(base, x, self.A, B, C, None if self.revive else self.active, layout, constants)
 
     def hook(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -83,8 +131,84 @@ class Adapter(nn.Module):
         return result
 
     def factors(self) -> Factors:
-        """Return the factors, canonical: views of the tensors held here."""
-        return Factors(self.A, self.B.detach().t(), self.C.detach(), self.labels, self.ranks, self.active)
+        """Return the factors, canonical, of all subspaces wherever they lie; views where they can be."""
+        B, C = self.B.detach(), self.C.detach()
+        if self.owned is not None and self.rest_B is not None and self.rest_C is not None:
+            rows, columns = zip(self._places(self.owned), self._places(~self.owned), strict=True)
+            B = _put_together((B, self.rest_B), rows, 0)
+            C = _put_together((C, self.rest_C), columns, 1)
+        return Factors(self.A, B.t(), C, self.labels, self.ranks, self.active)
+
+    def trained_elements(self) -> tuple[Tensor, Tensor]:
+        """Return which rows of B, (q', 1), and which columns of C, (1, n'), belong to active subspaces; booleans."""
+        return self.active[self.owners_B][:, None], self.active[self.owners_C][None, :]
+
+    # ---- changes of form ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compact(self, owned: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep in B and C these subspaces, (K,) booleans, and make constants of the rest.
+
+        The Parameters stay the objects that they are, with less in them, and lose their gradients.
+
+        Returns
+        -------
+        tuple of Tensor
+            Which rows of B, and which columns of C, are left; indices.
+        """
+        rest = restrict(self.factors(), ~owned).factors
+        kept_B, kept_C = owned[self.owners_B].nonzero()[:, 0], owned[self.owners_C].nonzero()[:, 0]
+        resize(self.B, self.B.detach().index_select(0, kept_B))
+        resize(self.C, self.C.detach().index_select(1, kept_C))
+        self.owned = owned.clone()
+        self.rest_B, self.rest_C = rest.B.t().contiguous(), rest.C.contiguous()
+        self._derive()
+        return kept_B, kept_C
+
+    def fold(self, folded: Tensor | None) -> None:
+        """Leave these subspaces, (K,) booleans, out of the update, or none."""
+        self.folded = folded
+        self._derive()
+
+    def _derive(self) -> None:
+        """Set the derived buffers from the labels, the ranks, and where the subspaces lie."""
+        r, q = self.C.shape[0], int(self.ranks.sum())
+        layout = make_layout(self.labels, self.ranks, r, q)
+        groups, labels = layout.groups, self.labels.to(torch.int64)
+        self.used_B = self.used_C = self.more_M = self.more_E = None
+        owned = torch.ones_like(self.active) if self.owned is None else self.owned
+        summed = torch.ones_like(self.active) if self.folded is None else ~self.folded
+        if self.owned is None and self.folded is None:
+            self.owners_B, self.owners_C = groups, labels
+        else:
+            layout = make_layout(self.labels, self.ranks, r, q, owned & summed)
+            self.owners_B, self.owners_C = groups[owned[groups]], labels[owned[labels]]
+            if bool((owned & ~summed).any()):
+                self.used_B = summed[self.owners_B].nonzero()[:, 0]
+                self.used_C = summed[self.owners_C].nonzero()[:, 0]
+            if bool((~owned & summed).any()):
+                part = restrict(self.factors(), ~owned & summed)
+                E = expand(part.factors)
+                self.more_M = contract(part.factors).t().contiguous()
+                self.more_E = E.new_zeros(E.shape[0], labels.numel()).index_copy(1, part.columns, E)
+        self.rows, self.groups, self.slots, self.columns = layout
+
+    def places(self, name: str) -> tuple[Tensor, torch.Size]:
+        """Return where in the whole B (q, P), or C (r, n), each entry of the Parameter stands, and that shape."""
+        rows, columns = self._places(torch.ones_like(self.active) if self.owned is None else self.owned)
+        (P, q), (r, n) = (self.A.shape[2], int(self.ranks.sum())), (self.C.shape[0], self.labels.numel())
+        if name == "B":
+            shape = torch.Size((q, P))
+            return torch.arange(q * P, device=rows.device).view(shape)[rows], shape
+        shape = torch.Size((r, n))
+        return torch.arange(r * n, device=rows.device).view(shape)[:, columns], shape
+
+    def _places(self, subspaces: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which rows of the whole B, and which columns of the whole C, belong to some subspaces; indices."""
+        groups = make_layout(self.labels, self.ranks, 1, int(self.ranks.sum())).groups
+        return subspaces[groups].nonzero()[:, 0], subspaces[self.labels.to(torch.int64)].nonzero()[:, 0]
+
+    # ---- the layer ------------------------------------------------------------------------------------
 
     def install(self, layer: nn.Module) -> None:
         """Become a child of the layer, and hook its forward."""
@@ -100,15 +224,18 @@ class Adapter(nn.Module):
                 layer._forward_hooks_with_kwargs.pop(key, None)
         delattr(layer, CHILD)
 
-    def _sizes(self) -> tuple[int, int]:
-        return self.C.shape[0], self.B.shape[0]
-
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(model)``."""
         G, d, P = self.A.shape
-        return f"d={d}, n={self.C.shape[1]}, R={P}, K={self.ranks.numel()}, q={self.B.shape[0]}, bases={G}"
+        n, K = self.labels.numel(), self.ranks.numel()
+        return f"d={d}, n={n}, R={P}, K={K}, q={int(self.ranks.sum())}, bases={G}"
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, *args, **kwargs)
-        for name, value in make_layout(self.labels, self.ranks, *self._sizes())._asdict().items():
-            setattr(self, name, value)
+        self._derive()
+
+
+def _put_together(parts: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor], axis: int) -> Tensor:
+    """Return two parts in one tensor, each entry at its place."""
+    order = torch.cat(places).argsort()
+    return torch.cat(parts, dim=axis).index_select(axis, order)

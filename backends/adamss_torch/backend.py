@@ -16,12 +16,12 @@ from torch.nn.parameter import is_lazy
 from adamss.backend import Adaptation, Backend, BaseWeight
 from adamss.checkpoint import StoredTensor
 from adamss.config import AdamssConfig
-from adamss.core import Factors, Merged
+from adamss.core import Factors, Merged, delta, restrict
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch.adapter import CHILD, Adapter
 from adamss_torch.functional import make_layout, update
 
-__all__ = ["TorchBackend"]
+__all__ = ["TorchBackend", "adapters_of"]
 
 RECORD = "_adamss_record"
 
@@ -133,12 +133,15 @@ class TorchBackend(Backend):
             )
         tensors: Mapping[str, Tensor | None] = {"weight": module.weight, "bias": module.bias}
         adapter = getattr(module, CHILD, None)
-        if adapter is not None and adapter.merged:
-            if adapter.base is None:
-                raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
+        if adapter is not None and adapter.base is not None:
             tensors = {**tensors, **adapter.base}
+        elif adapter is not None and adapter.merged:
+            raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
         W, b = (None if tensor is None else tensor.detach() for tensor in tensors.values())
         assert W is not None
+        if adapter is not None and adapter.folded is not None and adapter.base is None:
+            folded = restrict(adapter.factors(), adapter.folded)
+            W = W.index_add(0, folded.columns, delta(folded.factors)[: W.shape[1]].t().to(W.dtype), alpha=-1)
         return BaseWeight(W.t(), b)
 
     def arrays(self, module: nn.Module) -> dict[str, Tensor]:
@@ -186,8 +189,12 @@ class TorchBackend(Backend):
             shapes={path: (layer.in_features, layer.out_features) for path, (layer, _) in layers.items()},
             saved=tuple(record.originals),
             merged=any(adapter.merged for adapter in adapters.values()),
-            base_kept=all(adapter.base is not None or not adapter.merged for adapter in adapters.values()),
+            base_kept=all(
+                adapter.base is not None or not (adapter.merged or adapter.folded is not None)
+                for adapter in adapters.values()
+            ),
             disabled=record.disabled,
+            folded={path: a.folded for path, a in adapters.items() if a.folded is not None},
         )
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
@@ -209,6 +216,8 @@ class TorchBackend(Backend):
         assert record is not None
         layers = _adapted_layers(owner, record)
         for path, mask in active.items():
+            _check_thawed(path, layers[path][1], mask)
+        for path, mask in active.items():
             layers[path][1].active.copy_(mask)
         return model
 
@@ -228,32 +237,24 @@ class TorchBackend(Backend):
         return model
 
     def fold(self, model: nn.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> nn.Module:
+        for adapter in _replace_weights(model, merged, keep_base=keep_base).values():
+            adapter.merged = True
+        return model
+
+    def consolidate(
+        self,
+        model: nn.Module,
+        merged: Mapping[str, Merged],
+        folded: Mapping[str, Tensor],
+        *,
+        keep_base: bool,
+    ) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
-        layers = _adapted_layers(owner, record)
-        for path, (layer, _) in layers.items():
-            if not {"weight", "bias"} <= layer._parameters.keys():
-                raise LayerError(
-                    f"{path}: its weight or bias is computed by a parametrization and cannot be replaced; "
-                    "remove the parametrization, or leave the adapter unmerged"
-                )
-        counts = _parameter_counts(owner)
-        for path, (layer, adapter) in layers.items():
-            values = {"weight": merged[path].W.t()}
-            if merged[path].b is not None and adapter.A.shape[1] > adapter.d:
-                values["bias"] = merged[path].b
-            base = {}
-            for name, value in values.items():
-                parameter = getattr(layer, name)
-                if counts[id(parameter)] > 1:
-                    # Other modules go on with the base weight: this layer gets a Parameter of its own.
-                    base[name] = parameter
-                    setattr(layer, name, nn.Parameter(value.contiguous(), requires_grad=False))
-                else:
-                    base[name] = parameter.detach().to("cpu", copy=True) if keep_base else value
-                    _copy_into({name: parameter.detach()}, {name: value})
-            adapter.merged = True
-            adapter.base = base if keep_base else None
+        if all(adapter.base is not None for _, adapter in _adapted_layers(owner, record).values()):
+            self.unfold(model)
+        for path, adapter in _replace_weights(model, merged, keep_base=keep_base).items():
+            adapter.fold(folded[path].clone())
         return model
 
     def unfold(self, model: nn.Module) -> nn.Module:
@@ -267,6 +268,8 @@ class TorchBackend(Backend):
                     _copy_into({name: getattr(layer, name).detach()}, {name: tensor})
             adapter.merged = False
             adapter.base = None
+            if adapter.folded is not None:
+                adapter.fold(None)
         return model
 
     @contextmanager
@@ -297,6 +300,13 @@ class TorchBackend(Backend):
             record.disabled = False
             for adapter, enabled in zip(adapters, before, strict=True):
                 adapter.enabled = enabled
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """Return the adapters of an adapted model by module path."""
+    owner, record = _owner(model)
+    layers = {} if record is None else _adapted_layers(owner, record)
+    return {path: adapter for path, (_, adapter) in layers.items()}
 
 
 def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
@@ -382,6 +392,48 @@ def _linear(module: nn.Module) -> nn.Linear:
 def _adapted_layers(owner: nn.Module, record: _Record) -> dict[str, tuple[nn.Linear, Adapter]]:
     layers = {path: _linear(owner.get_submodule(path)) for path in record.paths}
     return {path: (layer, getattr(layer, CHILD)) for path, layer in layers.items()}
+
+
+def _replace_weights(
+    model: nn.Module, merged: Mapping[str, Merged], *, keep_base: bool
+) -> dict[str, Adapter]:
+    """Give the adapted layers other weights, and return the adapters, which keep the former ones if asked."""
+    owner, record = _owner(model)
+    assert record is not None
+    layers = _adapted_layers(owner, record)
+    for path, (layer, _) in layers.items():
+        if not {"weight", "bias"} <= layer._parameters.keys():
+            raise LayerError(
+                f"{path}: its weight or bias is computed by a parametrization and cannot be replaced; "
+                "remove the parametrization, or leave the adapter unmerged"
+            )
+    counts = _parameter_counts(owner)
+    for path, (layer, adapter) in layers.items():
+        values = {"weight": merged[path].W.t()}
+        if merged[path].b is not None and adapter.A.shape[1] > adapter.d:
+            values["bias"] = merged[path].b
+        base = {}
+        for name, value in values.items():
+            parameter = getattr(layer, name)
+            if counts[id(parameter)] > 1:
+                # Other modules go on with the base weight: this layer gets a Parameter of its own.
+                base[name] = parameter
+                setattr(layer, name, nn.Parameter(value.contiguous(), requires_grad=False))
+            else:
+                base[name] = parameter.detach().to("cpu", copy=True) if keep_base else value
+                _copy_into({name: parameter.detach()}, {name: value})
+        adapter.base = base if keep_base else None
+    return {path: adapter for path, (_, adapter) in layers.items()}
+
+
+def _check_thawed(path: str, adapter: Adapter, mask: Tensor) -> None:
+    """Check that no subspace is to be trained again that is not among the Parameters any more."""
+    for name, gone in (
+        ("consolidated into the weight", adapter.folded),
+        ("compacted to constants", None if adapter.owned is None else ~adapter.owned),
+    ):
+        if gone is not None and bool((mask.to(gone.device) & gone).any()):
+            raise StateError(f"{path}: a subspace that was {name} cannot be trained again")
 
 
 def _parameter_counts(owner: nn.Module) -> Counter[int]:

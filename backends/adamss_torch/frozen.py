@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adamss.core import hold_frozen as held
 from adamss_torch.adapter import Adapter
+from adamss_torch.sharding import local, shard_like
 
-__all__ = ["hold_frozen"]
+__all__ = ["FrozenElements", "hold_frozen"]
+
+
+class FrozenElements:
+    """The elements of frozen subspaces, remembered before a step of an optimiser and given back after it.
+
+    Parameters
+    ----------
+    adapters
+        Whose B and C the optimiser trains.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self._adapters = adapters
+        self._before: list[Tensor] = []
+        self._trained: list[Tensor] = []
+        self.look()
+
+    def look(self) -> None:
+        """Take the masks of the adapters over, after an allocation."""
+        self._trained = []
+        for adapter in self._adapters:
+            for parameter, trained in zip((adapter.B, adapter.C), adapter.trained_elements(), strict=True):
+                full = trained.expand(parameter.shape)
+                self._trained.append(shard_like(full, parameter))
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep the values from before a step."""
+        self._before = [tensor.clone() for tensor in self._tensors()]
+
+    def values(self) -> list[Tensor]:
+        """Return B and C of each adapter as remembered: the part of them that is on this process."""
+        return self._before
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give frozen elements their values from before the step, to the bit."""
+        now = self._tensors()
+        kept = [torch.where(*three) for three in zip(self._trained, now, self._before, strict=True)]
+        torch._foreach_copy_(now, kept)
+        self._before = []
+
+    def _tensors(self) -> list[Tensor]:
+        return [local(p.detach()) for adapter in self._adapters for p in (adapter.B, adapter.C)]
 
 
 def hold_frozen(
@@ -20,7 +65,8 @@ def hold_frozen(
     """Keep the frozen elements of an adapted model where they are, whatever the optimiser does.
 
     Weight decay, and momentum from before an element was frozen, move it although its gradient is zero. Hooks on
-    the optimiser's step remember every B and C and give the frozen elements back, to the bit.
+    the optimiser's step remember every B and C and give the frozen elements back, to the bit. This is for masks
+    that are set by hand; `adamss_torch.BudgetController` does it by itself.
 
     Parameters
     ----------
@@ -34,18 +80,13 @@ def hold_frozen(
     tuple of RemovableHandle
         Their ``remove`` takes the hooks off.
     """
-    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
-    before: list[tuple[Tensor, Tensor]] = []
+    elements = FrozenElements([module for module in model.modules() if isinstance(module, Adapter)])
 
-    def remember(*_: Any) -> None:
-        before[:] = [(adapter.B.detach().clone(), adapter.C.detach().clone()) for adapter in adapters]
+    def before(*_: Any) -> None:
+        elements.look()  # whoever sets masks by hand does not tell
+        elements.remember()
 
-    @torch.no_grad()
-    def restore(*_: Any) -> None:
-        for adapter, (B, C) in zip(adapters, before, strict=True):
-            factors = adapter.factors()
-            kept = held(factors._replace(B=B.t(), C=C), factors)
-            adapter.B.copy_(kept.B.t())
-            adapter.C.copy_(kept.C)
+    def after(*_: Any) -> None:
+        elements.restore()
 
-    return optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(restore)
+    return optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)

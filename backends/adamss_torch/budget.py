@@ -1,0 +1,631 @@
+"""The adaptive budget in a PyTorch training loop, on the hooks of the optimiser's step."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from adamss.backend import Adaptation
+from adamss.config import BudgetConfig
+from adamss.core import BudgetPlan, Factors, Importance, plan_budget, scores
+from adamss.errors import (
+    AdamssWarning,
+    ConfigError,
+    ConfigTypeError,
+    StateError,
+)
+from adamss_torch.adapter import Adapter
+from adamss_torch.averages import Averages
+from adamss_torch.backend import TorchBackend, adapters_of
+from adamss_torch.compaction import Carried, carry_over, check_resizable, kept_places
+from adamss_torch.frozen import FrozenElements
+from adamss_torch.sharding import agree, is_sharded, local, shard_like, sum_over_shards
+
+__all__ = ["Allocation", "BudgetController"]
+
+_CONTROLLED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Controllers, weakly, by the optimiser and by the model that each is on."""
+
+
+class Allocation(NamedTuple):
+    """One decision of a `BudgetController`, as its callback gets it.
+
+    Attributes
+    ----------
+    step
+        Completed optimiser steps.
+    budget
+        Budget of the step, in the unit of the schedule.
+    active
+        Subspaces that are trained from now on.
+    parameters
+        Trained parameters ``sum r_k (n_k + R_k)`` of these.
+    scores
+        (K,) float32 on the CPU, by module path; zero for a subspace that was frozen before.
+    masks
+        (K,) booleans on the CPU, by module path.
+    """
+
+    step: int
+    budget: int
+    active: int
+    parameters: int
+    scores: dict[str, Tensor]
+    masks: dict[str, Tensor]
+
+
+@dataclass
+class _Progress:
+    """Where a controller stands; apart from it, so that it can be told after the controller is gone."""
+
+    plan: BudgetPlan
+    step: int = 0
+    waiting: bool = False
+    left_out: int = 0
+    active: int = 0
+    reached: bool = False
+    told: bool = False
+
+    def tell(self) -> None:
+        """Warn once if the training is over and the target was not reached."""
+        if self.told or self.reached or not self.step:
+            return
+        self.told = True
+        config = self.plan.config
+        if self.step < config.end_step:
+            why = f"training ended after {self.step} optimiser steps, the schedule ends at {config.end_step}"
+        else:
+            why = f"no step since the last allocation had a gradient to score by ({self.left_out} were not finite)"
+        warnings.warn(
+            f"budget: the target of {config.target} {config.unit} was not reached: {why}; {self.active} of "
+            f"{len(self.plan.costs)} subspaces are trained",
+            AdamssWarning,
+            stacklevel=3,
+        )
+
+
+class BudgetController:
+    """Keeps the budget of an adapted model while an optimiser trains it; the training loop needs no other line.
+
+    Before each step of the optimiser it scores the subspaces by ``|w g|``, smoothed, times its uncertainty; after it,
+    it gives frozen elements their values back and, when it is time, chooses the subspaces that stay trained. A step
+    that `torch.amp.GradScaler` skips is no step, whether the optimiser is fused or not. Gradients may be accumulated,
+    clipped and scaled as usual. With ``revive=True`` frozen subspaces keep their gradients, which count in the norm
+    that a loop clips by; otherwise these are zero.
+
+    Several processes: with DistributedDataParallel (give the wrapped model) and FSDP2 (``fully_shard`` before the
+    optimiser is made), scores come from the synchronised gradients, summed over shards, and all processes take the
+    decision of the first one.
+
+    Parameters
+    ----------
+    model
+        An adapted model, wrapped or not.
+    optimizer
+        That trains all of its B and C, in any number of groups; wrappers with an ``optimizer`` of their own
+        (`accelerate`) are looked through. Not `torch.optim.LBFGS`, whose step takes many gradients.
+    config
+        The schedule; None for the one that the model was attached with.
+    compact_at_end
+        Whether to call `compact` once the target is reached.
+    on_allocation
+        Called with an `Allocation` after each.
+
+    Attributes
+    ----------
+    config
+        The schedule.
+    plan
+        The schedule and the subspaces of the model.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters or is merged, or optimiser or model have a controller already.
+    ConfigError
+        If there is no schedule, the model cannot keep to it, or the optimiser does not hold every B and C.
+
+    References
+    ----------
+    .. [1] Zheng et al., "Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning", NeurIPS 2025.
+
+    Examples
+    --------
+    >>> import adamss, adamss_torch, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=4, subspaces=4))
+    >>> optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.1)
+    >>> schedule = adamss.BudgetConfig(target=1, end_step=5)
+    >>> budget = adamss_torch.BudgetController(model, optimizer, schedule)
+    >>> for _ in range(5):
+    ...     optimizer.zero_grad()
+    ...     model(torch.ones(2, 8)).square().mean().backward()
+    ...     optimizer.step()
+    >>> budget.active_count, adamss.summary(model).total.active
+    (1, 1)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: BudgetConfig | None = None,
+        *,
+        compact_at_end: bool = False,
+        on_allocation: Callable[[Allocation], None] | None = None,
+    ) -> None:
+        adaptation = _adapted(model)
+        self.config = _schedule(config, adaptation)
+        self._optimizer = _unwrapped(optimizer)
+        self._adapters = adapters_of(model)
+        self.plan = plan_budget(adaptation.layers, self.config)
+        # In the order of the plan, which is that of no model.
+        self._adapters = {path: self._adapters[path] for path in self.plan.paths}
+        if compact_at_end and self.config.revive:
+            raise ConfigError(
+                "compact_at_end: with revive=True frozen subspaces may return; leave one of them out"
+            )
+        _check_held(self._optimizer, self._adapters)
+        for thing, what in (
+            (self._optimizer, "the optimiser"),
+            (next(iter(self._adapters.values())), "the model"),
+        ):
+            if _controller_of(thing) is not None:
+                raise StateError(
+                    f"BudgetController: {what} has a controller already; call remove() on that one first"
+                )
+        self._group = _process_group(model)
+        self._compact_at_end = compact_at_end
+        self._on_allocation = on_allocation
+        self._frozen = FrozenElements(list(self._adapters.values()))
+        self._averages = Averages(self._parameters, self.config)
+        self._progress = _Progress(self.plan, active=self._count())
+        self._closure = False
+        # From here on nothing can fail.
+        for adapter in self._adapters.values():
+            adapter.revive = self.config.revive
+            _CONTROLLED[adapter] = weakref.ref(self)
+        _CONTROLLED[self._optimizer] = weakref.ref(self)
+        self._handles = (
+            self._optimizer.register_step_pre_hook(self._before),
+            self._optimizer.register_step_post_hook(self._after),
+        )
+        self._at_end = weakref.finalize(self, self._progress.tell)
+
+    # ---- what a user reads ----------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Completed optimiser steps, those that were skipped not counted."""
+        return self._progress.step
+
+    @property
+    def budget(self) -> int:
+        """Budget after the present step, in the unit of the schedule."""
+        return self.plan.budget_at(self.step)
+
+    @property
+    def active_count(self) -> int:
+        """Subspaces that are trained."""
+        return self._progress.active
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Which subspaces are trained, (K,) booleans on the CPU by module path."""
+        return {path: adapter.active.cpu().clone() for path, adapter in self._adapters.items()}
+
+    @property
+    def reached(self) -> bool:
+        """Whether the last allocation has been made."""
+        return self._progress.reached
+
+    # ---- the step of the optimiser ----------------------------------------------------------------------
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # What a closure computes is known only after the step.
+        self._closure = (args[0] if args else kwargs.get("closure")) is not None
+        if self._any_frozen or self._closure:
+            self._frozen.remember()
+        self._averages.drop()
+        if self._scoring and not self._closure:
+            # A fused optimiser unscales in its own kernel: what it finds here is still scaled.
+            scale = getattr(optimizer, "grad_scale", None)
+            self._averages.take([local(p.detach()) for p in self._parameters], self._gradients(), scale)
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is not None and bool(skipped):
+            self._averages.drop()
+            return
+        if self._scoring and self._closure:
+            self._averages.take(self._frozen.values(), self._gradients(), None)
+        if self._any_frozen:
+            self._frozen.restore()
+        scored, self._progress.step = self._scoring, self.step + 1
+        if not scored:
+            return
+        self._averages.keep()
+        due = self._progress.waiting or self.plan.allocates_at(self.step)
+        if due or self._averages.on_cpu:
+            self._warn_of_left_out()
+        if due:
+            self._allocate()
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for adapter in self._adapters.values() for p in (adapter.B, adapter.C)]
+
+    @property
+    def _scoring(self) -> bool:
+        return self._progress.waiting or self.step < self.config.end_step
+
+    @property
+    def _any_frozen(self) -> bool:
+        return self.active_count < len(self.plan.costs)
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [None if p.grad is None else local(p.grad) for p in self._parameters]
+
+    def _count(self) -> int:
+        return int(sum(int(adapter.active.sum()) for adapter in self._adapters.values()))
+
+    def _warn_of_left_out(self) -> None:
+        left_out = self._averages.left_out()
+        if left_out and not self._progress.left_out:
+            warnings.warn(
+                f"budget: a gradient held NaN or infinity at step {self.step} or shortly before; such steps are left "
+                "out of the importance averages, and this is said once",
+                AdamssWarning,
+                stacklevel=4,
+            )
+        self._progress.left_out = left_out
+
+    # ---- allocation -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _allocate(self) -> None:
+        row = self._scores()
+        active = self.plan.join({path: adapter.active.cpu() for path, adapter in self._adapters.items()})
+        informative = bool(((row > 0) & (active | self.config.revive)).any())
+        self._progress.waiting = not informative
+        if not informative:
+            return
+        decided = self.plan.decide(row, active, self.budget)
+        mask = self._agreed(decided)
+        masks = self.plan.split(mask)
+        for path, adapter in self._adapters.items():
+            adapter.active.copy_(masks[path])
+        self._progress.active = int(mask.sum())
+        self._frozen.look()
+        if self.config.window == "reset":
+            self._averages.reset()
+        self._progress.reached = self.step >= self.config.end_step
+        if self._on_allocation is not None:
+            parameters = sum(cost for cost, kept in zip(self.plan.costs, mask.tolist(), strict=True) if kept)
+            self._on_allocation(
+                Allocation(self.step, self.budget, self.active_count, parameters, self.plan.split(row), masks)
+            )
+        if self.reached and self._compact_at_end:
+            self.compact()
+
+    def _scores(self) -> Tensor:
+        """Return the score of every subspace, (T,) on the CPU: the same on all processes that share the model."""
+        products = iter(self._averages.products())
+        found = {}
+        for path, adapter in self._adapters.items():
+            B, C = (_whole(next(products), adapter, name) for name in "BC")
+            ones = (torch.ones((), device=part.device).expand(part.shape) for part in (B, C))
+            outline = _outline(adapter)
+            found[path] = scores(Importance(B.t(), next(ones).t()), Importance(C, next(ones)), outline)
+        row = sum_over_shards(self.plan.join(found), self._parameters[0])
+        return row.float().cpu()
+
+    def _agreed(self, decided: Tensor) -> Tensor:
+        """Return the decision of the first process."""
+        mask = agree(decided.to(torch.uint8), self._parameters[0], self._group).to("cpu", torch.bool)
+        if not torch.equal(mask, decided):
+            warnings.warn(
+                "budget: this process scored the subspaces otherwise than the first one, whose decision it takes; "
+                "are the gradients synchronised before the optimiser's step?",
+                AdamssWarning,
+                stacklevel=5,
+            )
+        return mask
+
+    # ---- compact ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compact(self) -> None:
+        """Shrink Parameters, optimiser state, gradient work and saved activations to what is still trained.
+
+        The frozen subspaces become constants of the adapters, and go on contributing; `adamss.save`, `summary`,
+        `merge` and `detach` know them. The Parameters stay the objects that they are. With an optimiser that works
+        element by element (SGD, AdamW, NAdam, Adagrad, ...) training goes on as it would have, up to rounding; one
+        that mixes elements (Adafactor, Muon) sees smaller matrices from now on. It may be called at any step, and
+        again; a compiled model compiles once more.
+
+        Raises
+        ------
+        StateError
+            With ``revive=True``; where other things than the optimiser hold on to the Parameters' shape:
+            DistributedDataParallel (delete the wrapper, compact, wrap anew), FSDP; if a state of the optimiser cannot
+            be cut to the new shape. Nothing is changed then.
+        """
+        if self.config.revive:
+            raise StateError("compact: with revive=True frozen subspaces may return")
+        changes = {}
+        for path, adapter in self._adapters.items():
+            owned = torch.ones_like(adapter.active) if adapter.owned is None else adapter.owned
+            if bool((owned & ~adapter.active).any()):
+                changes[path] = adapter.active.clone()
+        check_resizable(self._adapters, changes)
+        carried = [
+            carry_over(self._optimizer, getattr(self._adapters[path], name), axis, kept, f"{path}.{name}")
+            for path, mask in changes.items()
+            for name, axis, kept in zip("BC", (0, 1), kept_places(self._adapters[path], mask), strict=True)
+        ]
+        self._compact(changes, carried)
+
+    def _compact(self, changes: Mapping[str, Tensor], carried: Iterable[Carried]) -> None:
+        for path, mask in changes.items():
+            adapter = self._adapters[path]
+            self._averages.select(adapter.B, 0, kept_places(adapter, mask)[0])
+            self._averages.select(adapter.C, 1, kept_places(adapter, mask)[1])
+            adapter.compact(mask)
+        for each in carried:
+            each.put()
+        self._averages.measure(self._parameters)
+        self._frozen.look()
+
+    # ---- state ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed training needs beside the model and the optimiser: tensors and plain values.
+
+        Averages have the shape of their Parameters, and are spread over processes as those are.
+        """
+        pairs = iter(self._averages.pairs(self._parameters))
+        return {
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "waiting": self._progress.waiting,
+            "reached": self._progress.reached,
+            "left_out": self._averages.left_out(),
+            "layers": {
+                path: {
+                    "active": adapter.active.clone(),
+                    "owned": None if adapter.owned is None else adapter.owned.clone(),
+                    "B": next(pairs),
+                    "C": next(pairs),
+                }
+                for path, adapter in self._adapters.items()
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned: step, averages, masks, and what was compacted.
+
+        The optimiser's own state may be loaded before or after. The schedule is that of this controller; a warning
+        names what differs from the one that the state was made with.
+
+        Raises
+        ------
+        StateError
+            If the state is of another model, or no state of a controller. Nothing is changed then.
+        """
+        layers = _checked_state(state, self._adapters)
+        differing = [
+            name for name, value in self.config.to_dict().items() if state["config"].get(name, value) != value
+        ]
+        if differing:
+            warnings.warn(
+                f"budget: the state was made with another schedule; this controller goes on with its own "
+                f"{', '.join(f'{name} = {getattr(self.config, name)}' for name in differing)}",
+                AdamssWarning,
+                stacklevel=2,
+            )
+        changes = {}
+        for path, layer in layers.items():
+            adapter = self._adapters[path]
+            if layer["owned"] is not None and (
+                adapter.owned is None or not torch.equal(layer["owned"].cpu(), adapter.owned.cpu())
+            ):
+                changes[path] = layer["owned"].to(adapter.active.device)
+        carried = []
+        if changes:
+            check_resizable(self._adapters, changes)
+            carried = [
+                carry_over(self._optimizer, getattr(self._adapters[path], name), axis, kept, f"{path}.{name}")
+                for path, mask in changes.items()
+                for name, axis, kept in zip(
+                    "BC", (0, 1), kept_places(self._adapters[path], mask), strict=True
+                )
+            ]
+        for path, layer in layers.items():
+            self._adapters[path].active.copy_(layer["active"])
+        self._compact(changes, carried)
+        self._averages.load(
+            [layers[path][name] for path in self._adapters for name in "BC"], state["left_out"]
+        )
+        progress = self._progress
+        progress.step, progress.waiting = int(state["step"]), bool(state["waiting"])
+        progress.reached, progress.left_out = bool(state["reached"]), int(state["left_out"])
+        progress.active = self._count()
+        self._frozen.look()
+
+    def remove(self) -> None:
+        """Take the hooks off; frozen subspaces stay frozen in the backward. Warns if the target was not reached."""
+        for handle in self._handles:
+            handle.remove()
+        for thing in (self._optimizer, *self._adapters.values()):
+            _CONTROLLED.pop(thing, None)
+        for adapter in self._adapters.values():
+            adapter.revive = False
+        self._at_end.detach()
+        self._progress.tell()
+
+
+# ---- scores ----------------------------------------------------------------------------------------------
+
+
+def _whole(part: Tensor, adapter: Adapter, name: str) -> Tensor:
+    """Return an array of a Parameter's part on this process in the shape of all subspaces, zero elsewhere."""
+    parameter = getattr(adapter, name)
+    if adapter.owned is None and not is_sharded(parameter):
+        return part
+    places, shape = adapter.places(name)
+    mine = shard_like(places, parameter)
+    row = part.new_zeros(shape.numel()).index_copy(0, mine.reshape(-1).to(part.device), part.reshape(-1))
+    return row.view(shape)
+
+
+def _outline(adapter: Adapter) -> Factors:
+    """Return factors of which the shapes, labels and ranks are right: what a score needs."""
+    nothing = adapter.A.new_zeros(())
+    (_, B_shape), (_, C_shape) = adapter.places("B"), adapter.places("C")
+    return Factors(
+        adapter.A,
+        nothing.expand(B_shape).t(),
+        nothing.expand(C_shape),
+        adapter.labels,
+        adapter.ranks,
+        adapter.active,
+    )
+
+
+# ---- checks ----------------------------------------------------------------------------------------------
+
+
+def _adapted(model: nn.Module) -> Adaptation:
+    adaptation = TorchBackend().adaptation(model)
+    if adaptation is None:
+        raise StateError("BudgetController: the model has no adapters; call adamss.attach first")
+    if adaptation.merged:
+        raise StateError("BudgetController: the updates are merged; call adamss.unmerge(model) first")
+    return adaptation
+
+
+def _schedule(config: BudgetConfig | None, adaptation: Adaptation) -> BudgetConfig:
+    config = adaptation.config.budget if config is None else config
+    if config is None:
+        raise ConfigError(
+            "BudgetController: no schedule; pass an adamss.BudgetConfig, or attach with AdamssConfig(budget=...)"
+        )
+    if not isinstance(config, BudgetConfig):
+        raise ConfigTypeError(
+            f"BudgetController: config must be an adamss.BudgetConfig, found {type(config).__name__}"
+        )
+    return config
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimiser whose step is taken, from within wrappers."""
+    seen = optimizer
+    while True:
+        if type(seen).__module__.partition(".")[0] == "deepspeed":
+            raise ConfigTypeError(
+                "BudgetController: DeepSpeed's optimisers keep flat copies of the parameters, in which B and C "
+                "cannot be told apart; train with DistributedDataParallel or fully_shard instead"
+            )
+        inner = getattr(seen, "optimizer", None)
+        if inner is None or inner is seen:
+            break
+        seen = inner
+    if isinstance(seen, torch.optim.LBFGS):
+        raise ConfigTypeError(
+            "BudgetController: LBFGS evaluates many gradients in one step, so that there is none to score by; "
+            "choose a first-order optimiser"
+        )
+    if not isinstance(seen, torch.optim.Optimizer):
+        raise ConfigTypeError(
+            f"BudgetController: optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}"
+        )
+    return seen
+
+
+def _check_held(optimizer: torch.optim.Optimizer, adapters: Mapping[str, Adapter]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [
+        f"{path}.{name}"
+        for path, adapter in adapters.items()
+        for name in "BC"
+        if id(getattr(adapter, name)) not in held
+    ]
+    if missing:
+        what = "none" if len(missing) == 2 * len(adapters) else f"not {', '.join(missing[:3])}"
+        more = f" and {len(missing) - 3} more" if 3 < len(missing) < 2 * len(adapters) else ""
+        raise ConfigError(
+            f"BudgetController: of the B and C of the model, the optimiser holds {what}{more}; make it of "
+            "adamss.trainable_parameters(model), after the model was wrapped or moved, with all of them in one "
+            "optimiser (several groups are fine)"
+        )
+
+
+def _controller_of(thing: Any) -> BudgetController | None:
+    reference = _CONTROLLED.get(thing)
+    return None if reference is None else reference()
+
+
+def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """Return the group over which DistributedDataParallel synchronises the model."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            group: dist.ProcessGroup = model.process_group
+            return group
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return None
+        model = inner
+
+
+def _checked_state(state: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> Mapping[str, Any]:
+    try:
+        layers: dict[str, Any] = state["layers"]
+        names = set(layers)
+        _ = int(state["step"]), bool(state["waiting"]), bool(state["reached"]), int(state["left_out"])
+        _ = dict(state["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError("BudgetController: this is no state of a controller (see state_dict)") from error
+    if names != set(adapters):
+        different = sorted(names ^ set(adapters))
+        raise StateError(
+            f"BudgetController: the state is of another model: it differs in {', '.join(different[:3])}"
+            f"{f' and {len(different) - 3} more' if len(different) > 3 else ''}"
+        )
+    for path, adapter in adapters.items():
+        _check_layer_state(path, layers[path], adapter)
+    return layers
+
+
+def _check_layer_state(path: str, layer: Any, adapter: Adapter) -> None:
+    try:
+        active, owned = layer["active"], layer["owned"]
+        after = (torch.ones_like(active) if owned is None else owned).to(adapter.active.device)
+        now = torch.ones_like(adapter.active) if adapter.owned is None else adapter.owned
+        fits = active.shape == adapter.active.shape
+        if fits and bool((after & ~now).any()):
+            raise StateError(
+                f"BudgetController: {path} was compacted further than in the state; load it into a model that was not"
+            )
+        rows, columns = kept_places(adapter, after) if fits else (active, active)
+        shapes = {
+            "B": (rows.numel(), adapter.B.shape[1]),
+            "C": (adapter.C.shape[0], columns.numel()),
+        }
+        fits = fits and all(
+            tuple(layer[name][kind].shape) == shape
+            for name, shape in shapes.items()
+            for kind in ("sensitivity", "uncertainty")
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StateError("BudgetController: this is no state of a controller (see state_dict)") from error
+    if not fits:
+        raise StateError(f"BudgetController: the state is of another model: {path} has other subspaces there")

@@ -1,0 +1,127 @@
+"""Parameters that shrink in the middle of training: what holds on to their shape, and what an optimiser remembers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adamss.errors import StateError
+from adamss_torch.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from adamss_torch.adapter import Adapter
+
+__all__ = ["Carried", "carry_over", "check_resizable", "kept_places", "resize"]
+
+
+def kept_places(adapter: Adapter, owned: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which rows of the Parameter B, and which columns of C, belong to these subspaces; indices."""
+    return owned[adapter.owners_B].nonzero()[:, 0], owned[adapter.owners_C].nonzero()[:, 0]
+
+
+def check_resizable(adapters: Mapping[str, Adapter], paths: Iterable[str]) -> None:
+    """Check that nothing outside counts on the present shape of the Parameters of some adapters.
+
+    Raises
+    ------
+    StateError
+        If they are sharded, or within a DistributedDataParallel, whose buckets are cut for them.
+    """
+    parameters = {
+        id(parameter): f"{path}.{name}"
+        for path in paths
+        for name, parameter in (("B", adapters[path].B), ("C", adapters[path].C))
+    }
+    for path in paths:
+        if is_sharded(adapters[path].B):
+            raise StateError(
+                f"compact: {path}.B is sharded over processes, and its shards keep their sizes; save, and go on "
+                "with a model that is not sharded, or leave it as it is"
+            )
+    if not parameters or not torch.distributed.is_available():
+        return
+    wrapper = nn.parallel.DistributedDataParallel
+    # Nothing leads from a Parameter to the wrapper. By type(), for isinstance() asks objects that may be lazy.
+    for found in [thing for thing in gc.get_objects() if issubclass(type(thing), wrapper)]:
+        for parameter in found.parameters():
+            if id(parameter) in parameters:
+                raise StateError(
+                    f"compact: {parameters[id(parameter)]} is within a DistributedDataParallel, whose buckets are "
+                    "cut for its present shape; delete the wrapper (del model), compact, and wrap the model anew"
+                )
+
+
+@torch.no_grad()
+def resize(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a Parameter values of another shape; it stays the object it was, and loses its gradient."""
+    parameter.grad = None
+    # A loss that is still alive keeps the accumulator of gradients alive, which expects the former shape. PyTorch
+    # makes a new one when the dtype changes, and only then.
+    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    parameter.data = values.new_empty(0, dtype=other)
+    parameter.data = values
+    # Nothing left to train: no gradient, which would have to come from somewhere.
+    parameter.requires_grad_(bool(values.numel()))
+
+
+@dataclass(frozen=True)
+class Carried:
+    """New state of one Parameter, not in force yet."""
+
+    state: dict[Any, Any]
+    new: dict[Any, Tensor]
+
+    def put(self) -> None:
+        """Put it into force."""
+        self.state.update(self.new)
+
+
+def carry_over(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, axis: int, kept: Tensor, name: str
+) -> Carried:
+    """Return the state of a Parameter (2-d) of which some rows (axis 0) or columns (axis 1) are kept.
+
+    Moments have the shape of the Parameter. Factored ones (Adafactor) have 1 in the place of an axis, or lack it.
+    What has the length of the axis that is left already was loaded from a run that had been compacted.
+
+    Raises
+    ------
+    StateError
+        If a tensor of the state has another shape; the message names it.
+    """
+    state: dict[Any, Any] = optimizer.state.get(parameter, {})
+    new = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            continue
+        after = list(parameter.shape)
+        after[axis] = kept.numel()
+        if tuple(value.shape) == tuple(after):
+            continue
+        place = _place(value, parameter, axis)
+        if place is None:
+            raise StateError(
+                f"compact: {type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {name} of "
+                f"shape {tuple(parameter.shape)}, which cannot be cut to the trained part; leave the model as it is"
+            )
+        if place >= 0:
+            new[key] = value.index_select(place, kept.to(value.device))
+    return Carried(state, new)
+
+
+def _place(value: Tensor, parameter: Tensor, axis: int) -> int | None:
+    """Return the axis of a state that is the Parameter's; -1 if it lacks that one, None if it is neither."""
+    shape, whole = tuple(value.shape), tuple(parameter.shape)
+    if len(shape) == len(whole) and all(a in (1, b) for a, b in zip(shape, whole, strict=True)):
+        return axis if shape[axis] == whole[axis] else -1
+    if len(shape) == 1 and whole[0] != whole[1]:
+        if shape[0] == whole[axis]:
+            return 0
+        if shape[0] == whole[1 - axis]:
+            return -1
+    return None
