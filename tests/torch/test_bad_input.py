@@ -175,13 +175,13 @@ def test_an_attribute_where_the_adapter_goes(net, config, unchanged):
 
 
 @pytest.mark.parametrize("unit", ["subspaces", "parameters"])
-def test_budget_over_the_total_and_without_a_controller(net, config, unchanged, unit):
+def test_budget_over_the_total(net, config, unchanged, unit):
     model = net()
     budget = adamss.BudgetConfig(target=10**6, end_step=5, unit=unit)
     attach = lambda: adamss.attach(model, config(budget=budget))  # noqa: E731
     unchanged(model, attach, errors.ConfigError, ValueError, rf"target = 1000000 is more than the \d+ {unit}")
-    with pytest.warns(adamss.AdamssWarning, match="no controller"):
-        adamss.attach(model, config(budget=adamss.BudgetConfig(target=3, end_step=5, unit=unit)))
+    adamss.attach(model, config(budget=adamss.BudgetConfig(target=12, end_step=5)))
+    assert adamss.summary(model).total.active == 12
 
 
 def test_merge_of_a_parametrized_bias(net, config, unchanged):
