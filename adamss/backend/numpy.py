@@ -153,7 +153,8 @@ class NumpyBackend(Backend):
         if module.folded is not None and module.factors is not None:
             update = core.delta(_without(module.factors, ~module.folded))
             return BaseWeight(
-                module.W - namespace(module.W).astype(update, module.W.dtype)[: module.W.shape[0]], module.b
+                module.W - namespace(module.W).astype(update, module.W.dtype)[: module.W.shape[0], :],
+                module.b,
             )
         return BaseWeight(module.W, module.b)
 

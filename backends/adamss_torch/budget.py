@@ -291,7 +291,7 @@ class BudgetController:
 
     @torch.no_grad()
     def _allocate(self) -> None:
-        row = self._scores()
+        row = self.scores()
         active = self.plan.join({path: adapter.active.cpu() for path, adapter in self._adapters.items()})
         informative = bool(((row > 0) & (active | self.config.revive)).any())
         self._progress.waiting = not informative
@@ -315,8 +315,12 @@ class BudgetController:
         if self.reached and self._compact_at_end:
             self.compact()
 
-    def _scores(self) -> Tensor:
-        """Return the score of every subspace, (T,) on the CPU: the same on all processes that share the model."""
+    def scores(self) -> Tensor:
+        """Return the score of every subspace, (T,) float32 on the CPU, in the order of `plan`.
+
+        Of the steps since the last allocation, or of all with a running window. Where the model is spread over
+        processes, all of them must call it. A subclass may score by something else: above zero what is worth keeping.
+        """
         products = iter(self._averages.products())
         found = {}
         for path, adapter in self._adapters.items():

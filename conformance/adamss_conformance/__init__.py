@@ -10,9 +10,17 @@ need it are then reported as not applicable, by law and with the reason.
 """
 
 from adamss_conformance.capabilities import Capabilities
-from adamss_conformance.driver import Driver
+from adamss_conformance.driver import Driver, Training
 from adamss_conformance.laws import LAWS
 from adamss_conformance.suite import BackendSuite
 from adamss_conformance.tolerances import RELATIVE_TOLERANCE, assert_agrees
 
-__all__ = ["LAWS", "RELATIVE_TOLERANCE", "BackendSuite", "Capabilities", "Driver", "assert_agrees"]
+__all__ = [
+    "LAWS",
+    "RELATIVE_TOLERANCE",
+    "BackendSuite",
+    "Capabilities",
+    "Driver",
+    "Training",
+    "assert_agrees",
+]

@@ -13,6 +13,7 @@ __all__ = ["DTYPES", "OPTIMISERS", "TABLE", "Capabilities"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 OPTIMISERS = ("sgd", "adamw", "adafactor", "muon")
+WHETHER = ("models", "arrays", "gradients", "compiles", "budget", "consolidates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,13 @@ class Capabilities:
         Whether it has gradients of `Backend.linear`.
     compiles
         Whether the framework compiles functions.
+    budget
+        Whether it has a controller of the budget in training.
+    consolidates
+        Whether the backend has `Backend.consolidate`.
     missing
         For everything above that is lacking, why: by the dtype, by the optimiser, or by ``"models"``, ``"arrays"``,
-        ``"gradients"``, ``"compiles"``.
+        ``"gradients"``, ``"compiles"``, ``"budget"``, ``"consolidates"``.
 
     Raises
     ------
@@ -49,7 +54,7 @@ class Capabilities:
     >>> Capabilities(models="", dtypes=("float64", "float32", "float16"), missing={"bfloat16": "no such dtype"})
     Traceback (most recent call last):
         ...
-    ValueError: lacking without a reason: adafactor, adamw, arrays, compiles, gradients, models, muon, sgd
+    ValueError: lacking without a reason: adafactor, adamw, arrays, budget, compiles, consolidates, gradients, ...
     """
 
     models: str
@@ -59,11 +64,13 @@ class Capabilities:
     arrays: bool = False
     gradients: bool = False
     compiles: bool = False
+    budget: bool = False
+    consolidates: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lacking = {name for name in (*DTYPES, *OPTIMISERS) if name not in (*self.dtypes, *self.optimisers)}
-        lacking |= {name for name in ("models", "arrays", "gradients", "compiles") if not getattr(self, name)}
+        lacking |= {name for name in WHETHER if not getattr(self, name)}
         if unexplained := sorted(lacking - self.missing.keys()):
             raise ValueError(f"lacking without a reason: {', '.join(unexplained)}")
         if surplus := sorted(self.missing.keys() - lacking):
@@ -79,6 +86,8 @@ TABLE: dict[str, Capabilities] = {
         optimisers=("sgd", "adamw"),
         arrays=True,
         gradients=True,
+        budget=True,
+        consolidates=True,
         missing={
             "bfloat16": "NumPy has no bfloat16",
             "compiles": "NumPy compiles nothing",
@@ -92,6 +101,8 @@ TABLE: dict[str, Capabilities] = {
         optimisers=("sgd", "adamw"),
         arrays=True,
         gradients=True,
+        budget=True,
+        consolidates=True,
         missing={
             **dict.fromkeys(("bfloat16", "float16"), "the array API standard has no half precision"),
             "compiles": "array-api-strict compiles nothing",
@@ -106,6 +117,8 @@ TABLE: dict[str, Capabilities] = {
         arrays=True,
         gradients=True,
         compiles=True,
+        budget=True,
+        consolidates=True,
     ),
     "jax-nnx": Capabilities(
         models="flax.nnx.Module",
@@ -115,6 +128,8 @@ TABLE: dict[str, Capabilities] = {
         arrays=True,
         gradients=True,
         compiles=True,
+        budget=True,
+        consolidates=True,
     ),
     "jax-equinox": Capabilities(
         models="equinox.Module",
@@ -123,6 +138,8 @@ TABLE: dict[str, Capabilities] = {
         optimisers=OPTIMISERS,
         gradients=True,
         compiles=True,
+        budget=True,
+        consolidates=True,
         missing={"arrays": "the functions on arrays are those that jax-nnx tries"},
     ),
 }

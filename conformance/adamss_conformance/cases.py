@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import adamss
+from adamss import BudgetConfig
 from adamss.core import Factors
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EPSILON",
     "INPUTS",
     "LAYERS",
+    "SCHEDULES",
     "TARGETS",
     "VARIANTS",
     "Problem",
@@ -70,6 +72,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clamped": {"rank": 1000, "subspaces": 1000, "subspace_rank": 1000},
     "one subspace": {"subspaces": 1, "subspace_rank": 4},
 }
+
+SCHEDULES = {
+    "one way": BudgetConfig(target=2, end_step=6, interval=4),
+    "revive": BudgetConfig(target=2, end_step=6, interval=2, revive=True, window="running"),
+    "parameters": BudgetConfig(target=60, start_step=1, end_step=5, unit="parameters"),
+    "a minimum for each layer": BudgetConfig(target=2, end_step=5, interval=2, minimum_per_layer=1),
+}
+"""Of the six subspaces of the small model; the interval does not divide the window of the first."""
 
 
 def config(**changes: Any) -> adamss.AdamssConfig:

@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import array_api_compat
 import numpy as np
 import pytest
 
-from adamss import core
+from adamss import BudgetConfig, core
 from adamss.backend import Backend, get_backend
 from adamss.checkpoint import StoredTensor
 from adamss.core import Factors, Gradients
 from adamss_conformance.capabilities import Capabilities
 
-__all__ = ["FROM_TABLE", "NOT_APPLICABLE", "Driver", "find_drivers", "reasons", "require"]
+__all__ = ["FROM_TABLE", "NOT_APPLICABLE", "Driver", "Training", "find_drivers", "reasons", "require"]
 
 Array = Any
 Model = Any
@@ -41,6 +42,35 @@ BUILT_IN = {
     "torch": ("adamss_conformance.drivers.torch:TorchDriver",),
     "jax": ("adamss_conformance.drivers.nnx:NnxDriver", "adamss_conformance.drivers.equinox:EquinoxDriver"),
 }
+
+
+class Training(ABC):
+    """A model in training under a budget, one step of the optimiser at a time."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Take a step, and let the framework's controller decide what it decides."""
+
+    @property
+    @abstractmethod
+    def model(self) -> Model:
+        """Return the model as it stands, its masks those of the last allocation."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what a resumed training needs beside the model: the state of optimiser and controller."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote."""
+
+    @abstractmethod
+    def compact(self) -> None:
+        """Shrink parameters and optimiser to what is trained, if the framework has that; else do nothing."""
+
+    def compilations(self) -> int:
+        """Return how often the step has been compiled so far; 0 where it is not."""
+        return 0
 
 
 class Driver(ABC):
@@ -162,6 +192,19 @@ class Driver(ABC):
         moving, by one of `adamss_conformance.capabilities.OPTIMISERS`, started anew with every call.
         """
         self._broke_its_promise("optimisers", "train")
+
+    def training(
+        self,
+        model: Model,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        optimiser: str,
+        rate: float,
+        budget: BudgetConfig,
+        compiled: bool = False,
+    ) -> Training:
+        """Return a training of an adapted model as `train` does it, under a budget. Capability ``budget``."""
+        self._broke_its_promise("budget", "training")
 
     def _broke_its_promise(self, capability: str, method: str) -> NoReturn:
         raise TypeError(

@@ -23,8 +23,18 @@ from adamss.core import Factors
 from adamss.errors import StateError
 from adamss_conformance import cases
 from adamss_conformance.capabilities import DTYPES, OPTIMISERS
-from adamss_conformance.cases import INPUTS, LAYERS, TARGETS, VARIANTS, Problem, config, every, problems
-from adamss_conformance.driver import FROM_TABLE, Driver, require
+from adamss_conformance.cases import (
+    INPUTS,
+    LAYERS,
+    SCHEDULES,
+    TARGETS,
+    VARIANTS,
+    Problem,
+    config,
+    every,
+    problems,
+)
+from adamss_conformance.driver import FROM_TABLE, Driver, Training, find_drivers, require
 from adamss_conformance.tolerances import RELATIVE_TOLERANCE, assert_agrees
 
 __all__ = ["BackendSuite"]
@@ -33,6 +43,7 @@ EAGER, COMPILED = "eager", "compiled"
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_mode = pytest.mark.parametrize("mode", [EAGER, COMPILED])
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 each_optimiser = pytest.mark.parametrize("optimiser", OPTIMISERS)
 
 FLOATS = ("A", "B", "C")
@@ -256,6 +267,51 @@ class BackendSuite:
             share = int(str(caught[0].message).split("lost ")[1].split("%")[0]) / 100
             assert abs(share - lost) <= 0.03, f"lost {share}, expected {lost}"
 
+    @each_mode
+    @pytest.mark.parametrize("variant", ["default", "bias per subspace"])
+    @pytest.mark.parametrize("keep_base", [True, False])
+    def test_law_05_merge_of_the_frozen_alone(
+        self, driver: Driver, mode: str, variant: str, keep_base: bool, tmp_path: Path
+    ) -> None:
+        """``consolidate`` folds the frozen subspaces: the same model, the same file, and the base to be had again."""
+        with _case(driver, "float32", "models", "consolidates"):
+            model, _ = _partly_frozen(driver, _trained(driver, "float32", VARIANTS[variant]))
+            base, before, factors = (
+                _weights(driver, model),
+                _outputs(driver, model, mode=mode),
+                _factors(driver, model),
+            )
+            model = adamss.consolidate(model, keep_base=keep_base)
+            for path, output in _outputs(driver, model, mode=mode).items():
+                assert_agrees(
+                    output, before[path], dtype="float32", what=f"{path}, consolidated", scale=_scale(before)
+                )
+            for path, f in _factors(driver, model).items():
+                for name in Factors._fields:
+                    _assert_same(
+                        getattr(f, name), getattr(factors[path], name), f"{name} of {path}, consolidated"
+                    )
+            adamss.save(model, tmp_path / "adapter.safetensors")
+            loaded = adamss.load(driver.model(LAYERS, "float32"), tmp_path / "adapter.safetensors")
+            for path, output in _outputs(driver, loaded).items():
+                assert_agrees(
+                    output, before[path], dtype="float32", what=f"{path}, loaded", scale=_scale(before)
+                )
+            with pytest.raises(StateError, match="not folded already"):
+                adamss.consolidate(model)
+            if not keep_base:
+                with pytest.raises(StateError, match="keep_base=False"):
+                    adamss.detach(model)
+                return
+            model = adamss.unmerge(adamss.merge(model))
+            for path, output in _outputs(driver, model).items():
+                assert_agrees(
+                    output, before[path], dtype="float32", what=f"{path}, unmerged", scale=_scale(before)
+                )
+            model = adamss.detach(adamss.consolidate(model))
+            for path, weight in _weights(driver, model).items():
+                _assert_same(weight, base[path], f"{path} after detach of the consolidated model")
+
     # ---- 6 count ----------------------------------------------------------------------------------------
 
     @every(
@@ -350,7 +406,63 @@ class BackendSuite:
                 _assert_same(driver.numpy(factors.active), masks[path], f"mask of {path}")
             assert adamss.summary(model).total.active == sum(int(mask.sum()) for mask in masks.values())
 
+    @each_schedule
+    @each_mode
+    def test_law_07_allocation_in_training(self, driver: Driver, schedule: str, mode: str) -> None:
+        """The controller keeps exactly the budget, from ``end_step`` on and at every allocation before."""
+        with _case(driver, "float32", "models", "budget"):
+            training = _training(driver, _attached(driver, schedule), schedule, mode)
+            budget = SCHEDULES[schedule]
+            plan = core.plan_budget(_factors(driver, training.model), budget)
+            for step in range(1, budget.end_step + 3):
+                training.step()
+                if not plan.allocates_at(step) and step < budget.end_step:
+                    continue
+                kept, parameters = _active(driver, training.model)
+                if step == 1:
+                    # C starts at zero: the first step says nothing, and its allocation waits for the second.
+                    assert kept == len(plan.costs), f"reduced to {kept} without information"
+                elif budget.unit == "subspaces":
+                    assert kept == plan.budget_at(step), (
+                        f"step {step}: {kept} of a budget of {plan.budget_at(step)}"
+                    )
+                else:
+                    assert parameters <= plan.budget_at(step), f"step {step}: {parameters} parameters"
+                assert adamss.summary(training.model).total.active == kept
+
+    @each_schedule
+    def test_law_07_allocation_in_training_is_the_references(self, driver: Driver, schedule: str) -> None:
+        """The same training in NumPy decides alike: the same masks after every step, in float64."""
+        with _case(driver, "float64", "models", "budget", "sgd"):
+            (reference,) = find_drivers("numpy")
+            factors = _factors(driver, _attached(driver, schedule, "float64"))
+            trainings = []
+            for each in (driver, reference):
+                with using(each.backend):
+                    model = _with_factors(each, factors, schedule, "float64")
+                    trainings.append(_training(each, model, schedule, EAGER, "sgd"))
+            for step in range(1, SCHEDULES[schedule].end_step + 2):
+                masks = []
+                for each, training in zip((driver, reference), trainings, strict=True):
+                    with using(each.backend):
+                        training.step()
+                        masks.append({p: f.active for p, f in _factors(each, training.model).items()})
+                _assert_same(masks[0], masks[1], f"masks after step {step}")
+
     # ---- 8 frozen ---------------------------------------------------------------------------------------
+
+    @each_optimiser
+    @each_mode
+    def test_law_08_frozen_in_training(self, driver: Driver, optimiser: str, mode: str) -> None:
+        """From the step on at which a controller freezes an element it keeps its value, also once compacted."""
+        with _case(driver, "float32", "models", "budget", optimiser):
+            _assert_frozen_in_training(driver, "one way", mode, optimiser)
+
+    @each_schedule
+    def test_law_08_frozen_under_every_schedule(self, driver: Driver, schedule: str) -> None:
+        """Also where a frozen element may return."""
+        with _case(driver, "float32", "models", "budget", "adamw"):
+            _assert_frozen_in_training(driver, schedule, EAGER, "adamw")
 
     @each_optimiser
     @each_mode
@@ -499,7 +611,55 @@ class BackendSuite:
                 for name in Factors._fields:
                     _assert_same(getattr(loaded[layer], name), getattr(factors, name), f"{name} of {layer}")
 
+    @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+    @each_schedule
+    def test_law_10_resume_of_a_budget(
+        self, driver: Driver, optimiser: str, schedule: str, tmp_path: Path
+    ) -> None:
+        """From every step on, mid-window too: model, optimiser, averages, masks and step, with fresh objects."""
+        with _case(driver, "float32", "models", "budget", optimiser):
+            training = _training(driver, _attached(driver, schedule), schedule, EAGER, optimiser)
+            steps = SCHEDULES[schedule].end_step + 1
+            for step in range(steps):
+                folder = tmp_path / str(step)
+                folder.mkdir()
+                adamss.save(training.model, folder / "model", training=True)
+                training.save(folder)
+                training.step()
+            expected = _factors(driver, training.model)
+            for step in range(steps):
+                folder = tmp_path / str(step)
+                model = adamss.load(driver.model(LAYERS, "float32"), folder / "model")
+                training = _training(driver, model, schedule, EAGER, optimiser)
+                training.load(folder)
+                for _ in range(step, steps):
+                    training.step()
+                for path, f in _factors(driver, training.model).items():
+                    for name in Factors._fields:
+                        actual, wanted = getattr(f, name), getattr(expected[path], name)
+                        if driver.device == "cpu" or name not in FLOATS:
+                            _assert_same(actual, wanted, f"{name} of {path}, resumed at step {step}")
+                        else:
+                            assert_agrees(actual, wanted, dtype="float32", what=f"{name} of {path}")
+
     # ---- 11 compilation ---------------------------------------------------------------------------------
+
+    @each_schedule
+    def test_law_11_compilation_of_a_training_under_a_budget(self, driver: Driver, schedule: str) -> None:
+        """One compilation for the whole schedule, and one more for `compact`."""
+        with _case(driver, "float32", "models", "budget", "compiles"):
+            training = _training(driver, _attached(driver, schedule), schedule, COMPILED)
+            training.step()
+            before = training.compilations()
+            assert before == 1, f"compiled {before} times for one step"
+            for _ in range(SCHEDULES[schedule].end_step + 1):
+                training.step()
+            assert training.compilations() == before, "the schedule made it compile again"
+            if not SCHEDULES[schedule].revive:
+                training.compact()
+                training.step()
+                training.step()
+                assert training.compilations() == before + 1, "compacting may compile once"
 
     @each_dtype
     @pytest.mark.parametrize("variant", ["default", "bias per subspace"])
@@ -595,6 +755,69 @@ class BackendSuite:
 EPSILON_HALF = {dtype: epsilon / 2 for dtype, epsilon in cases.EPSILON.items()}
 
 
+def _training(driver: Driver, model: Any, schedule: str, mode: str, optimiser: str | None = None) -> Training:
+    if mode == COMPILED:
+        require(driver, "compiles")
+    return driver.training(
+        model,
+        INPUTS,
+        optimiser=optimiser or _an_optimiser(driver),
+        rate=0.05,
+        budget=SCHEDULES[schedule],
+        compiled=mode == COMPILED,
+    )
+
+
+def _active(driver: Driver, model: Any) -> tuple[int, int]:
+    """Return how many subspaces are trained, and how many parameters."""
+    layers = _factors(driver, model).values()
+    kept = sum(int(f.active.sum()) for f in layers)
+    return kept, sum(core.count_factors(f, active_only=True) for f in layers)
+
+
+def _assert_frozen_in_training(driver: Driver, schedule: str, mode: str, optimiser: str) -> None:
+    training = _training(driver, _attached(driver, schedule), schedule, mode, optimiser)
+    end = SCHEDULES[schedule].end_step
+    for step in range(1, end + 3):
+        before = _factors(driver, training.model)
+        training.step()
+        after = _factors(driver, training.model)
+        for path, f in before.items():
+            _assert_frozen_kept(f, after[path], f"{path}, step {step}")
+        if step == end and not SCHEDULES[schedule].revive:
+            training.compact()
+            for path, f in _factors(driver, training.model).items():
+                for name in Factors._fields:
+                    _assert_same(getattr(f, name), getattr(after[path], name), f"{name} of {path}, compacted")
+
+
+def _assert_frozen_kept(before: Factors, after: Factors, what: str) -> None:
+    for name, trained in zip("BC", core.trained_elements(before), strict=True):
+        frozen = ~trained[0]
+        _assert_same(
+            getattr(after, name)[:, frozen], getattr(before, name)[:, frozen], f"frozen {name} of {what}"
+        )
+
+
+def _attached(driver: Driver, schedule: str, dtype: str = "float32") -> Any:
+    return adamss.attach(driver.model(LAYERS, dtype), config(budget=SCHEDULES[schedule]))
+
+
+def _with_factors(driver: Driver, factors: dict[str, Factors], schedule: str, dtype: str) -> Any:
+    """Return a model with these very factors."""
+    layers = {
+        path: Factors(
+            **{
+                name: driver.array(getattr(f, name), dtype if name in FLOATS else None)
+                for name in Factors._fields
+            }
+        )
+        for path, f in factors.items()
+    }
+    settings = config(budget=SCHEDULES[schedule])
+    return driver.backend.insert(driver.model(LAYERS, dtype), layers, config=settings, saved={"head": None})
+
+
 def single_steps(driver: Driver, model: Any, count: int) -> Any:
     """Train by steps of an optimiser that is made anew for each: all the state there is lies in the model."""
     for _ in range(count):
@@ -616,6 +839,10 @@ def _case(driver: Driver, dtype: str, *capabilities: str) -> Iterator[None]:
                 f"left out for a reason that the capability table does not give: {outcome}"
             ) from None
         raise
+
+
+def _scale(outputs: dict[str, np.ndarray]) -> float:
+    return max(float(np.abs(output).max()) for output in outputs.values())
 
 
 @contextmanager

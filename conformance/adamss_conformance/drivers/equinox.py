@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
+import adamss_jax
+from adamss import BudgetConfig
 from adamss_conformance.capabilities import TABLE
+from adamss_conformance.driver import Training
 from adamss_conformance.drivers.jax import JaxDriver
 from adamss_jax.equinox import trainable_filter
 from adamss_jax.optax import hold_frozen
 
-__all__ = ["EquinoxDriver"]
+__all__ = ["EquinoxDriver", "EquinoxTraining"]
 
 
 class EquinoxDriver(JaxDriver):
@@ -77,8 +82,68 @@ class EquinoxDriver(JaxDriver):
             trained, state = run(trained, state)
         return eqx.combine(trained, frozen)
 
+    def training(
+        self,
+        model: Any,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        optimiser: str,
+        rate: float,
+        budget: BudgetConfig,
+        compiled: bool = False,
+    ) -> EquinoxTraining:
+        return EquinoxTraining(
+            self, model, inputs, self.optimiser(optimiser, rate), budget, compiled=compiled
+        )
+
     def _layer(self, model: Any, path: str) -> Any:
         layer = model
         for name in path.split("."):
             layer = layer[name]
         return layer
+
+
+class EquinoxTraining(Training):
+    """A loop around a transformation that is `adamss_jax.budgeted`."""
+
+    def __init__(
+        self,
+        driver: EquinoxDriver,
+        model: Any,
+        inputs: Mapping[str, np.ndarray],
+        tx: optax.GradientTransformation,
+        budget: BudgetConfig,
+        *,
+        compiled: bool,
+    ) -> None:
+        tx = adamss_jax.budgeted(tx, model, budget)
+        self._trained, self._frozen = eqx.partition(model, trainable_filter(model))
+        self._state = tx.init(self._trained)
+
+        def step(trained: Any, frozen: Any, state: Any) -> Any:
+            gradients = jax.grad(lambda trained: driver.loss(eqx.combine(trained, frozen), inputs))(trained)
+            updates, state = tx.update(gradients, state, trained)
+            return eqx.apply_updates(trained, updates), state
+
+        self._step: Any = driver.compile(step) if compiled else step
+
+    @property
+    def model(self) -> Any:
+        return adamss_jax.synchronise(eqx.combine(self._trained, self._frozen), self._state)
+
+    def step(self) -> None:
+        self._trained, self._state = self._step(self._trained, self._frozen, self._state)
+
+    def save(self, folder: Path) -> None:
+        eqx.tree_serialise_leaves(folder / "state", self._state)
+
+    def load(self, folder: Path) -> None:
+        self._state = eqx.tree_deserialise_leaves(folder / "state", self._state)
+
+    def compact(self) -> None:
+        model = eqx.combine(self._trained, self._frozen)
+        model, self._state = adamss_jax.compact(model, self._state)
+        self._trained, self._frozen = eqx.partition(model, trainable_filter(model))
+
+    def compilations(self) -> int:
+        return int(self._step.compilations())

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from jax import Array
 
+import adamss_jax
+from adamss import BudgetConfig
 from adamss_conformance.capabilities import TABLE
+from adamss_conformance.driver import Training
 from adamss_conformance.drivers.jax import JaxDriver
 from adamss_jax.optax import hold_frozen
 
-__all__ = ["NnxDriver"]
+__all__ = ["NnxDriver", "NnxTraining"]
 
 
 class NnxDriver(JaxDriver):
@@ -73,8 +79,68 @@ class NnxDriver(JaxDriver):
             run(model, optimizer)
         return model
 
+    def training(
+        self,
+        model: nnx.Module,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        optimiser: str,
+        rate: float,
+        budget: BudgetConfig,
+        compiled: bool = False,
+    ) -> NnxTraining:
+        return NnxTraining(self, model, inputs, self.optimiser(optimiser, rate), budget, compiled=compiled)
+
     def _layer(self, model: nnx.Module, path: str) -> Any:
         layer: Any = model
         for name in path.split("."):
             layer = getattr(layer, name)
         return layer
+
+
+class NnxTraining(Training):
+    """A loop around an `nnx.Optimizer` whose transformation is `adamss_jax.budgeted`."""
+
+    def __init__(
+        self,
+        driver: NnxDriver,
+        model: nnx.Module,
+        inputs: Mapping[str, np.ndarray],
+        tx: optax.GradientTransformation,
+        budget: BudgetConfig,
+        *,
+        compiled: bool,
+    ) -> None:
+        self._model = model
+        self._optimizer = nnx.Optimizer(model, adamss_jax.budgeted(tx, model, budget), wrt=nnx.LoRAParam)
+
+        def step(model: Any, optimizer: Any) -> None:
+            slope = nnx.grad(driver.loss, argnums=nnx.DiffState(0, nnx.LoRAParam))
+            optimizer.update(model, slope(model, inputs))
+
+        self._step: Any = driver.compile(step) if compiled else step
+
+    @property
+    def model(self) -> nnx.Module:
+        model: nnx.Module = adamss_jax.synchronise(self._model, self._optimizer)
+        return model
+
+    def step(self) -> None:
+        self._step(self._model, self._optimizer)
+
+    def save(self, folder: Path) -> None:
+        leaves = jax.tree.leaves(nnx.state(self._optimizer))
+        (folder / "state").write_bytes(pickle.dumps([np.asarray(leaf) for leaf in leaves]))
+
+    def load(self, folder: Path) -> None:
+        state = nnx.state(self._optimizer)
+        leaves = pickle.loads((folder / "state").read_bytes())
+        nnx.update(
+            self._optimizer, jax.tree.unflatten(jax.tree.structure(state), map(jax.numpy.asarray, leaves))
+        )
+
+    def compact(self) -> None:
+        self._model, self._optimizer = adamss_jax.compact(self._model, self._optimizer)
+
+    def compilations(self) -> int:
+        return int(self._step.compilations())

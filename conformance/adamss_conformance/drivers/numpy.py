@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adamss import core
+from adamss import BudgetConfig, core
 from adamss.backend import NumpyLinear, NumpyModel
 from adamss.core import Factors, Gradients
 from adamss_conformance.capabilities import TABLE
-from adamss_conformance.driver import Driver
+from adamss_conformance.driver import Driver, Training
 
-__all__ = ["NumpyDriver"]
+__all__ = ["NumpyDriver", "NumpyTraining"]
 
 Array = Any
 
@@ -35,9 +38,10 @@ class NumpyDriver(Driver):
 
     def call(self, model: NumpyModel, path: str, x: Array) -> Array:
         layer = model[path]
-        if layer.factors is None or layer.merged:
+        factors = layer.computed()
+        if factors is None:
             return self.base_linear(x, layer.W, layer.b)
-        return self.backend.linear(x, layer.W, layer.b, layer.factors)
+        return self.backend.linear(x, layer.W, layer.b, factors)
 
     def gradients(
         self,
@@ -60,37 +64,103 @@ class NumpyDriver(Driver):
         rate: float,
         compiled: bool = False,
     ) -> NumpyModel:
-        step = {"sgd": _sgd, "adamw": _adamw}[optimiser]
-        states: dict[str, Any] = {}
-        for number in range(1, steps + 1):
-            layers = dict(model.layers)
-            for path, values in inputs.items():
-                layer = layers[path]
-                x = self.array(values, self.backend.dtype_name(layer.W))
-                y = self.call(model, path, x)
-                dy = y * (2 / y.size)
-                if layer.factors is None:
-                    layers[path] = self._step_whole(layer, x, dy, rate)
-                    continue
-                gradients = self.backend.linear_vjp(dy, x, layer.W, layer.factors)  # type: ignore[attr-defined]
-                new = {}
-                for name in ("B", "C"):
-                    state = states.get(path + name)
-                    new[name], states[path + name] = step(
-                        getattr(layer.factors, name), getattr(gradients, name), state, rate, number
-                    )
-                factors = self.hold_frozen(layer.factors, layer.factors._replace(**new))
-                layers[path] = NumpyLinear(layer.W, layer.b, factors)
-            model = NumpyModel(layers, model.config, model.saved, model.originals)
-        return model
+        training = NumpyTraining(self, model, inputs, optimiser, rate)
+        for _ in range(steps):
+            training.step()
+        return training.model
+
+    def training(
+        self,
+        model: NumpyModel,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        optimiser: str,
+        rate: float,
+        budget: BudgetConfig,
+        compiled: bool = False,
+    ) -> NumpyTraining:
+        return NumpyTraining(self, model, inputs, optimiser, rate, budget)
 
     def hold_frozen(self, before: Factors, after: Factors) -> Factors:
         """Undo what an optimiser did to frozen elements."""
         return core.hold_frozen(before, after)
 
-    def _step_whole(self, layer: NumpyLinear, x: Array, dy: Array, rate: float) -> NumpyLinear:
-        W = layer.W - rate * (x.T @ dy)
-        return NumpyLinear(W, layer.b)
+    def decide(self, state: core.BudgetState, plan: core.BudgetPlan, *step: Any) -> core.BudgetState:
+        """Advance the state of a budget by one step."""
+        return core.advance_budget(plan, state, *step)
+
+
+class NumpyTraining(Training):
+    """Steps of SGD or AdamW, written out; with a budget, by the functions of the core."""
+
+    def __init__(
+        self,
+        driver: NumpyDriver,
+        model: NumpyModel,
+        inputs: Mapping[str, np.ndarray],
+        optimiser: str,
+        rate: float,
+        budget: BudgetConfig | None = None,
+    ) -> None:
+        self._driver, self._model, self._inputs, self._rate = driver, model, inputs, rate
+        self._update = {"sgd": _sgd, "adamw": _adamw}[optimiser]
+        self._optimiser: dict[str, Any] = {}
+        self._number = 0
+        self._state: core.BudgetState | None = None
+        if budget is not None:
+            self._plan = core.plan_budget(self._factors(), budget)
+            self._state = core.initial_budget_state(self._factors())
+
+    @property
+    def model(self) -> NumpyModel:
+        return self._model
+
+    def step(self) -> None:
+        self._number += 1
+        driver, layers = self._driver, dict(self._model.layers)
+        before, gradients = self._factors(), {}
+        for path, values in self._inputs.items():
+            layer = layers[path]
+            x = driver.array(values, driver.backend.dtype_name(layer.W))
+            y = driver.call(self._model, path, x)
+            dy = y * (2 / y.size)
+            if layer.factors is None:
+                layers[path] = NumpyLinear(layer.W - self._rate * (x.T @ dy), layer.b)
+                continue
+            factors = layer.computed()
+            assert factors is not None
+            if self._state is not None and self._plan.config.revive:
+                factors = factors._replace(active=factors.active | ~factors.active)
+            slopes = driver.backend.linear_vjp(dy, x, layer.W, factors)  # type: ignore[attr-defined]
+            gradients[path] = slopes.B, slopes.C
+            new = {
+                name: self._updated(path + name, getattr(layer.factors, name), getattr(slopes, name))
+                for name in "BC"
+            }
+            layers[path] = replace(
+                layer, factors=driver.hold_frozen(layer.factors, layer.factors._replace(**new))
+            )
+        self._model = replace(self._model, layers=layers)
+        if self._state is not None:
+            self._state = driver.decide(self._state, self._plan, before, gradients)
+            self._model = driver.backend.set_active(self._model, self._state.active)
+
+    def save(self, folder: Path) -> None:
+        (folder / "state").write_bytes(pickle.dumps((self._number, self._optimiser, self._state)))
+
+    def load(self, folder: Path) -> None:
+        self._number, self._optimiser, self._state = pickle.loads((folder / "state").read_bytes())
+
+    def compact(self) -> None:
+        """Do nothing: the reference keeps all that it has."""
+
+    def _factors(self) -> dict[str, Factors]:
+        adaptation = self._driver.backend.adaptation(self._model)
+        return {} if adaptation is None else dict(adaptation.layers)
+
+    def _updated(self, name: str, w: Array, g: Array) -> Array:
+        new, self._optimiser[name] = self._update(w, g, self._optimiser.get(name), self._rate, self._number)
+        return new
 
 
 def _sgd(w: Array, g: Array, momentum: Any, rate: float, number: int) -> tuple[Array, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import adamss
+from adamss import BudgetConfig
 from adamss.core import Factors, Gradients
 from adamss_conformance.capabilities import TABLE
-from adamss_conformance.driver import Driver
-from adamss_torch import hold_frozen
+from adamss_conformance.driver import Driver, Training
+from adamss_torch import BudgetController, hold_frozen
 
-__all__ = ["TorchDriver"]
+__all__ = ["TorchDriver", "TorchTraining"]
 
 
 class TorchDriver(Driver):
@@ -108,16 +110,32 @@ class TorchDriver(Driver):
         rate: float,
         compiled: bool = False,
     ) -> nn.Module:
-        parameters = adamss.trainable_parameters(model)
-        kinds: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-            "sgd": lambda p: torch.optim.SGD(p, lr=rate, momentum=0.9, weight_decay=0.1),
-            "adamw": lambda p: torch.optim.AdamW(p, lr=rate, weight_decay=0.1),
-            "adafactor": lambda p: torch.optim.Adafactor(p, lr=rate, weight_decay=0.1),
-            "muon": lambda p: torch.optim.Muon(p, lr=rate, weight_decay=0.1),
-        }
-        # Muon is for matrices.
-        optimizer = kinds[optimiser]([p for p in parameters if optimiser != "muon" or p.ndim == 2])
+        optimizer = _optimizer(model, optimiser, rate)
         hold_frozen(model, optimizer)
+        forward = self._forward(model, inputs)
+        forward = self.compile(forward) if compiled else forward
+        for _ in range(steps):
+            optimizer.zero_grad()
+            forward().backward()
+            optimizer.step()
+        return model
+
+    def training(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        optimiser: str,
+        rate: float,
+        budget: BudgetConfig,
+        compiled: bool = False,
+    ) -> TorchTraining:
+        forward = self._forward(model, inputs)
+        return TorchTraining(
+            model, self.compile(forward) if compiled else forward, _optimizer(model, optimiser, rate), budget
+        )
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, np.ndarray]) -> Callable[[], Tensor]:
         x = {path: self.array(values) for path, values in inputs.items()}
 
         def loss() -> Tensor:
@@ -127,15 +145,61 @@ class TorchDriver(Driver):
                 total = total + self.call(model, path, values.to(weight.dtype)).square().mean()
             return total
 
-        forward = self.compile(loss) if compiled else loss
-        for _ in range(steps):
-            optimizer.zero_grad()
-            forward().backward()
-            optimizer.step()
-        return model
+        return loss
 
     def random_state(self) -> Any:
         state = [torch.get_rng_state()]
         if self.device == "cuda":
             state.append(torch.cuda.get_rng_state())
         return [tensor.tolist() for tensor in state]
+
+
+class TorchTraining(Training):
+    """A loop around an optimiser that has a `BudgetController`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[[], Tensor],
+        optimizer: torch.optim.Optimizer,
+        budget: BudgetConfig,
+    ) -> None:
+        self._model, self._forward, self._optimizer = model, forward, optimizer
+        self._budget = BudgetController(model, optimizer, budget)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    def step(self) -> None:
+        self._optimizer.zero_grad()
+        loss = self._forward()
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+
+    def save(self, folder: Path) -> None:
+        state = {"optimizer": self._optimizer.state_dict(), "budget": self._budget.state_dict()}
+        torch.save(state, folder / "state")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "state", weights_only=True)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._budget.load_state_dict(state["budget"])
+
+    def compact(self) -> None:
+        self._budget.compact()
+
+    def compilations(self) -> int:
+        return int(self._forward.compilations())  # type: ignore[attr-defined]
+
+
+def _optimizer(model: nn.Module, name: str, rate: float) -> torch.optim.Optimizer:
+    kinds: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=rate, momentum=0.9, weight_decay=0.1),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=rate, weight_decay=0.1),
+        "adafactor": lambda p: torch.optim.Adafactor(p, lr=rate, weight_decay=0.1),
+        "muon": lambda p: torch.optim.Muon(p, lr=rate, weight_decay=0.1),
+    }
+    # Muon is for matrices.
+    parameters = adamss.trainable_parameters(model)
+    return kinds[name]([p for p in parameters if name != "muon" or p.ndim == 2])
