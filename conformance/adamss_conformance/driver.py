@@ -65,6 +65,10 @@ class Training(ABC):
         """Go on from what `save` wrote."""
 
     @abstractmethod
+    def memory(self) -> list[Array]:
+        """Return every number that optimiser and controller remember, as NumPy arrays in an order of their own."""
+
+    @abstractmethod
     def compact(self) -> None:
         """Shrink parameters and optimiser to what is trained, if the framework has that; else do nothing."""
 

@@ -626,7 +626,7 @@ class BackendSuite:
                 adamss.save(training.model, folder / "model", training=True)
                 training.save(folder)
                 training.step()
-            expected = _factors(driver, training.model)
+            expected, memory = _factors(driver, training.model), training.memory()
             for step in range(steps):
                 folder = tmp_path / str(step)
                 model = adamss.load(driver.model(LAYERS, "float32"), folder / "model")
@@ -641,6 +641,9 @@ class BackendSuite:
                             _assert_same(actual, wanted, f"{name} of {path}, resumed at step {step}")
                         else:
                             assert_agrees(actual, wanted, dtype="float32", what=f"{name} of {path}")
+                for actual, wanted in zip(training.memory(), memory, strict=True):
+                    if driver.device == "cpu":
+                        _assert_same(actual, wanted, f"optimiser or controller, resumed at step {step}")
 
     # ---- 11 compilation ---------------------------------------------------------------------------------
 

@@ -27,11 +27,15 @@ WRONG = {
     "GradientOfBScaled": 4,
     "MergedTwice": 5,
     "PaddingTrained": 6,
+    "FoldedTwice": 5,
     "MaskOffByOne": 7,
+    "ReducesTooFar": 7,
+    "ChoosesTheWorst": 7,
     "FrozenDecayed": 8,
     "GradientOfFrozen": 8,
     "LabelsMadeAnew": 9,
     "PrecisionLost": 10,
+    "ForgetsAverages": 10,
     "CompilesMasks": 11,
     "GlobalSeedTouched": 12,
     "DecomposesRounded": 13,
@@ -166,6 +170,7 @@ def test_capabilities_need_reasons():
         ("gradients", lambda driver: driver.gradients(None, None, None, None, None, None)),
         ("compiles", lambda driver: driver.compile(None)),
         ("optimisers", lambda driver: driver.train(None, {}, steps=1, optimiser="sgd", rate=0.1)),
+        ("budget", lambda driver: driver.training(None, {}, optimiser="sgd", rate=0.1, budget=None)),
     ],
 )
 def test_a_driver_that_promises_what_it_has_not_is_told_what_to_write(capability, call):

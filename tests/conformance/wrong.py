@@ -164,6 +164,60 @@ class MaskOffByOne(NumpyDriver):
         return mask
 
 
+class ReducesTooFar(NumpyDriver):
+    """Its controller freezes one subspace more than it should."""
+
+    name = "too-far"
+
+    def decide(self, state, plan, *step):
+        new = super().decide(state, plan, *step)
+        row = plan.join(new.active)
+        if not row.all():
+            row[np.flatnonzero(row)[-1]] = False
+        return new._replace(active=plan.split(row))
+
+
+class ChoosesTheWorst(NumpyDriver):
+    """Its controller keeps as many as it should, and the wrong ones."""
+
+    name = "worst"
+
+    def decide(self, state, plan, *step):
+        new = super().decide(state, plan, *step)
+        row = plan.join(new.active)
+        if not row.all():
+            row = np.sort(row)
+        return new._replace(active=plan.split(row))
+
+
+class ForgetsAverages(NumpyDriver):
+    """Resumes with the masks and the step, and with averages of zero."""
+
+    name = "forgets"
+
+    def training(self, *args, **kwargs):
+        training = super().training(*args, **kwargs)
+        load = training.load
+
+        def forgetful(folder):
+            load(folder)
+            zero = core.initial_budget_state(self.backend.adaptation(training.model).layers)
+            training._state = training._state._replace(importance=zero.importance)
+
+        training.load = forgetful
+        return training
+
+
+class FoldedTwice(NumpyBackend):
+    """The adapter goes on adding what was folded into the weight."""
+
+    def consolidate(self, model, merged, folded, *, keep_base):
+        model = super().consolidate(model, merged, folded, keep_base=keep_base)
+        none = {path: np.zeros_like(mask) for path, mask in folded.items()}
+        layers = {p: replace(m, folded=none[p]) if p in none else m for p, m in model.layers.items()}
+        return replace(model, layers=layers)
+
+
 class FrozenDecayed(NumpyDriver):
     """Weight decay goes on where the gradient is zero."""
 

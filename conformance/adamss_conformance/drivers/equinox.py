@@ -140,6 +140,9 @@ class EquinoxTraining(Training):
     def load(self, folder: Path) -> None:
         self._state = eqx.tree_deserialise_leaves(folder / "state", self._state)
 
+    def memory(self) -> list[np.ndarray]:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(self._state)]
+
     def compact(self) -> None:
         model = eqx.combine(self._trained, self._frozen)
         model, self._state = adamss_jax.compact(model, self._state)

@@ -129,8 +129,7 @@ class NnxTraining(Training):
         self._step(self._model, self._optimizer)
 
     def save(self, folder: Path) -> None:
-        leaves = jax.tree.leaves(nnx.state(self._optimizer))
-        (folder / "state").write_bytes(pickle.dumps([np.asarray(leaf) for leaf in leaves]))
+        (folder / "state").write_bytes(pickle.dumps(self.memory()))
 
     def load(self, folder: Path) -> None:
         state = nnx.state(self._optimizer)
@@ -138,6 +137,9 @@ class NnxTraining(Training):
         nnx.update(
             self._optimizer, jax.tree.unflatten(jax.tree.structure(state), map(jax.numpy.asarray, leaves))
         )
+
+    def memory(self) -> list[np.ndarray]:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(self._optimizer))]
 
     def compact(self) -> None:
         self._model, self._optimizer = adamss_jax.compact(self._model, self._optimizer)

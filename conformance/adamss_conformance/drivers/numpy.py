@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,10 @@ class NumpyTraining(Training):
     def load(self, folder: Path) -> None:
         self._number, self._optimiser, self._state = pickle.loads((folder / "state").read_bytes())
 
+    def memory(self) -> list[Array]:
+        leaves = _leaves((self._number, self._optimiser, self._state))
+        return [np.asarray(leaf) if isinstance(leaf, int) else self._driver.numpy(leaf) for leaf in leaves]
+
     def compact(self) -> None:
         """Do nothing: the reference keeps all that it has."""
 
@@ -161,6 +165,14 @@ class NumpyTraining(Training):
     def _updated(self, name: str, w: Array, g: Array) -> Array:
         new, self._optimiser[name] = self._update(w, g, self._optimiser.get(name), self._rate, self._number)
         return new
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, tuple | dict):
+        for child in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(child)
+    elif tree is not None:
+        yield tree
 
 
 def _sgd(w: Array, g: Array, momentum: Any, rate: float, number: int) -> tuple[Array, Any]:

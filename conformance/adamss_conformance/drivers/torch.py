@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import adamss
 from adamss import BudgetConfig
@@ -178,13 +179,19 @@ class TorchTraining(Training):
         self._optimizer.step()
 
     def save(self, folder: Path) -> None:
-        state = {"optimizer": self._optimizer.state_dict(), "budget": self._budget.state_dict()}
-        torch.save(state, folder / "state")
+        torch.save(self._state(), folder / "state")
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "state", weights_only=True)
         self._optimizer.load_state_dict(state["optimizer"])
         self._budget.load_state_dict(state["budget"])
+
+    def memory(self) -> list[np.ndarray]:
+        leaves = (leaf for leaf in tree_leaves(self._state()) if isinstance(leaf, Tensor | int | float))
+        return [torch.as_tensor(leaf).numpy(force=True) for leaf in leaves]
+
+    def _state(self) -> dict[str, Any]:
+        return {"optimizer": self._optimizer.state_dict(), "budget": self._budget.state_dict()}
 
     def compact(self) -> None:
         self._budget.compact()
