@@ -159,5 +159,5 @@ def demo_jax(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Print the tables of benchmarks/; arguments go to each of them (--quick)."""
     install(session, "demo", "flax", "conformance", tools=("scikit-learn",))
-    for script in ("parameters", "decomposition", "agreement", "step_time", "step_time_jax"):
+    for script in ("parameters", "decomposition", "agreement", "step_time", "step_time_jax", "budget"):
         session.run("python", f"benchmarks/{script}.py", *session.posargs)

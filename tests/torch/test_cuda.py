@@ -6,6 +6,7 @@ import torch
 import adamss
 from adamss import core
 from adamss_conformance.tolerances import assert_agrees
+from adamss_torch import BudgetController
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -85,3 +86,51 @@ def test_compiles(net, config, inputs):
     model.layers[0].query.adamss.C.data.fill_(0.1)
     y = torch.compile(model, fullgraph=True)(x)
     assert_agrees(y.detach().cpu(), model(x).detach().cpu(), dtype="float32", what="compiled")
+
+
+def trained_with_a_budget(net, config, inputs, device, *, fused, scaler=None, steps=9):
+    model = adamss.attach(net(dtype=torch.float64), config(rank=8, subspaces=5, subspace_rank=1)).to(device)
+    optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.01, fused=fused)
+    schedule, masks = adamss.BudgetConfig(target=5, end_step=6, interval=2), []
+    budget = BudgetController(
+        model,
+        optimizer,
+        schedule,
+        on_allocation=lambda each: masks.append([m.tolist() for m in each.masks.values()]),
+    )
+    for number in range(steps):
+        overflows = (True, False) if scaler is not None and number == 3 else (False,)
+        for overflow in overflows:
+            optimizer.zero_grad()
+            loss = model(inputs(8, 16, dtype=torch.float64, seed=number).to(device)).square().mean()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if overflow:
+                adamss.trainable_parameters(model)[0].grad.fill_(float("inf"))
+            (optimizer.step if scaler is None else lambda: scaler.step(optimizer))()
+            if scaler is not None:
+                scaler.update()
+    return model, budget, masks
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_budget_decides_as_on_the_cpu(net, config, inputs, fused, scaled):
+    _, budget, expected = trained_with_a_budget(net, config, inputs, "cpu", fused=False)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10) if scaled else None
+    _, on_cuda, masks = trained_with_a_budget(net, config, inputs, "cuda", fused=fused, scaler=scaler)
+    assert masks == expected
+    assert on_cuda.step == budget.step == 9
+    assert on_cuda.active_count == 5
+
+
+def test_compact_and_consolidate_on_the_device(net, config, inputs):
+    model, budget, _ = trained_with_a_budget(net, config, inputs, "cuda", fused=True)
+    x = inputs(4, 16, dtype=torch.float64).cuda()
+    expected = model(x).detach().cpu()
+    before = torch.cuda.memory_allocated()
+    budget.compact()
+    assert torch.cuda.memory_allocated() <= before
+    for change in (lambda: None, lambda: adamss.consolidate(model)):
+        change()
+        assert_agrees(model(x).detach().cpu(), expected, dtype="float64", what="outputs")
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
