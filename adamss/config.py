@@ -42,7 +42,8 @@ class BudgetConfig:
     power
         Exponent of the schedule between the two (Zhu and Gupta, 2017).
     initial
-        Budget up to ``start_step``; None for all there is.
+        Budget at ``start_step``, from which the curve goes down; None for all there is. All subspaces are
+        trained up to the first allocation.
     minimum_per_layer
         Subspaces that every layer keeps in any case, the best it has; all of a layer that has no more.
     window
@@ -50,7 +51,7 @@ class BudgetConfig:
     revive
         Whether a frozen subspace may return. False is the paper's one-way reduction.
     sensitivity_decay, uncertainty_decay
-        Decays b1 and b2 of the importance averages, in [0, 1) (Zhang et al., 2022).
+        Decays b1, in (0, 1), and b2, in [0, 1), of the importance averages (Zhang et al., 2022).
 
     Raises
     ------
@@ -97,6 +98,8 @@ class BudgetConfig:
         if self.power > LARGEST_POWER:
             raise ConfigError(f"power must be at most {LARGEST_POWER}, found {self.power}")
         _check_real(self, "sensitivity_decay", low=0.0, high=1.0)
+        if not self.sensitivity_decay:
+            raise ConfigError("sensitivity_decay must be above 0: without an average there is no uncertainty")
         _check_real(self, "uncertainty_decay", low=0.0, high=1.0)
 
     def to_dict(self) -> dict[str, Any]:

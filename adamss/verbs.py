@@ -6,11 +6,13 @@ be checked before anything is changed, so that a call that fails leaves the mode
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -53,7 +55,10 @@ COUNTERS = ("num_batches_tracked",)
 """What PyTorch counts in its layers and other frameworks do not: a file may lack it, or have it in vain."""
 
 
-def attach(model: Model, config: AdamssConfig) -> Model:
+_Arrays = TypeVar("_Arrays", BaseWeight, Factors)
+
+
+def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
     """Adapt the layers of a model that ``config.targets`` names, and freeze the rest.
 
     Only the factors B and C and the ``modules_to_save`` are trained afterwards. C starts at zero: the
@@ -65,6 +70,11 @@ def attach(model: Model, config: AdamssConfig) -> Model:
         A model of any framework with a backend. PyTorch: changed in place.
     config
         What to adapt, and how.
+    divide
+        Where several processes run (`torch.distributed`): each layer is decomposed by one of them, which sends the
+        factors to the others. All processes must call `attach` then, and an error on one is raised on all; those
+        that have other layers or weights than the rest are left to themselves. False: each process decomposes
+        all layers and waits for no other, as it must where only some of them attach.
 
     Returns
     -------
@@ -85,16 +95,20 @@ def attach(model: Model, config: AdamssConfig) -> Model:
     if not isinstance(config, AdamssConfig):
         raise ConfigTypeError(f"config must be an adamss.AdamssConfig, found {type(config).__name__}")
     backend = backend_for(model)
-    _require_base(backend, model, "attach")
-    modules = backend.modules(model)
-    paths = _once(match(config.targets, modules, name="targets"), modules)
-    saved = []
-    if config.modules_to_save:
-        saved = _once(match(config.modules_to_save, modules, name="modules_to_save"), modules)
-    _require_disjoint(paths, saved)
-    weights = {path: backend.weight(modules[path], path) for path in paths}
-    with backend.exact():
-        layers = {path: _initial_factors(backend, path, base, config) for path, base in weights.items()}
+    with backend.exact(), backend.divided(model, enabled=divide) as division:
+        _require_base(backend, model, "attach")
+        modules = backend.modules(model)
+        paths = _once(match(config.targets, modules, name="targets"), modules)
+        saved = []
+        if config.modules_to_save:
+            saved = _once(match(config.modules_to_save, modules, name="modules_to_save"), modules)
+        _require_disjoint(paths, saved)
+        weights = {path: backend.weight(modules[path], path) for path in paths}
+        layers = division.factors(
+            weights,
+            lambda path, base: _initial_factors(backend, path, base, config),
+            settings=json.dumps(config.to_dict()),
+        )
         if config.budget is not None:
             core.plan_budget(layers, config.budget)  # complains of what cannot be kept to
         return backend.insert(model, layers, config=config, saved=dict.fromkeys(saved))
@@ -150,6 +164,9 @@ def trainable_parameters(model: Model) -> Any:
 def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) -> None:
     """Write the adapter, and ``modules_to_save``, to one safetensors file.
 
+    Where several processes hold parts of the model (PyTorch's ``fully_shard``), all of them call this and one
+    writes.
+
     Parameters
     ----------
     model
@@ -173,16 +190,20 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
         for layer_path, factors in adaptation.layers.items():
             base = backend.weight(modules[layer_path], layer_path)
             check_concrete(*factors, name=layer_path)
+            factors, base = _whole(backend, factors), _whole(backend, base)
             layers[layer_path] = _stored_layer(backend, factors, base, training=training)
-    saved = {}
-    for module_path in adaptation.saved:
-        arrays = backend.arrays(modules[module_path])
-        check_concrete(*arrays.values(), name=module_path)
-        saved[module_path] = {name: backend.to_stored(array) for name, array in arrays.items()}
+        saved = {}
+        for module_path in adaptation.saved:
+            arrays = backend.arrays(modules[module_path])
+            check_concrete(*arrays.values(), name=module_path)
+            saved[module_path] = {
+                name: backend.to_stored(backend.whole(array)) for name, array in arrays.items()
+            }
     from adamss import __version__
 
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
-    files.write(_checked_path(path), Checkpoint(adaptation.config, layers, saved, writer))
+    checkpoint = Checkpoint(adaptation.config, layers, saved, writer)
+    backend.once(model, lambda: files.write(_checked_path(path), checkpoint))
 
 
 def load(
@@ -191,6 +212,7 @@ def load(
     *,
     trainable: bool = True,
     check_base: bool = True,
+    divide: bool = False,
 ) -> Model:
     """Attach an adapter from a file, whatever framework, device or dtype it was trained with.
 
@@ -210,6 +232,8 @@ def load(
     check_base
         Whether to compare the fingerprints of the base weights. Turn it off to put an adapter on a model other
         than its own on purpose.
+    divide
+        Whether several processes divide the decompositions among them, as in `attach`; all must call `load` then.
 
     Returns
     -------
@@ -227,27 +251,30 @@ def load(
         If adapters are attached already.
     """
     backend = backend_for(base_model)
-    _require_base(backend, base_model, "load")
-    stored = files.read(_checked_path(path))
-    modules = backend.modules(base_model)
-    _require_modules([*stored.layers, *stored.saved], modules)
-    _require_distinct(list(stored.layers), modules)
-    weights = {layer_path: backend.weight(modules[layer_path], layer_path) for layer_path in stored.layers}
-    for layer_path, base in weights.items():
-        check_matrix(base.W, name=f"{layer_path}: weight")
-    with backend.exact():
+    with backend.exact(), backend.divided(base_model, enabled=divide) as division:
+        _require_base(backend, base_model, "load")
+        stored = files.read(_checked_path(path))
+        modules = backend.modules(base_model)
+        _require_modules([*stored.layers, *stored.saved], modules)
+        _require_distinct(list(stored.layers), modules)
+        weights = {
+            layer_path: backend.weight(modules[layer_path], layer_path) for layer_path in stored.layers
+        }
         for layer_path, layer in stored.layers.items():
-            _check_base(layer_path, layer, weights[layer_path], compare=check_base)
+            _check_base_shape(layer_path, layer, weights[layer_path])
         saved = {
             module_path: _saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
             for module_path, tensors in stored.saved.items()
         }
-        layers = {
-            layer_path: _loaded_factors(
-                backend, layer, weights[layer_path], stored.config, trainable=trainable
-            )
-            for layer_path, layer in stored.layers.items()
-        }
+
+        def loaded(layer_path: str, base: BaseWeight) -> Factors:
+            layer = stored.layers[layer_path]
+            check_matrix(base.W, name=f"{layer_path}: weight")
+            if check_base:
+                _check_base_values(layer_path, layer, base)
+            return _loaded_factors(backend, layer, base, stored.config, trainable=trainable)
+
+        layers = division.factors(weights, loaded, settings=_digest(stored, trainable, check_base))
         return backend.insert(base_model, layers, config=stored.config, saved=saved)
 
 
@@ -292,13 +319,13 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     merged, lost = {}, {}
     with backend.exact():
         for path, factors in adaptation.layers.items():
-            W, b = backend.weight(modules[path], path)
-            check_concrete(W, b, *factors, name=path)
+            base = backend.weight(modules[path], path)
+            check_concrete(*base, *factors, name=path)
             try:
-                merged[path] = core.merge(W, b, factors)
+                result = core.merge(*_whole(backend, base), _whole(backend, factors))
             except ArrayValueError as error:
                 raise ArrayValueError(f"{path}: {error}") from error
-            lost[path] = float(merged[path].lost)
+            merged[path], lost[path] = _spread(backend, result, base), float(result.lost)
     worst = max(lost, key=lambda path: lost[path])
     if lost[worst] > LOSS_WORTH_A_WARNING:
         dtype = backend.dtype_name(merged[worst].W)
@@ -379,13 +406,15 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
     merged = {}
     with backend.exact():
         for path, factors in adaptation.layers.items():
-            W, b = backend.weight(modules[path], path)
-            if backend.dtype_name(W) not in ("float32", "float64"):
+            base = backend.weight(modules[path], path)
+            if backend.dtype_name(base.W) not in ("float32", "float64"):
                 raise ArrayTypeError(
-                    f"{path}: consolidating into {backend.dtype_name(W)} would round the update away; "
+                    f"{path}: consolidating into {backend.dtype_name(base.W)} would round the update away; "
                     "leave the model as it is, and merge at the end"
                 )
-            merged[path] = _folded_weight(W, b, factors, folded[path], path)
+            W, b = _whole(backend, base)
+            result = _folded_weight(W, b, _whole(backend, factors), folded[path], path)
+            merged[path] = _spread(backend, result, base)
         return backend.consolidate(
             model, merged, folded, keep_base=keep_base and (adaptation.base_kept or not already)
         )
@@ -542,12 +571,21 @@ def _cast(backend: Backend, factors: Factors, dtype: str) -> Factors:
     return factors._replace(**{name: backend.cast(getattr(factors, name), dtype) for name in "ABC"})
 
 
+def _whole(backend: Backend, arrays: _Arrays) -> _Arrays:
+    """Return a base weight, or factors, with all the entries of each array."""
+    return type(arrays)(*(None if array is None else backend.whole(array) for array in arrays))
+
+
+def _spread(backend: Backend, merged: core.Merged, base: BaseWeight) -> core.Merged:
+    """Return whole merged arrays in the form of those of the layer: only those of one are whole at a time."""
+    b = None if merged.b is None else backend.spread(merged.b, like=base.b)
+    return merged._replace(W=backend.spread(merged.W, like=base.W), b=b)
+
+
 def _folded_weight(W: Any, b: Any, factors: Factors, folded: Any, path: str) -> core.Merged:
     """Return the base weight with the update of some subspaces."""
-    xp = namespace(factors.C)
-    own = xp.take(folded, factors.labels)[None, :]
     try:
-        return core.merge(W, b, factors._replace(C=xp.where(own, factors.C, xp.zeros_like(factors.C))))
+        return core.merge(W, b, core.only(factors, folded))
     except ArrayValueError as error:
         raise ArrayValueError(f"{path}: {error}") from error
 
@@ -605,7 +643,7 @@ def _require_distinct(paths: list[str], modules: Mapping[str, Any]) -> None:
             )
 
 
-def _check_base(path: str, layer: StoredLayer, base: BaseWeight, *, compare: bool) -> None:
+def _check_base_shape(path: str, layer: StoredLayer, base: BaseWeight) -> None:
     shape = tuple(base.W.shape)
     if shape != layer.base.shape:
         raise CheckpointError(
@@ -615,14 +653,25 @@ def _check_base(path: str, layer: StoredLayer, base: BaseWeight, *, compare: boo
     rows = (layer.M or layer.A or layer.C).shape[-2]
     if rows > shape[0] and base.b is None:
         raise CheckpointError(f"{path}: the file adapts the bias too, but the layer has none")
-    if not compare:
-        return
+
+
+def _check_base_values(path: str, layer: StoredLayer, base: BaseWeight) -> None:
     difference = layer.base.difference(files.fingerprint(base.W))
     if not difference <= files.FINGERPRINT_TOLERANCE:
         raise CheckpointError(
             f"{path}: the base weight is not the one that the adapter was trained on (its fingerprint "
             f"differs by {difference:.0%}); load the right base model, or pass check_base=False"
         )
+
+
+def _digest(stored: Checkpoint, *choices: bool) -> str:
+    """Return what tells whether two processes load the same, in the same way."""
+    digest = hashlib.sha256(repr((stored.config, choices)).encode())
+    for path, layer in stored.layers.items():
+        for name, tensor in layer.tensors().items():
+            digest.update(f"{path} {name} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(tensor.data)
+    return digest.hexdigest()
 
 
 def _saved_arrays(

@@ -20,6 +20,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,9 @@ def peft_count() -> int | str:
         model(torch.randn(64, WIDTH, generator=generator)).square().mean().backward()
         optimizer.step()
         model.base_model.update_and_allocate(step)
-    layers = [m for m in model.modules() if type(m).__module__.endswith("adamss.layer") and hasattr(m, "adamss_B")]
+    layers = [
+        m for m in model.modules() if type(m).__module__.endswith("adamss.layer") and hasattr(m, "adamss_B")
+    ]
     return sum(any(p.requires_grad for p in pair) for layer in layers for pair in _peft_pairs(layer))
 
 
@@ -147,7 +150,9 @@ def exactness() -> list[dict[str, Any]]:
             records.append({"schedule": name, "unit": config.unit, **_plain(each)})
             name = ""
     headers = ["schedule", "unit", "step", "budget", "active", "parameters"]
-    print(f"\n{LAYERS} layers of K={SUBSPACES}; the first step says nothing (C = 0), and what is due then waits for one")
+    print(
+        f"\n{LAYERS} layers of K={SUBSPACES}; the first step says nothing (C = 0), and what is due then waits for one"
+    )
     print(tabulate(rows, headers=headers))
     return records
 
@@ -235,9 +240,13 @@ def with_jax(config: BudgetConfig, gradients: list[Any], file: Path) -> list[byt
 
     masks = []
     for each in gradients:
-        step(model, optimizer, *([jnp.asarray(each[f"layers.{i}"][j]) for i in range(LAYERS)] for j in (0, 1)))
+        step(
+            model, optimizer, *([jnp.asarray(each[f"layers.{i}"][j]) for i in range(LAYERS)] for j in (0, 1))
+        )
         model = adamss_jax.synchronise(model, optimizer)
-        actives = {f"layers.{i}": np.asarray(layer.adamss.active.get_value()) for i, layer in enumerate(model.layers)}
+        actives = {
+            f"layers.{i}": np.asarray(layer.adamss.active.get_value()) for i, layer in enumerate(model.layers)
+        }
         masks.append(np.concatenate([actives[path] for path in sorted(actives)]).tobytes())
     jax.block_until_ready(nnx.state(model))
     return masks
@@ -257,13 +266,16 @@ def agreement(folder: Path) -> list[dict[str, Any]]:
         if not config.revive:
             differing["JAX"] = with_jax(config, gradients, folder / "budget.safetensors")
         counts = {
-            what: sum(a != b for a, b in zip(masks, reference, strict=True)) for what, masks in differing.items()
+            what: sum(a != b for a, b in zip(masks, reference, strict=True))
+            for what, masks in differing.items()
         }
         rows.append([name, len(set(reference)), counts["PyTorch"], counts.get("JAX", "-")])
         records.append({"schedule": name, "masks": len(set(reference)), "differing": counts})
         if any(counts.values()):
             raise SystemExit(f"decided otherwise: {name}, {counts}")
-    print(f"\nmasks after each of {STEPS} steps, from the same gradients: how many differ from those of NumPy")
+    print(
+        f"\nmasks after each of {STEPS} steps, from the same gradients: how many differ from those of NumPy"
+    )
     print(tabulate(rows, headers=["schedule", "different masks", "PyTorch", "JAX, jitted"]))
     return records
 
@@ -288,46 +300,118 @@ class ByTheSmallest(BudgetController):
         return 1 / (super().scores() + 1e-30)
 
 
-SELECTIONS: dict[str, type[BudgetController] | None] = {
-    "all subspaces": None,
-    "a third, by the score": BudgetController,
-    "a third, at random": AtRandom,
-    "a third, by the smallest score": ByTheSmallest,
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """How many subspaces are left, and which.
+
+    Attributes
+    ----------
+    share : int
+        One of so many is left; 1 for all.
+    kind : type
+        The controller that chooses.
+    """
+
+    share: int = 1
+    kind: type[BudgetController] = BudgetController
+
+
+ALL = "all"
+SELECTIONS = {
+    ALL: Selection(),
+    **{
+        f"{name}, {how}": Selection(share=share, kind=kind)
+        for share, name in ((3, "a third"), (10, "a tenth"))
+        for how, kind in (
+            ("by the score", BudgetController),
+            ("at random", AtRandom),
+            ("by the smallest score", ByTheSmallest),
+        )
+    },
 }
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What one selection came to, over the seeds.
+
+    Attributes
+    ----------
+    accuracy, cross_entropy : list of float
+        On the test sentences, by seed.
+    parameters : list of int
+        Trained parameters of the adapters that were left.
+    """
+
+    accuracy: list[float] = field(default_factory=list)
+    cross_entropy: list[float] = field(default_factory=list)
+    parameters: list[int] = field(default_factory=list)
 
 
 def accuracies(steps: int, seeds: int) -> list[dict[str, Any]]:
     """Print the third table."""
-    results: dict[str, list[float]] = {name: [] for name in SELECTIONS}
+    outcomes = {name: Outcome() for name in SELECTIONS}
     for seed in range(seeds):
-        session = demo.Session.open(demo.parse(["--steps", str(steps), "--seed", str(seed), "--device", "cpu"]))
-        method = demo.METHODS[demo.ADAMSS]
-        runs = {name: session.start(method) for name in SELECTIONS}
-        controllers = {}
-        for name, kind in SELECTIONS.items():
-            if kind is not None:
-                total = adamss.summary(runs[name].model).total.K
-                schedule = BudgetConfig(
-                    target=total // 3, start_step=steps // 10, end_step=steps // 2, interval=max(steps // 20, 1)
-                )
-                controllers[name] = kind(runs[name].model, runs[name].optimizer, schedule)
+        session = demo.Session.open(
+            demo.parse(["--steps", str(steps), "--seed", str(seed), "--device", "cpu"])
+        )
+        runs = {name: session.start(demo.METHODS[demo.ADAMSS]) for name in SELECTIONS}
+        controllers = []
+        for name, selection in SELECTIONS.items():
+            total = adamss.summary(runs[name].model).total.K
+            schedule = BudgetConfig(
+                target=total // selection.share,
+                start_step=steps // 10,
+                end_step=steps // 2,
+                interval=max(steps // 20, 1),
+            )
+            controllers.append(selection.kind(runs[name].model, runs[name].optimizer, schedule))
         session.fit(list(runs.values()), session.train)
         for name, run in runs.items():
             logits = session.logits(run.model, session.test)
-            results[name].append(accuracy(logits.numpy(), session.test))
-        for controller in controllers.values():
+            outcome = outcomes[name]
+            outcome.accuracy.append(accuracy(logits.numpy(), session.test))
+            loss = nn.functional.cross_entropy(logits, torch.as_tensor(session.test.labels))
+            outcome.cross_entropy.append(float(loss))
+            layers = adamss.backend.get_backend("torch").adaptation(run.model).layers.values()
+            outcome.parameters.append(sum(core.count_factors(f, active_only=True) for f in layers))
+        for controller in controllers:
             controller.remove()
+    _print_outcomes(outcomes, steps, seeds)
+    return [{"trained": name, **vars(outcome)} for name, outcome in outcomes.items()]
+
+
+def _print_outcomes(outcomes: dict[str, Outcome], steps: int, seeds: int) -> None:
+    def spread(values: Sequence[float]) -> str:
+        deviation = np.std(values, ddof=1) if seeds > 1 else float("nan")
+        return f"{np.mean(values):.4f} ({deviation:.4f})"
+
+    def against(outcome: Outcome, name: str) -> str:
+        difference = np.asarray(getattr(outcome, name)) - getattr(outcomes[ALL], name)
+        error = np.std(difference, ddof=1) / np.sqrt(seeds) if seeds > 1 else float("nan")
+        return f"{difference.mean():+.4f} ({error:.4f})"
+
     rows = [
-        [name, f"{np.mean(values):.4f}", f"{np.std(values, ddof=1):.4f}" if seeds > 1 else "-"]
-        for name, values in results.items()
+        [
+            name,
+            f"{np.mean(outcome.parameters):,.0f}",
+            spread(outcome.accuracy),
+            against(outcome, "accuracy"),
+            spread(outcome.cross_entropy),
+            against(outcome, "cross_entropy"),
+        ]
+        for name, outcome in outcomes.items()
     ]
-    print(f"\naccuracy on the demo's task, {steps} steps, {seeds} seeds")
-    print(tabulate(rows, headers=["trained", "mean", "standard deviation"], disable_numparse=True))
-    paired = np.asarray([results[name] for name in list(SELECTIONS)[1:]]) - np.asarray(results["all subspaces"])
-    for name, difference in zip(list(SELECTIONS)[1:], paired, strict=True):
-        spread = np.std(difference, ddof=1) / np.sqrt(seeds) if seeds > 1 else float("nan")
-        print(f"{name}, less all: {difference.mean():+.4f}, standard error {spread:.4f}")
-    return [{"trained": name, "accuracies": values} for name, values in results.items()]
+    headers = [
+        "trained at the end",
+        "parameters",
+        "accuracy (deviation)",
+        "less all (error)",
+        "cross entropy (deviation)",
+        "less all (error)",
+    ]
+    print(f"\nthe demo's task, {steps} steps, {seeds} seeds, the same batches and dropout for all")
+    print(tabulate(rows, headers=headers, disable_numparse=True))
 
 
 # --- 4: what it saves -------------------------------------------------------------------------------------
@@ -389,7 +473,9 @@ class Case:
 
     def optimiser_bytes(self) -> int:
         """Return the bytes of the optimiser's state."""
-        values = (v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+        values = (
+            v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)
+        )
         return sum(v.numel() * v.element_size() for v in values)
 
     def kept_bytes(self, base: nn.Module) -> int:
@@ -480,7 +566,9 @@ def _savings_of(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; return the exit status."""
-    parser = argparse.ArgumentParser(description="Print what the adaptive budget keeps to, decides and saves.")
+    parser = argparse.ArgumentParser(
+        description="Print what the adaptive budget keeps to, decides and saves."
+    )
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--quick", action="store_true", help="fewer steps, seeds and alternations")
     parser.add_argument("--only", choices=["exact", "agree", "accuracy", "savings"], help="one table alone")

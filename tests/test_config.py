@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from adamss import AdamssConfig, BudgetConfig
@@ -53,6 +54,10 @@ def test_bad_adamss_config(changes, kind, match):
         ({"target": 0}, ConfigError, "target must be at least 1"),
         ({"end_step": 5, "start_step": 5}, ConfigError, "end_step must come after start_step = 5, found 5"),
         ({"interval": 0}, ConfigError, "interval must be at least 1"),
+        ({"minimum_per_layer": -1}, ConfigError, "minimum_per_layer must be at least 0, found -1"),
+        ({"minimum_per_layer": 1.5}, ConfigTypeError, "minimum_per_layer must be an integer, found 1.5"),
+        ({"minimum_per_layer": True}, ConfigTypeError, "minimum_per_layer must be an integer, found True"),
+        ({"minimum_per_layer": None}, ConfigTypeError, "minimum_per_layer must be an integer, found None"),
         ({"start_step": -1}, ConfigError, "start_step must be at least 0"),
         ({"unit": "layers"}, ConfigError, "unit must be one of subspaces, parameters; found 'layers'"),
         ({"window": "never"}, ConfigError, "window must be one of"),
@@ -80,12 +85,35 @@ def test_is_frozen_and_keyword_only():
 
 
 @pytest.mark.parametrize("targets", ["a.*b", ["query", "value"]])
-@pytest.mark.parametrize("budget", [None, BudgetConfig(**BUDGET, unit="parameters", revive=True)])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        None,
+        BudgetConfig(**BUDGET, unit="parameters", revive=True),
+        BudgetConfig(**BUDGET, minimum_per_layer=2, window="running", initial=12),
+    ],
+)
 def test_travels_through_json(targets, budget):
     config = AdamssConfig(
         targets=targets, modules_to_save=["head"], basis="per_subspace", seed=3, budget=budget
     )
     assert AdamssConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_budget_travels_through_json():
+    budget = BudgetConfig(**BUDGET, minimum_per_layer=np.int64(3))
+    settings = json.loads(json.dumps(budget.to_dict()))
+    assert settings["minimum_per_layer"] == 3
+    assert settings.keys() == {field.name for field in dataclasses.fields(BudgetConfig)}
+    assert BudgetConfig.from_dict(settings) == budget
+
+
+def test_files_from_before_minimum_per_layer_are_read():
+    """Their layers kept no minimum: what the setting defaults to."""
+    settings = AdamssConfig(targets=["query"], budget=BudgetConfig(**BUDGET, interval=7)).to_dict()
+    del settings["budget"]["minimum_per_layer"]
+    config = AdamssConfig.from_dict(json.loads(json.dumps(settings)))
+    assert config.budget == BudgetConfig(**BUDGET, interval=7, minimum_per_layer=0)
 
 
 @pytest.mark.parametrize(

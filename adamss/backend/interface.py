@@ -11,20 +11,20 @@ models are trees: whatever changes a model returns it. Either every change of a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from adamss.core import Factors, Merged
-from adamss.core._array import Array
+from adamss.core import Factors, Merged, delta, only
+from adamss.core._array import Array, namespace
 from adamss.errors import StateError
 
 if TYPE_CHECKING:
     from adamss.checkpoint import StoredTensor
     from adamss.config import AdamssConfig
 
-__all__ = ["Adaptation", "Array", "Backend", "BaseWeight", "Model", "Module"]
+__all__ = ["Adaptation", "Array", "Backend", "BaseWeight", "Division", "Model", "Module", "without_folded"]
 
 Model: TypeAlias = Any
 """A model of the framework."""
@@ -46,6 +46,31 @@ class BaseWeight(NamedTuple):
 
     W: Array
     b: Array | None
+
+
+def without_folded(base: BaseWeight, factors: Factors, folded: Array) -> BaseWeight:
+    """Return what is left of a consolidated weight when the update of its folded subspaces is subtracted again.
+
+    Parameters
+    ----------
+    base
+        Consolidated weight and bias.
+    factors
+        Factors of the layer.
+    folded
+        (K,) booleans.
+
+    Returns
+    -------
+    BaseWeight
+        W0 and its bias, up to rounding.
+    """
+    xp = namespace(base.W)
+    update, d = delta(only(factors, folded)), base.W.shape[0]
+    b = base.b
+    if b is not None and update.shape[0] > d:
+        b = b - xp.astype(update[d, :], b.dtype)
+    return BaseWeight(base.W - xp.astype(update[:d, :], base.W.dtype), b)
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,32 @@ class Adaptation:
     base_kept: bool = True
     disabled: bool = False
     folded: Mapping[str, Array] = field(default_factory=dict)
+
+
+class Division:
+    """How the layers of a model are divided among the processes that adapt it; this one is for a process alone."""
+
+    def factors(
+        self,
+        weights: Mapping[str, BaseWeight],
+        compute: Callable[[str, BaseWeight], Factors],
+        *,
+        settings: str,
+    ) -> dict[str, Factors]:
+        """Return ``{path: compute(path, base) for path, base in weights.items()}``, in that order.
+
+        One layer is taken after the other, so that no more memory is needed than for one.
+
+        Parameters
+        ----------
+        weights
+            Base weight of each layer by module path.
+        compute
+            Return the factors of a layer: the same ones on every process that calls it with equal arguments.
+        settings
+            Names all that `compute` depends on besides.
+        """
+        return {path: compute(path, base) for path, base in weights.items()}
 
 
 class Backend(ABC):
@@ -167,6 +218,48 @@ class Backend(ABC):
         In it, ``a @ b`` of float32 arrays is not rounded to TF32 or bfloat16, whatever the user has set.
         """
         return nullcontext()
+
+    # ---- several processes ----------------------------------------------------------------------------
+
+    def whole(self, array: Array) -> Array:
+        """Return an array with all its entries, where a process holds only a part; all of them call this.
+
+        Only `weight`, `arrays` and `adaptation` return such arrays; their ``shape`` is that of the whole.
+        """
+        return array
+
+    def spread(self, array: Array, like: Array) -> Array:
+        """Return a whole array in the form that `like` has: ``whole(spread(a, like=b)) == a``.
+
+        Parameters
+        ----------
+        array
+            Equal on all processes.
+        like
+            Of the same shape.
+        """
+        return array
+
+    def once(self, model: Model, action: Callable[[], None]) -> None:
+        """Call `action`, on one process only where several hold parts of the model; all of them call this.
+
+        An error of it is raised on all.
+        """
+        action()
+
+    def divided(self, model: Model, *, enabled: bool) -> AbstractContextManager[Division]:
+        """Return a context in which the processes of a program divide the layers of a model among them.
+
+        An error within it is raised on all of them. A backend need not have this: each process does all then.
+
+        Parameters
+        ----------
+        model
+            The model that each of them holds, or holds a part of.
+        enabled
+            False: this process is alone.
+        """
+        return nullcontext(Division())
 
     # ---- models -------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adamss import core
-from adamss.backend.interface import Adaptation, Backend, BaseWeight
+from adamss.backend.interface import Adaptation, Backend, BaseWeight, without_folded
 from adamss.checkpoint import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Gradients, Merged
@@ -60,14 +60,7 @@ class NumpyLinear:
         """Return the factors whose update is added to the frozen product: without what `W` holds already."""
         if self.factors is None or self.merged or self.folded is None:
             return None if self.merged else self.factors
-        return _without(self.factors, self.folded)
-
-
-def _without(factors: Factors, subspaces: Array) -> Factors:
-    """Return factors in which the update of some subspaces is zero."""
-    xp = namespace(factors.C)
-    own = xp.take(subspaces, factors.labels)[None, :]
-    return factors._replace(C=xp.where(own, xp.zeros_like(factors.C), factors.C))
+        return core.only(self.factors, ~self.folded)
 
 
 @dataclass(frozen=True)
@@ -151,11 +144,7 @@ class NumpyBackend(Backend):
         if module.merged:
             raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
         if module.folded is not None and module.factors is not None:
-            update = core.delta(_without(module.factors, ~module.folded))
-            return BaseWeight(
-                module.W - namespace(module.W).astype(update, module.W.dtype)[: module.W.shape[0], :],
-                module.b,
-            )
+            return without_folded(BaseWeight(module.W, module.b), module.factors, module.folded)
         return BaseWeight(module.W, module.b)
 
     def arrays(self, module: NumpyLinear) -> dict[str, Array]:

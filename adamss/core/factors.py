@@ -42,6 +42,7 @@ __all__ = [
     "linear",
     "linear_vjp",
     "merge",
+    "only",
     "restrict",
     "reunite",
     "trained_elements",
@@ -630,6 +631,26 @@ def trained_elements(factors: Factors) -> tuple[Array, Array]:
     return trained_B[None, :], xp.take(factors.active, factors.labels)[None, :]
 
 
+def only(factors: Factors, chosen: Array) -> Factors:
+    """Return factors of which some subspaces alone have an update; the shapes stay.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+    chosen
+        (K,) booleans.
+
+    Returns
+    -------
+    Factors
+        With C zero in the columns of the other subspaces.
+    """
+    xp = namespace(factors.C)
+    own = xp.take(chosen, factors.labels)[None, :]
+    return factors._replace(C=xp.where(own, factors.C, xp.zeros_like(factors.C)))
+
+
 def restrict(factors: Factors, chosen: Array) -> Restriction:
     """Return the factors of some subspaces alone: ``delta[:, columns]`` is the update of their own columns.
 
@@ -664,9 +685,16 @@ def restrict(factors: Factors, chosen: Array) -> Restriction:
     directions = xp.nonzero(xp.take(chosen, xp.minimum(group, last)) & (group <= last))[0]
     columns = xp.nonzero(xp.take(chosen, factors.labels))[0]
     number = xp.cumulative_sum(xp.astype(chosen, integer)) - 1
+    A, B = factors.A, xp.take(factors.B, directions, axis=1)
+    if A.shape[0] > 1:
+        A = xp.take(A, subspaces, axis=0)
+        if A.shape[0] == 1:
+            # Alone, it looks like a basis that all share, of which no column is padding.
+            R = int(xp.take(basis_ranks(factors), subspaces)[0])
+            A, B = A[:, :, :R], B[:R, :]
     part = Factors(
-        factors.A if factors.A.shape[0] == 1 else xp.take(factors.A, subspaces, axis=0),
-        xp.take(factors.B, directions, axis=1),
+        A,
+        B,
         xp.take(factors.C, columns, axis=1),
         xp.astype(xp.take(number, xp.take(factors.labels, columns)), integer),
         xp.take(factors.ranks, subspaces),
@@ -694,8 +722,13 @@ def reunite(first: Restriction, second: Restriction, whole: Factors) -> Factors:
     """
     xp = namespace(first.factors.B, second.factors.B)
 
+    def padded(B: Array) -> Array:
+        missing = xp.zeros((whole.B.shape[0] - B.shape[0], B.shape[1]), dtype=B.dtype, device=device(B))
+        return xp.concat([B, missing], axis=0)
+
     def joined(name: str, places: str) -> Array:
         arrays = [getattr(part.factors, name) for part in (first, second)]
+        arrays = [padded(array) for array in arrays] if name == "B" else arrays
         order = xp.argsort(xp.concat([getattr(part, places) for part in (first, second)]))
         return xp.take(xp.concat(arrays, axis=1), order, axis=1)
 

@@ -64,8 +64,8 @@ def update_importance(
     weight
         Trained array before the optimiser's step, of any shape.
     gradient
-        Its gradient before the optimiser's step, unscaled. If it holds NaN or infinity, the step is left
-        out: the averages are returned as they were.
+        Its gradient before the optimiser's step, unscaled. If it holds NaN or infinity (or a square of w g would),
+        the step is left out: the averages are returned as they were.
     sensitivity_decay, uncertainty_decay
         b1 and b2, in [0, 1).
 
@@ -87,17 +87,31 @@ def update_importance(
     >>> update_importance(initial_importance(w), w, g, sensitivity_decay=0.5, uncertainty_decay=0.5)
     Importance(sensitivity=array([0.5, 2. ]), uncertainty=array([0.25, 1.  ]))
     """
+    now, usable = sensitivity_of(weight, gradient)
     xp = namespace(weight)
-    usable = xp.isfinite(gradient)
-    sensitivity = xp.abs(weight * xp.where(usable, gradient, xp.zeros_like(gradient)))
-    average = sensitivity_decay * importance.sensitivity + (1 - sensitivity_decay) * sensitivity
-    deviation = xp.abs(sensitivity - average)
+    average = sensitivity_decay * importance.sensitivity + (1 - sensitivity_decay) * now
+    deviation = xp.abs(now - average)
     uncertainty = uncertainty_decay * importance.uncertainty + (1 - uncertainty_decay) * deviation
-    finite = xp.all(usable & xp.isfinite(sensitivity))
     return Importance(
-        xp.where(finite, average, importance.sensitivity),
-        xp.where(finite, uncertainty, importance.uncertainty),
+        xp.where(usable, average, importance.sensitivity),
+        xp.where(usable, uncertainty, importance.uncertainty),
     )
+
+
+def sensitivity_of(weight: Array, gradient: Array) -> tuple[Array, Array]:
+    """Return ``|w g|`` and whether all of it can be used: 0-d boolean.
+
+    It cannot where a gradient is NaN or infinite, nor where the square of a product would be, which a score is about.
+
+    Parameters
+    ----------
+    weight, gradient
+        Arrays of one shape.
+    """
+    xp = namespace(weight)
+    finite = xp.isfinite(gradient)
+    product = xp.abs(weight * xp.where(finite, gradient, xp.zeros_like(gradient)))
+    return product, xp.all(finite & (product <= xp.finfo(product.dtype).max ** 0.5))
 
 
 def scores(importance_B: Importance, importance_C: Importance, factors: Factors) -> Array:

@@ -26,7 +26,7 @@ from adamss.core._array import (
 from adamss.core.budget import Schedule, allocate, allocates_at, budget_at
 from adamss.core.counting import subspace_costs
 from adamss.core.factors import Factors, basis_ranks
-from adamss.core.importance import Importance, initial_importance, scores, update_importance
+from adamss.core.importance import Importance, initial_importance, scores, sensitivity_of, update_importance
 from adamss.errors import ConfigError
 
 __all__ = [
@@ -94,9 +94,13 @@ class BudgetPlan:
     costs: tuple[int, ...]
     total: int
 
-    def budget_at(self, step: int) -> int:
-        """Return `adamss.core.budget_at` for this model."""
-        return budget_at(step, self.config, self.total)
+    def budget_at(self, step: Any) -> Any:
+        """Return `adamss.core.budget_at` for this model; also of a step that is traced."""
+        if not is_traced(step):
+            return budget_at(int(step), self.config, self.total)
+        xp = namespace(step)
+        place = xp.clip(step - self.config.start_step, 0, len(self._budgets) - 1)
+        return xp.take(xp.asarray(self._budgets, dtype=step.dtype), place)
 
     def allocates_at(self, step: Any) -> Any:
         """Return `adamss.core.allocates_at`."""
@@ -151,13 +155,6 @@ class BudgetPlan:
         steps = range(self.config.start_step, self.config.end_step + 1)
         return np.asarray([self.budget_at(step) for step in steps])
 
-    def _budget_of(self, step: Array) -> Any:
-        if not is_traced(step):
-            return self.budget_at(int(step))
-        xp = namespace(step)
-        place = xp.clip(step - self.config.start_step, 0, len(self._budgets) - 1)
-        return xp.take(xp.asarray(self._budgets, dtype=step.dtype), place)
-
 
 class BudgetState(NamedTuple):
     """Where the reduction of one model stands. All of it is arrays: save it with the optimiser's state.
@@ -202,7 +199,7 @@ def plan_budget(layers: Mapping[str, Factors], config: Reduction) -> BudgetPlan:
     ------
     ConfigError
         If the target, or the budget at the start, is more than the model has, or the target is less than
-        ``minimum_per_layer`` needs, or less than any subspace costs.
+        ``minimum_per_layer`` needs, or less than the one subspace costs that may be left.
 
     Examples
     --------
@@ -228,13 +225,14 @@ def plan_budget(layers: Mapping[str, Factors], config: Reduction) -> BudgetPlan:
             )
     kept = config.minimum_per_layer
     if in_parameters:
-        # Whichever subspaces a layer keeps at last, the target must afford them.
-        needed = max(min(costs), sum(sum(sorted(layer)[-kept:]) for layer in per_layer if kept))
+        # Whichever subspaces a layer keeps at last, the target must afford them; and whichever is left at last.
+        needed = min(costs) if config.revive else max(costs)
+        needed = max(needed, sum(sum(sorted(layer)[-kept:]) for layer in per_layer if kept))
     else:
         needed = sum(min(kept, len(layer)) for layer in per_layer)
     if config.target < needed:
         what = (
-            f"minimum_per_layer = {kept} in {len(paths)} layers may need" if kept else "its cheapest one has"
+            f"minimum_per_layer = {kept} in {len(paths)} layers may need" if kept else "one subspace may need"
         )
         raise ConfigError(
             f"budget: target = {config.target} {config.unit} cannot be kept to: {what} {needed}; raise the target"
@@ -318,7 +316,7 @@ def advance_budget(
         due = plan.allocates_at(step) | state.waiting
 
         def allocated(state: BudgetState) -> BudgetState:
-            masks = plan.split(plan.decide(row, active, plan._budget_of(step)))
+            masks = plan.split(plan.decide(row, active, plan.budget_at(step)))
             kept = averaged
             if plan.config.window == "reset":
                 kept = {
@@ -366,7 +364,7 @@ def _averaged(
         weights = (layers[path].B, layers[path].C)
         for average, weight, gradient in zip(averages, weights, gradients[path], strict=True):
             weight, gradient = as_working_precision(weight), as_working_precision(gradient)
-            usable = usable & xp.all(xp.isfinite(weight * gradient))
+            usable = usable & sensitivity_of(weight, gradient)[1]
             pair.append(update_importance(average, weight, gradient, **decays))
         new[path] = (pair[0], pair[1])
 

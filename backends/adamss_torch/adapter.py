@@ -17,7 +17,7 @@ from adamss.core import Factors, contract, expand, restrict
 from adamss_torch.compaction import resize
 from adamss_torch.functional import Constants, Layout, make_layout, update
 
-__all__ = ["CHILD", "Adapter"]
+__all__ = ["BUFFERS", "CHILD", "Adapter"]
 
 CHILD = "adamss"
 """Name of the adapter among the children of its layer."""
@@ -35,6 +35,9 @@ DERIVED = (
     "more_E",
 )
 """Buffers that follow from the others: not stored, made anew whenever those change."""
+
+BUFFERS = ("A", "labels", "ranks", "active", "owned", "rest_B", "rest_C", "folded", *DERIVED)
+"""All that an adapter may have; some are None most of the time."""
 
 
 class Adapter(nn.Module):
@@ -110,8 +113,10 @@ class Adapter(nn.Module):
 
     def forward(self, base: Tensor, x: Tensor) -> Tensor:
         """Return the output of the layer: the frozen product `base` (..., n) and the update of x (..., d)."""
-        B = self.B if self.used_B is None else self.B.index_select(0, self.used_B)
-        C = self.C if self.used_C is None else self.C.index_select(1, self.used_C)
+        # FSDP2's mixed precision hands them out in half precision; their product is to be rounded once, as a whole.
+        B, C = self.B.to(self.A.dtype), self.C.to(self.A.dtype)
+        B = B if self.used_B is None else B.index_select(0, self.used_B)
+        C = C if self.used_C is None else C.index_select(1, self.used_C)
         if self.more_M is None or self.more_E is None:
             constants = None
             if B.shape[0] == 0:
@@ -119,7 +124,10 @@ class Adapter(nn.Module):
         else:
             constants = Constants(self.more_M, self.more_E)
         layout = Layout(self.rows, self.groups, self.slots, self.columns)
-        return update(base, x, self.A, B, C, None if self.revive else self.active, layout, constants)
+        y = update(base, x, self.A, B, C, None if self.revive else self.active, layout, constants)
+        # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
+        result: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return result
 
     def hook(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -156,12 +164,13 @@ class Adapter(nn.Module):
         tuple of Tensor
             Which rows of B, and which columns of C, are left; indices.
         """
-        rest = restrict(self.factors(), ~owned).factors
+        factors, (rows, columns) = self.factors(), self._places(~owned)
+        rest_B, rest_C = factors.B.t().index_select(0, rows), factors.C.index_select(1, columns)
         kept_B, kept_C = owned[self.owners_B].nonzero()[:, 0], owned[self.owners_C].nonzero()[:, 0]
         resize(self.B, self.B.detach().index_select(0, kept_B))
         resize(self.C, self.C.detach().index_select(1, kept_C))
         self.owned = owned.clone()
-        self.rest_B, self.rest_C = rest.B.t().contiguous(), rest.C.contiguous()
+        self.rest_B, self.rest_C = rest_B, rest_C
         self._derive()
         return kept_B, kept_C
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adamss.config import BudgetConfig
-from adamss_torch.sharding import is_sharded, local, rebuilt, sum_over_shards
+from adamss_torch.sharding import is_sharded, local, part_like, rebuilt, sum_over_shards
 
 __all__ = ["Averages"]
 
@@ -98,8 +98,8 @@ class Averages:
     def load(self, pairs: list[Mapping[str, Tensor]], left_out: int) -> None:
         """Take averages over from `pairs`."""
         for name in ("sensitivity", "uncertainty"):
-            joined = self._joined(local(pair[name]) for pair in pairs)
-            setattr(self, f"_{name}", joined)
+            whole = zip((pair[name] for pair in pairs), self._parameters, strict=True)
+            setattr(self, f"_{name}", self._joined(part_like(value, p) for value, p in whole))
         self._left_out = torch.full_like(self._left_out, left_out)
 
     def select(self, parameter: nn.Parameter, axis: int, kept: Tensor) -> None:

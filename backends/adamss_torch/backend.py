@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,22 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from adamss.backend import Adaptation, Backend, BaseWeight
+from adamss.backend.interface import Division, without_folded
 from adamss.checkpoint import StoredTensor
 from adamss.config import AdamssConfig
-from adamss.core import Factors, Merged, delta, restrict
+from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
-from adamss_torch.adapter import CHILD, Adapter
+from adamss_torch import sharding
+from adamss_torch.adapter import BUFFERS, CHILD, Adapter
 from adamss_torch.functional import make_layout, update
+from adamss_torch.sharding import copy_into, is_sharded, local, rebuilt
 
 __all__ = ["TorchBackend", "adapters_of"]
 
 RECORD = "_adamss_record"
+
+UNSYNCHRONISED = "_ddp_params_and_buffers_to_ignore"
+"""Attribute of a module in which DistributedDataParallel looks for the names of what it is to leave alone."""
 
 
 @dataclass
@@ -40,6 +46,8 @@ class _Record:
         Base values of ``modules_to_save``, by path and name.
     required_grad
         Which parameters required gradients before.
+    unsynchronised
+        The names that were added to `UNSYNCHRONISED`.
     disabled
         Whether the model is within a `TorchBackend.disabled` block.
     """
@@ -48,6 +56,7 @@ class _Record:
     paths: tuple[str, ...]
     originals: dict[str, dict[str, Tensor]]
     required_grad: dict[str, bool]
+    unsynchronised: frozenset[str] = frozenset()
     disabled: bool = False
 
 
@@ -99,6 +108,20 @@ class TorchBackend(Backend):
         ):
             yield
 
+    # ---- several processes ----------------------------------------------------------------------------
+
+    def whole(self, array: Tensor) -> Tensor:
+        return sharding.unshard(array)
+
+    def spread(self, array: Tensor, like: Tensor) -> Tensor:
+        return rebuilt(sharding.shard_like(array, like), like)
+
+    def once(self, model: nn.Module, action: Callable[[], None]) -> None:
+        sharding.once(model, action)
+
+    def divided(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager[Division]:
+        return sharding.divided(model, enabled=enabled)
+
     # ---- models -------------------------------------------------------------------------------------
 
     def handles(self, model: Any) -> bool:
@@ -131,6 +154,11 @@ class TorchBackend(Backend):
             raise LayerError(
                 f"{path} is on the meta device: its weight has no values; load the weights first"
             )
+        if hasattr(module.weight, "ds_id"):
+            raise LayerError(
+                f"{path}: DeepSpeed ZeRO-3 has taken its weight apart, so that no process can read it; use "
+                "torch.distributed.fsdp.fully_shard instead"
+            )
         tensors: Mapping[str, Tensor | None] = {"weight": module.weight, "bias": module.bias}
         adapter = getattr(module, CHILD, None)
         if adapter is not None and adapter.base is not None:
@@ -140,8 +168,7 @@ class TorchBackend(Backend):
         W, b = (None if tensor is None else tensor.detach() for tensor in tensors.values())
         assert W is not None
         if adapter is not None and adapter.folded is not None and adapter.base is None:
-            folded = restrict(adapter.factors(), adapter.folded)
-            W = W.index_add(0, folded.columns, delta(folded.factors)[: W.shape[1]].t().to(W.dtype), alpha=-1)
+            return without_folded(BaseWeight(W.t(), b), adapter.factors(), adapter.folded)
         return BaseWeight(W.t(), b)
 
     def arrays(self, module: nn.Module) -> dict[str, Tensor]:
@@ -158,6 +185,9 @@ class TorchBackend(Backend):
         owner, _ = _owner(model)
         modules = self.modules(owner)
         _check_parameters(owner, [modules[path] for path in layers], {path: modules[path] for path in saved})
+        _check_wrappers(model)
+        for path in layers:
+            sharding.check_spread(model, _linear(modules[path]), path)
         adapters = {
             path: Adapter(factors, _linear(modules[path]).in_features) for path, factors in layers.items()
         }
@@ -174,15 +204,21 @@ class TorchBackend(Backend):
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for path, adapter in adapters.items():
             adapter.install(modules[path])
-        setattr(owner, RECORD, _Record(config, tuple(layers), originals, required_grad))
+            if is_sharded(weight := _linear(modules[path]).weight):
+                sharding.shard_adapter(adapter, weight)
+        names = _leave_unsynchronised(owner, layers)
+        setattr(owner, RECORD, _Record(config, tuple(layers), originals, required_grad, names))
         return model
 
     def adaptation(self, model: nn.Module) -> Adaptation | None:
+        sharding.check_not_flattened(model)
+        sharding.reshard(model)
         owner, record = _owner(model)
         if record is None:
             return None
         layers = _adapted_layers(owner, record)
         adapters = {path: adapter for path, (_, adapter) in layers.items()}
+        _check_whole(adapters)
         return Adaptation(
             config=record.config,
             layers={path: adapter.factors() for path, adapter in adapters.items()},
@@ -227,12 +263,19 @@ class TorchBackend(Backend):
         assert record is not None
         for layer, adapter in _adapted_layers(owner, record).values():
             adapter.uninstall(layer)
+            # FSDP2 goes on managing them, and is not to wait for their gradients.
+            adapter.requires_grad_(False)
         for path, values in record.originals.items():
             _copy_into(self.arrays(owner.get_submodule(path)), values)
             owner.get_submodule(path).zero_grad(set_to_none=True)
         for name, parameter in owner.named_parameters():
             if name in record.required_grad:
                 parameter.requires_grad_(record.required_grad[name])
+        left = [name for name in getattr(owner, UNSYNCHRONISED) if name not in record.unsynchronised]
+        if left:
+            setattr(owner, UNSYNCHRONISED, left)
+        else:
+            delattr(owner, UNSYNCHRONISED)
         delattr(owner, RECORD)
         return model
 
@@ -284,6 +327,7 @@ class TorchBackend(Backend):
         before = [adapter.enabled for adapter in adapters]
 
         def swap() -> None:
+            sharding.reshard(model)
             for path, originals in record.originals.items():
                 _swap_values(_tensors(owner.get_submodule(path)), originals)
             for layer, adapter in zip(layers, adapters, strict=True):
@@ -384,6 +428,41 @@ def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping
             )
 
 
+def _check_wrappers(model: nn.Module) -> None:
+    """Check that nothing has taken stock of the Parameters already that would not notice the new ones."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise StateError(
+            "DistributedDataParallel would not synchronise the gradients of adapters that come after it; attach or "
+            "load first, and wrap the model then"
+        )
+
+
+def _check_whole(adapters: Mapping[str, Adapter]) -> None:
+    for path, adapter in adapters.items():
+        if adapter.owned is not None and is_sharded(adapter.B):
+            raise StateError(
+                f"{path} was compacted before fully_shard, and its constants are not spread as its Parameters are; "
+                "save the adapter before, load it into the base model again, and shard that"
+            )
+
+
+def _leave_unsynchronised(owner: nn.Module, paths: Iterable[str]) -> frozenset[str]:
+    """Ask DistributedDataParallel not to send the buffers of adapters with every forward; return their names.
+
+    They never change but by what all processes decide alike. Sending A would cost more than all gradients, and make
+    tensors that are saved for the backward out of date.
+    """
+    present = getattr(owner, UNSYNCHRONISED, ())
+    names = {
+        f"{prefix}{path}.{CHILD}.{name}"
+        for prefix in ("", "_orig_mod.")  # within a compiled module
+        for path in paths
+        for name in BUFFERS
+    } - set(present)
+    setattr(owner, UNSYNCHRONISED, [*present, *sorted(names)])
+    return frozenset(names)
+
+
 def _linear(module: nn.Module) -> nn.Linear:
     assert isinstance(module, nn.Linear)
     return module
@@ -408,6 +487,14 @@ def _replace_weights(
                 "remove the parametrization, or leave the adapter unmerged"
             )
     counts = _parameter_counts(owner)
+    for path, (layer, _) in layers.items():
+        for name in ("weight", "bias"):
+            parameter = getattr(layer, name)
+            if is_sharded(parameter) and counts[id(parameter)] > 1:
+                raise LayerError(
+                    f"{path}: its {name} is shared with another layer and spread by fully_shard, which cannot give "
+                    "it one of its own; leave the adapter unmerged"
+                )
     for path, (layer, adapter) in layers.items():
         values = {"weight": merged[path].W.t()}
         if merged[path].b is not None and adapter.A.shape[1] > adapter.d:
@@ -420,7 +507,8 @@ def _replace_weights(
                 base[name] = parameter
                 setattr(layer, name, nn.Parameter(value.contiguous(), requires_grad=False))
             else:
-                base[name] = parameter.detach().to("cpu", copy=True) if keep_base else value
+                kept = rebuilt(local(parameter.detach()).to("cpu", copy=True), parameter)
+                base[name] = kept if keep_base else value
                 _copy_into({name: parameter.detach()}, {name: value})
         adapter.base = base if keep_base else None
     return {path: adapter for path, (_, adapter) in layers.items()}
@@ -444,14 +532,19 @@ def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> N
     """Overwrite tensors in place, so that Parameters stay the objects that an optimiser may hold."""
     with torch.no_grad():
         for name, value in values.items():
-            tensors[name].copy_(value)
+            copy_into(tensors[name], value)
 
 
 def _swap_values(tensors: Mapping[str, Tensor], kept: dict[str, Tensor]) -> None:
     """Exchange the values of tensors with those kept."""
     for name, tensor in tensors.items():
-        # Not a copy in place: what a forward before has saved for its backward must stay as it was.
         other = kept[name]
+        if is_sharded(tensor):
+            # FSDP2 gathers from this memory, whatever `data` is; what the backward needs it gathers anew.
+            kept[name] = rebuilt(local(tensor.detach()).to(local(other).device, copy=True), tensor)
+            _copy_into({name: tensor}, {name: other})
+            continue
+        # Not a copy in place: what a forward before has saved for its backward must stay as it was.
         kept[name], tensor.data = tensor.data.to(other.device), other.to(tensor.device)
 
 

@@ -24,9 +24,16 @@ from adamss.errors import (
 from adamss_torch.adapter import Adapter
 from adamss_torch.averages import Averages
 from adamss_torch.backend import TorchBackend, adapters_of
-from adamss_torch.compaction import Carried, carry_over, check_resizable, kept_places
+from adamss_torch.compaction import Carried, carry_over, check_resizable, kept_places, wrappers_of
 from adamss_torch.frozen import FrozenElements
-from adamss_torch.sharding import agree, is_sharded, local, shard_like, sum_over_shards
+from adamss_torch.sharding import (
+    agree,
+    is_sharded,
+    local,
+    same_everywhere,
+    shard_like,
+    sum_over_shards,
+)
 
 __all__ = ["Allocation", "BudgetController"]
 
@@ -100,9 +107,11 @@ class BudgetController:
     clipped and scaled as usual. With ``revive=True`` frozen subspaces keep their gradients, which count in the norm
     that a loop clips by; otherwise these are zero.
 
-    Several processes: with DistributedDataParallel (give the wrapped model) and FSDP2 (``fully_shard`` before the
-    optimiser is made), scores come from the synchronised gradients, summed over shards, and all processes take the
-    decision of the first one.
+    Several processes: with DistributedDataParallel (wrapped before this; it needs no ``find_unused_parameters``) and
+    FSDP2 (``fully_shard`` before the optimiser is made), scores come from the synchronised gradients, summed over
+    shards, and all processes take the decision of the first one. All must make a controller. DeepSpeed, FSDP1 and
+    ``ZeroRedundancyOptimizer(overlap_with_ddp=True)`` raise. Where a part of what DistributedDataParallel wraps was
+    adapted, pass it ``broadcast_buffers=False``, or it sends every basis with each forward.
 
     Parameters
     ----------
@@ -172,7 +181,11 @@ class BudgetController:
             raise ConfigError(
                 "compact_at_end: with revive=True frozen subspaces may return; leave one of them out"
             )
+        # FSDP2 may have others in their places at times, which no optimiser knows.
+        self._trained = {path: (adapter.B, adapter.C) for path, adapter in self._adapters.items()}
         _check_held(self._optimizer, self._adapters)
+        if compact_at_end:
+            check_resizable(self._adapters, self._adapters, self._optimizer)
         for thing, what in (
             (self._optimizer, "the optimiser"),
             (next(iter(self._adapters.values())), "the model"),
@@ -181,7 +194,7 @@ class BudgetController:
                 raise StateError(
                     f"BudgetController: {what} has a controller already; call remove() on that one first"
                 )
-        self._group = _process_group(model)
+        self._group = _synchronised_over(self._adapters)
         self._compact_at_end = compact_at_end
         self._on_allocation = on_allocation
         self._frozen = FrozenElements(list(self._adapters.values()))
@@ -260,7 +273,7 @@ class BudgetController:
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for adapter in self._adapters.values() for p in (adapter.B, adapter.C)]
+        return [parameter for pair in self._trained.values() for parameter in pair]
 
     @property
     def _scoring(self) -> bool:
@@ -324,7 +337,8 @@ class BudgetController:
         products = iter(self._averages.products())
         found = {}
         for path, adapter in self._adapters.items():
-            B, C = (_whole(next(products), adapter, name) for name in "BC")
+            pair = zip("BC", self._trained[path], strict=True)
+            B, C = (_whole(next(products), adapter, name, parameter) for name, parameter in pair)
             ones = (torch.ones((), device=part.device).expand(part.shape) for part in (B, C))
             outline = _outline(adapter)
             found[path] = scores(Importance(B.t(), next(ones).t()), Importance(C, next(ones)), outline)
@@ -369,7 +383,7 @@ class BudgetController:
             owned = torch.ones_like(adapter.active) if adapter.owned is None else adapter.owned
             if bool((owned & ~adapter.active).any()):
                 changes[path] = adapter.active.clone()
-        check_resizable(self._adapters, changes)
+        check_resizable(self._adapters, changes, self._optimizer)
         carried = [
             carry_over(self._optimizer, getattr(self._adapters[path], name), axis, kept, f"{path}.{name}")
             for path, mask in changes.items()
@@ -445,7 +459,7 @@ class BudgetController:
                 changes[path] = layer["owned"].to(adapter.active.device)
         carried = []
         if changes:
-            check_resizable(self._adapters, changes)
+            check_resizable(self._adapters, changes, self._optimizer)
             carried = [
                 carry_over(self._optimizer, getattr(self._adapters[path], name), axis, kept, f"{path}.{name}")
                 for path, mask in changes.items()
@@ -480,9 +494,8 @@ class BudgetController:
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
-def _whole(part: Tensor, adapter: Adapter, name: str) -> Tensor:
+def _whole(part: Tensor, adapter: Adapter, name: str, parameter: nn.Parameter) -> Tensor:
     """Return an array of a Parameter's part on this process in the shape of all subspaces, zero elsewhere."""
-    parameter = getattr(adapter, name)
     if adapter.owned is None and not is_sharded(parameter):
         return part
     places, shape = adapter.places(name)
@@ -548,6 +561,11 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
             "BudgetController: LBFGS evaluates many gradients in one step, so that there is none to score by; "
             "choose a first-order optimiser"
         )
+    if getattr(seen, "_overlap_with_ddp", False):
+        raise ConfigTypeError(
+            "BudgetController: ZeroRedundancyOptimizer(overlap_with_ddp=True) steps within the backward, where there "
+            "are no hooks; leave overlap_with_ddp out"
+        )
     if not isinstance(seen, torch.optim.Optimizer):
         raise ConfigTypeError(
             f"BudgetController: optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}"
@@ -578,16 +596,37 @@ def _controller_of(thing: Any) -> BudgetController | None:
     return None if reference is None else reference()
 
 
-def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """Return the group over which DistributedDataParallel synchronises the model."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            group: dist.ProcessGroup = model.process_group
-            return group
-        inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return None
-        model = inner
+def _synchronised_over(adapters: Mapping[str, Adapter]) -> dist.ProcessGroup | None:
+    """Return the group over which DistributedDataParallel synchronises the adapters; None if it does not.
+
+    Raises
+    ------
+    StateError
+        If they do not train in the same subspaces, which it does not bring into line.
+    """
+    wrappers = [wrapper for _, wrapper in wrappers_of(p for a in adapters.values() for p in (a.B, a.C))]
+    if not wrappers:
+        return None
+    sent = {id(buffer) for buffer in getattr(wrappers[0], "modules_buffers", ())}
+    bases = [adapter.A for adapter in adapters.values() if id(adapter.A) in sent]
+    if bases and wrappers[0].broadcast_buffers:
+        warnings.warn(
+            "DistributedDataParallel sends the frozen bases of the adapters with every forward "
+            f"({sum(A.numel() for A in bases):,} numbers), for a part of what it wraps was adapted; pass it "
+            "broadcast_buffers=False, or adapt the whole",
+            AdamssWarning,
+            stacklevel=3,
+        )
+    fixed = [
+        getattr(adapter, name) for adapter in adapters.values() for name in ("A", "labels", "ranks", "active")
+    ]
+    group: dist.ProcessGroup = wrappers[0].process_group
+    if not same_everywhere(fixed, group):
+        raise StateError(
+            "BudgetController: the processes that train this model have adapters with different bases, subspaces or "
+            "masks; load the same base weights on all before adamss.attach (or the same file), then wrap the model"
+        )
+    return group
 
 
 def _checked_state(state: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> Mapping[str, Any]:

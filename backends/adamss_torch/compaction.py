@@ -16,7 +16,7 @@ from adamss_torch.sharding import is_sharded
 if TYPE_CHECKING:
     from adamss_torch.adapter import Adapter
 
-__all__ = ["Carried", "carry_over", "check_resizable", "kept_places", "resize"]
+__all__ = ["Carried", "carry_over", "check_resizable", "kept_places", "resize", "wrappers_of"]
 
 
 def kept_places(adapter: Adapter, owned: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,13 +24,30 @@ def kept_places(adapter: Adapter, owned: Tensor) -> tuple[Tensor, Tensor]:
     return owned[adapter.owners_B].nonzero()[:, 0], owned[adapter.owners_C].nonzero()[:, 0]
 
 
-def check_resizable(adapters: Mapping[str, Adapter], paths: Iterable[str]) -> None:
+def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Any]]:
+    """Return each of these Parameters that is within a DistributedDataParallel, and that wrapper."""
+    wanted = {id(parameter): parameter for parameter in parameters}
+    if not wanted or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    kinds = _with_subclasses(nn.parallel.DistributedDataParallel)
+    # Nothing leads from a Parameter to the wrapper. By type(), for isinstance() asks objects that may be lazy.
+    every = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    return [(wanted[id(p)], each) for each in every for p in each.parameters() if id(p) in wanted]
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    return {kind}.union(*(_with_subclasses(each) for each in kind.__subclasses__()))
+
+
+def check_resizable(
+    adapters: Mapping[str, Adapter], paths: Iterable[str], optimizer: torch.optim.Optimizer
+) -> None:
     """Check that nothing outside counts on the present shape of the Parameters of some adapters.
 
     Raises
     ------
     StateError
-        If they are sharded, or within a DistributedDataParallel, whose buckets are cut for them.
+        If they are sharded, or within a DistributedDataParallel, whose buckets are cut for them, or their state is.
     """
     parameters = {
         id(parameter): f"{path}.{name}"
@@ -43,17 +60,19 @@ def check_resizable(adapters: Mapping[str, Adapter], paths: Iterable[str]) -> No
                 f"compact: {path}.B is sharded over processes, and its shards keep their sizes; save, and go on "
                 "with a model that is not sharded, or leave it as it is"
             )
-    if not parameters or not torch.distributed.is_available():
-        return
-    wrapper = nn.parallel.DistributedDataParallel
-    # Nothing leads from a Parameter to the wrapper. By type(), for isinstance() asks objects that may be lazy.
-    for found in [thing for thing in gc.get_objects() if issubclass(type(thing), wrapper)]:
-        for parameter in found.parameters():
-            if id(parameter) in parameters:
-                raise StateError(
-                    f"compact: {parameters[id(parameter)]} is within a DistributedDataParallel, whose buckets are "
-                    "cut for its present shape; delete the wrapper (del model), compact, and wrap the model anew"
-                )
+    if parameters and type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise StateError(
+            "compact: ZeroRedundancyOptimizer keeps the state of each Parameter on one process, where it cannot be "
+            "cut; leave the model as it is"
+        )
+    held = [getattr(adapters[path], name) for path in paths for name in "BC"]
+    if wrappers_of(held):
+        gc.collect()  # it may be one that was deleted
+    for parameter, _ in wrappers_of(held):
+        raise StateError(
+            f"compact: {parameters[id(parameter)]} is within a DistributedDataParallel, whose buckets are cut for "
+            "its present shape; delete the wrapper (del model), compact, and wrap the model anew"
+        )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adamss_torch.adapter import Adapter
-from adamss_torch.sharding import local, shard_like
+from adamss_torch.sharding import local, reshard, shard_like
 
 __all__ = ["FrozenElements", "hold_frozen"]
 
@@ -26,17 +26,18 @@ class FrozenElements:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = adapters
+        # FSDP2 may have others in their places at times, which no optimiser knows.
+        self._parameters = [p for adapter in adapters for p in (adapter.B, adapter.C)]
         self._before: list[Tensor] = []
         self._trained: list[Tensor] = []
         self.look()
 
     def look(self) -> None:
         """Take the masks of the adapters over, after an allocation."""
-        self._trained = []
-        for adapter in self._adapters:
-            for parameter, trained in zip((adapter.B, adapter.C), adapter.trained_elements(), strict=True):
-                full = trained.expand(parameter.shape)
-                self._trained.append(shard_like(full, parameter))
+        trained = [mask for adapter in self._adapters for mask in adapter.trained_elements()]
+        self._trained = [
+            shard_like(mask.expand(p.shape), p) for mask, p in zip(trained, self._parameters, strict=True)
+        ]
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -56,7 +57,7 @@ class FrozenElements:
         self._before = []
 
     def _tensors(self) -> list[Tensor]:
-        return [local(p.detach()) for adapter in self._adapters for p in (adapter.B, adapter.C)]
+        return [local(p.detach()) for p in self._parameters]
 
 
 def hold_frozen(
@@ -80,6 +81,7 @@ def hold_frozen(
     tuple of RemovableHandle
         Their ``remove`` takes the hooks off.
     """
+    reshard(model)
     elements = FrozenElements([module for module in model.modules() if isinstance(module, Adapter)])
 
     def before(*_: Any) -> None:

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adamss import core
 from adamss.core import Factors
-from adamss.errors import ArrayValueError, ConfigError
+from adamss.errors import ArrayTypeError, ArrayValueError, ConfigError
 from adamss_conformance.tolerances import assert_agrees
 
 
@@ -377,3 +377,120 @@ class TestPadding:
             assert_agrees(actual.C[:height], expected.C, dtype="float64", what="dC", scale=100.0)
             assert not actual.B[:, q:].any()
             assert not actual.C[height:].any()
+
+
+@st.composite
+def partitions(draw):
+    """Factors whose subspaces differ in rank and size, every second frozen, and any mask over them."""
+    basis = draw(BASES)
+    _, decomposition, labels = draw(problems())
+    f = random_factors(decomposition, labels, draw(st.integers(1, 4)), basis)
+    K = f.ranks.size
+    some = st.lists(st.booleans(), min_size=K, max_size=K)
+    return f, np.asarray(draw(some | st.sampled_from([[False] * K, [True] * K])))
+
+
+def assert_same_factors(actual, expected):
+    for name, a, b in zip(Factors._fields, actual, expected, strict=True):
+        assert a.dtype == b.dtype, name
+        assert np.array_equal(a, b), name
+
+
+class TestRestriction:
+    @given(partitions())
+    def test_holds_the_chosen_subspaces_as_they_are(self, partition):
+        """Their own A_k, B_k, C_k, ranks and masks, renumbered; and where they stand in the whole."""
+        f, chosen = partition
+        part = core.restrict(f, chosen)
+        assert part.subspaces.tolist() == np.flatnonzero(chosen).tolist()
+        assert part.columns.tolist() == np.flatnonzero(chosen[f.labels]).tolist()
+        assert part.directions.tolist() == np.flatnonzero(np.repeat(chosen, f.ranks)).tolist()
+        g = part.factors
+        assert part.subspaces[g.labels].tolist() == f.labels[part.columns].tolist()
+        assert g.ranks.tolist() == f.ranks[chosen].tolist()
+        assert g.active.tolist() == f.active[chosen].tolist()
+        # Alone, a basis of its own has no padding: it looks like one that all share.
+        R = core.basis_ranks(f)[chosen][0] if len(f.A) > 1 and chosen.sum() == 1 else f.A.shape[2]
+        assert np.array_equal(g.A, (f.A if len(f.A) == 1 else f.A[chosen])[:, :, :R])
+        assert np.array_equal(g.B, f.B[:R, part.directions])
+        assert np.array_equal(g.C, f.C[:, part.columns])
+        if chosen.any():
+            core.check_factors(g)
+
+    @given(partitions())
+    def test_reunited_with_the_rest_it_is_the_whole(self, partition):
+        f, chosen = partition
+        first, second = core.restrict(f, chosen), core.restrict(f, ~chosen)
+        for pair in ((first, second), (second, first)):
+            assert_same_factors(core.reunite(*pair, f), f)
+
+    @given(partitions(), st.integers(0, 3))
+    def test_what_was_trained_apart_stands_in_its_place(self, partition, seed):
+        """B and C are those of the parts, all else that of the whole."""
+        f, chosen = partition
+        rng = np.random.default_rng(seed)
+        new = f._replace(B=rng.standard_normal(f.B.shape), C=rng.standard_normal(f.C.shape))
+        whole = f._replace(B=np.full_like(f.B, np.nan), C=np.full_like(f.C, np.nan))
+        assert_same_factors(core.reunite(core.restrict(new, chosen), core.restrict(new, ~chosen), whole), new)
+
+    @given(partitions())
+    def test_its_update_is_that_of_its_columns(self, partition):
+        f, chosen = partition
+        part = core.restrict(f, chosen)
+        expected = delta_by_loop(f)[:, part.columns]
+        # What rounding is relative to: the terms of the sums.
+        scale = delta_by_loop(f._replace(A=abs(f.A), B=abs(f.B), C=abs(f.C))).max()
+        assert_agrees(core.delta(part.factors), expected, dtype="float64", what="delta", scale=scale)
+
+    @given(partitions())
+    def test_parameters_of_the_parts_add_up(self, partition):
+        f, chosen = partition
+        one_basis_of_several = f.A.shape[0] > 1 and 1 in (chosen.sum(), (~chosen).sum())
+        assume(not one_basis_of_several)  # see the next test
+        parts = [core.restrict(f, mask).factors for mask in (chosen, ~chosen) if mask.any()]
+        assert sum(map(core.count_factors, parts)) == core.count_factors(f)
+
+    def test_one_subspace_with_a_basis_of_its_own_keeps_its_rank(self):
+        W = np.random.default_rng(0).standard_normal((6, 5))
+        f = core.initial_factors(core.decompose(W, 4), np.asarray([0, 0, 0, 1, 1]), 1, basis="per_subspace")
+        assert core.basis_ranks(f).tolist() == [3, 2]
+        assert core.basis_ranks(core.restrict(f, np.asarray([False, True])).factors).tolist() == [2]
+
+    @given(partitions(), st.integers(1, 2), st.integers(0, 2))
+    def test_padding_of_a_stack_is_left_behind(self, partition, columns, rows):
+        """B may have more columns than ranks, C more rows: no part has those columns."""
+        f, chosen = partition
+        padded = f._replace(B=np.pad(f.B, ((0, 0), (0, columns))), C=np.pad(f.C, ((0, rows), (0, 0))))
+        part, expected = core.restrict(padded, chosen), core.restrict(f, chosen)
+        assert part.directions.tolist() == expected.directions.tolist()
+        assert np.array_equal(part.factors.B, expected.factors.B)
+        whole = core.reunite(part, core.restrict(padded, ~chosen), padded)
+        assert np.array_equal(whole.B, f.B)
+        assert np.array_equal(whole.C, padded.C)
+
+    @pytest.mark.parametrize("basis", ["shared", "per_subspace"])
+    @pytest.mark.parametrize("chosen", [[True, False, True, False], [False] * 4])
+    def test_every_framework_restricts_alike(self, xp, to_numpy, basis, chosen):
+        W = np.random.default_rng(0).standard_normal((6, 10))
+        labels = np.asarray([0, 1, 2, 3, 2, 2, 0, 1, 2, 0])
+        f = random_factors(core.decompose(W, 4), labels, 3, basis)
+        f = Factors(*(a.astype({"f": "float32", "i": "int32", "b": bool}[a.dtype.kind]) for a in f))
+        arrays, mask = Factors(*map(xp.asarray, f)), xp.asarray(chosen)
+        expected, part = core.restrict(f, np.asarray(chosen)), core.restrict(arrays, mask)
+        assert_same_factors(map(to_numpy, part.factors), expected.factors)
+        for actual, places in zip(part[1:], expected[1:], strict=True):
+            assert to_numpy(actual).tolist() == places.tolist()
+        whole = core.reunite(part, core.restrict(arrays, ~mask), arrays)
+        assert {type(array) for array in whole} == {type(array) for array in arrays}
+        assert_same_factors(map(to_numpy, whole), f)
+
+    def test_tracers_are_refused(self):
+        jax = pytest.importorskip("jax")
+        f = Factors(
+            *map(
+                jax.numpy.asarray, (np.ones((1, 4, 2)), np.ones((2, 2)), np.ones((1, 3)), [0, 1, 0], [1, 1])
+            ),
+            active=jax.numpy.asarray([True, False]),
+        )
+        with pytest.raises(ArrayTypeError, match="factors and chosen: the values are needed here"):
+            jax.jit(lambda mask: core.restrict(f, mask).columns)(f.active)

@@ -688,7 +688,7 @@ def test_bad_schedules_and_models():
         ({"target": 41}, "target = 41 is more than the 40 subspaces"),
         ({"target": 10**6, "unit": "parameters"}, r"target = 1000000 is more than the \d+ parameters"),
         ({"target": 15, "minimum_per_layer": 2}, "minimum_per_layer = 2 in 8 layers may need 16"),
-        ({"target": 2, "unit": "parameters"}, "its cheapest one has"),
+        ({"target": 2, "unit": "parameters"}, "one subspace may need"),
     ):
         with pytest.raises(errors.ConfigError, match=match):
             BudgetController(model, optimizer, BudgetConfig(end_step=5, **changes))

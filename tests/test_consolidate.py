@@ -1,0 +1,355 @@
+"""`adamss.consolidate` on the reference: the frozen subspaces in the weights, and nothing lost by it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import adamss
+from adamss import core
+from adamss.backend import NumpyLinear, NumpyModel, get_backend
+from adamss.checkpoint import read
+from adamss.errors import ArrayTypeError, ArrayValueError, StateError
+from adamss_conformance.tolerances import assert_agrees
+
+PATHS = ("block.query", "block.value")
+
+
+def base_model(dtype="float64", d=6, n=9, bias=True, seed=0):
+    rng = np.random.default_rng(seed)
+    return NumpyModel(
+        {
+            path: NumpyLinear(
+                rng.standard_normal((d, n)).astype(dtype),
+                rng.standard_normal(n).astype(dtype) if bias else None,
+            )
+            for path in (*PATHS, "head")
+        }
+    )
+
+
+def trained(base, seed=0, **settings):
+    """The model adapted, with an update in every subspace."""
+    options = {
+        "targets": ["query", "value"],
+        "rank": 4,
+        "subspaces": 3,
+        "subspace_rank": 2,
+        "modules_to_save": ["head"],
+    }
+    model = adamss.attach(base, adamss.AdamssConfig(**options | settings))
+    rng = np.random.default_rng(seed)
+    layers = dict(model.layers)
+    for path in PATHS:
+        f = layers[path].factors
+        new = f._replace(C=rng.standard_normal(f.C.shape).astype(f.C.dtype))
+        layers[path] = replace(layers[path], factors=new)
+    return replace(model, layers=layers)
+
+
+def frozen(model, masks):
+    """The model with these subspaces frozen: (K,) booleans by path."""
+    return get_backend("numpy").set_active(model, {path: ~np.asarray(mask) for path, mask in masks.items()})
+
+
+def some_frozen(model):
+    """The first of the layers with its second and third subspaces frozen, the second with its first."""
+    return frozen(model, {PATHS[0]: [False, True, True], PATHS[1]: [True, False, False]})
+
+
+def inputs(model, seed=5):
+    W = model[PATHS[0]].W
+    return np.random.default_rng(seed).standard_normal((4, W.shape[0])).astype(W.dtype)
+
+
+def magnitude(model, x):
+    """The largest sum of the terms of an output: what its rounding is relative to, in either form."""
+    sizes = []
+    for path in PATHS:
+        W, b, f = abs(model[path].W), model[path].b, model[path].factors
+        terms = core.delta(f._replace(A=abs(f.A), B=abs(f.B), C=abs(f.C)))
+        rows = np.concatenate([W, np.zeros((1, W.shape[1])) if b is None else abs(b)[None, :]])
+        rows[: terms.shape[0]] += terms
+        sizes.append((np.concatenate([abs(x), np.ones((len(x), 1))], axis=1) @ rows).max())
+    return max(sizes)
+
+
+def assert_same_outputs(actual, expected, x, what):
+    scale, dtype = magnitude(expected, x), str(x.dtype)
+    for path in expected.layers:
+        assert actual[path](x).dtype == x.dtype
+        assert_agrees(actual[path](x), expected[path](x), dtype=dtype, what=f"{what}: {path}", scale=scale)
+
+
+def assert_same_factors(actual, expected):
+    for path in PATHS:
+        for name, a, b in zip(
+            core.Factors._fields, actual[path].factors, expected[path].factors, strict=True
+        ):
+            assert np.array_equal(a, b), f"{path}: {name}"
+
+
+def assert_same_weights(actual, expected):
+    for path in expected.layers:
+        assert np.array_equal(actual[path].W, expected[path].W), path
+        assert np.array_equal(actual[path].b, expected[path].b), path
+
+
+BASES = st.sampled_from(["shared", "per_subspace"])
+
+
+@st.composite
+def models(draw):
+    """Base model, and adapted model of any shape with at least one frozen subspace."""
+    base = base_model(
+        draw(st.sampled_from(["float32", "float64"])),
+        draw(st.integers(1, 8)),
+        draw(st.integers(1, 9)),
+        draw(st.booleans()),
+        draw(st.integers(0, 99)),
+    )
+    model = trained(
+        base,
+        rank=draw(st.integers(1, 5)),
+        subspaces=draw(st.integers(1, 4)),
+        subspace_rank=draw(st.integers(1, 3)),
+        basis=draw(BASES),
+        include_bias=draw(st.booleans()),
+        segmentation="contiguous",
+    )
+    masks = {}
+    for path in PATHS:
+        K = model[path].factors.ranks.size
+        masks[path] = draw(st.lists(st.booleans(), min_size=K, max_size=K))
+    if not any(map(any, masks.values())):
+        masks[PATHS[0]][0] = True
+    return base, frozen(model, masks)
+
+
+@settings(max_examples=40)
+@given(models(), st.booleans())
+def test_outputs_and_gradients_are_those_of_before(pair, keep_base):
+    _, model = pair
+    after = adamss.consolidate(model, keep_base=keep_base)
+    x = inputs(model)
+    assert_same_outputs(after, model, x, "consolidated")
+    assert_same_factors(after, model)
+    assert adamss.summary(after) == adamss.summary(model)
+    for path in PATHS:
+        before, layer = model[path], after[path]
+        dy = np.random.default_rng(6).standard_normal((len(x), before.W.shape[1])).astype(x.dtype)
+        expected = core.linear_vjp(dy, x, before.W, before.factors)
+        actual = core.linear_vjp(dy, x, layer.W, layer.computed())
+        f = before.factors
+        scales = core.linear_vjp(
+            abs(dy), abs(x), abs(before.W), f._replace(A=abs(f.A), B=abs(f.B), C=abs(f.C)), revive=True
+        )
+        for name in ("x", "B", "C"):
+            assert_agrees(
+                getattr(actual, name),
+                getattr(expected, name),
+                dtype=str(x.dtype),
+                what=f"{path}: gradient of {name}",
+                scale=getattr(scales, name).max(),
+            )
+
+
+@settings(max_examples=40)
+@given(models())
+def test_the_weight_holds_the_frozen_subspaces_and_only_those(pair):
+    """W = W0 + sum of A_k B_k C_k over the frozen k; an unfrozen layer's weight is W0 to the bit."""
+    base, model = pair
+    after = adamss.consolidate(model)
+    for path in PATHS:
+        f = model[path].factors
+        own = ~f.active[f.labels]
+        update = np.where(own, core.delta(f), 0)
+        terms = core.delta(f._replace(A=abs(f.A), B=abs(f.B), C=abs(f.C))).max()
+        d = base[path].W.shape[0]
+        scale = terms + abs(base[path].W).max()
+        dtype = str(update.dtype)
+        assert_agrees(after[path].W, base[path].W + update[:d], dtype=dtype, what="W", scale=scale)
+        assert np.array_equal(after[path].W[:, ~own], base[path].W[:, ~own])
+        if update.shape[0] > d:
+            b = base[path].b
+            assert_agrees(after[path].b, b + update[d], dtype=dtype, what="b", scale=terms + abs(b).max())
+        else:
+            assert np.array_equal(after[path].b, base[path].b)
+        assert after[path].W.dtype == base[path].W.dtype
+
+
+@settings(max_examples=40)
+@given(models())
+def test_detach_unmerge_and_disabled_give_the_base_to_the_bit(pair):
+    base, model = pair
+    after = adamss.consolidate(model)
+    assert_same_weights(adamss.detach(after), base)
+    with adamss.disabled(after) as plain:
+        assert_same_weights(plain, base)
+    merged = adamss.merge(after)
+    assert_same_weights(merged, adamss.merge(model))
+    again = adamss.unmerge(merged)
+    assert_same_weights(again, model)
+    assert_same_factors(again, model)
+    assert_same_weights(adamss.detach(merged), base)
+    assert_same_weights(adamss.consolidate(again), after)
+    assert_same_weights(model, replace(model, layers={**base.layers, "head": model["head"]}))
+
+
+@settings(max_examples=25)
+@given(models(), st.booleans())
+def test_the_file_is_that_of_before(tmp_path_factory, pair, training):
+    """Every subspace is written, whether the weight holds it or not, under the fingerprint of W0."""
+    base, model = pair
+    folder = tmp_path_factory.mktemp("files")
+    adamss.save(model, folder / "before", training=training)
+    after = adamss.consolidate(model)
+    adamss.save(after, folder / "after", training=training)
+    assert read(folder / "after") == read(folder / "before")
+    loaded = adamss.load(base, folder / "after")
+    assert_same_outputs(loaded, model, inputs(model), "loaded")
+    for path in PATHS:
+        assert np.array_equal(loaded[path].factors.active, model[path].factors.active)
+    assert_same_outputs(adamss.consolidate(loaded), model, inputs(model), "loaded and consolidated")
+
+
+class TestWithoutTheBase:
+    @pytest.mark.parametrize("options", [{}, {"basis": "per_subspace"}, {"include_bias": True}], ids=str)
+    @pytest.mark.parametrize("training", [False, True])
+    def test_the_file_still_has_every_subspace(self, tmp_path, options, training):
+        """W0 comes from subtracting again: up to rounding, which the fingerprint allows."""
+        base = base_model("float32")
+        model = some_frozen(trained(base, **options))
+        after = adamss.consolidate(model, keep_base=False)
+        adamss.save(model, tmp_path / "before", training=training)
+        adamss.save(after, tmp_path / "after", training=training)
+        before, written = (read(tmp_path / name) for name in ("before", "after"))
+        for path in PATHS:
+            tensors = before.layers[path].tensors()
+            assert tensors.keys() == written.layers[path].tensors().keys()
+            for name, tensor in tensors.items():
+                assert np.array_equal(tensor.numpy(), written.layers[path].tensors()[name].numpy()), name
+        loaded = adamss.load(base, tmp_path / "after")
+        assert_same_outputs(loaded, model, inputs(model), "loaded")
+
+    @pytest.mark.parametrize(
+        "verb", [adamss.detach, adamss.merge, lambda model: adamss.disabled(model).__enter__()]
+    )
+    def test_what_needs_it_raises(self, verb):
+        model = adamss.consolidate(some_frozen(trained(base_model())), keep_base=False)
+        with pytest.raises(StateError, match=r"the base weights were dropped \(keep_base=False\)"):
+            verb(model)
+
+    @pytest.mark.parametrize("keep_later", [False, True])
+    def test_it_does_not_come_back(self, keep_later):
+        """Once dropped, later calls cannot keep it."""
+        model = adamss.consolidate(some_frozen(trained(base_model())), keep_base=False)
+        later = adamss.consolidate(frozen(model, {PATHS[0]: [True] * 3}), keep_base=keep_later)
+        with pytest.raises(StateError, match="detach: the base weights were dropped"):
+            adamss.detach(later)
+
+
+MORE = {PATHS[0]: [True, True, True], PATHS[1]: [True, False, True]}
+
+
+@pytest.mark.parametrize("options", [{}, {"basis": "per_subspace"}, {"include_bias": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_frozen_later_is_folded_by_the_next_call(options, dtype):
+    """With W0 at hand, twice is once: rounded once, to the bit."""
+    base = base_model(dtype)
+    model = trained(base, **options)
+    first = adamss.consolidate(some_frozen(model))
+    later = adamss.consolidate(frozen(first, MORE))
+    assert_same_weights(later, adamss.consolidate(frozen(model, MORE)))
+    assert_same_outputs(later, model, inputs(model), "consolidated twice")
+    assert_same_weights(adamss.detach(later), base)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"basis": "per_subspace"},
+        {"include_bias": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_frozen_later_is_folded_without_the_base_too(options, dtype):
+    model = trained(base_model(dtype), **options)
+    first = adamss.consolidate(some_frozen(model), keep_base=False)
+    later = adamss.consolidate(frozen(first, MORE), keep_base=False)
+    assert_same_outputs(later, model, inputs(model), "consolidated twice")
+
+
+def test_training_goes_on_in_the_rest():
+    """Another C in what is trained: the outputs follow, and the file, detach and merge know of it."""
+    base = base_model()
+    model = some_frozen(trained(base))
+    after = adamss.consolidate(model)
+
+    def moved(model):
+        layers = dict(model.layers)
+        for path in PATHS:
+            f = layers[path].factors
+            new = f._replace(C=np.where(f.active[f.labels], f.C + 1, f.C))
+            layers[path] = replace(layers[path], factors=new)
+        return replace(model, layers=layers)
+
+    x = inputs(model)
+    assert_same_outputs(moved(after), moved(model), x, "trained on")
+    assert abs(moved(after)[PATHS[0]](x) - after[PATHS[0]](x)).max() > 0.1
+    assert_same_weights(adamss.merge(moved(after)), adamss.merge(moved(model)))
+    assert_same_weights(adamss.detach(moved(after)), base)
+
+
+class TestErrors:
+    def test_nothing_frozen(self):
+        with pytest.raises(StateError, match="no frozen subspace that is not folded already"):
+            adamss.consolidate(trained(base_model()))
+
+    @pytest.mark.parametrize("keep_base", [False, True])
+    def test_twice(self, keep_base):
+        model = adamss.consolidate(some_frozen(trained(base_model())), keep_base=keep_base)
+        with pytest.raises(StateError, match="no frozen subspace that is not folded already"):
+            adamss.consolidate(model)
+
+    def test_without_adapters(self):
+        with pytest.raises(StateError, match="consolidate: the model has no adapters"):
+            adamss.consolidate(base_model())
+
+    @pytest.mark.parametrize("keep_base", [False, True])
+    def test_merged(self, keep_base):
+        merged = adamss.merge(some_frozen(trained(base_model())), keep_base=keep_base)
+        with pytest.raises(StateError, match=r"consolidate: the updates are merged; call adamss\.unmerge"):
+            adamss.consolidate(merged)
+
+    def test_half_precision(self):
+        model = some_frozen(trained(base_model("float16")))
+        with pytest.raises(
+            ArrayTypeError, match=r"^block\.query: consolidating into float16 would round the update"
+        ):
+            adamss.consolidate(model)
+
+    def test_not_finite(self):
+        """The layer is named, and no layer is changed."""
+        base = base_model("float32")
+        model = some_frozen(trained(base))
+        f = model[PATHS[1]].factors
+        f.C[:, f.labels == 0] = np.float32(3e38)
+        f.B[...] *= 1e3
+        with (
+            pytest.raises(ArrayValueError, match=r"^block\.value: the update holds NaN or infinity"),
+            np.errstate(all="ignore"),
+        ):
+            adamss.consolidate(model)
+        assert_same_weights(adamss.detach(model), base)
+
+    def test_not_finite_where_it_is_not_folded(self):
+        """What is still trained is not folded, and may be anything."""
+        model = some_frozen(trained(base_model("float32")))
+        f = model[PATHS[1]].factors
+        f.C[:, f.labels != 0] = np.nan
+        assert np.isfinite(adamss.consolidate(model)[PATHS[1]].W).all()

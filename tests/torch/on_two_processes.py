@@ -1,0 +1,1033 @@
+"""What the processes of test_distributed.py run: ``python on_two_processes.py RANK PROCESSES FOLDER [SCENARIO ...]``.
+
+Each process runs the same scenarios in the same order, and stops at the first that fails; what became of each is in
+``FOLDER/RANK.json``. Sums are in float64 unless a scenario says otherwise, so that a decision is a matter of
+arithmetic and not of luck: processes and shards add up in another order than one process does.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import adamss
+from adamss import AdamssConfig, AdamssWarning, BudgetConfig, core, errors
+from adamss import checkpoint as files
+from adamss_torch import BudgetController
+from adamss_torch.backend import adapters_of
+
+SCENARIOS: dict[str, Callable[[], None]] = {}
+FOUR_PROCESSES = ("hybrid_sharding_over_four",)
+STEPS = 8
+SCHEDULES = {
+    "reset": {"interval": 3},
+    "running": {"interval": 2, "window": "running"},
+    "revive": {"interval": 2, "revive": True},
+    "running, revive": {"interval": 2, "window": "running", "revive": True},
+    "parameters": {"interval": 3, "unit": "parameters", "target": 150},
+    "parameters, running": {"interval": 2, "unit": "parameters", "target": 150, "window": "running"},
+    "parameters, revive": {"interval": 2, "unit": "parameters", "target": 150, "revive": True},
+    "parameters, running, revive": {
+        "interval": 2,
+        "unit": "parameters",
+        "target": 150,
+        "window": "running",
+        "revive": True,
+    },
+}
+
+
+def scenario(run: Callable[[], None]) -> Callable[[], None]:
+    SCENARIOS[run.__name__] = run
+    return run
+
+
+# ---- models and training -------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Two layers side by side, of sizes that two processes cannot halve."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width + 3)
+        self.value = nn.Linear(width, width + 3)
+        self.dense = nn.Linear(width + 3, width)
+        self.register_buffer("shift", torch.zeros(width))
+
+    def forward(self, x):
+        return self.dense(torch.tanh(self.query(x)) * self.value(x)) + self.shift.to(x.dtype)
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(width) for _ in range(2)])
+        self.classifier = nn.Linear(width, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.classifier(x)
+
+
+def net(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def config(**changes) -> AdamssConfig:
+    # One row of C, which one of two processes holds, and five of B.
+    settings = {"targets": ["query", "value"], "rank": 6, "subspaces": 5, "modules_to_save": ["classifier"]}
+    return AdamssConfig(**(settings | changes))
+
+
+def adapted(**changes) -> nn.Module:
+    return adamss.attach(net(), config(**changes), divide=False)
+
+
+def schedule(**changes) -> BudgetConfig:
+    return BudgetConfig(**({"target": 4, "end_step": 6} | changes))
+
+
+def batch(number: int) -> torch.Tensor:
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+
+
+def mine(x: torch.Tensor) -> torch.Tensor:
+    return x[dist.get_rank() :: dist.get_world_size()]
+
+
+def everything(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.02, weight_decay=0.1)
+
+
+def trained(model: nn.Module) -> list[torch.Tensor]:
+    """Return all trained numbers, each Parameter whole."""
+    return [whole(p.detach()) for p in adamss.trainable_parameters(model)]
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Set every trained number of a model, sharded or not, to a value of its own."""
+    with torch.no_grad():
+        for number, p in enumerate(adamss.trainable_parameters(model)):
+            values = torch.randn(p.shape, generator=torch.Generator().manual_seed(number), dtype=p.dtype) / 4
+            if hasattr(p, "device_mesh"):
+                values = distribute_tensor(values, p.device_mesh, p.placements)
+            p.copy_(values)
+    return model
+
+
+def partly_frozen(model: nn.Module) -> nn.Module:
+    for adapter in adapters_of(model).values():
+        adapter.active.copy_(torch.tensor([True, False, True, True, False]))
+    return model
+
+
+def frozen_elements(model: nn.Module) -> list[torch.Tensor]:
+    """Return which elements of each B and C, whole, are frozen."""
+    adapters = adapters_of(model).values()
+    pairs = [pair for a in adapters for pair in zip(a.trained_elements(), (a.B, a.C), strict=True)]
+    return [~elements.expand(p.shape) for elements, p in pairs]
+
+
+def trained_values(model: nn.Module) -> list[torch.Tensor]:
+    """Return a copy of each B and C, whole."""
+    return [whole(p.detach()).clone() for a in adapters_of(model).values() for p in (a.B, a.C)]
+
+
+@contextmanager
+def controlled(model, optimizer, config, **options) -> Iterator[BudgetController]:
+    controller = BudgetController(model, optimizer, config, **options)
+    del model  # a wrapper may be deleted within the block
+    try:
+        yield controller
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AdamssWarning)
+            controller.remove()
+
+
+class Run:
+    """A whole training with a budget, and what it decided.
+
+    Parameters
+    ----------
+    model
+        Adapted, wrapped or not.
+    data
+        Returns what this process sees of a batch.
+    config
+        The schedule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Callable[[torch.Tensor], torch.Tensor],
+        config: BudgetConfig,
+        *,
+        controlled_model: nn.Module | None = None,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
+    ) -> None:
+        self.model = model
+        self.masks: list[dict[str, torch.Tensor]] = []
+        optimizer = make_optimizer(model)
+        watched = model if controlled_model is None else controlled_model
+        with controlled(watched, optimizer, config, on_allocation=self._decided) as controller:
+            values = trained_values(model)
+            for number in range(STEPS):
+                frozen, before = frozen_elements(model), values
+                optimizer.zero_grad()
+                loss_of(model, data(batch(number)).to(next(model.parameters()).dtype)).backward()
+                optimizer.step()
+                values = trained_values(model)
+                for where, old, new in zip(frozen, before, values, strict=True):
+                    assert torch.equal(old[where], new[where]), "a frozen element has moved"
+            assert controller.reached
+            assert controller.step == STEPS
+
+    def _decided(self, allocation) -> None:
+        same_on_all(*allocation.masks.values())
+        for path, adapter in adapters_of(self.model).items():
+            assert torch.equal(adapter.active.cpu(), allocation.masks[path])
+        self.masks.append(allocation.masks)
+
+    def equals(self, other: Run, *, tolerance: float = 1e-12) -> None:
+        assert len(self.masks) == len(other.masks) > 1
+        for ours, theirs in zip(self.masks, other.masks, strict=True):
+            for path in ours:
+                assert torch.equal(ours[path], theirs[path]), f"another decision at {path}"
+        assert sum(int(mask.sum()) for mask in self.masks[-1].values()) < 20
+        for a, b in zip(trained(self.model), trained(other.model), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@functools.cache
+def alone_with(config: BudgetConfig) -> Run:
+    """Return what one process does that sees everything."""
+    return Run(adapted(), everything, config)
+
+
+def same_on_all(*tensors: torch.Tensor) -> None:
+    """Compare hashes of what all processes have."""
+    digest = hashlib.sha256(
+        b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)
+    ).hexdigest()
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, digest)
+    assert len(set(found)) == 1, f"the processes have different values: {found}"
+
+
+@contextmanager
+def raising(kind: type[Exception], *words: str) -> Iterator[None]:
+    """Check that an error of exactly this type, naming these words, is raised."""
+    caught: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        caught = error
+    assert type(caught) is kind and all(word in str(caught) for word in words), repr(caught)
+
+
+@contextmanager
+def warning(*words: str) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    found = [str(each.message) for each in caught if issubclass(each.category, AdamssWarning)]
+    assert len(found) == 1 and all(word in found[0] for word in words), found
+
+
+def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of all Parameters and buffers, whole."""
+    return {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_numbers(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), f"{name} differs"
+
+
+# ---- DistributedDataParallel ---------------------------------------------------------------------------------
+
+
+@scenario
+def ddp_takes_the_decisions_of_one_process():
+    options = [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}]
+    for number, settings in enumerate(SCHEDULES.values()):
+        config = schedule(**settings)
+        model = adapted()
+        wrapper = DistributedDataParallel(model, **options[number % 3])
+        sharing = Run(wrapper, mine, config, controlled_model=wrapper if number % 2 else model)
+        sharing.equals(alone_with(config))
+        same_on_all(*trained(model))
+
+
+@scenario
+def ddp_accumulates_without_synchronising():
+    config = schedule(interval=2)
+    model, alone = adapted(), adapted()
+    wrapper = DistributedDataParallel(model)
+    decisions = []
+    for each, context, data in ((wrapper, wrapper.no_sync, mine), (alone, nullcontext, everything)):
+        optimizer, masks = adamw(each), []
+        with controlled(
+            each, optimizer, config, on_allocation=lambda a, m=masks: m.append(a.masks)
+        ) as budget:
+            for number in range(6):
+                optimizer.zero_grad()
+                with context():
+                    loss_of(each, data(batch(2 * number))).backward()
+                loss_of(each, data(batch(2 * number + 1))).backward()
+                optimizer.step()
+            assert budget.step == 6
+        decisions.append(masks)
+    for ours, theirs in zip(*decisions, strict=True):
+        assert all(torch.equal(ours[path], theirs[path]) for path in theirs)
+        same_on_all(*ours.values())
+    for a, b in zip(trained(model), trained(alone), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@scenario
+def ddp_decides_alike_even_if_gradients_are_not_synchronised():
+    for give_the_wrapper in (True, False):
+        model = adapted()
+        wrapper = DistributedDataParallel(model)
+        optimizer, masks = adamw(model), []
+        with (
+            controlled(
+                wrapper if give_the_wrapper else model,
+                optimizer,
+                schedule(end_step=4, interval=4),
+                on_allocation=lambda a, m=masks: m.append(a.masks),
+            ),
+            warnings.catch_warnings(record=True) as caught,
+            wrapper.no_sync(),
+        ):
+            warnings.simplefilter("always")
+            for number in range(4):
+                loss_of(wrapper, mine(batch(number))).backward()
+                optimizer.step()
+        same_on_all(*masks[0].values())
+        told = any("scored the subspaces otherwise" in str(each.message) for each in caught)
+        assert told == (dist.get_rank() == 1), [str(each.message) for each in caught]
+
+
+@scenario
+def ddp_is_unwrapped_to_compact():
+    # Two of twenty: some layers are left with nothing to train.
+    config = schedule(target=2, interval=3)
+    model, alone = adapted(), adapted()
+    wrapper = DistributedDataParallel(model)
+    optimizers = [adamw(model), adamw(alone)]
+    with raising(errors.StateError, "DistributedDataParallel", "delete the wrapper"):
+        BudgetController(model, optimizers[0], config, compact_at_end=True)
+    with (
+        controlled(wrapper, optimizers[0], config) as budget,
+        controlled(alone, optimizers[1], config) as other,
+    ):
+
+        def train(each, optimizer, data, first):
+            for number in range(first, first + 6):
+                optimizer.zero_grad()
+                loss_of(each, data(batch(number))).backward()
+                optimizer.step()
+
+        train(wrapper, optimizers[0], mine, 0)
+        train(alone, optimizers[1], everything, 0)
+        assert budget.active_count == other.active_count == 2
+        before = numbers(model)
+        with raising(errors.StateError, "DistributedDataParallel", "delete the wrapper"):
+            budget.compact()
+        assert_same_numbers(before, numbers(model))
+        del wrapper
+        budget.compact()
+        sizes = [p.numel() for p in adamss.trainable_parameters(model)]
+        assert sizes.count(0) >= 2 and sum(sizes) < sum(p.numel() for p in adamss.trainable_parameters(alone))
+        wrapper = DistributedDataParallel(model)
+        train(wrapper, optimizers[0], mine, 6)
+        train(alone, optimizers[1], everything, 6)
+    delta, expected = (
+        {path: core.delta(a.factors()) for path, a in adapters_of(each).items()} for each in (model, alone)
+    )
+    for path, value in expected.items():
+        torch.testing.assert_close(delta[path], value, rtol=0, atol=1e-12)
+    same_on_all(*delta.values())
+
+
+@scenario
+def ddp_does_not_send_the_buffers_of_adapters():
+    rank = dist.get_rank()
+
+    def check(wrapper, model):
+        """Change every buffer on the second process: what is sent comes back as on the first."""
+        buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.numel()}
+        kept = {name: buffer.clone() for name, buffer in buffers.items()}
+        with torch.no_grad():
+            model.layers[0].shift += rank
+            for name, buffer in buffers.items():
+                if rank and name.rpartition(".")[2] in ("A", "rest_B", "rest_C", "more_M", "more_E"):
+                    buffer.mul_(2)
+        x = mine(batch(0))
+        # What is kept for the backward must not change in between, or autograd raises.
+        (loss_of(wrapper, x) + loss_of(wrapper, 2 * x)).backward()
+        assert not model.layers[0].shift.any(), "a buffer of the model's own was not synchronised"
+        for name, buffer in buffers.items():
+            if rank and name.rpartition(".")[2] in ("A", "rest_B", "rest_C", "more_M", "more_E"):
+                assert torch.equal(buffer, 2 * kept[name]), f"{name} was sent"
+                buffer.copy_(kept[name])
+
+    model = adapted()
+    check(DistributedDataParallel(model), model)
+    torch.compiler.set_stance("force_eager")
+    check(DistributedDataParallel(torch.compile(model)), model)
+    torch.compiler.set_stance("default")
+    gc.collect()
+    # Compacted, folded, and both: other buffers.
+    for path, adapter in adapters_of(model).items():
+        adapter.active.copy_(torch.tensor([True, False, False, True, False]) ^ ("value" in path))
+        with torch.no_grad():
+            adapter.C.copy_(torch.randn(adapter.C.shape, generator=torch.Generator().manual_seed(0)))
+    adamss.consolidate(model)
+    check(DistributedDataParallel(model), model)
+    gc.collect()
+    optimizer = adamw(model)
+    with controlled(model, optimizer, schedule(target=1)) as budget:
+        budget.compact()
+    check(DistributedDataParallel(model), model)
+    for adapter in adapters_of(model).values():
+        adapter.fold(None)
+    check(DistributedDataParallel(model), model)
+
+
+@scenario
+def ddp_of_a_model_of_which_a_part_was_adapted():
+    class Outer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    outer = Outer(adapted())
+    wrapper = DistributedDataParallel(outer)
+    with warning("broadcast_buffers=False"), controlled(wrapper, adamw(outer), schedule()):
+        pass
+    del wrapper
+    wrapper = DistributedDataParallel(outer, broadcast_buffers=False)
+    with controlled(wrapper, adamw(outer), schedule()):  # warnings are errors
+        pass
+
+
+@scenario
+def ddp_refuses_adapters_that_do_not_fit_together():
+    with raising(errors.StateError, "DistributedDataParallel", "wrap the model then"):
+        adamss.attach(DistributedDataParallel(net()), config())
+    model = net(seed=dist.get_rank())
+    with warning("base weights that differ"):
+        adamss.attach(model, config())
+    wrapper = DistributedDataParallel(model)
+    with raising(errors.StateError, "different bases"):
+        BudgetController(wrapper, adamw(model), schedule())
+
+
+@scenario
+def ddp_with_the_zero_redundancy_optimizer():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def zero(model, **options):
+        return ZeroRedundancyOptimizer(
+            adamss.trainable_parameters(model), torch.optim.AdamW, lr=0.02, weight_decay=0.1, **options
+        )
+
+    for options in ({}, {"parameters_as_bucket_view": True}):
+        model = adapted()
+        sharing = Run(
+            DistributedDataParallel(model), mine, schedule(), make_optimizer=lambda m, o=options: zero(m, **o)
+        )
+        sharing.equals(alone_with(schedule()))
+        same_on_all(*trained(model))
+    with raising(errors.ConfigTypeError, "overlap_with_ddp"):
+        BudgetController(adapted(), zero(adapted(), overlap_with_ddp=True), schedule())
+    optimizer = zero(model)
+    with (
+        raising(errors.StateError, "ZeroRedundancyOptimizer"),
+        controlled(model, optimizer, schedule()) as budget,
+    ):
+        budget.compact()
+
+
+# ---- attach on several processes -----------------------------------------------------------------------------
+
+
+@contextmanager
+def counted(name: str = "decompose") -> Iterator[list[tuple[int, ...]]]:
+    """Count what this process decomposes."""
+    from adamss import verbs
+
+    calls, original = [], getattr(core, name)
+
+    def counting(W, *args, **kwargs):
+        calls.append(tuple(W.shape))
+        return original(W, *args, **kwargs)
+
+    setattr(verbs.core, name, counting)
+    try:
+        yield calls
+    finally:
+        setattr(verbs.core, name, original)
+
+
+def assert_same_adapters(ours: nn.Module, theirs: nn.Module) -> None:
+    assert_same_numbers(numbers(ours), numbers(theirs))
+    for path, adapter in adapters_of(ours).items():
+        other = adapters_of(theirs)[path]
+        for name in ("A", "B", "C"):
+            a, b = getattr(adapter, name), getattr(other, name)
+            assert (a.dtype, a.stride()) == (b.dtype, b.stride()), f"{path}.{name} lies otherwise in memory"
+
+
+@scenario
+def attach_decomposes_each_layer_once():
+    for changes in (
+        {},
+        {"targets": ["query", "value", "dense", "classifier"], "modules_to_save": []},
+        {"targets": r".*0\.query", "modules_to_save": []},
+        {"basis": "per_subspace", "include_bias": True, "subspace_rank": 2},
+        {"factor_dtype": "float32", "segmentation": "spectral"},
+    ):
+        with counted() as calls:
+            model = adamss.attach(net(), config(**changes))
+        alone = adamss.attach(net(), config(**changes), divide=False)
+        layers, rank = len(adapters_of(alone)), dist.get_rank()
+        assert len(calls) == (layers + 1 - rank) // 2, f"{len(calls)} of {layers} layers were decomposed here"
+        assert list(adapters_of(model)) == list(adapters_of(alone))
+        assert_same_adapters(model, alone)
+        same_on_all(*numbers(model).values())
+
+
+@scenario
+def attach_of_different_models_is_not_divided():
+    rank = dist.get_rank()
+    # Stages of a pipeline, and the same layers with other settings.
+    for changes in ({"targets": rf"layers\.{rank}\..*(query|value)"}, {"rank": 4 + rank}):
+        with counted() as calls:
+            model = adamss.attach(net(), config(**changes))
+        assert len(calls) == len(adapters_of(model))
+        assert_same_adapters(model, adamss.attach(net(), config(**changes), divide=False))
+    with warning("base weights that differ"), counted() as calls:
+        model = adamss.attach(net(seed=rank), config())
+    assert len(calls) == 4
+    assert_same_adapters(model, adamss.attach(net(seed=rank), config(), divide=False))
+    if rank == 0:  # waits for nobody
+        adamss.attach(net(), config(), divide=False)
+
+
+@scenario
+def attach_fails_on_all_or_none():
+    rank = dist.get_rank()
+
+    def fails(kind, *words, model, **changes):
+        before = copy.deepcopy(model.state_dict())
+        with raising(kind, *words):
+            adamss.attach(model, config(**changes))
+        assert all(
+            torch.equal(value, before[name]) or value.isnan().any()
+            for name, value in model.state_dict().items()
+        )
+        assert all(p.requires_grad for p in model.parameters())
+
+    spoilt = net()
+    with torch.no_grad():
+        spoilt.layers[1].value.weight[0, 0] = float("nan")
+    fails(errors.ArrayValueError, "layers.1.value", model=spoilt)
+    fails(errors.ArrayValueError, "layers.1.value", model=spoilt if rank == 1 else net())
+    fails(errors.TargetError, "nothing", model=net(), targets=["nothing"] if rank == 1 else ["query"])
+    twice = net()
+    if rank == 0:
+        adamss.attach(twice, config(), divide=False)
+    with raising(errors.StateError, "adapters already"):
+        adamss.attach(twice, config())
+    # All are in step again.
+    assert_same_adapters(adamss.attach(net(), config()), adapted())
+
+
+@scenario
+def load_is_divided_if_asked():
+    model = adapted()
+    with torch.no_grad():
+        for p in adamss.trainable_parameters(model):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype))
+    path = folder() / f"portable{dist.get_rank()}"
+    adamss.save(model, path)
+    with counted() as calls:
+        loaded = adamss.load(net(), path, divide=True)
+    assert len(calls) == 2
+    assert_same_adapters(loaded, adamss.load(net(), path))
+    with raising(errors.CheckpointError, "base weight"):
+        adamss.load(net(seed=dist.get_rank()), path, divide=True)
+    if dist.get_rank() == 0:  # waits for nobody
+        adamss.load(net(), path)
+
+
+# ---- FSDP2 ---------------------------------------------------------------------------------------------------
+
+
+def sharded(model: nn.Module, *, by: str = "layer", shape: tuple[int, ...] = (2,), **options) -> nn.Module:
+    """Spread a model over the processes: as a whole, layer by layer, or linear layer by linear layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    if by == "linear":
+        for module in [module for module in model.modules() if isinstance(module, nn.Linear)]:
+            fully_shard(module, **options)
+    if by != "root":
+        for layer in model.layers:
+            fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def attached_first(**options) -> nn.Module:
+    return sharded(adapted(), **options)
+
+
+def attached_last(**options) -> nn.Module:
+    """Attach to a model that is sharded and has run."""
+    model = sharded(net(), **options)
+    model(mine(batch(99)))
+    return adamss.attach(model, config())
+
+
+@scenario
+def fsdp_takes_the_decisions_of_one_process():
+    for number, (build, options) in enumerate(
+        (
+            (attached_first, {"by": "root"}),
+            (attached_first, {}),
+            (attached_first, {"reshard_after_forward": False}),
+            (attached_first, {"reshard_after_forward": True, "by": "linear"}),
+            (attached_last, {"by": "root"}),
+            (attached_last, {"reshard_after_forward": False}),
+            (attached_last, {"reshard_after_forward": True}),
+            (attached_last, {"by": "linear"}),
+        )
+    ):
+        config = schedule(**list(SCHEDULES.values())[number])
+        model = build(**options)
+        assert all(hasattr(p, "full_tensor") for p in adamss.trainable_parameters(model))
+        sharing = Run(model, mine, config)
+        sharing.equals(alone_with(config))
+        same_on_all(*trained(model))
+
+
+@scenario
+def fsdp_is_attached_to_layer_by_layer():
+    alone = adapted()
+    for divide in (True, False):
+        for options in ({}, {"by": "root"}, {"shape": (2, 1)}, {"shape": (1, 2), "by": "linear"}):
+            model = sharded(net(), **options)
+            with counted() as calls, gathered() as most:
+                adamss.attach(model, config(), divide=divide)
+            assert len(calls) == (2 if divide else 4)
+            # Its own, and the one that is on its way to another.
+            assert most[0] <= 2, f"{most[0]} weights were whole at the same time"
+            assert_same_numbers(numbers(model), numbers(alone))
+            assert all(hasattr(p, "full_tensor") for p in adamss.trainable_parameters(model))
+
+
+@contextmanager
+def gathered() -> Iterator[list[int]]:
+    """Count how many weights are whole on this process at the same time."""
+    from adamss_torch import sharding
+
+    original, alive, most = sharding.unshard, [], [0]
+
+    def watching(tensor):
+        full = original(tensor)
+        if full.ndim == 2:
+            alive.append(weakref.ref(full))
+            most[0] = max(most[0], sum(each() is not None for each in alive))
+        return full
+
+    sharding.unshard = watching
+    try:
+        yield most
+    finally:
+        sharding.unshard = original
+
+
+@scenario
+def fsdp_with_replicas():
+    for shape in ((2, 1), (1, 2)):
+        for build in (attached_first, attached_last):
+            sharing = Run(build(shape=shape), mine, schedule())
+            sharing.equals(alone_with(schedule()))
+
+
+@scenario
+def hybrid_sharding_over_four():
+    for build in (attached_first, attached_last):
+        sharing = Run(build(shape=(2, 2)), mine, schedule(interval=2))
+        sharing.equals(alone_with(schedule(interval=2)))
+        same_on_all(*trained(sharing.model))
+        path = folder() / f"hybrid-{build.__name__}"
+        adamss.save(sharing.model, path)
+        files.read(path)
+
+
+@scenario
+def fsdp_in_bfloat16():
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    def build(attach_first):
+        model = net(dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if attach_first:
+            return sharded(adamss.attach(model, config()), mp_policy=policy)
+        return adamss.attach(sharded(model, mp_policy=policy), config())
+
+    for attach_first in (True, False):
+        model = build(attach_first)
+        with torch.no_grad():
+            out = model(mine(batch(0)).float())
+            base = net(dtype=torch.float32)
+            assert out.dtype == torch.bfloat16
+            torch.testing.assert_close(out.float(), base(mine(batch(0)).float()), rtol=0.05, atol=0.05)
+        sharing = Run(model, mine, schedule(interval=2))
+        assert all(p.dtype == torch.float32 for p in adamss.trainable_parameters(model))
+        same_on_all(*trained(model))
+        assert sum(int(mask.sum()) for mask in sharing.masks[-1].values()) == 4
+
+
+@scenario
+def fsdp_accumulates_gradients():
+    config = schedule(interval=2)
+    model, alone = attached_first(), adapted()
+    decisions = []
+    for each, data in ((model, mine), (alone, everything)):
+        optimizer, masks = adamw(each), []
+        with controlled(each, optimizer, config, on_allocation=lambda a, m=masks: m.append(a.masks)):
+            for number in range(6):
+                optimizer.zero_grad()
+                for last in (False, True):
+                    if each is model:
+                        model.set_requires_gradient_sync(last)
+                        model.set_is_last_backward(last)
+                        model.set_reshard_after_backward(last)
+                    loss_of(each, data(batch(2 * number + last))).backward()
+                optimizer.step()
+        decisions.append(masks)
+    for ours, theirs in zip(*decisions, strict=True):
+        assert all(torch.equal(ours[path], theirs[path]) for path in theirs)
+    for a, b in zip(trained(model), trained(alone), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@scenario
+def fsdp_leaves_a_step_out_on_all():
+    """A gradient that is not finite on one process alone, whose shard it is in."""
+    rank = dist.get_rank()
+    model = moved(attached_first())
+    optimizer = torch.optim.SGD(adamss.trainable_parameters(model), lr=0.0)
+    with controlled(model, optimizer, schedule(end_step=40, interval=20)) as budget:
+
+        def step(number, spoil):
+            optimizer.zero_grad()
+            loss_of(model, mine(batch(number))).backward()
+            if spoil:
+                B = adapters_of(model)["layers.0.query"].B
+                if rank == 1:
+                    B.grad.to_local()[0, 0] = float("nan")
+            optimizer.step()
+            return {path: layer["B"]["sensitivity"] for path, layer in budget.state_dict()["layers"].items()}
+
+        before = step(0, spoil=False)
+        with warning("NaN or infinity"):
+            after = step(1, spoil=True)
+        assert budget.step == 2 and budget.state_dict()["left_out"] == 1
+        for path, value in before.items():
+            assert value.full_tensor().any()
+            assert torch.equal(value.to_local(), after[path].to_local()), "an average was changed"
+        moved(model)  # the optimiser has taken the gradient as it was
+        later = step(2, spoil=False)
+        assert not torch.equal(later["layers.0.query"].full_tensor(), after["layers.0.query"].full_tensor())
+
+
+@scenario
+def fsdp_resumes():
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    config = schedule(window="running", interval=2)
+
+    def train(model, optimizer, numbers, data=mine):
+        for number in numbers:
+            optimizer.zero_grad()
+            loss_of(model, data(batch(number))).backward()
+            optimizer.step()
+
+    def state_of(model, optimizer, budget):
+        weights, moments = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": moments, "budget": budget.state_dict()}
+
+    straight = attached_first()
+    optimizer = adamw(straight)
+    with controlled(straight, optimizer, config) as budget:
+        train(straight, optimizer, range(5))
+        dcp.save(state_of(straight, optimizer, budget), checkpoint_id=folder() / "dcp")
+        middle = budget.state_dict()
+        train(straight, optimizer, range(5, 9))
+        masks = budget.masks
+    for build in (attached_first, attached_last):
+        resumed = build()
+        optimizer = adamw(resumed)
+        with controlled(resumed, optimizer, config) as budget:
+            state = state_of(resumed, optimizer, budget)
+            dcp.load(state, checkpoint_id=folder() / "dcp")
+            set_state_dict(
+                resumed, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+            budget.load_state_dict(state["budget"])
+            assert budget.step == 5 and budget.active_count == sum(
+                int(layer["active"].sum()) for layer in middle["layers"].values()
+            )
+            train(resumed, optimizer, range(5, 9))
+            assert all(torch.equal(budget.masks[path], mask) for path, mask in masks.items())
+        for a, b in zip(trained(resumed), trained(straight), strict=True):
+            assert torch.equal(a, b)
+
+    # From one process to several, and back.
+    alone = adapted()
+    optimizer = adamw(alone)
+    with controlled(alone, optimizer, config) as budget:
+        train(alone, optimizer, range(5), everything)
+        state = budget.state_dict()
+    model = attached_first()
+    with controlled(model, adamw(model), config) as budget:
+        budget.load_state_dict(state)
+        spread = budget.state_dict()
+    other = adapted()
+    with controlled(other, adamw(other), config) as budget:
+        budget.load_state_dict(spread)
+        back = budget.state_dict()
+    for path, layer in state["layers"].items():
+        for name in "BC":
+            for kind, value in layer[name].items():
+                assert torch.equal(spread["layers"][path][name][kind].full_tensor(), value)
+                assert torch.equal(back["layers"][path][name][kind], value)
+
+
+@scenario
+def fsdp_saves_what_one_process_saves():
+    rank = dist.get_rank()
+    alone = partly_frozen(moved(adapted()))
+    for build in (attached_first, attached_last):
+        for options in ({}, {"reshard_after_forward": False}):
+            model = partly_frozen(moved(build(**options)))
+            model(mine(batch(0)))  # leaves whole Parameters in the places of shards
+            for training in (True, False):
+                ours = folder() / f"sharded-{build.__name__}-{training}-{len(options)}"
+                theirs = folder() / f"alone-{training}-{rank}"
+                written, write = [], files.write
+                files.write = lambda *args, w=write, n=written: (n.append(args), w(*args))
+                adamss.save(model, ours, training=training)
+                files.write = write
+                assert len(written) == (rank == 0), "one process, the first, is to write"
+                adamss.save(alone, theirs, training=training)
+                assert files.read(ours) == files.read(theirs), f"{build.__name__} {options} {training}"
+            with raising(errors.StateError, "first") if rank else raising(FileNotFoundError):
+                adamss.save(model, folder() / "missing" / "file")
+            if rank == 0:  # nobody waits for the others
+                assert str(adamss.summary(model)) == str(adamss.summary(alone))
+                assert "R=6" in repr(model)
+    same = folder() / "sharded-attached_first-True-0"
+    for reloaded in (
+        sharded(adamss.load(net(), same)),
+        adamss.load(sharded(net()), same),
+        adamss.load(sharded(net()), same, divide=True),
+        adamss.load(sharded(net()), folder() / "sharded-attached_first-False-0", divide=True),
+    ):
+        x = mine(batch(1))
+        torch.testing.assert_close(reloaded(x), alone(x), rtol=0, atol=1e-10)
+        assert all(hasattr(p, "full_tensor") for p in adamss.trainable_parameters(reloaded))
+        for adapter in adapters_of(reloaded).values():
+            adapter.active.fill_(True)
+        Run(reloaded, mine, schedule())
+    with raising(errors.CheckpointError, "base weight"):
+        adamss.load(sharded(net(seed=1)), same)
+
+
+@scenario
+def fsdp_merges_and_detaches():
+    x = batch(5)
+    base = net()
+    for build in (attached_first, attached_last):
+        for options in ({"reshard_after_forward": False}, {"by": "linear", "shape": (2, 1)}):
+            model, alone = partly_frozen(moved(build(**options))), partly_frozen(moved(adapted()))
+            start = numbers(model)
+
+            def close(a=model, b=alone):
+                with torch.no_grad():
+                    torch.testing.assert_close(a(x), b(x), rtol=0, atol=1e-12)
+
+            close()
+            with adamss.disabled(model):
+                assert torch.equal(model(x), base(x)), "switched off, it is not the base model"
+            assert_same_numbers(numbers(model), start)
+            close()
+            adamss.merge(model)
+            adamss.merge(alone)
+            close()
+            merged = numbers(model)
+            assert not torch.equal(merged["layers.0.query.weight"], start["layers.0.query.weight"])
+            assert_same_numbers(
+                {n: v for n, v in merged.items() if n.endswith("weight")},
+                {n: v for n, v in numbers(alone).items() if n.endswith("weight")},
+            )
+            with adamss.disabled(model):
+                assert torch.equal(model(x), base(x))
+            assert_same_numbers(numbers(model), merged)
+            adamss.unmerge(model)
+            adamss.unmerge(alone)
+            assert_same_numbers(numbers(model), start)
+            close()
+            adamss.consolidate(model)
+            adamss.consolidate(alone)
+            close()
+            Run(model, mine, schedule(target=2)).equals(Run(alone, everything, schedule(target=2)))
+            close()
+            adamss.detach(model)
+            assert torch.equal(model(x), base(x))
+            assert_same_numbers(numbers(model), numbers(base))
+            assert all(p.requires_grad for p in model.parameters())
+            loss_of(model, mine(x)).backward()
+            assert all(p.grad is not None for p in model.parameters())
+            if "shape" not in options:
+                again = adamss.attach(model, config())
+                Run(again, mine, schedule()).equals(alone_with(schedule()))
+
+
+@scenario
+def fsdp_refuses_what_it_cannot_do():
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = attached_first()
+    optimizer = adamw(model)
+    with raising(errors.StateError, "compact", "sharded"):
+        BudgetController(model, optimizer, schedule(), compact_at_end=True)
+    with controlled(model, optimizer, schedule(end_step=2)) as budget:
+        for number in range(2):
+            loss_of(model, mine(batch(number))).backward()
+            optimizer.step()
+        before = numbers(model)
+        with raising(errors.StateError, "compact", "sharded"):
+            budget.compact()
+        assert_same_numbers(before, numbers(model))
+
+    parallel = net()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in parallel.layers:
+        parallelize_module(layer, mesh, {"query": ColwiseParallel()})
+    with raising(errors.LayerError, "layers.0.query", "fully_shard"):
+        adamss.attach(parallel, config())
+    assert all(p.requires_grad for p in parallel.parameters()), "something was changed"
+
+    tied = net()
+    tied.layers[0].dense.weight = tied.layers[1].dense.weight
+    tied = sharded(adamss.attach(tied, config(targets=["0.dense"])), by="root")
+    before = numbers(tied)
+    with raising(errors.LayerError, "shared"):
+        adamss.merge(tied)
+    assert_same_numbers(before, numbers(tied))
+
+    compacted = partly_frozen(adapted())
+    with controlled(compacted, adamw(compacted), schedule()) as budget:
+        budget.compact()
+    with raising(errors.StateError, "compacted before fully_shard"):
+        adamss.trainable_parameters(sharded(compacted))
+
+
+@scenario
+def fsdp1_is_refused():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    device = torch.device("cpu")
+    with raising(errors.StateError, "FSDP1", "fully_shard"):
+        adamss.attach(FullyShardedDataParallel(net(), device_id=device), config())
+    model = FullyShardedDataParallel(adapted(), device_id=device, use_orig_params=True)
+    with raising(errors.StateError, "FSDP1", "fully_shard"):
+        BudgetController(model, torch.optim.SGD(model.parameters(), lr=0.1), schedule())
+
+
+# ---- the process ---------------------------------------------------------------------------------------------
+
+
+def folder() -> Path:
+    return Path(sys.argv[3])
+
+
+def main(rank: int, processes: int, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", category=AdamssWarning)
+    warnings.filterwarnings("error", message=".*returned a view tensor.*")
+    store = dist.FileStore(str(folder() / "store"), processes)
+    # A process that waits in vain fails instead of hanging.
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=30)
+    )
+    outcomes: dict[str, str] = {}
+    for name in names:
+        start = time.perf_counter()
+        try:
+            SCENARIOS[name]()
+            dist.barrier()
+        except BaseException:
+            outcomes[name] = traceback.format_exc()
+        else:
+            outcomes[name] = ""
+        (folder() / f"{rank}.json").write_text(json.dumps(outcomes))
+        print(f"{time.perf_counter() - start:5.1f} s  {name}", flush=True)
+        gc.collect()
+        if outcomes[name]:
+            os._exit(1)  # without waiting for those that wait for this one
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[4:])
