@@ -222,7 +222,8 @@ class BudgetController:
     @property
     def budget(self) -> int:
         """Budget after the present step, in the unit of the schedule."""
-        return self.plan.budget_at(self.step)
+        budget: int = self.plan.budget_at(self.step)
+        return budget
 
     @property
     def active_count(self) -> int:
@@ -243,7 +244,8 @@ class BudgetController:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # What a closure computes is known only after the step.
-        self._closure = (args[0] if args else kwargs.get("closure")) is not None
+        _, *given = args  # the optimiser itself comes first
+        self._closure = (given[0] if given else kwargs.get("closure")) is not None
         if self._any_frozen or self._closure:
             self._frozen.remember()
         self._averages.drop()

@@ -35,8 +35,8 @@ def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, 
     return [(wanted[id(p)], each) for each in every for p in each.parameters() if id(p) in wanted]
 
 
-def _with_subclasses(kind: type) -> set[type]:
-    return {kind}.union(*(_with_subclasses(each) for each in kind.__subclasses__()))
+def _with_subclasses(kind: type[Any]) -> set[type[Any]]:
+    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
 
 
 def check_resizable(

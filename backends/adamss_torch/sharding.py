@@ -185,8 +185,8 @@ def shard_adapter(adapter: Adapter, like: Any) -> None:
     """Spread B and C over the processes over which a weight is spread already."""
     from torch.distributed.fsdp import fully_shard
 
-    # It is small, and needed again in the backward: gathering it twice would cost more than keeping it.
-    fully_shard(adapter, mesh=like.device_mesh, reshard_after_forward=False)
+    # What stays gathered after a forward is out of date after a step, if no backward comes between.
+    fully_shard(adapter, mesh=like.device_mesh, reshard_after_forward=True)
 
 
 # ---- what processes agree on -----------------------------------------------------------------------------

@@ -760,6 +760,44 @@ def fsdp_accumulates_gradients():
 
 
 @scenario
+def fsdp_keeps_frozen_elements_while_others_stand_in_their_places():
+    for build in (attached_first, attached_last):
+        model = moved(partly_frozen(build(by="root")))
+        optimizer = adamw(model)
+        with controlled(model, optimizer, schedule(end_step=9, interval=9)):
+            for number in range(3):
+                frozen, before = frozen_elements(model), trained_values(model)
+                optimizer.zero_grad()
+                loss_of(model, mine(batch(number))).backward()
+                with torch.no_grad():
+                    model(mine(batch(9)))  # leaves whole Parameters in the places of shards
+                optimizer.step()
+                adamss.summary(model)  # puts the shards back, if only to read them
+                for where, old, new in zip(frozen, before, trained_values(model), strict=True):
+                    assert torch.equal(old[where], new[where]), "a frozen element has moved"
+                    assert where.all() or not torch.equal(old, new)
+
+
+@scenario
+def fsdp_does_not_count_steps_that_a_scaler_skips():
+    for fused in (False, True):
+        model = sharded(adamss.attach(net(dtype=torch.float32), config()))
+        optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.02, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        with controlled(model, optimizer, schedule(interval=2)) as budget:
+            for number in range(7):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, mine(batch(number)).float())).backward()
+                if number == 3 and dist.get_rank() == 1:
+                    adapters_of(model)["layers.0.query"].B.grad.to_local()[0, 0] = float("inf")
+                scaler.step(optimizer)
+                scaler.update()
+            assert (budget.step, budget.active_count, scaler.get_scale()) == (6, 4, 4.0)
+            assert budget.state_dict()["left_out"] == 0
+            same_on_all(*budget.masks.values(), *trained(model))
+
+
+@scenario
 def fsdp_leaves_a_step_out_on_all():
     """A gradient that is not finite on one process alone, whose shard it is in."""
     rank = dist.get_rank()

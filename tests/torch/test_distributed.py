@@ -192,8 +192,7 @@ def test_optimisers_of_deepspeed_are_refused(net, config, wrapped):
     with pytest.raises(errors.ConfigTypeError, match=r"DeepSpeed.*fully_shard"):
         BudgetController(model, optimizer, BudgetConfig(target=4, end_step=4))
     # Nothing was changed: PyTorch's own is taken.
-    controller = BudgetController(model, inner, BudgetConfig(target=4, end_step=4))
-    controller.remove()
+    BudgetController(model, inner, BudgetConfig(target=4, end_step=4)).remove()
 
 
 def test_weights_that_deepspeed_has_partitioned_are_refused(net, config):
@@ -221,3 +220,28 @@ def test_output_may_be_changed_in_place(config, shape):
     model(x).sum().backward()
     for ours, theirs in zip(grads, (model[0].adamss.B.grad, model[0].adamss.C.grad, x.grad), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_importance_is_of_the_gradient_that_the_optimiser_was_given(net, config):
+    model = adamss.attach(net(dtype=torch.float64), config())
+    parameter = model.layers[0].query.adamss.B
+    with torch.no_grad():
+        model.layers[0].query.adamss.C.fill_(0.1)
+    # It adds the momentum to the gradients in place.
+    optimizer = torch.optim.SGD(
+        adamss.trainable_parameters(model), lr=0.01, momentum=0.9, nesterov=True, foreach=True
+    )
+    schedule = BudgetConfig(target=4, end_step=9, interval=9)
+    controller = BudgetController(model, optimizer, schedule)
+    expected = torch.zeros_like(parameter)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(3, 16, dtype=torch.float64)).square().sum().backward()
+        decay = schedule.sensitivity_decay
+        expected = decay * expected + (1 - decay) * (parameter.detach() * parameter.grad).abs()
+        optimizer.step()
+    found = controller.state_dict()["layers"]["layers.0.query"]["B"]["sensitivity"]
+    with pytest.warns(adamss.AdamssWarning, match="not reached"):
+        controller.remove()
+    assert expected.any()
+    assert torch.equal(found, expected)
