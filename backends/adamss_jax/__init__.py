@@ -1,12 +1,13 @@
 """The JAX backend of `adamss`: pure functions on pytrees, and thin shells for Flax NNX and Equinox.
 
 `linear` is all that a model made of plain arrays needs; `Factors` are a pytree. `adamss.attach` and its sister
-verbs find the backend by themselves. The shells `adamss_jax.flax` and `adamss_jax.equinox`, and `adamss_jax.optax`,
-are imported when they are first asked for: no library is needed for another, or for the functions.
+verbs find the backend by themselves. `budgeted` brings the adaptive budget to any optax transformation, and
+`synchronise`, `allocation` and `compact` belong to it. These, the shells `adamss_jax.flax` and `adamss_jax.equinox`,
+and `adamss_jax.optax` are imported when they are first asked for: no library is needed for another, or for `linear`.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adamss.errors import MissingBackendError
 
@@ -20,15 +21,19 @@ from adamss_jax.functional import linear, update
 
 __all__ = ["JaxBackend", "linear", "update"]
 
-_SHELLS = ("equinox", "flax", "optax")
-_PLANNED = ("budgeted", "synchronise")
+if TYPE_CHECKING:
+    from adamss_jax.budget import allocation as allocation
+    from adamss_jax.budget import budgeted as budgeted
+    from adamss_jax.budget import synchronise as synchronise
+    from adamss_jax.compaction import compact as compact
+
+_MODULES = ("equinox", "flax", "optax")
+_NEED_OPTAX = {"allocation": "budget", "budgeted": "budget", "synchronise": "budget", "compact": "compaction"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SHELLS:
+    if name in _MODULES:
         return import_module(f"adamss_jax.{name}")
-    if name in _PLANNED:
-        raise AttributeError(
-            f"adamss_jax.{name}: this version of adamss has no budget controller; its mathematics is in adamss.core"
-        )
+    if name in _NEED_OPTAX:
+        return getattr(import_module(f"adamss_jax.{_NEED_OPTAX[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

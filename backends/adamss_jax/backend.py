@@ -21,8 +21,10 @@ from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import BackendError
 from adamss_jax.functional import linear
-from adamss_jax.shell import Model, Module, Shell, beside, factors_beside
-from adamss_jax.stacks import StackedLayer
+from adamss_jax.leaves import Leaves, Pair
+from adamss_jax.parts import Places, Rest, outline, present_subspaces
+from adamss_jax.shell import Model, Module, Shell, beside, check_not_thawed, factors_beside
+from adamss_jax.stacks import StackedLayer, by_owner, split_path
 
 __all__ = ["JaxBackend"]
 
@@ -133,10 +135,63 @@ class JaxBackend(Backend):
 
     def trained_elements(self, model: Model) -> Any:
         """Return a tree of the structure of `parameters`, with booleans that broadcast: True where trained."""
-        return self._shell(model).trained_elements(model)
+        leaves = self.leaves(model)
+        active = {path: jnp.asarray(factors.active) for path, factors in leaves.outlines.items()}
+        masks = leaves.masks(active, self.places(model))
+        everything = jnp.ones((), bool)
+
+        def trained(path: tuple[Any, ...], _: Any) -> Array:
+            name = leaves.name(path)
+            return everything if name is None else masks[name]
+
+        return jax.tree_util.tree_map_with_path(trained, self.parameters(model))
+
+    def leaves(self, model: Model) -> Leaves:
+        """Return where in `parameters` the factors of each layer are."""
+        shell = self._shell(model)
+        adaptation = shell.adaptation(model)
+        assert adaptation is not None
+        paths = by_owner({path: path for path in adaptation.layers})
+        outlines = by_owner({path: outline(factors) for path, factors in adaptation.layers.items()})
+        # A stack is adapted as a whole: the last of its layers says how long its axes are.
+        pairs = {
+            owner: Pair(tuple(axis + 1 for axis in max(own)), own, outlines[owner])
+            for owner, own in paths.items()
+        }
+        return Leaves(shell.leaf_names(model), pairs)
+
+    def places(self, model: Model) -> dict[str, Places]:
+        """Return where the leaves of compacted layers stand in the whole, by path of the layer."""
+        adaptation = self._shell(model).adaptation(model)
+        assert adaptation is not None
+        rests = self._shell(model).rests(model)
+        found = {}
+        for path in adaptation.layers:
+            owner, index = split_path(path)
+            if owner in rests:
+                found[path] = Places(rests[owner].directions[index], rests[owner].columns[index])
+        return found
+
+    def compact(self, model: Model, new: Mapping[str, tuple[Any, Any, Rest]]) -> Model:
+        """Return the model with other trained arrays in some modules: see `Shell.compact`."""
+        return self._shell(model).compact(model, new)
 
     def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
-        return self._shell(model).set_active(model, active)
+        shell = self._shell(model)
+        adaptation = shell.adaptation(model)
+        assert adaptation is not None
+        layers = by_owner(adaptation.layers)
+        present: dict[Any, np.ndarray[Any, Any]] = {}
+        for owner, rest in shell.rests(model).items():
+            present |= {
+                (owner, index): mask for index, mask in present_subspaces(layers[owner], rest).items()
+            }
+        for path, mask in active.items():
+            folded, own = adaptation.folded.get(path), present.get(split_path(path))
+            check_not_thawed(mask, folded, path, "adamss.consolidate has folded into the weight")
+            gone = None if own is None else ~own
+            check_not_thawed(mask, gone, path, "adamss_jax.compact has taken out of the trained arrays")
+        return shell.set_active(model, active)
 
     def remove(self, model: Model) -> Model:
         return self._shell(model).remove(model)
@@ -146,6 +201,11 @@ class JaxBackend(Backend):
 
     def unfold(self, model: Model) -> Model:
         return self._shell(model).unfold(model)
+
+    def consolidate(
+        self, model: Model, merged: Mapping[str, Merged], folded: Mapping[str, Array], *, keep_base: bool
+    ) -> Model:
+        return self._shell(model).consolidate(model, merged, folded, keep_base=keep_base)
 
     def disabled(self, model: Model) -> AbstractContextManager[Model]:
         return self._shell(model).disabled(model)

@@ -21,15 +21,25 @@ except ImportError as error:
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from adamss.backend import Adaptation, BaseWeight
+from adamss.backend.interface import without_folded
 from adamss.checkpoint import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError
-from adamss_jax.functional import update
-from adamss_jax.shell import HostCopies, Record, Shell, check_values, owner_prefix, placed_as
+from adamss_jax.parts import Part, Rest, added, part_of, whole
+from adamss_jax.shell import (
+    HostCopies,
+    Record,
+    Shell,
+    beside,
+    check_values,
+    owner_prefix,
+    placed_as,
+    resized_as,
+    spelled,
+)
 from adamss_jax.stacks import (
     StackedLayer,
     by_owner,
@@ -38,7 +48,6 @@ from adamss_jax.stacks import (
     stack_paths,
     stacked,
     stacked_factors,
-    stacked_masks,
 )
 
 __all__ = ["AdaptedLinear", "EquinoxShell", "trainable_filter"]
@@ -66,6 +75,13 @@ class AdaptedLinear(eqx.Module):
         Whether the weight of `base` holds the update already.
     kept
         While merged: copies of the weight and bias as they were, or None if they were dropped.
+    folded
+        (K,) booleans, the subspaces whose update the weight of `base` holds; None unless consolidated.
+    unfolded
+        While consolidated, what `kept` is while merged. A leaf that is no array, as Equinox's models have more of
+        (``eqx.filter_jit``): in the structure of the tree it would part it from that of the optimiser's state.
+    rest, part
+        What is not trained, and not computed, any more.
     """
 
     base: eqx.nn.Linear
@@ -78,6 +94,10 @@ class AdaptedLinear(eqx.Module):
     record: Record = eqx.field(static=True)
     merged: bool = eqx.field(static=True, default=False)
     kept: HostCopies | None = eqx.field(static=True, default=None)
+    folded: Array | None = None
+    unfolded: HostCopies | None = None
+    rest: Rest = Rest()
+    part: Part = Part()
 
     @property
     def in_features(self) -> Any:
@@ -97,14 +117,15 @@ class AdaptedLinear(eqx.Module):
     def __call__(self, x: Array, *, key: Any = None) -> Array:
         """Return the output (out_features,) of an input (in_features,), as `equinox.nn.Linear` does."""
         y = self.base(x, key=key)
-        if self.merged:
+        if self.merged or self.part.empty:
             return y
-        u = update(jnp.reshape(jnp.asarray(x, y.dtype), -1), self.factors())
+        factors = self.record.computed(self.factors())
+        u = added(jnp.reshape(jnp.asarray(x, y.dtype), -1), factors, self.part)
         return y + jnp.reshape(u, y.shape)
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""
-        return Factors(*(getattr(self, name) for name in Factors._fields))
+        return whole(Factors(*(getattr(self, name) for name in Factors._fields)), self.rest)
 
 
 def trainable_filter(model: Any) -> Any:
@@ -184,10 +205,11 @@ class EquinoxShell(Shell):
     def weight(self, module: Any, path: str) -> BaseWeight:
         path = path or "the model itself"
         module, index = (module.module, module.index) if isinstance(module, StackedLayer) else (module, ())
+        adapted = None
         if isinstance(module, AdaptedLinear):
             if module.merged and module.kept is None:
                 raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
-            module = _unmerged(module)
+            adapted, module = module, _unmerged(module)
         if not isinstance(module, eqx.nn.Linear):
             raise LayerTypeError(
                 f"{path} is a {type(module).__name__}, which has no weight to adapt; targets must name "
@@ -200,7 +222,11 @@ class EquinoxShell(Shell):
         bias = None if module.bias is None else jnp.asarray(module.bias)
         if index:
             weight, bias = weight[index], None if bias is None else bias[index]
-        return BaseWeight(weight.T, bias)
+        if adapted is None or adapted.folded is None or adapted.unfolded is not None:
+            return BaseWeight(weight.T, bias)
+        return without_folded(
+            BaseWeight(weight.T, bias), factors_at(adapted.factors(), index), adapted.folded[index]
+        )
 
     def arrays(self, module: Any) -> dict[str, Array]:
         if isinstance(module, StackedLayer):
@@ -256,22 +282,38 @@ class EquinoxShell(Shell):
             shapes={path: _shape(layers[owner]) for path, (owner, _) in places.items()},
             saved=record.saved,
             merged=any(layer.merged for layer in layers.values()),
-            base_kept=all(layer.kept is not None or not layer.merged for layer in layers.values()),
+            base_kept=all(
+                layer.unfolded is not None if layer.folded is not None else layer.kept or not layer.merged
+                for layer in layers.values()
+            ),
+            folded={
+                path: layers[owner].folded[index]  # type: ignore[index]
+                for path, (owner, index) in places.items()
+                if layers[owner].folded is not None
+            },
         )
 
     def parameters(self, model: Any) -> Any:
         """Return the tree of the trained leaves, None elsewhere: what an optimiser's ``init`` gets."""
         return eqx.filter(model, trainable_filter(model))
 
-    def trained_elements(self, model: Any) -> Any:
-        masks = {
-            join_path(path, name): mask
-            for path, layer in _adapted(model).items()
-            for name, mask in stacked_masks(layer.factors(), layer.ranks.ndim - 1).items()
+    def leaf_names(self, model: Any) -> dict[str, tuple[str, int]]:
+        adapted = _adapted(model)
+        prefix = _prefix(adapted)
+        return {
+            join_path(path, name): (f"{path}.".removeprefix(prefix).rstrip("."), number)
+            for path in adapted
+            for number, name in enumerate("BC")
         }
-        leaves, structure = _flattened(self.parameters(model))
-        everything = jnp.ones((), bool)
-        return structure.unflatten([masks.get(path, everything) for path, _ in leaves])
+
+    def rests(self, model: Any) -> dict[str, Rest]:
+        adapted = _adapted(model)
+        prefix = _prefix(adapted)
+        return {
+            f"{path}.".removeprefix(prefix).rstrip("."): layer.rest
+            for path, layer in adapted.items()
+            if layer.rest.B is not None
+        }
 
     def set_active(self, model: Any, active: Mapping[str, Array]) -> Any:
         prefix = _prefix(_adapted(model))
@@ -296,32 +338,50 @@ class EquinoxShell(Shell):
         }
         return _replaced(base, saved)
 
+    def compact(self, model: Any, new: Mapping[str, tuple[Any, Any, Rest]]) -> Any:
+        def compact(path: str, layer: AdaptedLinear, layers: Mapping[Any, Factors]) -> Any:
+            if path not in new:
+                return layer
+            B, C, rest = new[path]
+            rest = Rest(*(beside(array, layer.C) for array in rest))
+            own = _changed(layer, B=resized_as(B, layer.B), C=resized_as(C, layer.C), rest=rest)
+            return _with_part(own, layers)
+
+        return _mapped_layers(self, model, compact)
+
     def fold(self, model: Any, merged: Mapping[str, Merged], *, keep_base: bool) -> Any:
-        prefix = _prefix(_adapted(model))
+        new = by_owner(merged)
 
-        def fold(path: str, layer: AdaptedLinear) -> Any:
-            new, base = by_owner(merged)[path.removeprefix(prefix)], layer.base
-            leading = _leading(layer)
-            kept = (
-                {"weight": base.weight} if base.bias is None else {"weight": base.weight, "bias": base.bias}
-            )
-            values = {
-                "weight": stacked({index: m.W.T for index, m in new.items()}, leading),
-                "bias": None if base.bias is None else stacked({i: m.b for i, m in new.items()}, leading),
-            }
-            return _changed(
+        def fold(path: str, layer: AdaptedLinear, _: Any) -> Any:
+            kept = HostCopies(_arrays_of(layer.base)) if keep_base else None
+            return _changed(layer, base=_with_weights(layer, new[path]), merged=True, kept=kept)
+
+        return _mapped_layers(self, model, fold)
+
+    def consolidate(
+        self, model: Any, merged: Mapping[str, Merged], folded: Mapping[str, Array], *, keep_base: bool
+    ) -> Any:
+        new, masks = by_owner(merged), by_owner(folded)
+
+        def consolidate(path: str, layer: AdaptedLinear, layers: Mapping[Any, Factors]) -> Any:
+            unfolded = layer.unfolded or HostCopies(_arrays_of(layer.base))
+            changed = _changed(
                 layer,
-                base=_changed(base, **values),
-                merged=True,
-                kept=HostCopies(kept) if keep_base else None,
+                base=_with_weights(layer, new[path]),
+                folded=stacked(masks[path], _leading(layer)),
+                unfolded=unfolded if keep_base else None,
             )
+            return _with_part(changed, layers)
 
-        return _mapped(model, fold)
+        return _mapped_layers(self, model, consolidate)
 
     def unfold(self, model: Any) -> Any:
-        return _mapped(
-            model, lambda _, layer: _changed(layer, base=_unmerged(layer), merged=False, kept=None)
-        )
+        def unfold(_: str, layer: AdaptedLinear, layers: Mapping[Any, Factors]) -> Any:
+            base = _unmerged(layer)
+            changed = _changed(layer, base=base, merged=False, kept=None, folded=None, unfolded=None)
+            return _with_part(changed, layers)
+
+        return _mapped_layers(self, model, unfold)
 
     @contextmanager
     def disabled(self, model: Any) -> Iterator[Any]:
@@ -338,22 +398,7 @@ def _children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 def _flattened(tree: Any, **options: Any) -> tuple[list[tuple[str, Any]], Any]:
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree, **options)
-    return [(_spelled(path), leaf) for path, leaf in pairs], structure
-
-
-def _spelled(path: tuple[Any, ...]) -> str:
-    names = []
-    for key in path:
-        match key:
-            case GetAttrKey():
-                names.append(key.name)
-            case SequenceKey():
-                names.append(str(key.idx))
-            case DictKey() | FlattenedIndexKey():
-                names.append(str(key.key))
-            case _:
-                names.append(str(key))
-    return ".".join(names)
+    return [(spelled(path), leaf) for path, leaf in pairs], structure
 
 
 def _is_inner(node: Any) -> bool:
@@ -383,6 +428,19 @@ def _replaced(model: Any, new: Mapping[str, Any], path: str = "") -> Any:
 def _mapped(model: Any, change: Any) -> Any:
     """Return the tree with every adapted layer changed by a function of its path and itself."""
     return _replaced(model, {path: change(path, layer) for path, layer in _adapted(model).items()})
+
+
+def _mapped_layers(shell: EquinoxShell, model: Any, change: Any) -> Any:
+    """Return the tree with every adapted layer changed by a function of its path, itself, and its factors."""
+    adaptation, prefix = shell.adaptation(model), _prefix(_adapted(model))
+    assert adaptation is not None
+    layers = by_owner(adaptation.layers)
+
+    def changed(path: str, layer: AdaptedLinear) -> Any:
+        own = f"{path}.".removeprefix(prefix).rstrip(".")
+        return change(own, layer, layers[own])
+
+    return _mapped(model, changed)
 
 
 def _adapted(model: Any) -> dict[str, AdaptedLinear]:
@@ -417,9 +475,30 @@ def _shape(layer: AdaptedLinear) -> tuple[int, int]:
 
 
 def _unmerged(layer: AdaptedLinear) -> Any:
-    if not layer.merged or layer.kept is None:
-        return layer.base
-    return _changed(layer.base, **layer.kept.restored())
+    kept = layer.kept if layer.merged else layer.unfolded
+    return layer.base if kept is None else _changed(layer.base, **kept.restored())
+
+
+def _arrays_of(base: eqx.nn.Linear) -> dict[str, Array]:
+    return {"weight": base.weight} if base.bias is None else {"weight": base.weight, "bias": base.bias}
+
+
+def _with_weights(layer: AdaptedLinear, merged: Mapping[Any, Merged]) -> Any:
+    """Return the base of a layer, or stack of layers, with other weights."""
+    leading, bias = _leading(layer), layer.base.bias
+    return _changed(
+        layer.base,
+        weight=stacked({index: new.W.T for index, new in merged.items()}, leading),
+        bias=None if bias is None else stacked({index: new.b for index, new in merged.items()}, leading),
+    )
+
+
+def _with_part(layer: AdaptedLinear, layers: Mapping[Any, Factors]) -> AdaptedLinear:
+    """Return a layer, or stack of layers, with what is to be computed of it."""
+    part = part_of(layers, layer.rest, layer.folded, _leading(layer))
+    arrays = (None if array is None else beside(array, layer.C) for array in part)
+    changed: AdaptedLinear = _changed(layer, part=Part(*arrays))
+    return changed
 
 
 def _is_stored(leaf: Any) -> bool:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from adamss.errors import MissingBackendError
 
@@ -28,13 +28,23 @@ import jax.numpy as jnp
 from jax import Array
 
 from adamss.backend import Adaptation, BaseWeight
+from adamss.backend.interface import without_folded
 from adamss.checkpoint import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
-from adamss_jax.functional import update
 from adamss_jax.matrix import MatrixView
-from adamss_jax.shell import HostCopies, Record, Shell, check_values, owner_prefix, placed_as
+from adamss_jax.parts import Part, Rest, added, part_of, whole
+from adamss_jax.shell import (
+    HostCopies,
+    Record,
+    Shell,
+    beside,
+    check_values,
+    owner_prefix,
+    placed_as,
+    resized_as,
+)
 from adamss_jax.stacks import (
     StackedLayer,
     by_owner,
@@ -43,10 +53,11 @@ from adamss_jax.stacks import (
     stack_paths,
     stacked,
     stacked_factors,
-    stacked_masks,
 )
 
 __all__ = ["AdamssParam", "Adapter", "NnxShell"]
+
+T = TypeVar("T", Rest, Part)
 
 CHILD = "adamss"
 """Name of the adapter among the children of its layer."""
@@ -84,8 +95,16 @@ class Adapter(nnx.Module):
     merged
         Whether its kernel holds the update already.
     base
-        While merged: copies of kernel and bias as they were, or None if they were dropped.
+        While merged or consolidated: copies of kernel and bias as they were, or None if they were dropped.
+    folded
+        `nnx.Variable` (K,) booleans, the subspaces whose update the kernel holds; None unless consolidated.
+    rest, part
+        Variables by the fields of `Rest` and `Part`; None for one of which all is None.
     """
+
+    folded: nnx.Variable[Any] | None = None
+    rest: nnx.Dict[Any] | None = None
+    part: nnx.Dict[Any] | None = None
 
     def __init__(self, factors: Factors, view: MatrixView, record: Record) -> None:
         self.B, self.C = AdamssParam(factors.B), AdamssParam(factors.C)
@@ -104,7 +123,8 @@ class Adapter(nnx.Module):
 
         An `nnx.Einsum` may be called with an equation of its own, as long as its kernel is the same matrix.
         """
-        if self.merged or not self.enabled:
+        part = self.read(Part)
+        if self.merged or not self.enabled or part.empty:
             return y
         view = self.view
         if equation is not None:
@@ -114,12 +134,37 @@ class Adapter(nnx.Module):
                     f"an adapted nnx.Einsum was called with {equation!r}, in which its kernel is another matrix than "
                     "in the equation that it was attached with; merge, or leave it out of targets"
                 )
-        u = update(view.flat_inputs(jnp.asarray(x, y.dtype)), self.factors())
+        u = added(view.flat_inputs(jnp.asarray(x, y.dtype)), self.record.computed(self.factors()), part)
         return y + view.outputs(u, kernel_shape)
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""
-        return Factors(*(getattr(self, name).get_value() for name in Factors._fields))
+        own = Factors(*(getattr(self, name).get_value() for name in Factors._fields))
+        return whole(own, self.read(Rest))
+
+    def read(self, kind: type[T]) -> T:
+        """Return the `Rest` or the `Part`."""
+        variables = getattr(self, kind.__name__.lower()) or {}
+        return kind(**{name: variable.get_value() for name, variable in variables.items()})
+
+    def write(self, values: Rest | Part) -> None:
+        """Set the `Rest` or the `Part`, beside the factors."""
+        name = type(values).__name__.lower()
+        like = self.C.get_value()
+        variables = {
+            field: nnx.Variable(beside(array, like))
+            for field, array in values._asdict().items()
+            if array is not None
+        }
+        _set_optional(self, name, nnx.Dict(variables) if variables else None)
+
+
+def _set_optional(node: Any, name: str, value: Any) -> None:
+    """Set an attribute that holds variables or, by the default of its class, None."""
+    if name in vars(node):
+        delattr(node, name)  # NNX would not let it go from variables to none, or back
+    if value is not None:
+        setattr(node, name, value)
 
 
 _CLASSES: dict[Any, Any] = {}
@@ -196,14 +241,18 @@ class NnxShell(Shell):
             raise LayerError(
                 f"{path} has an attribute {CHILD!r} of its own, where the adapter goes; rename it"
             )
-        if adapter is not None and adapter.merged:
-            if adapter.base is None:
-                raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
+        if adapter is not None and adapter.base is not None:
             base = adapter.base.restored()
             kernel, bias = base["kernel"], base.get("bias", bias)
+        elif adapter is not None and adapter.merged:
+            raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
         if index:
             kernel, bias = kernel[index], None if bias is None else bias[index]
-        return BaseWeight(view.matrix(kernel), None if bias is None else jnp.reshape(bias, -1))
+        weight = BaseWeight(view.matrix(kernel), None if bias is None else jnp.reshape(bias, -1))
+        if adapter is None or adapter.folded is None or adapter.base is not None:
+            return weight
+        factors = factors_at(adapter.factors(), index)
+        return without_folded(weight, factors, adapter.folded.get_value()[index])
 
     def arrays(self, module: Any) -> dict[str, Array]:
         if isinstance(module, StackedLayer):
@@ -260,26 +309,34 @@ class NnxShell(Shell):
             shapes={path: _shape(layers[owner]) for path, (owner, _) in places.items()},
             saved=record.saved,
             merged=any(adapter.merged for adapter in adapters.values()),
-            base_kept=all(adapter.base is not None or not adapter.merged for adapter in adapters.values()),
+            base_kept=all(
+                adapter.base is not None or not (adapter.merged or adapter.folded is not None)
+                for adapter in adapters.values()
+            ),
             disabled=not all(adapter.enabled for adapter in adapters.values()),
+            folded={
+                path: adapters[owner].folded.get_value()[index]
+                for path, (owner, index) in places.items()
+                if adapters[owner].folded is not None
+            },
         )
 
     def parameters(self, model: nnx.Module) -> nnx.State[Any, Any]:
         """Return the `nnx.State` of the trained variables, what ``wrt=nnx.LoRAParam`` selects."""
         return nnx.state(model, AdamssParam)
 
-    def trained_elements(self, model: nnx.Module) -> nnx.State[Any, Any]:
-        masks = {}
-        layers = {id(getattr(layer, CHILD)): getattr(layer, CHILD) for layer in _adapted(model).values()}
-        for path, node in _walk(model):
-            if id(node) in layers:
-                masks[path] = stacked_masks(node.factors(), node.ranks.get_value().ndim - 1)
+    def leaf_names(self, model: nnx.Module) -> dict[str, tuple[str, int]]:
+        owners = {id(getattr(layer, CHILD)): path for path, layer in _adapted(model).items()}
+        return {
+            join_path(path, name): (owners[id(node)], number)
+            for path, node in _walk(model)
+            if id(node) in owners
+            for number, name in enumerate("BC")
+        }
 
-        def mask(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
-            owner, name = ".".join(map(str, path[:-1])), str(path[-1])
-            return variable.replace(masks[owner][name] if owner in masks else jnp.ones((), bool))
-
-        return nnx.map_state(mask, self.parameters(model))
+    def rests(self, model: nnx.Module) -> dict[str, Rest]:
+        found = {path: getattr(layer, CHILD).read(Rest) for path, layer in _adapted(model).items()}
+        return {path: rest for path, rest in found.items() if rest.B is not None}
 
     def set_active(self, model: nnx.Module, active: Mapping[str, Array]) -> nnx.Module:
         layers = _adapted(model)
@@ -289,6 +346,18 @@ class NnxShell(Shell):
             for index, mask in masks.items():
                 value = value.at[index].set(mask) if index else jnp.asarray(mask, bool)
             variable.set_value(value)
+        return model
+
+    def compact(self, model: nnx.Module, new: Mapping[str, tuple[Any, Any, Rest]]) -> nnx.Module:
+        adaptation = self.adaptation(model)
+        assert adaptation is not None
+        for owner, (B, C, rest) in new.items():
+            layer = _adapted(model)[owner]
+            adapter = getattr(layer, CHILD)
+            for variable, array in ((adapter.B, B), (adapter.C, C)):
+                variable.set_value(resized_as(array, variable.get_value()))
+            adapter.write(rest)
+            self._write_part(adapter, by_owner(adaptation.layers)[owner], _leading(layer))
         return model
 
     def remove(self, model: nnx.Module) -> nnx.Module:
@@ -306,6 +375,39 @@ class NnxShell(Shell):
         return model
 
     def fold(self, model: nnx.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> nnx.Module:
+        self._set_weights(model, merged, keep_base=keep_base)
+        for layer in _adapted(model).values():
+            getattr(layer, CHILD).merged = True
+        return model
+
+    def consolidate(
+        self, model: nnx.Module, merged: Mapping[str, Merged], folded: Mapping[str, Array], *, keep_base: bool
+    ) -> nnx.Module:
+        self._set_weights(model, merged, keep_base=keep_base)
+        adaptation = self.adaptation(model)
+        assert adaptation is not None
+        layers, masks = by_owner(adaptation.layers), by_owner(folded)
+        for owner, layer in _adapted(model).items():
+            adapter, leading = getattr(layer, CHILD), _leading(layer)
+            _set_optional(adapter, "folded", nnx.Variable(stacked(masks[owner], leading)))
+            self._write_part(adapter, layers[owner], leading)
+        return model
+
+    def unfold(self, model: nnx.Module) -> nnx.Module:
+        adaptation = self.adaptation(model)
+        assert adaptation is not None
+        for owner, layer in _adapted(model).items():
+            adapter = getattr(layer, CHILD)
+            if adapter.base is not None:
+                _set_values(layer, adapter.base.restored())
+            adapter.merged, adapter.base = False, None
+            if adapter.folded is not None:
+                _set_optional(adapter, "folded", None)
+                self._write_part(adapter, by_owner(adaptation.layers)[owner], _leading(layer))
+        return model
+
+    @staticmethod
+    def _set_weights(model: nnx.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> None:
         layers = _adapted(model)
         every = {id(module): module for _, module in _walk(model)}.values()
         shared = Counter(id(variable) for module in every for _, variable in _own(module))
@@ -326,19 +428,16 @@ class NnxShell(Shell):
             if bias is not None:
                 biases = {index: layer_merged.b for index, layer_merged in new.items()}
                 values["bias"] = jnp.reshape(stacked(biases, leading), bias.shape)
-            base = {name: getattr(layer, name).get_value() for name in values}
-            adapter.base = HostCopies(base) if keep_base else None
+            if not keep_base:
+                adapter.base = None
+            elif adapter.base is None:
+                adapter.base = HostCopies({name: getattr(layer, name).get_value() for name in values})
             _set_values(layer, values)
-            adapter.merged = True
-        return model
 
-    def unfold(self, model: nnx.Module) -> nnx.Module:
-        for layer in _adapted(model).values():
-            adapter = getattr(layer, CHILD)
-            if adapter.base is not None:
-                _set_values(layer, adapter.base.restored())
-            adapter.merged, adapter.base = False, None
-        return model
+    @staticmethod
+    def _write_part(adapter: Adapter, layers: Mapping[Any, Factors], leading: tuple[int, ...]) -> None:
+        folded = None if adapter.folded is None else adapter.folded.get_value()
+        adapter.write(part_of(layers, adapter.read(Rest), folded, leading))
 
     @contextmanager
     def disabled(self, model: nnx.Module) -> Iterator[nnx.Module]:
@@ -384,11 +483,16 @@ def _children(node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _walk(node: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield modules and containers by path, parents first; one that appears twice is yielded twice."""
+    """Yield modules and containers by path, parents first; one that appears twice is yielded twice.
+
+    What an adapter holds is its own.
+    """
     if isinstance(node, nnx.Variable) or id(node) in above:
         return
     if isinstance(node, nnx.Pytree | list | tuple | dict):
         yield path, node
+        if isinstance(node, Adapter):
+            return
         for name, child in _children(node):
             yield from _walk(child, join_path(path, name), (*above, id(node)))
 
@@ -517,7 +621,7 @@ def _module_of(modules: Mapping[str, Any], path: str, places: Mapping[tuple[int,
 
 
 def _shape(layer: Any) -> tuple[int, int]:
-    n = int(getattr(layer, CHILD).C.shape[-1])
+    n = int(getattr(layer, CHILD).labels.shape[-1])
     return layer.kernel.size // n // math.prod(_leading(layer)), n
 
 

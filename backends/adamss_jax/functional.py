@@ -7,6 +7,7 @@ which is JAX's own: ``kernel: (d, n)``, ``y = x @ kernel + bias``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -74,47 +75,70 @@ def linear(x: Array, kernel: Array, bias: Array | None, factors: Factors) -> Arr
     return y + update(x.astype(y.dtype), factors)
 
 
-def update(x: Array, factors: Factors) -> Array:
+def update(x: Array, factors: Factors | None, constant: tuple[Array, Array] | None = None) -> Array:
     """Return ``(x @ M) @ E``, what the adapter adds to the output of its frozen layer.
+
+    With `constant` it is ``(x @ [M, M']) @ [E; E']``. Kept for the backward are x and ``x @ M``, not ``x @ M'``;
+    without `factors` neither of them.
 
     Parameters
     ----------
     x
         Inputs (..., d), in the dtype of the output.
     factors
-        Factors of the layer.
+        Factors of the layer, or of its trained subspaces alone, where a label of -1 marks the columns of the others;
+        None if none is trained.
+    constant
+        M' (d, q') and E' (q', n) of subspaces that get no gradient; d + 1 rows where the bias is adapted too. None if
+        there are none; one of the two there must be.
 
     Returns
     -------
     Array
         (..., n), in the dtype of x. With C = 0 it is zero for every finite x.
     """
-    result: Array = _update(x, *factors)
+    result: Array = _update(x, factors, constant)
     return result
 
 
 @jax.custom_vjp
-def _update(x: Array, A: Array, B: Array, C: Array, labels: Array, ranks: Array, active: Array) -> Array:
-    u, _ = _forward(x, A, B, C, labels, ranks, active)
+def _update(x: Array, factors: Factors | None, constant: tuple[Array, Array] | None) -> Array:
+    u, _ = _forward(x, factors, constant)
     return u
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Layout:
+    """What the backward knows of x and z where they are not kept: the width d, and how each is spread."""
+
+    width: int
+    inputs: Any
+    directions: Any
+
+
 def _forward(
-    x: Array, A: Array, B: Array, C: Array, labels: Array, ranks: Array, active: Array
+    x: Array, factors: Factors | None, constant: tuple[Array, Array] | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    factors = Factors(A, B, C, labels, ranks, active)
-    M, E = contract(factors).astype(x.dtype), expand(factors).astype(x.dtype)
+    M, E = _directions_and_columns(factors, constant, x.dtype)
     scale = _headroom(x)
     z = _directions(x, M * scale)
-    return z @ (E * (1 / scale)), (x, z, M, E, factors)
+    layout = _Layout(x.shape[-1], _sharding(x), _sharding(z))
+    kept = None if factors is None else (x, z[..., : factors.B.shape[-1]])
+    return z @ (E * (1 / scale)), (kept, M, E, factors, layout)
 
 
-def _backward(saved: tuple[Any, ...], du: Array) -> tuple[Array | None, ...]:
+def _backward(saved: tuple[Any, ...], du: Array) -> tuple[Array, Factors | None, None]:
     """``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz``, ``dE = z^T du``; z was kept with its headroom."""
-    x, z, M, E, factors = saved
-    d, leading = x.shape[-1], tuple(range(x.ndim - 1))
-    dz = jnp.matmul(du, E.T, out_sharding=_sharding(z))
-    dx = jnp.matmul(dz, M[:d].T, out_sharding=_sharding(x))
+    kept, M, E, factors, layout = saved
+    d = layout.width
+    dz = jnp.matmul(du, E.T, out_sharding=layout.directions)
+    dx = jnp.matmul(dz, M[:d].T, out_sharding=layout.inputs)
+    if factors is None:
+        return dx, None, None
+    (x, z), leading = kept, tuple(range(du.ndim - 1))
+    q = z.shape[-1]
+    dz, M, E = dz[..., :q], M[:, :q], E[:q]
     # Sums over all tokens: in half precision the products are rounded, the sums are not. On the CPU dz^T x costs
     # a quarter to a half of x^T dz, into which XLA would turn it back but for the barrier.
     dM_t: Array = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
@@ -125,10 +149,23 @@ def _backward(saved: tuple[Any, ...], du: Array) -> tuple[Array | None, ...]:
         dM = jnp.concatenate([dM, jnp.sum(dz, axis=leading, dtype=dM.dtype)[None, :]])
     dE = _contracted(z, du, leading, _sharding(E)) * (1 / _headroom(x))
     dB, dC = factor_gradients(dM, dE, factors)
-    return dx, None, dB, dC, None, None, None
+    return dx, Factors(None, dB, dC, None, None, None), None
 
 
 _update.defvjp(_forward, _backward)
+
+
+def _directions_and_columns(
+    factors: Factors | None, constant: tuple[Array, Array] | None, dtype: Any
+) -> tuple[Array, Array]:
+    """Return ``[M, M']`` and ``[E; E']``."""
+    if factors is None:
+        assert constant is not None
+        return constant[0].astype(dtype), constant[1].astype(dtype)
+    M, E = contract(factors), expand(factors)
+    if constant is not None:
+        M, E = jnp.concatenate([M, constant[0]], axis=1), jnp.concatenate([E, constant[1]])
+    return M.astype(dtype), E.astype(dtype)
 
 
 def _directions(x: Array, M: Array) -> Array:

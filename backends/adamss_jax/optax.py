@@ -39,8 +39,9 @@ def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientT
 
     Weight decay, and momentum from before an element was frozen, move it although its gradient is zero. The updates
     of frozen elements are zero here, so that `tx`, with all that is chained in it, belongs inside. The mask is that
-    of the model when this is called, and part of the state: after another allocation,
-    ``state._replace(trained=JaxBackend().trained_elements(model))`` takes it over and compiles nothing anew.
+    of the model when this is called, and part of the state: after another one is set,
+    ``state._replace(trained=JaxBackend().trained_elements(model))`` takes it over and compiles nothing anew. Where a
+    schedule chooses the masks while training, `adamss_jax.budgeted` does this and that.
 
     Parameters
     ----------

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from adamss.backend import Adaptation, BaseWeight
 from adamss.checkpoint import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import ArrayTypeError, StateError
+from adamss_jax.parts import Rest
 from adamss_jax.stacks import split_path
 
 __all__ = [
@@ -31,10 +33,13 @@ __all__ = [
     "Record",
     "Shell",
     "beside",
+    "check_not_thawed",
     "check_values",
     "factors_beside",
     "owner_prefix",
     "placed_as",
+    "resized_as",
+    "spelled",
 ]
 
 Model = Any
@@ -123,6 +128,15 @@ class Record:
         """Paths of the modules that hold the adapters: a stack of layers has one."""
         return tuple(dict.fromkeys(split_path(path)[0] for path in self.paths))
 
+    @property
+    def revives(self) -> bool:
+        """Whether a frozen subspace may return, so that it must go on getting gradients."""
+        return self.config.budget is not None and self.config.budget.revive
+
+    def computed(self, factors: Factors) -> Factors:
+        """Return the factors as the product is to see them: with all gradients where a frozen one may return."""
+        return factors._replace(active=jnp.ones_like(factors.active)) if self.revives else factors
+
     def __deepcopy__(self, memo: Any) -> Self:
         return self
 
@@ -169,8 +183,23 @@ class Shell(ABC):
         """See `Backend.parameters`."""
 
     @abstractmethod
-    def trained_elements(self, model: Model) -> Any:
-        """Return booleans that broadcast, in the structure of `parameters`: True where an element is trained."""
+    def leaf_names(self, model: Model) -> dict[str, tuple[str, int]]:
+        """Return which leaves of `parameters` are factors: path of their module, and 0 for B or 1 for C.
+
+        By the `spelled` path of the leaf; a module that appears twice may be listed twice.
+        """
+
+    @abstractmethod
+    def rests(self, model: Model) -> dict[str, Rest]:
+        """Return what `compact` has taken out of each module that it has compacted, by its path."""
+
+    @abstractmethod
+    def compact(self, model: Model, new: Mapping[str, tuple[Any, Any, Rest]]) -> Model:
+        """Return the model with other trained arrays B and C, and their `Rest`, in some modules, by their paths.
+
+        The outputs are the same up to rounding, and so are the gradients of what is left;
+        ``adaptation(compact(m, ...)).layers == adaptation(m).layers``.
+        """
 
     @abstractmethod
     def set_active(self, model: Model, active: Mapping[str, jax.Array]) -> Model:
@@ -187,6 +216,12 @@ class Shell(ABC):
     @abstractmethod
     def unfold(self, model: Model) -> Model:
         """See `Backend.unfold`."""
+
+    @abstractmethod
+    def consolidate(
+        self, model: Model, merged: Mapping[str, Merged], folded: Mapping[str, jax.Array], *, keep_base: bool
+    ) -> Model:
+        """See `Backend.consolidate`."""
 
     @abstractmethod
     def disabled(self, model: Model) -> AbstractContextManager[Model]:
@@ -214,6 +249,29 @@ def check_values(array: jax.Array, path: str) -> None:
         )
 
 
+def check_not_thawed(mask: Any, gone: Any, path: str, where: str) -> None:
+    """Check that a mask thaws no subspace that has gone.
+
+    Parameters
+    ----------
+    mask, gone
+        (K,) booleans; None for `gone` if none has.
+    path, where
+        Of the layer, and where they have gone, for the message.
+
+    Raises
+    ------
+    StateError
+        Naming the layer.
+    """
+    thawed = np.zeros(()) if gone is None else np.asarray(mask) & np.asarray(gone)
+    if thawed.any():
+        raise StateError(
+            f"{path}: the mask thaws subspace {int(np.argmax(thawed))}, which {where}; keep it frozen, or load the "
+            "adapter into the base model afresh"
+        )
+
+
 def placed_as(array: Any, like: jax.Array) -> jax.Array:
     """Return an array where another one of its shape is, spread over devices as that is."""
     if isinstance(like, jax.core.Tracer) or not like.committed:
@@ -235,6 +293,31 @@ def beside(array: Any, like: jax.Array | None, dtype: Any = None) -> jax.Array:
     else:
         placed = jax.device_put(placed, next(iter(like.devices())))
     return placed
+
+
+def resized_as(array: Any, like: jax.Array) -> jax.Array:
+    """Return an array placed as one of another size, or whole on its devices if it cannot be split as that is."""
+    try:
+        like.sharding.shard_shape(array.shape)
+    except ValueError:
+        return beside(array, like)
+    return placed_as(array, like)
+
+
+def spelled(path: tuple[Any, ...]) -> str:
+    """Return a path in a pytree as ``targets`` spell it: names and numbers with dots between."""
+    names = []
+    for key in path:
+        match key:
+            case GetAttrKey():
+                names.append(key.name)
+            case SequenceKey():
+                names.append(str(key.idx))
+            case DictKey() | FlattenedIndexKey():
+                names.append(str(key.key))
+            case _:
+                names.append(str(key))
+    return ".".join(names)
 
 
 def factors_beside(factors: Factors, like: jax.Array) -> Factors:

@@ -7,7 +7,7 @@ are kept do they share arrays, padded with zeros to the largest.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,18 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamss.core import Factors, trained_elements
+from adamss.core import Factors
 from adamss.errors import LayerError
 
 __all__ = [
     "StackedLayer",
     "by_owner",
     "factors_at",
+    "over_axes",
     "split_path",
     "stack_paths",
     "stacked",
     "stacked_factors",
-    "stacked_masks",
 ]
 
 T = TypeVar("T")
@@ -118,9 +118,8 @@ def factors_at(factors: Factors, index: tuple[int, ...]) -> Factors:
     return Factors(A[:, :, :P], B[:P, :q], C[:r], labels, ranks, active)
 
 
-def stacked_masks(factors: Factors, axes: int) -> dict[str, jax.Array]:
-    """Return `adamss.core.trained_elements` by name, for factors with so many leading axes."""
-    function: Any = trained_elements
+def over_axes(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    """Return a function of one layer as one of arrays with so many leading axes."""
     for _ in range(axes):
         function = jax.vmap(function)
-    return dict(zip("BC", function(factors), strict=True))
+    return function

@@ -124,10 +124,7 @@ class Adapter(nn.Module):
         else:
             constants = Constants(self.more_M, self.more_E)
         layout = Layout(self.rows, self.groups, self.slots, self.columns)
-        y = update(base, x, self.A, B, C, None if self.revive else self.active, layout, constants)
-        # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
-        result: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-        return result
+        return update(base, x, self.A, B, C, None if self.revive else self.active, layout, constants)
 
     def hook(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor

@@ -171,7 +171,9 @@ class _Update(torch.autograd.Function):
         ctx.dtypes = x.dtype, B.dtype, C.dtype
         ctx.shape, ctx.scale = x.shape, scale
         ctx.q, ctx.rank, ctx.width = q, C.shape[0], directions.shape[1]
-        return y.view(base.shape)
+        # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
+        result: Tensor = torch.ops.aten._unsafe_view(y, base.shape)
+        return result
 
     @staticmethod
     @once_differentiable

@@ -1,16 +1,20 @@
 """Print, as JSON, how far results on a mesh of four devices lie from those on one: run by `test_functional.py`.
 
+With the argument ``budget``, of training under a budget: run by `test_budget.py`.
+
 XLA reads the number of devices when JAX is imported, so that this is a process of its own.
 """
 
 import json
 import os
+import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -146,8 +150,95 @@ def _attached(mesh, specs, inputs, hidden):
     return found
 
 
+class Pair(nnx.Module):
+    def __init__(self):
+        self.query = nnx.Linear(D, N, rngs=nnx.Rngs(0))
+        self.value = nnx.Linear(D, N, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return jnp.tanh(self.query(x)) * self.value(x)
+
+
+def trained(*, steps, specs=None, mesh=None, replicated=False):
+    """Return a model and its optimiser after some steps under a budget, and the masks after each step.
+
+    Parameters
+    ----------
+    specs
+        How variables are spread over the mesh, by the end of their paths; the others are on every device.
+    replicated
+        Whether the state of the optimiser is on every device, whatever the parameters are.
+    """
+    budget = adamss.BudgetConfig(target=2, end_step=6, interval=2, power=1)
+    model = adamss.attach(
+        Pair(), adamss.AdamssConfig(targets=["query", "value"], rank=4, subspaces=K, budget=budget)
+    )
+    x = problem(bias_row=0)["x"]
+    if mesh is not None:
+        for path, variable in nnx.to_flat_state(nnx.state(model)):
+            spec = specs.get(path[-1], P())
+            variable.set_value(jax.device_put(variable.get_value(), NamedSharding(mesh, spec)))
+        x = jax.device_put(x, NamedSharding(mesh, P("m", None)))
+    optimizer = nnx.Optimizer(model, adamss_jax.budgeted(optax.adamw(0.02), model), wrt=nnx.LoRAParam)
+    if replicated:
+        state = nnx.state(optimizer)
+        nnx.update(optimizer, jax.device_put(state, NamedSharding(mesh, P())))
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        wanted = nnx.DiffState(0, nnx.LoRAParam)
+        loss = lambda m: jnp.mean(jnp.square(m(x) - x[:, :1]))  # noqa: E731
+        optimizer.update(model, nnx.grad(loss, argnums=wanted)(model))
+
+    masks = []
+    for _ in range(steps):
+        step(model, optimizer, x)
+        adamss_jax.synchronise(model, optimizer)
+        masks.append(
+            [np.asarray(layer.adamss.active.get_value()).tolist() for layer in (model.query, model.value)]
+        )
+    return model, optimizer, masks, lambda: step(model, optimizer, x)
+
+
+def budgets():
+    """Return how training under a budget on a mesh differs from that on one device."""
+    mesh = jax.make_mesh((4,), ("m",), axis_types=(AxisType.Auto,))
+    sharded = {"kernel": P("m", None), "A": P(None, "m", None), "B": P("m", None), "C": P(None, "m")}
+    cases = {
+        "data parallel": {"specs": {}},
+        "fully sharded": {"specs": sharded},
+        "fully sharded, state replicated": {"specs": sharded, "replicated": True},
+    }
+    x = problem(bias_row=0)["x"]
+    alone, optimizer, masks, step = trained(steps=8)
+    parameters, y = nnx.to_pure_dict(nnx.state(alone, nnx.LoRAParam)), alone(x)
+    adamss_jax.compact(alone, optimizer)
+    step()
+    later = alone(x)
+    report = {}
+    for name, options in cases.items():
+        model, optimizer, found, step = trained(steps=8, mesh=mesh, **options)
+        B = model.query.adamss.B.get_value()
+        spread = NamedSharding(mesh, options["specs"].get("B", P()))
+        report[name] = {
+            "same masks": found == masks,
+            "counts": [int(np.sum(both)) for both in found],
+            "expected counts": [int(np.sum(both)) for both in masks],
+            "parameters": difference(nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)), parameters),
+            "sharded as before": B.sharding.is_equivalent_to(spread, 2),
+        }
+        adamss_jax.compact(model, optimizer)
+        report[name]["compacted"] = difference(model(x), y)
+        step()
+        report[name]["a step later"] = difference(model(x), later)
+    return report
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 4
+    if "budget" in sys.argv:
+        print(json.dumps(budgets()))
+        sys.exit()
     on_n = {"query.kernel": P(None, "m"), "query.bias": P("m"), "head.kernel": P("m", None)}
     report = {
         "linear": differences(AxisType.Auto, SHARDINGS) | differences(AxisType.Explicit, EXPLICIT),

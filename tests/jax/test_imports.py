@@ -86,6 +86,7 @@ def test_models_of_one_library_need_not_the_other(imports, model, absent):
         ("flax", "adamss_jax.flax", "adamss[flax]"),
         ("equinox", "adamss_jax.equinox", "adamss[equinox]"),
         ("optax", "adamss_jax.optax", "adamss[flax]"),
+        ("optax", "adamss_jax.budget", "adamss[flax]"),
     ],
 )
 def test_a_library_that_is_not_installed(library, module, extra):

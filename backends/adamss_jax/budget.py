@@ -1,0 +1,407 @@
+"""The adaptive budget in training: `budgeted` around an optax transformation, and what is read from its state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from adamss.errors import MissingBackendError
+
+try:
+    import optax
+except ImportError as error:
+    raise MissingBackendError("adamss_jax.budget needs Optax: pip install 'adamss[flax]'") from error
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adamss.backend import Adaptation
+from adamss.config import BudgetConfig
+from adamss.core import (
+    BudgetState,
+    Factors,
+    advance_budget,
+    initial_budget_state,
+    initial_importance,
+    plan_budget,
+)
+from adamss.core._array import as_working_precision, check_concrete
+from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, StateError
+from adamss_jax.backend import JaxBackend
+from adamss_jax.parts import Places
+from adamss_jax.shell import beside, placed_as
+
+__all__ = ["Allocation", "BudgetedState", "allocation", "budgeted", "synchronise"]
+
+
+class BudgetedState(NamedTuple):
+    """State of `budgeted`: arrays, of shapes that no allocation changes.
+
+    Attributes
+    ----------
+    inner
+        State of the transformation within.
+    budget
+        Averages, masks and step.
+    limit
+        Budget that the last allocation kept to, in the unit of the schedule, 0-d integer.
+    revive
+        Whether a frozen subspace may return, 0-d boolean.
+    places
+        Where the leaves of compacted layers stand in the whole, by path; empty until `adamss_jax.compact`.
+    """
+
+    inner: Any
+    budget: BudgetState
+    limit: Array
+    revive: Array
+    places: dict[str, Places]
+
+
+class Allocation(NamedTuple):
+    """Where a reduction stands, as `allocation` reports it; 0-d arrays.
+
+    Attributes
+    ----------
+    step
+        Completed steps of the optimiser.
+    budget
+        What the last allocation kept to, in the unit of the schedule.
+    active
+        Subspaces that are trained, by path of the layer.
+    total
+        Their sum.
+    waiting
+        Whether an allocation is due and waits for a step that says something.
+    left_out
+        Steps that the averages leave out, since a gradient held NaN or infinity.
+    """
+
+    step: Array
+    budget: Array
+    active: dict[str, Array]
+    total: Array
+    waiting: Array
+    left_out: Array
+
+
+def budgeted(
+    tx: optax.GradientTransformation, model: Any, config: BudgetConfig | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Reduce the trained subspaces while training, and keep those that are frozen where they are.
+
+    The outermost transformation: clipping, schedules, momentum and weight decay belong inside, in `tx`. Each step
+    updates the importance of the subspaces, from gradients and parameters as they are before it, and at the steps of
+    the schedule chooses those that stay trained after it. Frozen elements get updates of zero; their gradients count
+    in nothing within `tx`, unless the schedule revives.
+
+    All of it is compiled with the training step, and no allocation compiles it anew. The masks live in the state:
+    `adamss_jax.synchronise` writes them into the model, before `adamss.save` or `adamss.summary`. To accumulate
+    gradients, put `optax.MultiSteps` around it, which calls it once per step.
+
+    Parameters
+    ----------
+    tx
+        Any optax transformation.
+    model
+        The adapted model whose parameters it gets (``wrt=nnx.LoRAParam``, or `adamss_jax.equinox.trainable_filter`).
+        Its masks are those at the start.
+    config
+        The schedule; None for that of the config which the model was attached with.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        Its state is a `BudgetedState`, to be saved and restored as the state of any optimiser. ``update`` needs the
+        parameters.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, or is merged, or is consolidated and the schedule revives; in ``init``, if there
+        is a `budgeted` inside; in ``init`` and ``update``, if the parameters are those of another model.
+    ConfigError
+        If there is no schedule, or the model cannot keep to it (see `adamss.core.plan_budget`). If the schedule
+        revives and the model has frozen subspaces, but was attached without such a schedule: they get no gradients.
+
+    References
+    ----------
+    .. [1] Zheng et al., "Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning",
+       NeurIPS 2025.
+
+    Examples
+    --------
+    >>> import adamss, adamss_jax, jax.numpy as jnp, optax
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    >>> budget = adamss.BudgetConfig(target=2, end_step=6)
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=4, subspaces=4, budget=budget))
+    >>> tx = adamss_jax.budgeted(optax.adamw(0.1), model)
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    >>> @nnx.jit
+    ... def step(model, optimizer):
+    ...     loss = lambda model: jnp.square(model(jnp.eye(8)) - 1).mean()
+    ...     optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
+    >>> for _ in range(6):
+    ...     step(model, optimizer)
+    >>> int(adamss_jax.allocation(optimizer).total)
+    2
+    >>> adamss.summary(adamss_jax.synchronise(model, optimizer)).total.active
+    2
+    """
+    backend = JaxBackend()
+    adaptation = _adaptation(backend, model, "budgeted")
+    config = _schedule(config, adaptation)
+    leaves, compacted = backend.leaves(model), backend.places(model)
+    outlines = leaves.outlines
+    plan = plan_budget(outlines, config)
+    inner = optax.with_extra_args_support(tx)
+
+    def layers(tree: Any, where: Any, places: Mapping[str, Places]) -> dict[str, tuple[Array, Array]]:
+        flat = jax.tree.leaves(tree)
+        found: dict[str, tuple[Array, Array]] = {}
+        for owner, (B, C) in where.items():
+            found |= leaves.pairs[owner].layers(flat[B], flat[C], places)
+        return found
+
+    @jax.jit
+    def advanced(
+        state: BudgetState, weights: Any, gradients: Any, constants: Mapping[str, tuple[Any, Any]]
+    ) -> BudgetState:
+        # Of A the shape alone is read: it is no parameter.
+        factors = {
+            path: Factors(outlines[path].A, B, C, *constants[path], state.active[path])
+            for path, (B, C) in weights.items()
+        }
+        return advance_budget(plan, state, factors, gradients)
+
+    # Arguments, so that they are traced: as constants of a compiled step they would be tied to one device.
+    constants = {path: (outline.labels, outline.ranks) for path, outline in outlines.items()}
+
+    def init(params: Any) -> BudgetedState:
+        state = inner.init(params)
+        if _states(state):
+            raise StateError("budgeted: there is another budgeted inside; one of them is enough")
+        where = leaves.positions(params, compacted, "budgeted")
+        weights = layers(params, where, compacted)
+        averages = {
+            path: (initial_importance(as_working_precision(B)), initial_importance(as_working_precision(C)))
+            for path, (B, C) in weights.items()
+        }
+        # Beside the parameters, and no buffer of the model, which may be donated.
+        like = jax.tree.leaves(params)[next(iter(where.values()))[0]]
+        start = initial_budget_state(outlines)._replace(importance={})
+        own = start, np.asarray(plan.budget_at(0), np.int32), np.asarray(config.revive), compacted
+        budget, *rest = jax.tree.map(lambda array: beside(np.array(array), like), own)
+        return BudgetedState(state, budget._replace(importance=averages), *rest)
+
+    def update(
+        updates: Any, state: BudgetedState, params: Any = None, **extra: Any
+    ) -> tuple[Any, BudgetedState]:
+        if params is None:
+            raise ConfigError(
+                "budgeted: update needs the parameters, as in tx.update(gradients, state, params)"
+            )
+        places = state.places
+        in_params = leaves.positions(params, places, "budgeted")
+        in_updates = leaves.positions(updates, places, "budgeted, in the gradients")
+        if places:
+            _check_fits(inner, params, state.inner)
+        masks = {
+            in_updates[owner][number]: mask
+            for (owner, number), mask in leaves.masks(state.budget.active, places).items()
+        }
+        if not config.revive:
+            updates = _masked(updates, masks)
+        weights, gradients = layers(params, in_params, places), layers(updates, in_updates, places)
+        budget = advanced(state.budget, weights, gradients, constants)
+        due = plan.allocates_at(budget.step) | state.budget.waiting
+        limit = jnp.where(due & ~budget.waiting, plan.budget_at(budget.step), state.limit)
+        new, inner_state = inner.update(updates, state.inner, params, **extra)
+        return _masked(new, masks), state._replace(inner=inner_state, budget=budget, limit=limit)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def synchronise(model: Any, opt_state: Any) -> Any:
+    """Write the masks of the optimiser's state into the model, where `adamss.save` and `adamss.summary` read them.
+
+    Parameters
+    ----------
+    model
+        The adapted model that is being trained.
+    opt_state
+        An `nnx.Optimizer`, or whatever holds the state of `budgeted`.
+
+    Returns
+    -------
+    Model
+        NNX: the same object. Equinox: a new tree.
+
+    Raises
+    ------
+    StateError
+        If there is no state of `budgeted`, or it is of another model; if a mask thaws what was consolidated.
+    ArrayTypeError
+        If the state is being traced.
+
+    Warns
+    -----
+    AdamssWarning
+        If steps were left out of the averages, since a gradient held NaN or infinity. If frozen subspaces may return,
+        but the model was attached without such a schedule, and so gives them no gradients.
+    """
+    backend = JaxBackend()
+    adaptation = _adaptation(backend, model, "synchronise")
+    state = budgeted_state(opt_state, adaptation, "synchronise")
+    active = {path: np.asarray(mask) for path, mask in state.budget.active.items()}
+    left_out = int(state.budget.left_out)
+    if left_out:
+        warnings.warn(
+            f"{left_out} of {int(state.budget.step)} steps were left out of the importance averages: a gradient held "
+            "NaN or infinity; look at the loss, or clip",
+            AdamssWarning,
+            stacklevel=2,
+        )
+    if bool(state.revive) and not _revives(adaptation) and not all(mask.all() for mask in active.values()):
+        warnings.warn(
+            "the model was attached without a budget that revives, so that its frozen subspaces get no gradients "
+            "from here on; to train further, attach it with AdamssConfig(budget=...) of this schedule",
+            AdamssWarning,
+            stacklevel=2,
+        )
+    layers = adaptation.layers
+    return backend.set_active(model, {path: placed_as(active[path], layers[path].active) for path in layers})
+
+
+def allocation(opt_state: Any) -> Allocation:
+    """Return where the reduction stands, for a log.
+
+    Parameters
+    ----------
+    opt_state
+        An `nnx.Optimizer`, or whatever holds the state of `budgeted`. Under ``jit`` too: return the result with the
+        loss, or hand it to `jax.debug.callback`.
+
+    Raises
+    ------
+    StateError
+        If there is no state of `budgeted`.
+    """
+    state = budgeted_state(opt_state, None, "allocation")
+    active = {path: jnp.sum(mask) for path, mask in state.budget.active.items()}
+    step, waiting, left_out, *_ = state.budget
+    return Allocation(step, state.limit, active, sum(active.values(), jnp.zeros((), int)), waiting, left_out)
+
+
+def budgeted_state(opt_state: Any, adaptation: Adaptation | None, verb: str) -> BudgetedState:
+    """Return the state of `budgeted`, as plain arrays, that something holds.
+
+    Parameters
+    ----------
+    opt_state
+        See `synchronise`.
+    adaptation
+        Of the model that it should be of, with all values at hand; None for any, also traced.
+    verb
+        What the messages call the caller.
+    """
+    found = _states(opt_state)
+    if len(found) != 1:
+        raise StateError(
+            f"{verb}: found {len(found) or 'no'} states of adamss_jax.budgeted in {type(opt_state).__name__}; pass "
+            "the nnx.Optimizer, or the state of the transformation that budgeted returned"
+        )
+    state: BudgetedState = jax.tree.map(
+        lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, found[0], is_leaf=is_variable
+    )
+    if adaptation is not None:
+        check_concrete(*jax.tree.leaves(state), name=f"{verb}: the state of budgeted")
+        sizes = {path: mask.shape for path, mask in state.budget.active.items()}
+        own = {path: factors.active.shape for path, factors in adaptation.layers.items()}
+        if sizes != own:
+            differing = sorted(path for path in sizes | own if sizes.get(path) != own.get(path))
+            raise StateError(
+                f"{verb}: the state is of another model, or attached otherwise: they differ in "
+                f"{', '.join(differing[:3])}"
+            )
+    return state
+
+
+def is_variable(node: Any) -> bool:
+    """Return whether this is a variable of Flax, in which `nnx.Optimizer` keeps the arrays of its state."""
+    return hasattr(node, "get_value")
+
+
+def _states(opt_state: Any) -> list[BudgetedState]:
+    tree = getattr(opt_state, "opt_state", opt_state)
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, BudgetedState))
+    return [node for node in nodes if isinstance(node, BudgetedState)]
+
+
+def _adaptation(backend: JaxBackend, model: Any, verb: str) -> Adaptation:
+    adaptation = backend.adaptation(model)
+    if adaptation is None:
+        raise StateError(f"{verb}: the model has no adapters; call adamss.attach first")
+    if adaptation.merged:
+        raise StateError(f"{verb}: the updates are merged; call adamss.unmerge(model) first")
+    return adaptation
+
+
+def _revives(adaptation: Adaptation) -> bool:
+    return adaptation.config.budget is not None and adaptation.config.budget.revive
+
+
+def _schedule(config: BudgetConfig | None, adaptation: Adaptation) -> BudgetConfig:
+    config = adaptation.config.budget if config is None else config
+    if config is None:
+        raise ConfigError(
+            "budgeted: there is no schedule: pass an adamss.BudgetConfig, or attach with AdamssConfig(budget=...)"
+        )
+    if not isinstance(config, BudgetConfig):
+        raise ConfigTypeError(f"config must be an adamss.BudgetConfig, found {type(config).__name__}")
+    if config.revive and adaptation.folded:
+        raise StateError(
+            "budgeted: revive = True, but adamss.consolidate has folded subspaces into the weights: none of them can "
+            "return; load the adapter into the base model afresh"
+        )
+    frozen = any(not bool(factors.active.all()) for factors in adaptation.layers.values())
+    if config.revive and frozen and not _revives(adaptation):
+        raise ConfigError(
+            "budgeted: revive = True, but the model has frozen subspaces and was attached without a budget that "
+            "revives, so that they get no gradients; attach it with AdamssConfig(budget=...) of this schedule"
+        )
+    return config
+
+
+def _masked(tree: Any, masks: Mapping[int, Array]) -> Any:
+    """Return a tree whose leaves at some positions are zero where a mask is False."""
+    leaves, structure = jax.tree.flatten(tree)
+    for position, mask in masks.items():
+        leaf = leaves[position]
+        leaves[position] = jnp.where(mask, leaf, jnp.zeros_like(leaf))
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _check_fits(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any) -> None:
+    """Check that a compacted state is one that the transformation makes for the compacted parameters.
+
+    Adafactor factors the moments of large matrices only, and what was large may not be now.
+    """
+    expected = jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params))
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
+    if [leaf.shape for _, leaf in expected] == shapes:
+        return
+    differing = (
+        f"{jax.tree_util.keystr(path)} has shape {shape}, and would have {leaf.shape} if it were made for them"
+        for (path, leaf), shape in zip(expected, shapes, strict=False)
+        if leaf.shape != shape
+    )
+    raise StateError(
+        "budgeted: the state of the optimiser does not fit the compacted parameters: "
+        f"{next(differing, 'it has another number of arrays')}; train on without compact, or start the optimiser "
+        "anew with tx.init"
+    )

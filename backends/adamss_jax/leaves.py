@@ -1,0 +1,172 @@
+"""Where in a tree of parameters the B and C of the adapted layers are, whatever library the model is of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adamss.core import Factors, trained_elements
+from adamss.errors import StateError
+from adamss_jax.parts import Index, Places, placed, taken
+from adamss_jax.shell import spelled
+
+__all__ = ["Leaves", "Pair"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The leaves B and C of one layer, or of all layers of a stack.
+
+    Attributes
+    ----------
+    leading
+        Axes of the stack.
+    paths
+        Path of each of its layers.
+    outlines
+        Their factors: labels, ranks and mask as NumPy arrays, of the rest shapes alone.
+    """
+
+    leading: Index
+    paths: Mapping[Index, str]
+    outlines: Mapping[Index, Factors]
+
+    def layers(self, B: Array, C: Array, places: Mapping[str, Places]) -> dict[str, tuple[Array, Array]]:
+        """Return B and C of each layer, of all subspaces and without padding, by its path.
+
+        Parameters
+        ----------
+        B, C
+            The leaves, or gradients of them.
+        places
+            By path, of a compacted layer. What is not among its leaves is zero.
+        """
+        found = {}
+        for index, path in self.paths.items():
+            shapes = self.outlines[index].B.shape, self.outlines[index].C.shape
+            whole = []
+            for leaf, shape, at in zip((B, C), shapes, places.get(path, (None, None)), strict=True):
+                own = leaf[index][: shape[0]]
+                whole.append(
+                    own[:, : shape[1]] if at is None else placed(own, at, jnp.zeros(shape, leaf.dtype))
+                )
+            found[path] = (whole[0], whole[1])
+        return found
+
+    def masks(self, active: Mapping[str, Array], places: Mapping[str, Places]) -> tuple[Array, Array]:
+        """Return booleans that broadcast against the leaves: True where an element is trained.
+
+        Parameters
+        ----------
+        active
+            (K,) booleans by path.
+        places
+            By path, of a compacted layer.
+        """
+        found: tuple[list[Array], list[Array]] = ([], [])
+        widths = [shape[-1] for shape in self.shapes({})]
+        for index, path in self.paths.items():
+            _, B, C, labels, ranks, _ = self.outlines[index]
+            of_layer = _trained_elements((B.shape, C.shape), labels, ranks, active[path])
+            for masks, mask, width, at in zip(
+                found, of_layer, widths, places.get(path, (None, None)), strict=True
+            ):
+                padding = ((0, 0), (0, width - mask.shape[-1]))
+                masks.append(jnp.pad(mask, padding) if at is None else taken(mask, at))
+        B, C = (jnp.reshape(jnp.stack(m), (*self.leading, 1, m[0].shape[-1])) for m in found)
+        return B, C
+
+    def shapes(self, places: Mapping[str, Places]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the leaves."""
+        shapes = []
+        for number, name in enumerate("BC"):
+            own = [getattr(factors, name).shape for factors in self.outlines.values()]
+            width = max(columns for _, columns in own)
+            for path in self.paths.values():
+                width = places[path][number].shape[-1] if path in places else width
+            shapes.append((*self.leading, max(rows for rows, _ in own), width))
+        return shapes[0], shapes[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def _trained_elements(
+    shapes: tuple[Index, Index], labels: Any, ranks: Any, active: Array
+) -> tuple[Array, Array]:
+    # Compiled, so that labels and ranks are traced: as constants they would be tied to one device.
+    B, C = map(jnp.empty, shapes)  # of which the shape alone is read
+    masks: tuple[Array, Array] = trained_elements(Factors(None, B, C, labels, ranks, active))
+    return masks
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Those of all adapted layers of a model.
+
+    Attributes
+    ----------
+    names
+        Path of the module, and 0 for B or 1 for C, by the spelled path in the tree.
+    pairs
+        By path of the module.
+    """
+
+    names: Mapping[str, tuple[str, int]]
+    pairs: Mapping[str, Pair]
+
+    @property
+    def outlines(self) -> dict[str, Factors]:
+        """Outline of each layer by its path."""
+        return {
+            path: pair.outlines[index] for pair in self.pairs.values() for index, path in pair.paths.items()
+        }
+
+    def masks(
+        self, active: Mapping[str, Array], places: Mapping[str, Places]
+    ) -> dict[tuple[str, int], Array]:
+        """Return `Pair.masks` of all modules, by what `name` says."""
+        return {
+            (owner, number): mask
+            for owner, pair in self.pairs.items()
+            for number, mask in enumerate(pair.masks(active, places))
+        }
+
+    def name(self, path: tuple[Any, ...]) -> tuple[str, int] | None:
+        """Return which leaf it is that a tree, one of the parameters or one that holds such, has at a path."""
+        keys = [spelled((key,)) for key in path]
+        # A variable of Flax is a node of its own above its value.
+        for end in (len(keys), len(keys) - 1):
+            for start in range(end):
+                found = self.names.get(".".join(keys[start:end]))
+                if found is not None:
+                    return found
+        return None
+
+    def positions(self, params: Any, places: Mapping[str, Places], what: str) -> dict[str, tuple[int, int]]:
+        """Return which of the flattened leaves of a tree of parameters are B and C, by path of the module.
+
+        Raises
+        ------
+        StateError
+            If they are not those of the model; the message says `what` they are.
+        """
+        found: dict[tuple[str, int], tuple[int, Any]] = {}
+        for position, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+            name = self.name(path)
+            if name is not None:
+                found.setdefault(name, (position, leaf))
+        for owner, pair in self.pairs.items():
+            for number, shape in enumerate(pair.shapes(places)):
+                position, leaf = found.get((owner, number), (0, None))
+                if leaf is None or tuple(leaf.shape) != shape:
+                    raise StateError(
+                        f"{what}: {'BC'[number]} of {owner or 'the model itself'} should have shape {shape}, found "
+                        f"{'no such leaf' if leaf is None else tuple(leaf.shape)}; the parameters are those of "
+                        "another model, or not all that are trained"
+                    )
+        return {owner: (found[owner, 0][0], found[owner, 1][0]) for owner in self.pairs}
