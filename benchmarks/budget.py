@@ -319,15 +319,9 @@ class Selection:
 ALL = "all"
 SELECTIONS = {
     ALL: Selection(),
-    **{
-        f"{name}, {how}": Selection(share=share, kind=kind)
-        for share, name in ((3, "a third"), (10, "a tenth"))
-        for how, kind in (
-            ("by the score", BudgetController),
-            ("at random", AtRandom),
-            ("by the smallest score", ByTheSmallest),
-        )
-    },
+    "a third, by the score": Selection(share=3),
+    "a third, at random": Selection(share=3, kind=AtRandom),
+    "a third, by the smallest score": Selection(share=3, kind=ByTheSmallest),
 }
 
 

@@ -788,7 +788,9 @@ def _assert_frozen_in_training(driver: Driver, schedule: str, mode: str, optimis
         for path, f in before.items():
             _assert_frozen_kept(f, after[path], f"{path}, step {step}")
         if step == end and not SCHEDULES[schedule].revive:
-            with suppress(StateError):  # of an optimiser whose state cannot be cut: then nothing may be changed
+            with suppress(
+                StateError
+            ):  # of an optimiser whose state cannot be cut: then nothing may be changed
                 training.compact()
             for path, f in _factors(driver, training.model).items():
                 for name in Factors._fields:
