@@ -35,18 +35,20 @@ def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> 
     session.install("-q", "--no-deps", "--force-reinstall", str(wheel))
 
 
+# Small products gain nothing from threads, tests from a second process.
+TWO_PROCESSES = ("-n", "2")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
 def pytest(session: nox.Session, *arguments: str) -> None:
-    session.run("python", "-m", "pytest", *arguments, *session.posargs)
+    session.run("python", "-m", "pytest", *arguments, *session.posargs, env=ONE_THREAD)
 
 
 def laws(session: nox.Session, *backends: str) -> None:
-    """Hold backends to the laws; small products gain nothing from threads, the cases from a second process."""
+    """Hold backends to the laws."""
     wanted = [word for backend in backends for word in ("--adamss-backend", backend)]
-    session.run(
-        *("python", "-m", "pytest", "-q", "-n", "2", "-p", "adamss_conformance.plugin"),
-        *("--pyargs", "adamss_conformance", *wanted, *session.posargs),
-        env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-    )
+    command = ("-q", *TWO_PROCESSES, "-p", "adamss_conformance.plugin", "--pyargs", "adamss_conformance")
+    pytest(session, *command, *wanted)
 
 
 def doctests(session: nox.Session) -> None:
@@ -74,7 +76,8 @@ def tests(session: nox.Session) -> None:
     lint(session)
     types(session)
     doctests(session)
-    pytest(session)
+    # By file: some launch processes of their own, once for all that they hold.
+    pytest(session, *TWO_PROCESSES, "--dist", "loadfile")
     laws(session, "numpy", "strict", "torch", "jax")
     session.notify("core")
 
