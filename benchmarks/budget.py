@@ -52,6 +52,7 @@ SCHEDULES = {
     "parameters, every step": BudgetConfig(target=601, end_step=7, unit="parameters"),
 }
 STEPS = 24
+RATE = 0.1
 
 
 class Stack(nn.Module):
@@ -68,10 +69,12 @@ class Stack(nn.Module):
         return x
 
 
-def small_model() -> Stack:
+def small_model(budget: BudgetConfig | None = None) -> Stack:
     """Return an adapted stack, the same every time."""
     torch.manual_seed(0)
-    settings = adamss.AdamssConfig(targets=r"layers\.\d", rank=16, subspaces=SUBSPACES, subspace_rank=1)
+    settings = adamss.AdamssConfig(
+        targets=r"layers\.\d", rank=16, subspaces=SUBSPACES, subspace_rank=1, budget=budget
+    )
     return adamss.attach(Stack(), settings)
 
 
@@ -179,16 +182,19 @@ def recorded_gradients(layers: dict[str, core.Factors]) -> list[dict[str, tuple[
     return [{path: gradient(path) for path in layers} for _ in range(STEPS)]
 
 
+def stepped(f: core.Factors, dB: np.ndarray, dC: np.ndarray) -> core.Factors:
+    """Return factors after a step of gradient descent."""
+    return f._replace(B=f.B - np.float32(RATE) * dB, C=f.C - np.float32(RATE) * dC)
+
+
 def with_numpy(config: BudgetConfig, layers: dict[str, core.Factors], gradients: list[Any]) -> list[bytes]:
     """Return the masks after every step, by the core's functions on NumPy arrays."""
     plan, state = core.plan_budget(layers, config), core.initial_budget_state(layers)
     masks = []
     for each in gradients:
+        before = {path: f._replace(active=state.active[path]) for path, f in layers.items()}
         state = core.advance_budget(plan, state, layers, each)
-        layers = {
-            path: f._replace(B=f.B - np.float32(0.1) * each[path][0], C=f.C - np.float32(0.1) * each[path][1])
-            for path, f in layers.items()
-        }
+        layers = {path: core.hold_frozen(f, stepped(f, *each[path])) for path, f in before.items()}
         masks.append(np.concatenate([state.active[path] for path in plan.paths]).tobytes())
     return masks
 
@@ -196,7 +202,7 @@ def with_numpy(config: BudgetConfig, layers: dict[str, core.Factors], gradients:
 def with_torch(config: BudgetConfig, gradients: list[Any]) -> list[bytes]:
     """Return the masks after every step, by the controller on an optimiser."""
     model = small_model()
-    optimizer = torch.optim.SGD(adamss.trainable_parameters(model), lr=0.1)
+    optimizer = torch.optim.SGD(adamss.trainable_parameters(model), lr=RATE)
     budget, masks = BudgetController(model, optimizer, config), []
     for each in gradients:
         for path, (dB, dC) in each.items():
@@ -217,7 +223,7 @@ def with_jax(config: BudgetConfig, gradients: list[Any], file: Path) -> list[byt
 
     import adamss_jax
 
-    base = small_model()
+    base = small_model(config)
     adamss.save(base, file, training=True)
     weights = adamss.detach(base).state_dict()
     model = nnx.Module()
@@ -225,10 +231,8 @@ def with_jax(config: BudgetConfig, gradients: list[Any], file: Path) -> list[byt
     for number, layer in enumerate(model.layers):
         layer.kernel.set_value(jnp.asarray(weights[f"layers.{number}.weight"].numpy().T))
         layer.bias.set_value(jnp.asarray(weights[f"layers.{number}.bias"].numpy()))
-    if config.revive:
-        raise ValueError("a file that was attached without a schedule has no revive")
     model = adamss.load(model, file)
-    optimizer = nnx.Optimizer(model, adamss_jax.budgeted(optax.sgd(0.1), model, config), wrt=nnx.LoRAParam)
+    optimizer = nnx.Optimizer(model, adamss_jax.budgeted(optax.sgd(RATE), model, config), wrt=nnx.LoRAParam)
 
     @nnx.jit
     def step(model: nnx.Module, optimizer: nnx.Optimizer, dB: list[Any], dC: list[Any]) -> None:
@@ -262,14 +266,15 @@ def agreement(folder: Path) -> list[dict[str, Any]]:
     gradients, rows, records = recorded_gradients(layers), [], []
     for name, config in SCHEDULES.items():
         reference = with_numpy(config, layers, gradients)
-        differing = {"PyTorch": with_torch(config, gradients)}
-        if not config.revive:
-            differing["JAX"] = with_jax(config, gradients, folder / "budget.safetensors")
+        differing = {
+            "PyTorch": with_torch(config, gradients),
+            "JAX": with_jax(config, gradients, folder / "budget.safetensors"),
+        }
         counts = {
             what: sum(a != b for a, b in zip(masks, reference, strict=True))
             for what, masks in differing.items()
         }
-        rows.append([name, len(set(reference)), counts["PyTorch"], counts.get("JAX", "-")])
+        rows.append([name, len(set(reference)), counts["PyTorch"], counts["JAX"]])
         records.append({"schedule": name, "masks": len(set(reference)), "differing": counts})
         if any(counts.values()):
             raise SystemExit(f"decided otherwise: {name}, {counts}")
