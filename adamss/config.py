@@ -156,7 +156,8 @@ class AdamssConfig:
     seed
         Seed of decomposition and segmentation. No global random state is touched.
     budget
-        When and how far to reduce the trained subspaces; None for never.
+        When and how far to reduce the trained subspaces; None for never. It is followed by what runs in the training
+        loop: `adamss_torch.BudgetController`, `adamss_jax.budgeted`.
 
     Raises
     ------

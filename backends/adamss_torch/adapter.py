@@ -67,6 +67,8 @@ class Adapter(nn.Module):
         (K,) booleans: whose update the weight of the layer holds; None for none.
     revive
         Whether frozen subspaces get gradients all the same, because they may return.
+    loads
+        How often a state was loaded into it.
     enabled
         Whether the hook adds the update.
     merged
@@ -100,6 +102,7 @@ class Adapter(nn.Module):
         self.enabled = True
         self.merged = False
         self.revive = False
+        self.loads = 0
         self.base: dict[str, Tensor] | None = None
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
@@ -154,7 +157,7 @@ class Adapter(nn.Module):
     def compact(self, owned: Tensor) -> tuple[Tensor, Tensor]:
         """Keep in B and C these subspaces, (K,) booleans, and make constants of the rest.
 
-        The Parameters stay the objects that they are, with less in them, and lose their gradients.
+        The Parameters stay the objects that they are, with less in them and in their gradients.
 
         Returns
         -------
@@ -164,8 +167,8 @@ class Adapter(nn.Module):
         factors, (rows, columns) = self.factors(), self._places(~owned)
         rest_B, rest_C = factors.B.t().index_select(0, rows), factors.C.index_select(1, columns)
         kept_B, kept_C = owned[self.owners_B].nonzero()[:, 0], owned[self.owners_C].nonzero()[:, 0]
-        resize(self.B, self.B.detach().index_select(0, kept_B))
-        resize(self.C, self.C.detach().index_select(1, kept_C))
+        resize(self.B, 0, kept_B)
+        resize(self.C, 1, kept_C)
         self.owned = owned.clone()
         self.rest_B, self.rest_C = rest_B, rest_C
         self._derive()
@@ -238,6 +241,7 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, *args, **kwargs)
+        self.loads += 1
         self._derive()
 
 

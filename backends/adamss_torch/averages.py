@@ -63,6 +63,11 @@ class Averages:
             self._left_out + (~usable).to(torch.int64),
         )
 
+    @property
+    def taken(self) -> bool:
+        """Whether there is something to put into force."""
+        return self._taken is not None
+
     def keep(self) -> None:
         """Put into force what `take` has computed."""
         if self._taken is not None:

@@ -294,6 +294,11 @@ class TorchBackend(Backend):
     ) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
+        if any(adapter.revive for _, adapter in _adapted_layers(owner, record).values()):
+            raise StateError(
+                "consolidate: the model has a budget with revive=True, under which frozen subspaces may return; call "
+                "remove() on its controller first"
+            )
         if all(adapter.base is not None for _, adapter in _adapted_layers(owner, record).values()):
             self.unfold(model)
         for path, adapter in _replace_weights(model, merged, keep_base=keep_base).items():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adamss.backend import Adaptation
+from adamss.checkpoint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.config import BudgetConfig
 from adamss.core import BudgetPlan, Factors, Importance, plan_budget, scores
 from adamss.errors import (
@@ -194,13 +195,14 @@ class BudgetController:
                 raise StateError(
                     f"BudgetController: {what} has a controller already; call remove() on that one first"
                 )
+        _check_may_return(self.config, self._adapters)
         self._group = _synchronised_over(self._adapters)
         self._compact_at_end = compact_at_end
         self._on_allocation = on_allocation
         self._frozen = FrozenElements(list(self._adapters.values()))
         self._averages = Averages(self._parameters, self.config)
         self._progress = _Progress(self.plan, active=self._count())
-        self._closure = False
+        self._loads = sum(adapter.loads for adapter in self._adapters.values())
         # From here on nothing can fail.
         for adapter in self._adapters.values():
             adapter.revive = self.config.revive
@@ -242,25 +244,38 @@ class BudgetController:
 
     # ---- the step of the optimiser ----------------------------------------------------------------------
 
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # What a closure computes is known only after the step.
-        _, *given = args  # the optimiser itself comes first
-        self._closure = (given[0] if given else kwargs.get("closure")) is not None
-        if self._any_frozen or self._closure:
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        self._look_for_loaded_masks()
+        if self._any_frozen:
             self._frozen.remember()
         self._averages.drop()
-        if self._scoring and not self._closure:
+        if not self._scoring:
+            return None
+        this, *given = args  # the optimiser itself comes first
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
             # A fused optimiser unscales in its own kernel: what it finds here is still scaled.
-            scale = getattr(optimizer, "grad_scale", None)
-            self._averages.take([local(p.detach()) for p in self._parameters], self._gradients(), scale)
+            self._score(getattr(optimizer, "grad_scale", None))
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            # Not after the step: some optimisers work in the place of the gradient.
+            if not self._averages.taken:
+                self._score(None)
+            return loss
+
+        return ((this, observed), kwargs) if given else (args, {**kwargs, "closure": observed})
+
+    def _score(self, scale: Tensor | None) -> None:
+        gradients = [None if p.grad is None else local(p.grad) for p in self._parameters]
+        self._averages.take([local(p.detach()) for p in self._parameters], gradients, scale)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
             self._averages.drop()
             return
-        if self._scoring and self._closure:
-            self._averages.take(self._frozen.values(), self._gradients(), None)
         if self._any_frozen:
             self._frozen.restore()
         scored, self._progress.step = self._scoring, self.step + 1
@@ -273,6 +288,22 @@ class BudgetController:
         if due:
             self._allocate()
 
+    def _look_for_loaded_masks(self) -> None:
+        """Take over the masks that came with a state that was loaded into the model, and say so."""
+        loads = sum(adapter.loads for adapter in self._adapters.values())
+        if loads == self._loads:
+            return
+        self._loads = loads
+        before, self._progress.active = self.active_count, self._count()
+        self._frozen.look()
+        if before != self.active_count:
+            warnings.warn(
+                f"budget: a state was loaded into the model, with {self.active_count} subspaces trained where there "
+                f"were {before}; load the controller's own state too, or it goes on from step {self.step}",
+                AdamssWarning,
+                stacklevel=4,
+            )
+
     @property
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for pair in self._trained.values() for parameter in pair]
@@ -284,9 +315,6 @@ class BudgetController:
     @property
     def _any_frozen(self) -> bool:
         return self.active_count < len(self.plan.costs)
-
-    def _gradients(self) -> list[Tensor | None]:
-        return [None if p.grad is None else local(p.grad) for p in self._parameters]
 
     def _count(self) -> int:
         return int(sum(int(adapter.active.sum()) for adapter in self._adapters.values()))
@@ -322,13 +350,13 @@ class BudgetController:
         if self.config.window == "reset":
             self._averages.reset()
         self._progress.reached = self.step >= self.config.end_step
+        if self.reached and self._compact_at_end:
+            self.compact()
         if self._on_allocation is not None:
             parameters = sum(cost for cost, kept in zip(self.plan.costs, mask.tolist(), strict=True) if kept)
             self._on_allocation(
                 Allocation(self.step, self.budget, self.active_count, parameters, self.plan.split(row), masks)
             )
-        if self.reached and self._compact_at_end:
-            self.compact()
 
     def scores(self) -> Tensor:
         """Return the score of every subspace, (T,) float32 on the CPU, in the order of `plan`.
@@ -422,6 +450,7 @@ class BudgetController:
                 path: {
                     "active": adapter.active.clone(),
                     "owned": None if adapter.owned is None else adapter.owned.clone(),
+                    **_identity(adapter),
                     "B": next(pairs),
                     "C": next(pairs),
                 }
@@ -480,6 +509,12 @@ class BudgetController:
         progress.reached, progress.left_out = bool(state["reached"]), int(state["left_out"])
         progress.active = self._count()
         self._frozen.look()
+
+    def __reduce__(self) -> Any:
+        raise StateError(
+            "BudgetController: a copy would not be on the hooks of its optimiser; make a new controller, and give it "
+            "state_dict() of this one"
+        )
 
     def remove(self) -> None:
         """Take the hooks off; frozen subspaces stay frozen in the backward. Warns if the target was not reached."""
@@ -650,12 +685,44 @@ def _checked_state(state: Mapping[str, Any], adapters: Mapping[str, Adapter]) ->
     return layers
 
 
+def _check_may_return(config: BudgetConfig, adapters: Mapping[str, Adapter]) -> None:
+    for path, adapter in adapters.items():
+        if config.revive and (adapter.folded is not None or adapter.owned is not None):
+            raise StateError(
+                f"BudgetController: revive=True, but frozen subspaces of {path} were consolidated or compacted and "
+                "cannot return; start from a model that was not, or leave revive out"
+            )
+
+
+def _identity(adapter: Adapter) -> dict[str, Any]:
+    """Return what tells the subspaces of one model from those of another of the same shape."""
+    basis = fingerprint(adapter.A.detach().flatten(0, 1))
+    return {"labels": adapter.labels.clone(), "basis": [basis.norm, *basis.projections]}
+
+
+def _same_subspaces(layer: Any, adapter: Adapter) -> bool:
+    own = fingerprint(adapter.A.detach().flatten(0, 1))
+    norm, *projections = layer["basis"]
+    other = Fingerprint(own.shape, float(norm), tuple(map(float, projections)))
+    labels = torch.equal(layer["labels"].cpu(), adapter.labels.cpu())
+    return labels and own.difference(other) <= FINGERPRINT_TOLERANCE
+
+
 def _check_layer_state(path: str, layer: Any, adapter: Adapter) -> None:
     try:
         active, owned = layer["active"], layer["owned"]
         after = (torch.ones_like(active) if owned is None else owned).to(adapter.active.device)
         now = torch.ones_like(adapter.active) if adapter.owned is None else adapter.owned
-        fits = active.shape == adapter.active.shape
+        fits = active.shape == adapter.active.shape and _same_subspaces(layer, adapter)
+        if (
+            fits
+            and adapter.folded is not None
+            and bool((active.to(adapter.folded.device) & adapter.folded).any())
+        ):
+            raise StateError(
+                f"BudgetController: {path} has subspaces consolidated into its weight that are trained in the state; "
+                "load it into a model that was not consolidated"
+            )
         if fits and bool((after & ~now).any()):
             raise StateError(
                 f"BudgetController: {path} was compacted further than in the state; load it into a model that was not"

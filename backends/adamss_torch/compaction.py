@@ -76,16 +76,20 @@ def check_resizable(
 
 
 @torch.no_grad()
-def resize(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a Parameter values of another shape; it stays the object it was, and loses its gradient."""
+def resize(parameter: nn.Parameter, axis: int, kept: Tensor) -> None:
+    """Leave some rows or columns of a Parameter and of its gradient; it stays the object it was."""
+    values = parameter.detach().index_select(axis, kept)
+    gradient = None if parameter.grad is None else parameter.grad.index_select(axis, kept)
     parameter.grad = None
     # A loss that is still alive keeps the accumulator of gradients alive, which expects the former shape. PyTorch
     # makes a new one when the dtype changes, and only then.
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     parameter.data = values.new_empty(0, dtype=other)
     parameter.data = values
-    # Nothing left to train: no gradient, which would have to come from somewhere.
-    parameter.requires_grad_(bool(values.numel()))
+    parameter.grad = gradient
+    if not values.numel():
+        # Nothing left to train: no gradient, which would have to come from somewhere.
+        parameter.requires_grad_(False)
 
 
 @dataclass(frozen=True)

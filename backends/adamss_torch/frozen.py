@@ -44,10 +44,6 @@ class FrozenElements:
         """Keep the values from before a step."""
         self._before = [tensor.clone() for tensor in self._tensors()]
 
-    def values(self) -> list[Tensor]:
-        """Return B and C of each adapter as remembered: the part of them that is on this process."""
-        return self._before
-
     @torch.no_grad()
     def restore(self) -> None:
         """Give frozen elements their values from before the step, to the bit."""

@@ -730,6 +730,14 @@ def test_moments_that_are_factored_are_cut_too():
     assert count(loop.state) == 2
 
 
+def test_muon_keeps_an_empty_array_for_what_is_not_its_own_which_is_left():
+    loop = trained("nnx", OPTIMISERS["muon"](), LONG, steps=6)
+    loop.compact()
+    for number in range(6, 10):
+        loop.step(inputs(number))
+    assert count(loop.state) == 2
+
+
 def test_what_cannot_be_cut_is_said():
     # P = q: which axis the average was taken over cannot be told from the shape.
     loop = trained("nnx", optax.adafactor(0.02, min_dim_size_to_factor=2), LONG, steps=9, rank=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -44,9 +45,9 @@ SCHEDULES = {
 each_optimiser = pytest.mark.parametrize("optimiser", OPTIMISERS)
 
 
-def build(*, dtype=torch.float64, **changes) -> nn.Module:
+def build(*, dtype=torch.float64, base=0, **changes) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(base)
         layers = [nn.Sequential(nn.Linear(16, 16, dtype=dtype), nn.Tanh()) for _ in range(LAYERS)]
         model = nn.Sequential(*layers, nn.Linear(16, 4, dtype=dtype))
     settings = {
@@ -275,8 +276,11 @@ def test_gradient_accumulation_is_one_step():
     assert decisions(accumulated) == decisions(plainly)
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("foreach", [True, False])
-def test_a_closure(foreach):
+def test_a_closure(foreach, nesterov):
+    """With nesterov and foreach, SGD works in the place of the gradient."""
+
     def closed(model, optimizer, data):
         for x in data:
 
@@ -288,9 +292,15 @@ def test_a_closure(foreach):
 
             optimizer.step(closure)
 
-    def sgd(p):
-        return OPTIMISERS["sgd"](p, foreach=foreach)
+    def keyword(model, optimizer, data):
+        step = optimizer.step
+        optimizer.step = lambda closure: step(closure=closure)
+        closed(model, optimizer, data)
 
+    def sgd(p):
+        return OPTIMISERS["sgd"](p, foreach=foreach, nesterov=nesterov)
+
+    assert decisions(keyword, optimizer=sgd) == decisions(plainly, optimizer=sgd)
     assert decisions(closed, optimizer=sgd) == decisions(plainly, optimizer=sgd)
 
 
@@ -586,6 +596,77 @@ def test_compact_is_refused_with_revive_and_for_a_state_that_cannot_be_cut():
         assert [p.shape for p in trainable(model)] == shapes
 
 
+def test_compacting_in_the_middle_of_an_accumulation_keeps_the_gradients_and_what_the_user_froze():
+    def run(compacting):
+        model = build(modules_to_save=())
+        B = [model[i][0].adamss.B.requires_grad_(i > 3) for i in range(LAYERS)]
+        optimizer = OPTIMISERS["sgd"](trainable(model))
+        with controlled(model, optimizer, BudgetConfig(target=10, end_step=4)) as budget:
+            for x in batches(6):
+                optimizer.zero_grad()
+                for half in x.chunk(2):
+                    loss_of(model, half).backward()
+                    if compacting and budget.step == 4:
+                        budget.compact()
+                optimizer.step()
+        assert not any(b.requires_grad for b in B[:4])
+        return adamss_layers(model)
+
+    for path, f in run(True).items():
+        expected = run(False)[path]
+        assert torch.allclose(f.B, expected.B, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(f.C, expected.C, rtol=1e-9, atol=1e-12)
+
+
+def test_what_cannot_return_is_not_promised_to():
+    config = BudgetConfig(target=10, end_step=4)
+    revive = BudgetConfig(target=10, end_step=4, revive=True)
+    for change in (lambda model, budget: adamss.consolidate(model), lambda model, budget: budget.compact()):
+        model = build()
+        optimizer = OPTIMISERS["adamw"](trainable(model))
+        with controlled(model, optimizer, config) as budget:
+            early = budget.state_dict()
+            for x in batches(5):
+                step(model, optimizer, x)
+            change(model, budget)
+            with pytest.raises(errors.StateError, match=r"consolidated into its weight|compacted further"):
+                budget.load_state_dict(early)
+        with pytest.raises(errors.StateError, match="cannot return"):
+            BudgetController(model, optimizer, revive)
+    model = build()
+    optimizer = OPTIMISERS["adamw"](trainable(model))
+    with controlled(model, optimizer, revive):
+        for x in batches(5):
+            step(model, optimizer, x)
+        with pytest.raises(errors.StateError, match="may return"):
+            adamss.consolidate(model)
+
+
+def test_masks_that_are_loaded_into_the_model_are_taken_over_and_told():
+    model = build()
+    optimizer = OPTIMISERS["adamw"](trainable(model))
+    with controlled(model, optimizer, BudgetConfig(target=10, end_step=4)) as budget:
+        step(model, optimizer, batches()[0])
+        early = copy.deepcopy(model.state_dict())
+        for x in batches(5):
+            step(model, optimizer, x)
+        assert budget.active_count == 10
+        model.load_state_dict(early)
+        with pytest.warns(adamss.AdamssWarning, match="with 40 subspaces trained where there were 10"):
+            step(model, optimizer, batches()[1])
+        assert budget.active_count == adamss.summary(model).total.active == 40
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_would_be_on_no_hooks(duplicate):
+    model = build()
+    with (
+        controlled(model, OPTIMISERS["sgd"](trainable(model)), BudgetConfig(target=10, end_step=4)) as budget,
+        pytest.raises(errors.StateError, match="make a new controller"),
+    ):
+        duplicate(budget)
+
+
 # ---- resume -----------------------------------------------------------------------------------------------
 
 RESUMED = """
@@ -741,6 +822,8 @@ def test_states_that_do_not_fit(tmp_path):
         for other, match in (
             (build(subspaces=4), "0.0 has other subspaces there"),
             (build(rank=5), "0.0 has other subspaces there"),
+            (build(segmentation="contiguous"), "0.0 has other subspaces there"),
+            (build(base=7), "0.0 has other subspaces there"),
             (build(targets=["0.0", "1.0"], modules_to_save=()), r"differs in 2\.0, 3\.0, 4\.0 and 3 more"),
         ):
             before = active(other)
