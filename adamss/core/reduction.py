@@ -256,7 +256,6 @@ def initial_budget_state(layers: Mapping[str, Factors]) -> BudgetState:
     """
     first = next(iter(layers.values()))
     xp, on = namespace(first.active), device(first.active)
-    zero = xp.zeros((), dtype=xp.int32, device=on)
     importance = {
         path: (
             initial_importance(as_working_precision(factors.B)),
@@ -264,8 +263,14 @@ def initial_budget_state(layers: Mapping[str, Factors]) -> BudgetState:
         )
         for path, factors in layers.items()
     }
-    waiting = xp.zeros((), dtype=xp.bool, device=on)
-    return BudgetState(zero, waiting, zero, {path: f.active for path, f in layers.items()}, importance)
+    # Each an array of its own: a buffer may be donated once, and is then no longer the model's.
+    return BudgetState(
+        step=xp.zeros((), dtype=xp.int32, device=on),
+        waiting=xp.zeros((), dtype=xp.bool, device=on),
+        left_out=xp.zeros((), dtype=xp.int32, device=on),
+        active={path: xp.asarray(factors.active, copy=True) for path, factors in layers.items()},
+        importance=importance,
+    )
 
 
 def advance_budget(

@@ -223,7 +223,7 @@ class BudgetController:
 
     @property
     def budget(self) -> int:
-        """Budget after the present step, in the unit of the schedule."""
+        """Budget of the schedule after the present step, in its unit; an allocation keeps to that of its step."""
         budget: int = self.plan.budget_at(self.step)
         return budget
 

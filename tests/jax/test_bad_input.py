@@ -142,16 +142,10 @@ def within_core():
         "initial_factors": (lambda pair: core.initial_factors(*pair, 1), (decomposition, labels)),
         "merge": (lambda pair: core.merge(pair[0], None, pair[1]), (W, factors)),
         "count_factors": (core.count_factors, factors),
-        "allocate": (
-            lambda pair: core.allocate(pair[0], 3, pair[1]),
-            (np.ones(3, np.float32), np.ones(3, int)),
-        ),
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["decompose", "segment", "initial_factors", "merge", "count_factors", "allocate"]
-)
+@pytest.mark.parametrize("name", ["decompose", "segment", "initial_factors", "merge", "count_factors"])
 @pytest.mark.parametrize("transform", ["jit", "grad"])
 def test_core_functions_that_need_values_say_so(name, transform):
     function, argument = within_core()[name]
