@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from adamss.backend import Adaptation
+from adamss.backend.training import adaptation_in_training, schedule_of
 from adamss.config import BudgetConfig
 from adamss.core import (
     BudgetState,
@@ -29,7 +30,7 @@ from adamss.core import (
     plan_budget,
 )
 from adamss.core._array import as_working_precision, check_concrete
-from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, StateError
+from adamss.errors import AdamssWarning, ConfigError, StateError
 from adamss_jax.backend import JaxBackend
 from adamss_jax.parts import Places
 from adamss_jax.shell import beside, placed_as
@@ -153,8 +154,9 @@ def budgeted(
     2
     """
     backend = JaxBackend()
-    adaptation = _adaptation(backend, model, "budgeted")
-    config = _schedule(config, adaptation)
+    adaptation = adaptation_in_training(backend, model, "budgeted")
+    config = schedule_of(adaptation, config, "budgeted")
+    _check_may_return(config, adaptation)
     leaves, compacted = backend.leaves(model), backend.places(model)
     outlines = leaves.outlines
     plan = plan_budget(outlines, config)
@@ -255,7 +257,7 @@ def synchronise(model: Any, opt_state: Any) -> Any:
         but the model was attached without such a schedule, and so gives them no gradients.
     """
     backend = JaxBackend()
-    adaptation = _adaptation(backend, model, "synchronise")
+    adaptation = adaptation_in_training(backend, model, "synchronise")
     state = budgeted_state(opt_state, adaptation, "synchronise")
     active = {path: np.asarray(mask) for path, mask in state.budget.active.items()}
     left_out = int(state.budget.left_out)
@@ -342,27 +344,11 @@ def _states(opt_state: Any) -> list[BudgetedState]:
     return [node for node in nodes if isinstance(node, BudgetedState)]
 
 
-def _adaptation(backend: JaxBackend, model: Any, verb: str) -> Adaptation:
-    adaptation = backend.adaptation(model)
-    if adaptation is None:
-        raise StateError(f"{verb}: the model has no adapters; call adamss.attach first")
-    if adaptation.merged:
-        raise StateError(f"{verb}: the updates are merged; call adamss.unmerge(model) first")
-    return adaptation
-
-
 def _revives(adaptation: Adaptation) -> bool:
     return adaptation.config.budget is not None and adaptation.config.budget.revive
 
 
-def _schedule(config: BudgetConfig | None, adaptation: Adaptation) -> BudgetConfig:
-    config = adaptation.config.budget if config is None else config
-    if config is None:
-        raise ConfigError(
-            "budgeted: there is no schedule: pass an adamss.BudgetConfig, or attach with AdamssConfig(budget=...)"
-        )
-    if not isinstance(config, BudgetConfig):
-        raise ConfigTypeError(f"config must be an adamss.BudgetConfig, found {type(config).__name__}")
+def _check_may_return(config: BudgetConfig, adaptation: Adaptation) -> None:
     if config.revive and adaptation.folded:
         raise StateError(
             "budgeted: revive = True, but adamss.consolidate has folded subspaces into the weights: none of them can "
@@ -374,7 +360,6 @@ def _schedule(config: BudgetConfig | None, adaptation: Adaptation) -> BudgetConf
             "budgeted: revive = True, but the model has frozen subspaces and was attached without a budget that "
             "revives, so that they get no gradients; attach it with AdamssConfig(budget=...) of this schedule"
         )
-    return config
 
 
 def _masked(tree: Any, masks: Mapping[int, Array]) -> Any:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adamss.backend import Adaptation
+from adamss.backend.training import adaptation_in_training, schedule_of
 from adamss.checkpoint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.config import BudgetConfig
 from adamss.core import BudgetPlan, Factors, Importance, plan_budget, scores
@@ -171,8 +171,8 @@ class BudgetController:
         compact_at_end: bool = False,
         on_allocation: Callable[[Allocation], None] | None = None,
     ) -> None:
-        adaptation = _adapted(model)
-        self.config = _schedule(config, adaptation)
+        adaptation = adaptation_in_training(TorchBackend(), model, "BudgetController")
+        self.config = schedule_of(adaptation, config, "BudgetController")
         self._optimizer = _unwrapped(optimizer)
         self._adapters = adapters_of(model)
         self.plan = plan_budget(adaptation.layers, self.config)
@@ -556,28 +556,6 @@ def _outline(adapter: Adapter) -> Factors:
 
 
 # ---- checks ----------------------------------------------------------------------------------------------
-
-
-def _adapted(model: nn.Module) -> Adaptation:
-    adaptation = TorchBackend().adaptation(model)
-    if adaptation is None:
-        raise StateError("BudgetController: the model has no adapters; call adamss.attach first")
-    if adaptation.merged:
-        raise StateError("BudgetController: the updates are merged; call adamss.unmerge(model) first")
-    return adaptation
-
-
-def _schedule(config: BudgetConfig | None, adaptation: Adaptation) -> BudgetConfig:
-    config = adaptation.config.budget if config is None else config
-    if config is None:
-        raise ConfigError(
-            "BudgetController: no schedule; pass an adamss.BudgetConfig, or attach with AdamssConfig(budget=...)"
-        )
-    if not isinstance(config, BudgetConfig):
-        raise ConfigTypeError(
-            f"BudgetController: config must be an adamss.BudgetConfig, found {type(config).__name__}"
-        )
-    return config
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
