@@ -1012,15 +1012,14 @@ def test_resumed_in_another_process(tmp_path):
         def written(name, model):
             np.savez(folder / name, *test_budget.everything(model))
     """
-    run_python(["-c", textwrap.dedent(script) + WHOLE])
-    run_python(["-c", textwrap.dedent(script) + RESUMED])
+    for last in (
+        'written("whole", test_budget.uninterrupted("nnx", "adamw", False, folder))',
+        'written("resumed", test_budget.finish("nnx", "adamw", folder, 3))',
+    ):
+        run_python(["-c", textwrap.dedent(script) + last])
     with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "resumed.npz") as resumed:
         for expected, actual in zip(whole.values(), resumed.values(), strict=True):
             np.testing.assert_array_equal(actual, expected)
-
-
-WHOLE = 'written("whole", test_budget.uninterrupted("nnx", "adamw", False, folder))'
-RESUMED = 'written("resumed", test_budget.finish("nnx", "adamw", folder, 3))'
 
 
 # ---- on a mesh -------------------------------------------------------------------------------------
