@@ -369,8 +369,8 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
 
     Each weight becomes ``W0 + sum of A_k B_k C_k over the frozen k``. Outputs and gradients of the trained subspaces
     are the same, up to rounding; `save` goes on writing every subspace, `detach` gives W0 back. Training goes on as
-    before, and what is frozen later is folded by the next call. `adamss_torch.BudgetController.compact` and
-    `adamss_jax.compact` do the same for parameters and optimiser.
+    before, and what is frozen later is folded by the next call, which else changes nothing.
+    `adamss_torch.BudgetController.compact` and `adamss_jax.compact` do the same for parameters and optimiser.
 
     Parameters
     ----------
@@ -388,7 +388,7 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
     Raises
     ------
     StateError
-        If the model has no adapters, is merged, or has no frozen subspaces that are not folded yet.
+        If the model has no adapters, is merged, or has no frozen subspaces.
     ArrayTypeError
         If a weight is in half precision, which would lose the update: merge at the end instead.
     ArrayValueError
@@ -401,7 +401,9 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
     already = adaptation.folded
     new = {path: mask & ~already[path] if path in already else mask for path, mask in folded.items()}
     if not any(bool(namespace(mask).any(mask)) for mask in new.values()):
-        raise StateError("consolidate: there is no frozen subspace that is not folded already")
+        if already:
+            return model
+        raise StateError("consolidate: there is no frozen subspace to fold; all of them are trained")
     modules = backend.modules(model)
     merged = {}
     with backend.exact():

@@ -413,13 +413,16 @@ class BudgetController:
             owned = torch.ones_like(adapter.active) if adapter.owned is None else adapter.owned
             if bool((owned & ~adapter.active).any()):
                 changes[path] = adapter.active.clone()
+        self._compact(changes, self._carried(changes))
+
+    def _carried(self, changes: Mapping[str, Tensor]) -> list[Carried]:
+        """Return the optimiser's state for Parameters that keep some subspaces; raise if it cannot be had."""
         check_resizable(self._adapters, changes, self._optimizer)
-        carried = [
+        return [
             carry_over(self._optimizer, getattr(self._adapters[path], name), axis, kept, f"{path}.{name}")
             for path, mask in changes.items()
             for name, axis, kept in zip("BC", (0, 1), kept_places(self._adapters[path], mask), strict=True)
         ]
-        self._compact(changes, carried)
 
     def _compact(self, changes: Mapping[str, Tensor], carried: Iterable[Carried]) -> None:
         for path, mask in changes.items():
@@ -488,16 +491,7 @@ class BudgetController:
                 adapter.owned is None or not torch.equal(layer["owned"].cpu(), adapter.owned.cpu())
             ):
                 changes[path] = layer["owned"].to(adapter.active.device)
-        carried = []
-        if changes:
-            check_resizable(self._adapters, changes, self._optimizer)
-            carried = [
-                carry_over(self._optimizer, getattr(self._adapters[path], name), axis, kept, f"{path}.{name}")
-                for path, mask in changes.items()
-                for name, axis, kept in zip(
-                    "BC", (0, 1), kept_places(self._adapters[path], mask), strict=True
-                )
-            ]
+        carried = self._carried(changes)
         for path, layer in layers.items():
             self._adapters[path].active.copy_(layer["active"])
         self._compact(changes, carried)

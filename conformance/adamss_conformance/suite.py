@@ -297,8 +297,12 @@ class BackendSuite:
                 assert_agrees(
                     output, before[path], dtype="float32", what=f"{path}, loaded", scale=_scale(before)
                 )
-            with pytest.raises(StateError, match="not folded already"):
-                adamss.consolidate(model)
+            with pytest.raises(StateError, match="no frozen subspace"):
+                adamss.consolidate(_trained(driver, "float32", VARIANTS[variant]))
+            outputs = _outputs(driver, model, mode=mode)
+            model = adamss.consolidate(model)
+            for path, output in _outputs(driver, model, mode=mode).items():
+                _assert_same(output, outputs[path], f"{path}, consolidated twice")
             if not keep_base:
                 with pytest.raises(StateError, match="keep_base=False"):
                     adamss.detach(model)
