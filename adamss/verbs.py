@@ -107,7 +107,7 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         layers = division.factors(
             weights,
             lambda path, base: _initial_factors(backend, path, base, config),
-            settings=json.dumps(config.to_dict()),
+            settings=lambda: json.dumps(config.to_dict()),
         )
         if config.budget is not None:
             core.plan_budget(layers, config.budget)  # complains of what cannot be kept to
@@ -274,7 +274,7 @@ def load(
                 _check_base_values(layer_path, layer, base)
             return _loaded_factors(backend, layer, base, stored.config, trainable=trainable)
 
-        layers = division.factors(weights, loaded, settings=_digest(stored, trainable, check_base))
+        layers = division.factors(weights, loaded, settings=lambda: _digest(stored, trainable, check_base))
         return backend.insert(base_model, layers, config=stored.config, saved=saved)
 
 
@@ -314,7 +314,6 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
         raise StateError("merge: the updates are merged already; call adamss.unmerge(model) first")
     if adaptation.folded:
         _require_kept_base(adaptation, "merge")
-        model = backend.unfold(model)
     modules = backend.modules(model)
     merged, lost = {}, {}
     with backend.exact():
@@ -336,6 +335,8 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
             AdamssWarning,
             stacklevel=2,
         )
+    if adaptation.folded:
+        model = backend.unfold(model)
     return backend.fold(model, merged, keep_base=keep_base)
 
 

@@ -116,7 +116,7 @@ class Division:
         weights: Mapping[str, BaseWeight],
         compute: Callable[[str, BaseWeight], Factors],
         *,
-        settings: str,
+        settings: Callable[[], str],
     ) -> dict[str, Factors]:
         """Return ``{path: compute(path, base) for path, base in weights.items()}``, in that order.
 
@@ -129,7 +129,7 @@ class Division:
         compute
             Return the factors of a layer: the same ones on every process that calls it with equal arguments.
         settings
-            Names all that `compute` depends on besides.
+            Return what names all that `compute` depends on besides.
         """
         return {path: compute(path, base) for path, base in weights.items()}
 

@@ -1,12 +1,19 @@
-"""What every controller of a budget checks first, whatever the framework."""
+"""What every controller of a budget checks, whatever the framework: the model, the schedule, and whose a state is."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
 from adamss.backend.interface import Adaptation, Backend, Model
+from adamss.checkpoint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.config import BudgetConfig
 from adamss.errors import ConfigError, ConfigTypeError, StateError
 
-__all__ = ["adaptation_in_training", "schedule_of"]
+__all__ = ["adaptation_in_training", "identity", "same_subspaces", "schedule_of"]
 
 
 def adaptation_in_training(backend: Backend, model: Model, who: str) -> Adaptation:
@@ -48,3 +55,31 @@ def schedule_of(adaptation: Adaptation, config: BudgetConfig | None, who: str) -
     if not isinstance(config, BudgetConfig):
         raise ConfigTypeError(f"{who}: config must be an adamss.BudgetConfig, found {type(config).__name__}")
     return config
+
+
+def identity(A: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[float, ...]:
+    """Return a few numbers that tell the subspaces of one layer from those of another of the same shape.
+
+    Parameters
+    ----------
+    A
+        Basis (G, d, P), floating point.
+    labels
+        (n,) integers.
+
+    Returns
+    -------
+    tuple of float
+        A checksum of the labels, exact in float32, then the `adamss.checkpoint.Fingerprint` of the basis.
+    """
+    checksum = zlib.crc32(labels.astype("<i8").tobytes()) & 0xFFFFFF
+    basis = fingerprint(A.reshape(-1, A.shape[-1]))
+    return float(checksum), basis.norm, *basis.projections
+
+
+def same_subspaces(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two results of `identity` are of the same subspaces, in whatever dtype the basis is."""
+    if len(one) != len(other) or one[0] != other[0]:
+        return False
+    first, second = (Fingerprint((0, 0), found[1], tuple(found[2:])) for found in (one, other))
+    return first.difference(second) <= FINGERPRINT_TOLERANCE

@@ -40,7 +40,6 @@ from adamss.core.factors import (
     merge,
     only,
     restrict,
-    reunite,
     trained_elements,
 )
 from adamss.core.importance import Importance, initial_importance, scores, update_importance
@@ -106,7 +105,6 @@ __all__ = [
     "ordering",
     "plan_budget",
     "restrict",
-    "reunite",
     "scores",
     "segment",
     "spectral_norms",

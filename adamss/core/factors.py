@@ -44,7 +44,6 @@ __all__ = [
     "merge",
     "only",
     "restrict",
-    "reunite",
     "trained_elements",
 ]
 
@@ -701,38 +700,6 @@ def restrict(factors: Factors, chosen: Array) -> Restriction:
         xp.take(factors.active, subspaces),
     )
     return Restriction(part, subspaces, directions, columns)
-
-
-def reunite(first: Restriction, second: Restriction, whole: Factors) -> Factors:
-    """Return B and C of a layer put together from two restrictions of it that have all subspaces between them.
-
-    ``reunite(restrict(f, m), restrict(f, ~m), f) == f``.
-
-    Parameters
-    ----------
-    first, second
-        Of which B and C are read, and where they stand.
-    whole
-        Factors of the layer, for all but B and C.
-
-    Returns
-    -------
-    Factors
-        Of the layer.
-    """
-    xp = namespace(first.factors.B, second.factors.B)
-
-    def padded(B: Array) -> Array:
-        missing = xp.zeros((whole.B.shape[0] - B.shape[0], B.shape[1]), dtype=B.dtype, device=device(B))
-        return xp.concat([B, missing], axis=0)
-
-    def joined(name: str, places: str) -> Array:
-        arrays = [getattr(part.factors, name) for part in (first, second)]
-        arrays = [padded(array) for array in arrays] if name == "B" else arrays
-        order = xp.argsort(xp.concat([getattr(part, places) for part in (first, second)]))
-        return xp.take(xp.concat(arrays, axis=1), order, axis=1)
-
-    return whole._replace(B=joined("B", "directions"), C=joined("C", "columns"))
 
 
 def merge(W: Array, b: Array | None, factors: Factors) -> Merged:

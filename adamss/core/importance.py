@@ -88,14 +88,8 @@ def update_importance(
     Importance(sensitivity=array([0.5, 2. ]), uncertainty=array([0.25, 1.  ]))
     """
     now, usable = sensitivity_of(weight, gradient)
-    xp = namespace(weight)
-    average = sensitivity_decay * importance.sensitivity + (1 - sensitivity_decay) * now
-    deviation = xp.abs(now - average)
-    uncertainty = uncertainty_decay * importance.uncertainty + (1 - uncertainty_decay) * deviation
-    return Importance(
-        xp.where(usable, average, importance.sensitivity),
-        xp.where(usable, uncertainty, importance.uncertainty),
-    )
+    decays = sensitivity_decay, uncertainty_decay
+    return averaged(importance, now, usable, decays)
 
 
 def sensitivity_of(weight: Array, gradient: Array) -> tuple[Array, Array]:
@@ -112,6 +106,30 @@ def sensitivity_of(weight: Array, gradient: Array) -> tuple[Array, Array]:
     finite = xp.isfinite(gradient)
     product = xp.abs(weight * xp.where(finite, gradient, xp.zeros_like(gradient)))
     return product, xp.all(finite & (product <= xp.finfo(product.dtype).max ** 0.5))
+
+
+def averaged(importance: Importance, now: Array, usable: Array, decays: tuple[float, float]) -> Importance:
+    """Return the averages after one more step.
+
+    Parameters
+    ----------
+    importance
+        Averages so far.
+    now
+        ``|w g|`` of the step.
+    usable
+        0-d boolean; the averages stay as they were where it is False.
+    decays
+        b1 and b2.
+    """
+    xp = namespace(now)
+    b1, b2 = decays
+    sensitivity = b1 * importance.sensitivity + (1 - b1) * now
+    uncertainty = b2 * importance.uncertainty + (1 - b2) * xp.abs(now - sensitivity)
+    return Importance(
+        xp.where(usable, sensitivity, importance.sensitivity),
+        xp.where(usable, uncertainty, importance.uncertainty),
+    )
 
 
 def scores(importance_B: Importance, importance_C: Importance, factors: Factors) -> Array:

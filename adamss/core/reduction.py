@@ -26,7 +26,7 @@ from adamss.core._array import (
 from adamss.core.budget import Schedule, allocate, allocates_at, budget_at
 from adamss.core.counting import subspace_costs
 from adamss.core.factors import Factors, basis_ranks
-from adamss.core.importance import Importance, initial_importance, scores, sensitivity_of, update_importance
+from adamss.core.importance import Importance, averaged, initial_importance, scores, sensitivity_of
 from adamss.errors import ConfigError
 
 __all__ = [
@@ -314,15 +314,15 @@ def advance_budget(
         return state._replace(step=step)
 
     def go_on(state: BudgetState) -> BudgetState:
-        averaged, usable = _averaged(plan, state, layers, gradients)
-        row = plan.join({path: scores(*averaged[path], layers[path]) for path in plan.paths})
+        averages, usable = _averages(plan, state, layers, gradients)
+        row = plan.join({path: scores(*averages[path], layers[path]) for path in plan.paths})
         active = plan.join(state.active)
         informative = xp.any((row > 0) & (active | plan.config.revive))
         due = plan.allocates_at(step) | state.waiting
 
         def allocated(state: BudgetState) -> BudgetState:
             masks = plan.split(plan.decide(row, active, plan.budget_at(step)))
-            kept = averaged
+            kept = averages
             if plan.config.window == "reset":
                 kept = {
                     path: (_zeros_like(for_B), _zeros_like(for_C)) for path, (for_B, for_C) in kept.items()
@@ -330,7 +330,7 @@ def advance_budget(
             return state._replace(active={path: masks[path] for path in state.active}, importance=kept)
 
         def averaged_only(state: BudgetState) -> BudgetState:
-            return state._replace(importance=averaged)
+            return state._replace(importance=averages)
 
         new: BudgetState = choose(due & informative, allocated, averaged_only, state)
         left_out = state.left_out + xp.astype(~usable, state.left_out.dtype)
@@ -350,35 +350,25 @@ def _costs(factors: Factors, path: str) -> list[int]:
     return [max(cost, 1) for cost in subspace_costs(sizes, factors.ranks, basis_ranks(factors))]
 
 
-def _averaged(
+def _averages(
     plan: BudgetPlan,
     state: BudgetState,
     layers: Mapping[str, Factors],
     gradients: Mapping[str, tuple[Array, Array]],
 ) -> tuple[dict[str, tuple[Importance, Importance]], Array]:
-    """Return the averages after a step, and whether its gradients could be used."""
+    """Return the averages after a step, and whether its gradients could be used: all of them, or none."""
     xp = namespace(state.step)
-    decays = {
-        "sensitivity_decay": plan.config.sensitivity_decay,
-        "uncertainty_decay": plan.config.uncertainty_decay,
-    }
+    decays = plan.config.sensitivity_decay, plan.config.uncertainty_decay
     usable = xp.ones((), dtype=xp.bool, device=device(state.step))
-    new = {}
-    for path, averages in state.importance.items():
-        pair = []
-        weights = (layers[path].B, layers[path].C)
-        for average, weight, gradient in zip(averages, weights, gradients[path], strict=True):
-            weight, gradient = as_working_precision(weight), as_working_precision(gradient)
-            usable = usable & sensitivity_of(weight, gradient)[1]
-            pair.append(update_importance(average, weight, gradient, **decays))
-        new[path] = (pair[0], pair[1])
-
-    def used(after: Importance, before: Importance) -> Importance:
-        return Importance(*(xp.where(usable, a, b) for a, b in zip(after, before, strict=True)))
-
+    now: dict[str, list[Array]] = {}
+    for path in state.importance:
+        for weight, gradient in zip((layers[path].B, layers[path].C), gradients[path], strict=True):
+            product, finite = sensitivity_of(as_working_precision(weight), as_working_precision(gradient))
+            now.setdefault(path, []).append(product)
+            usable = usable & finite
     return {
-        path: (used(new[path][0], before[0]), used(new[path][1], before[1]))
-        for path, before in state.importance.items()
+        path: (averaged(for_B, now[path][0], usable, decays), averaged(for_C, now[path][1], usable, decays))
+        for path, (for_B, for_C) in state.importance.items()
     }, usable
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from adamss.backend import Adaptation
-from adamss.backend.training import adaptation_in_training, schedule_of
+from adamss.backend.training import adaptation_in_training, identity, same_subspaces, schedule_of
 from adamss.config import BudgetConfig
 from adamss.core import (
     BudgetState,
@@ -53,6 +53,8 @@ class BudgetedState(NamedTuple):
         Whether a frozen subspace may return, 0-d boolean.
     places
         Where the leaves of compacted layers stand in the whole, by path; empty until `adamss_jax.compact`.
+    identity
+        What tells whose subspaces these are, (6,) float32 by path.
     """
 
     inner: Any
@@ -60,6 +62,7 @@ class BudgetedState(NamedTuple):
     limit: Array
     revive: Array
     places: dict[str, Places]
+    identity: dict[str, Array]
 
 
 class Allocation(NamedTuple):
@@ -160,6 +163,7 @@ def budgeted(
     leaves, compacted = backend.leaves(model), backend.places(model)
     outlines = leaves.outlines
     plan = plan_budget(outlines, config)
+    names = {path: np.asarray(_identity(f), np.float32) for path, f in adaptation.layers.items()}
     inner = optax.with_extra_args_support(tx)
 
     def layers(tree: Any, where: Any, places: Mapping[str, Places]) -> dict[str, tuple[Array, Array]]:
@@ -196,7 +200,7 @@ def budgeted(
         # Beside the parameters, and no buffer of the model, which may be donated.
         like = jax.tree.leaves(params)[next(iter(where.values()))[0]]
         start = initial_budget_state(outlines)._replace(importance={})
-        own = start, np.asarray(plan.budget_at(0), np.int32), np.asarray(config.revive), compacted
+        own = start, np.asarray(plan.budget_at(0), np.int32), np.asarray(config.revive), compacted, names
         budget, *rest = jax.tree.map(lambda array: beside(np.array(array), like), own)
         return BudgetedState(state, budget._replace(importance=averages), *rest)
 
@@ -330,7 +334,14 @@ def budgeted_state(opt_state: Any, adaptation: Adaptation | None, verb: str) -> 
                 f"{verb}: the state is of another model, or attached otherwise: they differ in "
                 f"{', '.join(differing[:3])}"
             )
+        for path, factors in adaptation.layers.items():
+            if not same_subspaces([float(value) for value in state.identity[path]], _identity(factors)):
+                raise StateError(f"{verb}: the state is of another model: {path} has other subspaces there")
     return state
+
+
+def _identity(factors: Factors) -> tuple[float, ...]:
+    return identity(np.asarray(factors.A, np.float32), np.asarray(factors.labels))
 
 
 def is_variable(node: Any) -> bool:

@@ -205,12 +205,14 @@ class Adapter(nn.Module):
     def places(self, name: str) -> tuple[Tensor, torch.Size]:
         """Return where in the whole B (q, P), or C (r, n), each entry of the Parameter stands, and that shape."""
         rows, columns = self._places(torch.ones_like(self.active) if self.owned is None else self.owned)
-        (P, q), (r, n) = (self.A.shape[2], int(self.ranks.sum())), (self.C.shape[0], self.labels.numel())
-        if name == "B":
-            shape = torch.Size((q, P))
-            return torch.arange(q * P, device=rows.device).view(shape)[rows], shape
-        shape = torch.Size((r, n))
-        return torch.arange(r * n, device=rows.device).view(shape)[:, columns], shape
+        shape = self.shapes()[name]
+        whole = torch.arange(shape.numel(), device=rows.device).view(shape)
+        return (whole[rows] if name == "B" else whole[:, columns]), shape
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of the whole B (q, P) and C (r, n), by name."""
+        q, n = sum(self.ranks.tolist()), self.labels.numel()
+        return {"B": torch.Size((q, self.A.shape[2])), "C": torch.Size((self.C.shape[0], n))}
 
     def _places(self, subspaces: Tensor) -> tuple[Tensor, Tensor]:
         """Return which rows of the whole B, and which columns of the whole C, belong to some subspaces; indices."""

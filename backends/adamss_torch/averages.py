@@ -50,7 +50,8 @@ class Averages:
         if scale is not None:
             g = g / scale.to(g.device)
         now = (w * g).abs_()
-        usable = now.isfinite().all()
+        # Of NaN this is false too; the limit is that of `adamss.core.update_importance`.
+        usable = (now <= torch.finfo(now.dtype).max ** 0.5).all()
         if self._sharded_like is not None:
             # A part that is finite on one process is left out with those that are not on another.
             usable = sum_over_shards((~usable).to(torch.float32), self._sharded_like) == 0

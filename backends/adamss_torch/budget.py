@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adamss.backend.training import adaptation_in_training, schedule_of
-from adamss.checkpoint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
+from adamss.backend.training import adaptation_in_training, identity, same_subspaces, schedule_of
 from adamss.config import BudgetConfig
 from adamss.core import BudgetPlan, Factors, Importance, plan_budget, scores
 from adamss.errors import (
@@ -138,7 +137,8 @@ class BudgetController:
     Raises
     ------
     StateError
-        If the model has no adapters or is merged, or optimiser or model have a controller already.
+        If the model has no adapters or is merged, or optimiser or model have a controller already; if frozen
+        subspaces could not return, although ``revive=True``.
     ConfigError
         If there is no schedule, the model cannot keep to it, or the optimiser does not hold every B and C.
 
@@ -364,14 +364,20 @@ class BudgetController:
         Of the steps since the last allocation, or of all with a running window. Where the model is spread over
         processes, all of them must call it. A subclass may score by something else: above zero what is worth keeping.
         """
-        products = iter(self._averages.products())
+        products = iter(every := self._averages.products())
         found = {}
         for path, adapter in self._adapters.items():
             pair = zip("BC", self._trained[path], strict=True)
-            B, C = (_whole(next(products), adapter, name, parameter) for name, parameter in pair)
-            ones = (torch.ones((), device=part.device).expand(part.shape) for part in (B, C))
-            outline = _outline(adapter)
-            found[path] = scores(Importance(B.t(), next(ones).t()), Importance(C, next(ones)), outline)
+            # Each layer where it is: a model may lie on several devices, the averages are on one.
+            B, C = (
+                _whole(next(products).to(adapter.labels.device), adapter, name, parameter)
+                for name, parameter in pair
+            )
+            one = torch.ones_like(B[:1, :1])
+            own = scores(
+                Importance(B.t(), one.expand_as(B).t()), Importance(C, one.expand_as(C)), _outline(adapter)
+            )
+            found[path] = own.to(every[0].device)
         row = sum_over_shards(self.plan.join(found), self._parameters[0])
         return row.float().cpu()
 
@@ -453,7 +459,7 @@ class BudgetController:
                 path: {
                     "active": adapter.active.clone(),
                     "owned": None if adapter.owned is None else adapter.owned.clone(),
-                    **_identity(adapter),
+                    "identity": _identity(adapter),
                     "B": next(pairs),
                     "C": next(pairs),
                 }
@@ -537,12 +543,11 @@ def _whole(part: Tensor, adapter: Adapter, name: str, parameter: nn.Parameter) -
 
 def _outline(adapter: Adapter) -> Factors:
     """Return factors of which the shapes, labels and ranks are right: what a score needs."""
-    nothing = adapter.A.new_zeros(())
-    (_, B_shape), (_, C_shape) = adapter.places("B"), adapter.places("C")
+    nothing, shapes = adapter.A.new_zeros(()), adapter.shapes()
     return Factors(
         adapter.A,
-        nothing.expand(B_shape).t(),
-        nothing.expand(C_shape),
+        nothing.expand(shapes["B"]).t(),
+        nothing.expand(shapes["C"]),
         adapter.labels,
         adapter.ranks,
         adapter.active,
@@ -666,18 +671,8 @@ def _check_may_return(config: BudgetConfig, adapters: Mapping[str, Adapter]) -> 
             )
 
 
-def _identity(adapter: Adapter) -> dict[str, Any]:
-    """Return what tells the subspaces of one model from those of another of the same shape."""
-    basis = fingerprint(adapter.A.detach().flatten(0, 1))
-    return {"labels": adapter.labels.clone(), "basis": [basis.norm, *basis.projections]}
-
-
-def _same_subspaces(layer: Any, adapter: Adapter) -> bool:
-    own = fingerprint(adapter.A.detach().flatten(0, 1))
-    norm, *projections = layer["basis"]
-    other = Fingerprint(own.shape, float(norm), tuple(map(float, projections)))
-    labels = torch.equal(layer["labels"].cpu(), adapter.labels.cpu())
-    return labels and own.difference(other) <= FINGERPRINT_TOLERANCE
+def _identity(adapter: Adapter) -> list[float]:
+    return list(identity(adapter.A.float().numpy(force=True), adapter.labels.numpy(force=True)))
 
 
 def _check_layer_state(path: str, layer: Any, adapter: Adapter) -> None:
@@ -685,7 +680,7 @@ def _check_layer_state(path: str, layer: Any, adapter: Adapter) -> None:
         active, owned = layer["active"], layer["owned"]
         after = (torch.ones_like(active) if owned is None else owned).to(adapter.active.device)
         now = torch.ones_like(adapter.active) if adapter.owned is None else adapter.owned
-        fits = active.shape == adapter.active.shape and _same_subspaces(layer, adapter)
+        fits = active.shape == adapter.active.shape and same_subspaces(layer["identity"], _identity(adapter))
         if (
             fits
             and adapter.folded is not None

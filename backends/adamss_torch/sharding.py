@@ -315,12 +315,12 @@ class ProcessDivision(Division):
         weights: Mapping[str, BaseWeight],
         compute: Callable[[str, BaseWeight], Factors],
         *,
-        settings: str,
+        settings: Callable[[], str],
     ) -> dict[str, Factors]:
         """Return the factors of each layer, the same on all processes and to the bit those of a single one."""
         if self._group is None:
             return {path: compute(path, _whole(base)) for path, base in weights.items()}
-        outlines, values = zip(*self._said(_plan(weights, settings, self._group)), strict=True)
+        outlines, values = zip(*self._said(_plan(weights, settings(), self._group)), strict=True)
         if len({*outlines}) == len({*values}) == 1 and values[0] is not None:
             return self._together(weights, compute)
         layers = self._apart(weights, compute)

@@ -921,6 +921,11 @@ def test_synchronise_and_allocation_refuse():
         adamss_jax.synchronise(attached("stack"), loop.optimizer)
     with pytest.raises(StateError, match="another model, or attached otherwise"):
         adamss_jax.synchronise(attached("nnx", subspaces=3), loop.optimizer)
+    same_shapes = attached("nnx", segmentation="random", seed=1)
+    with pytest.raises(StateError, match=r"another model: .* has other subspaces there"):
+        adamss_jax.synchronise(same_shapes, loop.optimizer)
+    with pytest.raises(StateError, match=r"another model: .* has other subspaces there"):
+        adamss_jax.compact(same_shapes, loop.optimizer)
     with pytest.raises(StateError, match="synchronise: the model has no adapters"):
         adamss_jax.synchronise(NnxNet(), loop.optimizer)
     with pytest.raises(adamss.errors.ArrayTypeError, match="tracer"):

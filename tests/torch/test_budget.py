@@ -368,7 +368,7 @@ def test_half_precision_factors(factor_dtype):
         assert state["B"]["sensitivity"].dtype == torch.float32
 
 
-def test_an_allocation_does_not_compile_anew_and_compact_does_once():
+def test_an_allocation_does_not_compile_anew_compact_and_consolidate_do_once():
     counts = []
 
     def counting(graph, inputs):
@@ -392,6 +392,10 @@ def test_an_allocation_does_not_compile_anew_and_compact_does_once():
         for x in batches(3, torch.float32):
             step(compiled, optimizer, x)
         assert len(counts) == 2
+        adamss.consolidate(compiled)
+        for x in batches(3, torch.float32):
+            step(compiled, optimizer, x)
+        assert len(counts) == 3
     torch.compiler.reset()
 
 
@@ -573,6 +577,22 @@ def test_compacted_and_consolidated_train_merge_detach_load(tmp_path):
     assert torch.allclose(adamss.merge(copy.deepcopy(model))(x), y, atol=1e-5)
     adamss.detach(model)
     assert torch.equal(model(x), expected)
+
+
+def test_a_merge_that_fails_leaves_a_consolidated_model_as_it_was():
+    model = build()
+    optimizer = OPTIMISERS["adamw"](trainable(model))
+    with controlled(model, optimizer, BudgetConfig(target=3, end_step=4)):
+        for x in batches(5):
+            step(model, optimizer, x)
+    adamss.consolidate(model)
+    model[0][0].adamss.C.data.fill_(float("inf"))
+    weights = [layer.weight.clone() for layer in model.modules() if isinstance(layer, nn.Linear)]
+    with pytest.raises(errors.ArrayValueError, match=r"0\.0"):
+        adamss.merge(model)
+    for layer, weight in zip((m for m in model.modules() if isinstance(m, nn.Linear)), weights, strict=True):
+        assert torch.equal(layer.weight, weight)
+    assert model[0][0].adamss.folded is not None
 
 
 def test_compact_is_refused_with_revive_and_for_a_state_that_cannot_be_cut():
