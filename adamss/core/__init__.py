@@ -10,6 +10,7 @@ The order of use is that of the modules: `decompose` -> `segment` -> `initial_fa
 
 from adamss.core.bound import generalisation_bound, spectral_norms
 from adamss.core.budget import Schedule, allocate, allocates_at, budget_at
+from adamss.core.cost import SCHEDULES, UpdateCost, cheapest_schedule, update_cost
 from adamss.core.counting import (
     count_factors,
     count_full,
@@ -63,6 +64,7 @@ __all__ = [
     "BASES",
     "INITIAL_B",
     "METHODS",
+    "SCHEDULES",
     "BudgetPlan",
     "BudgetState",
     "Decomposition",
@@ -73,12 +75,14 @@ __all__ = [
     "Reduction",
     "Restriction",
     "Schedule",
+    "UpdateCost",
     "advance_budget",
     "allocate",
     "allocates_at",
     "basis_ranks",
     "block_diagonality",
     "budget_at",
+    "cheapest_schedule",
     "check_factors",
     "contract",
     "count_factors",
@@ -111,5 +115,6 @@ __all__ = [
     "subspace_costs",
     "subspace_energy",
     "trained_elements",
+    "update_cost",
     "update_importance",
 ]

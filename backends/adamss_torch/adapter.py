@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adamss.core import Factors, contract, expand, restrict
 from adamss_torch.compaction import resize
-from adamss_torch.functional import Constants, Layout, make_layout, update
+from adamss_torch.functional import Constants, Layout, Plan, make_layout, update
 
 __all__ = ["BUFFERS", "CHILD", "Adapter"]
 
@@ -26,6 +28,7 @@ DERIVED = (
     "rows",
     "groups",
     "slots",
+    "mask",
     "columns",
     "owners_B",
     "owners_C",
@@ -71,6 +74,8 @@ class Adapter(nn.Module):
         How often a state was loaded into it.
     enabled
         Whether the hook adds the update.
+    schedule
+        In which order its products are taken, one of `adamss.core.SCHEDULES`; None for the one that costs less.
     merged
         Whether the weights of the layer hold the whole update already.
     base
@@ -88,6 +93,7 @@ class Adapter(nn.Module):
     rows: Tensor
     groups: Tensor
     slots: Tensor
+    mask: Tensor | None
     columns: Tensor | None
     owners_B: Tensor
     owners_C: Tensor
@@ -100,6 +106,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.d = d
         self.enabled = True
+        self.schedule: str | None = None
         self.merged = False
         self.revive = False
         self.loads = 0
@@ -114,20 +121,33 @@ class Adapter(nn.Module):
             self.register_buffer(name, None, persistent=False)
         self._derive()
 
-    def forward(self, base: Tensor, x: Tensor) -> Tensor:
-        """Return the output of the layer: the frozen product `base` (..., n) and the update of x (..., d)."""
-        # FSDP2's mixed precision hands them out in half precision; their product is to be rounded once, as a whole.
-        B, C = self.B.to(self.A.dtype), self.C.to(self.A.dtype)
-        B = B if self.used_B is None else B.index_select(0, self.used_B)
-        C = C if self.used_C is None else C.index_select(1, self.used_C)
-        if self.more_M is None or self.more_E is None:
-            constants = None
-            if B.shape[0] == 0:
+    def forward(
+        self, base: Tensor, x: Tensor, *, weight: Tensor | None = None, overwrite: bool = False
+    ) -> Tensor:
+        """Return the output of the layer: the frozen product `base` (..., n) and the update of x (..., d).
+
+        `weight` and `overwrite` are as for `adamss_torch.functional.update`.
+        """
+        # Buffers and Parameters are looked up once each: `Module.__getattr__` takes as long as a small product.
+        buffers, parameters = self._buffers, self._parameters
+        A: Tensor = buffers["A"]  # type: ignore[assignment]
+        B: Tensor = parameters["B"]  # type: ignore[assignment]
+        C: Tensor = parameters["C"]  # type: ignore[assignment]
+        if B.dtype != A.dtype:
+            # FSDP2's mixed precision hands them out in half precision; their product is to be rounded once, whole.
+            B, C = B.to(A.dtype), C.to(A.dtype)
+        constants = None
+        if self.altered:
+            B = B if self.used_B is None else B.index_select(0, self.used_B)
+            C = C if self.used_C is None else C.index_select(1, self.used_C)
+            if self.more_M is not None and self.more_E is not None:
+                constants = Constants(self.more_M, self.more_E)
+            elif B.shape[0] == 0:
                 return base
-        else:
-            constants = Constants(self.more_M, self.more_E)
-        layout = Layout(self.rows, self.groups, self.slots, self.columns)
-        return update(base, x, self.A, B, C, None if self.revive else self.active, layout, constants)
+        layout = Layout(*(buffers[name] for name in Layout._fields))  # type: ignore[arg-type]
+        active = None if self.revive else buffers["active"]
+        plan = Plan(A, active, layout, constants, self.schedule, weight, overwrite)
+        return update(base, x, B, C, plan)
 
     def hook(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -135,7 +155,10 @@ class Adapter(nn.Module):
         """Forward hook of the layer."""
         if self.merged or not self.enabled:
             return None
-        result: Tensor = self(output, args[0] if args else kwargs["input"])
+        x = args[0] if args else kwargs["input"]
+        overwrite = _is_ours_alone(layer, output)
+        weight = layer.weight if overwrite and _is_linear_alone(layer, x, output) else None
+        result: Tensor = self(output, x, weight=weight, overwrite=overwrite)
         return result
 
     def factors(self) -> Factors:
@@ -182,15 +205,16 @@ class Adapter(nn.Module):
     def _derive(self) -> None:
         """Set the derived buffers from the labels, the ranks, and where the subspaces lie."""
         r, q = self.C.shape[0], int(self.ranks.sum())
-        layout = make_layout(self.labels, self.ranks, r, q)
+        layout = make_layout(self.labels, self.ranks, r, q, dtype=self.C.dtype)
         groups, labels = layout.groups, self.labels.to(torch.int64)
         self.used_B = self.used_C = self.more_M = self.more_E = None
         owned = torch.ones_like(self.active) if self.owned is None else self.owned
         summed = torch.ones_like(self.active) if self.folded is None else ~self.folded
-        if self.owned is None and self.folded is None:
+        self.altered = self.owned is not None or self.folded is not None
+        if not self.altered:
             self.owners_B, self.owners_C = groups, labels
         else:
-            layout = make_layout(self.labels, self.ranks, r, q, owned & summed)
+            layout = make_layout(self.labels, self.ranks, r, q, owned & summed, dtype=self.C.dtype)
             self.owners_B, self.owners_C = groups[owned[groups]], labels[owned[labels]]
             if bool((owned & ~summed).any()):
                 self.used_B = summed[self.owners_B].nonzero()[:, 0]
@@ -198,9 +222,9 @@ class Adapter(nn.Module):
             if bool((~owned & summed).any()):
                 part = restrict(self.factors(), ~owned & summed)
                 E = expand(part.factors)
-                self.more_M = contract(part.factors).t().contiguous()
-                self.more_E = E.new_zeros(E.shape[0], labels.numel()).index_copy(1, part.columns, E)
-        self.rows, self.groups, self.slots, self.columns = layout
+                E = E.new_zeros(E.shape[0], labels.numel()).index_copy(1, part.columns, E)
+                self.more_M, self.more_E = contract(part.factors).t().contiguous(), E
+        self.rows, self.groups, self.slots, self.mask, self.columns = layout
 
     def places(self, name: str) -> tuple[Tensor, torch.Size]:
         """Return where in the whole B (q, P), or C (r, n), each entry of the Parameter stands, and that shape."""
@@ -216,7 +240,7 @@ class Adapter(nn.Module):
 
     def _places(self, subspaces: Tensor) -> tuple[Tensor, Tensor]:
         """Return which rows of the whole B, and which columns of the whole C, belong to some subspaces; indices."""
-        groups = make_layout(self.labels, self.ranks, 1, int(self.ranks.sum())).groups
+        groups = make_layout(self.labels, self.ranks, 1, int(self.ranks.sum()), dtype=self.C.dtype).groups
         return subspaces[groups].nonzero()[:, 0], subspaces[self.labels.to(torch.int64)].nonzero()[:, 0]
 
     # ---- the layer ------------------------------------------------------------------------------------
@@ -251,3 +275,33 @@ def _put_together(parts: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor], a
     """Return two parts in one tensor, each entry at its place."""
     order = torch.cat(places).argsort()
     return torch.cat(parts, dim=axis).index_select(axis, order)
+
+
+def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
+    """Whether nobody but our hook has seen the output of the layer, so that it may be written over.
+
+    A forward of the user's own may keep what it returns, an earlier hook may, and so may a dispatch mode: that of
+    selective activation checkpointing hands it out once more. A compiler sees to it itself.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(layer).forward is nn.Linear.forward
+        and "forward" not in layer.__dict__
+        and len(layer._forward_hooks) == 1
+        and not _global_forward_hooks
+        and type(output) is Tensor
+        and output.is_contiguous()
+        and not is_in_torch_dispatch_mode()
+    )
+
+
+def _is_linear_alone(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Whether the gradient of x through the layer is ``dy weight`` and no other is wanted."""
+    weight, bias = layer.weight, layer.bias
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and not weight.requires_grad
+        and not (bias is not None and bias.requires_grad)
+        and x.dtype == weight.dtype == output.dtype
+        and type(x) in (Tensor, nn.Parameter)
+    )

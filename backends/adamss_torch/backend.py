@@ -21,7 +21,7 @@ from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.adapter import BUFFERS, CHILD, Adapter
-from adamss_torch.functional import make_layout, update
+from adamss_torch.functional import Plan, make_layout, update
 from adamss_torch.sharding import copy_into, is_sharded, local, rebuilt
 
 __all__ = ["TorchBackend", "adapters_of"]
@@ -69,8 +69,9 @@ class TorchBackend(Backend):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
         base = F.linear(x, weight.t(), bias)
-        layout = make_layout(factors.labels, factors.ranks, factors.C.shape[0], factors.B.shape[1])
-        return update(base, x, factors.A, factors.B.t(), factors.C, factors.active, layout)
+        A, B, C, labels, ranks, active = factors
+        layout = make_layout(labels, ranks, C.shape[0], B.shape[1], dtype=C.dtype)
+        return update(base, x, B.t(), C, Plan(A, active, layout))
 
     def to_stored(self, array: Tensor) -> StoredTensor:
         flat = array.detach().cpu().contiguous().view(-1)

@@ -3,10 +3,16 @@
 Operands are kept in the orientation in which all three of forward, input gradient and factor gradients
 read them along contiguous rows: ``B: (q, P)``, ``M: (q, d)``, ``E: (q, n)``; each is the transpose of its namesake
 in `adamss.core.factors`, but for E, which is the same.
+
+M is kept times a power of two (`adamss.core.factors.HEADROOM`) and E over it, which every product of the two
+cancels. E, and M for many tokens, get rows of zeros up to a multiple of 16: products of an odd width take up to
+twice as long.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from adamss.core import cheapest_schedule
 from adamss.core.factors import HEADROOM
 
-__all__ = ["Constants", "Layout", "make_layout", "update"]
+__all__ = ["Constants", "Layout", "Plan", "make_layout", "update"]
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
+NO_CONTEXT = nullcontext()
+MULTIPLE = 16
+MANY = 512
+"""Tokens from which a product pays for padding M first."""
+
+BALANCE = {"cpu": (12.0, 12.0)}
+ACCELERATOR_BALANCE = (32.0, 200.0)
+"""Multiply-adds in the time of moving one number, in float32 and wider, and in half precision: for the CPU measured,
+for others of the order that the data sheets of current GPUs give."""
 
 
 class Layout(NamedTuple):
@@ -32,6 +48,9 @@ class Layout(NamedTuple):
         (q',) int64: subspace of each row of M.
     slots
         (q',) int64: place ``k * r + i`` of each row of M among K padded groups of r.
+    mask
+        (q'', n) with the padding of E: the inverse of the headroom where E has an entry, and zero. None for r > 1,
+        where E is not C times something.
     columns
         (n',) int64: column of W for each of C; None for all n of them in their order.
     """
@@ -39,6 +58,7 @@ class Layout(NamedTuple):
     rows: Tensor
     groups: Tensor
     slots: Tensor
+    mask: Tensor | None
     columns: Tensor | None = None
 
 
@@ -57,10 +77,50 @@ class Constants(NamedTuple):
     E: Tensor
 
 
-def make_layout(labels: Tensor, ranks: Tensor, r: int, q: int, chosen: Tensor | None = None) -> Layout:
+class Plan(NamedTuple):
+    """All of an update that is not trained.
+
+    Attributes
+    ----------
+    A
+        Frozen basis, (G, d, P), or (G, d + 1, P) where the bias is adapted too.
+    active
+        (K,) booleans; the gradients of the other subspaces are zero. None for the gradients of all.
+    layout
+        Of B and C.
+    constants
+        More rows of M and E, which have no gradient; None for none.
+    schedule
+        One of `adamss.core.SCHEDULES`; None for the one that costs less.
+    weight
+        (n, d), frozen, if the base product is ``x weight^T`` and a frozen bias: the gradient of x is then that of
+        the whole layer, in one sum, and the base product has none.
+    overwrite
+        Whether the result may be written into the base product, which nobody else has seen.
+    """
+
+    A: Tensor
+    active: Tensor | None
+    layout: Layout
+    constants: Constants | None = None
+    schedule: str | None = None
+    weight: Tensor | None = None
+    overwrite: bool = False
+
+
+def make_layout(
+    labels: Tensor,
+    ranks: Tensor,
+    r: int,
+    q: int,
+    chosen: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+) -> Layout:
     """Return the layout of C: (r, n) and of q rows of M for these labels (n,) and ranks (K,) of sum q.
 
-    With `chosen`, (K,) booleans, that of the columns of C and rows of M that belong to these subspaces.
+    With `chosen`, (K,) booleans, that of the columns of C and rows of M that belong to these subspaces; `dtype` is
+    that of C.
     """
     labels, ranks = labels.to(torch.int64), ranks.to(torch.int64)
     ends = ranks.cumsum(0)
@@ -72,23 +132,30 @@ def make_layout(labels: Tensor, ranks: Tensor, r: int, q: int, chosen: Tensor | 
     groups = torch.searchsorted(ends, directions, right=True)
     slots = groups * r + directions - starts[groups]
     if chosen is None:
-        return Layout(rows, groups, slots)
+        return Layout(rows, groups, slots, _mask(rows, q, dtype))
     kept, columns = chosen[groups].nonzero()[:, 0], chosen[labels].nonzero()[:, 0]
     renumbered = directions.new_full((q + 1,), kept.numel())
     renumbered[kept] = torch.arange(kept.numel(), device=labels.device)
-    return Layout(renumbered[rows[:, columns]], groups[kept], slots[kept], columns)
+    # A column of no chosen subspace stands nowhere in E, as padding does.
+    rows = renumbered[rows]
+    mask = _mask(rows, kept.numel(), dtype)
+    return Layout(rows[:, columns], groups[kept], slots[kept], mask, columns)
 
 
-def update(
-    base: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    active: Tensor | None,
-    layout: Layout,
-    constants: Constants | None = None,
-) -> Tensor:
+def _mask(rows: Tensor, q: int, dtype: torch.dtype) -> Tensor | None:
+    """Return what C is times in E, if that has one entry in a column at most."""
+    if rows.shape[0] > 1:
+        return None
+    numbers = torch.arange(_height(q, 1), device=rows.device)[:, None]
+    return ((numbers == rows) & (rows < q)).to(dtype) * (1 / HEADROOM)
+
+
+def _height(q: int, r: int) -> int:
+    """Return how many rows E has: q, one for the padding of C where there may be some, and more padding."""
+    return -(-(q + (r > 1)) // MULTIPLE) * MULTIPLE if q else 0
+
+
+def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
     """Return ``base + (x M^T) E`` in the dtype of `base`.
 
     The base product is an input, not redone: with C = 0 the result equals it to the bit.
@@ -99,148 +166,230 @@ def update(
         Output of the frozen layer, (..., n).
     x
         Its input, (..., d).
-    A
-        Frozen basis, (G, d, P), or (G, d + 1, P) where the bias is adapted too.
     B
         Trained, (q', P).
     C
         Trained, (r, n').
-    active
-        (K,) booleans; the gradients of the other subspaces are zero. None for the gradients of all.
-    layout
-        Of B and C.
-    constants
-        More rows of M and E, which have no gradient; None for none.
+    plan
+        The rest.
 
     Returns
     -------
     Tensor
         (..., n), differentiable once in base, x, B and C.
     """
-    more_M, more_E = (None, None) if constants is None else constants
-    result: Tensor = _Update.apply(base, x, A, B, C, active, *layout, more_M, more_E)  # type: ignore[no-untyped-call]
-    return result
+    if plan.A.shape[0] > 1 or plan.constants is not None or B.shape[0] == 0:
+        plan = plan._replace(schedule="contract")
+    elif plan.schedule is None:
+        plan = plan._replace(schedule=_cheapest(base, x, plan.A, B, C))
+    if plan.weight is not None:
+        base = base.detach()
+    if torch.is_grad_enabled():
+        result: Tensor = _Update.apply(base, x, B, C, plan)  # type: ignore[no-untyped-call]
+        return result
+    return _forward(base, x, B, C, plan)[0]
+
+
+def _cheapest(base: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str:
+    d = x.shape[-1]
+    training = torch.is_grad_enabled() and (B.requires_grad or C.requires_grad)
+    wide, half = BALANCE.get(base.device.type, ACCELERATOR_BALANCE)
+    balance = half if base.element_size() < 4 else wide
+    find = cheapest_of_shapes.__wrapped__ if torch.compiler.is_compiling() else cheapest_of_shapes
+    return find(x.numel() // max(d, 1), d, base.shape[-1], A.shape[-1], B.shape[0], training, balance)
+
+
+@lru_cache(maxsize=4096)
+def cheapest_of_shapes(
+    tokens: int, d: int, n: int, rank: int, directions: int, training: bool, balance: float
+) -> str:
+    """Return `cheapest_schedule` of these shapes, which a training asks for again and again."""
+    return cheapest_schedule(
+        tokens=tokens, d=d, n=n, rank=rank, directions=directions, training=training, balance=balance
+    )
+
+
+class _Products(NamedTuple):
+    """What the forward computes of use to the backward."""
+
+    inputs: Tensor
+    z: Tensor
+    M: Tensor | None
+    E: Tensor
+
+
+def _forward(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> tuple[Tensor, _Products]:
+    A, n, dtype = plan.A, base.shape[-1], base.dtype
+    # In float16 there is no headroom, for want of exponents.
+    headroom = 1.0 if dtype == torch.float16 else HEADROOM
+    M = None
+    # Autocast would round A B to half precision; it is to be rounded once, as M.
+    with _without_autocast(base):
+        inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
+        E = _expand(C, plan.layout, B.shape[0], n)
+        if plan.schedule == "project":
+            inputs = _with_bias(inputs, _in(_times(A[0], headroom), dtype).t())
+            z = F.linear(inputs, _in(B, dtype))
+        else:
+            M = _directions(A, B, plan.layout.slots, C.shape[0], headroom)
+            if plan.constants is None:
+                missing = E.shape[0] - M.shape[0]
+                if missing and inputs.shape[0] >= MANY:
+                    M = torch.cat([M, M.new_zeros(missing, M.shape[1])])
+            else:
+                E = E[: B.shape[0]]
+                M = torch.cat([M, _times(plan.constants.M, headroom)])
+                E = torch.cat([E, _times(plan.constants.E, 1 / HEADROOM)])
+            M = _in(M, dtype)
+            z = _with_bias(inputs, M)
+        if dtype == torch.float16:
+            # Infinity times C = 0 would be NaN.
+            z = z.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+            E = E * HEADROOM
+        E = _in(E, dtype)
+        rows = E if E.shape[0] == z.shape[1] else E[: z.shape[1]]
+        if plan.overwrite:
+            base.view(-1, n).addmm_(z, rows)
+            return base, _Products(inputs, z, M, E)
+        y = torch.addmm(base.reshape(-1, n), z, rows)
+        # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
+        return torch.ops.aten._unsafe_view(y, base.shape), _Products(inputs, z, M, E)
 
 
 class _Update(torch.autograd.Function):
     """``y = base + z E``, ``z = x M^T``; by hand ``dz = dy E^T``, ``dx = dz M``, ``dM = dz^T x``, ``dE = z^T dy``.
 
-    Kept for the backward are x and the columns of z of trained rows of M; neither where there are none.
+    Kept for the backward are x and the columns of z of trained rows of M; neither where there are none. The schedule
+    ``"project"`` keeps ``x A`` for x.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        base: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        active: Tensor | None,
-        rows: Tensor,
-        groups: Tensor,
-        slots: Tensor,
-        columns: Tensor | None,
-        more_M: Tensor | None,
-        more_E: Tensor | None,
-    ) -> Tensor:
-        d, n, q = x.shape[-1], base.shape[-1], B.shape[0]
-        _, _, _, B_wanted, C_wanted, *_ = ctx.needs_input_grad
-        # Autocast would round A B to half precision; it is to be rounded once, as M.
-        with torch.autocast(base.device.type, enabled=False):
-            directions = _directions(A, B, slots, C.shape[0])
-            E = _expand(C, rows, q, columns, n)
-            if more_M is not None and more_E is not None:
-                directions, E = torch.cat([directions, more_M]), torch.cat([E, more_E])
-            directions, E = directions.to(base.dtype), E.to(base.dtype)
-            M = directions[:, :d]
-            x2 = x.reshape(-1, d).to(base.dtype)
-            scale = 1.0 if x2.dtype == torch.float16 else HEADROOM
-            scaled = directions if scale == 1.0 else directions * scale
-            z = F.linear(x2, scaled[:, :d])
-            if directions.shape[1] > d:
-                z = z + scaled[:, d]
-            if z.dtype == torch.float16:
-                # For want of exponents there is no headroom here, and infinity times C = 0 would be NaN.
-                z = z.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-            # Not by `alpha`, with which some libraries multiply z.
-            y = torch.addmm(base.reshape(-1, n), z, E if scale == 1.0 else E * (1 / scale))
-        trained_z = z if more_M is None else z[:, :q].clone()
-        kept = (x2 if B_wanted and q else None, trained_z if C_wanted and q else None)
-        ctx.save_for_backward(*kept, M, E, A, active, rows, groups, slots, columns)
-        ctx.dtypes = x.dtype, B.dtype, C.dtype
-        ctx.shape, ctx.scale = x.shape, scale
-        ctx.q, ctx.rank, ctx.width = q, C.shape[0], directions.shape[1]
-        # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
-        result: Tensor = torch.ops.aten._unsafe_view(y, base.shape)
-        return result
+    def forward(ctx: Any, base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
+        y, (inputs, z, M, E) = _forward(base, x, B, C, plan)
+        _, x_wanted, B_wanted, C_wanted, _ = ctx.needs_input_grad
+        q = B.shape[0]
+        trained_z = z if z.shape[1] == q else z[:, :q].contiguous()
+        ctx.save_for_backward(
+            inputs if B_wanted and q else None,
+            trained_z if C_wanted and q else None,
+            M if x_wanted else None,
+            E if x_wanted or B_wanted else None,
+            B if x_wanted and M is None else None,
+            plan.weight if x_wanted else None,
+        )
+        # Not trained, and never changed in place: no need of what `save_for_backward` watches over.
+        ctx.plan = plan._replace(weight=None, constants=None)
+        ctx.x_shape, ctx.B_shape, ctx.r = x.shape, B.shape, C.shape[0]
+        ctx.x_dtype, ctx.B_dtype, ctx.C_dtype = x.dtype, B.dtype, C.dtype
+        ctx.whole = plan.weight is not None
+        if plan.overwrite:
+            ctx.mark_dirty(base)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x2, z, M, E, A, active, rows, groups, slots, columns = ctx.saved_tensors
-        _, x_wanted, _, B_wanted, C_wanted, *_ = ctx.needs_input_grad
-        x_dtype, B_dtype, C_dtype = ctx.dtypes
-        q, r = ctx.q, ctx.rank
-        dx = dB = dC = None
+        inputs, z, M, E, B, weight = ctx.saved_tensors
+        _, x_wanted, B_wanted, C_wanted, _ = ctx.needs_input_grad
+        A, active, layout = ctx.plan.A, ctx.plan.active, ctx.plan.layout
+        (q, _), r, d = ctx.B_shape, ctx.r, ctx.x_shape[-1]
+        projected = ctx.plan.schedule == "project"
+        headroom = 1.0 if dy.dtype == torch.float16 else HEADROOM
+        dx = dB = dC = frozen = None
         dy2 = dy.reshape(-1, dy.shape[-1])
-        with torch.autocast(dy.device.type, enabled=False):
-            if x_wanted:
+        with _without_autocast(dy):
+            if active is not None and q and (B_wanted or C_wanted):
+                frozen = active.logical_not()
+                # With one row for each subspace, the rows are in the order of these.
+                frozen = (frozen if q == frozen.shape[0] and r == 1 else frozen[layout.groups])[:, None]
+            if x_wanted or (B_wanted and q):
                 dz = F.linear(dy2, E)
-                dx = (dz @ M).to(x_dtype).view(ctx.shape)
-            elif B_wanted:
-                dz = F.linear(dy2, E[:q])
+            if x_wanted:
+                if M is None:
+                    M = _in(_directions(A, B, layout.slots, r, headroom), dy2.dtype)
+                M = M if M.shape[1] == d else M[:, :d]
+                all_dz = dz if dz.shape[1] == M.shape[0] else dz[:, : M.shape[0]]
+                dx = all_dz @ M if weight is None else (dy2 @ weight).addmm_(all_dz, M)
+                dx = _in(dx, ctx.x_dtype).view(ctx.x_shape)
             if B_wanted and q:
-                trained = dz[:, :q]
-                dM = trained.t() @ x2
-                if ctx.width > M.shape[1]:
-                    dM = torch.cat([dM, trained.sum(0)[:, None]], dim=1)
-                dB = _directions_vjp(dM.to(B_dtype), A, slots, r)
-                if active is not None:
-                    dB = torch.where(active[groups][:, None], dB, 0)
+                dz = dz if dz.shape[1] == q else dz[:, :q]
+                dB = dz.t() @ inputs
+                if frozen is not None:
+                    dB.masked_fill_(frozen, 0.0)
+                if not projected:
+                    if A.shape[1] > d:
+                        sums = dz.sum(0)[:, None]
+                        dB = torch.cat(
+                            [dB, sums if frozen is None else sums.masked_fill_(frozen, 0.0)], dim=1
+                        )
+                    dB = _directions_vjp(_in(dB, ctx.B_dtype), A, layout.slots, r, headroom)
+                dB = _in(dB, ctx.B_dtype)
             elif B_wanted:
-                dB = A.new_zeros(0, A.shape[2], dtype=B_dtype)
+                dB = dy2.new_zeros(ctx.B_shape, dtype=ctx.B_dtype)
             if C_wanted and q:
-                # z was kept with its headroom.
-                dE = (z.t() @ dy2).to(C_dtype)
-                dC = _expand_vjp(dE, rows, columns) * (1 / ctx.scale)
-                if active is not None:
-                    # A row of padding belongs to no subspace: its gradient is zero already.
-                    dC = torch.where(_column_is_active(active, groups, rows), dC, 0)
+                dE = _product(z.t(), dy2, 1 / headroom)
+                if frozen is not None:
+                    dE.masked_fill_(frozen, 0.0)
+                dC = _expand_vjp(_in(dE, ctx.C_dtype), layout)
             elif C_wanted:
-                dC = dy2.new_zeros(r, 0, dtype=C_dtype)
-        return dy, dx, None, dB, dC, *[None] * 7
+                dC = dy2.new_zeros(r, 0, dtype=ctx.C_dtype)
+        return (None if ctx.whole else dy), dx, dB, dC, None
 
 
-def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int) -> Tensor:
-    """``M = B A^T``, (q, d), each row with the basis of its own subspace."""
+def _without_autocast(array: Tensor) -> AbstractContextManager[object]:
+    kind = array.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NO_CONTEXT
+
+
+def _in(array: Tensor, dtype: torch.dtype) -> Tensor:
+    return array if array.dtype == dtype else array.to(dtype)
+
+
+def _times(array: Tensor, factor: float) -> Tensor:
+    return array if factor == 1.0 else array * factor
+
+
+def _with_bias(x: Tensor, rows: Tensor) -> Tensor:
+    """``x M^T``, the bias column of M added rather than a column of ones appended to x."""
+    d = x.shape[1]
+    return F.linear(x, rows) if rows.shape[1] == d else F.linear(x, rows[:, :d]) + rows[:, d]
+
+
+def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """``left right`` times a power of two, in one call."""
+    return (
+        left @ right if factor == 1.0 else torch.addmm(left.new_empty(1), left, right, beta=0, alpha=factor)
+    )
+
+
+def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int, factor: float) -> Tensor:
+    """``M = B A^T`` times a factor, (q, d), each row with the basis of its own subspace."""
     if A.shape[0] == 1:
-        return F.linear(B, A[0])
+        return _product(B, A[0].t(), factor)
     stacked = B.new_zeros(A.shape[0] * r, B.shape[1]).index_copy(0, slots, B).view(A.shape[0], r, -1)
-    return torch.bmm(stacked, A.transpose(1, 2)).flatten(0, 1).index_select(0, slots)
+    return torch.bmm(stacked, A.transpose(1, 2)).flatten(0, 1).index_select(0, slots) * factor
 
 
-def _directions_vjp(dM: Tensor, A: Tensor, slots: Tensor, r: int) -> Tensor:
-    """``dB = dM A``, (q, P)."""
-    A = A.to(dM.dtype)
+def _directions_vjp(dM: Tensor, A: Tensor, slots: Tensor, r: int, factor: float) -> Tensor:
+    """``dB = dM A`` times a factor, (q, P)."""
+    A = _in(A, dM.dtype)
     if A.shape[0] == 1:
-        return dM @ A[0]
+        return _product(dM, A[0], factor)
     stacked = dM.new_zeros(A.shape[0] * r, dM.shape[1]).index_copy(0, slots, dM).view(A.shape[0], r, -1)
-    return torch.bmm(stacked, A).flatten(0, 1).index_select(0, slots)
+    return torch.bmm(stacked, A).flatten(0, 1).index_select(0, slots) * factor
 
 
-def _expand(C: Tensor, rows: Tensor, q: int, columns: Tensor | None, n: int) -> Tensor:
-    """``E[rows[i, j], columns[j]] = C[i, j]``, (q, n); the padding of C goes to a row q that is cut off."""
-    E = C.new_zeros(q + 1, C.shape[1]).scatter(0, rows, C)[:q]
-    return E if columns is None else C.new_zeros(q, n).index_copy(1, columns, E)
+def _expand(C: Tensor, layout: Layout, q: int, n: int) -> Tensor:
+    """``E[rows[i, j], columns[j]] = C[i, j]``, (q'', n), over the headroom."""
+    rows, columns = layout.rows, layout.columns
+    if layout.mask is not None:
+        return (C if columns is None else C.new_zeros(1, n).index_copy(1, columns, C)) * layout.mask
+    # The padding of C is zero, and goes to row q, which is padding too.
+    E = C.new_zeros(_height(q, C.shape[0]), C.shape[1]).scatter(0, rows, C * (1 / HEADROOM))
+    return E if columns is None else C.new_zeros(E.shape[0], n).index_copy(1, columns, E)
 
 
-def _expand_vjp(dE: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
-    if columns is not None:
-        dE = dE.index_select(1, columns)
-    return F.pad(dE, (0, 0, 0, 1)).gather(0, rows)
-
-
-def _column_is_active(active: Tensor, groups: Tensor, rows: Tensor) -> Tensor:
-    """(r, n') booleans: whether the subspace in whose row ``C[i, j]`` stands is trained."""
-    return F.pad(active[groups], (0, 1))[rows]
+def _expand_vjp(dE: Tensor, layout: Layout) -> Tensor:
+    if layout.columns is not None:
+        dE = dE.index_select(1, layout.columns)
+    return (dE if layout.rows.shape[0] == 1 else F.pad(dE, (0, 0, 0, 1))).gather(0, layout.rows)
