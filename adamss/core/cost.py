@@ -15,6 +15,21 @@ BALANCE = 12.0
 """Multiply-adds that take the time of moving one number: measured on a CPU whose cache holds the activations."""
 
 
+def check_schedule(schedule: str | None) -> None:
+    """Raise unless a setting is one of `SCHEDULES`, or None for the one that costs less.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else.
+    """
+    if schedule is not None and schedule not in SCHEDULES:
+        raise ConfigError(
+            f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, found {schedule!r}; choose one, or None "
+            "for the one that costs less"
+        )
+
+
 class UpdateCost(NamedTuple):
     """Cost of the update of one layer.
 
@@ -78,10 +93,7 @@ def update_cost(
     >>> update_cost("project", tokens=2048, d=768, n=768, rank=100, directions=10).kept == 2048 * (100 + 10)
     True
     """
-    if schedule not in SCHEDULES:
-        raise ConfigError(
-            f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, found {schedule!r}; choose one"
-        )
+    check_schedule(schedule)
     N, R, q = tokens, rank, directions
     contraction, contraction_moves = d * R * q, d * R + R * q + d * q
     if schedule == "contract":

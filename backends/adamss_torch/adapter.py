@@ -122,11 +122,17 @@ class Adapter(nn.Module):
         self._derive()
 
     def forward(
-        self, base: Tensor, x: Tensor, *, weight: Tensor | None = None, overwrite: bool = False
+        self,
+        base: Tensor,
+        x: Tensor,
+        *,
+        weight: Tensor | None = None,
+        overwrite: bool = False,
+        input_kept: bool = False,
     ) -> Tensor:
         """Return the output of the layer: the frozen product `base` (..., n) and the update of x (..., d).
 
-        `weight` and `overwrite` are as for `adamss_torch.functional.update`.
+        The other arguments are as for `adamss_torch.functional.Plan`.
         """
         # Buffers and Parameters are looked up once each: `Module.__getattr__` takes as long as a small product.
         buffers, parameters = self._buffers, self._parameters
@@ -146,7 +152,7 @@ class Adapter(nn.Module):
                 return base
         layout = Layout(*(buffers[name] for name in Layout._fields))  # type: ignore[arg-type]
         active = None if self.revive else buffers["active"]
-        plan = Plan(A, active, layout, constants, self.schedule, weight, overwrite)
+        plan = Plan(A, active, layout, constants, self.schedule, weight, overwrite, input_kept)
         return update(base, x, B, C, plan)
 
     def hook(
@@ -157,8 +163,12 @@ class Adapter(nn.Module):
             return None
         x = args[0] if args else kwargs["input"]
         overwrite = _is_ours_alone(layer, output)
-        weight = layer.weight if overwrite and _is_linear_alone(layer, x, output) else None
-        result: Tensor = self(output, x, weight=weight, overwrite=overwrite)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        trained = weight.requires_grad
+        whole = overwrite and not trained and _is_linear_alone(layer, x, output)
+        result: Tensor = self(
+            output, x, weight=weight if whole else None, overwrite=overwrite, input_kept=trained
+        )
         return result
 
     def factors(self) -> Factors:
@@ -296,12 +306,11 @@ def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
 
 
 def _is_linear_alone(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
-    """Whether the gradient of x through the layer is ``dy weight`` and no other is wanted."""
+    """Whether the gradient of x through this layer of a frozen weight is ``dy weight``, and no other is wanted."""
     weight, bias = layer.weight, layer.bias
     return (
         type(weight) in (Tensor, nn.Parameter)
-        and not weight.requires_grad
-        and not (bias is not None and bias.requires_grad)
-        and x.dtype == weight.dtype == output.dtype
         and type(x) in (Tensor, nn.Parameter)
+        and not (isinstance(bias, Tensor) and bias.requires_grad)
+        and x.dtype == weight.dtype == output.dtype
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adamss.core import cheapest_schedule
+from adamss.core.cost import check_schedule
 from adamss.core.factors import HEADROOM
 
 __all__ = ["Constants", "Layout", "Plan", "make_layout", "update"]
@@ -97,6 +98,8 @@ class Plan(NamedTuple):
         the whole layer, in one sum, and the base product has none.
     overwrite
         Whether the result may be written into the base product, which nobody else has seen.
+    input_kept
+        Whether x is kept for the backward anyway, as by a layer whose own weight is trained.
     """
 
     A: Tensor
@@ -106,6 +109,7 @@ class Plan(NamedTuple):
     schedule: str | None = None
     weight: Tensor | None = None
     overwrite: bool = False
+    input_kept: bool = False
 
 
 def make_layout(
@@ -177,11 +181,17 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
     -------
     Tensor
         (..., n), differentiable once in base, x, B and C.
+
+    Raises
+    ------
+    ConfigError
+        If the schedule is unknown.
     """
+    check_schedule(plan.schedule)
     if plan.A.shape[0] > 1 or plan.constants is not None or B.shape[0] == 0:
         plan = plan._replace(schedule="contract")
     elif plan.schedule is None:
-        plan = plan._replace(schedule=_cheapest(base, x, plan.A, B, C))
+        plan = plan._replace(schedule=_cheapest(base, x, B, C, plan))
     if plan.weight is not None:
         base = base.detach()
     if torch.is_grad_enabled():
@@ -190,22 +200,30 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
     return _forward(base, x, B, C, plan)[0]
 
 
-def _cheapest(base: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str:
+def _cheapest(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> str:
     d = x.shape[-1]
     training = torch.is_grad_enabled() and (B.requires_grad or C.requires_grad)
     wide, half = BALANCE.get(base.device.type, ACCELERATOR_BALANCE)
     balance = half if base.element_size() < 4 else wide
-    find = cheapest_of_shapes.__wrapped__ if torch.compiler.is_compiling() else cheapest_of_shapes
-    return find(x.numel() // max(d, 1), d, base.shape[-1], A.shape[-1], B.shape[0], training, balance)
+    find = _cheapest_of.__wrapped__ if torch.compiler.is_compiling() else _cheapest_of
+    tokens = x.numel() // max(d, 1)
+    return find(tokens, d, base.shape[-1], plan.A.shape[-1], B.shape[0], training, plan.input_kept, balance)
 
 
 @lru_cache(maxsize=4096)
-def cheapest_of_shapes(
-    tokens: int, d: int, n: int, rank: int, directions: int, training: bool, balance: float
+def _cheapest_of(
+    tokens: int, d: int, n: int, rank: int, directions: int, training: bool, kept: bool, balance: float
 ) -> str:
-    """Return `cheapest_schedule` of these shapes, which a training asks for again and again."""
+    """Return `cheapest_schedule` of these shapes, of which a training has few."""
     return cheapest_schedule(
-        tokens=tokens, d=d, n=n, rank=rank, directions=directions, training=training, balance=balance
+        tokens=tokens,
+        d=d,
+        n=n,
+        rank=rank,
+        directions=directions,
+        training=training,
+        input_kept=kept,
+        balance=balance,
     )
 
 

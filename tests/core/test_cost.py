@@ -1,0 +1,87 @@
+"""The cost model of the update against products that are counted, and the choices that it makes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adamss.core import SCHEDULES, cheapest_schedule, update_cost
+from adamss.errors import ConfigError
+
+SHAPES = st.fixed_dictionaries(
+    {name: st.integers(1, 50) for name in ("tokens", "d", "n", "rank", "directions")}
+)
+
+
+def counted(schedule: str, *, tokens: int, d: int, n: int, rank: int, directions: int, training: bool) -> int:
+    """Return the multiply-adds of the products that the schedule's docstring names."""
+    total = 0
+
+    def product(rows: int, inner: int, columns: int) -> None:
+        nonlocal total
+        total += rows * inner * columns
+
+    if schedule == "contract":
+        product(d, rank, directions)  # M = A B
+        product(tokens, d, directions)  # z = x M
+    else:
+        product(tokens, d, rank)  # u = x A
+        product(tokens, rank, directions)  # z = u B
+    product(tokens, directions, n)  # y += z C
+    if training:
+        product(tokens, n, directions)  # dz = dy C^T
+        product(directions, tokens, n)  # dC = z^T dy
+        product(tokens, directions, d)  # dx = dz M^T
+        if schedule == "contract":
+            product(d, tokens, directions)  # dM = x^T dz
+            product(rank, d, directions)  # dB = A^T dM
+        else:
+            product(d, rank, directions)  # M = A B, for dx
+            product(rank, tokens, directions)  # dB = u^T dz
+    return total
+
+
+@given(SHAPES, st.sampled_from(SCHEDULES), st.booleans())
+def test_multiply_adds_are_those_of_the_products(shape, schedule, training):
+    cost = update_cost(schedule, training=training, **shape)
+    assert cost.multiply_adds == counted(schedule, training=training, **shape)
+    assert cost.moved >= shape["tokens"] * (shape["d"] + shape["n"])
+
+
+@given(SHAPES)
+def test_kept_is_x_and_z_or_u_and_z(shape):
+    N, d, R, q = (shape[name] for name in ("tokens", "d", "rank", "directions"))
+    assert update_cost("contract", **shape).kept == N * (d + q)
+    assert update_cost("contract", input_kept=True, **shape).kept == N * q
+    assert update_cost("project", **shape).kept == update_cost("project", input_kept=True, **shape).kept
+    assert update_cost("project", **shape).kept == N * (R + q)
+    assert all(update_cost(schedule, training=False, **shape).kept == 0 for schedule in SCHEDULES)
+
+
+@given(SHAPES, st.booleans(), st.booleans(), st.floats(1.0, 1000.0))
+def test_the_cheapest_costs_no_more_than_the_other(shape, training, input_kept, balance):
+    options = {"training": training, "input_kept": input_kept}
+
+    def time(schedule):
+        cost = update_cost(schedule, **shape, **options)
+        return cost.multiply_adds / balance + cost.moved + cost.kept
+
+    chosen = cheapest_schedule(balance=balance, **shape, **options)
+    assert time(chosen) == min(map(time, SCHEDULES))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_few_tokens_are_projected(tokens, training):
+    layer = {"d": 3072, "n": 3072, "rank": 100, "directions": 32}
+    assert cheapest_schedule(tokens=tokens, training=training, **layer) == "project"
+
+
+def test_the_input_that_is_kept_anyway_speaks_for_contracting():
+    layer = {"tokens": 2048, "d": 3072, "n": 3072, "rank": 100, "directions": 32, "balance": 30.0}
+    assert cheapest_schedule(**layer) == "project"
+    assert cheapest_schedule(input_kept=True, **layer) == "contract"
+
+
+def test_an_unknown_schedule():
+    with pytest.raises(ConfigError, match="schedule must be one of 'contract', 'project'"):
+        update_cost("expand", tokens=1, d=1, n=1, rank=1, directions=1)

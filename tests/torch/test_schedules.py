@@ -1,0 +1,395 @@
+"""Both orders of the products of the update; what is kept for the backward; when the base product is written over."""
+
+import copy
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import adamss
+from adamss import core
+from adamss.core import SCHEDULES
+from adamss_conformance.tolerances import assert_agrees
+from adamss_torch.functional import _cheapest_of
+
+D, N_OUT, TOKENS = 24, 20, 40
+OPTIONS = {
+    "plain": {},
+    "several ranks": {"subspace_rank": 3},
+    "unequal ranks": {"subspace_rank": 4, "subspaces": 7},
+    "bias": {"include_bias": True},
+    "a basis each": {"basis": "per_subspace"},
+}
+
+
+def adapted_layer(schedule=None, *, dtype=torch.float32, base_dtype=None, **options):
+    """Return an adapted layer of which no factor is zero and one subspace is frozen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, N_OUT)).to(base_dtype or dtype)
+    settings = {"targets": ["0"], "rank": 8, "subspaces": 3, "factor_dtype": str(dtype).split(".")[1]}
+    adamss.attach(model, adamss.AdamssConfig(**(settings | options)))
+    layer = model[0]
+    generator = torch.Generator().manual_seed(1)
+    factors = layer.adamss.factors()
+    numbers = torch.randn(factors.C.shape, generator=generator).to(dtype)
+    inside = torch.arange(factors.C.shape[0])[:, None] < factors.ranks[factors.labels.long()]
+    layer.adamss.C.data.copy_(torch.where(inside, numbers, 0))
+    layer.adamss.active[1] = False
+    layer.adamss.schedule = schedule
+    return model
+
+
+def data(*shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(*shape, size, generator=generator).to(dtype) for size in (D, N_OUT)]
+
+
+def step(model, x, dy):
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.backward(dy)
+    return y.detach(), x.grad, model[0].adamss.B.grad, model[0].adamss.C.grad
+
+
+def reference(model, x, dy):
+    """Return the same from the closed form in NumPy and float64."""
+    layer = model[0]
+    f = layer.adamss.factors()
+    f = core.Factors(*(np.asarray(t.double()) for t in f[:3]), *(t.numpy() for t in f[3:]))
+    x, dy, W, b = (t.detach().double().numpy() for t in (x, dy, layer.weight.T, layer.bias))
+    gradients = core.linear_vjp(dy, x, W, f)
+    return core.linear(x, W, b, f), gradients.x, gradients.B.T, gradients.C
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("tokens", [(), (TOKENS,), (3, 200), (0,)], ids=str)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, None])
+def test_outputs_and_gradients_are_the_reference(schedule, tokens, options):
+    model = adapted_layer(schedule, dtype=torch.float64, **options)
+    x, dy = data(*tokens, dtype=torch.float64)
+    for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
+        assert_agrees(actual, torch.from_numpy(expected), dtype="float64", what=f"{schedule} {tokens}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_in_other_dtypes(schedule, dtype):
+    model = adapted_layer(schedule, base_dtype=dtype)
+    x, dy = data(TOKENS, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
+        expected = torch.from_numpy(expected)
+        scale = 4 * float(expected.abs().max())
+        assert_agrees(actual.float(), expected, dtype=name, what=schedule, scale=scale)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_under_autocast_as_without_it(schedule):
+    model = adapted_layer(schedule)
+    x, dy = data(TOKENS)
+    expected = step(model, x, dy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = x.clone().requires_grad_()
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    model.zero_grad()
+    y.backward(dy.bfloat16())
+    actual = (y.detach(), x.grad, model[0].adamss.B.grad, model[0].adamss.C.grad)
+    for ours, whole in zip(actual, expected, strict=True):
+        scale = 4 * float(whole.abs().max())
+        assert_agrees(ours.float(), whole, dtype="bfloat16", what=schedule, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_start_equals_the_base_for_the_largest_inputs(schedule, dtype):
+    model = adapted_layer(schedule, base_dtype=dtype)
+    model[0].adamss.C.data.zero_()
+    x = torch.full((5, D), torch.finfo(dtype).max / (64 * D), dtype=dtype)
+    x[1:] *= torch.tensor([[-1.0], [0.5], [1e-3], [0.0]])
+    with adamss.disabled(model):
+        expected = model(x)
+    assert expected.isfinite().all()
+    assert torch.equal(model(x), expected)
+
+
+# ---- what is kept -------------------------------------------------------------------------------------
+
+
+def kept_numbers(model, x):
+    """Return the shapes of what one forward keeps, the values of the model itself left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    shapes = []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return shapes
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 600])
+@pytest.mark.parametrize("wants", [True, False])
+def test_contracting_keeps_x_and_z_and_projecting_u_and_z(tokens, wants):
+    x = data(tokens)[0].requires_grad_(wants)
+    R, q = 8, 3
+
+    def large(schedule):
+        return sorted(s for s in kept_numbers(adapted_layer(schedule), x) if s[0] == tokens)
+
+    assert large("contract") == [(tokens, q), (tokens, D)]
+    assert large("project") == [(tokens, q), (tokens, R)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nothing_is_kept_where_nothing_is_wanted(schedule):
+    model = adapted_layer(schedule)
+    x = data(TOKENS)[0]
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert kept_numbers(model, x) == []
+            assert model(x).grad_fn is None
+    model.requires_grad_(False)
+    assert kept_numbers(model, x) == []
+    assert model(x).grad_fn is None
+    # The gradient of the input alone needs no activation.
+    assert all(shape[0] != TOKENS for shape in kept_numbers(model, x.clone().requires_grad_()))
+
+
+# ---- the choice ---------------------------------------------------------------------------------------
+
+
+def test_the_choice_follows_the_cost_and_can_be_overridden(monkeypatch):
+    model = adapted_layer()
+    asked = []
+
+    def chosen(*arguments):
+        asked.append(arguments)
+        return "project"
+
+    monkeypatch.setattr("adamss_torch.functional._cheapest_of", chosen)
+    x = data(TOKENS)[0].requires_grad_()
+    assert (TOKENS, 8) in kept_numbers(model, x)
+    assert asked == [(TOKENS, D, N_OUT, 8, 3, True, False, 12.0)]
+    model[0].adamss.schedule = "contract"
+    assert (TOKENS, D) in kept_numbers(model, x)
+    with torch.no_grad():
+        model[0].adamss.schedule = None
+        model(x)
+    assert asked[-1] == (TOKENS, D, N_OUT, 8, 3, False, False, 12.0)
+    model[0].weight.requires_grad_(True)
+    model(x.bfloat16().float())
+    assert asked[-1] == (TOKENS, D, N_OUT, 8, 3, True, True, 12.0)
+
+
+def test_one_token_is_not_worth_contracting():
+    assert _cheapest_of(1, 768, 768, 100, 10, False, False, 12.0) == "project"
+    assert _cheapest_of(2048, 768, 768, 100, 10, True, False, 12.0) == "contract"
+
+
+def test_an_unknown_schedule_is_refused():
+    model = adapted_layer("expand")
+    with pytest.raises(adamss.errors.ConfigError, match="schedule must be one of 'contract', 'project'"):
+        model(data(2)[0])
+
+
+def test_the_choice_goes_with_copies_and_not_into_files(tmp_path):
+    model = adapted_layer("project")
+    assert copy.deepcopy(model)[0].adamss.schedule == "project"
+    adamss.save(model, tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    assert (
+        adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")[0].adamss.schedule is None
+    )
+
+
+# ---- the base product ---------------------------------------------------------------------------------
+
+
+def test_the_update_is_written_into_the_base_product():
+    model, seen = adapted_layer(), []
+    inner = model[0].adamss.forward
+
+    def forward(base, x, **options):
+        seen.append((base.data_ptr(), options["overwrite"], options["weight"] is not None))
+        return inner(base, x, **options)
+
+    model[0].adamss.forward = forward
+    y = model(data(TOKENS)[0].requires_grad_())
+    assert seen == [(y.data_ptr(), True, True)]
+
+
+def exotic_layers():
+    """Give models that do something to the base product which writing over it would spoil."""
+
+    class Activated(nn.Linear):
+        def forward(self, x):
+            return torch.sigmoid(super().forward(x))  # whose backward reads what it returned
+
+    class Named(nn.Linear):
+        pass
+
+    yield "subclass", Activated, lambda layer: None
+    yield "plain subclass", Named, lambda layer: None
+
+    def patched(layer):
+        inner = layer.forward
+        layer.forward = lambda x: torch.sigmoid(inner(x))
+
+    yield "patched forward", nn.Linear, patched
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [e[1:] for e in exotic_layers()], ids=[e[0] for e in exotic_layers()]
+)
+def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind, change):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(D, N_OUT))
+    plain = nn.Sequential(kind(D, N_OUT))
+    plain.load_state_dict(model.state_dict())
+    change(model[0])
+    change(plain[0])
+    adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
+    model[0].adamss.C.data.normal_()
+    x, dy = data(TOKENS)
+    x.requires_grad_()
+    f = model[0].adamss.factors()
+    M, E = core.contract(f), core.expand(f)
+    expected = plain(x) + (x @ M) @ E
+    y = model(x)
+    assert_agrees(y.detach(), expected.detach(), dtype="float32", what="y")
+    (actual,), (reference,) = (torch.autograd.grad(out, x, dy) for out in (y, expected))
+    assert_agrees(actual, reference, dtype="float32", what="dx")
+
+
+def test_hooks_before_ours_keep_what_they_saw():
+    torch.manual_seed(0)
+    layer, seen = nn.Linear(D, N_OUT), []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    model = nn.Sequential(layer)
+    adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
+    layer.adamss.C.data.normal_()
+    x = data(TOKENS)[0].requires_grad_()
+    y = model(x)
+    with adamss.disabled(model):
+        assert torch.equal(seen[0], model(x))
+    assert not torch.equal(seen[0], y)
+
+
+def test_global_hooks_keep_what_they_saw():
+    model, seen = adapted_layer(), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(output) if isinstance(module, nn.Linear) else None
+    )
+    try:
+        x = data(TOKENS)[0]
+        y = model(x)
+        assert not torch.equal(seen[0], y)
+    finally:
+        handle.remove()
+
+
+def test_selective_checkpointing_hands_out_what_it_kept():
+    model = adapted_layer()
+    x, dy = data(TOKENS)
+    expected = step(model, x, dy)
+
+    def policy(ctx, op, *args, **kwargs):
+        products = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+        return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts():
+        return create_selective_checkpoint_contexts(policy)
+
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+    y.backward(dy)
+    for actual, reference in zip((y.detach(), x.grad, model[0].adamss.B.grad), expected, strict=False):
+        assert_agrees(actual, reference, dtype="float32", what="selective checkpointing")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_gradient_of_a_base_that_is_trained_too(schedule):
+    model = adapted_layer(schedule, dtype=torch.float64)
+    x, dy = data(TOKENS, dtype=torch.float64)
+    y, dx, dB, dC = step(model, x, dy)
+    model[0].weight.requires_grad_(True)
+    model[0].bias.requires_grad_(True)
+    for actual, expected in zip(step(model, x, dy), (y, dx, dB, dC), strict=True):
+        assert_agrees(actual, expected, dtype="float64", what="with a trained base")
+    assert_agrees(model[0].weight.grad, dy.T @ x, dtype="float64", what="weight")
+    assert_agrees(model[0].bias.grad, dy.sum(0), dtype="float64", what="bias")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_backward_hooks_see_the_gradients_of_the_whole_layer(schedule):
+    model, seen = adapted_layer(schedule), []
+    x, dy = data(TOKENS)
+    _, expected, *_ = step(model, x, dy)
+    model[0].register_full_backward_hook(lambda module, inputs, outputs: seen.append((inputs, outputs)))
+    step(model, x, dy)
+    ((inputs,), (outputs,)) = seen[0]
+    assert torch.equal(outputs, dy)
+    assert_agrees(inputs, expected, dtype="float32", what="gradient of the input")
+
+
+def test_the_result_may_be_changed_in_place():
+    model = adapted_layer()
+    x, dy = data(TOKENS)
+    x.requires_grad_()
+    torch.autograd.grad(torch.relu_(model(x)), x, dy)
+    torch.autograd.grad(model(x).mul_(2.0), x, dy)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_layer_used_twice_in_one_forward(schedule):
+    torch.manual_seed(0)
+    model = adapted_layer(schedule, dtype=torch.float64)
+    layer = model[0]
+    pad = nn.ConstantPad1d((0, D - N_OUT), 0.0)
+    x, dy = data(TOKENS, dtype=torch.float64)
+    leaves = [x.requires_grad_(), *adamss.trainable_parameters(model)]
+    f = layer.adamss.factors()._replace(B=layer.adamss.B.t(), C=layer.adamss.C)
+    whole = layer.weight.T + core.contract(f) @ core.expand(f)
+    expected = pad(x @ whole + layer.bias) @ whole + layer.bias
+    y = layer(pad(layer(x)))
+    assert_agrees(y.detach(), expected.detach(), dtype="float64", what="y")
+    layer.adamss.active.fill_(True)
+    for actual, reference in zip(
+        torch.autograd.grad(layer(pad(layer(x))), leaves, dy),
+        torch.autograd.grad(expected, leaves, dy),
+        strict=True,
+    ):
+        assert_agrees(actual, reference, dtype="float64", what="gradient")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_compiled_without_a_graph_break(schedule):
+    model = adapted_layer(schedule)
+    x, dy = data(TOKENS)
+    expected = step(model, x, dy)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the compiler's own imports
+        y = compiled(x)
+    y.backward(dy)
+    actual = (y.detach(), x.grad, model[0].adamss.B.grad, model[0].adamss.C.grad)
+    for ours, reference in zip(actual, expected, strict=True):
+        assert_agrees(ours, reference, dtype="float32", what=schedule)
+
+
+def test_the_config_holds_no_schedule():
+    """It depends on the machine: a file must not carry it to another."""
+    assert "schedule" not in {field.name for field in dataclasses.fields(adamss.AdamssConfig)}
