@@ -30,9 +30,9 @@ if __name__ == "__main__":
 import demo
 import numpy as np
 import torch
+from methods import Encoder, kept_bytes
 from paired import environment, paired_times, ratio
 from sentences import accuracy
-from step_time import Encoder
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -478,23 +478,7 @@ class Case:
 
     def kept_bytes(self, base: nn.Module) -> int:
         """Return the bytes that a forward keeps for its backward, beyond those of the base model."""
-        return _kept_bytes(self.model, self.inputs) - _kept_bytes(base, self.inputs)
-
-
-def _kept_bytes(model: nn.Module, inputs: Tensor) -> int:
-    kept: dict[int, int] = {}
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = max(kept.get(storage.data_ptr(), 0), storage.nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(inputs)
-    del output
-    return sum(kept.values())
+        return kept_bytes(self.model, self.inputs) - kept_bytes(base, self.inputs)
 
 
 def savings(repeats: int) -> list[dict[str, Any]]:

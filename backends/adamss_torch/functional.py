@@ -244,7 +244,7 @@ def _forward(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> tuple
     # Autocast would round A B to half precision; it is to be rounded once, as M.
     with _without_autocast(base):
         inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
-        E = _expand(C, plan.layout, B.shape[0], n)
+        E = _expand(C, plan.layout, B.shape[0], n, dtype)
         if plan.schedule == "project":
             inputs = _with_bias(inputs, _in(_times(A[0], headroom), dtype).t())
             z = F.linear(inputs, _in(B, dtype))
@@ -257,14 +257,12 @@ def _forward(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> tuple
             else:
                 E = E[: B.shape[0]]
                 M = torch.cat([M, _times(plan.constants.M, headroom)])
-                E = torch.cat([E, _times(plan.constants.E, 1 / HEADROOM)])
+                E = torch.cat([E, _in(_times(plan.constants.E, 1 / headroom), dtype)])
             M = _in(M, dtype)
             z = _with_bias(inputs, M)
         if dtype == torch.float16:
             # Infinity times C = 0 would be NaN.
             z = z.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-            E = E * HEADROOM
-        E = _in(E, dtype)
         rows = E if E.shape[0] == z.shape[1] else E[: z.shape[1]]
         if plan.overwrite:
             base.view(-1, n).addmm_(z, rows)
@@ -290,9 +288,10 @@ class _Update(torch.autograd.Function):
         ctx.save_for_backward(
             inputs if B_wanted and q else None,
             trained_z if C_wanted and q else None,
+            # Projecting is for those who are short of memory: it forms M and E anew.
             M if x_wanted else None,
-            E if x_wanted or B_wanted else None,
-            B if x_wanted and M is None else None,
+            E if (x_wanted or B_wanted) and M is not None else None,
+            *((B, C) if M is None else (None, None)),
             plan.weight if x_wanted else None,
         )
         # Not trained, and never changed in place: no need of what `save_for_backward` watches over.
@@ -307,7 +306,7 @@ class _Update(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, z, M, E, B, weight = ctx.saved_tensors
+        inputs, z, M, E, B, C, weight = ctx.saved_tensors
         _, x_wanted, B_wanted, C_wanted, _ = ctx.needs_input_grad
         A, active, layout = ctx.plan.A, ctx.plan.active, ctx.plan.layout
         (q, _), r, d = ctx.B_shape, ctx.r, ctx.x_shape[-1]
@@ -321,6 +320,7 @@ class _Update(torch.autograd.Function):
                 # With one row for each subspace, the rows are in the order of these.
                 frozen = (frozen if q == frozen.shape[0] and r == 1 else frozen[layout.groups])[:, None]
             if x_wanted or (B_wanted and q):
+                E = _expand(C, layout, q, dy2.shape[1], dy.dtype) if E is None else E
                 dz = F.linear(dy2, E)
             if x_wanted:
                 if M is None:
@@ -397,14 +397,16 @@ def _directions_vjp(dM: Tensor, A: Tensor, slots: Tensor, r: int, factor: float)
     return torch.bmm(stacked, A).flatten(0, 1).index_select(0, slots) * factor
 
 
-def _expand(C: Tensor, layout: Layout, q: int, n: int) -> Tensor:
-    """``E[rows[i, j], columns[j]] = C[i, j]``, (q'', n), over the headroom."""
+def _expand(C: Tensor, layout: Layout, q: int, n: int, dtype: torch.dtype) -> Tensor:
+    """``E[rows[i, j], columns[j]] = C[i, j]``, (q'', n), over the headroom of the dtype."""
     rows, columns = layout.rows, layout.columns
     if layout.mask is not None:
-        return (C if columns is None else C.new_zeros(1, n).index_copy(1, columns, C)) * layout.mask
-    # The padding of C is zero, and goes to row q, which is padding too.
-    E = C.new_zeros(_height(q, C.shape[0]), C.shape[1]).scatter(0, rows, C * (1 / HEADROOM))
-    return E if columns is None else C.new_zeros(E.shape[0], n).index_copy(1, columns, E)
+        E = (C if columns is None else C.new_zeros(1, n).index_copy(1, columns, C)) * layout.mask
+    else:
+        # The padding of C is zero, and goes to row q, which is padding too.
+        E = C.new_zeros(_height(q, C.shape[0]), C.shape[1]).scatter(0, rows, C * (1 / HEADROOM))
+        E = E if columns is None else C.new_zeros(E.shape[0], n).index_copy(1, columns, E)
+    return _in(E * HEADROOM if dtype == torch.float16 else E, dtype)
 
 
 def _expand_vjp(dE: Tensor, layout: Layout) -> Tensor:

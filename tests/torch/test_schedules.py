@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import warnings
 
 import numpy as np
@@ -147,6 +148,7 @@ def test_contracting_keeps_x_and_z_and_projecting_u_and_z(tokens, wants):
 
     assert large("contract") == [(tokens, q), (tokens, D)]
     assert large("project") == [(tokens, q), (tokens, R)]
+    assert sum(map(math.prod, kept_numbers(adapted_layer("project"), x))) == tokens * (R + q)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
