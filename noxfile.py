@@ -19,7 +19,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 FRAMEWORKS = ("demo", "flax", "equinox", "conformance")
 # xdist runs the laws in two processes; the test of a third party's backend builds a project of its own.
 TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers")
-STYLE_TOOLS = ("ruff", "mypy", "types-tabulate")
+STYLE_TOOLS = ("ruff", "mypy", "types-tabulate", "types-tqdm")
 
 
 def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> None:
@@ -34,6 +34,19 @@ def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> 
     # pip keeps an installed version 0.1.0; after a change of the source it must be this build.
     session.install("-q", "--no-deps", "--force-reinstall", str(wheel))
 
+
+BENCHMARKS = (
+    "parameters",
+    "file_size",
+    "attach_time",
+    "agreement",
+    "step_time",
+    "memory",
+    "scaling",
+    "inference",
+    "step_time_jax",
+    "budget",
+)
 
 # Small products gain nothing from threads, tests from a second process.
 TWO_PROCESSES = ("-n", "2")
@@ -162,5 +175,5 @@ def demo_jax(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Print the tables of benchmarks/; arguments go to each of them (--quick)."""
     install(session, "demo", "flax", "conformance", tools=("scikit-learn",))
-    for script in ("parameters", "decomposition", "agreement", "step_time", "step_time_jax", "budget"):
+    for script in BENCHMARKS:
         session.run("python", f"benchmarks/{script}.py", *session.posargs)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import adamss
-from adamss import core
+from adamss import core, verbs
 from adamss.backend import (
     Backend,
     NumpyBackend,
@@ -197,3 +197,25 @@ def test_the_reference_computes_what_core_does():
     x = np.random.default_rng(1).standard_normal((3, 6))
     reference = NumpyBackend().linear(x, layer.W, layer.b, layer.factors)
     assert np.array_equal(reference, core.linear(x, layer.W, layer.b, layer.factors))
+
+
+def test_attach_and_load_count_their_layers_on_a_bar_that_a_log_never_sees(monkeypatch, tmp_path, capfd):
+    made = []
+
+    class Bar(verbs.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.done = 0
+            made.append((kwargs, self))
+
+        def update(self, n=1):
+            self.done += n
+            return super().update(n)
+
+    monkeypatch.setattr(verbs, "tqdm", Bar)
+    adamss.save(adamss.attach(model(), CONFIG), tmp_path / "a.safetensors")
+    adamss.load(model(), tmp_path / "a.safetensors")
+    assert [(bar.total, bar.done) for _, bar in made] == [(2, 2), (2, 2)]
+    # Quick work and files of output have none.
+    assert all(kwargs["delay"] >= 1 and kwargs["disable"] is None for kwargs, _ in made)
+    assert capfd.readouterr().err == ""
