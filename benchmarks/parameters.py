@@ -101,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--subspaces", type=int, default=10, help="K (default: %(default)s)")
     parser.add_argument("--subspace-rank", type=int, default=1, help="r_k (default: %(default)s)")
     parser.add_argument("--lora-rank", type=int, default=8, help="rank of LoRA (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="as the other benchmarks have; counting is quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="as the other benchmarks have; counting is quick"
+    )
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
 

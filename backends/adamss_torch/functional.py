@@ -151,7 +151,7 @@ def _mask(rows: Tensor, q: int, dtype: torch.dtype) -> Tensor | None:
     if rows.shape[0] > 1:
         return None
     numbers = torch.arange(_height(q, 1), device=rows.device)[:, None]
-    return ((numbers == rows) & (rows < q)).to(dtype) * (1 / HEADROOM)
+    return ((numbers == rows) & (rows < q)).to(dtype) * (1 / _headroom(dtype))
 
 
 def _height(q: int, r: int) -> int:
@@ -238,27 +238,24 @@ class _Products(NamedTuple):
 
 def _forward(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> tuple[Tensor, _Products]:
     A, n, dtype = plan.A, base.shape[-1], base.dtype
-    # In float16 there is no headroom, for want of exponents.
-    headroom = 1.0 if dtype == torch.float16 else HEADROOM
-    M = None
+    headroom, M = _headroom(dtype), None
     # Autocast would round A B to half precision; it is to be rounded once, as M.
     with _without_autocast(base):
         inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
         E = _expand(C, plan.layout, B.shape[0], n, dtype)
         if plan.schedule == "project":
-            inputs = _with_bias(inputs, _in(_times(A[0], headroom), dtype).t())
+            inputs = _with_bias(inputs, _times(_in(A[0], dtype), headroom).t())
             z = F.linear(inputs, _in(B, dtype))
         else:
-            M = _directions(A, B, plan.layout.slots, C.shape[0], headroom)
+            M = _directions(A, B, plan.layout.slots, C.shape[0], headroom, dtype)
             if plan.constants is None:
                 missing = E.shape[0] - M.shape[0]
                 if missing and inputs.shape[0] >= MANY:
                     M = torch.cat([M, M.new_zeros(missing, M.shape[1])])
             else:
                 E = E[: B.shape[0]]
-                M = torch.cat([M, _times(plan.constants.M, headroom)])
-                E = torch.cat([E, _in(_times(plan.constants.E, 1 / headroom), dtype)])
-            M = _in(M, dtype)
+                M = torch.cat([M, _times(_in(plan.constants.M, dtype), headroom)])
+                E = torch.cat([E, _times(_in(plan.constants.E, dtype), 1 / headroom)])
             z = _with_bias(inputs, M)
         if dtype == torch.float16:
             # Infinity times C = 0 would be NaN.
@@ -311,7 +308,7 @@ class _Update(torch.autograd.Function):
         A, active, layout = ctx.plan.A, ctx.plan.active, ctx.plan.layout
         (q, _), r, d = ctx.B_shape, ctx.r, ctx.x_shape[-1]
         projected = ctx.plan.schedule == "project"
-        headroom = 1.0 if dy.dtype == torch.float16 else HEADROOM
+        headroom = _headroom(dy.dtype)
         dx = dB = dC = frozen = None
         dy2 = dy.reshape(-1, dy.shape[-1])
         with _without_autocast(dy):
@@ -323,8 +320,7 @@ class _Update(torch.autograd.Function):
                 E = _expand(C, layout, q, dy2.shape[1], dy.dtype) if E is None else E
                 dz = F.linear(dy2, E)
             if x_wanted:
-                if M is None:
-                    M = _in(_directions(A, B, layout.slots, r, headroom), dy2.dtype)
+                M = _directions(A, B, layout.slots, r, headroom, dy.dtype) if M is None else M
                 M = M if M.shape[1] == d else M[:, :d]
                 all_dz = dz if dz.shape[1] == M.shape[0] else dz[:, : M.shape[0]]
                 dx = all_dz @ M if weight is None else (dy2 @ weight).addmm_(all_dz, M)
@@ -340,7 +336,7 @@ class _Update(torch.autograd.Function):
                         dB = torch.cat(
                             [dB, sums if frozen is None else sums.masked_fill_(frozen, 0.0)], dim=1
                         )
-                    dB = _directions_vjp(_in(dB, ctx.B_dtype), A, layout.slots, r, headroom)
+                    dB = _directions_vjp(dB, A, layout.slots, r, headroom)
                 dB = _in(dB, ctx.B_dtype)
             elif B_wanted:
                 dB = dy2.new_zeros(ctx.B_shape, dtype=ctx.B_dtype)
@@ -352,6 +348,11 @@ class _Update(torch.autograd.Function):
             elif C_wanted:
                 dC = dy2.new_zeros(r, 0, dtype=ctx.C_dtype)
         return (None if ctx.whole else dy), dx, dB, dC, None
+
+
+def _headroom(dtype: torch.dtype) -> float:
+    """Return what M is times, and E over; in float16 nothing, for want of exponents."""
+    return 1.0 if dtype == torch.float16 else HEADROOM
 
 
 def _without_autocast(array: Tensor) -> AbstractContextManager[object]:
@@ -380,21 +381,26 @@ def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     )
 
 
-def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int, factor: float) -> Tensor:
+def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int, factor: float, dtype: torch.dtype) -> Tensor:
     """``M = B A^T`` times a factor, (q, d), each row with the basis of its own subspace."""
+    if B.dtype == torch.float16 and factor != 1.0:
+        return _in(_directions(A, B, slots, r, 1.0, torch.float32) * factor, dtype)
     if A.shape[0] == 1:
-        return _product(B, A[0].t(), factor)
+        return _in(_product(B, A[0].t(), factor), dtype)
     stacked = B.new_zeros(A.shape[0] * r, B.shape[1]).index_copy(0, slots, B).view(A.shape[0], r, -1)
-    return torch.bmm(stacked, A.transpose(1, 2)).flatten(0, 1).index_select(0, slots) * factor
+    M = torch.bmm(stacked, A.transpose(1, 2)).flatten(0, 1).index_select(0, slots)
+    return _in(_times(M, factor), dtype)
 
 
 def _directions_vjp(dM: Tensor, A: Tensor, slots: Tensor, r: int, factor: float) -> Tensor:
-    """``dB = dM A`` times a factor, (q, P)."""
-    A = _in(A, dM.dtype)
+    """``dB = dM A`` times a factor, (q, P), in the dtype of A."""
+    if A.dtype == torch.float16:
+        dM, factor = _times(dM, factor), 1.0
+    dM = _in(dM, A.dtype)
     if A.shape[0] == 1:
         return _product(dM, A[0], factor)
     stacked = dM.new_zeros(A.shape[0] * r, dM.shape[1]).index_copy(0, slots, dM).view(A.shape[0], r, -1)
-    return torch.bmm(stacked, A).flatten(0, 1).index_select(0, slots) * factor
+    return _times(torch.bmm(stacked, A).flatten(0, 1).index_select(0, slots), factor)
 
 
 def _expand(C: Tensor, layout: Layout, q: int, n: int, dtype: torch.dtype) -> Tensor:
@@ -404,9 +410,11 @@ def _expand(C: Tensor, layout: Layout, q: int, n: int, dtype: torch.dtype) -> Te
         E = (C if columns is None else C.new_zeros(1, n).index_copy(1, columns, C)) * layout.mask
     else:
         # The padding of C is zero, and goes to row q, which is padding too.
-        E = C.new_zeros(_height(q, C.shape[0]), C.shape[1]).scatter(0, rows, C * (1 / HEADROOM))
+        E = C.new_zeros(_height(q, C.shape[0]), C.shape[1]).scatter(0, rows, C * (1 / _headroom(C.dtype)))
         E = E if columns is None else C.new_zeros(E.shape[0], n).index_copy(1, columns, E)
-    return _in(E * HEADROOM if dtype == torch.float16 else E, dtype)
+    if _headroom(C.dtype) != _headroom(dtype):
+        E = E.to(torch.float32) * (_headroom(C.dtype) / _headroom(dtype))
+    return _in(E, dtype)
 
 
 def _expand_vjp(dE: Tensor, layout: Layout) -> Tensor:

@@ -89,6 +89,22 @@ def test_in_other_dtypes(schedule, dtype):
         assert_agrees(actual.float(), expected, dtype=name, what=schedule, scale=scale)
 
 
+@pytest.mark.parametrize("options", [{}, {"subspace_rank": 3}, {"basis": "per_subspace"}], ids=str)
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_factors_in_float16_neither_overflow_nor_vanish(schedule, base_dtype, options):
+    """Their exponents leave no room for a headroom, whatever the base has."""
+    model = adapted_layer(schedule, dtype=torch.float16, base_dtype=base_dtype, **options)
+    model[0].adamss.C.data.mul_(50.0)
+    x, dy = data(TOKENS, dtype=base_dtype)
+    x, dy = x / 8, dy / 8
+    for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
+        expected = torch.from_numpy(expected)
+        scale = 4 * float(expected.abs().max())
+        name = "bfloat16" if base_dtype == torch.bfloat16 else "float16"
+        assert_agrees(actual.float(), expected, dtype=name, what=schedule, scale=scale)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_under_autocast_as_without_it(schedule):
     model = adapted_layer(schedule)
