@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from adamss.errors import ConfigError
 
-__all__ = ["SCHEDULES", "UpdateCost", "cheapest_schedule", "update_cost"]
+__all__ = ["SCHEDULES", "UpdateCost", "cheapest_schedule", "check_schedule", "update_cost"]
 
 SCHEDULES = ("contract", "project")
 """Orders in which ``x A B C`` is computed: ``(x (A B)) C``, or ``((x A) B) C``."""
@@ -46,6 +46,20 @@ class UpdateCost(NamedTuple):
     multiply_adds: int
     moved: int
     kept: int
+
+
+def check_schedule(schedule: str) -> None:
+    """Check that this is one of `SCHEDULES`.
+
+    Raises
+    ------
+    ConfigError
+        If it is not.
+    """
+    if schedule not in SCHEDULES:
+        raise ConfigError(
+            f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, found {schedule!r}; choose one"
+        )
 
 
 def update_cost(

@@ -567,7 +567,9 @@ def linear_vjp(dy: Array, x: Array, W: Array, factors: Factors, *, revive: bool 
     return Gradients(xp.reshape(dx, x.shape), dB, dC)
 
 
-def factor_gradients(dM: Array, dE: Array, factors: Factors, *, revive: bool = False) -> tuple[Array, Array]:
+def factor_gradients(
+    dM: Array, dE: Array, factors: Factors, *, revive: bool = False, projected: bool = False
+) -> tuple[Array, Array]:
     """Gradients of B and C, in their dtypes, from those of M = [A_k B_k] and of E = expand(C).
 
     Parameters
@@ -580,9 +582,13 @@ def factor_gradients(dM: Array, dE: Array, factors: Factors, *, revive: bool = F
         Factors of the layer.
     revive
         If False, the gradients of the subspaces that are not active are zero.
+    projected
+        Whether `dM` is the gradient (P, q) of B already.
     """
     xp = namespace(dM)
-    dB = _contract_vjp(xp.astype(dM, factors.B.dtype), factors)
+    dB = xp.astype(dM, factors.B.dtype)
+    if not projected:
+        dB = _contract_vjp(dB, factors)
     dC = _expand_vjp(xp.astype(dE, factors.C.dtype), factors)
     if revive:
         return dB, dC

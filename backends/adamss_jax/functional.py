@@ -7,7 +7,9 @@ which is JAX's own: ``kernel: (d, n)``, ``y = x @ kernel + bias``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,19 +17,27 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
-from adamss.core import Factors, contract, expand, factor_gradients
+from adamss.core import Factors, cheapest_schedule, contract, expand, factor_gradients
+from adamss.core.cost import check_schedule
 from adamss.core.factors import HEADROOM
 
 __all__ = ["linear", "update"]
 
 FLOAT16_MAX = 65504.0
 
+BALANCE = {"cpu": (12.0, 12.0)}
+ACCELERATOR_BALANCE = (32.0, 200.0)
+"""Multiply-adds in the time of moving one number, in float32 and wider, and in half precision: for the CPU measured,
+for others of the order that the data sheets of current accelerators give."""
 
-def linear(x: Array, kernel: Array, bias: Array | None, factors: Factors) -> Array:
+
+def linear(
+    x: Array, kernel: Array, bias: Array | None, factors: Factors, *, schedule: str | None = None
+) -> Array:
     """Return ``x @ (kernel + delta) + bias`` without forming delta.
 
-    ``y = (x @ kernel + bias) + (x @ M) @ E`` with ``M = [A_k B_k]`` and E the expansion of C. The base product is
-    that of the frozen layer, to the bit.
+    ``y = (x @ kernel + bias) + (x @ M) @ E`` with ``M = [A_k B_k]`` and E the expansion of C, or
+    ``((x @ A) @ B) @ E`` where that costs less. The base product is that of the frozen layer, to the bit.
 
     Parameters
     ----------
@@ -40,6 +50,8 @@ def linear(x: Array, kernel: Array, bias: Array | None, factors: Factors) -> Arr
     factors
         Factors of the layer; trained are B and C. With d + 1 input rows, the last of them moves the bias.
         They may be sharded over mesh axes that XLA manages; over axes of type Explicit they are replicated.
+    schedule
+        See `update`.
 
     Returns
     -------
@@ -49,6 +61,8 @@ def linear(x: Array, kernel: Array, bias: Array | None, factors: Factors) -> Arr
 
     Raises
     ------
+    ConfigError
+        If the schedule is unknown.
     TypeError
         From JAX, under forward-mode differentiation (``jax.jvp``, ``jax.jacfwd``), which a gradient
         written by hand does not have.
@@ -72,14 +86,21 @@ def linear(x: Array, kernel: Array, bias: Array | None, factors: Factors) -> Arr
     ((4, 3), (1, 8))
     """
     y = x @ kernel if bias is None else x @ kernel + bias
-    return y + update(x.astype(y.dtype), factors)
+    return y + update(x.astype(y.dtype), factors, schedule=schedule)
 
 
-def update(x: Array, factors: Factors | None, constant: tuple[Array, Array] | None = None) -> Array:
+def update(
+    x: Array,
+    factors: Factors | None,
+    constant: tuple[Array, Array] | None = None,
+    *,
+    schedule: str | None = None,
+) -> Array:
     """Return ``(x @ M) @ E``, what the adapter adds to the output of its frozen layer.
 
     With `constant` it is ``(x @ [M, M']) @ [E; E']``. Kept for the backward are x and ``x @ M``, not ``x @ M'``;
-    without `factors` neither of them.
+    without `factors` neither of them. With the schedule ``"project"`` it is ``((x @ A) @ B) @ E``, and ``x @ A`` is
+    kept for x.
 
     Parameters
     ----------
@@ -91,19 +112,52 @@ def update(x: Array, factors: Factors | None, constant: tuple[Array, Array] | No
     constant
         M' (d, q') and E' (q', n) of subspaces that get no gradient; d + 1 rows where the bias is adapted too. None if
         there are none; one of the two there must be.
+    schedule
+        In which order the products are taken, one of `adamss.core.SCHEDULES`. None for the one that costs less, by
+        the shapes: ``"project"`` for few tokens, ``"contract"`` for many; an x of one axis counts as many, since
+        under ``vmap`` nothing tells how many there are. Without a basis that all subspaces share, or with
+        `constant`, it is always ``"contract"``. Like a shape it is a constant of compiled functions.
 
     Returns
     -------
     Array
         (..., n), in the dtype of x. With C = 0 it is zero for every finite x.
+
+    Raises
+    ------
+    ConfigError
+        If the schedule is unknown.
     """
-    result: Array = _update(x, factors, constant)
+    if schedule is not None:
+        check_schedule(schedule)
+    if factors is None or factors.A.shape[0] > 1 or constant is not None:
+        schedule = "contract"
+    elif schedule is None:
+        schedule = _cheapest(x, factors)
+    result: Array = _update(x, factors, constant, schedule == "project")
     return result
 
 
-@jax.custom_vjp
-def _update(x: Array, factors: Factors | None, constant: tuple[Array, Array] | None) -> Array:
-    u, _ = _forward(x, factors, constant)
+def _cheapest(x: Array, factors: Factors) -> str:
+    if x.ndim == 1:
+        return "contract"
+    wide, half = BALANCE.get(jax.default_backend(), ACCELERATOR_BALANCE)
+    # Whether there will be a backward JAX does not say. For the few tokens of decoding it makes no difference.
+    return cheapest_schedule(
+        tokens=math.prod(x.shape[:-1]),
+        d=x.shape[-1],
+        n=factors.labels.shape[0],
+        rank=factors.A.shape[2],
+        directions=factors.B.shape[1],
+        balance=half if x.dtype.itemsize < 4 else wide,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _update(
+    x: Array, factors: Factors | None, constant: tuple[Array, Array] | None, projected: bool
+) -> Array:
+    u, _ = _forward(x, factors, constant, projected)
     return u
 
 
@@ -118,37 +172,51 @@ class _Layout:
 
 
 def _forward(
-    x: Array, factors: Factors | None, constant: tuple[Array, Array] | None
+    x: Array, factors: Factors | None, constant: tuple[Array, Array] | None, projected: bool
 ) -> tuple[Array, tuple[Any, ...]]:
-    M, E = _directions_and_columns(factors, constant, x.dtype)
     scale = _headroom(x)
-    z = _directions(x, M * scale)
+    if projected:
+        assert factors is not None
+        M, E = None, expand(factors).astype(x.dtype)
+        inputs = _directions(x, factors.A[0].astype(x.dtype) * scale)
+        z = _directions(inputs, factors.B.astype(x.dtype))
+    else:
+        M, E = _directions_and_columns(factors, constant, x.dtype)
+        inputs, z = x, _directions(x, M * scale)
     layout = _Layout(x.shape[-1], _sharding(x), _sharding(z))
-    kept = None if factors is None else (x, z[..., : factors.B.shape[-1]])
+    kept = None if factors is None else (inputs, z[..., : factors.B.shape[-1]])
     return z @ (E * (1 / scale)), (kept, M, E, factors, layout)
 
 
-def _backward(saved: tuple[Any, ...], du: Array) -> tuple[Array, Factors | None, None]:
-    """``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz``, ``dE = z^T du``; z was kept with its headroom."""
+def _backward(projected: bool, saved: tuple[Any, ...], du: Array) -> tuple[Array, Factors | None, None]:
+    """``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz``, ``dE = z^T du``; z was kept with its headroom.
+
+    Projected, ``dB = (x A)^T dz``; ``x A`` was kept with its headroom too.
+    """
     kept, M, E, factors, layout = saved
     d = layout.width
+    if projected:
+        M = contract(factors).astype(du.dtype)
     dz = jnp.matmul(du, E.T, out_sharding=layout.directions)
     dx = jnp.matmul(dz, M[:d].T, out_sharding=layout.inputs)
     if factors is None:
         return dx, None, None
-    (x, z), leading = kept, tuple(range(du.ndim - 1))
+    (inputs, z), leading = kept, tuple(range(du.ndim - 1))
     q = z.shape[-1]
     dz, M, E = dz[..., :q], M[:, :q], E[:q]
+    rows = factors.B if projected else M[:d]
     # Sums over all tokens: in half precision the products are rounded, the sums are not. On the CPU dz^T x costs
     # a quarter to a half of x^T dz, into which XLA would turn it back but for the barrier.
     dM_t: Array = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
-        _contracted(dz, x, leading, _sharding(M[:d].T))
+        _contracted(dz, inputs, leading, _sharding(rows.T))
     )
-    dM = dM_t.T
-    if M.shape[0] > d:
+    dM, scale = dM_t.T, _headroom(du)
+    if projected:
+        dM = dM * (1 / scale)
+    elif M.shape[0] > d:
         dM = jnp.concatenate([dM, jnp.sum(dz, axis=leading, dtype=dM.dtype)[None, :]])
-    dE = _contracted(z, du, leading, _sharding(E)) * (1 / _headroom(x))
-    dB, dC = factor_gradients(dM, dE, factors)
+    dE = _contracted(z, du, leading, _sharding(E)) * (1 / scale)
+    dB, dC = factor_gradients(dM, dE, factors, projected=projected)
     return dx, Factors(None, dB, dC, None, None, None), None
 
 

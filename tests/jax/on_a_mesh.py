@@ -5,9 +5,11 @@ With the argument ``budget``, of training under a budget: run by `test_budget.py
 XLA reads the number of devices when JAX is imported, so that this is a process of its own.
 """
 
+import itertools
 import json
 import os
 import sys
+from functools import partial
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
@@ -21,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import adamss
 import adamss_jax
-from adamss.core import Factors
+from adamss.core import SCHEDULES, Factors
 
 D, N, TOKENS, K = 8, 12, 16, 3
 SHARDINGS = {
@@ -55,13 +57,13 @@ def problem(*, bias_row):
     return arrays | {"labels": jnp.asarray(labels), "ranks": jnp.asarray(ranks), "active": jnp.ones(K, bool)}
 
 
-@jax.jit
-def results(arrays):
+@partial(jax.jit, static_argnames="schedule")
+def results(arrays, schedule):
     """Return the output and the gradients of x, B and C."""
 
     def run(x, B, C):
         f = Factors(arrays["A"], B, C, *(arrays[name] for name in ("labels", "ranks", "active")))
-        return adamss_jax.linear(x, arrays["kernel"], arrays["bias"], f)
+        return adamss_jax.linear(x, arrays["kernel"], arrays["bias"], f, schedule=schedule)
 
     y, vjp = jax.vjp(run, arrays["x"], arrays["B"], arrays["C"])
     return dict(zip(("y", "x", "B", "C"), (y, *vjp(arrays["dy"])), strict=True))
@@ -76,11 +78,12 @@ def difference(actual, expected):
 
 
 def differences(kind, names):
+    """Return the largest difference of each case, over both schedules, with and without a bias row."""
     mesh = jax.make_mesh((4,), ("m",), axis_types=(kind,))
     found = {}
-    for bias_row in (0, 1):
+    for bias_row, schedule in itertools.product((0, 1), SCHEDULES):
         arrays = problem(bias_row=bias_row)
-        expected = results(arrays)
+        expected = results(arrays, schedule)
         for name in names:
             specs = SHARDINGS[name]
             if bias_row and "A" in specs:
@@ -93,7 +96,7 @@ def differences(kind, names):
                 for key, array in arrays.items()
             }
             with jax.set_mesh(mesh):
-                actual = results(placed)
+                actual = results(placed, schedule)
             case = f"{kind.name}: {name}"
             found[case] = max(found.get(case, 0.0), difference(actual, expected))
     return found

@@ -16,6 +16,7 @@ import pytest
 import adamss_jax
 from adamss import core
 from adamss.core import Factors
+from adamss.errors import ConfigError
 from adamss_conformance.tolerances import RELATIVE_TOLERANCE, assert_agrees
 
 D, N, K, R = 5, 9, 3, 4
@@ -55,8 +56,12 @@ def on_device(tree, dtype="float64"):
     return jax.tree.map(lambda a: jnp.asarray(a, dtype if a.dtype.kind == "f" else None), tree)
 
 
-def run(trained, x, kernel, bias, factors):
-    return adamss_jax.linear(x, kernel, bias, factors._replace(**trained))
+def run(trained, x, kernel, bias, factors, *, schedule=None):
+    return adamss_jax.linear(x, kernel, bias, factors._replace(**trained), schedule=schedule)
+
+
+def by(schedule):
+    return partial(run, schedule=schedule)
 
 
 def gradients(p, apply=run):
@@ -79,7 +84,12 @@ def assert_reference(found, p):
         agrees(gradient, getattr(expected, name), f"gradient of {name}")
 
 
-each_variant = pytest.mark.parametrize("variant", VARIANTS)
+CASES = [(variant, "contract") for variant in VARIANTS]
+CASES += [(variant, "project") for variant, (_, shared, _) in VARIANTS.items() if shared]
+each_case = pytest.mark.parametrize(
+    ("variant", "schedule"), CASES, ids=[f"{schedule}: {variant}" for variant, schedule in CASES]
+)
+each_schedule = pytest.mark.parametrize("schedule", core.SCHEDULES)
 
 
 @pytest.fixture
@@ -91,49 +101,51 @@ def x64():
 # ---- transformations ---------------------------------------------------------------------------------
 
 
-def test_values_and_gradients_without_a_transformation(x64):
-    assert_reference(gradients(on_device(problem())), problem())
+@each_schedule
+def test_values_and_gradients_without_a_transformation(schedule, x64):
+    assert_reference(gradients(on_device(problem()), by(schedule)), problem())
 
 
-@each_variant
+@each_case
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
-def test_values_and_gradients(variant, transform, x64):
+def test_values_and_gradients(variant, schedule, transform, x64):
     p = problem(variant)
-    assert_reference(jax.jit(gradients, static_argnums=1)(on_device(p), transform(run)), p)
+    assert_reference(jax.jit(gradients, static_argnums=1)(on_device(p), transform(by(schedule))), p)
 
 
+@each_schedule
 @pytest.mark.parametrize("tokens", [(), (1,), (0,), (2, 0, 3)], ids=str)
-def test_any_leading_axes(tokens, x64):
+def test_any_leading_axes(tokens, schedule, x64):
     p = problem(tokens=tokens)
-    y, trained, dx = gradients(on_device(p))
+    y, trained, dx = gradients(on_device(p), by(schedule))
     assert (y.shape, dx.shape) == ((*tokens, N), (*tokens, D))
     if 0 not in tokens:
         assert_reference((y, trained, dx), p)
     assert all(np.isfinite(gradient).all() for gradient in trained.values())
 
 
-@each_variant
-def test_vmap_over_inputs_is_the_batched_call(variant, x64):
+@each_case
+def test_vmap_over_inputs_is_the_batched_call(variant, schedule, x64):
     p = problem(variant)
-    batched = jax.vmap(jax.vmap(run, (None, 0, None, None, None)), (None, 0, None, None, None))
+    batched = jax.vmap(jax.vmap(by(schedule), (None, 0, None, None, None)), (None, 0, None, None, None))
     assert_reference(jax.jit(gradients, static_argnums=1)(on_device(p), batched), p)
 
 
-@each_variant
-def test_vmap_over_layers_and_their_factors(variant, x64):
+@each_case
+def test_vmap_over_layers_and_their_factors(variant, schedule, x64):
     """Labels and masks differ from layer to layer: nothing of them is a constant of the program."""
     layers = [problem(variant, seed=seed) for seed in range(3)]
     layers[2] = layers[2]._replace(factors=layers[2].factors._replace(active=np.asarray([False, True, True])))
     assert len({tuple(p.factors.labels) for p in layers}) == 3
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(on_device, layers))
-    y, trained, dx = gradients(stacked, jax.jit(jax.vmap(run)))
+    y, trained, dx = gradients(stacked, jax.jit(jax.vmap(by(schedule))))
     for i, p in enumerate(layers):
         assert_reference((y[i], {name: gradient[i] for name, gradient in trained.items()}, dx[i]), p)
 
 
 @pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
-@each_variant
-def test_scan_over_stacked_layers(variant, remat, x64):
+@each_case
+def test_scan_over_stacked_layers(variant, schedule, remat, x64):
     layers = [problem(variant, n=D, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(on_device(p) for p in layers))
     x, dy = on_device(layers[0].x), on_device(layers[0].dy)
@@ -141,7 +153,7 @@ def test_scan_over_stacked_layers(variant, remat, x64):
     def scanned(trained, x):
         def body(x, layer):
             trained, p = layer
-            return run(trained, x, p.kernel, p.bias, p.factors), None
+            return run(trained, x, p.kernel, p.bias, p.factors, schedule=schedule), None
 
         return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (trained, stacked))[0]
 
@@ -177,10 +189,10 @@ def test_gradients_of_what_is_frozen(x64):
     assert not np.any(dA)
 
 
-@each_variant
-def test_frozen_subspaces_get_a_gradient_of_exactly_zero(variant, x64):
+@each_case
+def test_frozen_subspaces_get_a_gradient_of_exactly_zero(variant, schedule, x64):
     p = problem(variant)
-    _, trained, _ = jax.jit(gradients)(on_device(p))
+    _, trained, _ = jax.jit(gradients, static_argnums=1)(on_device(p), by(schedule))
     ranks, labels = p.factors.ranks, p.factors.labels
     columns = np.repeat(np.arange(K), ranks) == 1
     assert np.all(trained["B"][:, columns] == 0)
@@ -189,8 +201,8 @@ def test_frozen_subspaces_get_a_gradient_of_exactly_zero(variant, x64):
     assert np.all((trained["C"] == 0) == (padding | (labels == 1)))
 
 
-@each_variant
-def test_second_derivatives_in_reverse_mode(variant, x64):
+@each_case
+def test_second_derivatives_in_reverse_mode(variant, schedule, x64):
     """The gradient of a slope, against differences of that slope along every coordinate."""
     p = on_device(problem(variant, tokens=(2,)))
     point = {"B": p.factors.B, "C": p.factors.C}, p.x
@@ -200,7 +212,7 @@ def test_second_derivatives_in_reverse_mode(variant, x64):
     @jax.jit
     def slope(point):
         def value(point):
-            return jnp.sum(jnp.tanh(0.3 * run(*point, p.kernel, p.bias, p.factors)))
+            return jnp.sum(jnp.tanh(0.3 * by(schedule)(*point, p.kernel, p.bias, p.factors)))
 
         pairs = zip(jax.tree.leaves(jax.grad(value)(point)), jax.tree.leaves(direction), strict=True)
         return sum(jnp.vdot(gradient, along) for gradient, along in pairs)
@@ -258,15 +270,15 @@ each_half = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 
 @each_half
-@each_variant
-def test_half_precision(variant, dtype):
+@each_case
+def test_half_precision(variant, schedule, dtype):
     """Outputs in the dtype of the base, gradients in that of the factors, both as near as the inputs' rounding."""
     p = problem(variant, tokens=(20,))
     rounded = on_device(p, dtype)._replace(factors=on_device(p.factors, "float32"))
     exact = jax.tree.map(
         lambda a: np.asarray(a, "float64") if a.dtype.kind not in "bi" else np.asarray(a), rounded
     )
-    y, trained, dx = jax.jit(gradients)(rounded)
+    y, trained, dx = jax.jit(gradients, static_argnums=1)(rounded, by(schedule))
     assert {array.dtype for array in (y, dx)} == {jnp.dtype(dtype)}
     assert {gradient.dtype for gradient in trained.values()} == {jnp.dtype("float32")}
     magnitudes = exact.factors._replace(**{name: np.abs(getattr(exact.factors, name)) for name in "ABC"})
@@ -280,23 +292,25 @@ def test_half_precision(variant, dtype):
         assert_agrees(gradient, getattr(expected, name), dtype=dtype, what=f"gradient of {name}", scale=scale)
 
 
-@each_half
+@each_schedule
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("bias_row", ["shared, rank 1", "shared, ranks 3 1 2, bias"])
-def test_start_equals_the_base_for_inputs_at_the_end_of_float16(dtype, transform, bias_row):
+def test_start_equals_the_base_for_inputs_at_the_end_of_the_dtype(dtype, transform, bias_row, schedule):
     p = problem(bias_row, tokens=(4,))
     p = on_device(p._replace(kernel=p.kernel * 1e-3), dtype)._replace(factors=on_device(p.factors, "float32"))
-    x = jnp.full_like(p.x, jnp.finfo("float16").max).at[0].multiply(-1)
+    x = jnp.full_like(p.x, jnp.finfo(dtype).max).at[0].multiply(-1)
     zero = {"B": p.factors.B, "C": jnp.zeros_like(p.factors.C)}
     expected = transform(lambda x: x @ p.kernel + p.bias)(x)
-    y = transform(partial(run, zero))(x, p.kernel, p.bias, p.factors)
+    y = transform(partial(run, zero, schedule=schedule))(x, p.kernel, p.bias, p.factors)
     assert np.isfinite(expected).all()
     assert y.dtype == dtype
     assert jnp.array_equal(y, expected)
 
 
 @each_half
-def test_sums_over_many_tokens_are_not_done_in_half_precision(dtype):
+@each_schedule
+def test_sums_over_many_tokens_are_not_done_in_half_precision(dtype, schedule):
     """2,049 ones add up to 2,049, which neither type can hold."""
     tokens, ones = 2049, partial(jnp.ones, dtype=dtype)
     f = Factors(
@@ -308,9 +322,108 @@ def test_sums_over_many_tokens_are_not_done_in_half_precision(dtype):
         jnp.ones(1, bool),
     )
     p = Problem(ones((tokens, 1)), ones((1, 1)), ones(1), f, ones((tokens, 1)))
-    _, trained, _ = jax.jit(gradients)(p)
+    _, trained, _ = jax.jit(gradients, static_argnums=1)(p, by(schedule))
     assert float(trained["C"][0, 0]) == 2 * tokens  # z is 2: one from the input, one from the bias row
     assert float(trained["B"][0, 0]) == 2 * tokens
+
+
+# ---- the order of the products -----------------------------------------------------------------------
+
+
+def kept_shapes(p, apply):
+    """Return the shapes of what the backward keeps that has a row per token."""
+    arrays = on_device(p, "float32")
+    trained = {"B": arrays.factors.B, "C": arrays.factors.C}
+    _, vjp = jax.vjp(lambda t: apply(t, arrays.x, arrays.kernel, arrays.bias, arrays.factors), trained)
+    tokens = arrays.x.shape[0]
+    return sorted(leaf.shape for leaf in jax.tree.leaves(vjp) if leaf.ndim == 2 and leaf.shape[0] == tokens)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("contract", [(37, 6), (37, D)]), ("project", [(37, R), (37, 6)])]
+)
+def test_kept_for_the_backward_is_what_the_schedule_says(schedule, expected):
+    assert D not in (R, 6)
+    assert kept_shapes(problem(tokens=(37,)), by(schedule)) == sorted(expected)
+    assert kept_shapes(problem(tokens=(37,)), jax.jit(by(schedule))) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tokens", "expected"),
+    [
+        ("cpu", "float32", (1, 8), "project"),
+        ("cpu", "float32", (2, 16), "contract"),
+        ("cpu", "float32", (), "contract"),  # one of many, under vmap
+        ("cpu", "bfloat16", (4, 2048), "contract"),
+        ("gpu", "float32", (2, 16), "project"),
+        ("gpu", "float32", (4, 2048), "contract"),
+        ("gpu", "bfloat16", (4, 2048), "project"),
+    ],
+)
+def test_the_schedule_that_costs_less_is_chosen(backend, dtype, tokens, expected, monkeypatch):
+    d, rank, q = 512, 100, 12
+    shapes = (1, d, rank), (rank, q), (1, d)
+    factors = Factors(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+        *(
+            jax.ShapeDtypeStruct((size,), dtype)
+            for size, dtype in ((d, jnp.int32), (q, jnp.int32), (q, bool))
+        ),
+    )
+    x = jax.ShapeDtypeStruct((*tokens, d), dtype)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def program(schedule):
+        def apply(x, factors):  # a function of its own: JAX remembers what it has traced
+            return adamss_jax.update(x, factors, schedule=schedule)
+
+        return str(jax.make_jaxpr(apply)(x, factors))
+
+    assert program("contract") != program("project")
+    assert program(None) == program(expected)
+
+
+def test_without_a_shared_basis_or_with_constants_the_products_are_contracted(x64):
+    p = problem("per subspace, ranks 3 1 2", tokens=(37,))
+    assert_reference(gradients(on_device(p), by("project")), p)
+    assert kept_shapes(p, by("project")) == kept_shapes(p, by("contract"))
+    x, factors = on_device(problem()[0]), on_device(problem().factors)
+    constant = jnp.ones((D + 1, 2)), jnp.ones((2, N))
+    for own in (factors, None):
+        found = adamss_jax.update(x, own, constant, schedule="project")
+        expected = adamss_jax.update(x, own, constant, schedule="contract")
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("variant", ["shared, rank 1", "per subspace, ranks 3 1 2"])
+def test_an_unknown_schedule_raises(variant):
+    p = on_device(problem(variant), "float32")
+    with pytest.raises(ConfigError, match=r"'contract', 'project'.*'expand'"):
+        gradients(p, by("expand"))
+    with pytest.raises(ConfigError, match="'expand'"):
+        adamss_jax.update(p.x, None, (jnp.ones((D, 2)), jnp.ones((2, N))), schedule="expand")
+
+
+@each_schedule
+def test_padding_stays_out_of_the_products_and_gets_no_gradient(schedule, x64):
+    """Rank, directions, rows of C and columns of no subspace: what stacks and compacted layers are padded with."""
+    p = problem("shared, ranks 3 1 2, bias")
+    f = p.factors
+    labels = np.where(f.labels == 1, -1, f.labels)
+    garbage = np.where(labels < 0, 7.0, f.C)
+    padded = f._replace(
+        A=np.pad(f.A, ((0, 0), (0, 0), (0, 2))),
+        B=np.pad(f.B, ((0, 2), (0, 3))),
+        C=np.pad(garbage, ((0, 1), (0, 0))),
+        labels=labels,
+    )
+    zero = f._replace(C=np.where(labels < 0, 0.0, f.C))
+    y, trained, dx = gradients(on_device(p._replace(factors=padded)), by(schedule))
+    expected = core.linear_vjp(p.dy, p.x, p.kernel, zero)
+    agrees(y, core.linear(p.x, p.kernel, p.bias, zero), "y")
+    agrees(dx, expected.x, "gradient of x")
+    agrees(trained["B"], np.pad(expected.B, ((0, 2), (0, 3))), "gradient of B")
+    agrees(trained["C"], np.pad(np.where(labels < 0, 0.0, expected.C), ((0, 1), (0, 0))), "gradient of C")
 
 
 # ---- sharding ----------------------------------------------------------------------------------------
