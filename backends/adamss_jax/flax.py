@@ -92,6 +92,9 @@ class Adapter(nnx.Module):
         `nnx.Variable`, as in `adamss.core.Factors`.
     enabled
         Whether the layer adds the update.
+    schedule
+        In which order its products are taken, one of `adamss.core.SCHEDULES`; None for the one that costs less: see
+        `adamss_jax.update`. A constant of compiled functions: a change compiles them once more. It is in no file.
     merged
         Whether its kernel holds the update already.
     base
@@ -113,6 +116,7 @@ class Adapter(nnx.Module):
         self.view = view
         self.record = record
         self.enabled = True
+        self.schedule: str | None = None
         self.merged = False
         self.base: HostCopies | None = None
 
@@ -134,7 +138,8 @@ class Adapter(nnx.Module):
                     f"an adapted nnx.Einsum was called with {equation!r}, in which its kernel is another matrix than "
                     "in the equation that it was attached with; merge, or leave it out of targets"
                 )
-        u = added(view.flat_inputs(jnp.asarray(x, y.dtype)), self.record.computed(self.factors()), part)
+        factors = self.record.computed(self.factors())
+        u = added(view.flat_inputs(jnp.asarray(x, y.dtype)), factors, part, self.schedule)
         return y + view.outputs(u, kernel_shape)
 
     def factors(self) -> Factors:

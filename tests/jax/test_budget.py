@@ -1,5 +1,6 @@
 """The adaptive budget as an optax transformation: `budgeted`, `synchronise`, `allocation` and `compact`."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -698,6 +699,60 @@ def test_only_what_is_trained_is_kept_for_the_backward():
     assert after.count((37, 1)) == 1
     assert after.count((37, WIDTH)) < before.count((37, WIDTH))
     assert sum(leaf.shape[-1] for leaf in jax.tree.leaves(BACKEND.parameters(loop.model))) < 2 * (K + WIDTH)
+
+
+def ordered(model, schedule):
+    """Return a model whose adapted layers take their products in this order."""
+    if isinstance(model, nnx.Module):
+        for layer in (model.block.query, model.block.value):
+            layer.adamss.schedule = schedule
+        return model
+    replaced = lambda layer: dataclasses.replace(layer, schedule=schedule)  # noqa: E731
+    return eqx.tree_at(lambda model: list(model.block.values()), model, replace_fn=replaced)
+
+
+def orders(model):
+    """Return the schedules of the adapted layers."""
+    if isinstance(model, nnx.Module):
+        return [layer.adamss.schedule for layer in (model.block.query, model.block.value)]
+    return [layer.schedule for layer in model.block.values()]
+
+
+@pytest.mark.parametrize("kind", ["stack", "equinox"])
+def test_the_order_of_the_products_outlives_compacting_and_consolidating(kind, tmp_path):
+    """It is in no file, and training by either order is the same but for rounding."""
+    model = attached(kind, {"target": 3, "end_step": 1})
+    adamss.save(model, tmp_path / "as attached")
+    outputs = []
+    for schedule in core.SCHEDULES:
+        model = ordered(attached(kind, {"target": 3, "end_step": 1}), schedule)
+        adamss.save(model, tmp_path / schedule)
+        assert same_file(tmp_path / schedule, tmp_path / "as attached")
+        loop = LOOPS[kind](model, adamss_jax.budgeted(optax.sgd(0.1), model))
+        for number in range(3):
+            loop.step(inputs(number))
+        loop.compact()
+        loop.model = adamss.consolidate(loop.model)
+        for number in range(3, 6):
+            loop.step(inputs(number))
+        assert loop.traces == 2
+        assert orders(loop.model) == [schedule, schedule]
+        outputs.append(loop.model(inputs()))
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_projected_nothing_of_the_inputs_is_kept_but_their_coordinates():
+    """Of a layer of which a part is constant x is kept again, until the weight holds that part."""
+    rank, x = 5, inputs(rows=37)
+    model = ordered(attached("nnx", LONG, subspace_rank=1), "contract")
+    before = kept_for_backward(model, x)
+    after = kept_for_backward(ordered(model, "project"), x)
+    assert after.count((37, rank)) - before.count((37, rank)) == 2
+    assert before.count((37, WIDTH)) - after.count((37, WIDTH)) == 1  # one x, of both layers
+    model = BACKEND.set_active(model, {path: jnp.arange(K) < 2 for path in ("block.query", "block.value")})
+    model = adamss.consolidate(model)
+    assert kept_for_backward(model, x).count((37, rank)) == 2
+    assert kept_for_backward(model, x).count((37, 2)) == 2
 
 
 def test_a_compacted_model_in_a_transformation_made_anew():

@@ -1,6 +1,7 @@
 """Equinox: trees of layers, the filters and the transforms in which people use them."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 
 import adamss  # noqa: E402
-from adamss import core  # noqa: E402
+from adamss import core, errors  # noqa: E402
 from adamss_conformance.tolerances import assert_agrees  # noqa: E402
 from adamss_jax.equinox import AdaptedLinear, trainable_filter  # noqa: E402
 from adamss_jax.optax import hold_frozen  # noqa: E402
@@ -299,6 +300,33 @@ def test_masks_and_training_do_not_compile_anew(config, inputs):
     assert traces == 1
     agrees(run(adamss.merge(model), x), y, "merged outputs")
     assert traces == 2
+
+
+def test_the_order_of_the_products_of_a_layer(config, inputs):
+    """Many inputs of a vmap, each a vector, are contracted with M unless the layer says otherwise."""
+
+    def ordered(model, schedule):
+        replaced = lambda layer: dataclasses.replace(layer, schedule=schedule)  # noqa: E731
+        return eqx.tree_at(lambda m: [block.query for block in m.blocks], model, replace_fn=replaced)
+
+    @eqx.filter_jit
+    def run(model, x):
+        return jax.vmap(model)(x)
+
+    def program(model):
+        return str(jax.make_jaxpr(lambda x: jax.vmap(model)(x))(x))
+
+    model, x = adapted(config), inputs(64, 8)
+    projected = ordered(model, "project")
+    assert program(ordered(model, "contract")) == program(model) != program(projected)
+    agrees(run(projected, x), run(model, x), "outputs")
+    backend = adamss.backend.get_backend("jax")
+    masked = backend.set_active(projected, {PATHS[0]: np.asarray([True, False, True])})
+    for other in (masked, adamss.unmerge(adamss.merge(projected)), pickle.loads(pickle.dumps(projected))):
+        assert other.blocks[1].query.schedule == "project"
+        assert jax.tree.structure(other) == jax.tree.structure(projected)
+    with pytest.raises(errors.ConfigError, match="'expand'"):
+        ordered(model, "expand")(x[0])
 
 
 def test_merged_and_disabled_models_cost_what_the_base_costs(config, inputs):

@@ -363,6 +363,39 @@ def trained(model, x, *, steps=3):
     return model, traces
 
 
+def test_the_order_of_the_products_of_a_layer(net, config, inputs, filled):
+    """Chosen by name it compiles once more, and is in copies, but in no file."""
+    model, x, traces = filled(adamss.attach(net(), config())), inputs(4, 8), 0
+
+    @nnx.jit
+    def run(model, x):
+        nonlocal traces
+        traces += 1
+        return model(x)
+
+    y, programs = run(model, x), []
+    for number, schedule in enumerate(core.SCHEDULES):
+        for block in model.blocks:
+            for layer in block.values():
+                layer.adamss.schedule = schedule
+        for _ in range(2):
+            agrees(run(model, x), y, f"outputs by {schedule}", 10.0)
+        assert traces == number + 2
+        graph, state = nnx.split(model)
+        programs.append(str(jax.make_jaxpr(lambda s, graph=graph: nnx.merge(graph, s)(x))(state)))
+    assert programs[0] != programs[1]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nnx.clone(model)):
+        assert twin.blocks[1]["value"].adamss.schedule == "project"
+        run(twin, x)
+    assert traces == 3
+    adamss.unmerge(adamss.merge(model))
+    model, _ = trained(model, x)
+    assert model.blocks[1]["value"].adamss.schedule == "project"
+    model.blocks[0]["query"].adamss.schedule = "expand"
+    with pytest.raises(errors.ConfigError, match="'expand'"):
+        run(model, x)
+
+
 def test_an_optimiser_on_lora_parameters_trains_those_alone_and_compiles_once(net, config, inputs, variables):
     model = adamss.attach(net(), config(modules_to_save=["classifier"]))
     before = variables(model)
