@@ -18,17 +18,12 @@ from jax import Array
 from jax.sharding import AxisType
 
 from adamss.core import Factors, cheapest_schedule, contract, expand, factor_gradients
-from adamss.core.cost import check_schedule
+from adamss.core.cost import check_schedule, device_balance
 from adamss.core.factors import HEADROOM
 
 __all__ = ["linear", "update"]
 
 FLOAT16_MAX = 65504.0
-
-BALANCE = {"cpu": (12.0, 12.0)}
-ACCELERATOR_BALANCE = (32.0, 200.0)
-"""Multiply-adds in the time of moving one number, in float32 and wider, and in half precision: for the CPU measured,
-for others of the order that the data sheets of current accelerators give."""
 
 
 def linear(
@@ -128,8 +123,7 @@ def update(
     ConfigError
         If the schedule is unknown.
     """
-    if schedule is not None:
-        check_schedule(schedule)
+    check_schedule(schedule)
     if factors is None or factors.A.shape[0] > 1 or constant is not None:
         schedule = "contract"
     elif schedule is None:
@@ -141,7 +135,6 @@ def update(
 def _cheapest(x: Array, factors: Factors) -> str:
     if x.ndim == 1:
         return "contract"
-    wide, half = BALANCE.get(jax.default_backend(), ACCELERATOR_BALANCE)
     # Whether there will be a backward JAX does not say. For the few tokens of decoding it makes no difference.
     return cheapest_schedule(
         tokens=math.prod(x.shape[:-1]),
@@ -149,7 +142,7 @@ def _cheapest(x: Array, factors: Factors) -> str:
         n=factors.labels.shape[0],
         rank=factors.A.shape[2],
         directions=factors.B.shape[1],
-        balance=half if x.dtype.itemsize < 4 else wide,
+        balance=device_balance(x.dtype.itemsize, cpu=jax.default_backend() == "cpu"),
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adamss.core import cheapest_schedule
-from adamss.core.cost import check_schedule
+from adamss.core.cost import check_schedule, device_balance
 from adamss.core.factors import HEADROOM
 
 __all__ = ["Constants", "Layout", "Plan", "make_layout", "update"]
@@ -31,11 +31,6 @@ NO_CONTEXT = nullcontext()
 MULTIPLE = 16
 MANY = 512
 """Tokens from which a product pays for padding M first."""
-
-BALANCE = {"cpu": (12.0, 12.0)}
-ACCELERATOR_BALANCE = (32.0, 200.0)
-"""Multiply-adds in the time of moving one number, in float32 and wider, and in half precision: for the CPU measured,
-for others of the order that the data sheets of current GPUs give."""
 
 
 class Layout(NamedTuple):
@@ -203,8 +198,7 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
 def _cheapest(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> str:
     d = x.shape[-1]
     training = torch.is_grad_enabled() and (B.requires_grad or C.requires_grad)
-    wide, half = BALANCE.get(base.device.type, ACCELERATOR_BALANCE)
-    balance = half if base.element_size() < 4 else wide
+    balance = device_balance(base.element_size(), cpu=base.device.type == "cpu")
     find = _cheapest_of.__wrapped__ if torch.compiler.is_compiling() else _cheapest_of
     tokens = x.numel() // max(d, 1)
     return find(tokens, d, base.shape[-1], plan.A.shape[-1], B.shape[0], training, plan.input_kept, balance)
