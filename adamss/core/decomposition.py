@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -151,15 +151,23 @@ def _decompose_wide(W: Array, rank: int, rng: np.random.Generator) -> Decomposit
         # Rounding mixes the last direction with the first that is left out; of real weights it is enough to send
         # k-means into another optimum. In float64 all frameworks agree, for a tenth to a half more of the time.
         W = as_widest_precision(W)
-        _, eigenvectors = xp.linalg.eigh(W @ W.T)
-        U = eigenvectors[:, -rank:]
+        eigenvalues, eigenvectors = xp.linalg.eigh(W @ W.T)
+        leading, U = xp.flip(eigenvalues[-rank:]), xp.flip(eigenvectors[:, -rank:], axis=1)
         image = W.T @ U
+        if float(leading[-1]) * xp.finfo(dtype).eps > d * xp.finfo(W.dtype).eps * float(leading[0]):
+            # What W^T U lacks in orthogonality is below the rounding of the result; scaling is all that is left.
+            S = xp.sqrt(leading)
+            return _as_dtype((U, S, image / S), dtype)
     else:
         U, image = _search(W, rank, rng)
     # Squaring W loses the small singular values; inside the subspace found they come back from U^T W.
     Q, triangle = xp.linalg.qr(image)
     right, S, left = xp.linalg.svd(triangle, full_matrices=False)
-    found = (U @ left.T, S, Q @ right)
+    return _as_dtype((U @ left.T, S, Q @ right), dtype)
+
+
+def _as_dtype(found: tuple[Array, Array, Array], dtype: Any) -> Decomposition:
+    xp = namespace(*found)
     return Decomposition(*(xp.astype(array, dtype, copy=False) for array in found))
 
 
