@@ -56,6 +56,9 @@ would be NaN."""
 BASES = ("shared", "per_subspace")
 INITIAL_B = ("orthonormal", "weighted")
 
+SMALLEST_BATCH = 16
+"""Smaller subspaces than this are padded to it: eigenvectors of so few columns cost less than another call."""
+
 
 class Factors(NamedTuple):
     """The adapter of one weight ``W: (d, n)`` with K subspaces, in canonical stacked form.
@@ -223,7 +226,7 @@ def initial_factors(
     limits = [R if basis == "shared" else min(R, size) for size in sizes]
     ranks = [min(subspace_rank, size, limit) for size, limit in zip(sizes, limits, strict=True)]
     r = max(ranks)
-    leading = _leading_directions(decomposition.V, members, r)
+    leading = _leading_directions(decomposition.V, labels, sizes, r)
     # orth(V_k^T Q_k) is `leading` itself, which stays orthonormal where V_k^T Q_k has zero columns.
     A, stacked = decomposition.U[None, :, :], leading
     plain = basis == "shared" and initial_B == "orthonormal"
@@ -282,20 +285,55 @@ def factors_from_directions(
     return Factors(A[None, :, :], xp.matrix_transpose(A) @ M, C, labels, ranks, active)
 
 
-def _leading_directions(V: Array, members: Array, r: int) -> Array:
-    """Leading r left singular vectors of every V_k^T, (K, R, r), from the Gram matrices V_k^T V_k.
+def _leading_directions(V: Array, labels: Array, sizes: list[int], r: int) -> Array:
+    """Leading r left singular vectors of every V_k^T, (K, R, r), orthonormal; arbitrary or zero beyond n_k.
 
-    Every Gram matrix is (R, R) whatever n_k is: one batched call, and one compilation, for all.
+    They come from V_k V_k^T where that is smaller than V_k^T V_k. Subspaces of about one size, to the next power of
+    two, make a batch: few calls, of few shapes.
     """
     xp = namespace(V)
-    R = V.shape[1]
-    weighted = xp.matrix_transpose(members)[:, None, :] * xp.matrix_transpose(V)[None, :, :]
-    _, vectors = xp.linalg.eigh(weighted @ V)
-    padding = max(r - R, 0)
-    leading = xp.flip(vectors, axis=-1)[:, :, : r - padding]
+    R, on = V.shape[1], device(V)
+    batches: dict[int, list[int]] = {}
+    for k, size in enumerate(sizes):
+        side = max(SMALLEST_BATCH, 1 << (size - 1).bit_length())
+        batches.setdefault(min(side, R), []).append(k)
+    ordered = _by_subspace(V, labels)
+    found = []
+    for side, chosen in batches.items():
+        rows = _member_rows(ordered, sizes, chosen, side)
+        columns = xp.matrix_transpose(rows)
+        _, vectors = xp.linalg.eigh(columns @ rows if side == R else rows @ columns)
+        leading = xp.flip(vectors[:, :, -min(r, side) :], axis=-1)
+        if side < R:
+            # A zero singular value leaves a zero column, and an inexact one a column that is not quite orthogonal.
+            leading, _ = xp.linalg.qr(columns @ leading, mode="reduced")
+            if side < r:
+                nothing = xp.zeros((len(chosen), R, r - side), dtype=V.dtype, device=on)
+                leading = xp.concat([leading, nothing], axis=-1)
+        found.append(leading)
+    place = np.argsort([k for chosen in batches.values() for k in chosen])
+    leading = xp.take(xp.concat(found), xp.asarray(place, device=on), axis=0)
     pivots = xp.argmax(xp.abs(leading), axis=1)[:, None, :]
     signs = xp.sign(xp.take_along_axis(leading, pivots, axis=1))
     return leading * signs
+
+
+def _by_subspace(matrix: Array, labels: Array) -> Array:
+    """Rows of an (n, m) matrix, those of subspace 0 first, and a row of zeros behind them: (n + 1, m)."""
+    xp = namespace(matrix)
+    nothing = xp.zeros((1, matrix.shape[1]), dtype=matrix.dtype, device=device(matrix))
+    return xp.concat([xp.take(matrix, xp.argsort(labels, stable=True), axis=0), nothing])
+
+
+def _member_rows(ordered: Array, sizes: list[int], chosen: list[int], width: int) -> Array:
+    """Rows of some subspaces, from `_by_subspace`: (K', width or the largest of them, m), zero beyond n_k."""
+    xp = namespace(ordered)
+    ends = np.cumsum(sizes)[chosen, None]
+    own = np.asarray(sizes)[chosen, None]
+    places = np.arange(max(width, int(own.max())))
+    index = np.where(places < own, ends - own + places, ordered.shape[0] - 1)
+    rows = xp.take(ordered, xp.asarray(index.reshape(-1), device=device(ordered)), axis=0)
+    return xp.reshape(rows, (*index.shape, -1))
 
 
 def _principal_columns(V: Array, members: Array, leading: Array) -> Array:
@@ -317,14 +355,8 @@ def _column_spaces(decomposition: Decomposition, labels: Array, sizes: list[int]
     """Orthonormal bases, in the coordinates of U, of the columns I_k of W_hat: (K, R, P), zero-padded."""
     xp = namespace(labels)
     on = device(labels)
-    widest = max(sizes)
-    order = xp.argsort(labels, stable=True)
-    starts = np.cumsum([0, *sizes[:-1]])
-    positions = np.minimum(starts[:, None] + np.arange(widest), labels.shape[0] - 1)
-    inside = np.arange(widest) < np.asarray(sizes)[:, None]
-    columns = xp.take(order, xp.reshape(xp.asarray(positions, device=on), (-1,)))
-    rows = xp.reshape(xp.take(decomposition.V * decomposition.S, columns, axis=0), (len(sizes), widest, -1))
-    rows = xp.where(xp.asarray(inside, device=on)[:, :, None], rows, xp.zeros_like(rows))
+    ordered = _by_subspace(decomposition.V * decomposition.S, labels)
+    rows = _member_rows(ordered, sizes, list(range(len(sizes))), 1)
     Q, _ = xp.linalg.qr(xp.matrix_transpose(rows), mode="reduced")
     # A subspace of fewer than P columns uses as many of Q; what Q holds beyond them is arbitrary.
     limits = xp.asarray(np.minimum(sizes, P), device=on)

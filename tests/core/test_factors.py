@@ -353,6 +353,31 @@ def test_every_framework_computes_the_same(xp, to_numpy, basis, initial_B):
         assert_agrees(to_numpy(array), expected[name], dtype="float32", what=name)
 
 
+@pytest.mark.parametrize("r", [1, 3, 20])
+def test_leading_directions_of_subspaces_of_every_size(xp, to_numpy, r):
+    """Whichever Gram matrix they come from, and where columns coincide or are zero."""
+    rng = np.random.default_rng(0)
+    sizes = [1, 5, 16, 17, 30, 51, 6, 6]
+    labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    W = rng.standard_normal((60, labels.size)).astype(np.float32)
+    W[:, labels == 6] = 0
+    W[:, labels == 7] = W[:, labels == 7][:, :1]
+    decomposition = core.decompose(W, 40)
+    on_framework = core.Decomposition(*(xp.asarray(array) for array in decomposition))
+    f = core.initial_factors(on_framework, xp.asarray(labels), r, reconstruct=True)
+    B, C, ranks = to_numpy(f.B), to_numpy(f.C), to_numpy(f.ranks)
+    assert ranks.tolist() == np.minimum(sizes, r).tolist()
+    for k, own in enumerate(np.split(B, np.cumsum(ranks)[:-1], axis=1)):
+        V_k = decomposition.V[labels == k]
+        assert_agrees(own.T @ own, np.eye(ranks[k]), dtype="float32", what=f"B_{k}^T B_{k}")
+        best = np.sum(np.linalg.svd(V_k.astype(np.float64), compute_uv=False)[: ranks[k]] ** 2)
+        assert np.sum((V_k @ own) ** 2) == pytest.approx(best, rel=1e-5, abs=1e-12)
+        # The columns of C are the right singular vectors: B C is then the best approximation of its rank.
+        fit = (V_k @ own) @ own.T
+        Q_k = C[: ranks[k], labels == k].T
+        assert_agrees(Q_k @ (Q_k.T @ fit), fit, dtype="float32", what=f"Q_{k}")
+
+
 class TestPadding:
     """Layers of one stack share a shape: B may have more columns than ranks, C more rows."""
 
