@@ -185,14 +185,17 @@ def _kmeans(points: Array, clusters: int, rng: np.random.Generator) -> Array:
 def _lloyd(points: Array, centres: Array, iterations: int) -> Array:
     """Move (T, K) centres to the means of the points nearest to them, until nothing changes."""
     xp = namespace(points)
-    labels = xp.full((points.shape[0], centres.shape[0]), -1, device=device(points))
+    restarts, clusters, _ = centres.shape
+    classes = xp.arange(clusters, device=device(points))
+    labels = xp.full((points.shape[0], restarts), -1, device=device(points))
     for _ in range(iterations):
         labels, before = xp.argmax(_closeness(points, centres), axis=2), labels
         if bool(xp.all(labels == before)):
             break
-        members = one_hot(labels, centres.shape[1], dtype=points.dtype)
-        sizes = xp.sum(members, axis=0)[..., None]
-        sums = xp.reshape(xp.reshape(members, (points.shape[0], -1)).T @ points, centres.shape)
+        members = xp.astype(labels[..., None] == classes, points.dtype)
+        members = xp.reshape(members, (-1, restarts * clusters))
+        sizes = xp.reshape(xp.sum(members, axis=0), (restarts, clusters, 1))
+        sums = xp.reshape(members.T @ points, centres.shape)
         centres = xp.where(sizes > 0, sums / xp.clip(sizes, min=1), centres)
     return centres
 
@@ -207,9 +210,9 @@ def _nearest(points: Array, squares: Array, centres: Array) -> tuple[Array, Arra
 def _closeness(points: Array, centres: Array) -> Array:
     """Return ``(|x|^2 - |x - c|^2) / 2`` for n points and (T, K) centres: (n, T, K)."""
     xp = namespace(points)
-    restarts, clusters, size = centres.shape
-    inner = points @ xp.reshape(centres, (restarts * clusters, size)).T
-    return xp.reshape(inner, (points.shape[0], restarts, clusters)) - xp.sum(centres**2, axis=2) / 2
+    flat = xp.reshape(centres, (-1, centres.shape[2]))
+    closeness = points @ flat.T - xp.sum(flat**2, axis=1) / 2
+    return xp.reshape(closeness, (points.shape[0], *centres.shape[:2]))
 
 
 def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.Generator) -> Array:
@@ -224,24 +227,27 @@ def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.G
     draws = rng.random((clusters, RESTARTS, trials))
     draws[0, :, 1:] = draws[0, :, :1]
     uniform = xp.asarray(draws, dtype=points.dtype, device=device(points))
-    nearest = xp.ones((RESTARTS, n), dtype=points.dtype, device=device(points)) + 4 * xp.max(squares)
+    # |x - y|^2 is one product of (x, |x|^2, 1) with (-2 y, 1, |y|^2).
+    one = xp.ones((n, 1), dtype=points.dtype, device=device(points))
+    left_factors = xp.concat([points, squares[:, None], one], axis=1)
+    right_factors = xp.concat([-2 * points, one, squares[:, None]], axis=1).T
+    starts = trials * xp.arange(RESTARTS, device=device(points))
+    nearest = xp.ones((RESTARTS, n), dtype=points.dtype, device=device(points))
     centres = []
-    restart = xp.arange(RESTARTS, device=device(points))
     for k in range(clusters):
-        weights = nearest if k else xp.ones_like(nearest)
-        cumulative = xp.cumulative_sum(weights, axis=1)
-        thresholds = uniform[k, ...] * cumulative[:, -1:]
-        below = cumulative[:, None, :] <= thresholds[:, :, None]
+        cumulative = xp.cumulative_sum(nearest, axis=1)
+        below = cumulative[:, None, :] <= (uniform[k, ...] * cumulative[:, -1:])[:, :, None]
         drawn = xp.clip(xp.sum(xp.astype(below, xp.int32), axis=2), max=n - 1)
         drawn = xp.reshape(drawn, (-1,))
-        candidates = xp.take(points, drawn, axis=0)
-        distances = squares - 2 * (candidates @ points.T) + xp.take(squares, drawn, axis=0)[:, None]
-        distances = xp.reshape(xp.clip(distances, min=0), (RESTARTS, trials, n))
-        left = xp.minimum(nearest[:, None, :], distances)
-        chosen = restart * trials + xp.argmin(xp.sum(left, axis=2), axis=1)
+        distances = xp.take(left_factors, drawn, axis=0) @ right_factors
+        left = xp.reshape(xp.clip(distances, min=0), (RESTARTS, trials, n))
+        if k:
+            left = xp.minimum(nearest[:, None, :], left)
+        chosen = starts + xp.argmin(xp.sum(left, axis=2), axis=1)
         nearest = xp.take(xp.reshape(left, (-1, n)), chosen, axis=0)
-        centres.append(xp.take(candidates, chosen, axis=0))
-    return xp.stack(centres, axis=1)
+        centres.append(xp.take(drawn, chosen))
+    chosen = xp.reshape(xp.stack(centres, axis=1), (-1,))
+    return xp.reshape(xp.take(points, chosen, axis=0), (RESTARTS, clusters, -1))
 
 
 def _ksubspaces(decomposition: Decomposition, labels: Array, subspaces: int, dimension: int) -> Array:
@@ -272,6 +278,8 @@ def _fill_empty(labels: Array, groups: int, misfits: Array) -> Array:
     xp = namespace(labels)
     columns = xp.arange(labels.shape[0], device=device(labels))
     sizes = group_sizes(labels, groups)
+    if bool(xp.all(sizes > 0)):
+        return labels
     for group in range(groups):
         if int(sizes[group]) == 0:
             spare = xp.take(sizes, labels, axis=0) > 1
