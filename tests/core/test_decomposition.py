@@ -87,6 +87,11 @@ def test_huge_and_tiny_entries(xp, to_numpy, magnitude):
     assert_decomposes(W, 4, *map(to_numpy, decompose(xp.asarray(W), 4)))
 
 
+def test_entries_whose_sum_overflows(xp, to_numpy):
+    W = np.full((9, 14), 2e37, dtype=np.float32)
+    assert_decomposes(W, 2, *map(to_numpy, decompose(xp.asarray(W), 2)))
+
+
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_huge_and_tiny_entries_of_a_large_matrix(magnitude):
     W = with_spectrum(np.arange(1, 601) ** -0.5)
@@ -199,6 +204,7 @@ def test_a_rank_that_cannot_be_used(rank):
         (np.ones((0, 3)), ArrayValueError),
         (np.asarray([[1.0, np.nan]]), ArrayValueError),
         (np.asarray([[1.0, np.inf]]), ArrayValueError),
+        (np.asarray([[np.inf, -np.inf]]), ArrayValueError),
     ],
 )
 def test_a_matrix_that_cannot_be_used(W, error):
