@@ -216,11 +216,10 @@ def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array
 
 
 def _missing_energy(energies: list[float]) -> float:
-    """Estimate the share of energy still to come: half of what the last block brought, or more if that is slow.
+    """Estimate the share of energy still to come: as much as the last block brought, or more if that is slow.
 
     Were the gains to go on in geometric progression, they would sum to ``gain ratio / (1 - ratio)``. A Krylov
-    space converges faster, so that this errs on the safe side; so it does with a ratio of less than a third
-    taken as that.
+    space converges faster, so that this errs on the safe side.
     """
     if len(energies) < 3:
         return 1.0
@@ -228,4 +227,4 @@ def _missing_energy(energies: list[float]) -> float:
     if gain <= 0.0:
         return 0.0
     ratio = min(gain / before, 0.999) if before > 0.0 else 0.999
-    return gain / energies[-1] * max(0.5, ratio / (1.0 - ratio))
+    return gain / energies[-1] * max(1.0, ratio / (1.0 - ratio))

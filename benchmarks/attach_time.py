@@ -2,8 +2,8 @@
 
 For the weights of MiniLM and for matrices with known spectra, at rank 100::
 
-    python benchmarks/decomposition.py
-    python benchmarks/decomposition.py --quick --json results.json
+    python benchmarks/attach_time.py
+    python benchmarks/attach_time.py --quick --json results.json
 
 - energy: ``||U^T W||_F^2`` over the most that any 100 directions hold (float64, exact);
 - angle: the largest principal angle to the exact leading subspace, in degrees. On a flat spectrum it is
@@ -12,11 +12,14 @@ For the weights of MiniLM and for matrices with known spectra, at rank 100::
 - time over PEFT's: `decompose` over ``torch.svd_lowrank(q=100, niter=2)``, and decomposition, segmentation
   and initial factors over the whole initialisation of a layer (K = 10, r = 1). The calls take turns, and
   the median of the ratios within the rounds is given, with its 95 % interval.
+
+Last, ``adamss.attach`` over ``get_peft_model`` for the whole of MiniLM, query and value, K = 10 and 32.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import math
@@ -28,10 +31,14 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
+from methods import minilm as whole_minilm
 from paired import Ratio, environment, paired_times, ratio
+from peft import AdamssConfig as PeftAdamssConfig
+from peft import get_peft_model
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from adamss import AdamssConfig, attach
 from adamss.core import decompose, initial_factors, segment
 
 RANK = 100
@@ -151,6 +158,29 @@ def timing(W: Tensor, *, repeats: int) -> Timing:
     )
 
 
+def model_timing(subspaces: int, *, repeats: int) -> dict[str, object]:
+    """Time both on copies of MiniLM, query and value."""
+    base = whole_minilm()
+    targets = ["query", "value"]
+    ours = AdamssConfig(rank=RANK, subspaces=subspaces, subspace_rank=1, targets=targets)
+    theirs = PeftAdamssConfig(r=RANK, num_subspaces=subspaces, subspace_rank=1, target_modules=targets)
+    waiting = {name: [copy.deepcopy(base) for _ in range(repeats + 1)] for name in ("adamss", "peft")}
+    seconds = paired_times(
+        {
+            "adamss": lambda: attach(waiting["adamss"].pop(), ours),
+            "peft": lambda: get_peft_model(waiting["peft"].pop(), theirs),
+        },
+        repeats=repeats,
+        warmup=1,
+        label=f"MiniLM, K={subspaces}",
+    )
+    return {
+        "subspaces": subspaces,
+        "milliseconds": {name: 1e3 * float(np.median(times)) for name, times in seconds.items()},
+        "ratio": ratio(seconds["adamss"], seconds["peft"]),
+    }
+
+
 def measure(*, quick: bool) -> Iterator[tuple[str, Accuracy, Timing]]:
     """Measure MiniLM, at its worst matrix, and the synthetic matrices."""
     weights = minilm()
@@ -204,12 +234,26 @@ def main() -> None:
             disable_numparse=True,
         )
     )
+    models = [model_timing(K, repeats=15) for K in (10, 32)]
+    print(
+        "",
+        tabulate(
+            [
+                (f"K={m['subspaces']}", *(f"{t:.0f}" for t in m["milliseconds"].values()), str(m["ratio"]))
+                for m in models
+            ],
+            headers=["MiniLM, query and value", "attach (ms)", "PEFT (ms)", "attach / PEFT"],
+            disable_numparse=True,
+        ),
+        sep="\n",
+    )
     if arguments.json is not None:
         report = {
             "environment": environment(["torch", "numpy", "peft", "scikit-learn"]),
             "rank": RANK,
             "subspaces": SUBSPACES,
             "results": {name: {**asdict(found), **asdict(times)} for name, found, times in results},
+            "models": [{**m, "ratio": asdict(m["ratio"])} for m in models],
         }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
