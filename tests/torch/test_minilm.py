@@ -1,5 +1,7 @@
 """On the real weights of MiniLM-L6."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -65,3 +67,27 @@ def test_merge_of_the_whole_model(trained, tokens):
     expected = embed(trained, tokens)
     adamss.merge(trained)
     assert_agrees(embed(trained, tokens), expected, dtype="float32", what="embeddings")
+
+
+@pytest.mark.parametrize("schedule", core.SCHEDULES)
+def test_a_whole_transformer_block_compiles_without_a_graph_break(trained, schedule):
+    block = trained.encoder.layer[0]
+    adapters = [block.attention.self.query.adamss, block.attention.self.value.adamss]
+    leaves = [parameter for adapter in adapters for parameter in adapter.parameters()]
+    for adapter in adapters:
+        adapter.schedule = schedule
+    x = torch.randn(2, 16, 384, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def results(function):
+        y = function(x)
+        y = y if isinstance(y, torch.Tensor) else y[0]
+        return y.detach(), *torch.autograd.grad(y.square().sum(), [x, *leaves])
+
+    trained.eval()
+    expected = results(block)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the compiler's own imports
+        actual = results(torch.compile(block, fullgraph=True))
+    for ours, reference in zip(actual, expected, strict=True):
+        assert_agrees(ours, reference, dtype="float32", what=schedule)
