@@ -29,6 +29,8 @@ __all__ = ["Constants", "Layout", "Plan", "make_layout", "update"]
 FLOAT16_MAX = torch.finfo(torch.float16).max
 NO_CONTEXT = nullcontext()
 MULTIPLE = 16
+FEW = 16
+"""Tokens up to which each column picks its z, as E would take longer to form than it saves."""
 MANY = 512
 """Tokens from which a product pays for padding M first."""
 
@@ -192,6 +194,10 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
     if torch.is_grad_enabled():
         result: Tensor = _Update.apply(base, x, B, C, plan)  # type: ignore[no-untyped-call]
         return result
+    d = x.shape[-1]
+    plain = plan.schedule == "project" and plan.layout.mask is not None and plan.layout.columns is None
+    if plain and 0 < x.numel() <= FEW * d:
+        return _forward_of_few(base, x, B, C, plan)
     return _forward(base, x, B, C, plan)[0]
 
 
@@ -261,6 +267,24 @@ def _forward(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> tuple
         y = torch.addmm(base.reshape(-1, n), z, rows)
         # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
         return torch.ops.aten._unsafe_view(y, base.shape), _Products(inputs, z, M, E)
+
+
+def _forward_of_few(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
+    """Return the same for the few tokens of generation, projected, of one row of E for each column."""
+    A, d, n, dtype = plan.A[0], x.shape[-1], base.shape[-1], base.dtype
+    headroom = _headroom(dtype)
+    with _without_autocast(base):
+        # x is smaller than A here.
+        u = _times(_in(x.reshape(-1, d), dtype), headroom) @ _in(A[:d], dtype)
+        if A.shape[0] > d:
+            u = u + _times(_in(A[d], dtype), headroom)
+        z = F.linear(u, _in(B, dtype))
+        if dtype == torch.float16:
+            z = z.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        own = z.index_select(1, plan.layout.rows[0])
+        y = base.reshape(-1, n)
+        update = torch.Tensor.addcmul_ if plan.overwrite else torch.addcmul
+        return update(y, own, _in(_times(C, 1 / headroom), dtype)).view(base.shape)
 
 
 class _Update(torch.autograd.Function):

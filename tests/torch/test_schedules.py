@@ -77,6 +77,25 @@ def test_outputs_and_gradients_are_the_reference(schedule, tokens, options):
         assert_agrees(actual, torch.from_numpy(expected), dtype="float64", what=f"{schedule} {tokens}")
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [(), (1,), (2, 4), (16,), (17,)], ids=str)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, None])
+def test_generation_is_the_reference(schedule, tokens, dtype, options):
+    model = adapted_layer(
+        schedule, dtype=dtype if dtype == torch.float64 else torch.float32, base_dtype=dtype, **options
+    )
+    x, dy = data(*tokens, dtype=dtype)
+    expected = torch.from_numpy(reference(model, x, dy)[0])
+    name = str(dtype).removeprefix("torch.")
+    scale = 4 * float(expected.abs().max())
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            y = model(x)
+        assert y.shape == expected.shape
+        assert_agrees(y.double(), expected, dtype=name, what=f"{schedule} {tokens}", scale=scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_in_other_dtypes(schedule, dtype):
@@ -133,6 +152,8 @@ def test_start_equals_the_base_for_the_largest_inputs(schedule, dtype):
         expected = model(x)
     assert expected.isfinite().all()
     assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
 
 
 # ---- what is kept -------------------------------------------------------------------------------------
