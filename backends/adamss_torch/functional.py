@@ -244,7 +244,7 @@ def _forward(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> tuple
         inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
         E = _expand(C, plan.layout, B.shape[0], n, dtype)
         if plan.schedule == "project":
-            inputs = _with_bias(inputs, _times(_in(A[0], dtype), headroom).t())
+            inputs = _bounded(_with_bias(inputs, _times(_in(A[0], dtype), headroom).t()))
             z = F.linear(inputs, _in(B, dtype))
         else:
             M = _directions(A, B, plan.layout.slots, C.shape[0], headroom, dtype)
@@ -257,9 +257,7 @@ def _forward(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> tuple
                 M = torch.cat([M, _times(_in(plan.constants.M, dtype), headroom)])
                 E = torch.cat([E, _times(_in(plan.constants.E, dtype), 1 / headroom)])
             z = _with_bias(inputs, M)
-        if dtype == torch.float16:
-            # Infinity times C = 0 would be NaN.
-            z = z.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        z = _bounded(z)
         rows = E if E.shape[0] == z.shape[1] else E[: z.shape[1]]
         if plan.overwrite:
             base.view(-1, n).addmm_(z, rows)
@@ -278,9 +276,7 @@ def _forward_of_few(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -
         u = _times(_in(x.reshape(-1, d), dtype), headroom) @ _in(A[:d], dtype)
         if A.shape[0] > d:
             u = u + _times(_in(A[d], dtype), headroom)
-        z = F.linear(u, _in(B, dtype))
-        if dtype == torch.float16:
-            z = z.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        z = _bounded(F.linear(_bounded(u), _in(B, dtype)))
         own = z.index_select(1, plan.layout.rows[0])
         y = base.reshape(-1, n)
         update = torch.Tensor.addcmul_ if plan.overwrite else torch.addcmul
@@ -371,6 +367,11 @@ class _Update(torch.autograd.Function):
 def _headroom(dtype: torch.dtype) -> float:
     """Return what M is times, and E over; in float16 nothing, for want of exponents."""
     return 1.0 if dtype == torch.float16 else HEADROOM
+
+
+def _bounded(array: Tensor) -> Tensor:
+    """Clip what overflowed for want of headroom: infinity times zero would be NaN."""
+    return array.clamp(-FLOAT16_MAX, FLOAT16_MAX) if array.dtype == torch.float16 else array
 
 
 def _without_autocast(array: Tensor) -> AbstractContextManager[object]:

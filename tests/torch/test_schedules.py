@@ -146,8 +146,13 @@ def test_under_autocast_as_without_it(schedule):
 def test_start_equals_the_base_for_the_largest_inputs(schedule, dtype):
     model = adapted_layer(schedule, base_dtype=dtype)
     model[0].adamss.C.data.zero_()
-    x = torch.full((5, D), torch.finfo(dtype).max / (64 * D), dtype=dtype)
-    x[1:] *= torch.tensor([[-1.0], [0.5], [1e-3], [0.0]])
+    with torch.no_grad():
+        model[0].weight.mul_(2.0**-8)  # so that the base itself does not overflow
+    A = model[0].adamss.A[0].float()
+    x = torch.finfo(dtype).max * torch.cat(
+        [A.sign().t(), torch.tensor([[1.0], [-1.0], [1e-3], [0.0]]).expand(4, D)]
+    )
+    x = x.to(dtype)
     with adamss.disabled(model):
         expected = model(x)
     assert expected.isfinite().all()
