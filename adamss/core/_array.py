@@ -21,6 +21,7 @@ __all__ = [
     "check_matrix",
     "choose",
     "device",
+    "is_faster_in_float32",
     "is_traced",
     "namespace",
     "one_hot",
@@ -73,6 +74,11 @@ def as_widest_precision(array: Array, /) -> Array:
     if array_api_compat.is_torch_namespace(xp) and array.device.type == "mps":
         return array
     return xp.astype(array, xp.float64)
+
+
+def is_faster_in_float32(array: Array, /) -> bool:
+    """Return whether eigenvectors take clearly less time in float32: not in NumPy, whose library gains nothing."""
+    return not array_api_compat.is_numpy_namespace(namespace(array))
 
 
 def is_traced(*arrays: Any) -> bool:

@@ -14,6 +14,7 @@ from adamss.core._array import (
     as_working_precision,
     check_matrix,
     device,
+    is_faster_in_float32,
     namespace,
 )
 from adamss.errors import ConfigError
@@ -28,6 +29,15 @@ where singular values decay."""
 
 EXACT_SIDE = 512
 """Up to this length of the smaller side, the eigenvectors of the whole Gram matrix cost the least."""
+
+SMALLEST_REFINED = 128
+"""From this length of the smaller side, eigenvectors of float32 and their correction beat those of float64."""
+
+GUARDS = 8
+"""Directions beyond the rank that float32 need not tell from those within: float64 does."""
+
+LARGEST_CORRECTION = 1e-4
+"""Largest entry of a correction whose square, the error that it leaves, is below the rounding of float32."""
 
 SAFE_NORM = 1e-6
 """Weights whose norm lies between this and its inverse are decomposed at the scale that they have."""
@@ -149,12 +159,14 @@ def _decompose_wide(W: Array, rank: int, rng: np.random.Generator) -> Decomposit
     dtype = W.dtype
     if d <= max(EXACT_SIDE, 4 * rank):
         # Rounding mixes the last direction with the first that is left out; of real weights it is enough to send
-        # k-means into another optimum. In float64 all frameworks agree, for a tenth to a half more of the time.
-        W = as_widest_precision(W)
-        eigenvalues, eigenvectors = xp.linalg.eigh(W @ W.T)
+        # k-means into another optimum. In float64 all frameworks agree.
+        wide = as_widest_precision(W)
+        basis = _leading_span(W, wide, rank)
+        image = wide.T if basis is None else wide.T @ basis
+        eigenvalues, eigenvectors = xp.linalg.eigh(image.T @ image)
         leading, U = xp.flip(eigenvalues[-rank:]), xp.flip(eigenvectors[:, -rank:], axis=1)
-        image = W.T @ U
-        if float(leading[-1]) * xp.finfo(dtype).eps > d * xp.finfo(W.dtype).eps * float(leading[0]):
+        image, U = image @ U, U if basis is None else basis @ U
+        if float(leading[-1]) * xp.finfo(dtype).eps > d * xp.finfo(wide.dtype).eps * float(leading[0]):
             # What W^T U lacks in orthogonality is below the rounding of the result; scaling is all that is left.
             S = xp.sqrt(leading)
             return _as_dtype((U, S, image / S), dtype)
@@ -164,6 +176,35 @@ def _decompose_wide(W: Array, rank: int, rng: np.random.Generator) -> Decomposit
     Q, triangle = xp.linalg.qr(image)
     right, S, left = xp.linalg.svd(triangle, full_matrices=False)
     return _as_dtype((U @ left.T, S, Q @ right), dtype)
+
+
+def _leading_span(W: Array, wide: Array, rank: int) -> Array | None:
+    """Return an orthonormal basis (d, m), a little wider than `rank`, that holds the leading directions of `wide`.
+
+    All eigenvectors in the precision of W, at half the cost, and a correction of first order in that of `wide`:
+    with ``W W^T q_i = t_i q_i + e_i``, a direction j that is left out is mixed into q_i by
+    ``q_j^T e_i / (t_i - t_j)``. What is left are the squares of these. None if they are not small enough, or if
+    no time would be saved.
+    """
+    xp = namespace(W)
+    d, _ = W.shape
+    width = rank + GUARDS
+    if wide.dtype == W.dtype or not is_faster_in_float32(W) or d < SMALLEST_REFINED or 3 * width > d:
+        return None
+    eigenvalues, eigenvectors = xp.linalg.eigh(W @ W.T)
+    outer = d - width
+    if float(eigenvalues[-rank] - eigenvalues[outer - 1]) <= xp.finfo(W.dtype).eps * float(eigenvalues[-1]):
+        return None
+    eigenvalues, eigenvectors = xp.astype(eigenvalues, wide.dtype), xp.astype(eigenvectors, wide.dtype)
+    # The guards between need no correction: what they lack counts only times the little that they are mixed in.
+    guards, kept, outside = eigenvectors[:, outer:-rank], eigenvectors[:, -rank:], eigenvectors[:, :outer]
+    residual = wide @ (wide.T @ kept) - kept * eigenvalues[-rank:]
+    mixed_in = (outside.T @ residual) / (eigenvalues[-rank:] - eigenvalues[:outer, None])
+    if not float(xp.max(xp.abs(mixed_in))) <= LARGEST_CORRECTION:
+        return None
+    basis = xp.concat([guards, kept + outside @ mixed_in], axis=1)
+    # One step of Newton's makes orthonormal what nearly is.
+    return 1.5 * basis - 0.5 * (basis @ (basis.T @ basis))
 
 
 def _as_dtype(found: tuple[Array, Array, Array], dtype: Any) -> Decomposition:

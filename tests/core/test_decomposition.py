@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adamss.core import decompose
+from adamss.core._array import as_widest_precision
+from adamss.core.decomposition import _leading_span
 from adamss.errors import ArrayTypeError, ArrayValueError, ConfigError
 
 ORTHONORMAL = 1e-5
@@ -136,6 +138,78 @@ def test_a_search_that_runs_out_of_directions(xp, to_numpy, kind):
     assert np.count_nonzero(rounding < S) == rank
     # Sums over 640 equal columns in float32, in an order that each library chooses.
     assert np.linalg.norm(W - (U * S) @ V.T) <= 700 * np.finfo(np.float32).eps * np.linalg.norm(W)
+
+
+def rotated(singular_values, d, n, seed=0):
+    """Return U diag(s) V^T of shape (d, n) in float64."""
+    rng = np.random.default_rng(seed)
+    U, V = (np.linalg.qr(rng.standard_normal((side, singular_values.size)))[0] for side in (d, n))
+    return (U * singular_values) @ V.T
+
+
+# Of 160 directions 40 are asked for. The 41st is nearly as long; in float32 it would be mixed in, as W W^T squares.
+STEEP = np.geomspace(10.0, 1.0, 40)
+SPECTRA = {
+    "small gap": np.concatenate([STEEP, np.geomspace(0.99, 0.1, 120)]),
+    "cluster at the boundary": np.concatenate([STEEP[:30], np.full(30, 1.0), np.geomspace(0.9, 0.1, 100)]),
+    "cluster beyond the boundary": np.concatenate([STEEP, np.full(60, 0.95), np.full(60, 0.1)]),
+    "all equal": np.ones(160),
+    "rank 30": np.concatenate([STEEP[:30], np.zeros(130)]),
+    "zero": np.zeros(160),
+    "steep": 10.0 ** -np.linspace(0, 12, 160),
+}
+
+
+@pytest.mark.parametrize("shape", [(160, 160), (160, 230), (230, 160)])
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("magnitude", [1e-20, 1.0, 1e20])
+def test_spectra_of_every_kind(xp, to_numpy, kind, shape, magnitude):
+    W = (rotated(SPECTRA[kind], *shape) * magnitude).astype(np.float32)
+    matrix = xp.asarray(W)
+    if as_widest_precision(matrix).dtype == matrix.dtype:
+        pytest.skip("W W^T in float32 has no directions shorter than the root of its rounding unit")
+    assert_decomposes(W, 40, *map(to_numpy, decompose(matrix, 40)))
+
+
+@pytest.mark.parametrize("shape", [(160, 160), (160, 230), (230, 160)])
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_spectra_of_every_kind_in_float64(kind, shape):
+    W = rotated(SPECTRA[kind], *shape)
+    U, S, V = decompose(W, 40)
+    # Directions shorter than the root of the rounding unit are not to be had from W W^T.
+    np.testing.assert_allclose((U * S) @ V.T @ V, W @ V, atol=1e-8 * np.linalg.norm(W))
+    assert np.max(np.abs(U.T @ U - np.eye(40))) <= 1e-12
+    assert np.max(np.abs(V.T @ V - np.eye(40))) <= 1e-12
+
+
+@pytest.mark.parametrize("shape", [(160, 160), (160, 230), (230, 160)])
+@pytest.mark.parametrize("kind", ["small gap", "cluster beyond the boundary"])
+def test_the_last_direction_is_not_mixed_with_the_first_left_out(xp, to_numpy, kind, shape):
+    W = rotated(SPECTRA[kind], *shape).astype(np.float32)
+    left, values, right = np.linalg.svd(W.astype(np.float64), full_matrices=False)
+    matrix = xp.asarray(W)
+    if as_widest_precision(matrix).dtype == matrix.dtype:
+        pytest.skip("float64 is not to be had")
+    U, S, V = map(to_numpy, decompose(matrix, 40))
+    np.testing.assert_allclose(S, values[:40], rtol=1e-6)
+    for found, exact in ((U, left[:, :40]), (V, right[:40].T)):
+        assert np.linalg.norm(found - exact @ (exact.T @ found), ord=2) <= 1e-6
+        assert np.max(np.abs(found.T.astype(np.float64) @ found - np.eye(40))) <= 5e-7
+
+
+@pytest.mark.parametrize("kind", ["small gap", "steep", "all equal", "zero"])
+def test_a_span_refined_from_float32_is_that_of_float64_or_none(xp, to_numpy, kind):
+    W = rotated(SPECTRA[kind], 160, 230).astype(np.float32)
+    matrix = xp.asarray(W)
+    basis = _leading_span(matrix, as_widest_precision(matrix), 40)
+    if basis is None:
+        assert kind != "small gap" or xp.__name__ in ("numpy", "jax.numpy")
+        return
+    basis = to_numpy(basis)
+    assert kind == "small gap"
+    leading = np.linalg.svd(W.astype(np.float64))[0][:, :40]
+    assert np.max(np.abs(basis.T @ basis - np.eye(basis.shape[1]))) <= 1e-11
+    assert np.linalg.norm(leading - basis @ (basis.T @ leading), ord=2) <= 3e-9
 
 
 def test_frameworks_agree(xp, to_numpy):
