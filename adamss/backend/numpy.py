@@ -161,7 +161,8 @@ class NumpyBackend(Backend):
     ) -> NumpyModel:
         changed = dict(model.layers)
         for path, factors in layers.items():
-            changed[path] = replace(changed[path], factors=factors)
+            # In one layout whatever they come from: products of another may round otherwise.
+            changed[path] = replace(changed[path], factors=Factors(*map(np.ascontiguousarray, factors)))
         for path, values in saved.items():
             # Copies: a training loop writes into them, and `remove` gives the originals back.
             new = self.arrays(changed[path]) if values is None else values

@@ -114,7 +114,9 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
         for name in ("A", "labels", "ranks", "active"):
-            self.register_buffer(name, getattr(factors, name).detach())
+            # In one layout whatever they come from: products of another may round otherwise, and a resumed training
+            # is to give the same bits.
+            self.register_buffer(name, getattr(factors, name).detach().contiguous())
         for name in ("owned", "rest_B", "rest_C"):
             self.register_buffer(name, None)
         for name in ("folded", *DERIVED):
