@@ -165,9 +165,10 @@ class Adapter(nn.Module):
             return None
         x = args[0] if args else kwargs["input"]
         overwrite = _is_ours_alone(layer, output)
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        trained = weight.requires_grad
-        whole = overwrite and not trained and _is_linear_alone(layer, x, output)
+        # One that is computed (`torch.nn.utils.parametrize`) would be computed once more, and may be another then.
+        weight = layer._parameters.get("weight")
+        trained = weight is not None and weight.requires_grad
+        whole = overwrite and _is_linear_alone(layer, x, output)
         result: Tensor = self(
             output, x, weight=weight if whole else None, overwrite=overwrite, input_kept=trained
         )
@@ -309,10 +310,14 @@ def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
 
 def _is_linear_alone(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
     """Whether the gradient of x through this layer of a frozen weight is ``dy weight``, and no other is wanted."""
-    weight, bias = layer.weight, layer.bias
+    weight = layer._parameters.get("weight")
+    bias = layer._parameters.get("bias")
     return (
-        type(weight) in (Tensor, nn.Parameter)
+        weight is not None
+        and type(weight) in (Tensor, nn.Parameter)
         and type(x) in (Tensor, nn.Parameter)
-        and not (isinstance(bias, Tensor) and bias.requires_grad)
+        and not weight.requires_grad
+        and "bias" in layer._parameters
+        and not (bias is not None and bias.requires_grad)
         and x.dtype == weight.dtype == output.dtype
     )

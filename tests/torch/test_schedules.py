@@ -314,6 +314,31 @@ def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind, change):
     assert_agrees(actual, reference, dtype="float32", what="dx")
 
 
+def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
+    """Spectral normalisation takes another step of its power iteration whenever somebody looks at the weight."""
+    torch.manual_seed(0)
+    layer = nn.Linear(D, N_OUT)
+    model = adamss.attach(nn.Sequential(layer), adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
+    layer.adamss.C.data.normal_()
+    layer.adamss.schedule = "contract"
+    looked = []
+
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            looked.append(1)
+            return weight * (1.0 + len(looked))
+
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled(), unsafe=True)
+    looked.clear()
+    x, dy = data(TOKENS)
+    x.requires_grad_()
+    y = model(x)
+    assert looked == [1]
+    f = layer.adamss.factors()
+    weight = 2.0 * layer.parametrizations.weight.original.detach() + (core.contract(f) @ core.expand(f)).t()
+    assert_agrees(torch.autograd.grad(y, x, dy)[0], dy @ weight, dtype="float32", what="dx")
+
+
 def test_hooks_before_ours_keep_what_they_saw():
     torch.manual_seed(0)
     layer, seen = nn.Linear(D, N_OUT), []
