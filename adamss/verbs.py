@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
 
     Layers are decomposed where their weights are, one after the other, so that beside weights and factors there is
     memory for one layer alone: tens of megabytes for a width up to 2048, less than five times the layer's float32
-    weight beyond. A bar shows how far it is, on a terminal and after a second.
+    weight beyond. PyTorch takes small layers on the CPU, of a side up to 512, as many at a time as it has threads. A
+    bar shows how far it is, on a terminal and after a second.
 
     Parameters
     ----------
@@ -535,11 +537,13 @@ def _progress(
     compute: Callable[[str, BaseWeight], Factors], layers: int
 ) -> Iterator[Callable[[str, BaseWeight], Factors]]:
     """Give the same function of one layer, which moves a bar: on a terminal, and if all take more than a second."""
+    one_at_a_time = threading.Lock()
     with tqdm(total=layers, desc="adamss", unit="layer", delay=1.0, leave=False, disable=None) as bar:
 
         def counted(path: str, base: BaseWeight) -> Factors:
             factors = compute(path, base)
-            bar.update()
+            with one_at_a_time:
+                bar.update()
             return factors
 
         yield counted

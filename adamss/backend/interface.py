@@ -120,14 +120,16 @@ class Division:
     ) -> dict[str, Factors]:
         """Return ``{path: compute(path, base) for path, base in weights.items()}``, in that order.
 
-        One layer is taken after the other, so that no more memory is needed than for one.
+        One layer is taken after the other, so that no more memory is needed than for one. A backend may take a few
+        small ones at a time.
 
         Parameters
         ----------
         weights
             Base weight of each layer by module path.
         compute
-            Return the factors of a layer: the same ones on every process that calls it with equal arguments.
+            Return the factors of a layer: the same ones on every process that calls it with equal arguments. May be
+            called from several threads.
         settings
             Return what names all that `compute` depends on besides.
         """

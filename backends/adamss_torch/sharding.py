@@ -22,6 +22,7 @@ from adamss.backend.interface import BaseWeight, Division
 from adamss.checkpoint import fingerprint
 from adamss.core import Factors
 from adamss.errors import AdamssWarning, LayerError, StateError
+from adamss_torch.workers import computed
 
 if TYPE_CHECKING:
     from adamss_torch.adapter import Adapter
@@ -319,7 +320,9 @@ class ProcessDivision(Division):
     ) -> dict[str, Factors]:
         """Return the factors of each layer, the same on all processes and to the bit those of a single one."""
         if self._group is None:
-            return {path: compute(path, _whole(base)) for path, base in weights.items()}
+            if any(is_sharded(base.W) for base in weights.values()):
+                return {path: computed(compute, {path: _whole(base)})[path] for path, base in weights.items()}
+            return computed(compute, weights)
         outlines, values = zip(*self._said(_plan(weights, settings(), self._group)), strict=True)
         if len({*outlines}) == len({*values}) == 1 and values[0] is not None:
             return self._together(weights, compute)
@@ -461,7 +464,7 @@ def _tried(
     compute: Callable[[str, BaseWeight], Factors], path: str, base: BaseWeight
 ) -> tuple[Factors | None, Exception | None]:
     try:
-        return compute(path, base), None
+        return computed(compute, {path: base})[path], None
     except Exception as error:
         return None, error
 

@@ -1,0 +1,109 @@
+"""Small layers are decomposed several at a time."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import adamss
+from adamss import AdamssConfig
+from adamss.backend import BaseWeight
+from adamss_torch.workers import EXACT_SIDE, computed
+
+openmp = pytest.mark.skipif(
+    "parallel backend: OpenMP" not in torch.__config__.parallel_info(), reason="needs OpenMP"
+)
+
+
+@pytest.fixture(autouse=True)
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def layers(count, side=8):
+    return {str(number): BaseWeight(torch.zeros(side, 1024), None) for number in range(count)}
+
+
+def config(*targets, **options):
+    targets = targets or ("q", "v", "large")
+    return AdamssConfig(rank=16, subspaces=4, subspace_rank=2, targets=targets, **options)
+
+
+def net():
+    torch.manual_seed(0)
+    sizes = {"q": (160, 160), "v": (160, 144), "large": (EXACT_SIDE + 8, EXACT_SIDE + 8)}
+    return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+
+
+@openmp
+def test_as_many_at_a_time_as_there_are_threads():
+    together = threading.Barrier(3, timeout=60)
+    threads = set()
+
+    def compute(path, base):
+        together.wait()
+        assert torch.get_num_threads() == 1
+        assert not torch.is_grad_enabled()
+        threads.add(threading.get_ident())
+        return path
+
+    # With fewer at a time the barrier would break, with more the set would be larger.
+    assert computed(compute, layers(6)) == {path: path for path in layers(6)}
+    assert len(threads) == 3
+
+
+def test_large_ones_one_by_one_where_all_threads_work_on_them():
+    seen = []
+
+    def compute(path, base):
+        seen.append((threading.current_thread(), torch.get_num_threads()))
+        return path
+
+    wide = layers(2, EXACT_SIDE + 1)
+    assert list(computed(compute, wide)) == list(wide)
+    assert seen == [(threading.current_thread(), 3)] * 2
+
+
+def test_the_order_is_that_of_the_layers():
+    mixed = {"b": layers(1)["0"], "a": layers(1, EXACT_SIDE + 1)["0"], "c": layers(1)["0"]}
+    assert list(computed(lambda path, base: path, mixed)) == ["b", "a", "c"]
+
+
+def test_threads_are_afterwards_what_they_were():
+    adamss.attach(net(), config())
+    assert torch.get_num_threads() == 3
+    found = []
+    late = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    late.start()
+    late.join()
+    assert found == [3]
+
+
+@pytest.mark.parametrize("include_bias", [False, True])
+def test_a_layer_has_the_same_factors_alone_and_among_others(include_bias):
+    among = adamss.attach(net(), config(include_bias=include_bias))
+    for name in ("q", "v", "large"):
+        alone = adamss.attach(net(), config(name, include_bias=include_bias))[name].adamss
+        for key, value in alone.state_dict().items():
+            assert torch.equal(value, among[name].adamss.state_dict()[key]), (name, key)
+
+
+def test_the_error_is_that_of_the_first_layer_and_the_model_is_unchanged():
+    model = net()
+    with torch.no_grad():
+        model["q"].weight[0, 0] = torch.nan
+        model["v"].weight[0, 0] = torch.inf
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(adamss.errors.ArrayValueError, match=r"^q: weight"):
+        adamss.attach(model, config())
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) or not before[name].isfinite().all() for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.get_num_threads() == 3
