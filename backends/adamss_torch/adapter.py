@@ -152,7 +152,9 @@ class Adapter(nn.Module):
                 constants = Constants(self.more_M, self.more_E)
             elif B.shape[0] == 0:
                 return base
-        layout = Layout(*(buffers[name] for name in Layout._fields))  # type: ignore[arg-type]
+        # Not in a loop over the names, which takes longer than the rest of this method.
+        rows, groups, slots = buffers["rows"], buffers["groups"], buffers["slots"]
+        layout = Layout(rows, groups, slots, buffers["mask"], buffers["columns"])  # type: ignore[arg-type]
         active = None if self.revive else buffers["active"]
         plan = Plan(A, active, layout, constants, self.schedule, weight, overwrite, input_kept)
         return update(base, x, B, C, plan)

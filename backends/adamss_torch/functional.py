@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -191,39 +192,52 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
         plan = plan._replace(schedule=_cheapest(base, x, B, C, plan))
     if plan.weight is not None:
         base = base.detach()
-    if torch.is_grad_enabled():
-        result: Tensor = _Update.apply(base, x, B, C, plan)  # type: ignore[no-untyped-call]
-        return result
     d = x.shape[-1]
+    training = torch.is_grad_enabled()
     plain = plan.schedule == "project" and plan.layout.mask is not None and plan.layout.columns is None
-    if plain and 0 < x.numel() <= FEW * d:
-        return _forward_of_few(base, x, B, C, plan)
-    return _forward(base, x, B, C, plan)[0]
+    # Autocast would round A B to half precision; it is to be rounded once, as M.
+    with _without_autocast(base):
+        if plain and not training and 0 < x.numel() <= FEW * d:
+            return _forward_of_few(base, x, B, C, plan)
+        rows = B
+        if plan.schedule == "contract":
+            rows = _directions(plan.A, B, plan.layout.slots, C.shape[0], _headroom(base.dtype), base.dtype)
+        if training:
+            result: Tensor = _Update.apply(base, x, rows, C, plan)  # type: ignore[no-untyped-call]
+            return result
+        return _forward(base, x, rows, C, plan)[0]
 
 
 def _cheapest(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> str:
-    d = x.shape[-1]
     training = torch.is_grad_enabled() and (B.requires_grad or C.requires_grad)
-    balance = device_balance(base.element_size(), cpu=base.device.type == "cpu")
     find = _cheapest_of.__wrapped__ if torch.compiler.is_compiling() else _cheapest_of
-    tokens = x.numel() // max(d, 1)
-    return find(tokens, d, base.shape[-1], plan.A.shape[-1], B.shape[0], training, plan.input_kept, balance)
+    on_cpu = base.device.type == "cpu"
+    shapes = x.shape, base.shape[-1], plan.A.shape[-1], B.shape[0]
+    return find(*shapes, training, plan.input_kept, base.element_size(), on_cpu)
 
 
 @lru_cache(maxsize=4096)
 def _cheapest_of(
-    tokens: int, d: int, n: int, rank: int, directions: int, training: bool, kept: bool, balance: float
+    shape: tuple[int, ...],
+    n: int,
+    rank: int,
+    directions: int,
+    training: bool,
+    kept: bool,
+    itemsize: int,
+    on_cpu: bool,
 ) -> str:
-    """Return `cheapest_schedule` of these shapes, of which a training has few."""
+    """Return `cheapest_schedule` for inputs of this shape, (..., d); a training has few."""
+    *outer, d = shape
     return cheapest_schedule(
-        tokens=tokens,
+        tokens=prod(outer),
         d=d,
         n=n,
         rank=rank,
         directions=directions,
         training=training,
         input_kept=kept,
-        balance=balance,
+        balance=device_balance(itemsize, cpu=on_cpu),
     )
 
 
@@ -236,79 +250,76 @@ class _Products(NamedTuple):
     E: Tensor
 
 
-def _forward(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> tuple[Tensor, _Products]:
-    A, n, dtype = plan.A, base.shape[-1], base.dtype
+def _forward(base: Tensor, x: Tensor, rows: Tensor, C: Tensor, plan: Plan) -> tuple[Tensor, _Products]:
+    """Return the update of `rows`, which are M, or B if it is projected."""
+    q, n, dtype = rows.shape[0], base.shape[-1], base.dtype
     headroom, M = _headroom(dtype), None
-    # Autocast would round A B to half precision; it is to be rounded once, as M.
-    with _without_autocast(base):
-        inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
-        E = _expand(C, plan.layout, B.shape[0], n, dtype)
-        if plan.schedule == "project":
-            inputs = _bounded(_with_bias(inputs, _times(_in(A[0], dtype), headroom).t()))
-            z = F.linear(inputs, _in(B, dtype))
-        else:
-            M = _directions(A, B, plan.layout.slots, C.shape[0], headroom, dtype)
-            if plan.constants is None:
-                missing = E.shape[0] - M.shape[0]
-                if missing and inputs.shape[0] >= MANY:
-                    M = torch.cat([M, M.new_zeros(missing, M.shape[1])])
-            else:
-                E = E[: B.shape[0]]
-                M = torch.cat([M, _times(_in(plan.constants.M, dtype), headroom)])
-                E = torch.cat([E, _times(_in(plan.constants.E, dtype), 1 / headroom)])
-            z = _with_bias(inputs, M)
-        z = _bounded(z)
-        rows = E if E.shape[0] == z.shape[1] else E[: z.shape[1]]
-        if plan.overwrite:
-            base.view(-1, n).addmm_(z, rows)
-            return base, _Products(inputs, z, M, E)
-        y = torch.addmm(base.reshape(-1, n), z, rows)
-        # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
-        return torch.ops.aten._unsafe_view(y, base.shape), _Products(inputs, z, M, E)
+    inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
+    E = _expand(C, plan.layout, q, n, dtype)
+    if plan.schedule == "project":
+        inputs = _bounded(_with_bias(inputs, _times(_in(plan.A[0], dtype), headroom).t()))
+        z = F.linear(inputs, _in(rows, dtype))
+    else:
+        M = rows
+        if plan.constants is not None:
+            M = torch.cat([M, _times(_in(plan.constants.M, dtype), headroom)])
+            E = torch.cat([E[:q], _times(_in(plan.constants.E, dtype), 1 / headroom)])
+        elif E.shape[0] > q and inputs.shape[0] >= MANY:
+            M = torch.cat([M, M.new_zeros(E.shape[0] - q, M.shape[1])])
+        z = _with_bias(inputs, M)
+    z = _bounded(z)
+    used = E if E.shape[0] == z.shape[1] else E[: z.shape[1]]
+    if plan.overwrite:
+        base.view(-1, n).addmm_(z, used)
+        return base, _Products(inputs, z, M, E)
+    y = torch.addmm(base.reshape(-1, n), z, used)
+    # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
+    return torch.ops.aten._unsafe_view(y, base.shape), _Products(inputs, z, M, E)
 
 
 def _forward_of_few(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
     """Return the same for the few tokens of generation, projected, of one row of E for each column."""
     A, d, n, dtype = plan.A[0], x.shape[-1], base.shape[-1], base.dtype
     headroom = _headroom(dtype)
-    with _without_autocast(base):
-        # x is smaller than A here.
-        u = _times(_in(x.reshape(-1, d), dtype), headroom) @ _in(A[:d], dtype)
-        if A.shape[0] > d:
-            u = u + _times(_in(A[d], dtype), headroom)
-        z = _bounded(F.linear(_bounded(u), _in(B, dtype)))
-        own = z.index_select(1, plan.layout.rows[0])
-        y = base.reshape(-1, n)
-        update = torch.Tensor.addcmul_ if plan.overwrite else torch.addcmul
-        return update(y, own, _in(_times(C, 1 / headroom), dtype)).view(base.shape)
+    # x is smaller than A here.
+    u = _times(_in(x.reshape(-1, d), dtype), headroom) @ _in(A[:d], dtype)
+    if A.shape[0] > d:
+        u = u + _times(_in(A[d], dtype), headroom)
+    z = _bounded(F.linear(_bounded(u), _in(B, dtype)))
+    own = z.index_select(1, plan.layout.rows[0])
+    y = base.reshape(-1, n)
+    update = torch.Tensor.addcmul_ if plan.overwrite else torch.addcmul
+    return update(y, own, _in(_times(C, 1 / headroom), dtype)).view(base.shape)
 
 
 class _Update(torch.autograd.Function):
     """``y = base + z E``, ``z = x M^T``; by hand ``dz = dy E^T``, ``dx = dz M``, ``dM = dz^T x``, ``dE = z^T dy``.
 
-    Kept for the backward are x and the columns of z of trained rows of M; neither where there are none. The schedule
-    ``"project"`` keeps ``x A`` for x.
+    `rows` is M, made of B outside, by products that autograd knows: it then finds the gradient of B without Python,
+    which takes longer than the arithmetic. With the schedule ``"project"``, `rows` is B.
+
+    Kept for the backward are x and the columns of z of trained rows of M, and M and E; none that no gradient wants.
+    Projecting is for those who are short of memory: it keeps ``x A`` for x, and forms M and E anew.
     """
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
-        y, (inputs, z, M, E) = _forward(base, x, B, C, plan)
-        _, x_wanted, B_wanted, C_wanted, _ = ctx.needs_input_grad
-        q = B.shape[0]
+    def forward(ctx: Any, base: Tensor, x: Tensor, rows: Tensor, C: Tensor, plan: Plan) -> Tensor:
+        y, (inputs, z, M, E) = _forward(base, x, rows, C, plan)
+        _, x_wanted, rows_wanted, C_wanted, _ = ctx.needs_input_grad
+        q = rows.shape[0]
         trained_z = z if z.shape[1] == q else z[:, :q].contiguous()
+        projected = M is None
         ctx.save_for_backward(
-            inputs if B_wanted and q else None,
+            inputs if rows_wanted and q else None,
             trained_z if C_wanted and q else None,
-            # Projecting is for those who are short of memory: it forms M and E anew.
-            M if x_wanted else None,
-            E if (x_wanted or B_wanted) and M is not None else None,
-            *((B, C) if M is None else (None, None)),
+            (rows if projected else M) if x_wanted else None,
+            (C if projected else E) if x_wanted or rows_wanted else None,
             plan.weight if x_wanted else None,
         )
         # Not trained, and never changed in place: no need of what `save_for_backward` watches over.
         ctx.plan = plan._replace(weight=None, constants=None)
-        ctx.x_shape, ctx.B_shape, ctx.r = x.shape, B.shape, C.shape[0]
-        ctx.x_dtype, ctx.B_dtype, ctx.C_dtype = x.dtype, B.dtype, C.dtype
+        ctx.x_shape, ctx.rows_shape, ctx.r = x.shape, rows.shape, C.shape[0]
+        ctx.x_dtype, ctx.rows_dtype, ctx.C_dtype = x.dtype, rows.dtype, C.dtype
         ctx.whole = plan.weight is not None
         if plan.overwrite:
             ctx.mark_dirty(base)
@@ -317,43 +328,38 @@ class _Update(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, z, M, E, B, C, weight = ctx.saved_tensors
-        _, x_wanted, B_wanted, C_wanted, _ = ctx.needs_input_grad
+        inputs, z, M, E, weight = ctx.saved_tensors
+        _, x_wanted, rows_wanted, C_wanted, _ = ctx.needs_input_grad
         A, active, layout = ctx.plan.A, ctx.plan.active, ctx.plan.layout
-        (q, _), r, d = ctx.B_shape, ctx.r, ctx.x_shape[-1]
-        projected = ctx.plan.schedule == "project"
+        (q, _), r, d = ctx.rows_shape, ctx.r, ctx.x_shape[-1]
         headroom = _headroom(dy.dtype)
-        dx = dB = dC = frozen = None
+        dx = d_rows = dC = frozen = None
         dy2 = dy.reshape(-1, dy.shape[-1])
         with _without_autocast(dy):
-            if active is not None and q and (B_wanted or C_wanted):
+            if ctx.plan.schedule == "project":
+                M = None if M is None else _directions(A, M, layout.slots, r, headroom, dy.dtype)
+                E = None if E is None else _expand(E, layout, q, dy2.shape[1], dy.dtype)
+            if active is not None and q and (rows_wanted or C_wanted):
                 frozen = active.logical_not()
                 # With one row for each subspace, the rows are in the order of these.
                 frozen = (frozen if q == frozen.shape[0] and r == 1 else frozen[layout.groups])[:, None]
-            if x_wanted or (B_wanted and q):
-                E = _expand(C, layout, q, dy2.shape[1], dy.dtype) if E is None else E
+            if x_wanted or (rows_wanted and q):
                 dz = F.linear(dy2, E)
             if x_wanted:
-                M = _directions(A, B, layout.slots, r, headroom, dy.dtype) if M is None else M
                 M = M if M.shape[1] == d else M[:, :d]
                 all_dz = dz if dz.shape[1] == M.shape[0] else dz[:, : M.shape[0]]
                 dx = all_dz @ M if weight is None else (dy2 @ weight).addmm_(all_dz, M)
                 dx = _in(dx, ctx.x_dtype).view(ctx.x_shape)
-            if B_wanted and q:
+            if rows_wanted and q:
                 dz = dz if dz.shape[1] == q else dz[:, :q]
-                dB = dz.t() @ inputs
+                d_rows = dz.t() @ inputs
+                if d_rows.shape[1] != ctx.rows_shape[1]:
+                    d_rows = torch.cat([d_rows, dz.sum(0)[:, None]], dim=1)
                 if frozen is not None:
-                    dB.masked_fill_(frozen, 0.0)
-                if not projected:
-                    if A.shape[1] > d:
-                        sums = dz.sum(0)[:, None]
-                        dB = torch.cat(
-                            [dB, sums if frozen is None else sums.masked_fill_(frozen, 0.0)], dim=1
-                        )
-                    dB = _directions_vjp(dB, A, layout.slots, r, headroom)
-                dB = _in(dB, ctx.B_dtype)
-            elif B_wanted:
-                dB = dy2.new_zeros(ctx.B_shape, dtype=ctx.B_dtype)
+                    d_rows.masked_fill_(frozen, 0.0)
+                d_rows = _in(d_rows, ctx.rows_dtype)
+            elif rows_wanted:
+                d_rows = dy2.new_zeros(ctx.rows_shape, dtype=ctx.rows_dtype)
             if C_wanted and q:
                 dE = _product(z.t(), dy2, 1 / headroom)
                 if frozen is not None:
@@ -361,7 +367,7 @@ class _Update(torch.autograd.Function):
                 dC = _expand_vjp(_in(dE, ctx.C_dtype), layout)
             elif C_wanted:
                 dC = dy2.new_zeros(r, 0, dtype=ctx.C_dtype)
-        return (None if ctx.whole else dy), dx, dB, dC, None
+        return (None if ctx.whole else dy), dx, d_rows, dC, None
 
 
 def _headroom(dtype: torch.dtype) -> float:
@@ -409,17 +415,6 @@ def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int, factor: float, dtyp
     stacked = B.new_zeros(A.shape[0] * r, B.shape[1]).index_copy(0, slots, B).view(A.shape[0], r, -1)
     M = torch.bmm(stacked, A.transpose(1, 2)).flatten(0, 1).index_select(0, slots)
     return _in(_times(M, factor), dtype)
-
-
-def _directions_vjp(dM: Tensor, A: Tensor, slots: Tensor, r: int, factor: float) -> Tensor:
-    """``dB = dM A`` times a factor, (q, P), in the dtype of A."""
-    if A.dtype == torch.float16:
-        dM, factor = _times(dM, factor), 1.0
-    dM = _in(dM, A.dtype)
-    if A.shape[0] == 1:
-        return _product(dM, A[0], factor)
-    stacked = dM.new_zeros(A.shape[0] * r, dM.shape[1]).index_copy(0, slots, dM).view(A.shape[0], r, -1)
-    return _times(torch.bmm(stacked, A).flatten(0, 1).index_select(0, slots), factor)
 
 
 def _expand(C: Tensor, layout: Layout, q: int, n: int, dtype: torch.dtype) -> Tensor:

@@ -222,21 +222,21 @@ def test_the_choice_follows_the_cost_and_can_be_overridden(monkeypatch):
     monkeypatch.setattr("adamss_torch.functional._cheapest_of", chosen)
     x = data(TOKENS)[0].requires_grad_()
     assert (TOKENS, 8) in kept_numbers(model, x)
-    assert asked == [(TOKENS, D, N_OUT, 8, 3, True, False, 12.0)]
+    assert asked == [((TOKENS, D), N_OUT, 8, 3, True, False, 4, True)]
     model[0].adamss.schedule = "contract"
     assert (TOKENS, D) in kept_numbers(model, x)
     with torch.no_grad():
         model[0].adamss.schedule = None
         model(x)
-    assert asked[-1] == (TOKENS, D, N_OUT, 8, 3, False, False, 12.0)
+    assert asked[-1] == ((TOKENS, D), N_OUT, 8, 3, False, False, 4, True)
     model[0].weight.requires_grad_(True)
     model(x.bfloat16().float())
-    assert asked[-1] == (TOKENS, D, N_OUT, 8, 3, True, True, 12.0)
+    assert asked[-1] == ((TOKENS, D), N_OUT, 8, 3, True, True, 4, True)
 
 
 def test_one_token_is_not_worth_contracting():
-    assert _cheapest_of(1, 768, 768, 100, 10, False, False, 12.0) == "project"
-    assert _cheapest_of(2048, 768, 768, 100, 10, True, False, 12.0) == "contract"
+    assert _cheapest_of((1, 768), 768, 100, 10, False, False, 4, True) == "project"
+    assert _cheapest_of((2, 1024, 768), 768, 100, 10, True, False, 4, True) == "contract"
 
 
 def test_an_unknown_schedule_is_refused():
