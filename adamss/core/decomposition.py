@@ -195,14 +195,15 @@ def _leading_span(W: Array, wide: Array, rank: int) -> Array | None:
     outer = d - width
     if float(eigenvalues[-rank] - eigenvalues[outer - 1]) <= xp.finfo(W.dtype).eps * float(eigenvalues[-1]):
         return None
-    eigenvalues, eigenvectors = xp.astype(eigenvalues, wide.dtype), xp.astype(eigenvectors, wide.dtype)
     # The guards between need no correction: what they lack counts only times the little that they are mixed in.
-    guards, kept, outside = eigenvectors[:, outer:-rank], eigenvectors[:, -rank:], eigenvectors[:, :outer]
-    residual = wide @ (wide.T @ kept) - kept * eigenvalues[-rank:]
-    mixed_in = (outside.T @ residual) / (eigenvalues[-rank:] - eigenvalues[:outer, None])
+    inner, outside = xp.astype(eigenvectors[:, outer:], wide.dtype), eigenvectors[:, :outer]
+    guards, kept = inner[:, :GUARDS], inner[:, GUARDS:]
+    residual = wide @ (wide.T @ kept) - kept * xp.astype(eigenvalues[-rank:], wide.dtype)
+    # Once the two have cancelled, the precision of W will do: of a correction seven digits are plenty.
+    mixed_in = (outside.T @ xp.astype(residual, W.dtype)) / (eigenvalues[-rank:] - eigenvalues[:outer, None])
     if not float(xp.max(xp.abs(mixed_in))) <= LARGEST_CORRECTION:
         return None
-    basis = xp.concat([guards, kept + outside @ mixed_in], axis=1)
+    basis = xp.concat([guards, kept + xp.astype(outside @ mixed_in, wide.dtype)], axis=1)
     # One step of Newton's makes orthonormal what nearly is.
     return 1.5 * basis - 0.5 * (basis @ (basis.T @ basis))
 
