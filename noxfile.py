@@ -174,6 +174,6 @@ def demo_jax(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Print the tables of benchmarks/; arguments go to each of them (--quick)."""
-    install(session, "demo", "flax", "conformance", tools=("scikit-learn",))
+    install(session, "demo", "flax", "conformance", tools=("scikit-learn", "qwix"))
     for script in BENCHMARKS:
         session.run("python", f"benchmarks/{script}.py", *session.posargs)

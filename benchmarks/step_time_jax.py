@@ -6,8 +6,9 @@ values, compiled as one function, over the same layer frozen. ::
     python benchmarks/step_time_jax.py --json step_time_jax.json
     python benchmarks/step_time_jax.py --quick
 
-All trained values are random and none is zero. LoRA is ``x W + b + s (x A) B``, written out; each number of
-subspaces has a rank of LoRA beside it, and a bar that the ratio of the two should stay under.
+All trained values are random and none is zero. LoRA is ``x W + b + s (x A) B``, written out, and that of Qwix on
+Flax NNX where Qwix is installed; each number of subspaces has a rank of LoRA beside it, and a bar that the ratio of
+the two should stay under.
 """
 
 from __future__ import annotations
@@ -23,11 +24,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from paired import Ratio, environment, paired_times, ratio
 from tabulate import tabulate
 
 import adamss_jax
 from adamss import core
+
+try:
+    import qwix
+except ImportError:  # it comes from others than JAX, and later
+    qwix = None
 
 RANK = 100
 LORA_SCALE = 2.0
@@ -72,6 +79,40 @@ def lora_layer(x: jax.Array, W: jax.Array, b: jax.Array, trained: Any, constant:
     return x @ W + b + (x @ trained["A"]) @ trained["B"] * LORA_SCALE
 
 
+class OneLayer(nnx.Module):
+    """A linear layer in a module, as Qwix wants it.
+
+    Parameters
+    ----------
+    W, b : jax.Array
+        Kernel (d, n) and bias (n,).
+    """
+
+    def __init__(self, W: jax.Array, b: jax.Array):
+        self.layer = nnx.Linear(*W.shape, rngs=nnx.Rngs(0))
+        self.layer.kernel[...], self.layer.bias[...] = W, b
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return ``x W + b``."""
+        return self.layer(x)
+
+
+def qwix_values(
+    x: jax.Array, W: jax.Array, b: jax.Array, rank: int, generator: np.random.Generator
+) -> tuple[Any, Any]:
+    """Return what Qwix's LoRA trains, and the rest of its module as a tree."""
+    provider = qwix.LoraProvider(module_path=".*layer", rank=rank, alpha=LORA_SCALE * rank)
+    model = qwix.apply_lora_to_model(OneLayer(W, b), provider, x[:1], rngs=nnx.Rngs(0))
+    outline, trained, rest = nnx.split(model, nnx.LoRAParam, ...)
+    return jax.tree.map(lambda start: random(generator, *start.shape), trained), (outline, rest)
+
+
+def qwix_layer(x: jax.Array, W: jax.Array, b: jax.Array, trained: Any, constant: Any) -> jax.Array:
+    """Return the output of the module; W and b are in it."""
+    outline, rest = constant
+    return nnx.merge(outline, trained, rest)(x)
+
+
 def layer_step(
     layer: Callable[..., jax.Array],
     values: tuple[Any, Any],
@@ -105,10 +146,13 @@ def time_layer(width: int, tokens: int, repeats: int) -> dict[str, np.ndarray]:
     W, b = random(generator, width, width), random(generator, width)
     calls = {BASE: layer_step(base_layer, ({}, None), x, (W, b), gradient)}
     for subspaces, rank, _ in BARS:
-        for name, layer, values in (
+        methods = [
             (f"AdaMSS K={subspaces}", adamss_layer, adamss_values(W, subspaces, generator)),
             (f"LoRA r={rank}", lora_layer, lora_values(W, rank, generator)),
-        ):
+        ]
+        if qwix is not None:
+            methods.append((f"Qwix LoRA r={rank}", qwix_layer, qwix_values(x, W, b, rank, generator)))
+        for name, layer, values in methods:
             calls[name] = layer_step(layer, values, x, (W, b), gradient)
     return paired_times(calls, repeats=repeats, label=f"d = {width}")
 
@@ -127,6 +171,7 @@ def records(width: int, tokens: int, seconds: dict[str, np.ndarray]) -> list[dic
                 "over_base": ratio(times, seconds[BASE]),
                 "lora": lora,
                 "over_lora": ratio(times, seconds[lora]) if lora else None,
+                "over_qwix": ratio(times, seconds[f"Qwix {lora}"]) if f"Qwix {lora}" in seconds else None,
                 "bar": bar,
             }
         )
@@ -148,11 +193,14 @@ def table(found: list[dict[str, Any]]) -> str:
             f"{record['median_ms']:.2f}",
             record["over_base"],
             against_bar(record["over_lora"], record["lora"], record["bar"]),
+            record["over_qwix"] or "",
         ]
         for record in found
     ]
-    headers = [found[0]["what"], "median (ms)", f"over {BASE}", "over LoRA"]
-    return tabulate(rows, headers=headers, colalign=("left", "right", "right", "left"), floatfmt=".2f")
+    headers = [found[0]["what"], "median (ms)", f"over {BASE}", "over LoRA", "over Qwix's"]
+    return tabulate(
+        rows, headers=headers, colalign=("left", "right", "right", "left", "right"), floatfmt=".2f"
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -172,7 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         arguments.repeats, arguments.tokens = 10, 256
     settings = {"repeats": arguments.repeats, "rank": RANK, "subspace_rank": 1, "dtype": "float32"}
-    about = {**environment(["jax", "jaxlib", "numpy"]), "device": jax.devices()[0].device_kind}
+    about = {
+        **environment(["jax", "jaxlib", "flax", "numpy", *(["qwix"] if qwix else [])]),
+        "device": jax.devices()[0].device_kind,
+    }
     for facts in (about, settings):
         print(", ".join(f"{name} {value}" for name, value in facts.items()))
 
