@@ -22,7 +22,7 @@ from adamss import checkpoint as files
 from adamss import core
 from adamss._summary import Summary, summarise, total
 from adamss._targets import match, near_matches
-from adamss.backend.interface import Adaptation, Backend, BaseWeight, Model
+from adamss.backend.interface import Adaptation, Backend, BaseWeight, Each, Model
 from adamss.backend.registry import backend_for
 from adamss.checkpoint import Checkpoint, StoredLayer, StoredTensor, join_path
 from adamss.config import AdamssConfig
@@ -112,11 +112,12 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         _require_disjoint(paths, saved)
         weights = {path: backend.weight(modules[path], path) for path in paths}
 
-        def initial(path: str, base: BaseWeight) -> Factors:
-            return _initial_factors(backend, path, base, config)
+        with _progress(len(weights)) as count:
 
-        with _progress(initial, len(weights)) as compute:
-            layers = division.factors(weights, compute, settings=lambda: json.dumps(config.to_dict()))
+            def initial(batch: Mapping[str, BaseWeight], each: Each) -> dict[str, Factors]:
+                return _initial_factors(backend, batch, config, each, count)
+
+            layers = division.factors(weights, initial, settings=lambda: json.dumps(config.to_dict()))
         if config.budget is not None:
             core.plan_budget(layers, config.budget)  # complains of what cannot be kept to
         return backend.insert(model, layers, config=config, saved=dict.fromkeys(saved))
@@ -275,16 +276,22 @@ def load(
             for module_path, tensors in stored.saved.items()
         }
 
-        def loaded(layer_path: str, base: BaseWeight) -> Factors:
-            layer = stored.layers[layer_path]
-            check_matrix(base.W, name=f"{layer_path}: weight")
-            if check_base:
-                _check_base_values(layer_path, layer, base)
-            return _loaded_factors(backend, layer, base, stored.config, trainable=trainable)
+        with _progress(len(weights)) as count:
 
-        with _progress(loaded, len(weights)) as compute:
+            def loaded(batch: Mapping[str, BaseWeight], each: Each) -> dict[str, Factors]:
+                def one(layer_path: str) -> Factors:
+                    base, layer = batch[layer_path], stored.layers[layer_path]
+                    check_matrix(base.W, name=f"{layer_path}: weight")
+                    if check_base:
+                        _check_base_values(layer_path, layer, base)
+                    factors = _loaded_factors(backend, layer, base, stored.config, trainable=trainable)
+                    count()
+                    return factors
+
+                return dict(zip(batch, each(one, batch), strict=True))
+
             layers = division.factors(
-                weights, compute, settings=lambda: _digest(stored, trainable, check_base)
+                weights, loaded, settings=lambda: _digest(stored, trainable, check_base)
             )
         return backend.insert(base_model, layers, config=stored.config, saved=saved)
 
@@ -533,23 +540,59 @@ def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _progress(
-    compute: Callable[[str, BaseWeight], Factors], layers: int
-) -> Iterator[Callable[[str, BaseWeight], Factors]]:
-    """Give the same function of one layer, which moves a bar: on a terminal, and if all take more than a second."""
+def _progress(layers: int) -> Iterator[Callable[[], None]]:
+    """Give what moves a bar by a layer: on a terminal, and if all take more than a second."""
     one_at_a_time = threading.Lock()
     with tqdm(total=layers, desc="adamss", unit="layer", delay=1.0, leave=False, disable=None) as bar:
 
-        def counted(path: str, base: BaseWeight) -> Factors:
-            factors = compute(path, base)
+        def count() -> None:
             with one_at_a_time:
                 bar.update()
-            return factors
 
-        yield counted
+        yield count
 
 
-def _initial_factors(backend: Backend, path: str, base: BaseWeight, config: AdamssConfig) -> Factors:
+def _initial_factors(
+    backend: Backend,
+    batch: Mapping[str, BaseWeight],
+    config: AdamssConfig,
+    each: Each,
+    count: Callable[[], None],
+) -> dict[str, Factors]:
+    """Return the factors of layers of one shape, to start a training from."""
+
+    def decomposed(path: str) -> core.Decomposition:
+        decomposition = core.decompose(
+            _decomposition_input(backend, path, batch[path], config), config.rank, seed=config.seed
+        )
+        count()
+        return decomposition
+
+    decompositions = dict(zip(batch, each(decomposed, batch), strict=True))
+    xp = namespace(*next(iter(decompositions.values())))
+    labels = core.segment(
+        core.Decomposition(*map(xp.stack, zip(*decompositions.values(), strict=True))),
+        config.subspaces,
+        config.segmentation,
+        dimension=config.segmentation_dimension,
+        seed=config.seed,
+    )
+    labels_of = dict(zip(batch, xp.unstack(labels), strict=True))
+
+    def initial(path: str) -> Factors:
+        factors = core.initial_factors(
+            decompositions[path],
+            labels_of[path],
+            config.subspace_rank,
+            basis=config.basis,
+            initial_B=config.initial_B,
+        )
+        return _cast(backend, factors, _factor_dtype(backend, batch[path], config))
+
+    return dict(zip(batch, each(initial, batch), strict=True))
+
+
+def _decomposition_input(backend: Backend, path: str, base: BaseWeight, config: AdamssConfig) -> Any:
     check_matrix(base.W, name=f"{path}: weight")
     dtype = _factor_dtype(backend, base, config)
     if not backend.has_dtype(dtype):
@@ -560,19 +603,7 @@ def _initial_factors(backend: Backend, path: str, base: BaseWeight, config: Adam
     if config.include_bias and base.b is not None:
         W = _with_bias_row(base)
         check_matrix(W[-1:, :], name=f"{path}: bias")
-    W = backend.decomposition_input(W)
-    decomposition = core.decompose(W, config.rank, seed=config.seed)
-    labels = core.segment(
-        decomposition,
-        config.subspaces,
-        config.segmentation,
-        dimension=config.segmentation_dimension,
-        seed=config.seed,
-    )
-    factors = core.initial_factors(
-        decomposition, labels, config.subspace_rank, basis=config.basis, initial_B=config.initial_B
-    )
-    return _cast(backend, factors, dtype)
+    return backend.decomposition_input(W)
 
 
 def _with_bias_row(base: BaseWeight) -> Any:

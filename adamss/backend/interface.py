@@ -11,20 +11,33 @@ models are trees: whatever changes a model returns it. Either every change of a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from adamss.core import Factors, Merged, delta, only
-from adamss.core._array import Array, namespace
+from adamss.core._array import Array, device, namespace
 from adamss.errors import StateError
 
 if TYPE_CHECKING:
     from adamss.checkpoint import StoredTensor
     from adamss.config import AdamssConfig
 
-__all__ = ["Adaptation", "Array", "Backend", "BaseWeight", "Division", "Model", "Module", "without_folded"]
+__all__ = [
+    "Adaptation",
+    "Array",
+    "Backend",
+    "BaseWeight",
+    "Compute",
+    "Division",
+    "Each",
+    "Model",
+    "Module",
+    "batches",
+    "without_folded",
+]
 
 Model: TypeAlias = Any
 """A model of the framework."""
@@ -108,32 +121,54 @@ class Adaptation:
     folded: Mapping[str, Array] = field(default_factory=dict)
 
 
+Each = Callable[[Callable[[str], Any], Iterable[str]], Iterable[Any]]
+"""What `map` does for one function and one argument; maybe in several threads."""
+
+Compute = Callable[[Mapping[str, BaseWeight], Each], Mapping[str, Factors]]
+"""Return the factors of layers of one shape, what there is to do for each of them alone by the second argument."""
+
+COLUMNS = 8192
+"""Columns of weights that are segmented together, which takes some hundred numbers for each."""
+
+
 class Division:
-    """How the layers of a model are divided among the processes that adapt it; this one is for a process alone."""
+    """How the layers of a model are divided, among threads and processes; this one is for one of each."""
 
     def factors(
-        self,
-        weights: Mapping[str, BaseWeight],
-        compute: Callable[[str, BaseWeight], Factors],
-        *,
-        settings: Callable[[], str],
+        self, weights: Mapping[str, BaseWeight], compute: Compute, *, settings: Callable[[], str]
     ) -> dict[str, Factors]:
-        """Return ``{path: compute(path, base) for path, base in weights.items()}``, in that order.
+        """Return the factors of all layers, in the order of the weights.
 
-        One layer is taken after the other, so that no more memory is needed than for one. A backend may take a few
-        small ones at a time.
+        One layer is decomposed after the other, so that no more memory is needed than for one. A backend may take
+        a few small ones at a time.
 
         Parameters
         ----------
         weights
             Base weight of each layer by module path.
         compute
-            Return the factors of a layer: the same ones on every process that calls it with equal arguments. May be
-            called from several threads.
+            Return the factors of layers alike, such as those of one of the `batches`: of each layer the same ones,
+            to the bit where the framework can, whatever layers are with it, on every process.
         settings
             Return what names all that `compute` depends on besides.
         """
-        return {path: compute(path, base) for path, base in weights.items()}
+        found: dict[str, Factors] = {}
+        for batch in batches(weights):
+            found |= compute(batch, map)
+        return {path: found[path] for path in weights}
+
+
+def batches(weights: Mapping[str, BaseWeight]) -> Iterator[dict[str, BaseWeight]]:
+    """Divide layers into groups of one shape, of which as many are segmented together as have `COLUMNS` columns."""
+    alike: dict[Any, dict[str, BaseWeight]] = {}
+    for path, base in weights.items():
+        kind = (tuple(base.W.shape), base.W.dtype, str(device(base.W)), base.b is None)
+        alike.setdefault(kind, {})[path] = base
+    for group in alike.values():
+        layers = iter(group.items())
+        size = max(1, COLUMNS // max(1, next(iter(group.values())).W.shape[1]))
+        while batch := dict(islice(layers, size)):
+            yield batch
 
 
 class Backend(ABC):

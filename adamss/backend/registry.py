@@ -135,7 +135,7 @@ def backend_for(model: Model) -> Backend:
         If none does.
     """
     tried = []
-    for name in dict.fromkeys((*_registered, *_BUILT_IN, *_entry_points())):
+    for name in _names():
         if name not in _registered and name in _BUILT_IN and _BUILT_IN[name].framework not in sys.modules:
             continue
         try:
@@ -149,6 +149,13 @@ def backend_for(model: Model) -> Backend:
         f"no backend knows models of type {type(model).__module__}.{type(model).__qualname__} "
         f"(asked: {', '.join(tried)}); see adamss.backend for writing one"
     )
+
+
+def _names() -> Iterator[str]:
+    """Give the names of all backends; what is installed is read only if no other will do, for that takes a while."""
+    known = dict.fromkeys((*_registered, *_BUILT_IN))
+    yield from known
+    yield from (name for name in _entry_points() if name not in known)
 
 
 def _entry_points() -> dict[str, str]:

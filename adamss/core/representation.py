@@ -23,17 +23,17 @@ def effective_coordinates(decomposition: Decomposition) -> Array:
     Parameters
     ----------
     decomposition
-        As from `decompose`.
+        As from `decompose`; its arrays may have leading axes.
 
     Returns
     -------
     Array
-        Of shape (n, R).
+        Of shape (..., n, R).
     """
     U, S, V = decomposition
     xp = namespace(V)
-    rounding = xp.finfo(S.dtype).eps * max(U.shape[0], V.shape[0]) * S[0]
-    return V * xp.astype(rounding < S, V.dtype)
+    rounding = xp.finfo(S.dtype).eps * max(U.shape[-2], V.shape[-2]) * S[..., :1]
+    return V * xp.astype(rounding < S, V.dtype)[..., None, :]
 
 
 def lowest_rank_representation(decomposition: Decomposition) -> Array:

@@ -32,7 +32,7 @@ def segment(
     dimension: int | None = None,
     seed: int = 0,
 ) -> Array:
-    """Group the columns of a weight into subspaces.
+    """Group the columns of a weight, or of each of several weights of one shape, into subspaces.
 
     ``{0, ..., n-1} = I_0 + ... + I_{K-1}``, a partition without empty parts, by one of
 
@@ -48,7 +48,8 @@ def segment(
     Parameters
     ----------
     decomposition
-        As from `decompose`.
+        As from `decompose`. Its arrays may have leading axes, ``V: (..., n, R)``: each weight is then grouped as it
+        would be alone, in a fraction of the time if they are small.
     subspaces
         Number K of groups; more than n is taken as n.
     method
@@ -61,7 +62,7 @@ def segment(
     Returns
     -------
     Array
-        Labels of shape (n,), integers in ``0 .. K - 1``. Groups are numbered by their lowest column.
+        Labels of shape (..., n), integers in ``0 .. K - 1``. Groups are numbered by their lowest column.
 
     Raises
     ------
@@ -98,27 +99,53 @@ def segment(
             f"dimension is for method 'ksubspaces' only, found {dimension!r} with method {method!r}; "
             "leave it out"
         )
-    V = decomposition.V
     check_concrete(*decomposition, name="decomposition")
+    *outer, n, _ = decomposition.V.shape
+    each = _stacked(decomposition)
+    labels = _segment(each, min(subspaces, n), method, dimension, np.random.default_rng(seed))
+    return namespace(labels).reshape(labels, (*outer, n))
+
+
+def _stacked(decomposition: Decomposition) -> Decomposition:
+    """Return ``U: (L, d, R)``, ``S: (L, R)``, ``V: (L, n, R)``."""
+    xp = namespace(decomposition.V)
+    U, S, V = decomposition
+    return Decomposition(
+        xp.reshape(U, (-1, *U.shape[-2:])),
+        xp.reshape(S, (-1, S.shape[-1])),
+        xp.reshape(V, (-1, *V.shape[-2:])),
+    )
+
+
+def _segment(
+    each: Decomposition, subspaces: int, method: str, dimension: int | None, rng: np.random.Generator
+) -> Array:
+    """Return labels (L, n)."""
+    V = each.V
     xp = namespace(V)
-    columns = xp.arange(V.shape[0], device=device(V))
+    count, n, _ = V.shape
+    columns = xp.arange(n, device=device(V))
     check_concrete(columns, name="decomposition")  # under jax.jit, whatever is computed is traced
-    if subspaces >= V.shape[0]:
-        return columns
-    rng = np.random.default_rng(seed)
-    if method == "contiguous":
-        return columns * subspaces // V.shape[0]
+    if subspaces == n or method == "contiguous":
+        return xp.stack([columns * subspaces // n] * count)
     if method == "random":
-        labels = xp.asarray(rng.permutation(V.shape[0]), device=device(V)) % subspaces
-    elif method == "kmeans":
-        labels = _kmeans(effective_coordinates(decomposition), subspaces, rng)
-    elif dimension is None:
-        labels = _spectral(effective_coordinates(decomposition), subspaces, rng)
-    else:
+        labels = xp.asarray(rng.permutation(n), device=device(V)) % subspaces
+        return _renumber(xp.stack([labels] * count), subspaces)
+    coordinates = effective_coordinates(each)
+    if method == "ksubspaces" and dimension is not None:
         # K subspaces of that dimension fill no more than K times as many directions; the rest is noise.
-        coordinates = effective_coordinates(decomposition)[:, : subspaces * dimension]
-        labels = _spectral(coordinates, subspaces, rng)
-        labels = _ksubspaces(decomposition, labels, subspaces, dimension)
+        coordinates = coordinates[:, :, : min(subspaces * dimension, coordinates.shape[2])]
+    if method != "kmeans":
+        coordinates = xp.stack([_spectral_embedding(one, subspaces) for one in xp.unstack(coordinates)])
+    labels = _kmeans(coordinates, subspaces, rng)
+    if method == "ksubspaces" and dimension is not None:
+        alone = map(Decomposition, *map(xp.unstack, each))
+        labels = xp.stack(
+            [
+                _ksubspaces(one, start, subspaces, dimension)
+                for one, start in zip(alone, xp.unstack(labels), strict=True)
+            ]
+        )
     return _renumber(labels, subspaces)
 
 
@@ -147,7 +174,8 @@ def group_sizes(labels: Array, subspaces: int) -> Array:
     return xp.sum(one_hot(labels, subspaces, dtype=labels.dtype), axis=0)
 
 
-def _spectral(coordinates: Array, subspaces: int, rng: np.random.Generator) -> Array:
+def _spectral_embedding(coordinates: Array, subspaces: int) -> Array:
+    """Return points (n, K) of unit length, one for each column of a weight, to be grouped by k-means."""
     xp = namespace(coordinates)
     affinity = xp.abs(coordinates @ coordinates.T)
     degree = xp.sum(affinity, axis=1)
@@ -159,95 +187,119 @@ def _spectral(coordinates: Array, subspaces: int, rng: np.random.Generator) -> A
     _, eigenvectors = xp.linalg.eigh(similarity)
     vectors = eigenvectors[:, -subspaces:]
     length = xp.sqrt(xp.sum(vectors**2, axis=1, keepdims=True))
-    return _kmeans(vectors / xp.where(length > 0, length, xp.ones_like(length)), subspaces, rng)
+    unit: Array = vectors / xp.where(length > 0, length, xp.ones_like(length))
+    return unit
 
 
 def _kmeans(points: Array, clusters: int, rng: np.random.Generator) -> Array:
-    """Lloyd's iterations from several starts at once; then only the best of them goes on."""
+    """Return labels (L, n) of L sets of points (L, n, R), each grouped for itself and with the same draws.
+
+    Lloyd's iterations from several starts at once; then only the best of them goes on.
+    """
     xp = namespace(points)
-    points = points - xp.mean(points, axis=0, keepdims=True)
-    squares = xp.sum(points**2, axis=1)
+    points = points - xp.mean(points, axis=1, keepdims=True)
+    squares = xp.sum(points**2, axis=2)
     centres = _kmeans_start(points, squares, clusters, rng)
     centres = _lloyd(points, centres, TRIAL_ITERATIONS)
     _, distances = _nearest(points, squares, centres)
-    # What is left of a distance after cancellation must not choose either.
-    rounding = 10 * xp.finfo(points.dtype).eps * float(xp.sum(squares))
-    inertias = [float(inertia) for inertia in xp.unstack(xp.sum(distances, axis=0))]
-    best = 0
-    for restart, inertia in enumerate(inertias):
-        if inertia < (1 - WINNING_MARGIN) * inertias[best] - rounding:
-            best = restart
-    centres = _lloyd(points, centres[best : best + 1, ...], FINAL_ITERATIONS)
+    best = _winners(xp.sum(distances, axis=1), xp.sum(squares, axis=1))
+    centres = _lloyd(points, _rows(centres, best[:, None]), FINAL_ITERATIONS)
     labels, distances = _nearest(points, squares, centres)
-    return _fill_empty(labels[:, 0], clusters, distances[:, 0])
+    labels, distances = labels[:, :, 0], distances[:, :, 0]
+    if bool(xp.all(xp.any(one_hot(labels, clusters, dtype=xp.bool), axis=1))):
+        return labels
+    pairs = zip(xp.unstack(labels), xp.unstack(distances), strict=True)
+    return xp.stack([_fill_empty(own, clusters, misfits) for own, misfits in pairs])
+
+
+def _winners(inertias: Array, spreads: Array) -> Array:
+    """Return for each set of points (L,) which restart has the least inertia, of (L, T); the first of equals."""
+    xp = namespace(inertias)
+    # What is left of a distance after cancellation must not choose either.
+    rounding = 10 * xp.finfo(inertias.dtype).eps * spreads
+    best, least = 0 * xp.arange(inertias.shape[0], device=device(inertias)), inertias[:, 0]
+    for restart in range(1, inertias.shape[1]):
+        wins = inertias[:, restart] < (1 - WINNING_MARGIN) * least - rounding
+        best = xp.where(wins, xp.full_like(best, restart), best)
+        least = xp.where(wins, inertias[:, restart], least)
+    return best
 
 
 def _lloyd(points: Array, centres: Array, iterations: int) -> Array:
-    """Move (T, K) centres to the means of the points nearest to them, until nothing changes."""
+    """Move (L, T, K) centres to the means of the points nearest to them, until nothing changes."""
     xp = namespace(points)
-    restarts, clusters, _ = centres.shape
+    count, restarts, clusters, _ = centres.shape
     classes = xp.arange(clusters, device=device(points))
-    labels = xp.full((points.shape[0], restarts), -1, device=device(points))
+    labels = xp.full((*points.shape[:2], restarts), -1, device=device(points))
     for _ in range(iterations):
-        labels, before = xp.argmax(_closeness(points, centres), axis=2), labels
+        labels, before = xp.argmax(_closeness(points, centres), axis=3), labels
         if bool(xp.all(labels == before)):
             break
         members = xp.astype(labels[..., None] == classes, points.dtype)
-        members = xp.reshape(members, (-1, restarts * clusters))
-        sizes = xp.reshape(xp.sum(members, axis=0), (restarts, clusters, 1))
-        sums = xp.reshape(members.T @ points, centres.shape)
+        members = xp.reshape(members, (count, -1, restarts * clusters))
+        sizes = xp.reshape(xp.sum(members, axis=1), (count, restarts, clusters, 1))
+        sums = xp.reshape(xp.matrix_transpose(members) @ points, centres.shape)
         centres = xp.where(sizes > 0, sums / xp.clip(sizes, min=1), centres)
     return centres
 
 
 def _nearest(points: Array, squares: Array, centres: Array) -> tuple[Array, Array]:
-    """Return the labels (n, T) of the nearest of (T, K) centres, and the squared distances to them."""
+    """Return the labels (L, n, T) of the nearest of (L, T, K) centres, and the squared distances to them."""
     xp = namespace(points)
     closeness = _closeness(points, centres)
-    return xp.argmax(closeness, axis=2), squares[:, None] - 2 * xp.max(closeness, axis=2)
+    return xp.argmax(closeness, axis=3), squares[:, :, None] - 2 * xp.max(closeness, axis=3)
 
 
 def _closeness(points: Array, centres: Array) -> Array:
-    """Return ``(|x|^2 - |x - c|^2) / 2`` for n points and (T, K) centres: (n, T, K)."""
+    """Return ``(|x|^2 - |x - c|^2) / 2`` for (L, n) points and (L, T, K) centres: (L, n, T, K)."""
     xp = namespace(points)
-    flat = xp.reshape(centres, (-1, centres.shape[2]))
-    closeness = points @ flat.T - xp.sum(flat**2, axis=1) / 2
-    return xp.reshape(closeness, (points.shape[0], *centres.shape[:2]))
+    flat = xp.reshape(centres, (points.shape[0], -1, points.shape[2]))
+    closeness = points @ xp.matrix_transpose(flat) - xp.sum(flat**2, axis=2)[:, None, :] / 2
+    return xp.reshape(closeness, (*points.shape[:2], *centres.shape[1:3]))
 
 
 def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.Generator) -> Array:
-    """Choose (T, K) of the points as centres by greedy k-means++.
+    """Choose (L, T, K) of the points as centres by greedy k-means++.
 
     A point is drawn with probability proportional to its squared distance from the nearest centre so far.
     Of several such draws the one that leaves the least inertia becomes a centre.
     """
     xp = namespace(points)
-    n = points.shape[0]
+    count, n, _ = points.shape
     trials = 2 + int(math.log(clusters))
     draws = rng.random((clusters, RESTARTS, trials))
     draws[0, :, 1:] = draws[0, :, :1]
     uniform = xp.asarray(draws, dtype=points.dtype, device=device(points))
     # |x - y|^2 is one product of (x, |x|^2, 1) with (-2 y, 1, |y|^2).
-    one = xp.ones((n, 1), dtype=points.dtype, device=device(points))
-    left_factors = xp.concat([points, squares[:, None], one], axis=1)
-    right_factors = xp.concat([-2 * points, one, squares[:, None]], axis=1).T
-    starts = trials * xp.arange(RESTARTS, device=device(points))
-    nearest = xp.ones((RESTARTS, n), dtype=points.dtype, device=device(points))
+    one = xp.ones((count, n, 1), dtype=points.dtype, device=device(points))
+    left_factors = xp.concat([points, squares[:, :, None], one], axis=2)
+    right_factors = xp.matrix_transpose(xp.concat([-2 * points, one, squares[:, :, None]], axis=2))
+    nearest = xp.ones((count, RESTARTS, n), dtype=points.dtype, device=device(points))
     centres = []
     for k in range(clusters):
-        cumulative = xp.cumulative_sum(nearest, axis=1)
-        below = cumulative[:, None, :] <= (uniform[k, ...] * cumulative[:, -1:])[:, :, None]
-        drawn = xp.clip(xp.sum(xp.astype(below, xp.int32), axis=2), max=n - 1)
-        drawn = xp.reshape(drawn, (-1,))
-        distances = xp.take(left_factors, drawn, axis=0) @ right_factors
-        left = xp.reshape(xp.clip(distances, min=0), (RESTARTS, trials, n))
+        cumulative = xp.cumulative_sum(nearest, axis=2)
+        below = cumulative[:, :, None, :] <= (uniform[k, ...] * cumulative[:, :, -1:])[:, :, :, None]
+        drawn = xp.clip(xp.sum(xp.astype(below, xp.int32), axis=3), max=n - 1)
+        distances = _rows(left_factors, xp.reshape(drawn, (count, -1))) @ right_factors
+        left = xp.reshape(xp.clip(distances, min=0), (count, RESTARTS, trials, n))
         if k:
-            left = xp.minimum(nearest[:, None, :], left)
-        chosen = starts + xp.argmin(xp.sum(left, axis=2), axis=1)
-        nearest = xp.take(xp.reshape(left, (-1, n)), chosen, axis=0)
-        centres.append(xp.take(drawn, chosen))
-    chosen = xp.reshape(xp.stack(centres, axis=1), (-1,))
-    return xp.reshape(xp.take(points, chosen, axis=0), (RESTARTS, clusters, -1))
+            left = xp.minimum(nearest[:, :, None, :], left)
+        chosen = xp.argmin(xp.sum(left, axis=3), axis=2)
+        chosen = chosen + trials * xp.arange(RESTARTS, device=device(points))
+        nearest = _rows(xp.reshape(left, (count, -1, n)), chosen)
+        centres.append(_rows(xp.reshape(drawn, (count, -1)), chosen))
+    chosen = xp.reshape(xp.stack(centres, axis=2), (count, -1))
+    return xp.reshape(_rows(points, chosen), (count, RESTARTS, clusters, -1))
+
+
+def _rows(arrays: Array, indices: Array) -> Array:
+    """Return ``arrays[l, indices[l, i], ...]``, (L, m, ...), for indices (L, m)."""
+    xp = namespace(arrays)
+    count, m = indices.shape
+    starts = arrays.shape[1] * xp.arange(count, dtype=indices.dtype, device=device(indices))
+    flat = xp.reshape(arrays, (-1, *arrays.shape[2:]))
+    taken = xp.take(flat, xp.reshape(indices + starts[:, None], (-1,)), axis=0)
+    return xp.reshape(taken, (count, m, *arrays.shape[2:]))
 
 
 def _ksubspaces(decomposition: Decomposition, labels: Array, subspaces: int, dimension: int) -> Array:
@@ -290,7 +342,7 @@ def _fill_empty(labels: Array, groups: int, misfits: Array) -> Array:
 
 
 def _renumber(labels: Array, groups: int) -> Array:
-    """Renumber the groups in the order of their lowest columns."""
+    """Renumber the groups of each row of labels (L, n) in the order of their lowest columns."""
     xp = namespace(labels)
-    first = xp.argmax(one_hot(labels, groups, dtype=labels.dtype), axis=0)
-    return xp.take(xp.argsort(xp.argsort(first)), labels, axis=0)
+    first = xp.argmax(one_hot(labels, groups, dtype=labels.dtype), axis=1)
+    return _rows(xp.argsort(xp.argsort(first, axis=1), axis=1), labels)

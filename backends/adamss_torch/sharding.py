@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adamss import errors
-from adamss.backend.interface import BaseWeight, Division
+from adamss.backend.interface import BaseWeight, Compute, Division
 from adamss.checkpoint import fingerprint
 from adamss.core import Factors
 from adamss.errors import AdamssWarning, LayerError, StateError
@@ -314,7 +314,7 @@ class ProcessDivision(Division):
     def factors(
         self,
         weights: Mapping[str, BaseWeight],
-        compute: Callable[[str, BaseWeight], Factors],
+        compute: Compute,
         *,
         settings: Callable[[], str],
     ) -> dict[str, Factors]:
@@ -357,9 +357,7 @@ class ProcessDivision(Division):
                 raise each.error(rank)
         return said
 
-    def _apart(
-        self, weights: Mapping[str, BaseWeight], compute: Callable[[str, BaseWeight], Factors]
-    ) -> dict[str, Factors]:
+    def _apart(self, weights: Mapping[str, BaseWeight], compute: Compute) -> dict[str, Factors]:
         """Compute everything here, and hear whether another process has failed."""
         layers: dict[str, Factors] = {}
         failure = None
@@ -372,9 +370,7 @@ class ProcessDivision(Division):
         self._said(None, failure)
         return layers
 
-    def _together(
-        self, weights: Mapping[str, BaseWeight], compute: Callable[[str, BaseWeight], Factors]
-    ) -> dict[str, Factors]:
+    def _together(self, weights: Mapping[str, BaseWeight], compute: Compute) -> dict[str, Factors]:
         """Compute in each round one layer on each process, and send the factors around."""
         size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         # The large ones first, so that those of one round take about as long.
@@ -460,9 +456,7 @@ def _whole(base: BaseWeight) -> BaseWeight:
     return BaseWeight(unshard(base.W), None if base.b is None else unshard(base.b))
 
 
-def _tried(
-    compute: Callable[[str, BaseWeight], Factors], path: str, base: BaseWeight
-) -> tuple[Factors | None, Exception | None]:
+def _tried(compute: Compute, path: str, base: BaseWeight) -> tuple[Factors | None, Exception | None]:
     try:
         return computed(compute, {path: base})[path], None
     except Exception as error:

@@ -1,50 +1,62 @@
 """Decomposing small layers several at a time, on the CPU.
 
-The eigenvectors of a small matrix take as long on many threads as on one, and of the many small calls of k-means most
-have nothing to divide. So each small layer gets one thread, and there are as many of them at a time as PyTorch has
-threads. Always one: a result may differ in its last bit with the number of threads, and is not to depend on how many
-layers there are.
+The eigenvectors of a small matrix take about as long on two threads as on one. So each small layer gets one thread,
+and there are as many of them at a time as PyTorch has threads. Always one: a result may differ in its last bit with
+the number of threads, and is not to depend on how many layers there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
 from adamss.backend import BaseWeight
+from adamss.backend.interface import Compute, Each, batches
 from adamss.core import Factors
 from adamss.core.decomposition import EXACT_SIDE
 
 __all__ = ["computed"]
 
 
-def computed(
-    compute: Callable[[str, BaseWeight], Factors], layers: Mapping[str, BaseWeight]
-) -> dict[str, Factors]:
-    """Return ``{path: compute(path, base)}`` in the order of the layers.
+def computed(compute: Compute, layers: Mapping[str, BaseWeight]) -> dict[str, Factors]:
+    """Return the factors of all layers, in their order.
 
     Parameters
     ----------
     compute
-        Return the factors of a layer. Called from several threads, if there are several small layers.
+        As for `adamss.backend.Division.factors`.
     layers
         Base weight of each layer by module path, whole.
-
-    Raises
-    ------
-    Exception
-        What `compute` raises for the first layer for which it does.
     """
-    small = [path for path, base in layers.items() if _is_small(base)]
     found: dict[str, Factors] = {}
-    if small and _threads_are_our_own():
-        with _single_threads(min(len(small), torch.get_num_threads())) as workers:
-            pending = [workers.submit(compute, path, layers[path]) for path in small]
-            found = {path: each.result() for path, each in zip(small, pending, strict=True)}
-    return {path: found[path] if path in found else compute(path, base) for path, base in layers.items()}
+    for batch in batches(layers):
+        with _workers(batch) as each:
+            found |= compute(batch, each)
+    return {path: found[path] for path in layers}
+
+
+@contextmanager
+def _workers(batch: Mapping[str, BaseWeight]) -> Iterator[Each]:
+    """Give a `map` that takes small layers several at a time."""
+    threads = torch.get_num_threads()
+    if not (_is_small(next(iter(batch.values()))) and threads > 1 and _threads_are_our_own()):
+        yield map
+        return
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+
+    pool = ThreadPoolExecutor(min(len(batch), threads), thread_name_prefix="adamss", initializer=begin)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # It holds for the calling thread alone, but threads that begin later take over what was said last.
+        torch.set_num_threads(threads)
 
 
 def _is_small(base: BaseWeight) -> bool:
@@ -53,21 +65,4 @@ def _is_small(base: BaseWeight) -> bool:
 
 def _threads_are_our_own() -> bool:
     """Whether a thread can be told how many threads it may use, without a word to the others."""
-    return torch.get_num_threads() > 1 and "parallel backend: OpenMP" in torch.__config__.parallel_info()
-
-
-@contextmanager
-def _single_threads(count: int) -> Iterator[Executor]:
-    threads = torch.get_num_threads()
-
-    def begin() -> None:
-        torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
-
-    pool = ThreadPoolExecutor(count, thread_name_prefix="adamss", initializer=begin)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        # It holds for the calling thread alone, but threads that begin later take over what was said last.
-        torch.set_num_threads(threads)
+    return "parallel backend: OpenMP" in torch.__config__.parallel_info()

@@ -207,3 +207,19 @@ def test_group_sizes(xp, to_numpy):
 def test_settings_that_cannot_be_used(arguments, message):
     with pytest.raises(ConfigError, match=message):
         segment(decompose(gaussian(4, 6), 2), **arguments)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("subspaces", [1, 4, 25, 30])
+def test_weights_together_are_grouped_as_each_alone(xp, to_numpy, method, subspaces):
+    weights = [gaussian(12, 30, seed=seed) for seed in range(5)]
+    weights[1][:] = 0.0
+    weights[2] = planted(1, d=12, subspaces=3, dimension=2)[0][:, :30]
+    weights[3][:, :20] = weights[3][:, :1]  # so few different columns that groups come out empty
+    each = [decompose(xp.asarray(W), 8) for W in weights]
+    stacked = Decomposition(*map(xp.stack, zip(*each, strict=True)))
+    together = to_numpy(segment(stacked, subspaces, **settings_for(method)))
+    alone = [to_numpy(segment(one, subspaces, **settings_for(method))) for one in each]
+    np.testing.assert_array_equal(together, np.stack(alone))
+    grid = Decomposition(*(xp.stack([array, array]) for array in stacked))
+    assert tuple(segment(grid, subspaces, **settings_for(method)).shape) == (2, 5, 30)

@@ -26,19 +26,27 @@ def three_threads():
     torch.set_num_threads(before)
 
 
+LARGE = EXACT_SIDE + 8
+SIZES = {"q": (160, 160), "k": (160, 160), "v": (160, 144), "large": (LARGE, LARGE), "larger": (LARGE, LARGE)}
+
+
 def layers(count, side=8):
     return {str(number): BaseWeight(torch.zeros(side, 1024), None) for number in range(count)}
 
 
+def each_alone(one):
+    """Return a `Compute` that does this for each layer."""
+    return lambda batch, each: dict(zip(batch, each(one, batch), strict=True))
+
+
 def config(*targets, **options):
-    targets = targets or ("q", "v", "large")
+    targets = targets or tuple(SIZES)
     return AdamssConfig(rank=16, subspaces=4, subspace_rank=2, targets=targets, **options)
 
 
 def net():
     torch.manual_seed(0)
-    sizes = {"q": (160, 160), "v": (160, 144), "large": (EXACT_SIDE + 8, EXACT_SIDE + 8)}
-    return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+    return nn.ModuleDict({name: nn.Linear(*size) for name, size in SIZES.items()})
 
 
 @openmp
@@ -46,7 +54,7 @@ def test_as_many_at_a_time_as_there_are_threads():
     together = threading.Barrier(3, timeout=60)
     threads = set()
 
-    def compute(path, base):
+    def one(path):
         together.wait()
         assert torch.get_num_threads() == 1
         assert not torch.is_grad_enabled()
@@ -54,25 +62,25 @@ def test_as_many_at_a_time_as_there_are_threads():
         return path
 
     # With fewer at a time the barrier would break, with more the set would be larger.
-    assert computed(compute, layers(6)) == {path: path for path in layers(6)}
+    assert computed(each_alone(one), layers(6)) == {path: path for path in layers(6)}
     assert len(threads) == 3
 
 
 def test_large_ones_one_by_one_where_all_threads_work_on_them():
     seen = []
 
-    def compute(path, base):
+    def one(path):
         seen.append((threading.current_thread(), torch.get_num_threads()))
         return path
 
     wide = layers(2, EXACT_SIDE + 1)
-    assert list(computed(compute, wide)) == list(wide)
+    assert list(computed(each_alone(one), wide)) == list(wide)
     assert seen == [(threading.current_thread(), 3)] * 2
 
 
 def test_the_order_is_that_of_the_layers():
     mixed = {"b": layers(1)["0"], "a": layers(1, EXACT_SIDE + 1)["0"], "c": layers(1)["0"]}
-    assert list(computed(lambda path, base: path, mixed)) == ["b", "a", "c"]
+    assert list(computed(each_alone(str), mixed)) == ["b", "a", "c"]
 
 
 def test_threads_are_afterwards_what_they_were():
@@ -88,7 +96,7 @@ def test_threads_are_afterwards_what_they_were():
 @pytest.mark.parametrize("include_bias", [False, True])
 def test_a_layer_has_the_same_factors_alone_and_among_others(include_bias):
     among = adamss.attach(net(), config(include_bias=include_bias))
-    for name in ("q", "v", "large"):
+    for name in SIZES:
         alone = adamss.attach(net(), config(name, include_bias=include_bias))[name].adamss
         for key, value in alone.state_dict().items():
             assert torch.equal(value, among[name].adamss.state_dict()[key]), (name, key)
