@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -232,7 +233,8 @@ def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array
     # Noise just above the rounding gives fresh directions instead, and is lost in any block that counts.
     largest = xp.max(gram)
     noise = noise[:d, :] * xp.finfo(W.dtype).eps * xp.where(largest > 0, largest, xp.ones_like(largest))
-    energies: list[float] = []
+    energies: list[tuple[int, float]] = []
+    look = 0
     for shift in range(1, d // size):
         # The Gram matrix is block tridiagonal: the new block meets only the last two of the basis.
         near = max(0, basis.shape[1] - 2 * size)
@@ -248,25 +250,35 @@ def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array
         )
         basis = xp.concat([basis, block], axis=1)
         images.append(image)
-        if basis.shape[1] >= rank:
+        if basis.shape[1] >= rank and (shift >= look or shift == d // size - 1):
             eigenvalues, eigenvectors = xp.linalg.eigh(gram)
-            energies.append(float(xp.sum(eigenvalues[-rank:])))
-            if _missing_energy(energies) <= MISSING_ENERGY:
+            energies.append((shift, float(xp.sum(eigenvalues[-rank:]))))
+            missing, wait = _outlook(energies)
+            if missing <= MISSING_ENERGY:
                 break
+            look = shift + wait
     leading = eigenvectors[:, -rank:]
     return basis @ leading, xp.concat(images, axis=1) @ leading
 
 
-def _missing_energy(energies: list[float]) -> float:
-    """Estimate the share of energy still to come: as much as the last block brought, or more if that is slow.
+def _outlook(energies: list[tuple[int, float]]) -> tuple[float, int]:
+    """Estimate the share of energy still to come, and after how many blocks it is worth looking again.
 
-    Were the gains to go on in geometric progression, they would sum to ``gain ratio / (1 - ratio)``. A Krylov
-    space converges faster, so that this errs on the safe side.
+    As much as the last block brought, or more if that is slow: were the gains to go on in geometric progression, they
+    would sum to ``gain ratio / (1 - ratio)``. A Krylov space converges faster, so that this errs on the safe side; of
+    the blocks that it says are still needed half are added before the next look, which takes eigenvectors.
+
+    Parameters
+    ----------
+    energies
+        Number of blocks and energy in them, of all looks so far.
     """
     if len(energies) < 3:
-        return 1.0
-    before, gain = energies[-2] - energies[-3], energies[-1] - energies[-2]
+        return 1.0, 1
+    (first, least), (second, middle), (third, most) = energies[-3:]
+    before, gain = (middle - least) / (second - first), (most - middle) / (third - second)
     if gain <= 0.0:
-        return 0.0
-    ratio = min(gain / before, 0.999) if before > 0.0 else 0.999
-    return gain / energies[-1] * max(1.0, ratio / (1.0 - ratio))
+        return 0.0, 1
+    ratio = min((gain / before) ** (2 / (third - first)), 0.999) if before > 0.0 else 0.999
+    missing = gain / most * max(1.0, ratio / (1.0 - ratio))
+    return missing, max(1, int(math.log(MISSING_ENERGY / missing) / math.log(ratio) / 2))

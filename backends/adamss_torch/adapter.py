@@ -108,6 +108,7 @@ class Adapter(nn.Module):
         self.enabled = True
         self.schedule: str | None = None
         self.merged = False
+        self._place: tuple[int, tuple[int, ...]] | None = None
         self.revive = False
         self.loads = 0
         self.base: dict[str, Tensor] | None = None
@@ -153,8 +154,8 @@ class Adapter(nn.Module):
             elif B.shape[0] == 0:
                 return base
         # Not in a loop over the names, which takes longer than the rest of this method.
-        rows, groups, slots = buffers["rows"], buffers["groups"], buffers["slots"]
-        layout = Layout(rows, groups, slots, buffers["mask"], buffers["columns"])  # type: ignore[arg-type]
+        rows, groups, slots, mask = buffers["rows"], buffers["groups"], buffers["slots"], buffers["mask"]
+        layout = Layout(rows, groups, slots, mask, buffers["columns"], self.padded)  # type: ignore[arg-type]
         active = None if self.revive else buffers["active"]
         plan = Plan(A, active, layout, constants, self.schedule, weight, overwrite, input_kept)
         return update(base, x, B, C, plan)
@@ -163,17 +164,17 @@ class Adapter(nn.Module):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Forward hook of the layer."""
-        if self.merged or not self.enabled:
+        if not self.enabled:
             return None
         x = args[0] if args else kwargs["input"]
         overwrite = _is_ours_alone(layer, output)
-        # One that is computed (`torch.nn.utils.parametrize`) would be computed once more, and may be another then.
-        weight = layer._parameters.get("weight")
-        trained = weight is not None and weight.requires_grad
-        whole = overwrite and _is_linear_alone(layer, x, output)
-        result: Tensor = self(
-            output, x, weight=weight if whole else None, overwrite=overwrite, input_kept=trained
-        )
+        weight, trained = None, False
+        if torch.is_grad_enabled():
+            # A computed one (`torch.nn.utils.parametrize`) would be computed once more, and may be another then.
+            weight = layer._parameters.get("weight")
+            trained = weight is not None and weight.requires_grad
+            weight = weight if overwrite and _is_linear_alone(layer, x, output) else None
+        result: Tensor = self(output, x, weight=weight, overwrite=overwrite, input_kept=trained)
         return result
 
     def factors(self) -> Factors:
@@ -239,7 +240,7 @@ class Adapter(nn.Module):
                 E = expand(part.factors)
                 E = E.new_zeros(E.shape[0], labels.numel()).index_copy(1, part.columns, E)
                 self.more_M, self.more_E = contract(part.factors).t().contiguous(), E
-        self.rows, self.groups, self.slots, self.mask, self.columns = layout
+        self.rows, self.groups, self.slots, self.mask, self.columns, self.padded = layout
 
     def places(self, name: str) -> tuple[Tensor, torch.Size]:
         """Return where in the whole B (q, P), or C (r, n), each entry of the Parameter stands, and that shape."""
@@ -267,12 +268,37 @@ class Adapter(nn.Module):
 
     def uninstall(self, layer: nn.Module) -> None:
         """Leave the layer as it was before `install`."""
-        for key, hook in list(layer._forward_hooks.items()):
-            if getattr(hook, "__self__", None) is self:
-                # A copied or unpickled layer has hooks but no handles: the tables are the only way.
+        self._unhook(layer)
+        delattr(layer, CHILD)
+
+    def suspend(self, layer: nn.Module) -> None:
+        """Take the hook off a merged layer, which then costs what it did before."""
+        self.merged = True
+        self._place = self._unhook(layer)
+
+    def resume(self, layer: nn.Module) -> None:
+        """Put the hook back where it was among those of others."""
+        self.merged = False
+        if self._place is None:
+            return
+        key, earlier = self._place
+        hooks = layer._forward_hooks
+        later = {other: hooks.pop(other) for other in list(hooks) if other not in earlier}
+        hooks[key] = self.hook
+        hooks.update(later)
+        layer._forward_hooks_with_kwargs[key] = True
+        self._place = None
+
+    def _unhook(self, layer: nn.Module) -> tuple[int, tuple[int, ...]] | None:
+        """Take the hook off, and return its key and those of the hooks before it."""
+        # A copied or unpickled layer has hooks but no handles: the tables are the only way.
+        keys = list(layer._forward_hooks)
+        for place, key in enumerate(keys):
+            if getattr(layer._forward_hooks[key], "__self__", None) is self:
                 del layer._forward_hooks[key]
                 layer._forward_hooks_with_kwargs.pop(key, None)
-        delattr(layer, CHILD)
+                return key, tuple(keys[:place])
+        return None
 
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(model)``."""

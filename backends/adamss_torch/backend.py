@@ -281,8 +281,11 @@ class TorchBackend(Backend):
         return model
 
     def fold(self, model: nn.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> nn.Module:
-        for adapter in _replace_weights(model, merged, keep_base=keep_base).values():
-            adapter.merged = True
+        _replace_weights(model, merged, keep_base=keep_base)
+        owner, record = _owner(model)
+        assert record is not None
+        for layer, adapter in _adapted_layers(owner, record).values():
+            adapter.suspend(layer)
         return model
 
     def consolidate(
@@ -315,7 +318,8 @@ class TorchBackend(Backend):
                     setattr(layer, name, tensor)
                 else:
                     _copy_into({name: getattr(layer, name).detach()}, {name: tensor})
-            adapter.merged = False
+            if adapter.merged:
+                adapter.resume(layer)
             adapter.base = None
             if adapter.folded is not None:
                 adapter.fold(None)

@@ -52,6 +52,8 @@ class Layout(NamedTuple):
         where E is not C times something.
     columns
         (n',) int64: column of W for each of C; None for all n of them in their order.
+    padded
+        Whether C may have padding.
     """
 
     rows: Tensor
@@ -59,6 +61,7 @@ class Layout(NamedTuple):
     slots: Tensor
     mask: Tensor | None
     columns: Tensor | None = None
+    padded: bool = True
 
 
 class Constants(NamedTuple):
@@ -133,28 +136,29 @@ def make_layout(
     directions = torch.arange(q, device=labels.device)
     groups = torch.searchsorted(ends, directions, right=True)
     slots = groups * r + directions - starts[groups]
+    padded = q < ranks.shape[0] * r
     if chosen is None:
-        return Layout(rows, groups, slots, _mask(rows, q, dtype))
+        return Layout(rows, groups, slots, _mask(rows, q, dtype), None, padded)
     kept, columns = chosen[groups].nonzero()[:, 0], chosen[labels].nonzero()[:, 0]
     renumbered = directions.new_full((q + 1,), kept.numel())
     renumbered[kept] = torch.arange(kept.numel(), device=labels.device)
     # A column of no chosen subspace stands nowhere in E, as padding does.
     rows = renumbered[rows]
     mask = _mask(rows, kept.numel(), dtype)
-    return Layout(rows[:, columns], groups[kept], slots[kept], mask, columns)
+    return Layout(rows[:, columns], groups[kept], slots[kept], mask, columns, padded)
 
 
 def _mask(rows: Tensor, q: int, dtype: torch.dtype) -> Tensor | None:
     """Return what C is times in E, if that has one entry in a column at most."""
     if rows.shape[0] > 1:
         return None
-    numbers = torch.arange(_height(q, 1), device=rows.device)[:, None]
+    numbers = torch.arange(_height(q, padded=False), device=rows.device)[:, None]
     return ((numbers == rows) & (rows < q)).to(dtype) * (1 / _headroom(dtype))
 
 
-def _height(q: int, r: int) -> int:
+def _height(q: int, *, padded: bool) -> int:
     """Return how many rows E has: q, one for the padding of C where there may be some, and more padding."""
-    return -(-(q + (r > 1)) // MULTIPLE) * MULTIPLE if q else 0
+    return -(-(q + padded) // MULTIPLE) * MULTIPLE if q else 0
 
 
 def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
@@ -424,7 +428,8 @@ def _expand(C: Tensor, layout: Layout, q: int, n: int, dtype: torch.dtype) -> Te
         E = (C if columns is None else C.new_zeros(1, n).index_copy(1, columns, C)) * layout.mask
     else:
         # The padding of C is zero, and goes to row q, which is padding too.
-        E = C.new_zeros(_height(q, C.shape[0]), C.shape[1]).scatter(0, rows, C * (1 / _headroom(C.dtype)))
+        height = _height(q, padded=layout.padded)
+        E = C.new_zeros(height, C.shape[1]).scatter(0, rows, C * (1 / _headroom(C.dtype)))
         E = E if columns is None else C.new_zeros(E.shape[0], n).index_copy(1, columns, E)
     if _headroom(C.dtype) != _headroom(dtype):
         E = E.to(torch.float32) * (_headroom(C.dtype) / _headroom(dtype))
@@ -434,4 +439,4 @@ def _expand(C: Tensor, layout: Layout, q: int, n: int, dtype: torch.dtype) -> Te
 def _expand_vjp(dE: Tensor, layout: Layout) -> Tensor:
     if layout.columns is not None:
         dE = dE.index_select(1, layout.columns)
-    return (dE if layout.rows.shape[0] == 1 else F.pad(dE, (0, 0, 0, 1))).gather(0, layout.rows)
+    return (F.pad(dE, (0, 0, 0, 1)) if layout.padded else dE).gather(0, layout.rows)

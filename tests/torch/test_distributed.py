@@ -78,18 +78,32 @@ def launched(command: list[str]) -> subprocess.Popen[str]:
 
 
 def outcomes(folder: Path, count: int, names: list[str]) -> dict[str, list[str]]:
-    """Run scenarios on so many processes, and return what went wrong in each on each process."""
+    """Run scenarios on so many processes, and return what went wrong in each on each process.
+
+    Once in a hundred runs or so a process dies within gloo or PyTorch (``free(): invalid size``; under valgrind all
+    scenarios are clean). What it did not get to is run once more then: a fault of ours would be there again.
+    """
+    found, died = launched_together(folder / "first", count, names)
+    if died:
+        left = [name for name in names if any("did not get here" in text for text in found[name])]
+        again, _ = launched_together(folder / "again", count, left)
+        found |= again
+    return found
+
+
+def launched_together(folder: Path, count: int, names: list[str]) -> tuple[dict[str, list[str]], bool]:
+    """Do so once, and return too whether a process was ended by a signal."""
+    folder.mkdir()
     script = str(HERE / "on_two_processes.py")
-    printed = finished(
-        [launched([script, str(rank), str(count), str(folder), *names]) for rank in range(count)]
-    )
+    processes = [launched([script, str(rank), str(count), str(folder), *names]) for rank in range(count)]
+    printed = finished(processes)
     found: dict[str, list[str]] = {name: [] for name in names}
     for rank, output in enumerate(printed):
         path = folder / f"{rank}.json"
         told = json.loads(path.read_text()) if path.exists() else {}
         for name in names:
             found[name].append(told.get(name, f"process {rank} did not get here:\n{output[-3000:]}"))
-    return found
+    return found, any(process.returncode < 0 for process in processes)
 
 
 @pytest.fixture(scope="module")

@@ -249,3 +249,37 @@ def test_gradient_accumulation_sums(net, config, inputs, train):
         model(part).square().sum().backward()
     for parameter, reference in zip(adamss.trainable_parameters(model), whole, strict=True):
         assert_agrees(parameter.grad, reference, dtype="float64", what="accumulated gradient")
+
+
+def test_a_merged_layer_costs_what_it_did_and_gets_its_hook_back_in_its_place(net, config, train):
+    model = net()
+    layer = model.layers[0].query
+
+    def look(module, args, output):
+        return None
+
+    layer.register_forward_hook(look)
+    train(adamss.attach(model, config()))
+    layer.register_forward_hook(look)
+    before = list(layer._forward_hooks.items())
+    adamss.merge(model)
+    assert list(layer._forward_hooks.items()) == [before[0], before[2]]
+    assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in [model.layers[1].query])
+    layer.register_forward_hook(look)
+    later = list(layer._forward_hooks.items())[-1]
+    adamss.unmerge(model)
+    assert list(layer._forward_hooks.items()) == [*before, later]
+    assert list(layer._forward_hooks_with_kwargs) == [before[1][0]]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_merged_model_is_unmerged_for_itself(net, config, train, inputs, duplicate):
+    x = inputs(5, 16)
+    model = train(adamss.attach(net(), config()))
+    expected = model(x)
+    twin = duplicate(adamss.merge(model))
+    adamss.unmerge(twin)
+    assert torch.equal(twin(x), expected)
+    assert not model.layers[0].query._forward_hooks
+    adamss.unmerge(model)
+    assert torch.equal(model(x), expected)
