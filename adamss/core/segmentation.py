@@ -9,7 +9,7 @@ import numpy as np
 from adamss.core._array import Array, check_concrete, device, namespace, one_hot
 from adamss.core.decomposition import Decomposition, check_count
 from adamss.core.representation import effective_coordinates
-from adamss.errors import ConfigError
+from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = ["METHODS", "group_sizes", "segment"]
 
@@ -69,6 +69,8 @@ def segment(
     ConfigError
         If the method is unknown, ``subspaces`` is not an integer of at least 1, or ``dimension`` is not
         one for ``"ksubspaces"`` or is given for another method.
+    ArrayValueError
+        If the leading axes of U, S and V differ.
 
     References
     ----------
@@ -100,10 +102,19 @@ def segment(
             "leave it out"
         )
     check_concrete(*decomposition, name="decomposition")
-    *outer, n, _ = decomposition.V.shape
+    U, S, V = decomposition
+    *outer, n, _ = V.shape
+    if not tuple(outer) == tuple(S.shape[:-1]) == tuple(U.shape[:-2]):
+        raise ArrayValueError(
+            "decomposition must have U (..., d, R), S (..., R) and V (..., n, R) with the same leading axes, found "
+            f"{tuple(U.shape)}, {tuple(S.shape)} and {tuple(V.shape)}; stack all three alike"
+        )
+    xp = namespace(V)
+    if 0 in outer:
+        return xp.zeros((*outer, n), dtype=xp.arange(1).dtype, device=device(V))
     each = _stacked(decomposition)
     labels = _segment(each, min(subspaces, n), method, dimension, np.random.default_rng(seed))
-    return namespace(labels).reshape(labels, (*outer, n))
+    return xp.reshape(labels, (*outer, n))
 
 
 def _stacked(decomposition: Decomposition) -> Decomposition:

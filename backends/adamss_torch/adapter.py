@@ -24,6 +24,9 @@ __all__ = ["BUFFERS", "CHILD", "Adapter"]
 CHILD = "adamss"
 """Name of the adapter among the children of its layer."""
 
+HOOK = -1
+"""Key of the adapter's hook among the forward hooks of its layer."""
+
 DERIVED = (
     "rows",
     "groups",
@@ -76,6 +79,7 @@ class Adapter(nn.Module):
         Whether the hook adds the update.
     schedule
         In which order its products are taken, one of `adamss.core.SCHEDULES`; None for the one that costs less.
+        With bases of their own, or after `compact`, they are contracted all the same.
     merged
         Whether the weights of the layer hold the whole update already.
     base
@@ -108,7 +112,6 @@ class Adapter(nn.Module):
         self.enabled = True
         self.schedule: str | None = None
         self.merged = False
-        self._place: tuple[int, tuple[int, ...]] | None = None
         self.revive = False
         self.loads = 0
         self.base: dict[str, Tensor] | None = None
@@ -164,7 +167,8 @@ class Adapter(nn.Module):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Forward hook of the layer."""
-        if not self.enabled:
+        # The hook stays on a merged layer: a compiler does not ask whether hooks come and go.
+        if self.merged or not self.enabled:
             return None
         x = args[0] if args else kwargs["input"]
         overwrite = _is_ours_alone(layer, output)
@@ -264,41 +268,17 @@ class Adapter(nn.Module):
     def install(self, layer: nn.Module) -> None:
         """Become a child of the layer, and hook its forward."""
         layer.register_module(CHILD, self)
-        layer.register_forward_hook(self.hook, with_kwargs=True)
+        # As `register_forward_hook` does, but for the key: PyTorch counts its own from zero in each process, and the
+        # hook of an unpickled model is not to be displaced by the first that is registered there.
+        layer._forward_hooks[HOOK] = self.hook
+        layer._forward_hooks_with_kwargs[HOOK] = True
 
     def uninstall(self, layer: nn.Module) -> None:
         """Leave the layer as it was before `install`."""
-        self._unhook(layer)
-        delattr(layer, CHILD)
-
-    def suspend(self, layer: nn.Module) -> None:
-        """Take the hook off a merged layer, which then costs what it did before."""
-        self.merged = True
-        self._place = self._unhook(layer)
-
-    def resume(self, layer: nn.Module) -> None:
-        """Put the hook back where it was among those of others."""
-        self.merged = False
-        if self._place is None:
-            return
-        key, earlier = self._place
-        hooks = layer._forward_hooks
-        later = {other: hooks.pop(other) for other in list(hooks) if other not in earlier}
-        hooks[key] = self.hook
-        hooks.update(later)
-        layer._forward_hooks_with_kwargs[key] = True
-        self._place = None
-
-    def _unhook(self, layer: nn.Module) -> tuple[int, tuple[int, ...]] | None:
-        """Take the hook off, and return its key and those of the hooks before it."""
         # A copied or unpickled layer has hooks but no handles: the tables are the only way.
-        keys = list(layer._forward_hooks)
-        for place, key in enumerate(keys):
-            if getattr(layer._forward_hooks[key], "__self__", None) is self:
-                del layer._forward_hooks[key]
-                layer._forward_hooks_with_kwargs.pop(key, None)
-                return key, tuple(keys[:place])
-        return None
+        layer._forward_hooks.pop(HOOK, None)
+        layer._forward_hooks_with_kwargs.pop(HOOK, None)
+        delattr(layer, CHILD)
 
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(model)``."""
@@ -321,8 +301,8 @@ def _put_together(parts: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor], a
 def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
     """Whether nobody but our hook has seen the output of the layer, so that it may be written over.
 
-    A forward of the user's own may keep what it returns, an earlier hook may, and so may a dispatch mode: that of
-    selective activation checkpointing hands it out once more. A compiler sees to it itself.
+    A forward of the user's own may keep what it returns, an earlier hook may, and so may a mode: that of selective
+    activation checkpointing hands it out once more. A compiler sees to it itself.
     """
     return (
         not torch.compiler.is_compiling()
@@ -333,6 +313,7 @@ def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
         and type(output) is Tensor
         and output.is_contiguous()
         and not is_in_torch_dispatch_mode()
+        and torch._C._len_torch_function_stack() == 0
     )
 
 

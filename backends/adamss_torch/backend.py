@@ -197,6 +197,7 @@ class TorchBackend(Backend):
             for path in saved
         }
         required_grad = {name: parameter.requires_grad for name, parameter in owner.named_parameters()}
+        _let_compilers_see_hooks()
         # From here on nothing can fail.
         owner.requires_grad_(False)
         for path, values in saved.items():
@@ -281,11 +282,8 @@ class TorchBackend(Backend):
         return model
 
     def fold(self, model: nn.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> nn.Module:
-        _replace_weights(model, merged, keep_base=keep_base)
-        owner, record = _owner(model)
-        assert record is not None
-        for layer, adapter in _adapted_layers(owner, record).values():
-            adapter.suspend(layer)
+        for adapter in _replace_weights(model, merged, keep_base=keep_base).values():
+            adapter.merged = True
         return model
 
     def consolidate(
@@ -318,8 +316,7 @@ class TorchBackend(Backend):
                     setattr(layer, name, tensor)
                 else:
                     _copy_into({name: getattr(layer, name).detach()}, {name: tensor})
-            if adapter.merged:
-                adapter.resume(layer)
+            adapter.merged = False
             adapter.base = None
             if adapter.folded is not None:
                 adapter.fold(None)
@@ -422,6 +419,19 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
+def _let_compilers_see_hooks() -> None:
+    """Have `torch.compile` look at the hooks of a module before it reuses what it has compiled.
+
+    It does not by default, and takes the graph of a frozen layer without hooks for a layer that is adapted: of the
+    same model compiled before, or of another one of the same structure. Graphs made so far are thrown away, once.
+    """
+    from torch._dynamo import config
+
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
+
+
 def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping[str, nn.Module]) -> None:
     """Check what would fail, or go wrong, after the first change has been made."""
     for name, parameter in owner.named_parameters():
@@ -431,6 +441,10 @@ def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping
             )
     frozen = {id(parameter) for layer in adapted for parameter in layer.parameters()}
     for path, module in saved.items():
+        if any(parameter.is_inference() for parameter in module.parameters()):
+            raise LayerError(
+                f"modules_to_save: {path} was made under torch.inference_mode, and cannot be trained; make it outside"
+            )
         if any(id(parameter) in frozen for parameter in module.parameters()):
             raise TargetError(
                 f"modules_to_save: {path} shares its weight with a layer that targets adapts, "

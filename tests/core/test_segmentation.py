@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adamss.core import METHODS, Decomposition, decompose, group_sizes, segment
-from adamss.errors import ConfigError
+from adamss.errors import ArrayValueError, ConfigError
 
 
 def gaussian(*shape, seed=0):
@@ -223,3 +223,10 @@ def test_weights_together_are_grouped_as_each_alone(xp, to_numpy, method, subspa
     np.testing.assert_array_equal(together, np.stack(alone))
     grid = Decomposition(*(xp.stack([array, array]) for array in stacked))
     assert tuple(segment(grid, subspaces, **settings_for(method)).shape) == (2, 5, 30)
+
+
+def test_no_weights_and_stacks_that_do_not_fit(xp):
+    U, S, V = (xp.stack([array, array]) for array in decompose(xp.asarray(gaussian(12, 30)), 8))
+    assert tuple(segment(Decomposition(U[:0, ...], S[:0, ...], V[:0, ...]), 5).shape) == (0, 30)
+    with pytest.raises(ArrayValueError, match=r"leading axes, found \(1, 12, 8\), \(2, 8\) and \(2, 30, 8\)"):
+        segment(Decomposition(U[:1, ...], S, V), 5)

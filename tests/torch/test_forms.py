@@ -251,27 +251,6 @@ def test_gradient_accumulation_sums(net, config, inputs, train):
         assert_agrees(parameter.grad, reference, dtype="float64", what="accumulated gradient")
 
 
-def test_a_merged_layer_costs_what_it_did_and_gets_its_hook_back_in_its_place(net, config, train):
-    model = net()
-    layer = model.layers[0].query
-
-    def look(module, args, output):
-        return None
-
-    layer.register_forward_hook(look)
-    train(adamss.attach(model, config()))
-    layer.register_forward_hook(look)
-    before = list(layer._forward_hooks.items())
-    adamss.merge(model)
-    assert list(layer._forward_hooks.items()) == [before[0], before[2]]
-    assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in [model.layers[1].query])
-    layer.register_forward_hook(look)
-    later = list(layer._forward_hooks.items())[-1]
-    adamss.unmerge(model)
-    assert list(layer._forward_hooks.items()) == [*before, later]
-    assert list(layer._forward_hooks_with_kwargs) == [before[1][0]]
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_merged_model_is_unmerged_for_itself(net, config, train, inputs, duplicate):
     x = inputs(5, 16)
@@ -280,6 +259,80 @@ def test_a_copy_of_a_merged_model_is_unmerged_for_itself(net, config, train, inp
     twin = duplicate(adamss.merge(model))
     adamss.unmerge(twin)
     assert torch.equal(twin(x), expected)
-    assert not model.layers[0].query._forward_hooks
+    assert not torch.equal(model(x), expected), "merged, it rounds otherwise"
     adamss.unmerge(model)
     assert torch.equal(model(x), expected)
+
+
+def test_hooks_of_a_new_process_do_not_displace_the_adapter(net, config, train, inputs, monkeypatch):
+    x = inputs(5, 16)
+    model = pickle.loads(pickle.dumps(train(adamss.attach(net(), config()))))
+    expected = model(x)
+    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)  # as at the start of a process
+    query = model.layers[0].query
+    handles = [
+        query.register_forward_hook(lambda *arguments: None, with_kwargs=kind) for kind in (False, True)
+    ]
+    assert torch.equal(model(x), expected)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(model(x), expected)
+    adamss.detach(model)
+    assert not query._forward_hooks
+    assert not query._forward_hooks_with_kwargs
+
+
+@pytest.fixture
+def default_compiler():
+    """The compiler as PyTorch comes: it does not look at hooks."""
+    config = torch._dynamo.config
+    before = config.skip_nnmodule_hook_guards
+    config.skip_nnmodule_hook_guards = True
+    torch.compiler.reset()
+    yield
+    config.skip_nnmodule_hook_guards = before
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("default_compiler")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("training", [False, True])
+class TestCompiledBeforeAndAfter:
+    """A graph of a model without the adapter must not serve a model with it, nor the other way round."""
+
+    def compiled(self, model):
+        return torch.compile(model, backend="eager")
+
+    def assert_follows(self, compiled, model, x, training):
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+
+    def test_compiled_before_it_was_attached_to(self, net, config, train, inputs, training):
+        model, x = net().requires_grad_(False), inputs(40, 16)
+        compiled = self.compiled(model)
+        before = compiled(x)
+        train(adamss.attach(model, config()))
+        self.assert_follows(compiled, model, x, training)
+        adamss.detach(model)
+        self.assert_follows(compiled, model, x, training)
+        torch.testing.assert_close(compiled(x), before, rtol=0, atol=0)
+
+    def test_another_model_of_the_same_structure(self, net, config, train, inputs, training):
+        x = inputs(40, 16)
+        adapted = train(adamss.attach(net(), config()))
+        for base in (net().requires_grad_(False), adamss.merge(copy.deepcopy(adapted))):
+            self.assert_follows(self.compiled(base), base, x, training)
+            self.assert_follows(self.compiled(adapted), adapted, x, training)
+
+    def test_compiled_once_through_all_verbs(self, net, config, train, inputs, training):
+        x = inputs(40, 16)
+        model = train(adamss.attach(net(), config()))
+        compiled = self.compiled(model)
+        for verb in ("merge", "unmerge", "merge", "unmerge"):
+            self.assert_follows(compiled, model, x, training)
+            getattr(adamss, verb)(model)
+        with adamss.disabled(model):
+            self.assert_follows(compiled, model, x, training)
+        self.assert_follows(compiled, model, x, training)
+        adamss.detach(model)
+        self.assert_follows(compiled, model, x, training)

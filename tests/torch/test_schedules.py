@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import adamss
@@ -364,6 +365,23 @@ def test_global_hooks_keep_what_they_saw():
         assert not torch.equal(seen[0], y)
     finally:
         handle.remove()
+
+
+def test_function_modes_keep_what_they_saw():
+    seen = []
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.nn.functional.linear:
+                seen.append((result, result.clone()))
+            return result
+
+    model = adapted_layer()
+    with Recorder(), torch.no_grad():
+        model(data(TOKENS)[0])
+    assert seen
+    assert all(torch.equal(kept, copied) for kept, copied in seen)
 
 
 def test_selective_checkpointing_hands_out_what_it_kept():
