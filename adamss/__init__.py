@@ -19,6 +19,7 @@ from adamss.verbs import (
     merge,
     save,
     summary,
+    to_lora,
     trainable_parameters,
     unmerge,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "merge",
     "save",
     "summary",
+    "to_lora",
     "trainable_parameters",
     "unmerge",
 ]

@@ -36,6 +36,8 @@ __all__ = [
     "join_path",
     "read",
     "write",
+    "write_tensors",
+    "write_text",
 ]
 
 FORMAT = "adamss"
@@ -296,7 +298,19 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         "writer": json.dumps(dict(checkpoint.writer)),
         "checksum": _checksum(tensors),
     }
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, StoredTensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file of any tensors, whole or not at all."""
     _replace(Path(path), _serialize(tensors, metadata))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, whole or not at all."""
+    _replace(Path(path), text.encode())
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:

@@ -38,6 +38,7 @@ from adamss.errors import (
     StateError,
     TargetError,
 )
+from adamss.lora import LoraFolder, lora_layers, write_folder
 
 __all__ = [
     "attach",
@@ -48,6 +49,7 @@ __all__ = [
     "merge",
     "save",
     "summary",
+    "to_lora",
     "trainable_parameters",
     "unmerge",
 ]
@@ -213,6 +215,61 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
     checkpoint = Checkpoint(adaptation.config, layers, saved, writer)
     backend.once(model, lambda: files.write(_checked_path(path), checkpoint))
+
+
+def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
+    """Write the adapter as a LoRA, without loss: what servers (vLLM, llama.cpp, SGLang, TGI, diffusers) read.
+
+    M and the block-structured expansion of C are a LoRA of rank q. The folder has PEFT's two files, ``lora_alpha``
+    equal to the rank so that the scale is 1, one rank for all layers (the largest q; zeros fill the rest up), and
+    weights in float32. Frozen subspaces are part of it, for they contribute. It loads with
+    ``peft.PeftModel.from_pretrained(base_model, folder)``.
+
+    Where several processes hold parts of the model, all of them call this and one writes.
+
+    Parameters
+    ----------
+    model
+        An adapted model of any framework, merged or not. Module paths become the names in the file: those of PyTorch
+        are what servers look for, and an adapter trained elsewhere gets them by `save` and `load`.
+    folder
+        Where to; made if it does not exist, and the files in it replaced.
+
+    Returns
+    -------
+    LoraFolder
+        With `path`, `rank`, `layers`, `saved`; prints as a sentence.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters; if the update of a bias is not zero; if q is above 512, the most that servers
+        take (the message says which K and r_k would fit); if a layer is one of a stack.
+    ArrayValueError
+        If factors are not finite.
+
+    Warns
+    -----
+    AdamssWarning
+        If there are ``modules_to_save``, which are no part of a LoRA: the message names the file beside it where they
+        are.
+    """
+    backend, adaptation = _adapted(model, "to_lora")
+    modules = backend.modules(model)
+    with backend.exact():
+        layers = lora_layers(backend, adaptation)
+        saved = {
+            join_path(path, name): backend.to_stored(backend.whole(array))
+            for path in adaptation.saved
+            for name, array in backend.arrays(modules[path]).items()
+        }
+    targets = _lora_targets(layers, modules)
+    path = _checked_path(folder, name="folder")
+    backend.once(model, lambda: write_folder(path, layers, targets=targets, saved=saved))
+    written = LoraFolder.of(path, layers, saved)
+    if saved:
+        warnings.warn(f"to_lora: {written}", AdamssWarning, stacklevel=2)
+    return written
 
 
 def load(
@@ -655,11 +712,11 @@ def _folded_weight(W: Any, b: Any, factors: Factors, folded: Any, path: str) -> 
 # ---- files -----------------------------------------------------------------------------------------
 
 
-def _checked_path(path: str | os.PathLike[str]) -> str:
+def _checked_path(path: str | os.PathLike[str], name: str = "path") -> str:
     try:
         return os.fsdecode(path)
     except TypeError as error:
-        raise ConfigTypeError(f"path must be a string or a pathlib.Path, found {path!r}") from error
+        raise ConfigTypeError(f"{name} must be a string or a pathlib.Path, found {path!r}") from error
 
 
 def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, training: bool) -> StoredLayer:
@@ -677,6 +734,12 @@ def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, train
         base=files.fingerprint(base.W),
         **basis,
     )
+
+
+def _lora_targets(layers: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str]:
+    """Return the last names of the layers, as servers know them, or whole paths if those would mean others too."""
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in layers))
+    return names if set(match(names, modules, name="targets")) == layers.keys() else list(layers)
 
 
 def _smallest(integers: np.ndarray[Any, Any]) -> StoredTensor:

@@ -8,7 +8,7 @@ import pytest
 import adamss
 from adamss import core
 from adamss.backend import get_backend
-from adamss.errors import LayerError
+from adamss.errors import LayerError, StateError
 from adamss_conformance import assert_agrees
 
 nnx = pytest.importorskip("flax.nnx", reason="needs the extra flax")
@@ -216,3 +216,10 @@ def test_experts_of_stacked_layers(tmp_path):
     adamss.merge(model)
     assert np.array_equal(model.expert.kernel[...], kernels)
     adamss.load(adamss.detach(model), tmp_path / "a.safetensors")
+
+
+def test_a_layer_of_a_stack_is_no_lora(tmp_path):
+    model = adamss.attach(Scanned(), adamss.AdamssConfig(**SETTINGS))
+    with pytest.raises(StateError, match=r"layers\.query\[0\].*PyTorch"):
+        adamss.to_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()

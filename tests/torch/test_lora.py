@@ -1,0 +1,157 @@
+"""Export to LoRA, loaded by PEFT."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import adamss
+from adamss import errors
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+
+def with_lora(base, folder):
+    with warnings.catch_warnings():  # PEFT 0.21 reads an attribute that transformers 5 has deprecated
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base, folder)
+
+
+def llama():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=200, num_key_value_heads=2, **sizes)
+    torch.manual_seed(0)
+    return transformers.LlamaModel(config).eval()
+
+
+def trained(model, tokens, **options):
+    """Return an adapted model whose factors have moved, with all but two subspaces frozen afterwards."""
+    adamss.attach(model, adamss.AdamssConfig(**options))
+    optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=2e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(tokens).last_hidden_state.square().mean().backward()
+        optimizer.step()
+    for module in model.modules():
+        if hasattr(module, "ranks"):
+            module.active.copy_(torch.arange(len(module.ranks)) < 2)
+    return model
+
+
+def outputs(model, tokens):
+    with torch.no_grad():
+        return model(tokens).last_hidden_state
+
+
+CASES = {
+    "minilm": {"targets": ["query", "value"], "rank": 100, "subspaces": 10},
+    "minilm, ranks": {
+        "targets": ["query", "value"],
+        "rank": 32,
+        "subspaces": 5,
+        "subspace_rank": 3,
+    },
+    "minilm, some": {
+        "targets": r"encoder\.layer\.[024]\..*query",
+        "rank": 24,
+        "subspaces": 4,
+        "basis": "per_subspace",
+    },
+    "llama": {"targets": ["q_proj", "v_proj"], "rank": 16, "subspaces": 6, "subspace_rank": 2},
+    "llama, q differs": {"targets": ["v_proj", "down_proj"], "rank": 96, "subspaces": 40, "subspace_rank": 2},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("state", ["trained", "merged", "consolidated"])
+def test_peft_gives_the_same_outputs(minilm, tmp_path, name, state):
+    build = llama if "llama" in name else minilm
+    tokens = torch.randint(5, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    start = outputs(build(), tokens)
+    model = trained(build(), tokens, **CASES[name])
+    expected = outputs(model, tokens)
+    assert float((expected - start).abs().max()) > 1e-2
+    if state != "trained":
+        getattr(adamss, {"merged": "merge", "consolidated": "consolidate"}[state])(model)
+    written = adamss.to_lora(model, tmp_path / "lora")
+    assert written.rank == max(row.q for row in adamss.summary(model).rows)
+    assert str(written.layers) in str(written)
+
+    loaded = with_lora(build(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(loaded, tokens), expected, rtol=0, atol=1e-5)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, tokens), expected, rtol=0, atol=1e-5)
+
+
+def test_the_folder_is_plain_lora(minilm, tmp_path):
+    tokens = torch.randint(5, 200, (2, 8))
+    adamss.to_lora(trained(minilm(), tokens, **CASES["minilm"]), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == config["lora_alpha"] == 10
+    assert sorted(config["target_modules"]) == ["query", "value"]
+    assert config["bias"] == "none"
+    assert config["modules_to_save"] is None
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 24
+    A = tensors["base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"]
+    B = tensors["base_model.model.encoder.layer.0.attention.self.query.lora_B.weight"]
+    assert (A.shape, B.shape, A.dtype) == ((10, 384), (384, 10), np.float32)
+    assert np.count_nonzero(B, axis=1).max() == 1, "each output belongs to one subspace"
+
+
+def test_only_the_adapted_layers_are_named_where_others_are_called_alike(minilm, tmp_path):
+    tokens = torch.randint(5, 200, (2, 8))
+    adamss.to_lora(trained(minilm(), tokens, **CASES["minilm, some"]), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == [f"encoder.layer.{i}.attention.self.query" for i in (0, 2, 4)]
+
+
+def test_saved_modules_are_put_beside_it(net, config, train, tmp_path):
+    model = train(adamss.attach(net(), config(modules_to_save=["classifier"])))
+    with pytest.warns(adamss.AdamssWarning, match=r"modules_to_save\.safetensors"):
+        written = adamss.to_lora(model, tmp_path)
+    tensors = load_file(written.saved)
+    np.testing.assert_array_equal(tensors["classifier.weight"], model.classifier.weight.detach().numpy())
+    adamss.detach(model)
+    adamss.to_lora(adamss.attach(model, config()), tmp_path)
+    assert not written.saved.exists(), "the file of an earlier export was left"
+
+
+def test_an_update_of_a_bias_is_refused_and_a_zero_one_is_not(net, config, train, tmp_path):
+    model = adamss.attach(net(), config(include_bias=True))
+    adamss.to_lora(model, tmp_path / "zero")
+    with pytest.raises(errors.StateError, match=r"bias.*merge"):
+        adamss.to_lora(train(model), tmp_path / "not")
+    assert not (tmp_path / "not").exists()
+
+
+def test_more_directions_than_servers_take(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(600, 1200))
+    adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=600, subspaces=300, subspace_rank=3))
+    with pytest.raises(errors.StateError, match=r"q = \d+ .* 512.*subspace_rank=1.*subspaces=170") as caught:
+        adamss.to_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    assert "merge" in str(caught.value)
+
+
+def test_factors_that_are_not_finite(net, config, tmp_path):
+    model = adamss.attach(net(), config())
+    model.layers[0].query.adamss.C.data[0, 0] = torch.nan
+    with pytest.raises(errors.ArrayValueError, match=r"layers\.0\.query"):
+        adamss.to_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_model_without_adapters(net, tmp_path):
+    with pytest.raises(errors.StateError, match="to_lora"):
+        adamss.to_lora(net(), tmp_path / "lora")
