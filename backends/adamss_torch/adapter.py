@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adamss.core import Factors, contract, expand, restrict
 from adamss_torch.compaction import resize
-from adamss_torch.functional import Constants, Layout, Plan, make_layout, update
+from adamss_torch.functional import MULTIPLE, Constants, Layout, Plan, make_layout, update
 
 __all__ = ["BUFFERS", "CHILD", "Adapter"]
 
@@ -243,7 +244,10 @@ class Adapter(nn.Module):
                 part = restrict(self.factors(), ~owned & summed)
                 E = expand(part.factors)
                 E = E.new_zeros(E.shape[0], labels.numel()).index_copy(1, part.columns, E)
-                self.more_M, self.more_E = contract(part.factors).t().contiguous(), E
+                # Rows of zeros, up to a width of which products take no longer.
+                missing = -(layout.groups.numel() + E.shape[0]) % MULTIPLE
+                self.more_M = F.pad(contract(part.factors).t().contiguous(), (0, 0, 0, missing))
+                self.more_E = F.pad(E, (0, 0, 0, missing))
         self.rows, self.groups, self.slots, self.mask, self.columns, self.padded = layout
 
     def places(self, name: str) -> tuple[Tensor, torch.Size]:

@@ -25,11 +25,13 @@ from adamss.core import cheapest_schedule
 from adamss.core.cost import check_schedule, device_balance
 from adamss.core.factors import HEADROOM
 
-__all__ = ["Constants", "Layout", "Plan", "make_layout", "update"]
+__all__ = ["MULTIPLE", "Constants", "Layout", "Plan", "make_layout", "update"]
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 NO_CONTEXT = nullcontext()
 MULTIPLE = 16
+"""Rows of M and E of which products take the least time for each."""
+
 FEW = 16
 """Tokens up to which each column picks its z, as E would take longer to form than it saves."""
 MANY = 512
@@ -65,7 +67,7 @@ class Layout(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """The part of the update that is not trained any more.
+    """The part of the update that is not trained any more, with rows of zeros for speed.
 
     Attributes
     ----------
