@@ -168,7 +168,7 @@ class Adapter(nn.Module):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Forward hook of the layer."""
-        # The hook stays on a merged layer: a compiler does not ask whether hooks come and go.
+        # It stays on a merged layer rather than come and go: others hook in before and behind it.
         if self.merged or not self.enabled:
             return None
         x = args[0] if args else kwargs["input"]
@@ -271,11 +271,16 @@ class Adapter(nn.Module):
 
     def install(self, layer: nn.Module) -> None:
         """Become a child of the layer, and hook its forward."""
+        _let_compilers_see_hooks()
         layer.register_module(CHILD, self)
         # As `register_forward_hook` does, but for the key: PyTorch counts its own from zero in each process, and the
         # hook of an unpickled model is not to be displaced by the first that is registered there.
         layer._forward_hooks[HOOK] = self.hook
         layer._forward_hooks_with_kwargs[HOOK] = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _let_compilers_see_hooks()  # an unpickled model was not attached to in this process
 
     def uninstall(self, layer: nn.Module) -> None:
         """Leave the layer as it was before `install`."""
@@ -294,6 +299,19 @@ class Adapter(nn.Module):
         super()._load_from_state_dict(state_dict, *args, **kwargs)
         self.loads += 1
         self._derive()
+
+
+def _let_compilers_see_hooks() -> None:
+    """Have `torch.compile` look at the hooks of a module before it reuses what it has compiled.
+
+    It does not by default, and takes the graph of a frozen layer without hooks for a layer that is adapted: of the
+    same model compiled before, or of another one of the same structure. Graphs made so far are thrown away, once.
+    """
+    from torch._dynamo import config
+
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
 
 
 def _put_together(parts: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor], axis: int) -> Tensor:

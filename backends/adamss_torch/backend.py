@@ -197,7 +197,6 @@ class TorchBackend(Backend):
             for path in saved
         }
         required_grad = {name: parameter.requires_grad for name, parameter in owner.named_parameters()}
-        _let_compilers_see_hooks()
         # From here on nothing can fail.
         owner.requires_grad_(False)
         for path, values in saved.items():
@@ -417,19 +416,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers of a module; extra state that is no tensor is left out."""
     state = module.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def _let_compilers_see_hooks() -> None:
-    """Have `torch.compile` look at the hooks of a module before it reuses what it has compiled.
-
-    It does not by default, and takes the graph of a frozen layer without hooks for a layer that is adapted: of the
-    same model compiled before, or of another one of the same structure. Graphs made so far are thrown away, once.
-    """
-    from torch._dynamo import config
-
-    if config.skip_nnmodule_hook_guards:
-        config.skip_nnmodule_hook_guards = False
-        torch.compiler.reset()
 
 
 def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping[str, nn.Module]) -> None:

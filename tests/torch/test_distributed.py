@@ -80,8 +80,8 @@ def launched(command: list[str]) -> subprocess.Popen[str]:
 def outcomes(folder: Path, count: int, names: list[str]) -> dict[str, list[str]]:
     """Run scenarios on so many processes, and return what went wrong in each on each process.
 
-    Once in a hundred runs or so a process dies within gloo or PyTorch (``free(): invalid size``; under valgrind all
-    scenarios are clean). What it did not get to is run once more then: a fault of ours would be there again.
+    A process was once ended by a signal (``free(): invalid size``, in FSDP2's gather on gloo), and the reason was not
+    found: under valgrind all scenarios are clean. What such a process did not get to is run once more, no oftener.
     """
     found, died = launched_together(folder / "first", count, names)
     if died:

@@ -324,6 +324,14 @@ class TestCompiledBeforeAndAfter:
             self.assert_follows(self.compiled(base), base, x, training)
             self.assert_follows(self.compiled(adapted), adapted, x, training)
 
+    def test_an_unpickled_model(self, net, config, train, inputs, training):
+        x, stored = inputs(40, 16), pickle.dumps(train(adamss.attach(net(), config())))
+        torch._dynamo.config.skip_nnmodule_hook_guards = True  # as in a new process
+        torch.compiler.reset()
+        model, base = pickle.loads(stored), net().requires_grad_(False)
+        self.assert_follows(self.compiled(base), base, x, training)
+        self.assert_follows(self.compiled(model), model, x, training)
+
     def test_compiled_once_through_all_verbs(self, net, config, train, inputs, training):
         x = inputs(40, 16)
         model = train(adamss.attach(net(), config()))
