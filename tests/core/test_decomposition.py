@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamss.core import decompose
+from adamss.core import decompose, decomposition
 from adamss.core._array import as_widest_precision
 from adamss.core.decomposition import _leading_span
 from adamss.errors import ArrayTypeError, ArrayValueError, ConfigError
@@ -298,3 +298,22 @@ def test_real_weights():
         assert_orthonormal(U)
         assert_orthonormal(V)
         assert captured(U, W.T, 100) >= 0.99999
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_a_search_stops_early_and_looks_less_often_than_it_grows(monkeypatch, exponent):
+    looks, outlook = [], decomposition._outlook
+
+    def spy(energies):
+        looks.append(energies[-1][0])
+        return outlook(energies)
+
+    monkeypatch.setattr(decomposition, "_outlook", spy)
+    size, rank = 1024, 20
+    decompose(
+        with_spectrum(np.arange(1.0, size + 1) ** -exponent) if exponent else gaussian(size, size), rank
+    )
+    blocks = looks[-1]
+    assert blocks < size // 16 - 1, "the whole space was searched"
+    if exponent == 0.0:
+        assert len(looks) <= blocks - 3

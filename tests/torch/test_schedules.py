@@ -209,6 +209,14 @@ def test_nothing_is_kept_where_nothing_is_wanted(schedule):
     assert all(shape[0] != TOKENS for shape in kept_numbers(model, x.clone().requires_grad_()))
 
 
+def test_equal_ranks_make_no_product_wider():
+    """Padding of C has a row of E to itself: sixteen directions would be multiplied as thirty-two."""
+    layout = {"segmentation": "contiguous", "subspaces": 4, "subspace_rank": 4}
+    x = data(600)[0].requires_grad_()
+    kept = kept_numbers(adapted_layer("contract", **layout), x)
+    assert {(16, D), (16, N_OUT)} <= set(kept)
+
+
 # ---- the choice ---------------------------------------------------------------------------------------
 
 
