@@ -161,8 +161,7 @@ class NumpyBackend(Backend):
     ) -> NumpyModel:
         changed = dict(model.layers)
         for path, factors in layers.items():
-            # In one layout whatever they come from: products of another may round otherwise.
-            changed[path] = replace(changed[path], factors=Factors(*map(np.ascontiguousarray, factors)))
+            changed[path] = replace(changed[path], factors=Factors(*map(_in_rows, factors)))
         for path, values in saved.items():
             # Copies: a training loop writes into them, and `remove` gives the originals back.
             new = self.arrays(changed[path]) if values is None else values
@@ -239,3 +238,8 @@ class NumpyBackend(Backend):
     @contextmanager
     def disabled(self, model: NumpyModel) -> Iterator[NumpyModel]:
         yield NumpyModel(model.originals or {})
+
+
+def _in_rows(array: Any) -> Any:
+    """In one layout whatever it comes from: products of another may round otherwise."""
+    return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array
