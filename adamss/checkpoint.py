@@ -35,6 +35,7 @@ __all__ = [
     "fingerprint",
     "join_path",
     "read",
+    "read_tensors",
     "write",
     "write_tensors",
     "write_text",
@@ -311,6 +312,17 @@ def write_tensors(
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file, whole or not at all."""
     _replace(Path(path), text.encode())
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """Read the tensors of any safetensors file.
+
+    Raises
+    ------
+    CheckpointError
+        If it is truncated, damaged or no safetensors file.
+    """
+    return _deserialize(Path(path).read_bytes())
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:

@@ -6,31 +6,26 @@ q (Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022): 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from adamss import checkpoint as files
 from adamss import core
 from adamss.backend.interface import Adaptation, Backend
 from adamss.checkpoint import StoredTensor
 from adamss.core import Factors
 from adamss.errors import ArrayValueError, StateError
+from adamss.peft import PREFIX, base_config, check_layer_name, write_folder
 
-__all__ = ["CONFIG_FILE", "LARGEST_RANK", "WEIGHTS_FILE", "LoraFolder", "lora_layers", "write_folder"]
+__all__ = ["LARGEST_RANK", "SAVED_FILE", "LoraFolder", "lora_layers", "write_lora"]
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 SAVED_FILE = "modules_to_save.safetensors"
 """Where ``modules_to_save`` are put, by the names that they have in the model: no part of a LoRA."""
 
 LARGEST_RANK = 512
 """What servers take at most (vLLM's ``max_lora_rank``)."""
-
-PREFIX = "base_model.model."
 
 
 class LoraFolder(NamedTuple):
@@ -57,7 +52,7 @@ class LoraFolder(NamedTuple):
     def of(
         cls, folder: str, layers: Mapping[str, tuple[np.ndarray[Any, Any], ...]], saved: Mapping[str, Any]
     ) -> LoraFolder:
-        """Describe what `write_folder` writes."""
+        """Describe what `write_lora` writes."""
         path = Path(folder)
         rank = max(A.shape[0] for A, _ in layers.values())
         return cls(path, rank, len(layers), path / SAVED_FILE if saved else None)
@@ -84,11 +79,7 @@ def lora_layers(
     """
     found = {}
     for path, factors in adaptation.layers.items():
-        if "[" in path:
-            raise StateError(
-                f"to_lora: {path} is one layer of a stack, which a LoRA cannot name; save the adapter, load it into "
-                "the PyTorch model, and export that"
-            )
+        check_layer_name(path, "to_lora")
         d, _ = adaptation.shapes[path]
         whole = Factors(*(backend.whole(array) for array in factors))
         _check_rank(path, whole)
@@ -109,7 +100,7 @@ def lora_layers(
     return found
 
 
-def write_folder(
+def write_lora(
     folder: str,
     layers: Mapping[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]],
     *,
@@ -129,25 +120,17 @@ def write_folder(
     saved
         Tensors of ``modules_to_save``, by their names in the model.
     """
-    path = Path(folder)
     rank = max(A.shape[0] for A, _ in layers.values())
     tensors = {}
     for name, (A, B) in layers.items():
         missing = rank - A.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = StoredTensor.of(np.pad(A, ((0, missing), (0, 0))))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = StoredTensor.of(np.pad(B, ((0, 0), (0, missing))))
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "revision": None,
-        "inference_mode": True,
+    config = base_config("LORA", targets) | {
         "r": rank,
         # The scale is their quotient.
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": targets,
-        "modules_to_save": None,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -155,18 +138,8 @@ def write_folder(
         "init_lora_weights": True,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "layers_to_transform": None,
-        "layers_pattern": None,
     }
-    path.mkdir(parents=True, exist_ok=True)
-    beside = path / SAVED_FILE
-    if saved:
-        files.write_tensors(beside, saved, {"format": "pt"})
-    else:
-        beside.unlink(missing_ok=True)
-    files.write_tensors(path / WEIGHTS_FILE, tensors, {"format": "pt"})
-    # Last: a folder without a config is no adapter.
-    files.write_text(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    write_folder(folder, config, tensors, beside={SAVED_FILE: saved})
 
 
 def _check_rank(path: str, factors: Factors) -> None:

@@ -1,0 +1,546 @@
+"""The folders of Hugging Face PEFT, and adapters of its AdaMSS.
+
+PEFT writes the update of a layer as ``sum_k B_k A_k N``, in the orientation of `torch.nn.Linear`: N (R, d) is our
+basis A transposed, A_k (r_k, R) our B_k transposed, B_k (n_k, r_k) our C_k transposed. A layer with a bias has one
+more input, d + 1. Which columns belong to subspace k is not written: PEFT finds them again at each load, from the
+base weight, and takes what it finds. Here what is found is compared with what the file tells of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adamss import checkpoint as files
+from adamss.checkpoint import StoredTensor
+from adamss.config import AdamssConfig
+from adamss.core import Factors
+from adamss.errors import (
+    AdamssError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    MissingBackendError,
+    StateError,
+)
+
+__all__ = [
+    "CONFIG_FILE",
+    "PREFIX",
+    "WEIGHTS_FILE",
+    "Grouping",
+    "PeftAdapter",
+    "PeftFolder",
+    "PeftLayer",
+    "adamss_config",
+    "adamss_tensors",
+    "base_config",
+    "check_layer_name",
+    "factors_of",
+    "grouping_of",
+    "layer_of",
+    "read_folder",
+    "rows_of",
+    "why_not_the_same",
+    "write_folder",
+]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+METHOD = "ADAMSS"
+
+OUTSIDE, OUTSIDE_HALF = 1e-4, 1e-2
+"""How far the stored basis may lie outside of the one that is found again, relative to it; and one that is rounded to
+half precision, which moves it by 2e-3.
+
+Rounding of another library moves it by 1e-6, on a spectrum i^-2 by 1e-4; a base rounded to float16 by 2e-4, to
+bfloat16 by 2e-3; another base, or another seed, by 0.2 and more."""
+ENERGY, ENERGY_HALF = 5e-5, 1e-2
+"""How far ``N W^T W N^T`` of the stored basis may be from that of the other: what tells where both span everything.
+
+Rounding of another library moves it by 4e-6, a base rounded to float16 by 1e-4, to bfloat16 by 1e-3, the rounding of
+the basis by 3e-3, another base by 0.1 and more."""
+
+Array = np.ndarray[Any, Any]
+
+
+class PeftFolder(NamedTuple):
+    """What was exported.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    layers
+        Number of layers.
+    saved
+        Module paths of ``modules_to_save``, which are part of it.
+    """
+
+    path: Path
+    layers: int
+    saved: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"AdaMSS of PEFT on {self.layers} layers in {str(self.path)!r}"
+        return f"{text}, with {', '.join(self.saved)}" if self.saved else text
+
+
+class PeftLayer(NamedTuple):
+    """One layer of PEFT's AdaMSS.
+
+    Attributes
+    ----------
+    basis
+        (R, d), or (d + 1) with a bias: ``adamss_newB``.
+    A
+        (r_k, R) of each subspace.
+    B
+        (n_k, r_k) of each subspace.
+    """
+
+    basis: Array
+    A: tuple[Array, ...]
+    B: tuple[Array, ...]
+
+
+class Grouping(NamedTuple):
+    """What PEFT finds in a base weight.
+
+    Attributes
+    ----------
+    labels
+        Subspace of each column, (n,) integers, as PEFT numbers them.
+    basis
+        (R, d) or (R, d + 1), orthonormal rows.
+    rows
+        In what: (n, d) or (n, d + 1).
+    """
+
+    labels: Array
+    basis: Array
+    rows: Array
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """What a folder holds.
+
+    Attributes
+    ----------
+    rank, subspaces, subspace_rank, seed
+        As PEFT's ``r``, ``num_subspaces``, ``subspace_rank``, ``random_seed``.
+    layers
+        By module path.
+    saved
+        Tensors of ``modules_to_save`` by module path, then by name within the module.
+    """
+
+    rank: int
+    subspaces: int
+    subspace_rank: int
+    seed: int
+    layers: Mapping[str, PeftLayer]
+    saved: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+
+
+# ---- folders -----------------------------------------------------------------------------------------
+
+
+def write_folder(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    *,
+    beside: Mapping[str, Mapping[str, StoredTensor]] | None = None,
+) -> None:
+    """Write what PEFT loads; the config last, for a folder without one is no adapter.
+
+    Parameters
+    ----------
+    folder
+        Is made if it does not exist.
+    config, tensors
+        The contents of PEFT's two files.
+    beside
+        Further files by name; one without tensors is removed.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in (beside or {}).items():
+        if content:
+            files.write_tensors(path / name, content, {"format": "pt"})
+        else:
+            (path / name).unlink(missing_ok=True)
+    files.write_tensors(path / WEIGHTS_FILE, tensors, {"format": "pt"})
+    files.write_text(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def base_config(method: str, targets: list[str], saved: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the settings that PEFT's configs of all methods have."""
+    return {
+        "peft_type": method,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "revision": None,
+        "inference_mode": True,
+        "target_modules": targets,
+        "modules_to_save": list(saved) or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def check_layer_name(path: str, verb: str) -> None:
+    """Check that PEFT can name a layer.
+
+    Raises
+    ------
+    StateError
+        If it is one of a stack, or the model itself.
+    """
+    if "[" in path:
+        raise StateError(
+            f"{verb}: {path} is one layer of a stack, which PEFT cannot name; save the adapter, load it into "
+            "the PyTorch model, and export that"
+        )
+    if not path:
+        raise StateError(
+            f"{verb}: the model is a single layer, which has no name; put it into a module of its own"
+        )
+
+
+def read_folder(folder: str | Path) -> PeftAdapter:
+    """Read a folder of PEFT's AdaMSS and check all that can be checked without the model.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is no such folder, or one of its two files is not there.
+    CheckpointError
+        If it holds an adapter of another method, pickles, or what no AdaMSS adapter has.
+    """
+    path = Path(folder)
+    try:
+        settings = _settings(path)
+        tensors = _tensors(path)
+        return _assemble(settings, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(path)!r}: {error}") from error
+    except CheckpointNotFoundError:
+        raise
+    except (AdamssError, *files.MALFORMED) as error:
+        raise CheckpointError(f"{str(path)!r} is not a valid folder of PEFT's AdaMSS: {error}") from error
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if path.is_file():
+        raise CheckpointError(
+            "it is a file, and from_peft reads folders of PEFT; adamss.load reads files of adamss"
+        )
+    if not path.is_dir():
+        raise CheckpointNotFoundError(f"there is no folder {str(path)!r}")
+    config = path / CONFIG_FILE
+    if not config.is_file():
+        below = sorted(found.parent.name for found in path.glob(f"*/{CONFIG_FILE}"))
+        where = (
+            f"; its folder {below[0]!r} has one, so name that"
+            if below
+            else "; PEFT's save_pretrained writes it"
+        )
+        raise CheckpointNotFoundError(
+            f"{str(path)!r} holds no adapter of PEFT: there is no {CONFIG_FILE}{where}"
+        )
+    try:
+        settings = json.loads(config.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {CONFIG_FILE} is damaged or no JSON: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
+        raise CheckpointError(f"its {CONFIG_FILE} does not name a method (peft_type): PEFT did not write it")
+    method = settings["peft_type"]
+    if method != METHOD:
+        raise CheckpointError(
+            f"it holds an adapter of the method {method}, and from_peft reads {METHOD}; load it with "
+            "peft.PeftModel.from_pretrained"
+        )
+    return settings
+
+
+def _tensors(path: Path) -> dict[str, StoredTensor]:
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        if (path / PICKLED_FILE).is_file():
+            raise CheckpointError(
+                f"its weights are pickled ({PICKLED_FILE}), which may run anything when read; load it with a PEFT "
+                "that you trust, and save it with save_pretrained(folder, safe_serialization=True)"
+            )
+        raise CheckpointNotFoundError(
+            f"{str(path)!r} has a {CONFIG_FILE} but no {WEIGHTS_FILE}: copy the whole folder"
+        )
+    return files.read_tensors(weights)
+
+
+def _assemble(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> PeftAdapter:
+    named = {name: _count(settings, name) for name in ("r", "num_subspaces", "subspace_rank")}
+    parts: dict[str, dict[str, dict[int, StoredTensor]]] = {}
+    rest: dict[str, StoredTensor] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise CheckpointError(f"its tensor {key!r} is not named as PEFT does ({PREFIX}...)")
+        name = key.removeprefix(PREFIX)
+        module, _, last = name.rpartition(".")
+        if last == "adamss_newB":
+            parts.setdefault(module, {}).setdefault("adamss_newB", {})[0] = tensor
+            continue
+        layer, _, kind = module.rpartition(".")
+        if kind in ("adamss_A", "adamss_B") and last.isascii() and last.isdigit() and len(last) < 10:
+            parts.setdefault(layer, {}).setdefault(kind, {})[int(last)] = tensor
+        elif "adamss_" in name:
+            raise CheckpointError(f"its tensor {key!r} is none that PEFT's AdaMSS is known to have")
+        else:
+            rest[name] = tensor
+    if not parts:
+        raise CheckpointError("it adapts no layer")
+    layers = {path: _layer(path, parts[path]) for path in sorted(parts)}
+    return PeftAdapter(
+        rank=named["r"],
+        subspaces=named["num_subspaces"],
+        subspace_rank=named["subspace_rank"],
+        seed=_count(settings, "random_seed", minimum=0, default=0),
+        layers=layers,
+        saved=_saved(rest, settings.get("modules_to_save")),
+    )
+
+
+def _count(settings: Mapping[str, Any], name: str, *, minimum: int = 1, default: int | None = None) -> int:
+    value = settings.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
+        raise CheckpointError(f"its {CONFIG_FILE} has {name} = {value!r}, and an integer is expected")
+    return value
+
+
+def _layer(path: str, found: Mapping[str, Mapping[int, StoredTensor]]) -> PeftLayer:
+    missing = {"adamss_newB", "adamss_A", "adamss_B"} - found.keys()
+    if missing:
+        raise CheckpointError(f"layer {path!r} lacks {', '.join(sorted(missing))}")
+    basis, A, B = found["adamss_newB"][0], found["adamss_A"], found["adamss_B"]
+    if A.keys() != B.keys() or sorted(A) != list(range(len(A))):
+        raise CheckpointError(
+            f"layer {path!r} has other subspaces in adamss_A than in adamss_B, or lacks some"
+        )
+    for name, tensor in (
+        ("adamss_newB", basis),
+        *((f"adamss_A.{k}", A[k]) for k in A),
+        *((f"adamss_B.{k}", B[k]) for k in B),
+    ):
+        if tensor.dtype not in ("float64", "float32", "float16", "bfloat16"):
+            raise CheckpointError(f"layer {path!r}: {name} has dtype {tensor.dtype}")
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            raise CheckpointError(
+                f"layer {path!r}: {name} has shape {tensor.shape}, and a matrix is expected"
+            )
+        if not np.isfinite(tensor.numpy()).all():
+            raise CheckpointError(f"layer {path!r}: {name} holds NaN or infinity")
+    for k in range(len(A)):
+        if A[k].shape[1] != basis.shape[0] or A[k].shape[0] != B[k].shape[1]:
+            raise CheckpointError(
+                f"layer {path!r}: adamss_A.{k} {A[k].shape} does not fit adamss_newB {basis.shape} and "
+                f"adamss_B.{k} {B[k].shape}"
+            )
+    arrays = [tuple(tensors[k].numpy() for k in range(len(A))) for tensors in (A, B)]
+    return PeftLayer(basis.numpy(), *arrays)
+
+
+def _saved(rest: Mapping[str, StoredTensor], names: Any) -> dict[str, dict[str, StoredTensor]]:
+    """Return the tensors that belong to no adapted layer, by the module that ``modules_to_save`` names."""
+    if names is None:
+        names = []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise CheckpointError(
+            f"its {CONFIG_FILE} has modules_to_save = {names!r}, and a list of names is expected"
+        )
+    found: dict[str, dict[str, StoredTensor]] = {}
+    for key, tensor in rest.items():
+        parts = key.split(".")
+        modules = (".".join(parts[:i]) for i in range(1, len(parts)))
+        # As PEFT: the outermost module whose path ends with one of the names.
+        module = next((path for path in modules if path.endswith(tuple(names))), None)
+        if module is None:
+            raise CheckpointError(
+                f"its tensor {PREFIX + key!r} belongs to no adapted layer and no module to save"
+            )
+        found.setdefault(module, {})[key.removeprefix(f"{module}.")] = tensor
+    return found
+
+
+# ---- what PEFT finds in a weight ---------------------------------------------------------------------
+
+
+def rows_of(W: Array, b: Array | None) -> Array:
+    """Return what PEFT decomposes: (n, d) float32, or (n, d + 1) with the bias as one more input.
+
+    Parameters
+    ----------
+    W
+        (d, n).
+    b
+        (n,) or None.
+    """
+    rows = W.T if b is None else np.concatenate([W.T, b[:, None]], axis=1)
+    return np.ascontiguousarray(rows, dtype=np.float32)
+
+
+def grouping_of(rows: Array, rank: int, subspaces: int, seed: int, *, device: str = "cpu") -> Grouping:
+    """Return what PEFT finds in a base weight: see `adamss_torch.peft`.
+
+    Raises
+    ------
+    MissingBackendError
+        If PyTorch or scikit-learn, of which its procedure consists, is not installed.
+    """
+    try:
+        import sklearn.cluster  # noqa: F401
+
+        from adamss_torch.peft import find_grouping
+    except ImportError as error:
+        raise MissingBackendError(
+            "PEFT does not store which columns make a subspace; to find them again as it does takes PyTorch and "
+            'scikit-learn: pip install "adamss[peft]"'
+        ) from error
+    return Grouping(*find_grouping(rows, rank, subspaces, seed, device=device), rows)
+
+
+def why_not_the_same(layer: PeftLayer, found: Grouping) -> str | None:
+    """Return in what the file differs from what was found in the base weight; None if it fits.
+
+    Parameters
+    ----------
+    layer
+        From the file.
+    found
+        From the base weight.
+    """
+    if layer.basis.shape != found.basis.shape:
+        return f"it has a basis of shape {layer.basis.shape}, and this weight one of {found.basis.shape}"
+    sizes = np.bincount(found.labels).tolist()
+    stored = [B.shape[0] for B in layer.B]
+    if sizes != stored:
+        return f"it has subspaces of {stored} columns, and in this weight are found {sizes}"
+    half = _is_rounded_to_half(layer.basis)
+    basis, other = layer.basis.astype(np.float64), found.basis.astype(np.float64)
+    outside = _relative(basis - basis @ other.T @ other, basis)
+    if not outside <= (OUTSIDE_HALF if half else OUTSIDE):
+        return f"its basis lies outside of that of this weight by {outside:.1e} of its size"
+    # Singular vectors may have either sign.
+    energy, expected = (
+        abs(projected.T @ projected) for projected in (found.rows @ basis.T, found.rows @ other.T)
+    )
+    apart = _relative(energy - expected, expected)
+    if not apart <= (ENERGY_HALF if half else ENERGY):
+        return f"its basis has not the singular vectors of this weight (by {apart:.1e})"
+    return None
+
+
+def _is_rounded_to_half(basis: Array) -> bool:
+    """Whether a basis was once in half precision: PEFT widens it to float32 afterwards."""
+    single = np.ascontiguousarray(basis, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        half = single.astype(np.float16)
+    return not np.any(single.view(np.uint32) & 0xFFFF) or np.array_equal(half, single)
+
+
+def _relative(difference: Array, whole: Array) -> float:
+    return float(np.linalg.norm(difference) / max(np.linalg.norm(whole), np.finfo(np.float64).tiny))
+
+
+def adamss_config(
+    config: AdamssConfig, subspace_rank: int, targets: list[str], saved: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return the settings of PEFT's AdaMSS."""
+    return base_config(METHOD, targets, saved) | {
+        "r": config.rank,
+        "num_subspaces": config.subspaces,
+        "subspace_rank": subspace_rank,
+        "random_seed": config.seed,
+        "init_weights": "orthogonal",
+        "use_dynamic_rank": False,
+        "use_asa": False,
+    }
+
+
+def adamss_tensors(layers: Mapping[str, PeftLayer]) -> dict[str, StoredTensor]:
+    """Return the tensors of layers under PEFT's names."""
+    tensors = {}
+    for path, layer in layers.items():
+        tensors[f"{PREFIX}{path}.adamss_newB"] = StoredTensor.of(layer.basis)
+        for k, (A, B) in enumerate(zip(layer.A, layer.B, strict=True)):
+            tensors[f"{PREFIX}{path}.adamss_A.{k}"] = StoredTensor.of(A)
+            tensors[f"{PREFIX}{path}.adamss_B.{k}"] = StoredTensor.of(B)
+    return tensors
+
+
+# ---- factors -----------------------------------------------------------------------------------------
+
+
+def factors_of(layer: PeftLayer, labels: Array) -> Factors:
+    """Return the factors of a layer whose columns are grouped so, groups renumbered by their lowest column."""
+    _, first = np.unique(labels, return_index=True)
+    order = np.argsort(first)
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    ranks = np.asarray([layer.A[k].shape[0] for k in order])
+    C = np.zeros((ranks.max(), len(labels)), dtype=layer.B[0].dtype)
+    for k in order:
+        C[: layer.B[k].shape[1], labels == k] = layer.B[k].T
+    return Factors(
+        np.ascontiguousarray(layer.basis.T)[None],
+        np.concatenate([layer.A[k].T for k in order], axis=1),
+        C,
+        number[labels],
+        ranks,
+        np.ones(len(order), dtype=np.bool_),
+    )
+
+
+def layer_of(factors: Factors, labels: Array, shape: tuple[int, int]) -> PeftLayer | str:
+    """Return a layer for PEFT, which groups the columns so; or why there is none.
+
+    Parameters
+    ----------
+    factors
+        NumPy arrays.
+    labels
+        Subspace of each column, as PEFT numbers them.
+    shape
+        (R, d) of the basis that PEFT makes, or (R, d + 1).
+    """
+    groups, d, P = factors.A.shape
+    R, _ = shape
+    if groups != 1:
+        return "it has a basis for each subspace"
+    if P > R:
+        return f"its basis has {P} columns, and PEFT's would have {R}"
+    # One of our subspaces for each of PEFT's, and no column in another.
+    _, first, sizes = np.unique(labels, return_index=True, return_counts=True)
+    own = factors.labels[first]
+    if len(own) != len(factors.ranks) or not np.array_equal(own[labels], factors.labels):
+        return "PEFT would group its columns in another way"
+    if not np.array_equal(factors.ranks[own], np.minimum(sizes, factors.ranks.max())):
+        return f"its subspaces have the ranks {factors.ranks.tolist()}, and PEFT's would have others"
+    ends = np.cumsum(factors.ranks)
+    basis = np.zeros(shape, dtype=factors.A.dtype)
+    basis[:P, :d] = factors.A[0].T
+    A, B = [], []
+    for k, ours in enumerate(own):
+        rank = int(factors.ranks[ours])
+        padded = np.zeros((rank, R), dtype=factors.B.dtype)
+        padded[:, :P] = factors.B[:, ends[ours] - rank : ends[ours]].T
+        A.append(padded)
+        B.append(np.ascontiguousarray(factors.C[:rank, labels == k].T))
+    return PeftLayer(basis, tuple(A), tuple(B))

@@ -1,0 +1,341 @@
+"""Adapters of PEFT's AdaMSS, both ways, beside the installed PEFT."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adamss
+from adamss import errors
+from adamss.backend import NumpyLinear, NumpyModel
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("sklearn")
+
+TARGETS = ["query", "value"]
+
+
+@pytest.fixture(autouse=True)
+def _peft_reads_what_transformers_has_deprecated():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"peft\.|transformers\.")
+        yield
+
+
+def trained_by_peft(base, folder, call, *, dtype=None, **options):
+    """Save an adapter that PEFT has trained for a few steps, and return its model."""
+    settings = {"r": 24, "num_subspaces": 4, "subspace_rank": 1, "target_modules": TARGETS} | options
+    model = peft.get_peft_model(base, peft.AdamssConfig(**settings))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        call(model).float().square().mean().backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def _arrays(layer):
+    return layer.weight.detach().numpy().T, layer.bias.detach().numpy()
+
+
+def value_of(model, call):
+    with torch.no_grad():
+        return call(model)
+
+
+def loaded_by_peft(base, folder):
+    return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+@pytest.fixture
+def x(inputs):
+    return inputs(6, 16)
+
+
+CASES = {
+    "rank 1": {},
+    "rank 3": {"subspace_rank": 3},
+    "more subspaces than columns allow": {"num_subspaces": 40, "subspace_rank": 3},
+    "one subspace": {"num_subspaces": 1, "subspace_rank": 3},
+    "rank above the width": {"r": 100, "subspace_rank": 2},
+    "another seed": {"random_seed": 5},
+    "dynamic ranks": {"use_dynamic_rank": True, "subspace_rank": 3, "svd_threshold": 0.5},
+    "a head": {"modules_to_save": ["classifier"]},
+}
+
+
+class TestFromPeft:
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("name", CASES)
+    def test_outputs_are_those_of_peft(self, net, x, tmp_path, name, bias):
+        theirs = trained_by_peft(net(bias=bias), tmp_path, lambda m: m(x), **CASES[name])
+        expected = value_of(theirs, lambda m: m(x))
+        start = value_of(net(bias=bias), lambda m: m(x))
+        assert float((expected - start).abs().max()) > 1e-2
+        model = adamss.from_peft(net(bias=bias), tmp_path)
+        torch.testing.assert_close(value_of(model, lambda m: m(x)), expected, rtol=0, atol=1e-5)
+        row = adamss.summary(model).rows[0]
+        lists = theirs.base_model.model.layers[0].query
+        assert len(lists.adamss_A["default"]) == row.K
+        assert row.q == sum(A.shape[0] for A in lists.adamss_A["default"])
+
+    @pytest.mark.parametrize("subspace_rank", [1, 3])
+    def test_minilm(self, minilm, tmp_path, subspace_rank):
+        tokens = torch.randint(5, 3000, (3, 12), generator=torch.Generator().manual_seed(0))
+        call = lambda model: model(tokens).last_hidden_state  # noqa: E731
+        options = {"r": 100, "num_subspaces": 10, "subspace_rank": subspace_rank}
+        expected = value_of(trained_by_peft(minilm(), tmp_path, call, **options), call)
+        model = adamss.from_peft(minilm(), tmp_path)
+        torch.testing.assert_close(value_of(model, call), expected, rtol=0, atol=1e-5)
+        # In another dtype the columns stay where they are, which PEFT cannot promise.
+        adamss.save(model, tmp_path / "ours.safetensors")
+        half = adamss.load(minilm(torch.bfloat16), tmp_path / "ours.safetensors")
+        adamss.merge(adamss.load(minilm(), tmp_path / "ours.safetensors"))
+        rounded = value_of(minilm(torch.bfloat16), call).float() - value_of(minilm(), call)
+        moved = value_of(half, call).float() - expected
+        assert float(moved.norm()) < 2 * float(rounded.norm())
+
+    def test_half_precision_and_float64_bases(self, net, inputs, tmp_path):
+        for dtype, atol in ((torch.bfloat16, 0.05), (torch.float64, 1e-9)):
+            x, folder = inputs(6, 16, dtype=dtype), tmp_path / str(dtype)
+            theirs = trained_by_peft(net(dtype=dtype), folder, lambda m, x=x: m(x))
+            expected = value_of(theirs, lambda m, x=x: m(x))
+            model = adamss.from_peft(net(dtype=dtype), folder)
+            torch.testing.assert_close(value_of(model, lambda m, x=x: m(x)), expected, rtol=0, atol=atol)
+
+    def test_it_trains_on_and_goes_back(self, net, x, train, tmp_path):
+        trained_by_peft(
+            net(), tmp_path / "theirs", lambda m: m(x), subspace_rank=2, modules_to_save=["classifier"]
+        )
+        model = train(adamss.from_peft(net(), tmp_path / "theirs"))
+        expected = value_of(model, lambda m: m(x))
+        written = adamss.to_peft(model, tmp_path / "ours")
+        assert str(written) == f"AdaMSS of PEFT on 4 layers in {str(tmp_path / 'ours')!r}, with classifier"
+        theirs = loaded_by_peft(net(), tmp_path / "ours")
+        torch.testing.assert_close(value_of(theirs, lambda m: m(x)), expected, rtol=0, atol=1e-5)
+        again = adamss.from_peft(net(), tmp_path / "ours")
+        torch.testing.assert_close(value_of(again, lambda m: m(x)), expected, rtol=0, atol=1e-6)
+
+    def test_the_random_state_is_left_alone(self, net, x, tmp_path):
+        trained_by_peft(net(), tmp_path, lambda m: m(x))
+        state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+        adamss.from_peft(net(), tmp_path)
+        assert torch.equal(torch.get_rng_state(), state)
+        np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+    def test_numbering_is_by_the_lowest_column(self, net, x, tmp_path):
+        trained_by_peft(net(), tmp_path, lambda m: m(x))
+        labels = adamss.from_peft(net(), tmp_path).layers[0].query.adamss.labels
+        _, first = np.unique(labels.numpy(), return_index=True)
+        assert (np.diff(first) > 0).all()
+
+    def test_a_model_of_another_framework(self, net, x, tmp_path):
+        theirs = trained_by_peft(net(), tmp_path, lambda m: m(x), subspace_rank=2)
+        weight, bias = _arrays(net().layers[1].query)
+        names = [f"layers.{i}.{name}" for i in (0, 1) for name in TARGETS]
+        layers = {name: NumpyLinear(*_arrays(net().get_submodule(name))) for name in names}
+        model = adamss.from_peft(NumpyModel(layers), tmp_path)
+        expected = value_of(theirs.base_model.model.layers[1].query, lambda layer: layer(x)).numpy()
+        assert np.abs(expected - (x.numpy() @ weight + bias)).max() > 1e-2
+        np.testing.assert_allclose(model["layers.1.query"](x.numpy()), expected, rtol=0, atol=1e-5)
+        adamss.to_peft(model, tmp_path / "back")
+        back = loaded_by_peft(net(), tmp_path / "back")
+        torch.testing.assert_close(back(x), theirs(x), rtol=0, atol=1e-5)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def folder(self, net, x, tmp_path):
+        trained_by_peft(net(), tmp_path / "theirs", lambda m: m(x), r=12, modules_to_save=["classifier"])
+        return tmp_path / "theirs"
+
+    def refused(self, model, folder, match, kind=errors.CheckpointError):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(kind, match=match) as caught:
+            adamss.from_peft(model, folder)
+        assert isinstance(caught.value, errors.AdamssError)
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert all(p.requires_grad for p in model.parameters())
+
+    def test_another_base(self, net, folder):
+        self.refused(net(seed=1), folder, r"layers\.0\.query: the adapter was trained on another base")
+
+    @pytest.mark.parametrize("r", [12, 100])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_base_in_another_dtype(self, net, x, tmp_path, dtype, r):
+        trained_by_peft(net(), tmp_path, lambda m: m(x), r=r)
+        rounded = net().to(dtype).float()
+        self.refused(rounded, tmp_path, r"in another dtype.*adamss\.save it from there")
+
+    def test_a_base_with_other_names(self, net, folder):
+        class Outer(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = net()
+
+        self.refused(Outer(), folder, r"no layer 'layers\.0\.query'.*near matches: body\.layers\.0\.query")
+
+    @pytest.mark.parametrize("method", ["LORA", "IA3"])
+    def test_another_method(self, net, config, folder, method):
+        if method == "LORA":
+            adamss.to_lora(adamss.attach(net(), config()), folder)
+        else:
+            target = peft.IA3Config(target_modules=TARGETS, feedforward_modules=[])
+            peft.get_peft_model(net(), target).save_pretrained(folder)
+        self.refused(net(), folder, f"of the method {method}, and from_peft reads ADAMSS")
+
+    def test_missing_files(self, net, folder, tmp_path):
+        self.refused(net(), tmp_path / "none", "no folder", errors.CheckpointNotFoundError)
+        shutil.copytree(folder, tmp_path / "named" / "default")
+        self.refused(
+            net(), tmp_path / "named", "its folder 'default' has one", errors.CheckpointNotFoundError
+        )
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+        self.refused(net(), folder, "pickled")
+        (folder / "adapter_model.bin").unlink()
+        self.refused(net(), folder, "no adapter_model.safetensors", errors.CheckpointNotFoundError)
+        (folder / "adapter_config.json").unlink()
+        self.refused(net(), folder, "no adapter_config.json", errors.CheckpointNotFoundError)
+
+    def test_a_file_of_adamss(self, net, config, tmp_path):
+        adamss.save(adamss.attach(net(), config()), tmp_path / "a.safetensors")
+        self.refused(net(), tmp_path / "a.safetensors", "adamss.load reads files")
+
+    @pytest.mark.parametrize(
+        ("settings", "match"),
+        [
+            ({"peft_type": None}, "does not name a method"),
+            ({"r": "8"}, "r = '8', and an integer"),
+            ({"num_subspaces": 0}, "num_subspaces = 0"),
+            ({"subspace_rank": True}, "subspace_rank = True"),
+            ({"random_seed": -1}, "random_seed = -1"),
+            ({"r": 10**30}, "an integer is expected"),
+            ({"r": 7}, "a basis of shape"),
+            ({"num_subspaces": 3}, "subspaces of"),
+            ({"random_seed": 9}, "another base"),
+            ({"modules_to_save": "classifier"}, "a list of names"),
+            ({"modules_to_save": None}, "belongs to no adapted layer and no module to save"),
+        ],
+    )
+    def test_settings(self, net, folder, settings, match):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        self.refused(net(), folder, match)
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[" * 100_000, "[]", '{"peft_type": 3}', "\ud800".encode("utf-8", "surrogatepass")]
+    )
+    def test_no_json(self, net, folder, text):
+        (folder / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        self.refused(net(), folder, r"damaged or no JSON|does not name a method")
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"layers.0.query.adamss_newB": None}, "lacks adamss_newB"),
+            ({"layers.0.query.adamss_A.1": None}, "other subspaces in adamss_A"),
+            ({"layers.0.query.adamss_B.1": torch.zeros(3)}, "a matrix is expected"),
+            ({"layers.0.query.adamss_B.1": torch.zeros(3, 0)}, "a matrix is expected"),
+            ({"layers.0.query.adamss_B.1": torch.zeros(3, 2)}, "does not fit"),
+            ({"layers.0.query.adamss_B.1": torch.zeros(1, 1, dtype=torch.int64)}, "has dtype int64"),
+            ({"layers.0.query.adamss_A.7": torch.zeros(1, 12)}, "other subspaces"),
+            ({"layers.0.query.adamss_newB": torch.full((12, 17), torch.nan)}, "NaN or infinity"),
+            ({"layers.0.query.adamss_C.0": torch.zeros(2)}, "none that PEFT's AdaMSS"),
+            ({"layers.0.query.adamss_newB": torch.eye(12, 17)}, "its basis lies outside"),
+            ({"classifier.weight": torch.zeros(2, 2)}, "classifier"),
+        ],
+    )
+    def test_tensors(self, net, folder, changes, match):
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path) | {f"base_model.model.{name}": tensor for name, tensor in changes.items()}
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+        self.refused(net(), folder, match)
+
+    def test_foreign_names(self, net, folder):
+        path = folder / "adapter_model.safetensors"
+        save_file(load_file(path) | {"query.weight": torch.zeros(2)}, path)
+        self.refused(net(), folder, "not named as PEFT does")
+
+    def test_truncated(self, net, folder):
+        path = folder / "adapter_model.safetensors"
+        content = path.read_bytes()
+        for length in (0, 7, 100, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:length])
+            self.refused(net(), folder, "truncated or damaged")
+
+    def test_a_model_with_adapters(self, net, config, folder):
+        model = adamss.attach(net(), config())
+        with pytest.raises(errors.StateError, match="from_peft: the model has adapters already"):
+            adamss.from_peft(model, folder)
+
+    def test_without_scikit_learn(self, net, folder, monkeypatch):
+        import sys
+
+        monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+        self.refused(net(), folder, r"adamss\[peft\]", errors.MissingBackendError)
+
+
+class TestToPeft:
+    def test_one_subspace_has_a_form_whatever_it_comes_from(self, net, config, x, train, tmp_path):
+        for options in ({}, {"include_bias": True}, {"rank": 3}):
+            model = train(adamss.attach(net(), config(subspaces=1, subspace_rank=3, **options)))
+            adamss.to_peft(model, tmp_path)
+            theirs = loaded_by_peft(net(), tmp_path)
+            torch.testing.assert_close(theirs(x), model(x), rtol=0, atol=1e-5)
+
+    def test_a_portable_file_in_between(self, net, x, tmp_path):
+        theirs = trained_by_peft(net(), tmp_path / "theirs", lambda m: m(x), subspace_rank=2)
+        adamss.save(adamss.from_peft(net(), tmp_path / "theirs"), tmp_path / "a.safetensors")
+        for trainable in (True, False):
+            adamss.to_peft(
+                adamss.load(net(), tmp_path / "a.safetensors", trainable=trainable), tmp_path / "back"
+            )
+            back = loaded_by_peft(net(), tmp_path / "back")
+            torch.testing.assert_close(back(x), theirs(x), rtol=0, atol=1e-5)
+
+    def test_a_merged_model(self, net, x, tmp_path):
+        theirs = trained_by_peft(net(), tmp_path / "theirs", lambda m: m(x))
+        adamss.to_peft(adamss.merge(adamss.from_peft(net(), tmp_path / "theirs")), tmp_path / "ours")
+        torch.testing.assert_close(loaded_by_peft(net(), tmp_path / "ours")(x), theirs(x), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"segmentation": "contiguous"}, "group its columns in another way"),
+            ({"basis": "per_subspace"}, "a basis for each subspace"),
+        ],
+    )
+    def test_what_has_no_form(self, net, config, train, tmp_path, changes, match):
+        model = train(adamss.attach(net(), config(**changes)))
+        with pytest.raises(errors.StateError, match=rf"layers\.0\.query.*{match}.*adamss\.to_lora"):
+            adamss.to_peft(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_frozen_subspaces_are_told_of(self, net, x, tmp_path):
+        trained_by_peft(net(), tmp_path, lambda m: m(x))
+        model = adamss.from_peft(net(), tmp_path)
+        model.layers[0].query.adamss.active[1] = False
+        with pytest.warns(adamss.AdamssWarning, match="no mask; 1 frozen"):
+            adamss.to_peft(model, tmp_path / "out")
+        assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+    def test_factors_that_are_not_finite(self, net, x, tmp_path):
+        trained_by_peft(net(), tmp_path, lambda m: m(x))
+        model = adamss.from_peft(net(), tmp_path)
+        model.layers[0].query.adamss.C.data[0, 0] = torch.inf
+        with pytest.raises(errors.ArrayValueError, match=r"layers\.0\.query"):
+            adamss.to_peft(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("verb", [adamss.to_peft, adamss.to_lora])
+    def test_a_model_that_is_one_layer(self, tmp_path, verb):
+        model = adamss.attach(torch.nn.Linear(8, 8), adamss.AdamssConfig(targets=".*", rank=4, subspaces=1))
+        with pytest.raises(errors.StateError, match="which has no name"):
+            verb(model, tmp_path / "out")
