@@ -218,6 +218,21 @@ class Adapter(nn.Module):
         self._derive()
         return kept_B, kept_C
 
+    @torch.no_grad()
+    def _take_form(self, owned: Tensor | None, given: bool) -> None:
+        """Become compact as a state is that is about to be loaded, or whole; its values are those of before."""
+        same = owned is self.owned if owned is None or self.owned is None else torch.equal(owned, self.owned)
+        if same or not given or (owned is not None and owned.shape != self.active.shape):
+            return
+        if self.owned is not None:
+            whole = self.factors()
+            self.B.data, self.C.data = whole.B.t().contiguous(), whole.C.contiguous()
+            self.B.grad = self.C.grad = None
+            self.owned = self.rest_B = self.rest_C = None
+            self._derive()
+        if owned is not None:
+            self.compact(owned.to(self.active))
+
     def fold(self, folded: Tensor | None) -> None:
         """Leave these subspaces, (K,) booleans, out of the update, or none."""
         self.folded = folded
@@ -295,8 +310,11 @@ class Adapter(nn.Module):
         n, K = self.labels.numel(), self.ranks.numel()
         return f"d={d}, n={n}, R={P}, K={K}, q={int(self.ranks.sum())}, bases={G}"
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, *args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self._take_form(state_dict.get(f"{prefix}owned"), f"{prefix}B" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.loads += 1
         self._derive()
 

@@ -173,7 +173,7 @@ class BudgetController:
     ) -> None:
         adaptation = adaptation_in_training(TorchBackend(), model, "BudgetController")
         self.config = schedule_of(adaptation, config, "BudgetController")
-        self._optimizer = _unwrapped(optimizer)
+        self._optimizer = bare_optimizer(optimizer)
         self._adapters = adapters_of(model)
         self.plan = plan_budget(adaptation.layers, self.config)
         # In the order of the plan, which is that of no model.
@@ -557,7 +557,7 @@ def _outline(adapter: Adapter) -> Factors:
 # ---- checks ----------------------------------------------------------------------------------------------
 
 
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimiser whose step is taken, from within wrappers."""
     seen = optimizer
     while True:
@@ -593,7 +593,8 @@ def _check_held(optimizer: torch.optim.Optimizer, adapters: Mapping[str, Adapter
         f"{path}.{name}"
         for path, adapter in adapters.items()
         for name in "BC"
-        if id(getattr(adapter, name)) not in held
+        # Of one that was compacted to nothing there is nothing to train.
+        if id(getattr(adapter, name)) not in held and getattr(adapter, name).numel()
     ]
     if missing:
         what = "none" if len(missing) == 2 * len(adapters) else f"not {', '.join(missing[:3])}"

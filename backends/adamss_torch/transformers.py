@@ -1,0 +1,276 @@
+"""Training with the Trainer of Hugging Face `transformers`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import adamss
+from adamss.backend.interface import Adaptation
+from adamss.config import BudgetConfig
+from adamss.errors import AdamssWarning, ConfigTypeError, MissingBackendError, StateError
+from adamss_torch.adapter import Adapter
+from adamss_torch.backend import TorchBackend, adapters_of
+from adamss_torch.budget import Allocation, BudgetController, bare_optimizer
+from adamss_torch.sharding import is_sharded
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise MissingBackendError(
+        "adamss_torch.transformers needs Hugging Face transformers: pip install 'adamss[transformers]'"
+    ) from error
+
+__all__ = ["ADAPTER_FILE", "AdamssCallback"]
+
+ADAPTER_FILE = "adapter.safetensors"
+"""In each folder that the Trainer saves: what `adamss.load` reads."""
+
+WEIGHTS_FILE = "model.safetensors"
+"""Where the Trainer looks for what it saved; here, all that is trained and nothing else."""
+
+KEY = "adamss_budget"
+"""Under which the controller's state is part of the optimiser's, which keeps what belongs to no Parameter."""
+
+
+class AdamssCallback(TrainerCallback):
+    """Trains an adapted model with `transformers.Trainer`: the budget, its log, and small checkpoints.
+
+    ::
+
+        model = adamss.attach(model, AdamssConfig(..., budget=BudgetConfig(...)))
+        trainer = Trainer(model, arguments, ..., callbacks=[AdamssCallback()])
+        trainer.train()
+
+    - **Budget**: a `adamss_torch.BudgetController` on the Trainer's optimiser, from the beginning of `train` on.
+    - **Log**: ``adamss/active`` (subspaces that are trained) and ``adamss/budget`` beside the loss. The Trainer puts
+      its own reporters (TensorBoard, ...) before the callbacks that it is given; `lead` has them see it too.
+    - **Files**: as long as the model is adapted and not merged, the Trainer's checkpoints and ``trainer.save_model``
+      hold what is trained, not the base: ``model.safetensors``, which the Trainer reads, and ``adapter.safetensors``,
+      which `adamss.load` reads. There is no ``config.json``, for the folder is no model that `AutoModel` could
+      load. (Of a model that is no `transformers.PreTrainedModel` the Trainer writes the whole first, and what is
+      taken out afterwards is only that of checkpoints.)
+    - **Resuming**: ``trainer.train(resume_from_checkpoint=...)`` on the base model, attached afresh, gives the bits
+      of the training that was not interrupted, on the CPU. The controller's state is in ``optimizer.pt``.
+
+    Evaluation, accumulated gradients, mixed precision, ``load_best_model_at_end`` and `accelerate launch` are the
+    Trainer's own affair and work as ever. Not with DeepSpeed, which raises; with FSDP the budget cannot be resumed.
+
+    Parameters
+    ----------
+    budget
+        The schedule; None for the one that the model was attached with. If there is none either, nothing is frozen.
+    compact_at_end
+        Whether to shrink parameters and optimiser state once the target is reached: see `BudgetController.compact`.
+    on_allocation
+        Called with an `adamss_torch.Allocation` after each.
+
+    Attributes
+    ----------
+    controller
+        The `BudgetController`, from the beginning of the training on; None without a schedule.
+
+    Raises
+    ------
+    StateError
+        When the Trainer is made: if its model has no adapters, or is merged.
+    """
+
+    def __init__(
+        self,
+        budget: BudgetConfig | None = None,
+        *,
+        compact_at_end: bool = False,
+        on_allocation: Callable[[Allocation], None] | None = None,
+    ) -> None:
+        if budget is not None and not isinstance(budget, BudgetConfig):
+            raise ConfigTypeError(
+                f"AdamssCallback: budget must be an adamss.BudgetConfig or None, found {type(budget).__name__}"
+            )
+        self.budget = budget
+        self.compact_at_end = compact_at_end
+        self.on_allocation = on_allocation
+        self.controller: BudgetController | None = None
+        self._hook: Any = None
+
+    def lead(self, trainer: Any) -> None:
+        """Put this callback before all others of a Trainer, so that its reporters see what it adds to the log."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
+    # ---- events -----------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the model save what is trained."""
+        _save_what_is_trained(kwargs["model"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put a controller on the optimiser, in the state of the checkpoint if there is one."""
+        model = kwargs["model"]
+        adaptation = _save_what_is_trained(model)
+        self._remove()
+        bare = bare_optimizer(kwargs["optimizer"])
+        # Loading a checkpoint has put it there.
+        stored = bare.state.pop(KEY, None)  # type: ignore[call-overload]
+        config = adaptation.config.budget if self.budget is None else self.budget
+        if config is None:
+            return
+        self.controller = BudgetController(
+            model, bare, config, compact_at_end=self.compact_at_end, on_allocation=self.on_allocation
+        )
+        if stored is not None:
+            self.controller.load_state_dict(stored)
+        elif state.global_step:
+            warnings.warn(
+                f"AdamssCallback: the checkpoint of step {state.global_step} holds no state of a budget, whose "
+                "schedule begins now",
+                AdamssWarning,
+                stacklevel=2,
+            )
+        if not any(is_sharded(adapter.B) for adapter in adapters_of(model).values()):
+            self._hook = bare.register_state_dict_post_hook(self._add_state)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the number of trained subspaces."""
+        logs = kwargs["logs"]
+        if self.controller is None or "loss" not in logs:
+            return
+        more = {"adamss/active": self.controller.active_count, "adamss/budget": self.controller.budget}
+        logs.update(more)
+        if state.log_history:
+            state.log_history[-1].update(more)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave what is trained of a checkpoint that the Trainer has written itself."""
+        model, folder = kwargs["model"], Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and not isinstance(vars(model).get("save_pretrained"), _SavePretrained):
+            _shrink(model, folder)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the controller off; it warns if the training was too short for its schedule."""
+        self._remove()
+
+    # ---- the budget -------------------------------------------------------------------------------------
+
+    def _add_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        assert self.controller is not None
+        state_dict = _without_empty_parameters(optimizer, state_dict)
+        return state_dict | {"state": state_dict["state"] | {KEY: self.controller.state_dict()}}
+
+    def _remove(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self.controller is not None:
+            self.controller.remove()
+
+
+def _without_empty_parameters(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the Parameters that `compact` has left nothing of: who resumes makes an optimiser without them."""
+    numbers: dict[int, int] = {}
+    groups = []
+    for group, stored in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        kept = [number for p, number in zip(group["params"], stored["params"], strict=True) if p.numel()]
+        numbers |= {number: len(numbers) + i for i, number in enumerate(kept)}
+        groups.append(stored | {"params": [numbers[number] for number in kept]})
+    state = {numbers[number]: value for number, value in state_dict["state"].items() if number in numbers}
+    return state_dict | {"state": state, "param_groups": groups}
+
+
+# ---- files ---------------------------------------------------------------------------------------------
+
+
+def _save_what_is_trained(model: nn.Module) -> Adaptation:
+    """Have a model write what is trained alone, as long as it is adapted and not merged.
+
+    Raises
+    ------
+    StateError
+        If it has no adapters, or is merged.
+    """
+    adaptation = TorchBackend().adaptation(model)
+    if adaptation is None:
+        raise StateError(
+            "AdamssCallback: the Trainer's model has no adapters; call adamss.attach or adamss.load first"
+        )
+    if adaptation.merged:
+        raise StateError("AdamssCallback: the updates are merged; call adamss.unmerge(model) first")
+    if hasattr(model, "save_pretrained"):
+        vars(model)["save_pretrained"] = _SavePretrained(model)
+        # The Trainer compares what a checkpoint lacks with this, and tells of the difference.
+        vars(model)["_keys_to_ignore_on_save"] = _Untrained(model)
+    else:
+        vars(model).setdefault("_keys_to_ignore_on_save", None)
+    return adaptation
+
+
+def _untrained(model: nn.Module) -> set[str]:
+    """Return the names of the frozen parameters of the base; none where the weights hold an update."""
+    adaptation = TorchBackend().adaptation(model)
+    if adaptation is None or adaptation.merged or adaptation.folded:
+        return set()
+    ours = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, p in named if not p.requires_grad and id(p) not in ours}
+
+
+class _Untrained(Set[str]):
+    """The names of what a model does not train, as it is at the time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __contains__(self, name: object) -> bool:
+        return name in _untrained(self._model)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_untrained(self._model))
+
+    def __len__(self) -> int:
+        return len(_untrained(self._model))
+
+
+class _SavePretrained:
+    """In the place of a model's `save_pretrained`: what is trained, where the base is as it was.
+
+    An object that holds the model, and no closure: a copy of the model has one of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
+    ) -> Any:
+        model: Any = self._model
+        if not _untrained(model):
+            whole = type(model).save_pretrained
+            return whole(model, save_directory, is_main_process=is_main_process, **options)
+        if is_main_process:
+            state_dict = options.get("state_dict")
+            _write(model, Path(save_directory), model.state_dict() if state_dict is None else state_dict)
+        return None
+
+
+def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> None:
+    untrained = _untrained(model)
+    # Copies, for a file has no two names for one memory.
+    kept = {name: tensor.detach().clone() for name, tensor in state_dict.items() if name not in untrained}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(kept, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    adamss.save(model, folder / ADAPTER_FILE)
+
+
+def _shrink(model: nn.Module, folder: Path) -> None:
+    """Take the base out of what the Trainer has written."""
+    weights = folder / WEIGHTS_FILE
+    if weights.is_file() and _untrained(model):
+        _write(model, folder, load_file(weights))

@@ -1,0 +1,365 @@
+"""`AdamssCallback` in the Trainer of transformers."""
+
+import copy
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import adamss
+from adamss import errors
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from adamss_torch.transformers import ADAPTER_FILE, AdamssCallback  # noqa: E402
+
+STEPS = 8
+SCHEDULE = adamss.BudgetConfig(target=3, start_step=1, end_step=6, interval=2)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_warnings_of_others():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"transformers\.|accelerate\.|torch\.")
+        yield
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Tokens whose label is to be seen in them."""
+
+    def __init__(self, count=24, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(5, 50, (count, 8), generator=generator)
+        self.labels = self.tokens[:, 0] % 3
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.tokens[i], "labels": self.labels[i]}
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(config)
+
+
+class Plain(nn.Module):
+    """A model that is none of transformers', with its loss in what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = bert().bert
+        self.head = nn.Linear(16, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, input_ids, labels=None):
+        if self.training:
+            self.seen += 1
+        logits = self.head(self.body(input_ids).last_hidden_state.mean(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def adapted(model=None, *, budget=SCHEDULE, head="classifier", **changes):
+    settings = {"targets": ["query", "value"], "rank": 8, "subspaces": 3, "subspace_rank": 2} | changes
+    config = adamss.AdamssConfig(modules_to_save=[head], budget=budget, **settings)
+    return adamss.attach(bert() if model is None else model, config)
+
+
+def trainer_of(model, folder, *callbacks, steps=STEPS, **options):
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-2,
+        "weight_decay": 0.1,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    } | options
+    return transformers.Trainer(
+        model,
+        transformers.TrainingArguments(os.fspath(folder), **settings),
+        train_dataset=Sentences(),
+        eval_dataset=Sentences(8, seed=1),
+        callbacks=list(callbacks),
+    )
+
+
+def trained(model, folder, *, resume=None, **options):
+    callback = AdamssCallback(compact_at_end=options.pop("compact_at_end", False))
+    trainer = trainer_of(model, folder, callback, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, callback
+
+
+def ours(model):
+    return {name: t for name, t in model.state_dict().items() if ".adamss." in name or "classifier" in name}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+class TestBudget:
+    def test_the_schedule_is_kept_and_logged(self, tmp_path):
+        trainer, callback = trained(adapted(), tmp_path)
+        active = [entry["adamss/active"] for entry in trainer.state.log_history if "loss" in entry]
+        # Allocations at steps 3 (8/125 of the way from 12 to 3 are left), 5 and 6.
+        assert active == [12, 12, 4, 4, 3, 3, 3, 3]
+        assert adamss.summary(trainer.model).total.active == callback.controller.active_count == 3
+
+    def test_it_is_that_of_a_loop_of_ones_own(self, tmp_path):
+        import adamss_torch
+
+        trainer, _ = trained(adapted(), tmp_path, lr_scheduler_type="constant", max_grad_norm=0)
+        model = adapted()
+        seen = []
+        model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs), with_kwargs=True)
+        # The same batches and dropout: those of the Trainer's seed.
+        again = trainer_of(model, tmp_path / "2", lr_scheduler_type="constant", max_grad_norm=0)
+        optimizer = again.create_optimizer()
+        budget = adamss_torch.BudgetController(model, optimizer)
+        again.train()
+        assert budget.active_count == 3
+        assert_same(ours(trainer.model), ours(model))
+
+    def test_without_a_schedule_all_are_trained(self, tmp_path):
+        trainer, callback = trained(adapted(budget=None), tmp_path)
+        assert callback.controller is None
+        assert adamss.summary(trainer.model).total.active == 12
+        assert not any("adamss/active" in entry for entry in trainer.state.log_history)
+
+    def test_a_schedule_of_the_callback_and_its_allocations(self, tmp_path):
+        told = []
+        callback = AdamssCallback(adamss.BudgetConfig(target=5, end_step=4), on_allocation=told.append)
+        trainer_of(adapted(budget=None), tmp_path, callback).train()
+        assert [allocation.active for allocation in told][-1] == 5 == callback.controller.active_count
+
+    def test_a_training_that_is_too_short_says_so(self, tmp_path):
+        with pytest.warns(
+            adamss.AdamssWarning, match="target of 3 subspaces was not reached: training ended after 4"
+        ):
+            trained(adapted(), tmp_path, steps=4)
+
+    def test_reporters_see_the_log_where_it_leads(self, tmp_path):
+        class Reporter(transformers.TrainerCallback):
+            def on_log(self, args, state, control, logs, **kwargs):
+                seen.append(dict(logs))
+
+        for leads in (False, True):
+            seen, callback = [], AdamssCallback()
+            trainer = trainer_of(adapted(), tmp_path, Reporter(), callback)
+            if leads:
+                callback.lead(trainer)
+            trainer.train()
+            assert any("adamss/active" in logs for logs in seen) == leads
+
+    def test_another_training_with_the_same_trainer(self, tmp_path):
+        callback = AdamssCallback()
+        trainer = trainer_of(adapted(), tmp_path, callback)
+        trainer.train()
+        trainer.train()
+        assert callback.controller.active_count == 3
+        assert callback.controller.step == STEPS
+
+
+class TestFiles:
+    def test_checkpoints_hold_what_is_trained(self, tmp_path):
+        trainer, _ = trained(adapted(), tmp_path)
+        whole = sum(tensor.nbytes for tensor in bert().state_dict().values())
+        trainer.save_model(tmp_path / "final")
+        for folder in (tmp_path / "checkpoint-6", tmp_path / "final"):
+            names = {path.name for path in folder.iterdir()}
+            assert {"model.safetensors", ADAPTER_FILE} <= names
+            assert "config.json" not in names
+            content = load_file(folder / "model.safetensors")
+            assert content.keys() == ours(trainer.model).keys()
+            assert sum(tensor.nbytes for tensor in content.values()) < whole
+        loaded = adamss.load(bert(), tmp_path / "final" / ADAPTER_FILE)
+        batch = Sentences()[3]["input_ids"][None]
+        torch.testing.assert_close(
+            loaded.eval()(batch).logits, trainer.model.eval()(batch).logits, rtol=0, atol=1e-5
+        )
+
+    def test_a_folder_is_no_model(self, tmp_path):
+        trained(adapted(), tmp_path)
+        with pytest.raises((OSError, ValueError)):
+            transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-6")
+
+    def test_a_merged_model_is_saved_whole(self, tmp_path):
+        trainer, _ = trained(adapted(), tmp_path)
+        adamss.merge(trainer.model)
+        trainer.model.save_pretrained(tmp_path / "merged")
+        content = load_file(tmp_path / "merged" / "model.safetensors")
+        assert bert().state_dict().keys() <= content.keys()
+        name = "bert.encoder.layer.0.attention.self.query.weight"
+        assert not torch.equal(content[name], bert().state_dict()[name])
+        assert (tmp_path / "merged" / "config.json").exists()
+        adamss.detach(trainer.model)
+        trainer.model.save_pretrained(tmp_path / "base")
+        assert load_file(tmp_path / "base" / "model.safetensors").keys() == bert().state_dict().keys()
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_a_copy_saves_itself(self, tmp_path, duplicate):
+        trainer, _ = trained(adapted(), tmp_path)
+        twin = duplicate(trainer.model)
+        with torch.no_grad():
+            twin.classifier.weight.zero_()
+        twin.save_pretrained(tmp_path / "twin")
+        assert not load_file(tmp_path / "twin" / "model.safetensors")["classifier.weight"].any()
+
+    def test_a_model_that_is_none_of_transformers(self, tmp_path):
+        model = adapted(Plain(), head="head")
+        trained(model, tmp_path)
+        content = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+        assert "seen" in content, "buffers move in training"
+        assert "body.embeddings.word_embeddings.weight" not in content
+        assert (tmp_path / "checkpoint-6" / ADAPTER_FILE).exists()
+        again, _ = trained(adapted(Plain(), head="head"), tmp_path, resume=tmp_path / "checkpoint-6")
+        assert_same(again.model.state_dict(), model.state_dict())
+
+
+class TestResuming:
+    @pytest.mark.parametrize("step", [3, 6])
+    @pytest.mark.parametrize(("compact_at_end", "revive"), [(False, False), (True, False), (False, True)])
+    def test_the_bits_are_those_of_the_uninterrupted_training(self, tmp_path, step, compact_at_end, revive):
+        budget = adamss.BudgetConfig(**(SCHEDULE.to_dict() | {"revive": revive, "window": "running"}))
+        options = {"compact_at_end": compact_at_end, "gradient_accumulation_steps": 2}
+        whole, _ = trained(adapted(budget=budget), tmp_path, **options)
+        again, callback = trained(
+            adapted(budget=budget), tmp_path / "2", resume=tmp_path / f"checkpoint-{step}", **options
+        )
+        assert callback.controller.step == STEPS
+        assert_same(ours(whole.model), ours(again.model))
+        losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, again)]
+        assert losses[0] == losses[1]
+
+    def test_a_checkpoint_without_a_budget(self, tmp_path):
+        trained(adapted(budget=None), tmp_path)
+        with pytest.warns(adamss.AdamssWarning, match="step 3 holds no state of a budget"):
+            trained(adapted(), tmp_path, resume=tmp_path / "checkpoint-3", steps=12)
+
+    def test_the_best_model_is_loaded_at_the_end(self, tmp_path):
+        class Worse(transformers.TrainerCallback):
+            """Makes the evaluation after the first one worse."""
+
+            def on_evaluate(self, args, state, control, metrics, **kwargs):
+                metrics["eval_loss"] = float(state.global_step)
+
+        best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+        for compact_at_end in (False, True):
+            folder = tmp_path / str(compact_at_end)
+            trainer = trainer_of(
+                adapted(), folder, Worse(), AdamssCallback(compact_at_end=compact_at_end), **best
+            )
+            trainer.train()
+            assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+            assert_same(ours(trainer.model), load_file(folder / "checkpoint-3" / "model.safetensors"))
+            assert adamss.summary(trainer.model).total.active == 4
+
+
+class TestTheTrainersOptions:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"bf16": True},
+            {"gradient_accumulation_steps": 3},
+            {"gradient_checkpointing": True},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+            {"optim": "sgd"},
+            {"optim": "adafactor"},
+            {"max_grad_norm": 0.01},
+            {"save_only_model": True},
+            {"torch_compile": True, "torch_compile_backend": "eager"},
+        ],
+        ids=lambda options: "-".join(options),
+    )
+    def test_the_budget_is_kept(self, tmp_path, options):
+        trainer, callback = trained(adapted(), tmp_path, **options)
+        assert callback.controller.step == STEPS
+        assert adamss.summary(trainer.model).total.active == 3
+        start, end = (ours(model) for model in (adapted(), trainer.model))
+        assert not torch.equal(start["classifier.weight"], end["classifier.weight"])
+        assert any(end[name].any() for name in end if name.endswith(".C"))
+        base = {name: tensor for name, tensor in bert().state_dict().items() if "classifier" not in name}
+        assert_same(base, {name: trainer.model.state_dict()[name] for name in base})
+
+    def test_checkpointed_gradients_are_those_without(self, tmp_path):
+        plain, _ = trained(adapted(), tmp_path / "1")
+        checkpointed, _ = trained(adapted(), tmp_path / "2", gradient_checkpointing=True)
+        for name, tensor in ours(plain.model).items():
+            torch.testing.assert_close(ours(checkpointed.model)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_on_two_processes(tmp_path):
+    """Decisions are one on both, checkpoints are written once, and resuming gives the same bits."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+    # Without `--multi_gpu` it starts one process, however many are asked for; the Trainer is told to use the CPU.
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    on_loopback = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launch,
+            os.fspath(Path(__file__).with_name("trainer_under_accelerate.py")),
+            os.fspath(tmp_path),
+        ],
+        env=os.environ | on_loopback | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, done.stdout[-5000:]
+    assert (tmp_path / "run" / "checkpoint-6" / ADAPTER_FILE).exists()
+
+
+class TestErrors:
+    def test_a_model_without_adapters(self, tmp_path):
+        with pytest.raises(errors.StateError, match="no adapters"):
+            trainer_of(bert(), tmp_path, AdamssCallback())
+
+    def test_a_merged_model(self, tmp_path):
+        with pytest.raises(errors.StateError, match="merged"):
+            trainer_of(adamss.merge(adapted()), tmp_path, AdamssCallback())
+
+    def test_a_schedule_of_the_wrong_kind(self):
+        with pytest.raises(errors.ConfigTypeError, match="BudgetConfig"):
+            AdamssCallback({"target": 3})
