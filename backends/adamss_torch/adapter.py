@@ -121,7 +121,7 @@ class Adapter(nn.Module):
         for name in ("A", "labels", "ranks", "active"):
             # In one layout whatever they come from: products of another may round otherwise, and a resumed training
             # is to give the same bits.
-            self.register_buffer(name, getattr(factors, name).detach().contiguous())
+            self.register_buffer(name, _alone(getattr(factors, name).detach().contiguous()))
         for name in ("owned", "rest_B", "rest_C"):
             self.register_buffer(name, None)
         for name in ("folded", *DERIVED):
@@ -330,6 +330,11 @@ def _let_compilers_see_hooks() -> None:
     if config.skip_nnmodule_hook_guards:
         config.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor with memory of its own: a part of others keeps them all, and safetensors refuses to save it."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _put_together(parts: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor], axis: int) -> Tensor:
