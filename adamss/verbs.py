@@ -37,6 +37,7 @@ from adamss.errors import (
     CheckpointError,
     ConfigError,
     ConfigTypeError,
+    LayerError,
     StateError,
     TargetError,
 )
@@ -117,7 +118,7 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         if config.modules_to_save:
             saved = _once(match(config.modules_to_save, modules, name="modules_to_save"), modules)
         _require_disjoint(paths, saved)
-        weights = {path: backend.weight(modules[path], path) for path in paths}
+        weights = {path: _weight(backend, modules, path) for path in paths}
 
         with _progress(len(weights)) as count:
 
@@ -204,7 +205,7 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     layers = {}
     with backend.exact():
         for layer_path, factors in adaptation.layers.items():
-            base = backend.weight(modules[layer_path], layer_path)
+            base = _weight(backend, modules, layer_path)
             check_concrete(*factors, name=layer_path)
             factors, base = _whole(backend, factors), _whole(backend, base)
             layers[layer_path] = _stored_layer(backend, factors, base, training=training)
@@ -448,6 +449,9 @@ def load(
     check_base
         Whether to compare the fingerprints of the base weights. Turn it off to put an adapter on a model other
         than its own on purpose.
+        With ``trainable=False``, or a file that was saved with ``training=True``, the weights are not looked at
+        then: a PyTorch model may still be on the meta device. The adapter is loaded to the CPU, and the weights come
+        afterwards, by ``load_state_dict(..., strict=False, assign=True)``.
     divide
         Whether several processes divide the decompositions among them, as in `attach`; all must call `load` then.
 
@@ -463,6 +467,8 @@ def load(
     CheckpointError
         If the file is damaged, foreign or of an unknown version, or does not fit the model; the message
         says how. The model is unchanged.
+    LayerError
+        If a weight has no values, on the meta device, and they are needed.
     StateError
         If adapters are attached already.
     """
@@ -478,6 +484,8 @@ def load(
         }
         for layer_path, layer in stored.layers.items():
             _check_base_shape(layer_path, layer, weights[layer_path])
+            decompose = trainable and layer.M is not None
+            _check_base_present(backend, layer_path, weights[layer_path], needed=check_base or decompose)
         saved = {
             module_path: _saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
             for module_path, tensors in stored.saved.items()
@@ -488,7 +496,8 @@ def load(
             def loaded(batch: Mapping[str, BaseWeight], each: Each) -> dict[str, Factors]:
                 def one(layer_path: str) -> Factors:
                     base, layer = batch[layer_path], stored.layers[layer_path]
-                    check_matrix(base.W, name=f"{layer_path}: weight")
+                    if backend.has_values(base.W):
+                        check_matrix(base.W, name=f"{layer_path}: weight")
                     if check_base:
                         _check_base_values(layer_path, layer, base)
                     factors = _loaded_factors(backend, layer, base, stored.config, trainable=trainable)
@@ -543,7 +552,7 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     merged, lost = {}, {}
     with backend.exact():
         for path, factors in adaptation.layers.items():
-            base = backend.weight(modules[path], path)
+            base = _weight(backend, modules, path)
             check_concrete(*base, *factors, name=path)
             try:
                 result = core.merge(*_whole(backend, base), _whole(backend, factors))
@@ -634,7 +643,7 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
     merged = {}
     with backend.exact():
         for path, factors in adaptation.layers.items():
-            base = backend.weight(modules[path], path)
+            base = _weight(backend, modules, path)
             if backend.dtype_name(base.W) not in ("float32", "float64"):
                 raise ArrayTypeError(
                     f"{path}: consolidating into {backend.dtype_name(base.W)} would round the update away; "
@@ -859,6 +868,14 @@ def _folded_weight(W: Any, b: Any, factors: Factors, folded: Any, path: str) -> 
         raise ArrayValueError(f"{path}: {error}") from error
 
 
+def _weight(backend: Backend, modules: Mapping[str, Any], path: str) -> BaseWeight:
+    """Return the base weight of a layer, with its values."""
+    base = backend.weight(modules[path], path)
+    if not backend.has_values(base.W):
+        raise LayerError(f"{path} is on the meta device: its weight has no values; load the weights first")
+    return base
+
+
 # ---- files -----------------------------------------------------------------------------------------
 
 
@@ -963,6 +980,14 @@ def _check_base_shape(path: str, layer: StoredLayer, base: BaseWeight) -> None:
     rows = (layer.M or layer.A or layer.C).shape[-2]
     if rows > shape[0] and base.b is None:
         raise CheckpointError(f"{path}: the file adapts the bias too, but the layer has none")
+
+
+def _check_base_present(backend: Backend, path: str, base: BaseWeight, *, needed: bool) -> None:
+    if needed and not backend.has_values(base.W):
+        raise LayerError(
+            f"{path} is on the meta device: its weight has no values; load the weights first, or pass "
+            "check_base=False, trainable=False, by which the adapter is loaded alone and the weights may come later"
+        )
 
 
 def _check_base_values(path: str, layer: StoredLayer, base: BaseWeight) -> None:

@@ -327,6 +327,13 @@ class Backend(ABC):
             what is left when the folded update is subtracted again, up to rounding.
         """
 
+    def has_values(self, array: Array) -> bool:
+        """Return whether an array of `weight` has values, and not only a shape and a dtype until it is loaded.
+
+        `load` can do without, if told so; for all else the layer is refused.
+        """
+        return True
+
     @abstractmethod
     def arrays(self, module: Module) -> dict[str, Array]:
         """Return all the named arrays of a module, as ``modules_to_save`` stores them.

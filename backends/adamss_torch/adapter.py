@@ -17,6 +17,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adamss.core import Factors, contract, expand, restrict
+from adamss_torch.absent import present
 from adamss_torch.compaction import resize
 from adamss_torch.functional import MULTIPLE, Constants, Layout, Plan, make_layout, update
 
@@ -184,7 +185,7 @@ class Adapter(nn.Module):
 
     def factors(self) -> Factors:
         """Return the factors, canonical, of all subspaces wherever they lie; views where they can be."""
-        B, C = self.B.detach(), self.C.detach()
+        B, C = present(self, "B").detach(), present(self, "C").detach()
         if self.owned is not None and self.rest_B is not None and self.rest_C is not None:
             rows, columns = zip(self._places(self.owned), self._places(~self.owned), strict=True)
             B = _put_together((B, self.rest_B), rows, 0)

@@ -20,6 +20,7 @@ from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch import sharding
+from adamss_torch.absent import check_writable, execution_device, present
 from adamss_torch.adapter import BUFFERS, CHILD, Adapter
 from adamss_torch.functional import Plan, make_layout, update
 from adamss_torch.sharding import copy_into, is_sharded, local, rebuilt
@@ -86,7 +87,8 @@ class TorchBackend(Backend):
             array = torch.frombuffer(bytearray(stored.data), dtype=kind).view(stored.shape)
         else:
             array = torch.empty(stored.shape, dtype=kind)
-        device = None if like is None else like.device
+        # Beside a weight that has no values yet: on the CPU, where they can be.
+        device = torch.device("cpu") if like is None or like.is_meta else like.device
         return array.to(device=device, dtype=kind if dtype is None else getattr(torch, dtype))
 
     def dtype_name(self, array: Tensor) -> str:
@@ -151,7 +153,7 @@ class TorchBackend(Backend):
                 f"{path} is the output projection of torch.nn.MultiheadAttention, which reads the weight and never "
                 "calls the layer: an adapter on it would have no effect; leave it out of targets"
             )
-        if module.weight.is_meta:
+        if module.weight.is_meta and is_sharded(module.weight):
             raise LayerError(
                 f"{path} is on the meta device: its weight has no values; load the weights first"
             )
@@ -160,7 +162,7 @@ class TorchBackend(Backend):
                 f"{path}: DeepSpeed ZeRO-3 has taken its weight apart, so that no process can read it; use "
                 "torch.distributed.fsdp.fully_shard instead"
             )
-        tensors: Mapping[str, Tensor | None] = {"weight": module.weight, "bias": module.bias}
+        tensors: Mapping[str, Tensor | None] = {name: present(module, name) for name in ("weight", "bias")}
         adapter = getattr(module, CHILD, None)
         if adapter is not None and adapter.base is not None:
             tensors = {**tensors, **adapter.base}
@@ -171,6 +173,9 @@ class TorchBackend(Backend):
         if adapter is not None and adapter.folded is not None and adapter.base is None:
             return without_folded(BaseWeight(W.t(), b), adapter.factors(), adapter.folded)
         return BaseWeight(W.t(), b)
+
+    def has_values(self, array: Tensor) -> bool:
+        return not array.is_meta
 
     def arrays(self, module: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in _tensors(module).items()}
@@ -190,7 +195,8 @@ class TorchBackend(Backend):
         for path in layers:
             sharding.check_spread(model, _linear(modules[path]), path)
         adapters = {
-            path: Adapter(factors, _linear(modules[path]).in_features) for path, factors in layers.items()
+            path: Adapter(factors, _linear(modules[path]).in_features).to(execution_device(modules[path]))
+            for path, factors in layers.items()
         }
         originals = {
             path: {name: tensor.clone() for name, tensor in self.arrays(modules[path]).items()}
@@ -259,9 +265,10 @@ class TorchBackend(Backend):
         return model
 
     def remove(self, model: nn.Module) -> nn.Module:
-        self.unfold(model)
         owner, record = _owner(model)
         assert record is not None
+        _check_base_writable(owner, record)
+        self.unfold(model)
         for layer, adapter in _adapted_layers(owner, record).values():
             adapter.uninstall(layer)
             # FSDP2 goes on managing them, and is not to wait for their gradients.
@@ -309,6 +316,7 @@ class TorchBackend(Backend):
     def unfold(self, model: nn.Module) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
+        _check_base_writable(owner, record, saved=False)
         for layer, adapter in _adapted_layers(owner, record).values():
             for name, tensor in (adapter.base or {}).items():
                 if isinstance(tensor, nn.Parameter):
@@ -328,6 +336,7 @@ class TorchBackend(Backend):
         if record.disabled:
             yield model
             return
+        _check_base_writable(owner, record)
         adapters = [adapter for _, adapter in _adapted_layers(owner, record).values()]
         layers = [layer for layer, _ in _adapted_layers(owner, record).values()]
         before = [adapter.enabled for adapter in adapters]
@@ -427,6 +436,7 @@ def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping
             )
     frozen = {id(parameter) for layer in adapted for parameter in layer.parameters()}
     for path, module in saved.items():
+        check_writable(_tensors(module), f"modules_to_save: {path}")
         if any(parameter.is_inference() for parameter in module.parameters()):
             raise LayerError(
                 f"modules_to_save: {path} was made under torch.inference_mode, and cannot be trained; make it outside"
@@ -483,6 +493,14 @@ def _adapted_layers(owner: nn.Module, record: _Record) -> dict[str, tuple[nn.Lin
     return {path: (layer, getattr(layer, CHILD)) for path, layer in layers.items()}
 
 
+def _check_base_writable(owner: nn.Module, record: _Record, *, saved: bool = True) -> None:
+    """Check that the base values, which others have taken the place of, can be written back."""
+    for path, (layer, adapter) in _adapted_layers(owner, record).items():
+        check_writable({name: getattr(layer, name) for name in adapter.base or ()}, path)
+    for path in record.originals if saved else ():
+        check_writable(_tensors(owner.get_submodule(path)), path)
+
+
 def _replace_weights(
     model: nn.Module, merged: Mapping[str, Merged], *, keep_base: bool
 ) -> dict[str, Adapter]:
@@ -496,6 +514,7 @@ def _replace_weights(
                 f"{path}: its weight or bias is computed by a parametrization and cannot be replaced; "
                 "remove the parametrization, or leave the adapter unmerged"
             )
+        check_writable({"weight": layer.weight}, path)
     counts = _parameter_counts(owner)
     for path, (layer, _) in layers.items():
         for name in ("weight", "bias"):

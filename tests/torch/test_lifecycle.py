@@ -1,0 +1,482 @@
+"""The life of an adapter, from `attach` to `detach` and back, as users of PEFT know it; the README has the table.
+
+What other files hold already (copies, autocast, shared weights, fused paths, ...) is not tried here again.
+"""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import adamss
+from adamss import errors
+from adamss_conformance.tolerances import assert_agrees
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(model, expected):
+    assert list(model.state_dict()) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in adamss.trainable_parameters(model)]
+
+
+# ---- the whole cycle -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:rounding to:adamss.AdamssWarning")
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16"])
+def test_the_whole_cycle(net, config, inputs, train, tmp_path, name):
+    dtype = getattr(torch, name)
+    model, x = net(dtype=dtype), inputs(6, 16, dtype=dtype)
+    base, y_base = state(model), model(x)
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def assert_base():
+        assert_same_state(model, base)
+        assert torch.equal(model(x), y_base)
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+
+    adamss.attach(model, config(modules_to_save=["classifier"]))
+    assert torch.equal(model(x), y_base)
+    train(model)
+    y = model(x)
+    assert not torch.equal(y, y_base)
+    adamss.save(model, tmp_path / "portable.safetensors")
+    adamss.save(model, tmp_path / "training.safetensors", training=True)
+    adamss.detach(model)
+    assert_base()
+
+    adamss.load(model, tmp_path / "portable.safetensors", trainable=False)
+    assert_agrees(
+        model(x).detach().double(),
+        y.detach().double(),
+        dtype=name,
+        what="outputs of the portable file",
+        scale=10,
+    )
+    adamss.detach(model)
+    assert_base()
+
+    adamss.load(model, tmp_path / "training.safetensors")
+    assert torch.equal(model(x), y)
+    adamss.merge(model)
+    assert_agrees(
+        model(x).detach().double(), y.detach().double(), dtype=name, what="merged outputs", scale=10
+    )
+    with adamss.disabled(model):
+        assert torch.equal(model(x), y_base)
+    adamss.unmerge(model)
+    assert torch.equal(model(x), y)
+    with adamss.disabled(model):
+        assert torch.equal(model(x), y_base)
+    assert torch.equal(model(x), y)
+    adamss.detach(adamss.merge(model))
+    assert_base()
+
+    adamss.attach(model, config(targets=["dense"], basis="per_subspace", include_bias=True))
+    assert [row.path for row in adamss.summary(model).rows] == ["layers.0.dense", "layers.1.dense"]
+    assert torch.equal(model(x), y_base)
+    adamss.detach(train(model))
+    assert_base()
+
+
+def test_one_adapter_after_the_other_on_one_base(net, config, inputs, train, tmp_path):
+    model, x = net(), inputs(4, 16)
+    y_base, outputs = model(x), {}
+    for path, changes in (
+        ("a", {}),
+        ("b", {"targets": ["dense"], "rank": 4, "modules_to_save": ["classifier"]}),
+    ):
+        train(adamss.attach(model, config(**changes)))
+        outputs[path] = model(x)
+        adamss.save(model, tmp_path / path, training=True)
+        adamss.detach(model)
+    assert not torch.equal(outputs["a"], outputs["b"])
+    for path in ("a", "b", "a"):
+        adamss.load(model, tmp_path / path)
+        assert torch.equal(model(x), outputs[path])
+        adamss.detach(model)
+        assert torch.equal(model(x), y_base)
+
+
+def test_modes_change_neither_the_update_nor_what_is_trained(net, config, inputs, train):
+    model, x = train(adamss.attach(net(), config())), inputs(4, 16)
+    y = model(x)
+    assert torch.equal(model.eval()(x), y)
+    assert not any(module.training for module in model.modules())
+    trained = {id(parameter) for parameter in adamss.trainable_parameters(model)}
+    assert torch.equal(model.train()(x), y)
+    assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} == trained
+
+
+# ---- training ------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_over_all_parameters_changes_only_what_is_trained(config, inputs):
+    """What users do who give the optimiser the whole model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 5), nn.Linear(5, 2)]
+        model = nn.Sequential(*layers)
+    adamss.attach(model, config(targets=["0", "3"], modules_to_save=["4"]))
+    before = state(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.5)
+    for seed in range(3):
+        optimizer.zero_grad()
+        model(inputs(8, 16, seed=seed)).square().sum().backward()
+        trained = [parameter.grad for parameter in adamss.trainable_parameters(model)]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        torch.testing.assert_close(norm, torch.cat([g.flatten() for g in trained]).norm())
+        optimizer.step()
+    after = model.state_dict()
+    factors = {f"{layer}.adamss.{name}" for layer in "03" for name in "BC"}
+    buffers = {f"1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == factors | buffers | {"4.weight", "4.bias"}
+
+
+def test_reentrant_checkpointing_needs_an_input_that_requires_gradients(net, config, inputs, train):
+    """PyTorch's own rule, on which every frozen base with reentrant checkpointing stumbles."""
+    model, x = train(adamss.attach(net(), config())), inputs(4, 16)
+    expected = gradients(model, model(x).square().sum())
+
+    def checkpointed(x, *, reentrant):
+        for layer in model.layers:
+            x = x + checkpoint(layer, x, use_reentrant=reentrant)
+        return model.classifier(x).square().sum()
+
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        loss = checkpointed(x, reentrant=True)
+    assert not loss.requires_grad, "and with it the gradients of all that is trained are lost"
+    for reentrant, remedied in ((False, x), (True, x.clone().requires_grad_())):
+        actual = gradients(model, checkpointed(remedied, reentrant=reentrant))
+        for ours, reference in zip(actual, expected, strict=True):
+            assert_agrees(
+                ours, reference, dtype="float32", what="gradient", scale=float(reference.abs().max())
+            )
+
+
+# ---- copies and files of PyTorch -------------------------------------------------------------------------
+
+IN_A_NEW_PROCESS = """
+import sys, torch
+for form in ("adapted", "merged", "consolidated"):
+    model, x, y, base = torch.load(f"{sys.argv[1]}/{form}.pt", weights_only=False)
+    assert torch.equal(model(x), y), form
+    import adamss
+    assert torch.equal(adamss.detach(model)(x), base), form
+    print(form)
+"""
+
+
+def test_pickled_models_in_a_process_that_has_not_imported_adamss(config, inputs, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5))
+    x = inputs(4, 16)
+    base = model(x).detach()
+    adamss.attach(model, config(targets=["0"], modules_to_save=["2"]))
+    model[0].adamss.active[1] = False
+    optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.05)
+    model(x).square().sum().backward()
+    optimizer.step()
+    model[0].adamss.C.data.add_(0.1)
+    adapted, merged = copy.deepcopy(model), adamss.merge(copy.deepcopy(model))
+    consolidated = adamss.consolidate(model)
+    for form, each in (("adapted", adapted), ("merged", merged), ("consolidated", consolidated)):
+        y = each(x).detach()
+        assert not torch.equal(y, base)
+        torch.save((each, x, y, base), tmp_path / f"{form}.pt")
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["adapted", "merged", "consolidated"]
+
+
+def test_state_as_a_safetensors_model(net, config, inputs, train, tmp_path):
+    from safetensors.torch import load_model, save_model
+
+    model, x = train(adamss.attach(net(), config(modules_to_save=["classifier"]))), inputs(4, 16)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    other = adamss.attach(net(), config(modules_to_save=["classifier"]))
+    assert load_model(other, tmp_path / "model.safetensors") == (set(), [])
+    assert_same_state(other, state(model))
+    assert torch.equal(other(x), model(x))
+
+
+# ---- little memory ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted(net, config, train, tmp_path):
+    """Return a trained model, and its portable and its training file."""
+    model = train(adamss.attach(net(), config()))
+    files = {training: tmp_path / f"{training}.safetensors" for training in (False, True)}
+    for training, path in files.items():
+        adamss.save(model, path, training=training)
+    return model, files
+
+
+def on_meta(net):
+    with torch.device("meta"):
+        return type(net())()
+
+
+@pytest.mark.parametrize(("training", "trainable"), [(False, False), (True, True)])
+def test_load_before_the_base_has_values(net, inputs, train, adapted, training, trainable):
+    """The weights come afterwards, without a copy, and the adapter is the one of an ordinary `load`."""
+    _, files = adapted
+    model, x = on_meta(net), inputs(4, 16)
+    adamss.load(model, files[training], check_base=False, trainable=trainable)
+    assert {parameter.device.type for parameter in adamss.trainable_parameters(model)} == {"cpu"}
+    assert model.layers[0].query.weight.is_meta
+    assert adamss.summary(model).total.active == 12
+    values = net().state_dict()
+    missing = model.load_state_dict(values, strict=False, assign=True).missing_keys
+    assert all(".adamss." in name for name in missing)
+    assert model.layers[0].query.weight.data_ptr() == values["layers.0.query.weight"].data_ptr()
+    assert not model.layers[0].query.weight.requires_grad
+    expected = adamss.load(net(), files[training], trainable=trainable)
+    assert torch.equal(model(x), expected(x))
+    assert_same_state(train(model), state(train(expected)))
+    assert_same_state(adamss.detach(model), state(net()))
+
+
+def test_what_needs_values_says_so_on_the_meta_device(net, config, adapted, tmp_path):
+    _, files = adapted
+    model = on_meta(net)
+    remedy = r"layers\.0\.query is on the meta device.*check_base=False, trainable=False"
+    for choices in ({}, {"check_base": False}, {"trainable": False}):
+        with pytest.raises(errors.LayerError, match=remedy):
+            adamss.load(model, files[False], **choices)
+    with pytest.raises(errors.LayerError, match=remedy):
+        adamss.load(model, files[True])
+    assert "adamss" not in str(model)
+    adamss.load(model, files[False], check_base=False, trainable=False)
+    for verb in (adamss.merge, lambda model: adamss.save(model, tmp_path / "a.safetensors")):
+        with pytest.raises(errors.LayerError, match=r"layers\.0\.query is on the meta device"):
+            verb(model)
+    assert "adamss" not in str(adamss.detach(model))
+
+
+def test_modules_to_save_need_a_place_for_their_values(net, config, inputs, train, tmp_path):
+    path, x = tmp_path / "a.safetensors", inputs(4, 16)
+    model = train(adamss.attach(net(), config(modules_to_save=["classifier"])))
+    adamss.save(model, path, training=True)
+    other = on_meta(net)
+    with pytest.raises(
+        errors.LayerError, match=r"modules_to_save: classifier: its weight is on the meta device"
+    ):
+        adamss.load(other, path, check_base=False)
+    assert "adamss" not in str(other)
+    other.classifier = net().classifier
+    adamss.load(other, path, check_base=False)
+    values = {name: tensor for name, tensor in net().state_dict().items() if "classifier" not in name}
+    other.load_state_dict(values, strict=False, assign=True)
+    assert torch.equal(other(x), model(x))
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of every tensor that is made, whether or not it lives on."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        known = {
+            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.sizes.append(tensor.untyped_storage().nbytes())
+        return out
+
+
+def test_load_leaves_a_memory_mapped_base_where_it_is(config, tmp_path):
+    """All that `load` ever makes is a few times the adapter, whatever the base takes."""
+
+    def make():
+        return nn.Sequential(*[nn.Linear(640, 640, bias=False) for _ in range(3)])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+    adamss.attach(model, config(targets=[r"0", "1", "2"], segmentation="contiguous"))
+    for parameter in adamss.trainable_parameters(model):
+        parameter.data.add_(0.01)
+    adamss.save(model, tmp_path / "adapter.safetensors")
+    expected = model(torch.ones(1, 640))
+    torch.save(adamss.detach(model).state_dict(), tmp_path / "base.pt")
+
+    with torch.device("meta"):
+        lazy = make()
+    lazy.load_state_dict(torch.load(tmp_path / "base.pt", mmap=True), assign=True)
+    weights = [parameter.data_ptr() for parameter in lazy.parameters()]
+    layer = lazy[0].weight.nbytes
+    with Allocations() as made:
+        adamss.load(lazy, tmp_path / "adapter.safetensors", trainable=False)
+    assert [lazy[i].weight.data_ptr() for i in range(3)] == weights
+    factors = sum(tensor.nbytes for name, tensor in lazy.state_dict().items() if ".adamss." in name)
+    assert sum(made.sizes) < 12 * factors < layer
+    torch.testing.assert_close(lazy(torch.ones(1, 640)), expected, atol=1e-4, rtol=1e-4)
+    adamss.attach(adamss.detach(lazy), config(targets=["0", "1", "2"]))
+    assert [lazy[i].weight.data_ptr() for i in range(3)] == weights
+
+
+# ---- models of transformers ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama():
+    """Return a maker of a small decoder with the same random weights every time, and tokens."""
+    transformers = pytest.importorskip("transformers", reason="needs the demo extra")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+    def make(dtype=torch.float32):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(dtype).eval()
+
+    return make, torch.arange(24).reshape(2, 12)
+
+
+def moved(model):
+    """Return the adapted model with all that is trained somewhere else than at its start."""
+    for number, parameter in enumerate(adamss.trainable_parameters(model)):
+        generator = torch.Generator().manual_seed(number)
+        parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+PROJECTIONS = {"targets": ["q_proj", "v_proj"], "rank": 8}
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_generate_and_embeddings(llama, config, name):
+    make, tokens = llama
+    model = moved(adamss.attach(make(getattr(torch, name)), config(**PROJECTIONS)))
+    logits = model(tokens).logits
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(tokens)).logits, logits)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    text = model.generate(tokens, **settings)
+    assert text.shape == (2, 20)
+    assert (
+        torch.equal(model.generate(input_ids=tokens, use_cache=False, **settings), text) or name != "float32"
+    )
+    with adamss.disabled(model):
+        base = model.generate(tokens, **settings)
+    assert torch.equal(base, make(getattr(torch, name)).generate(tokens, **settings))
+    assert not torch.equal(base, text)
+    if name == "float32":
+        assert torch.equal(adamss.merge(model).generate(tokens, **settings), text)
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["as it is", "without the adapter's keys"])
+@torch.no_grad()
+def test_save_pretrained_of_a_merged_model(llama, config, tmp_path, without):
+    make, tokens = llama
+    model = moved(adamss.attach(make(), config(**PROJECTIONS)))
+    adapted = model(tokens).logits
+    merged = adamss.merge(model)(tokens).logits
+    plain = {name: tensor for name, tensor in model.state_dict().items() if ".adamss." not in name}
+    model.save_pretrained(tmp_path, **({"state_dict": plain} if without else {}))
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert "adamss" not in str(again)
+    assert torch.equal(again(tokens).logits, merged)
+    assert_agrees(merged, adapted, dtype="float32", what="merged logits")
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_transformers(llama, config, reentrant):
+    make, tokens = llama
+    model = moved(adamss.attach(make(), config(**PROJECTIONS))).train()
+    expected = gradients(model, model(input_ids=tokens, labels=tokens).loss)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()  # some versions do it by themselves
+    calls = []
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    actual = gradients(model, model(input_ids=tokens, labels=tokens).loss)
+    handle.remove()
+    assert len(calls) == 2, "once in the forward, once more in the backward"
+    for ours, reference in zip(actual, expected, strict=True):
+        assert_agrees(ours, reference, dtype="float32", what="gradient", scale=float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("first", ["offload", "load"])
+def test_weights_that_accelerate_keeps_elsewhere(llama, config, tmp_path, first):
+    pytest.importorskip("accelerate", reason="needs the demo extra")
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    make, tokens = llama
+    adapted = moved(adamss.attach(make(), config(**PROJECTIONS)))
+    adamss.save(adapted, tmp_path / "a.safetensors", training=True)
+    model = make()
+    base, y, y_base = state(model), adapted(tokens).logits, model(tokens).logits
+
+    def load():
+        adamss.load(model, tmp_path / "a.safetensors")  # the fingerprints are compared
+
+    if first == "load":
+        load()
+    cpu_offload(model, execution_device="cpu")
+    if first == "offload":
+        adamss.attach(model, config(**PROJECTIONS))
+        assert torch.equal(model(tokens).logits, y_base)
+        adamss.detach(model)
+        load()
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+    assert torch.equal(model(tokens).logits, y)
+    with adamss.disabled(model):
+        assert torch.equal(model(tokens).logits, y_base)
+    adamss.save(model, tmp_path / "b.safetensors", training=True)
+    assert torch.equal(adamss.load(make(), tmp_path / "b.safetensors")(tokens).logits, y)
+    with pytest.raises(
+        errors.LayerError, match=r"q_proj: its weight is on the meta.*remove_hook_from_submodules"
+    ):
+        adamss.merge(model)
+    assert torch.equal(model(tokens).logits, y)
+    remove_hook_from_submodules(model)
+    adamss.merge(model)
+    assert_agrees(model(tokens).logits.detach(), y.detach(), dtype="float32", what="merged logits")
+    assert_same_state(adamss.detach(model), base)
+
+
+def test_a_merged_model_that_was_offloaded_afterwards(llama, config):
+    """Writing the base back to the meta device would lose it without a word."""
+    pytest.importorskip("accelerate", reason="needs the demo extra")
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    make, tokens = llama
+    model = make()
+    base = state(model)
+    moved(adamss.attach(model, config(**PROJECTIONS)))
+    merged = adamss.merge(model)(tokens).logits
+    cpu_offload(model, execution_device="cpu")
+    for verb in (adamss.unmerge, adamss.detach, lambda model: adamss.disabled(model).__enter__()):
+        with pytest.raises(errors.LayerError, match=r"q_proj: its weight is on the meta device"):
+            verb(model)
+        assert torch.equal(model(tokens).logits, merged)
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(tokens).logits, merged)
+    assert_same_state(adamss.detach(model), base)
