@@ -242,7 +242,10 @@ def check_values(array: jax.Array, path: str) -> None:
             "jax.vmap and nnx.jit, and pass the model that it returns in"
         )
     if isinstance(array, jax.ShapeDtypeStruct):
-        raise ArrayTypeError(f"{path}: the weight is a shape without values; load the weights first")
+        raise ArrayTypeError(
+            f"{path}: the weight is a shape without values; load the weights first, by nnx.update(model, state) or "
+            "eqx.tree_deserialise_leaves(file, model)"
+        )
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise ArrayTypeError(
             f"{path}: the weight is spread over several processes; gather it, or attach before sharding"

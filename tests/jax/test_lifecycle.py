@@ -1,0 +1,314 @@
+"""The life of an adapter on Flax NNX and Equinox models, from `attach` to `detach` and back; table in the README.
+
+What other files hold already (copies, compilation, donated buffers, tied modules, ...) is not tried here again.
+"""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("jax", reason="the jax session has JAX; the core and torch sessions have not")
+pytest.importorskip("flax", reason="the jax session has Flax; the core and torch sessions have not")
+pytest.importorskip("equinox", reason="the jax session has Equinox; the core and torch sessions have not")
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import adamss
+from adamss import errors
+from adamss_conformance.tolerances import assert_agrees
+from adamss_jax.equinox import trainable_filter
+
+
+class Nnx:
+    """Flax NNX: models change in place."""
+
+    half = "float16"
+
+    @staticmethod
+    def make(dtype=jnp.float32):
+        rngs = nnx.Rngs(0)
+        layer = lambda n: nnx.Linear(8, n, param_dtype=dtype, rngs=rngs)  # noqa: E731
+        return nnx.Dict(query=layer(8), value=layer(8), head=layer(3))
+
+    @staticmethod
+    def call(model, x):
+        return model["head"](jnp.tanh(model["query"](x)) * model["value"](x))
+
+    @staticmethod
+    def arrays(model):
+        return {str(path): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Variable))}
+
+    @classmethod
+    def train(cls, model, x):
+        @nnx.jit
+        def step(model, optimizer):
+            loss = lambda model: jnp.square(cls.call(model, x).astype(jnp.float32)).sum()  # noqa: E731
+            optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
+
+        optimizer = nnx.Optimizer(model, optax.adamw(0.05, weight_decay=0.1), wrt=nnx.LoRAParam)
+        for _ in range(3):
+            step(model, optimizer)
+        return model
+
+    @staticmethod
+    def with_nan(model):
+        C = model["value"].adamss.C
+        C.set_value(C.get_value().at[0, 0].set(jnp.nan))
+        return model
+
+    @staticmethod
+    def with_values(abstract, values, folder):
+        nnx.update(abstract, nnx.state(values))
+        return abstract
+
+    abstract = staticmethod(nnx.eval_shape)
+
+
+class Equinox:
+    """Equinox: every verb returns another tree."""
+
+    half = "bfloat16"
+
+    @staticmethod
+    def make(dtype=jnp.float32):
+        layer = lambda n, key: eqx.nn.Linear(8, n, dtype=dtype, key=jax.random.key(key))  # noqa: E731
+        return {"query": layer(8, 0), "value": layer(8, 1), "head": layer(3, 2)}
+
+    @staticmethod
+    def call(model, x):
+        return jax.vmap(lambda x: model["head"](jnp.tanh(model["query"](x)) * model["value"](x)))(x)
+
+    @staticmethod
+    def arrays(model):
+        leaves = jax.tree_util.tree_leaves_with_path(model)
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if eqx.is_array(leaf)}
+
+    @classmethod
+    def train(cls, model, x):
+        trained, frozen = eqx.partition(model, trainable_filter(model))
+        optimizer = optax.adamw(0.05, weight_decay=0.1)
+
+        @eqx.filter_jit
+        def step(trained, state):
+            call = lambda trained: cls.call(eqx.combine(trained, frozen), x)  # noqa: E731
+            loss = lambda trained: jnp.square(call(trained).astype(jnp.float32)).sum()  # noqa: E731
+            updates, state = optimizer.update(jax.grad(loss)(trained), state, trained)
+            return eqx.apply_updates(trained, updates), state
+
+        state = optimizer.init(trained)
+        for _ in range(3):
+            trained, state = step(trained, state)
+        return eqx.combine(trained, frozen)
+
+    @staticmethod
+    def with_nan(model):
+        return eqx.tree_at(lambda m: m["value"].C, model, model["value"].C.at[0, 0].set(jnp.nan))
+
+    @staticmethod
+    def with_values(abstract, values, folder):
+        eqx.tree_serialise_leaves(folder / "base.eqx", values)
+        return eqx.tree_deserialise_leaves(folder / "base.eqx", abstract)
+
+    abstract = staticmethod(eqx.filter_eval_shape)
+
+
+@pytest.fixture(params=[Nnx, Equinox], ids=["nnx", "equinox"])
+def library(request):
+    return request.param
+
+
+@pytest.fixture
+def values(library):
+    """Return a function of a model: the bytes of each of its arrays by path."""
+    return lambda model: {
+        path: (a.dtype, np.asarray(a).tobytes()) for path, a in library.arrays(model).items()
+    }
+
+
+SAVED = ["head"]
+
+
+# ---- the whole cycle -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:rounding to:adamss.AdamssWarning")
+@pytest.mark.parametrize("half", [False, True])
+def test_the_whole_cycle(library, values, config, inputs, tmp_path, half):
+    name = library.half if half else "float32"
+    dtype = jnp.dtype(name)
+    model, x = library.make(dtype), inputs(5, 8, dtype=dtype)
+    base, y_base = values(model), library.call(model, x)
+
+    def same(model, y):
+        return bool(jnp.array_equal(library.call(model, x), y))
+
+    def assert_base(model):
+        assert values(model) == base
+        assert same(model, y_base)
+
+    model = adamss.attach(model, config(modules_to_save=SAVED))
+    assert same(model, y_base)
+    model = library.train(model, x)
+    y = library.call(model, x)
+    assert y.dtype == dtype
+    assert not same(model, y_base)
+    adamss.save(model, tmp_path / "portable.safetensors")
+    adamss.save(model, tmp_path / "training.safetensors", training=True)
+    model = adamss.detach(model)
+    assert_base(model)
+
+    model = adamss.load(model, tmp_path / "portable.safetensors", trainable=False)
+    assert_agrees(library.call(model, x), y, dtype=name, what="outputs of the portable file", scale=10)
+    model = adamss.detach(model)
+    assert_base(model)
+
+    model = adamss.load(model, tmp_path / "training.safetensors")
+    assert same(model, y)
+    model = adamss.merge(model)
+    assert_agrees(library.call(model, x), y, dtype=name, what="merged outputs", scale=10)
+    with adamss.disabled(model) as off:
+        assert same(off, y_base)
+    model = adamss.unmerge(model)
+    assert same(model, y)
+    with adamss.disabled(model) as off:
+        assert same(off, y_base)
+    assert same(model, y)
+    model = adamss.detach(adamss.merge(model))
+    assert_base(model)
+
+    other = config(targets=["head"], rank=3, include_bias=True)
+    model = adamss.attach(model, other)
+    assert [row.path for row in adamss.summary(model).rows] == ["head"]
+    assert same(model, y_base)
+    assert_base(adamss.detach(model))
+
+
+def test_one_adapter_after_the_other_on_one_base(library, values, config, inputs, tmp_path):
+    model, x = library.make(), inputs(4, 8)
+    base, outputs = values(model), {}
+    for path, changes in (("a", {}), ("b", {"targets": ["value"], "rank": 4, "modules_to_save": SAVED})):
+        model = library.train(adamss.attach(model, config(**changes)), x)
+        outputs[path] = library.call(model, x)
+        adamss.save(model, tmp_path / path, training=True)
+        model = adamss.detach(model)
+    assert not jnp.array_equal(outputs["a"], outputs["b"])
+    for path in ("a", "b", "a"):
+        model = adamss.load(model, tmp_path / path)
+        assert jnp.array_equal(library.call(model, x), outputs[path])
+        model = adamss.detach(model)
+        assert values(model) == base
+
+
+def test_nan_is_not_merged(library, values, config, inputs):
+    model = library.make()
+    base = values(model)
+    model = library.with_nan(adamss.attach(model, config()))
+    before = values(model)
+    with pytest.raises(errors.ArrayValueError, match="value"):
+        adamss.merge(model)
+    assert values(model) == before
+    assert values(adamss.detach(model)) == base
+
+
+# ---- training ------------------------------------------------------------------------------------------
+
+
+def test_running_statistics_go_on_and_the_rest_of_a_frozen_norm_stays(config, inputs):
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(
+        query=nnx.Linear(8, 8, rngs=rngs), norm=nnx.BatchNorm(8, rngs=rngs), head=nnx.Linear(8, 3, rngs=rngs)
+    )
+    adamss.attach(model, config(targets=["query"], modules_to_save=SAVED))
+    before = {path: np.asarray(value) for path, value in Nnx.arrays(model).items()}
+    optimizer = nnx.Optimizer(model, optax.adamw(0.05, weight_decay=0.5), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss = lambda m: jnp.square(m["head"](m["norm"](m["query"](x)))).sum()  # noqa: E731
+        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
+
+    for seed in range(3):
+        step(model, optimizer, inputs(6, 8, seed=seed))
+    changed = {path for path, value in Nnx.arrays(model).items() if np.any(before[path] != np.asarray(value))}
+    factors = {("query", "adamss", name) for name in "BC"}
+    assert changed == {
+        str(path)
+        for path in factors | {("head", "kernel"), ("head", "bias"), ("norm", "mean"), ("norm", "var")}
+    }
+
+
+@pytest.mark.parametrize("checkpoint", [eqx.filter_checkpoint, jax.checkpoint], ids=["equinox", "jax"])
+def test_checkpointing_of_equinox_models_gives_the_same_gradients(config, inputs, checkpoint):
+    x = inputs(4, 8)
+    model = adamss.attach(Equinox.make(), config(modules_to_save=SAVED))
+    model = eqx.tree_at(lambda m: m["value"].C, model, model["value"].C + 0.1)
+    trained, frozen = eqx.partition(model, trainable_filter(model))
+
+    def gradient(wrap):
+        run = wrap(lambda trained, x: Equinox.call(eqx.combine(trained, frozen), x))
+        return jax.jit(jax.grad(lambda trained: jnp.square(run(trained, x)).sum()))(trained)
+
+    plain = jax.tree.leaves(gradient(lambda run: run))
+    assert len(plain) == 6
+    for ours, expected in zip(jax.tree.leaves(gradient(checkpoint)), plain, strict=True):
+        assert_agrees(ours, expected, dtype="float32", what="gradient")
+
+
+# ---- another process, little memory ------------------------------------------------------------------------
+
+IN_A_NEW_PROCESS = """
+import pickle, sys
+import jax, jax.numpy as jnp
+with open(sys.argv[1], "rb") as file:
+    kind, base, forms = pickle.load(file)
+x = jnp.arange(16.0).reshape(2, 8)
+def call(model):
+    return model(x) if kind == "Nnx" else jax.vmap(model)(x)
+for model, y in forms:
+    assert jnp.array_equal(call(model), y)
+import adamss
+for model, _ in forms:
+    assert jnp.array_equal(call(adamss.detach(model)), base)
+"""
+
+
+def test_pickled_models_in_a_process_that_has_not_imported_adamss(library, config, tmp_path):
+    model, x = library.make()["query"], jnp.arange(16.0).reshape(2, 8)
+    call = (lambda model: model(x)) if library is Nnx else (lambda model: jax.vmap(model)(x))
+    base = call(model)
+    model = adamss.attach(model, config(targets=".*"))
+    if library is Nnx:
+        model.adamss.C.set_value(model.adamss.C.get_value() + 0.1)
+    else:
+        model = eqx.tree_at(lambda layer: layer.C, model, model.C + 0.1)
+    forms = [(form, call(form)) for form in (model, adamss.merge(copy.deepcopy(model)))]
+    assert not any(jnp.array_equal(y, base) for _, y in forms)
+    (tmp_path / "models.pickle").write_bytes(pickle.dumps((library.__name__, base, forms)))
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path / "models.pickle")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_load_into_an_abstract_model_that_has_got_its_values(library, values, config, inputs, tmp_path):
+    """The base is in memory once: what `load` finds there stays there, not copied."""
+    x, path = inputs(4, 8), tmp_path / "a.safetensors"
+    model = library.train(adamss.attach(library.make(), config()), x)
+    adamss.save(model, path)
+    abstract = library.abstract(library.make)
+    with pytest.raises(errors.ArrayTypeError, match=r"query: .*nnx\.update.*eqx\.tree_deserialise_leaves"):
+        adamss.load(abstract, path, check_base=False, trainable=False)
+    lazy = library.with_values(abstract, library.make(), tmp_path)
+    before = {a.unsafe_buffer_pointer() for a in library.arrays(lazy).values()}
+    lazy = adamss.load(lazy, path, trainable=False)
+    assert before < {a.unsafe_buffer_pointer() for a in library.arrays(lazy).values()}
+    expected = adamss.load(library.make(), path, trainable=False)
+    assert values(lazy) == values(expected)
+    assert jnp.array_equal(library.call(lazy, x), library.call(expected, x))
