@@ -421,10 +421,11 @@ def test_gradient_checkpointing_of_transformers(llama, config, reentrant):
         assert_agrees(ours, reference, dtype="float32", what="gradient", scale=float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("first", ["offload", "load"])
-def test_weights_that_accelerate_keeps_elsewhere(llama, config, tmp_path, first):
+def test_weights_that_accelerate_keeps_elsewhere(llama, config, tmp_path, first, place):
     pytest.importorskip("accelerate", reason="needs the demo extra")
-    from accelerate import cpu_offload
+    from accelerate import cpu_offload, disk_offload
     from accelerate.hooks import remove_hook_from_submodules
 
     make, tokens = llama
@@ -438,7 +439,10 @@ def test_weights_that_accelerate_keeps_elsewhere(llama, config, tmp_path, first)
 
     if first == "load":
         load()
-    cpu_offload(model, execution_device="cpu")
+    if place == "cpu":
+        cpu_offload(model, execution_device="cpu")
+    else:
+        disk_offload(model, tmp_path / "weights", execution_device="cpu")
     if first == "offload":
         adamss.attach(model, config(**PROJECTIONS))
         assert torch.equal(model(tokens).logits, y_base)
