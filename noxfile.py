@@ -38,6 +38,7 @@ def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> 
 BENCHMARKS = (
     "parameters",
     "file_size",
+    "travel",
     "attach_time",
     "agreement",
     "step_time",

@@ -321,7 +321,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
     with backend.exact():
         for layer_path, factors in adaptation.layers.items():
             peft.check_layer_name(layer_path, "to_peft")
-            base = _whole(backend, backend.weight(modules[layer_path], layer_path))
+            base = _whole(backend, _weight(backend, modules, layer_path))
             arrays = _host_factors(backend, _whole(backend, factors), layer_path)
             found = _peft_grouping(backend, base, config.rank, config.subspaces, config.seed)
             layer = peft.layer_of(arrays, found.labels, found.basis.shape)

@@ -1,4 +1,4 @@
-"""Sizes of adapter files: AdaMSS portable and to resume from, PEFT's AdaMSS, LoRA, and what is trained.
+"""Sizes of adapter files: AdaMSS portable, to resume from and as a LoRA, PEFT's AdaMSS, LoRA, and what is trained.
 
 For MiniLM, query and value, the files are written. For Llama-3.2-3B, whose 28 layers have queries of 3072 x 3072
 and values of 3072 x 1024, one layer of each shape with random weights is written, and the bytes of its tensors are
@@ -70,6 +70,11 @@ def files(base: nn.Module, subspaces: int, lora_rank: int, folder: Path) -> dict
         path = folder / f"{training}.safetensors"
         adamss.save(ours, path, training=training)
         found[f"AdaMSS K={subspaces}, {name}"] = path, trained_bytes(ours)
+    adamss.to_lora(ours, folder / "lora")
+    found[f"AdaMSS K={subspaces}, as LoRA"] = (
+        folder / "lora" / "adapter_model.safetensors",
+        trained_bytes(ours),
+    )
     for name, model in {
         f"PEFT AdaMSS K={subspaces}": with_peft_adamss(base, targets, subspaces),
         f"PEFT LoRA r={lora_rank}": with_lora(base, targets, lora_rank),

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 
 import numpy as np
@@ -109,3 +110,16 @@ def test_few_lengths(demo_jax, session):
     batches = [demo_jax.tokenize(session.tokenizer, [text]) for text in ("a", "a " * 17, "a " * 200)]
     assert [batch["input_ids"].shape for batch in batches] == [(1, 16), (1, 32), (1, 64)]
     assert [int(batch["attention_mask"].sum()) for batch in batches] == [1, 17, 64]
+
+
+def test_every_station_of_the_journey_has_the_same_embeddings(script, folder, tmp_path, capsys):
+    pytest.importorskip("peft", reason="the journey goes by PEFT")
+    pytest.importorskip("sklearn", reason="PEFT's AdaMSS needs it")
+    figures = tmp_path / "travel.json"
+    assert script("travel").main(["--model", str(folder), "--steps", "2", "--json", str(figures)]) == 0
+    results = json.loads(figures.read_text())["results"]
+    assert [len(rows) for rows in results.values()] == [7, 4]
+    for rows in results.values():
+        assert all(row["from_base"] > 1e-3 > 1e-5 > row["from_start"] for row in rows)
+    printed = capsys.readouterr().out
+    assert all(row["station"] in printed for rows in results.values() for row in rows)
