@@ -39,6 +39,7 @@ BENCHMARKS = (
     "parameters",
     "file_size",
     "travel",
+    "trainer",
     "attach_time",
     "agreement",
     "step_time",

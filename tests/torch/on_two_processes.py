@@ -909,6 +909,17 @@ def fsdp_saves_what_one_process_saves():
                 assert len(written) == (rank == 0), "one process, the first, is to write"
                 adamss.save(alone, theirs, training=training)
                 assert files.read(ours) == files.read(theirs), f"{build.__name__} {options} {training}"
+            lora = [
+                folder() / f"{name}-lora-{build.__name__}-{len(options)}" for name in ("sharded", str(rank))
+            ]
+            with warnings.catch_warnings():  # of modules_to_save, which are put beside it
+                warnings.simplefilter("ignore")
+                for exported, where in zip((model, alone), lora, strict=True):
+                    adamss.to_lora(exported, where)
+            dist.barrier()
+            for name in ("adapter_model.safetensors", "modules_to_save.safetensors", "adapter_config.json"):
+                ours, theirs = ((where / name).read_bytes() for where in lora)
+                assert ours == theirs, f"{build.__name__} {options} {name}"
             with raising(errors.StateError, "first") if rank else raising(FileNotFoundError):
                 adamss.save(model, folder() / "missing" / "file")
             if rank == 0:  # nobody waits for the others

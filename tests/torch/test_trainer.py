@@ -363,3 +363,15 @@ class TestErrors:
     def test_a_schedule_of_the_wrong_kind(self):
         with pytest.raises(errors.ConfigTypeError, match="BudgetConfig"):
             AdamssCallback({"target": 3})
+
+
+@pytest.mark.parametrize("name", ["bf16", "interrupted half way and resumed"])
+def test_the_script_trains_the_demos_task(script, tiny_tokenizer, tmp_path, capsys, name):
+    pytest.importorskip("scipy")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(vocab_size=len(tiny_tokenizer), max_position_embeddings=64, **sizes)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer.save_pretrained(tmp_path / "bert")
+    arguments = ["--model", os.fspath(tmp_path / "bert"), "--steps", "12", "--only", name]
+    assert script("trainer").main(arguments) == 0
+    assert name in capsys.readouterr().out

@@ -1,0 +1,246 @@
+"""The demo's task with the Trainer of transformers: `AdamssCallback` under the options that people train with.
+
+MiniLM-L6 with a classification head, query and value adapted, a third of the subspaces left at the end. Each row is a
+training of its own; one is interrupted half way and resumed, and has to end with the same bits as the first; one runs
+on two processes. ::
+
+    python benchmarks/trainer.py
+    python benchmarks/trainer.py --model path/to/bert --steps 12 --json trainer.json
+    python benchmarks/trainer.py --only bf16
+
+The exit status is 1 if a budget was not kept, or the resumed training differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; `demo` says why
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from paired import environment
+from sentences import Corpus, bundled_model, load_tokenizer, quiet_transformers, scipy_sentences, split
+from tabulate import tabulate
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+
+import adamss
+from adamss_torch.transformers import ADAPTER_FILE, AdamssCallback
+
+PLAIN, RESUMED, TWO_PROCESSES = (
+    "float32",
+    "interrupted half way and resumed",
+    "two processes (accelerate launch)",
+)
+OPTIONS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "bf16": {"bf16": True},
+    "accumulation, 4 x 4": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "load_best_model_at_end": {
+        "eval_strategy": "steps",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+    },
+    RESUMED: {},
+    TWO_PROCESSES: {"per_device_train_batch_size": 8},
+}
+
+
+class Sentences(Dataset):
+    """Tokenized sentences with their classes."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Any):
+        self.encoded = tokenizer(list(corpus.texts), truncation=True, max_length=64)
+        self.labels = corpus.labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: values[index] for name, values in self.encoded.items()} | {
+            "labels": int(self.labels[index])
+        }
+
+
+def adapted(folder: str, classes: int, steps: int) -> torch.nn.Module:
+    """Return the model with an adapter whose budget falls to a third over the middle of the training."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=classes, dtype=torch.float32, local_files_only=True
+    )
+    layers = 2 * model.config.num_hidden_layers
+    schedule = adamss.BudgetConfig(
+        target=layers * 10 // 3, start_step=steps // 6, end_step=steps * 2 // 3, interval=max(1, steps // 12)
+    )
+    config = adamss.AdamssConfig(
+        targets=["query", "value"],
+        rank=100,
+        subspaces=10,
+        modules_to_save=["classifier"],
+        budget=schedule,
+    )
+    return adamss.attach(model, config)
+
+
+def trainer_of(
+    folder: str, steps: int, output: Path, options: dict[str, Any]
+) -> tuple[Trainer, AdamssCallback]:
+    """Return a Trainer of the demo's task, and its callback."""
+    tokenizer = load_tokenizer(folder, offline=True)
+    train_part, test_part = split(scipy_sentences())
+    settings = {
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 1e-2,
+        "max_steps": steps,
+        "save_steps": steps // 2,
+        "eval_steps": steps // 2,
+        "logging_steps": steps // 2,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    callback = AdamssCallback()
+    trainer = Trainer(
+        adapted(folder, len(train_part.classes), steps),
+        TrainingArguments(str(output), **(settings | options)),
+        train_dataset=Sentences(train_part, tokenizer),
+        eval_dataset=Sentences(test_part, tokenizer),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda found: {
+            "accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())
+        },
+        callbacks=[callback],
+    )
+    return trainer, callback
+
+
+def measure(name: str, folder: str, steps: int, output: Path) -> dict[str, Any]:
+    """Train under some options, and return what came of it."""
+    trainer, callback = trainer_of(folder, steps, output, OPTIONS[name])
+    trainer.train(
+        resume_from_checkpoint=str(output / f"checkpoint-{steps // 2}") if name == RESUMED else None
+    )
+    saved = output / f"checkpoint-{steps}"
+    model = trainer.model
+    assert callback.controller is not None
+    return {
+        "options": name,
+        "accuracy": trainer.evaluate()["eval_accuracy"],
+        "active": adamss.summary(model).total.active,
+        "target": callback.controller.config.target,
+        "adapter_bytes": (saved / ADAPTER_FILE).stat().st_size,
+        "weights_bytes": (saved / "model.safetensors").stat().st_size,
+        "whole_bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "trained": {
+            key: tensor.detach().float().numpy().tobytes().hex()
+            for key, tensor in model.state_dict().items()
+            if key.endswith((".adamss.B", ".adamss.C", ".adamss.active"))
+        },
+    }
+
+
+def on_two_processes(arguments: Sequence[str]) -> None:
+    """Run this script on two processes."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+    # Without `--multi_gpu` it starts one process, however many are asked for; the Trainer is told what to use.
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
+    subprocess.run([sys.executable, *launch, __file__, *arguments], check=True, env=os.environ | threads)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train under each of the options, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description="AdamssCallback in the Trainer, on the demo's task.")
+    parser.add_argument("--model", type=Path, help="folder of a BERT with its tokenizer (default: MiniLM-L6)")
+    parser.add_argument("--steps", type=int, default=120, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--only", choices=list(OPTIONS), help="one training alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
+    parser.add_argument("--worker", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    quiet_transformers()
+    warnings.filterwarnings("ignore", module=r"transformers\.|accelerate\.|torch\.")
+    folder = str(arguments.model or bundled_model())
+    if arguments.worker is not None:
+        record = measure(arguments.only, folder, arguments.steps, arguments.worker)
+        if torch.distributed.get_rank() == 0:
+            (arguments.worker / "record.json").write_text(json.dumps(record))
+        torch.distributed.destroy_process_group()
+        return 0
+
+    about = environment(["torch", "transformers", "accelerate", "adamss"])
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    records = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in OPTIONS if arguments.only is None else [arguments.only]:
+            # The resumed one goes on from the files of the first.
+            output = Path(scratch) / ("0" if name in (PLAIN, RESUMED) else name.split()[0].strip(","))
+            if name == RESUMED and arguments.only is not None:
+                measure(PLAIN, folder, arguments.steps, output)
+            if name == TWO_PROCESSES:
+                output.mkdir()
+                on_two_processes(
+                    [
+                        "--model",
+                        folder,
+                        "--steps",
+                        str(arguments.steps),
+                        "--only",
+                        name,
+                        "--worker",
+                        str(output),
+                    ]
+                )
+                records.append(json.loads((output / "record.json").read_text()))
+            else:
+                records.append(measure(name, folder, arguments.steps, output))
+    trained = {record["options"]: record.pop("trained") for record in records}
+    same = PLAIN not in trained or RESUMED not in trained or trained[PLAIN] == trained[RESUMED]
+    headers = ["options", "test accuracy", "subspaces trained", "target"]
+    headers += ["adapter.safetensors (KB)", "model.safetensors (KB)", "whole model (KB)"]
+    rows = [
+        [r["options"], f"{r['accuracy']:.3f}", r["active"], r["target"]]
+        + [f"{r[key] / 1000:,.1f}" for key in ("adapter_bytes", "weights_bytes", "whole_bytes")]
+        for r in records
+    ]
+    print(tabulate(rows, headers=headers, stralign="right", disable_numparse=True))
+    if {PLAIN, RESUMED} <= trained.keys():
+        print(f"resumed and uninterrupted: {'the same bits' if same else 'NOT the same bits'}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"environment": about, "results": records}, indent=2) + "\n")
+    # The best model of a training may be one of before its end, with more subspaces.
+    kept = all(r["active"] == r["target"] for r in records if r["options"] != "load_best_model_at_end")
+    return int(not (same and kept))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
