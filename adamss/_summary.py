@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import tabulate
 
-from adamss.core import Factors, basis_ranks, count_factors
+from adamss.core import Factors
 
 __all__ = ["Summary", "SummaryRow", "summarise", "total"]
 
@@ -91,16 +92,25 @@ def summarise(path: str, shape: tuple[int, int], factors: Factors) -> SummaryRow
     shape
         (d, n) of its weight.
     factors
-        Its factors.
+        Its factors: labels, ranks and mask NumPy arrays, the others any with a shape.
     """
+    _, _, _, labels, ranks, active = factors
+    groups, _, P = factors.A.shape
+    # As `core.count_factors` does it, in little memory: there may be as many subspaces as columns.
+    trained, R = int(ranks[labels].sum()), P
+    if groups == 1:
+        trained += P * int(ranks.sum())
+    else:
+        basis = np.minimum(np.bincount(labels, minlength=groups), P)
+        trained, R = trained + int(basis @ ranks.astype(np.int64)), int(basis.max())
     return SummaryRow(
         path=path,
         shape=shape,
-        K=factors.ranks.shape[0],
-        R=max(int(columns) for columns in basis_ranks(factors)),
+        K=ranks.shape[0],
+        R=R,
         q=factors.B.shape[1],
-        trained=count_factors(factors),
-        active=sum(bool(active) for active in factors.active),
+        trained=trained,
+        active=int(active.sum()),
     )
 
 

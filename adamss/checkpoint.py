@@ -4,26 +4,38 @@ Per layer, under its module path: ``C``, ``labels``, ``ranks``, ``active`` and e
 and ``B`` (training form, to resume from). Whole tensors of ``modules_to_save``. Metadata: format and
 version, config, writer, a fingerprint of each base weight, and a checksum over all tensors. Segmentation
 and mask come from the file and are never computed anew. This module knows bytes and NumPy arrays only.
+
+A file may come from anyone. `read` takes it apart without trusting a word of it: every length, type and number is
+checked before memory is spent on it, so that a file that lies is refused, and no file takes more than twice its size
+beside what the layers of the model take themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
 
-from adamss.config import AdamssConfig
+from adamss.config import AdamssConfig, shown
 from adamss.core import Factors, check_factors
 from adamss.core._array import Array, as_working_precision, device, namespace
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file can neither be renamed nor removed
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "FORMAT",
@@ -45,8 +57,20 @@ FORMAT = "adamss"
 FORMAT_VERSION = 1
 READABLE_VERSIONS = (1,)
 
-# What metadata of the wrong structure, or numbers out of range, can raise on their way into our types.
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+# What metadata of the wrong structure, or numbers out of range, can raise on their way into our types. Not
+# MemoryError: a file that brings it about has got past a check.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+LONGEST_MESSAGE = 500
+
+LEAST_ROOM = 1 << 18
+ROOM_PER_MODULE = 1 << 14
+MODULES = 4096
+"""Bytes that the Python objects of a header may take: a layer takes about 10,000, with its tensors' names and shapes,
+and a file has no more layers than the model has modules. Where there is no model, this many are taken for granted."""
+
+BYTES_OF_VALUE = 96
+"""Upper estimate of what a value of JSON takes in Python, per one of the characters ``[{,:``. ``[],`` takes 65."""
 
 PROJECTIONS = 4
 FINGERPRINT_TOLERANCE = 0.02
@@ -69,6 +93,15 @@ _DTYPES = {
     "BOOL": ("bool", 1),
 }
 _CODES = {name: code for code, (name, _) in _DTYPES.items()}
+
+# Where all these bits are set, a number is infinite or NaN; and the integers to look at them with.
+_EXPONENTS = {
+    "float64": ("<u8", 0x7FF << 52),
+    "float32": ("<u4", 0xFF << 23),
+    "float16": ("<u2", 0x1F << 10),
+    "bfloat16": ("<u2", 0xFF << 7),
+}
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -110,6 +143,17 @@ class StoredTensor:
             return bits.view(np.float32).reshape(self.shape)
         return np.frombuffer(self.data, dtype=np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
 
+    def is_finite(self) -> bool:
+        """Return whether no number is NaN or infinite; it is looked for piece by piece, in little memory."""
+        if self.dtype not in _EXPONENTS:
+            return True
+        integer, exponent = _EXPONENTS[self.dtype]
+        bits = np.frombuffer(self.data, dtype=integer)
+        mask = bits.dtype.type(exponent)
+        return not any(
+            ((bits[start : start + _PIECE] & mask) == mask).any() for start in range(0, bits.size, _PIECE)
+        )
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -130,12 +174,18 @@ class Fingerprint:
     projections: tuple[float, ...]
 
     def difference(self, other: Fingerprint) -> float:
-        """Return the largest difference of norm or projections, relative to the norm; infinity for another shape."""
+        """Return the largest difference of norm or projections, relative to the norm.
+
+        Infinity for another shape, and where a number is not finite.
+        """
         if self.shape != other.shape or len(self.projections) != len(other.projections):
-            return float("inf")
+            return math.inf
         ours, theirs = (self.norm, *self.projections), (other.norm, *other.projections)
+        # NaN is neither more nor less than anything: `max` would pass it over.
+        if not all(map(math.isfinite, (*ours, *theirs))):
+            return math.inf
         largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        return largest / self.norm if self.norm else largest
+        return largest / abs(self.norm) if self.norm else largest
 
 
 def fingerprint(W: Array) -> Fingerprint:
@@ -200,16 +250,19 @@ class StoredLayer:
         return self.M.numpy() if self.M is not None else np.asarray(contract(self.factors()))
 
     def outline(self) -> Factors:
-        """Return factors of the right shapes, labels, ranks and mask, whose B takes no memory.
+        """Return factors of the right shapes, labels, ranks and mask, whose A, B and C take no memory.
 
         A file that lies about its sizes must not make its reader allocate them.
         """
-        if self.M is None:
-            return self.factors()
-        q = self.M.shape[-1]
-        B = np.broadcast_to(np.zeros((), dtype=np.float32), (q, q))
-        labels, ranks = self.labels.numpy().astype(np.int64), self.ranks.numpy().astype(np.int64)
-        return Factors(self.M.numpy()[None, ...], B, self.C.numpy(), labels, ranks, self.active.numpy())
+        if self.M is not None:
+            shapes: tuple[tuple[int, ...], ...] = (1, *self.M.shape), 2 * self.M.shape[-1:]
+        elif self.A is not None and self.B is not None:
+            shapes = self.A.shape, self.B.shape
+        else:
+            raise CheckpointError("a layer has neither M nor A and B")
+        nothing = np.zeros((), dtype=np.float32)
+        A, B, C = (np.broadcast_to(nothing, shape) for shape in (*shapes, self.C.shape))
+        return Factors(A, B, C, self.labels.numpy(), self.ranks.numpy(), self.active.numpy())
 
     def factors(self) -> Factors:
         """Return the factors as NumPy arrays; of a portable file with ``A = M`` and ``B = I``."""
@@ -254,6 +307,10 @@ def join_path(path: str, name: str) -> str:
 def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Write a file: to a temporary one in the same folder, then renamed, so that a crash leaves the old one.
 
+    The temporary file of a process that was killed is left in the folder, under the name ``.NAME.PID-XXXXXXXX.tmp``,
+    and the next write of NAME removes it. Writers hold a lock on theirs, so that those of the living stay, whatever
+    host they run on. Where the file system has no locks (and on Windows) none is removed.
+
     Parameters
     ----------
     path
@@ -297,9 +354,8 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         "layers": json.dumps(bases),
         "modules_to_save": json.dumps({path: sorted(module) for path, module in checkpoint.saved.items()}),
         "writer": json.dumps(dict(checkpoint.writer)),
-        "checksum": _checksum(tensors),
     }
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, metadata | {"checksum": _checksum(tensors, metadata)})
 
 
 def write_tensors(
@@ -325,44 +381,58 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     return _deserialize(Path(path).read_bytes())
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
+def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
     """Read a file and check all that can be checked without the model.
 
     Parameters
     ----------
     path
         The file.
+    modules
+        How many modules the model has, and so how many layers there can be: room for that many is made at most.
 
     Returns
     -------
     Checkpoint
-        Its content.
+        Its content. Factors are finite: a file of a training that diverged is refused. ``modules_to_save`` may hold
+        any number, as masks in the buffers of a module do.
 
     Raises
     ------
     CheckpointNotFoundError
         If there is no such file.
     CheckpointError
-        If it is truncated, damaged, no file of `adamss`, or of a version that this one cannot read.
+        If it is truncated, damaged, no file of `adamss`, of a version that this one cannot read, or if its factors
+        hold NaN or infinity.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointNotFoundError(f"there is no adapter file {str(path)!r}")
     content = path.read_bytes()
+    room = len(content) // 8 + LEAST_ROOM + ROOM_PER_MODULE * modules
     try:
-        metadata = _metadata(content)
+        metadata = _metadata(content, room)
         _check_version(metadata)
-        tensors = _deserialize(content)
-        if _checksum(tensors) != metadata.get("checksum"):
-            raise CheckpointError("its checksum does not fit its tensors: it is damaged; take a fresh copy")
-        return _assemble(metadata, tensors)
+        entries = _deserialize(content)
+        # From here on there are only the tensors, once.
+        del content
+        tensors = dict(_stored_tensors(entries))
+        if _checksum(tensors, metadata) != metadata.get("checksum"):
+            raise CheckpointError("its checksum does not fit its content: it is damaged; take a fresh copy")
+        return _assemble(metadata, tensors, room)
     except CheckpointError as error:
-        raise CheckpointError(f"{str(path)!r}: {error}") from error
+        raise CheckpointError(f"{str(path)!r}: {_short(error)}") from error
     except (AdamssError, *MALFORMED) as error:
-        raise CheckpointError(f"{str(path)!r} is not a valid adapter file: {error}") from error
+        raise CheckpointError(f"{str(path)!r} is not a valid adapter file: {_short(error)}") from error
 
 
-def _metadata(content: bytes) -> dict[str, str]:
+def _short(error: Exception) -> str:
+    """Message of an error; what a file says in it may be as long as the file."""
+    text = str(error)
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
+
+
+def _metadata(content: bytes, room: int) -> dict[str, str]:
     """Metadata of a safetensors file: an 8-byte length, then JSON of that length.
 
     The library reads metadata from a path only; the bytes already read must not be looked up twice.
@@ -371,7 +441,9 @@ def _metadata(content: bytes) -> dict[str, str]:
     if len(content) < 8 or length > len(content) - 8:
         raise CheckpointError("it is truncated or no safetensors file")
     try:
-        header = json.loads(content[8 : 8 + length])
+        header = _parse(content[8 : 8 + length], room)
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError("it is damaged or no safetensors file") from error
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
@@ -380,26 +452,38 @@ def _metadata(content: bytes) -> dict[str, str]:
     return metadata
 
 
+def _parse(text: bytes, room: int) -> Any:
+    """Parse JSON in UTF-8 that takes no more than so many bytes as Python objects.
+
+    Three bytes of it can become a list of 56. So what it takes is estimated before: the text, once as it is, once
+    decoded and once again in strings, in which one character may make all of them four bytes wide; and the values.
+    """
+    width = 1 if text.isascii() else 4
+    if (1 + 2 * width) * len(text) + BYTES_OF_VALUE * sum(map(text.count, (b"[", b"{", b",", b":"))) > room:
+        raise CheckpointError("its header is longer than that of any adapter of this size")
+    return json.loads(text.decode())
+
+
 def _check_version(metadata: Mapping[str, str]) -> None:
     version = metadata.get("format_version")
     if version not in [str(readable) for readable in READABLE_VERSIONS]:
         raise CheckpointError(
-            f"it has format version {version!r}; this adamss reads {', '.join(map(str, READABLE_VERSIONS))}: "
+            f"it has format version {shown(version)}; this adamss reads {', '.join(map(str, READABLE_VERSIONS))}: "
             "install a newer adamss"
         )
 
 
-def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor]) -> Checkpoint:
-    config = AdamssConfig.from_dict(json.loads(metadata["config"]))
-    bases: dict[str, Any] = json.loads(metadata["layers"])
-    saved_names: dict[str, list[str]] = json.loads(metadata["modules_to_save"])
+def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], room: int) -> Checkpoint:
+    def table(name: str) -> dict[str, Any]:
+        found = _parse(metadata[name].encode(), room)
+        if not isinstance(found, dict):
+            raise CheckpointError(f"its {name} is no dictionary")
+        return found
+
+    config = AdamssConfig.from_file(table("config"))
     left = dict(tensors)
     layers = {}
-    for path, base in bases.items():
-        d, n = base["shape"]
-        mark = Fingerprint(
-            (int(d), int(n)), float(base["norm"]), tuple(float(p) for p in base["projections"])
-        )
+    for path, base in table("layers").items():
         present = {
             name: left.pop(join_path(path, name))
             for name in StoredLayer.TENSORS
@@ -408,37 +492,79 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor]) -> 
         missing = {"C", "labels", "ranks", "active"} - present.keys()
         if missing or ("M" in present) == ("A" in present) or ("A" in present) != ("B" in present):
             raise CheckpointError(
-                f"layer {path!r} lacks tensors; it has {', '.join(sorted(present)) or 'none'}"
+                f"layer {shown(path)} lacks tensors; it has {', '.join(sorted(present)) or 'none'}"
             )
-        layer = StoredLayer(base=mark, **present)
+        layer = StoredLayer(base=_mark(base, path), **present)
         _check_layer(layer, path)
         layers[path] = layer
-    saved = {
-        path: {name: left.pop(join_path(path, name)) for name in names} for path, names in saved_names.items()
-    }
+    saved = {}
+    for path, names in table("modules_to_save").items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"modules_to_save[{shown(path)}] is no list of names")
+        saved[path] = {name: left.pop(join_path(path, name)) for name in names}
+    _check_places(layers, saved)
     if left:
-        raise CheckpointError(f"it holds tensors that belong to no layer: {', '.join(sorted(left)[:3])}")
+        raise CheckpointError(
+            f"it holds tensors that belong to no layer: {', '.join(map(shown, sorted(left)[:3]))}"
+        )
     if not layers:
         raise CheckpointError("it adapts no layer")
-    writer = {str(name): str(version) for name, version in json.loads(metadata["writer"]).items()}
+    writer = table("writer")
+    if not all(isinstance(version, str) for version in writer.values()):
+        raise CheckpointError("its writer holds something else than versions")
     return Checkpoint(config, layers, saved, writer)
 
 
+def _mark(base: Any, path: str) -> Fingerprint:
+    """Fingerprint from JSON, in which ``true`` is an integer and NaN a number."""
+    shape, norm, projections = base["shape"], base["norm"], base["projections"]
+    numbers = [norm, *projections]
+    if not all(type(length) is int and length > 0 for length in shape) or len(shape) != 2:
+        raise CheckpointError(f"layer {shown(path)}: its fingerprint has no shape (d, n)")
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers) or norm < 0:
+        raise CheckpointError(f"layer {shown(path)}: its fingerprint holds {shown(numbers)}")
+    return Fingerprint((shape[0], shape[1]), float(norm), tuple(float(x) for x in projections))
+
+
+def _check_places(layers: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Check that no layer, and no module saved whole, is or lies within another one that is saved whole."""
+    for path in (*layers, *saved):
+        parts = path.split(".")
+        above = {"", *(".".join(parts[:end]) for end in range(1, len(parts)))} - {path}
+        if path in layers:
+            above.add(path)
+        if found := above & saved.keys():
+            raise CheckpointError(
+                f"{shown(path)} is or lies within {shown(found.pop())}, which it holds as a whole besides"
+            )
+
+
 def _check_layer(layer: StoredLayer, path: str) -> None:
-    for name, tensor in layer.tensors().items():
-        kind = {"labels": "uint", "ranks": "uint", "active": "bool"}.get(name, "")
-        fits = (
-            tensor.dtype.startswith(kind)
-            if kind
-            else tensor.dtype in ("float64", "float32", "float16", "bfloat16")
-        )
-        if not fits:
-            raise CheckpointError(f"layer {path!r}: {name} has dtype {tensor.dtype}")
-    check_factors(layer.outline(), shape=layer.base.shape, name=f"layer {path!r}")
+    name = f"layer {shown(path)}"
+    for key, tensor in layer.tensors().items():
+        kind = {"labels": "uint", "ranks": "uint", "active": "bool"}.get(key, "")
+        if not (tensor.dtype.startswith(kind) if kind else tensor.dtype in _EXPONENTS):
+            raise CheckpointError(f"{name}: {key} has dtype {tensor.dtype}")
+    factors = layer.outline()
+    check_factors(factors, shape=layer.base.shape, name=name)
+    # Which `attach` keeps to. Without it, a file of a few kilobytes asks for products of any size.
+    K, n, q = factors.ranks.shape[0], factors.labels.shape[0], factors.B.shape[1]
+    _, d, P = factors.A.shape
+    r = factors.C.shape[0]
+    if max(K, q, r) > n or (layer.A is not None and d < P):
+        raise CheckpointError(f"{name}: K = {K}, q = {q}, r = {r} or P = {P} is more than ({d}, {n}) allows")
+    for key, tensor in layer.tensors().items():
+        if not tensor.is_finite():
+            raise CheckpointError(
+                f"{name}: {key} holds NaN or infinity: the training diverged; take a file from before"
+            )
 
 
-def _checksum(tensors: Mapping[str, StoredTensor]) -> str:
+def _checksum(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> str:
+    """Checksum of all that a file holds, but itself."""
     digest = hashlib.sha256()
+    described = {name: value for name, value in metadata.items() if name != "checksum"}
+    digest.update(json.dumps(described, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, tensor.dtype, list(tensor.shape)]).encode())
@@ -461,28 +587,93 @@ def _serialize(tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) ->
     return bytes(safetensors.serialize(specs, metadata))
 
 
-def _deserialize(content: bytes) -> dict[str, StoredTensor]:
+def _deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:
     try:
-        entries = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+        entries: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"it is truncated or damaged ({error}); take a fresh copy") from error
-    tensors = {}
-    for name, entry in entries:
+        raise CheckpointError(f"it is truncated or damaged ({_short(error)}); take a fresh copy") from error
+    return entries
+
+
+def _stored_tensors(entries: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, StoredTensor]]:
+    """Turn the library's buffers into bytes one by one, and let go of each: all of them twice would be too much."""
+    while entries:
+        name, entry = entries.pop()
         if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"tensor {name!r} has dtype {entry['dtype']}, which no adapter file has")
+            raise CheckpointError(
+                f"tensor {shown(name)} has dtype {entry['dtype']}, which no adapter file has"
+            )
         dtype, _ = _DTYPES[entry["dtype"]]
-        tensors[name] = StoredTensor(dtype, tuple(entry["shape"]), bytes(entry["data"]))
-    return tensors
+        tensor = StoredTensor(dtype, tuple(entry["shape"]), bytes(entry.pop("data")))
+        if dtype == "bool" and np.any(np.frombuffer(tensor.data, dtype=np.uint8) > 1):
+            raise CheckpointError(f"tensor {shown(name)} holds booleans that are neither 0 nor 1")
+        yield name, tensor
+
+
+# ---- writing ---------------------------------------------------------------------------------------
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    _remove_stale(path)
+    with _temporary(path) as (temporary, file):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        if fcntl is None:
+            file.close()
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Make a new file beside the path, locked as long as it is open, and remove it if writing fails."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        with open(temporary, "xb") as file:
+            try:
+                # Between the two calls another writer may have taken it for one of the dead.
+                if _lock(file.fileno()) is False or not _is_at(temporary, file.fileno()):
+                    continue
+                yield temporary, file
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        return
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove temporary files of this path whose writers are dead: nobody holds the lock any more."""
+    if fcntl is None:
+        return
+    ours = re.compile(re.escape(f".{path.name}.") + r"\d+-[0-9a-f]{8}\.tmp")
+    # A clean folder is not worth a failed save.
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for name in [entry.name for entry in entries if ours.fullmatch(entry.name)]:
+            with suppress(OSError):
+                descriptor = os.open(path.with_name(name), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if _lock(descriptor):
+                        path.with_name(name).unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Take the lock of an open file: True if it was free, False if it was not, None if there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Return whether an open file is the one that has this name."""
+    try:
+        return fcntl is None or os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

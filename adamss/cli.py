@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -33,10 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("file", help="a file that adamss.save wrote")
     options = parser.parse_args(arguments)
     try:
-        print(describe(checkpoint.read(options.file)))
+        text = describe(checkpoint.read(options.file))
     except (AdamssError, OSError) as error:
         print(f"adamss: {error}", file=sys.stderr)
         return 1
+    # Names may hold what the terminal's encoding has not.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0
 
 
@@ -51,16 +55,27 @@ def describe(stored: checkpoint.Checkpoint) -> str:
     Returns
     -------
     str
-        Several lines.
+        Several lines. What a file calls its layers is shown as printable characters, and not at any length.
     """
-    rows = tuple(summarise(path, layer.base.shape, layer.outline()) for path, layer in stored.layers.items())
-    sizes = [tensor.numpy().size for module in stored.saved.values() for tensor in module.values()]
+    rows = tuple(
+        summarise(_printable(path), layer.base.shape, layer.outline())
+        for path, layer in stored.layers.items()
+    )
+    sizes = [math.prod(tensor.shape) for module in stored.saved.values() for tensor in module.values()]
     training = any(layer.A is not None for layer in stored.layers.values())
     return "\n".join(
         (
             str(Summary(rows, total(rows), sum(sizes))),
             f"form: {'training (A and B)' if training else 'portable (M)'}",
-            f"config: {stored.config}",
-            "written by: " + ", ".join(f"{name} {version}" for name, version in stored.writer.items()),
+            f"config: {_printable(str(stored.config), longest=10_000)}",
+            "written by: "
+            + ", ".join(_printable(f"{name} {version}") for name, version in stored.writer.items()),
         )
     )
+
+
+def _printable(text: str, longest: int = 200) -> str:
+    """Escape what a terminal would take for a command, and what is no character: a file may come from anyone."""
+    if len(text) > longest:
+        text = f"{text[:longest]}..."
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -13,7 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 from adamss.core import BASES, INITIAL_B, METHODS
 from adamss.errors import ConfigError, ConfigTypeError
 
-__all__ = ["AdamssConfig", "BudgetConfig"]
+__all__ = ["AdamssConfig", "BudgetConfig", "shown"]
 
 UNITS = ("subspaces", "parameters")
 LARGEST_POWER = 100
@@ -21,6 +22,14 @@ WINDOWS = ("reset", "running")
 FACTOR_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 T = TypeVar("T")
+
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = _shortened.maxlong = 200
+
+
+def shown(value: object) -> str:
+    """Return the ``repr`` of a value for a message, shortened: it may come from a file, and be as long as that."""
+    return _shortened.repr(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +205,8 @@ class AdamssConfig:
                 raise ConfigError("targets is empty; name at least one module, such as ['query', 'value']")
         if isinstance(self.modules_to_save, str):
             raise ConfigTypeError(
-                f"modules_to_save must be a list of names, found the string {self.modules_to_save!r}; "
-                f"write [{self.modules_to_save!r}]"
+                f"modules_to_save must be a list of names, found the string {shown(self.modules_to_save)}; "
+                f"write [{shown(self.modules_to_save)}]"
             )
         _set_names(self, "modules_to_save")
         _check_choice(self, "segmentation", METHODS)
@@ -215,7 +224,7 @@ class AdamssConfig:
             if self.segmentation != "ksubspaces":
                 raise ConfigError(
                     "segmentation_dimension is for segmentation = 'ksubspaces', "
-                    f"found {self.segmentation!r}; leave it out"
+                    f"found {shown(self.segmentation)}; leave it out"
                 )
         if self.budget is not None and not isinstance(self.budget, BudgetConfig):
             raise ConfigTypeError(
@@ -240,6 +249,25 @@ class AdamssConfig:
             settings = {**settings, "budget": BudgetConfig.from_dict(settings["budget"])}
         return _from_dict(cls, settings)
 
+    @classmethod
+    def from_file(cls, settings: Mapping[str, Any]) -> Self:
+        """Make a config of what a file says `to_dict` returned.
+
+        A regular expression in ``targets`` is taken as it stands. It did its work when the model was attached, `load`
+        does not match it, and to compile one that was made for it can take hours.
+
+        Raises
+        ------
+        ConfigError, ConfigTypeError
+            If a setting is unknown, missing, or cannot be used.
+        """
+        pattern = settings.get("targets")
+        if not isinstance(pattern, str) or not pattern:
+            return cls.from_dict(settings)
+        config = cls.from_dict({**settings, "targets": (pattern,)})
+        object.__setattr__(config, "targets", pattern)
+        return config
+
 
 def _from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
     if not isinstance(settings, Mapping):
@@ -247,7 +275,7 @@ def _from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     unknown = sorted(str(name) for name in settings.keys() - {field.name for field in fields})
     if unknown:
-        raise ConfigError(f"{cls.__name__} has no setting {', '.join(unknown)}")
+        raise ConfigError(f"{cls.__name__} has no setting {', '.join(unknown[:3])[:200]}")
     needed = [field.name for field in fields if field.default is dataclasses.MISSING]
     missing = [name for name in needed if name not in settings]
     if missing:
@@ -262,7 +290,7 @@ def _set_integer(config: object, name: str, *, minimum: int) -> None:
             raise TypeError
         number = index(value)
     except TypeError:
-        raise ConfigTypeError(f"{name} must be an integer, found {value!r}") from None
+        raise ConfigTypeError(f"{name} must be an integer, found {shown(value)}") from None
     if number < minimum:
         raise ConfigError(f"{name} must be at least {minimum}, found {number}")
     object.__setattr__(config, name, number)
@@ -273,10 +301,10 @@ def _set_names(config: object, name: str) -> None:
     try:
         names = tuple(value)
     except TypeError:
-        raise ConfigTypeError(f"{name} must be a list of names, found {value!r}") from None
+        raise ConfigTypeError(f"{name} must be a list of names, found {shown(value)}") from None
     for entry in names:
         if not isinstance(entry, str):
-            raise ConfigTypeError(f"{name} must hold strings, found {entry!r}")
+            raise ConfigTypeError(f"{name} must hold strings, found {shown(entry)}")
         if not entry:
             raise ConfigError(f"{name} holds an empty name; leave it out")
     object.__setattr__(config, name, names)
@@ -285,8 +313,8 @@ def _set_names(config: object, name: str) -> None:
 def _check_pattern(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name} is not a regular expression: {pattern!r} ({error})") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{name} is not a regular expression: {shown(pattern)} ({error})") from error
     if not pattern:
         raise ConfigError(f"{name} is an empty pattern; name at least one module")
 
@@ -294,20 +322,23 @@ def _check_pattern(name: str, pattern: str) -> None:
 def _check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}; found {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; found {shown(value)}")
 
 
 def _check_bool(config: object, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, bool):
-        raise ConfigTypeError(f"{name} must be True or False, found {value!r}")
+        raise ConfigTypeError(f"{name} must be True or False, found {shown(value)}")
 
 
 def _check_real(config: object, name: str, *, low: float, high: float | None) -> None:
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ConfigTypeError(f"{name} must be a number, found {value!r}")
-    value = float(value)
+        raise ConfigTypeError(f"{name} must be a number, found {shown(value)}")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = float("inf")
     object.__setattr__(config, name, value)
     if high is None and not low < value < float("inf"):
         raise ConfigError(f"{name} must be positive and finite, found {value}")

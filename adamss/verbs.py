@@ -465,8 +465,9 @@ def load(
     CheckpointNotFoundError
         If there is no such file.
     CheckpointError
-        If the file is damaged, foreign or of an unknown version, or does not fit the model; the message
-        says how. The model is unchanged.
+        If the file is damaged, foreign or of an unknown version, or does not fit the model; if its factors hold NaN
+        or infinity (`save` keeps what a training that diverged has left, `load` does not take it up), or a number
+        overflows the dtype that it gets in this model. The message says which. The model is unchanged.
     LayerError
         If a weight has no values, on the meta device, and they are needed.
     StateError
@@ -475,10 +476,10 @@ def load(
     backend = backend_for(base_model)
     with backend.exact(), backend.divided(base_model, enabled=divide) as division:
         _require_base(backend, base_model, "load")
-        stored = files.read(_checked_path(path))
         modules = backend.modules(base_model)
+        stored = files.read(_checked_path(path), modules=len(modules))
         _require_modules([*stored.layers, *stored.saved], modules)
-        _require_distinct(list(stored.layers), modules)
+        _require_distinct([*stored.layers, *stored.saved], modules)
         weights = {
             layer_path: backend.weight(modules[layer_path], layer_path) for layer_path in stored.layers
         }
@@ -500,7 +501,9 @@ def load(
                         check_matrix(base.W, name=f"{layer_path}: weight")
                     if check_base:
                         _check_base_values(layer_path, layer, base)
-                    factors = _loaded_factors(backend, layer, base, stored.config, trainable=trainable)
+                    factors = _loaded_factors(
+                        backend, layer, base, stored.config, path=layer_path, trainable=trainable
+                    )
                     count()
                     return factors
 
@@ -1016,7 +1019,7 @@ def _saved_arrays(
     tensors = {name: tensor for name, tensor in tensors.items() if name in present or name not in optional}
     if tensors.keys() | optional != present.keys() | optional:
         raise CheckpointError(
-            f"{path}: the file holds {', '.join(sorted(tensors)) or 'nothing'}, "
+            f"{path}: the file holds {', '.join(sorted(tensors))[:200] or 'nothing'}, "
             f"the model has {', '.join(sorted(present)) or 'nothing'}"
         )
     for name, tensor in tensors.items():
@@ -1025,15 +1028,61 @@ def _saved_arrays(
                 f"{join_path(path, name)}: the file has shape {tensor.shape}, the model {tuple(present[name].shape)}"
             )
     return {
-        name: backend.from_stored(tensor, like=present[name], dtype=backend.dtype_name(present[name]))
+        name: _saved_array(backend, join_path(path, name), tensor, present[name])
         for name, tensor in tensors.items()
     }
 
 
+def _saved_array(backend: Backend, name: str, tensor: StoredTensor, present: Any) -> Any:
+    """Return what a file has for an array of the model, rounded to that one's dtype but never cut off."""
+    dtype = backend.dtype_name(present)
+    if tensor.dtype == dtype:
+        return backend.from_stored(tensor, like=present)
+    # Overflow is found below, whatever a framework makes of it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = backend.from_stored(tensor, like=present, dtype=dtype)
+    if "float" in tensor.dtype and "float" in dtype:
+        fits = not tensor.is_finite() or backend.to_stored(array).is_finite()
+    else:
+        fits = np.array_equal(backend.to_stored(array).numpy(), tensor.numpy())
+    if not fits:
+        raise CheckpointError(
+            f"{name}: the file has {tensor.dtype}, of which the model's {dtype} cannot hold all"
+        )
+    return array
+
+
 def _loaded_factors(
-    backend: Backend, layer: StoredLayer, base: BaseWeight, config: AdamssConfig, *, trainable: bool
+    backend: Backend,
+    layer: StoredLayer,
+    base: BaseWeight,
+    config: AdamssConfig,
+    *,
+    path: str,
+    trainable: bool,
 ) -> Factors:
+    """Return the factors of a layer in the dtype that they get in this model."""
     dtype = _factor_dtype(backend, base, config, loading=True)
+    # Overflow is found below, whatever a framework makes of it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        factors = _factors_in(dtype, backend, layer, base, config, trainable=trainable)
+    xp = namespace(factors.C)
+    if not all(bool(xp.all(xp.isfinite(array))) for array in factors[:3]):
+        raise CheckpointError(
+            f"{path}: the file holds numbers too large for {dtype}; load it into a model of a wider dtype"
+        )
+    return factors
+
+
+def _factors_in(
+    dtype: str,
+    backend: Backend,
+    layer: StoredLayer,
+    base: BaseWeight,
+    config: AdamssConfig,
+    *,
+    trainable: bool,
+) -> Factors:
 
     def array(stored: StoredTensor, *, dtype: str | None = None) -> Any:
         return backend.from_stored(stored, like=base.W, dtype=dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adamss.core._array import check_concrete, namespace, one_hot
-from adamss.core.factors import Factors, basis_ranks
+from adamss.core._array import check_concrete, namespace
+from adamss.core.factors import Factors, basis_ranks, subspace_sizes
 from adamss.errors import ConfigError
 
 __all__ = [
@@ -124,7 +124,7 @@ def count_factors(factors: Factors, *, active_only: bool = False) -> int:
     """
     check_concrete(factors.labels, factors.ranks, name="labels and ranks")
     xp = namespace(factors.labels)
-    sizes = xp.sum(one_hot(factors.labels, factors.ranks.shape[0], dtype=factors.ranks.dtype), axis=0)
+    sizes = subspace_sizes(factors.labels, factors.ranks.shape[0])
     ranks = factors.ranks
     if active_only:
         ranks = xp.where(factors.active, ranks, xp.zeros_like(ranks))

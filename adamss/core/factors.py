@@ -44,6 +44,7 @@ __all__ = [
     "merge",
     "only",
     "restrict",
+    "subspace_sizes",
     "trained_elements",
 ]
 
@@ -410,10 +411,30 @@ def basis_ranks(factors: Factors) -> Array:
     groups, _, P = factors.A.shape
     if groups == 1:
         return xp.full(factors.ranks.shape, P, dtype=factors.ranks.dtype, device=device(factors.ranks))
-    sizes = xp.sum(
-        one_hot(factors.labels, groups, dtype=factors.ranks.dtype), axis=0, dtype=factors.ranks.dtype
-    )
-    return xp.minimum(sizes, xp.full_like(sizes, P))
+    sizes = subspace_sizes(factors.labels, groups)
+    return xp.astype(xp.minimum(sizes, xp.full_like(sizes, P)), factors.ranks.dtype)
+
+
+def subspace_sizes(labels: Array, subspaces: int) -> Array:
+    """Return n_k, the number of columns of each subspace.
+
+    Parameters
+    ----------
+    labels
+        Subspace of each column, (n,) integers in 0 .. K - 1.
+    subspaces
+        K.
+
+    Returns
+    -------
+    Array
+        (K,) integers.
+    """
+    # Not by a one-hot matrix: (n, K) is as large as the square of what a file says.
+    xp = namespace(labels)
+    first = xp.arange(subspaces, dtype=labels.dtype, device=device(labels))
+    ordered = xp.sort(labels)
+    return xp.searchsorted(ordered, first, side="right") - xp.searchsorted(ordered, first, side="left")
 
 
 def expand(factors: Factors) -> Array:

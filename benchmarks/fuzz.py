@@ -1,0 +1,774 @@
+"""Damaged and hostile adapter files: each gives an `AdamssError` or loads what it says, and nothing else happens.
+
+Valid files (both forms, both bases, with and without bias, saved modules, a budget, frozen subspaces, every dtype, a
+few kilobytes and half a megabyte) are spoiled, one way or several at once, mostly with the checksum made right again
+so that what lies behind it is reached. Every file is loaded into a NumPy model, and a share of them into a PyTorch
+and an Equinox model where those are installed, and into ``adamss show``. What fails, and keeps its file:
+
+- any exception but an `AdamssError`, warnings among them;
+- a model that is not what it was after a file was refused;
+- an update, segmentation, mask, setting or saved tensor that is not what a reader of its own finds in the file;
+- a load that takes longer than `TIME_LIMIT`;
+- memory beyond twice the file, besides what the honest file takes in the same model and `HEADER`. ::
+
+    python benchmarks/fuzz.py --files 100000 --seed 0
+    python benchmarks/fuzz.py --seed 0 --only 4711 --keep here
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import importlib.util
+import io
+import json
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mutations import FLOATS, TABLES, Tensor, draft_of, mutated, pick, taken_apart, written
+from tabulate import tabulate
+from tqdm import tqdm
+
+import adamss
+from adamss import cli
+from adamss.backend import NumpyLinear, NumpyModel
+from adamss.errors import AdamssError
+
+TIME_LIMIT = 10.0
+"""Seconds. Files load in milliseconds; the rest is for a machine that does other things too."""
+
+HEADER = 1 << 19
+"""Bytes for the Python objects of a header (names, shapes, numbers) and of the load, for a file of any size."""
+
+SHOWN = 1 << 26
+"""The same for ``adamss show``, which has no model that would say how many layers there can be."""
+
+ADDRESS_SPACE = 4 << 30
+"""Bytes that the process may map beyond what it has: a library's attempt to allocate more is an error, not a swap."""
+
+RESIDENT = 256 << 20
+"""Bytes by which the resident memory may grow at most, in a campaign on NumPy alone."""
+
+BFLOAT16 = 2.0**-7
+"""Rounding unit."""
+
+# ---- valid files ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Origin:
+    """A valid file, the weights it is for, and what its load takes.
+
+    Attributes
+    ----------
+    name : str
+    content : bytes
+    weights : dict of str to (W, b)
+        By module path.
+    model : NumpyModel
+    before : dict of str to bytes
+        Of the arrays of the model.
+    memory : dict of bool to int
+        Peak of the honest load by `trainable`, in bytes.
+    """
+
+    name: str
+    content: bytes
+    weights: dict[str, tuple[np.ndarray, np.ndarray | None]]
+    model: NumpyModel
+    before: dict[str, bytes]
+    memory: dict[bool, int] = field(default_factory=dict)
+
+
+def base_model(weights: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> NumpyModel:
+    """Return a NumPy model."""
+    return NumpyModel({path: NumpyLinear(W, b) for path, (W, b) in weights.items()})
+
+
+def arrays_of(model: NumpyModel) -> dict[str, bytes]:
+    """Return the bytes of all the arrays of a NumPy model without adapters."""
+    if model.config is not None or any(layer.factors is not None for layer in model.layers.values()):
+        return {"adapted": b""}
+    found = {}
+    for path, layer in model.layers.items():
+        found[path] = layer.W.tobytes() + (b"" if layer.b is None else layer.b.tobytes())
+    return found
+
+
+def origins(folder: Path) -> list[Origin]:
+    """Write the valid files that mutations start from."""
+    common = {"rank": 5, "subspaces": 3, "subspace_rank": 2}
+    budget = adamss.BudgetConfig(target=2, end_step=10)
+    plan: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("portable, shared, float64, head, budget", {"modules_to_save": ["head"], "budget": budget}, {}),
+        ("training, shared, float32", {}, {"dtype": "float32", "training": True}),
+        (
+            "portable, per_subspace, bias, float32",
+            {"include_bias": True, "basis": "per_subspace"},
+            {"dtype": "float32"},
+        ),
+        (
+            "training, per_subspace, bias, head, float64",
+            {"include_bias": True, "basis": "per_subspace", "modules_to_save": ["head"], "subspaces": 4},
+            {"training": True},
+        ),
+        (
+            "portable, float16",
+            {"factor_dtype": "float16", "targets": r"encoder\.\d\.query"},
+            {"dtype": "float32"},
+        ),
+        (
+            "training, bfloat16",
+            {"factor_dtype": "float32"},
+            {"dtype": "float32", "training": True, "code": "BF16"},
+        ),
+        (
+            "portable, names in Chinese",
+            {"targets": ["查询"]},
+            {"names": ("编码.0.查询", "编码.1.查询", "head")},
+        ),
+        (
+            "portable, large, head",
+            {"modules_to_save": ["head"], "subspaces": 8, "rank": 16},
+            {"shape": (192, 160), "dtype": "float32", "head": (160, 900)},
+        ),
+        (
+            "training, large, per_subspace, bias",
+            {"basis": "per_subspace", "include_bias": True, "subspaces": 8, "rank": 16},
+            {"shape": (192, 160), "dtype": "float32", "training": True},
+        ),
+    ]
+    found = []
+    for number, (name, settings, options) in enumerate(plan):
+        rng = np.random.default_rng(number)
+        dtype = options.get("dtype", "float64")
+        d, n = options.get("shape", (12, 10))
+        names = options.get("names", ("encoder.0.query", "encoder.1.query", "head"))
+        weights: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
+            path: (rng.standard_normal((d, n)).astype(dtype), rng.standard_normal(n).astype(dtype))
+            for path in names[:2]
+        }
+        inputs, outputs = options.get("head", (10, 4))
+        weights["head"] = (rng.standard_normal((inputs, outputs)).astype(dtype), np.ones(outputs, dtype))
+        model = adamss.attach(
+            base_model(weights), adamss.AdamssConfig(**{"targets": ["query"], **common, **settings})
+        )
+        for layer in model.layers.values():
+            if layer.factors is not None:
+                _, _, C, labels, ranks, active = layer.factors
+                within = np.arange(C.shape[0])[:, None] < ranks[labels]
+                C[...] = np.where(within, rng.standard_normal(C.shape), 0.0)
+                active[rng.integers(active.size)] = False
+        path = folder / f"{number}.safetensors"
+        adamss.save(model, path, training=options.get("training", False))
+        draft = draft_of(path.read_bytes())
+        if "code" in options:
+            # What NumPy cannot write.
+            for _, tensor in draft.tensors:
+                if tensor.dtype in FLOATS:
+                    tensor.set(tensor.array(), options["code"])
+            draft.metadata["config"]["factor_dtype"] = "bfloat16"
+        base = base_model(weights)
+        origin = Origin(name, written(draft), weights, base, arrays_of(base))
+        path.write_bytes(origin.content)
+        for trainable in (True, False):
+            tracemalloc.reset_peak()
+            start = tracemalloc.get_traced_memory()[0]
+            adamss.load(base, path, trainable=trainable)
+            origin.memory[trainable] = tracemalloc.get_traced_memory()[1] - start
+        found.append(origin)
+    return found
+
+
+# ---- judging -------------------------------------------------------------------------------------------
+
+
+class TooLongError(BaseException):
+    """A load took too long; no handler of exceptions may take it for something else."""
+
+
+class WrongError(Exception):
+    """What was loaded is not what the file says, or a model was changed."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What came of one file."""
+
+    index: int
+    kind: str
+    size: int
+    result: str = ""
+    targets: Sequence[str] = ()
+    failure: str = ""
+    changed: bool = False
+    seconds: float = 0.0
+    memory: int = 0
+    """Bytes, without those that the honest file takes in the same model besides itself, and without `HEADER`."""
+
+
+def expected_update(tensors: Mapping[str, Tensor], path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the update (d, n) that a file's tensors say, and the size of what it is the sum of."""
+    values = {
+        name: tensors[f"{path}.{name}" if path else name].array()
+        for name in ("M", "A", "B", "C", "labels", "ranks")
+        if (f"{path}.{name}" if path else name) in tensors
+    }
+    return update_of(values)
+
+
+def update_of(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``A_k B_k C_k`` in the columns of subspace k, and the size of its terms: by the definition."""
+    C, labels, ranks = values["C"].astype("f8"), values["labels"].astype("i8"), values["ranks"].astype("i8")
+    ends = np.cumsum(ranks)
+    if "M" in values:
+        blocks = [values["M"].astype("f8")[:, end - r : end] for end, r in zip(ends, ranks, strict=True)]
+        sizes = [np.linalg.norm(block, axis=0)[None] for block in blocks]
+    else:
+        A, B = values["A"].astype("f8"), values["B"].astype("f8")
+        bases = [A[k if len(A) > 1 else 0] for k in range(len(ranks))]
+        parts = [B[:, end - r : end] for end, r in zip(ends, ranks, strict=True)]
+        blocks = [basis @ part for basis, part in zip(bases, parts, strict=True)]
+        sizes = [np.abs(basis) @ np.abs(part) for basis, part in zip(bases, parts, strict=True)]
+    columns = [blocks[k] @ C[: ranks[k], j] for j, k in enumerate(labels)]
+    size = [
+        np.broadcast_to(sizes[k] @ np.abs(C[: ranks[k], j]), len(blocks[k])) for j, k in enumerate(labels)
+    ]
+    return np.stack(columns, axis=1), np.stack(size, axis=1)
+
+
+def check_loaded(
+    content: bytes, layers: Mapping[str, Any], saved: Mapping[str, Any], config: Any, *, eps: float = 0.0
+) -> None:
+    """Compare what was loaded, as NumPy arrays, with what the file says.
+
+    Parameters
+    ----------
+    content : bytes
+        The file.
+    layers : mapping of str to Factors
+        Of NumPy arrays, in the dtype of the model.
+    saved : mapping of str to mapping of str to array
+        Of the model.
+    config : AdamssConfig
+        Of the model.
+    eps : float
+        Rounding unit of the factors, where it is more than that of the arrays.
+    """
+    tensors, metadata = taken_apart(content)
+    tables = {name: json.loads(metadata[name]) for name in TABLES}
+    if set(layers) != set(tables["layers"]) or set(saved) != set(tables["modules_to_save"]):
+        raise WrongError(f"loaded layers {sorted(layers)} and saved modules {sorted(saved)}")
+    for path, factors in layers.items():
+        for name in ("labels", "ranks", "active"):
+            if not np.array_equal(getattr(factors, name), tensors[f"{path}.{name}"].array()):
+                raise WrongError(f"{path}: {name} is not that of the file")
+        A, B, C = (np.asarray(array, dtype="f8") for array in factors[:3])
+        with np.errstate(all="ignore"):
+            wanted, size = expected_update(tensors, path)
+            found, own = update_of({"A": A, "B": B, "C": C, "labels": factors.labels, "ranks": factors.ranks})
+        eps = max(eps, *(float(np.finfo(array.dtype).eps) for array in factors[:3]))
+        least = {"float16": 6e-8, "float64": 1e-300}.get(str(factors.C.dtype), 1e-37)
+        # Underflow of a factor leaves an error that the other one multiplies.
+        floor = least * (1 + np.abs(C).max()) * (1 + np.abs(B).max()) * 100 * B.shape[0]
+        with np.errstate(all="ignore"):
+            bound = 50 * eps * np.maximum(size, own) + floor
+            # Where a product of finite factors overflows there is nothing to compare.
+            right = (np.abs(found - wanted) <= bound) | ~np.isfinite(size * 2)
+        if not right.all():
+            raise WrongError(f"{path}: the update is not that of the file")
+    for path, arrays in saved.items():
+        for name, array in arrays.items():
+            if f"{path}.{name}" not in tensors:
+                raise WrongError(f"{path}.{name} is not in the file")
+            with np.errstate(all="ignore"):
+                wanted = tensors[f"{path}.{name}"].array().astype(array.dtype)
+            if not np.array_equal(array, wanted, equal_nan=True):
+                raise WrongError(f"{path}.{name} is not that of the file")
+    for name, value in tables["config"].items():
+        mine = getattr(config, name)
+        if isinstance(value, dict) and name == "budget":
+            mine, value = [getattr(mine, key) for key in value], list(value.values())
+        elif isinstance(value, list | dict):
+            mine, value = list(mine), list(value)
+        if mine != value:
+            raise WrongError(f"config.{name} is {mine!r}, the file says {value!r}"[:300])
+
+
+class NumpyTarget:
+    """The reference backend: a model per origin, which nothing may change."""
+
+    name = "numpy"
+
+    def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
+        """Load, and return what checks the result."""
+        model = adamss.load(origin.model, path, **options)
+
+        def check(content: bytes) -> None:
+            layers = {
+                name: layer.factors for name, layer in model.layers.items() if layer.factors is not None
+            }
+            saved = {name: {"weight": model[name].W.T, "bias": model[name].b} for name in model.saved}
+            check_loaded(content, layers, saved, model.config)
+
+        return check
+
+    def unchanged(self, origin: Origin) -> bool:
+        """Return whether the model that was given is what it was."""
+        return arrays_of(origin.model) == origin.before
+
+
+class ShowTarget(NumpyTarget):
+    """The command, which prints a file or says why not."""
+
+    name = "show"
+
+    def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
+        """Print into the void, through an encoding that has only half of all characters."""
+        out, err = (io.TextIOWrapper(io.BytesIO(), "latin-1") for _ in range(2))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            status = cli.main(["show", str(path)])
+        out.flush()
+        text = out.buffer.getvalue().decode("latin-1")
+        err.close()
+        if status:
+            raise AdamssError(f"{str(path)!r}: not shown")
+        if any(not (char.isprintable() or char == "\n") for char in text):
+            raise WrongError("show printed a control character")
+        return lambda content: None
+
+
+class TorchTarget:
+    """PyTorch: models are changed in place, and given back by `detach`."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch = torch
+        self.models: dict[int, tuple[Any, Any]] = {}
+
+    def model(self, origin: Origin) -> Any:
+        """Return the model of an origin, in float32."""
+        torch = self.torch
+        if id(origin) not in self.models:
+            root = torch.nn.Module()
+            for path, (W, b) in origin.weights.items():
+                *above, last = path.split(".")
+                place = root
+                for name in above:
+                    if not hasattr(place, name):
+                        place.add_module(name, torch.nn.Module())
+                    place = getattr(place, name)
+                layer = torch.nn.Linear(*W.shape, bias=b is not None)
+                with torch.no_grad():
+                    layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(W.T)))
+                    layer.bias.copy_(torch.from_numpy(b))
+                place.add_module(last, layer)
+            self.models[id(origin)] = root, self.state(root)
+        return self.models[id(origin)][0]
+
+    def state(self, model: Any) -> Any:
+        """Return all that a load could change."""
+        return (
+            {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()},
+            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+            {name: len(module._forward_hooks) for name, module in model.named_modules()},
+        )
+
+    def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
+        """Load, and return what checks the result and takes it off again."""
+        model = adamss.load(self.model(origin), path, **options)
+
+        def check(content: bytes) -> None:
+            from adamss.backend import get_backend
+
+            backend = get_backend("torch")
+            adaptation = backend.adaptation(model)
+            modules = backend.modules(model)
+            layers = {
+                name: type(factors)(*(array.detach() for array in factors))
+                for name, factors in adaptation.layers.items()
+            }
+            half = any(factors.C.dtype == self.torch.bfloat16 for factors in layers.values())
+            layers = {
+                name: type(factors)(
+                    *(
+                        (array.float() if half and array.is_floating_point() else array).numpy()
+                        for array in factors
+                    )
+                )
+                for name, factors in layers.items()
+            }
+            saved = {
+                name: {key: array.detach().numpy() for key, array in backend.arrays(modules[name]).items()}
+                for name in adaptation.saved
+            }
+            try:
+                check_loaded(content, layers, saved, adaptation.config, eps=BFLOAT16 if half else 0.0)
+                if not half:
+                    self.check_outputs(origin, model, layers)
+            finally:
+                adamss.detach(model)
+
+        return check
+
+    def check_outputs(self, origin: Origin, model: Any, layers: Mapping[str, Any]) -> None:
+        """Compare what the layers compute with ``x (W + delta)``, where numbers are of an ordinary size."""
+        for path, factors in layers.items():
+            values = {name: np.asarray(getattr(factors, name)) for name in ("A", "B", "C", "labels", "ranks")}
+            delta, size = update_of(values)
+            W, b = origin.weights[path]
+            if size.max() < 1e4 and factors.C.dtype == np.float32:
+                update = delta[: len(W)] + W
+                expected = update.sum(axis=0) + b + (delta[len(W)] if len(delta) > len(W) else 0)
+                with self.torch.no_grad():
+                    found = model.get_submodule(path)(self.torch.ones(1, len(W)))[0].numpy()
+                bound = 1e-4 * (size.sum(axis=0) + np.abs(W).sum(axis=0) + 1)
+                if not (np.abs(found - expected) <= bound).all():
+                    raise WrongError(f"{path}: the output is not x (W + delta)")
+
+    def unchanged(self, origin: Origin) -> bool:
+        """Return whether the model is what it was, hooks and flags too."""
+        model, before = self.models[id(origin)]
+        return bool(self.state(model) == before)
+
+
+class EquinoxTarget:
+    """JAX: models are trees, which nothing may change."""
+
+    name = "jax"
+
+    def __init__(self) -> None:
+        import equinox
+        import jax
+
+        self.equinox, self.jax = equinox, jax
+        self.models: dict[int, tuple[Any, Any]] = {}
+
+    def model(self, origin: Origin) -> Any:
+        """Return the model of an origin, in float32, as dictionaries of layers."""
+        if id(origin) not in self.models:
+            root: dict[str, Any] = {}
+            for path, (W, b) in origin.weights.items():
+                layer = self.equinox.nn.Linear(*W.shape, key=self.jax.random.key(0))
+                arrays = tuple(self.jax.numpy.asarray(array, dtype="float32") for array in (W.T, b))
+                layer = self.equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, arrays)
+                *above, last = path.split(".")
+                place = root
+                for name in above:
+                    place = place.setdefault(name, {})
+                place[last] = layer
+            self.models[id(origin)] = root, self.state(root)
+        return self.models[id(origin)][0]
+
+    def state(self, model: Any) -> Any:
+        """Return structure and bytes."""
+        leaves, structure = self.jax.tree.flatten(model)
+        return structure, [np.asarray(leaf).tobytes() for leaf in leaves]
+
+    def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
+        """Load, and return what checks the result."""
+        model = adamss.load(self.model(origin), path, **options)
+
+        def check(content: bytes) -> None:
+            from adamss.backend import get_backend
+
+            backend = get_backend("jax")
+            adaptation = backend.adaptation(model)
+            modules = backend.modules(model)
+            half = any(str(f.C.dtype) == "bfloat16" for f in adaptation.layers.values())
+            layers = {
+                name: type(f)(*(np.asarray(a, dtype="f4" if half and a.ndim > 1 else None) for a in f))
+                for name, f in adaptation.layers.items()
+            }
+            saved = {
+                name: {key: np.asarray(array) for key, array in backend.arrays(modules[name]).items()}
+                for name in adaptation.saved
+            }
+            check_loaded(content, layers, saved, adaptation.config, eps=BFLOAT16 if half else 0.0)
+
+        return check
+
+    def unchanged(self, origin: Origin) -> bool:
+        """Return whether the model is what it was."""
+        model, before = self.models[id(origin)]
+        return bool(self.state(model) == before)
+
+
+def stage_of(error: AdamssError, path: Path) -> str:
+    """Return how far a file got: which of the columns of the table it counts in."""
+    text = str(error)
+    if "checksum" in text:
+        return "checksum"
+    if any(
+        words in text
+        for words in (
+            "truncated",
+            "damaged",
+            "no safetensors",
+            "not written by",
+            "format version",
+            "its header",
+        )
+    ):
+        return "container"
+    return "content" if text.startswith(repr(str(path))) else "model"
+
+
+def judge(
+    outcome: Outcome, target: Any, origin: Origin, path: Path, content: bytes, options: Mapping[str, Any]
+) -> None:
+    """Load one file into one target, and write down what came of it."""
+    check: Callable[[bytes], None] | None = None
+    path.write_bytes(content)
+    tracemalloc.reset_peak()
+    memory = tracemalloc.get_traced_memory()[0]
+    start = time.perf_counter()
+    try:
+        with alarm():
+            check = target.load(origin, path, options)
+        outcome.result = "loaded"
+    except AdamssError as error:
+        outcome.result = stage_of(error, path)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except TooLongError:
+        outcome.failure = f"hang: more than {TIME_LIMIT} s"
+    except BaseException as error:
+        outcome.failure = f"{type(error).__module__}.{type(error).__name__}: {error}"[:500]
+    outcome.seconds = max(outcome.seconds, time.perf_counter() - start)
+    used = tracemalloc.get_traced_memory()[1] - memory
+    if check is not None:
+        try:
+            check(content)
+        except WrongError as error:
+            outcome.failure = f"wrong: {error}"
+        except Exception as error:
+            outcome.failure = f"wrong, not comparable: {type(error).__name__}: {error}"[:500]
+    if not target.unchanged(origin):
+        outcome.changed = True
+        outcome.failure = outcome.failure or "the model was changed"
+    if target.name == "numpy":
+        honest = max(0, origin.memory[options["trainable"]] - 2 * len(origin.content))
+        outcome.memory = max(0, used - honest - HEADER)
+        if outcome.memory > 2 * len(content):
+            outcome.failure = outcome.failure or f"memory: {used:,} bytes for a file of {len(content):,}"
+    elif target.name == "show" and used > 2 * len(content) + SHOWN:
+        outcome.failure = (
+            outcome.failure or f"memory: show took {used:,} bytes for a file of {len(content):,}"
+        )
+    if outcome.failure:
+        outcome.failure = f"{target.name} {dict(options)}: {outcome.failure}"
+
+
+@contextlib.contextmanager
+def alarm() -> Iterator[None]:
+    """Stop what takes too long, where signals can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _ring(*_: object) -> None:
+    raise TooLongError
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Turn warnings into errors, trace memory, limit the address space and time, and put all of it back."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = Path("/proc/self/statm")
+    traced = tracemalloc.is_tracing()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, _ring) if main else None
+    if mapped.exists():
+        now = int(mapped.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + ADDRESS_SPACE, hard))
+    if not traced:
+        tracemalloc.start(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        if not traced:
+            tracemalloc.stop()
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if main:
+            signal.signal(signal.SIGALRM, before)
+
+
+def targets_of(frameworks: Sequence[str]) -> dict[str, Any]:
+    """Return what files are loaded into, by name."""
+    found: dict[str, Any] = {"numpy": NumpyTarget(), "show": ShowTarget()}
+    if "torch" in frameworks and importlib.util.find_spec("torch"):
+        found["torch"] = TorchTarget()
+    if "jax" in frameworks and importlib.util.find_spec("equinox"):
+        found["jax"] = EquinoxTarget()
+    return found
+
+
+SHARES = {"show": 0.1, "torch": 0.05, "jax": 0.005}
+"""Of the files, what is given to another target besides the NumPy model."""
+
+
+def campaign(
+    files: int,
+    seed: int,
+    *,
+    frameworks: Sequence[str] = (),
+    only: int | None = None,
+    keep: Path | None = None,
+) -> list[Outcome]:
+    """Make files, load them, and return what came of each; the same for the same seed.
+
+    Parameters
+    ----------
+    files : int
+        How many.
+    seed : int
+        File i depends on the seed and i alone.
+    frameworks : sequence of str
+        ``"torch"``, ``"jax"``: for a share of the files, where installed.
+    only : int, optional
+        The number of the one file to make.
+    keep : Path, optional
+        Folder for the files that fail.
+    """
+    targets = targets_of(frameworks)
+    outcomes = []
+    with guarded(), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        valid = origins(folder)
+        # The two large ones, at the end, are slower.
+        weights = np.asarray([1.0] * (len(valid) - 2) + [0.15] * 2)
+        path = folder / "file.safetensors"
+        numbers = range(files) if only is None else [only]
+        for index in tqdm(numbers, desc="fuzz", unit="file", leave=False, disable=None):
+            if not index % 500:
+                # Should a library hang where no signal reaches, this ends the process and says where.
+                faulthandler.dump_traceback_later(600, exit=True)
+            rng = np.random.default_rng([seed, index])
+            origin = valid[rng.choice(len(valid), p=weights / weights.sum())]
+            kind, content = mutated(origin.content, pick(rng, valid).content, rng)
+            options = {"trainable": bool(rng.integers(4)), "check_base": bool(rng.integers(3))}
+            outcome = Outcome(index=index, kind=kind, size=len(content))
+            chosen = ["numpy", *(name for name, share in SHARES.items() if rng.random() < share)]
+            outcome.targets = [name for name in chosen if name in targets]
+            for name in outcome.targets:
+                if not outcome.failure:
+                    first = outcome.result
+                    judge(outcome, targets[name], origin, path, content, options)
+                    outcome.result = first or outcome.result
+            if only is not None or outcome.failure:
+                print(f"file {index}, {kind}, of {origin.name}: {outcome.failure or outcome.result}")
+                if keep is not None:
+                    keep.mkdir(parents=True, exist_ok=True)
+                    (keep / f"{seed}-{index}.safetensors").write_bytes(content)
+            outcomes.append(outcome)
+        faulthandler.cancel_dump_traceback_later()
+    return outcomes
+
+
+STAGES = ("loaded", "container", "checksum", "content", "model")
+
+
+def table_of(outcomes: Sequence[Outcome]) -> str:
+    """Return the table of outcomes by kind of mutation."""
+    counts: dict[str, Counter[str]] = {}
+    for outcome in outcomes:
+        counts.setdefault(outcome.kind, Counter())[outcome.result if not outcome.failure else "failed"] += 1
+    rows = [
+        [kind, sum(found.values()), *(found[stage] for stage in (*STAGES, "failed"))]
+        for kind, found in sorted(counts.items())
+    ]
+    headers = [
+        "(first) mutation",
+        "files",
+        "loaded",
+        "refused: container",
+        "checksum",
+        "content",
+        "model",
+        "failed",
+    ]
+    return tabulate(rows, headers, intfmt=",")
+
+
+def last_line(outcomes: Sequence[Outcome], seed: int) -> str:
+    """Return the line that sums a campaign up."""
+    loaded = sum(outcome.result == "loaded" for outcome in outcomes)
+    others = sum(bool(outcome.failure) and not outcome.changed for outcome in outcomes)
+    changed = sum(outcome.changed for outcome in outcomes)
+    longest = max((outcome.seconds for outcome in outcomes), default=0.0)
+    most = max((outcome.memory / max(1, outcome.size) for outcome in outcomes), default=0.0)
+    return (
+        f"{len(outcomes):,} files (seed {seed}): loaded {loaded:,}, refused {len(outcomes) - loaded - others:,}, "
+        f"other exceptions {others}, changed models {changed}, longest load {1e3 * longest:.0f} ms, "
+        f"largest memory {most:.2f} x the file"
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Damaged and hostile adapter files.")
+    parser.add_argument("--files", type=int, default=100_000, help="how many (default: 100,000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the campaign (default: 0)")
+    parser.add_argument(
+        "--only", type=int, metavar="INDEX", help="make and load this file of the campaign only"
+    )
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where files that fail are kept")
+    parser.add_argument(
+        "--frameworks", nargs="*", default=["torch", "jax"], help="besides NumPy (default: torch jax)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts to FILE as well")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the campaign and print its table; the exit status is 1 if a file did what none may do."""
+    arguments = parse(argv)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    keep = arguments.keep or Path("fuzz-failures")
+    outcomes = campaign(
+        arguments.files, arguments.seed, frameworks=arguments.frameworks, only=arguments.only, keep=keep
+    )
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * 1024
+    print(table_of(outcomes))
+    given = Counter(name for outcome in outcomes for name in outcome.targets)
+    print("files given to " + ", ".join(f"{name} {count:,}" for name, count in given.items()))
+    print(
+        "memory is that of the load into NumPy, less what the honest file takes in the same model besides itself and "
+        f"{HEADER >> 10} KiB for the header; the resident memory of the process grew by {grown >> 20} MiB"
+    )
+    line = last_line(outcomes, arguments.seed)
+    if arguments.json:
+        results = [vars(outcome) for outcome in outcomes if outcome.failure]
+        arguments.json.write_text(json.dumps({"summary": line, "failures": results}, indent=2) + "\n")
+    print(line)
+    too_much = not set(targets_of(arguments.frameworks)) - {"numpy", "show"} and grown > RESIDENT
+    return 1 if too_much or any(outcome.failure for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
