@@ -38,7 +38,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mutations import FLOATS, TABLES, Tensor, draft_of, mutated, pick, taken_apart, written
+from mutations import (
+    FLOATS,
+    TABLES,
+    Tensor,
+    draft_of,
+    mutated,
+    pick,
+    taken_apart,
+    written,
+)
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -185,10 +194,9 @@ def origins(folder: Path) -> list[Origin]:
         origin = Origin(name, written(draft), weights, base, arrays_of(base))
         path.write_bytes(origin.content)
         for trainable in (True, False):
-            tracemalloc.reset_peak()
-            start = tracemalloc.get_traced_memory()[0]
-            adamss.load(base, path, trainable=trainable)
-            origin.memory[trainable] = tracemalloc.get_traced_memory()[1] - start
+            with traced() as memory:
+                adamss.load(base, path, trainable=trainable)
+                origin.memory[trainable] = memory()
         found.append(origin)
     return found
 
@@ -323,6 +331,11 @@ class NumpyTarget:
             }
             saved = {name: {"weight": model[name].W.T, "bias": model[name].b} for name in model.saved}
             check_loaded(content, layers, saved, model.config)
+            for name, (W, _) in origin.weights.items():
+                if name not in saved and model[name].W.tobytes() != W.tobytes():
+                    raise WrongError(f"{name} has another weight")
+            if layers.keys() & saved.keys():
+                raise WrongError(f"{sorted(layers.keys() & saved.keys())} are adapted and saved whole")
 
         return check
 
@@ -536,23 +549,22 @@ def judge(
     """Load one file into one target, and write down what came of it."""
     check: Callable[[bytes], None] | None = None
     path.write_bytes(content)
-    tracemalloc.reset_peak()
-    memory = tracemalloc.get_traced_memory()[0]
     start = time.perf_counter()
-    try:
-        with alarm():
-            check = target.load(origin, path, options)
-        outcome.result = "loaded"
-    except AdamssError as error:
-        outcome.result = stage_of(error, path)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except TooLongError:
-        outcome.failure = f"hang: more than {TIME_LIMIT} s"
-    except BaseException as error:
-        outcome.failure = f"{type(error).__module__}.{type(error).__name__}: {error}"[:500]
+    with traced() as memory:
+        try:
+            with alarm():
+                check = target.load(origin, path, options)
+            outcome.result = "loaded"
+        except AdamssError as error:
+            outcome.result = stage_of(error, path)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except TooLongError:
+            outcome.failure = f"hang: more than {TIME_LIMIT} s"
+        except BaseException as error:
+            outcome.failure = f"{type(error).__module__}.{type(error).__name__}: {error}"[:500]
+        used = memory()
     outcome.seconds = max(outcome.seconds, time.perf_counter() - start)
-    used = tracemalloc.get_traced_memory()[1] - memory
     if check is not None:
         try:
             check(content)
@@ -577,6 +589,21 @@ def judge(
 
 
 @contextlib.contextmanager
+def traced() -> Iterator[Callable[[], int]]:
+    """Trace memory, which makes all slower, within this block alone; give what returns the peak so far."""
+    already = tracemalloc.is_tracing()
+    if not already:
+        tracemalloc.start(1)
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[1] - before
+    finally:
+        if not already:
+            tracemalloc.stop()
+
+
+@contextlib.contextmanager
 def alarm() -> Iterator[None]:
     """Stop what takes too long, where signals can."""
     if threading.current_thread() is not threading.main_thread():
@@ -595,24 +622,19 @@ def _ring(*_: object) -> None:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Turn warnings into errors, trace memory, limit the address space and time, and put all of it back."""
+    """Turn warnings into errors, limit the address space, catch the alarm, and put all of it back."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     mapped = Path("/proc/self/statm")
-    traced = tracemalloc.is_tracing()
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGALRM, _ring) if main else None
     if mapped.exists():
         now = int(mapped.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + ADDRESS_SPACE, hard))
-    if not traced:
-        tracemalloc.start(1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             yield
     finally:
-        if not traced:
-            tracemalloc.stop()
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if main:
             signal.signal(signal.SIGALRM, before)
@@ -637,6 +659,8 @@ def campaign(
     seed: int,
     *,
     frameworks: Sequence[str] = (),
+    shares: Mapping[str, float] = SHARES,
+    kinds: Sequence[str] = (),
     only: int | None = None,
     keep: Path | None = None,
 ) -> list[Outcome]:
@@ -650,6 +674,10 @@ def campaign(
         File i depends on the seed and i alone.
     frameworks : sequence of str
         ``"torch"``, ``"jax"``: for a share of the files, where installed.
+    shares : mapping of str to float
+        Which share, by the name of the target; NumPy gets all of them.
+    kinds : sequence of str
+        Mutations to choose from; all if there are none.
     only : int, optional
         The number of the one file to make.
     keep : Path, optional
@@ -667,13 +695,13 @@ def campaign(
         for index in tqdm(numbers, desc="fuzz", unit="file", leave=False, disable=None):
             if not index % 500:
                 # Should a library hang where no signal reaches, this ends the process and says where.
-                faulthandler.dump_traceback_later(600, exit=True)
+                faulthandler.dump_traceback_later(600, exit=True, file=sys.__stderr__)
             rng = np.random.default_rng([seed, index])
             origin = valid[rng.choice(len(valid), p=weights / weights.sum())]
-            kind, content = mutated(origin.content, pick(rng, valid).content, rng)
+            kind, content = mutated(origin.content, pick(rng, valid).content, rng, kinds)
             options = {"trainable": bool(rng.integers(4)), "check_base": bool(rng.integers(3))}
             outcome = Outcome(index=index, kind=kind, size=len(content))
-            chosen = ["numpy", *(name for name, share in SHARES.items() if rng.random() < share)]
+            chosen = ["numpy", *(name for name, share in shares.items() if rng.random() < share)]
             outcome.targets = [name for name in chosen if name in targets]
             for name in outcome.targets:
                 if not outcome.failure:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +111,8 @@ class Draft:
     tensors: list[tuple[str, Tensor]]
     metadata: dict[str, Any]
     extra: list[tuple[Any, Any]] = field(default_factory=list)
-    """More entries of the header, after the others."""
+    """More entries of the header."""
+    extra_first: bool = False
 
     def tensor(self, rng: np.random.Generator, *names: str) -> Tensor:
         """Return one of the tensors, of those that have such a last name if there are any."""
@@ -133,14 +135,19 @@ def encode(value: Any) -> str:
     return "{" + ",".join(f"{encode(name)}:{encode(item)}" for name, item in pairs) + "}"
 
 
+CHECKSUM = f"sha256:{64 * '0'}"
+
+
 def written(draft: Draft, *, checksum: bool = True) -> bytes:
-    """Return the bytes of a file, the checksum right or as it was."""
+    """Return the bytes of a file, with the right checksum unless a mutation has put something else there."""
+    draft.metadata = {
+        name: CHECKSUM if name == "checksum" and checksum and str(value).startswith("sha256:") else value
+        for name, value in draft.metadata.items()
+    }
     content = _written(draft)
-    if checksum:
-        # A draft whose header no JSON reader takes has no right checksum.
-        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            draft.metadata["checksum"] = checksum_of(content)
-            content = _written(draft)
+    # A draft whose header no JSON reader takes has no right checksum.
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        content = content.replace(CHECKSUM.encode(), checksum_of(content).encode(), 1)
     return content
 
 
@@ -149,13 +156,14 @@ def _written(draft: Draft) -> bytes:
         name: encode(value) if name in TABLES and not isinstance(value, Raw) else value
         for name, value in draft.metadata.items()
     }
-    entries: list[tuple[Any, Any]] = [("__metadata__", metadata), *draft.extra]
+    entries: list[tuple[Any, Any]] = [("__metadata__", metadata)]
     start = 0
     for name, tensor in draft.tensors:
         end = start + len(tensor.data)
         offsets = [start, end] if tensor.offsets is None else tensor.offsets
         entries.append((name, {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}))
         start = end
+    entries = [*draft.extra, *entries] if draft.extra_first else [*entries, *draft.extra]
     once = dict(entries) if all(isinstance(name, str) for name, _ in entries) else {}
     header = encode(once if len(once) == len(entries) else Pairs(entries)).encode(errors="surrogatepass")
     header += b" " * (-len(header) % 8)
@@ -218,22 +226,24 @@ def pick(rng: np.random.Generator, choices: Sequence[Any]) -> Any:
     return choices[int(rng.integers(len(choices)))]
 
 
+# fmt: off
+ODD_VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 2.5, -0.0, 10**18, 2**63, 2**64, -(2**63), float("nan"),
+    float("inf"),
+    -float("inf"), 1e-320, 1e308, Raw("1e400"), Raw("-1e400"), Raw("9" * 4000), Raw("9" * 5000),
+    "", " ", "query",
+    "NaN", "12", "x" * 10_000, "\ud800", "\u0000", "\u202e", "é" * 300, "\U0001d518" * 100, [],
+    [[]], [None], [""], {}, {"": 0},
+    {"target": 1, "end_step": 2}, [1, "a", None], ["query"] * 500, Raw("[" * 900 + "]" * 900),
+    Raw("[" * 100_000), Raw('{"a":' * 5000), Raw("[" + "[]," * 20_000 + "[]]"), Raw("01"),
+    Raw("tru"), Raw(""),
+)
+# fmt: on
+
+
 def odd_value(rng: np.random.Generator) -> Any:
     """Return a JSON value that does not belong where it is put."""
-    return pick(
-        rng,
-        (
-            None, True, False, 0, -1, 1, 2, 2.5, -0.0, 10**18, 2**63, 2**64, -(2**63), float("nan"),
-            float("inf"),
-            -float("inf"), 1e-320, 1e308, Raw("1e400"), Raw("-1e400"), Raw("9" * 4000), Raw("9" * 5000),
-            "", " ", "query",
-            "NaN", "12", "x" * 10_000, "\ud800", "\u0000", "\u202e", "é" * 300, "\U0001d518" * 100, [],
-            [[]], [None], [""], {}, {"": 0},
-            {"target": 1, "end_step": 2}, [1, "a", None], ["query"] * 500, Raw("[" * 900 + "]" * 900),
-            Raw("[" * 100_000), Raw('{"a":' * 5000), Raw("[" + "[]," * 20_000 + "[]]"), Raw("01"),
-            Raw("tru"), Raw(""),
-        ),
-    )  # fmt: skip
+    return deepcopy(pick(rng, ODD_VALUES))
 
 
 def odd_name(rng: np.random.Generator, name: str = "query") -> Any:
@@ -404,6 +414,7 @@ def _repeated(draft: Draft, rng: np.random.Generator) -> None:
     else:
         total = sum(len(tensor.data) for _, tensor in draft.tensors)
         offsets = pick(rng, ([0, len(tensor.data)], [total, total]))
+        draft.extra_first = bool(rng.integers(2))
         draft.extra.append((name, {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}))
 
 
@@ -566,34 +577,36 @@ def _value(draft: Draft, rng: np.random.Generator) -> None:
     holder[last] = odd_value(rng)
 
 
+# fmt: off
+SETTINGS: tuple[tuple[str, Any], ...] = (
+    ("rank", 10**18), ("rank", 1), ("rank", Raw("1" + 4000 * "0")), ("subspaces", 10**18), ("subspace_rank",
+    10**18), ("seed", Raw("1" + 3000 * "0")),
+    ("seed", -1), ("basis", "per_subspace"), ("basis", "own"), ("include_bias", True),
+    ("factor_dtype", "float16"),
+    ("factor_dtype", "bfloat16"), ("factor_dtype", "float64"), ("factor_dtype", "int8"),
+    ("segmentation", "ksubspaces"),
+    ("segmentation", "random"), ("segmentation_dimension", 3), ("modules_to_save", ["head"]),
+    ("modules_to_save", "head"),
+    ("targets", r"(a+)+$"), ("targets", r"(?i)[" + "\\x00-\\uffff" * 400 + "]"), ("targets",
+    "(" * 5000), ("targets", "["),
+    ("targets", "a{99999999999999999999}"), ("targets", "[[a]"), ("targets", "(a|a)*b"),
+    ("targets", "x" * 100_000),
+    ("targets", ["x" * 100_000]), ("targets", []), ("targets", {}), ("budget", {"target": 10**300,
+    "end_step": 10**301}),
+    ("budget", {"target": 1, "end_step": 2, "power": float("nan")}), ("budget", {"target": 1,
+    "end_step": 2, "power": Raw("1" + 400 * "0")}),
+    ("budget", []), ("__class__", "os.system"), ("trust_remote_code", True),
+)
+# fmt: on
+
+
 @mutation("config: a setting that lies")
 def _setting(draft: Draft, rng: np.random.Generator) -> None:
     config = draft.metadata["config"]
     if not isinstance(config, dict):
         return
-    name, value = pick(
-        rng,
-        [
-            ("rank", 10**18), ("rank", 1), ("rank", 10**4000), ("subspaces", 10**18), ("subspace_rank",
-            10**18), ("seed", 10**3000),
-            ("seed", -1), ("basis", "per_subspace"), ("basis", "own"), ("include_bias", True),
-            ("factor_dtype", "float16"),
-            ("factor_dtype", "bfloat16"), ("factor_dtype", "float64"), ("factor_dtype", "int8"),
-            ("segmentation", "ksubspaces"),
-            ("segmentation", "random"), ("segmentation_dimension", 3), ("modules_to_save", ["head"]),
-            ("modules_to_save", "head"),
-            ("targets", r"(a+)+$"), ("targets", r"(?i)[" + "\\x00-\\uffff" * 400 + "]"), ("targets",
-            "(" * 5000), ("targets", "["),
-            ("targets", "a{99999999999999999999}"), ("targets", "[[a]"), ("targets", "(a|a)*b"),
-            ("targets", "x" * 100_000),
-            ("targets", ["x" * 100_000]), ("targets", []), ("targets", {}), ("budget", {"target": 10**300,
-            "end_step": 10**301}),
-            ("budget", {"target": 1, "end_step": 2, "power": float("nan")}), ("budget", {"target": 1,
-            "end_step": 2, "power": 10**400}),
-            ("budget", []), ("__class__", "os.system"), ("trust_remote_code", True),
-        ],
-    )  # fmt: skip
-    config[name] = Raw(str(value)) if isinstance(value, int) and value > 2**64 and value < 10**4200 else value
+    name, value = pick(rng, SETTINGS)
+    config[name] = deepcopy(value)
 
 
 @mutation("metadata: a key left out, added, repeated or renamed")
@@ -690,10 +703,10 @@ def _clash(draft: Draft, rng: np.random.Generator) -> None:
     if not isinstance(layers, dict) or not isinstance(saved, dict) or not layers:
         return
     path = pick(rng, [*layers, "head"])
-    place = pick(rng, (path, path.rpartition(".")[0], "", f"{path}.C", "encoder", "head"))
+    place = pick(rng, (path, path, path.rpartition(".")[0], "", f"{path}.C", "encoder", "head"))
     weight = Tensor("F64", [10, 12], np.ones(120).tobytes())
     bias = Tensor("F64", [10], np.ones(10).tobytes())
-    kind = pick(rng, ("weight", "C", "odd", "empty", "text", "twice"))
+    kind = pick(rng, ("weight", "weight", "C", "odd", "empty", "text", "twice"))
     if kind == "weight":
         saved[place] = ["bias", "weight"]
         prefix = f"{place}." if place else ""
@@ -707,17 +720,22 @@ def _clash(draft: Draft, rng: np.random.Generator) -> None:
         saved[place] = {"empty": [], "text": "weight", "twice": ["weight", "weight"]}[kind]
 
 
+# fmt: off
+DEEP = (
+    "[" * 100_000, "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900,
+    "[" + "[]," * 50_000 + "1]", '"' + "\U0001d518" * 60_000 + '"',
+    '"' + "x" * 200_000 + '"', "[" + "1," * 90_000 + "1]", "9" * 5000,
+    '{"dtype":"U8","shape":[0],"data_offsets":[0,0],"x":{}}',
+    '{"dtype":"U8","shape":[' + "0," * 60_000 + '0],"data_offsets":[0,0]}',
+)
+# fmt: on
+
+
 @mutation("header: deep, wide or long JSON")
 def _deep(draft: Draft, rng: np.random.Generator) -> None:
-    value = pick(
-        rng,
-        ("[" * 100_000, "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900,
-        "[" + "[]," * 50_000 + "1]", '"' + "\U0001d518" * 60_000 + '"',
-         '"' + "x" * 200_000 + '"', "[" + "1," * 90_000 + "1]", "9" * 5000,
-         '{"dtype":"U8","shape":[0],"data_offsets":[0,0],"x":{}}',
-         '{"dtype":"U8","shape":[' + "0," * 60_000 + '0],"data_offsets":[0,0]}'),
-    )  # fmt: skip
+    value = pick(rng, DEEP)
     if rng.integers(2):
+        draft.extra_first = bool(rng.integers(2))
         draft.extra.append((pick(rng, ("extra", "__metadata__", "a" * 1000)), Raw(value)))
     else:
         draft.metadata[pick(rng, (*TABLES, "extra"))] = Raw(
@@ -816,9 +834,11 @@ def _noise(content: bytes, rng: np.random.Generator) -> bytes:
     )
 
 
-def mutated(valid: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
-    """Return a file made of a valid one, and the name of the (first) mutation."""
-    names = [*MUTATIONS, *DAMAGES]
+def mutated(
+    valid: bytes, other: bytes, rng: np.random.Generator, kinds: Sequence[str] = ()
+) -> tuple[str, bytes]:
+    """Return a file made of a valid one, by these mutations or any, and the name of the first."""
+    names = kinds or [*MUTATIONS, *DAMAGES]
     count = int(rng.choice([1, 2, 4], p=[0.7, 0.2, 0.1]))
     chosen = [pick(rng, names) for _ in range(count)]
     draft = draft_of(valid)
@@ -833,7 +853,7 @@ def mutated(valid: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, 
         if name in DAMAGES and content:
             with contextlib.suppress(ValueError):
                 content = DAMAGES[name](content, rng)
-    if not rng.integers(200):
+    if not kinds and not rng.integers(200):
         cut = int(rng.integers(len(content) + 1))
         return "bytes: two files spliced", content[:cut] + other[cut:]
     return chosen[0], content
