@@ -174,6 +174,13 @@ def demo_jax(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Load 100,000 spoiled adapter files; arguments go to benchmarks/fuzz.py (--files, --seed)."""
+    install(session, "torch", "equinox")
+    session.run("python", "benchmarks/fuzz.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Print the tables of benchmarks/; arguments go to each of them (--quick)."""
     install(session, "demo", "flax", "conformance", tools=("scikit-learn", "qwix"))

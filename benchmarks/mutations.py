@@ -510,12 +510,13 @@ def _directions(draft: Draft, rng: np.random.Generator) -> None:
         ranks = found.get(f"{path}.ranks")
         if name.endswith(".M") and ranks is not None and tensor.dtype in FLOATS and tensor.data:
             q = pick(rng, (11, 255, 3000))
-            tensor.set(np.ones((tensor.shape[0], q)))
-            new = np.zeros(ranks.shape, dtype="u8")
+            tensor.set(np.ones((tensor.array().shape[0], q)))
+            new = np.zeros(ranks.array().shape, dtype="u8")
             new.reshape(-1)[0] = q
             ranks.set(new, "U16")
             if rng.integers(2) and (C := found.get(f"{path}.C")) is not None and C.dtype in FLOATS:
-                C.set(np.ones((q, C.shape[-1] if C.shape else 1)))
+                # Of a layer that was blown up already, a column is enough.
+                C.set(np.ones((q, min(C.array().shape[-1], 1000))))
             return
 
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -130,6 +133,25 @@ class TestFingerprint:
         zero = checkpoint.fingerprint(np.zeros((2, 2)))
         assert zero.difference(zero) == 0.0
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"projections": (1.0, float("nan"), 3.0)},
+            {"projections": (1.0, 2.0, float("inf"))},
+            {"norm": float("nan")},
+            {"norm": float("inf")},
+            {"norm": -10.0},
+            {"norm": 0.0},
+            {"projections": ()},
+        ],
+        ids=str,
+    )
+    def test_numbers_that_compare_with_nothing_are_no_match(self, changes):
+        true = {"shape": (2, 3), "norm": 10.0, "projections": (1.0, 2.0, 3.0)}
+        mark, lie = checkpoint.Fingerprint(**true), checkpoint.Fingerprint(**(true | changes))
+        assert mark.difference(lie) > checkpoint.FINGERPRINT_TOLERANCE
+        assert lie.difference(mark) > checkpoint.FINGERPRINT_TOLERANCE
+
 
 class TestBadFiles:
     def refused(self, path, match, kind=CheckpointError):
@@ -208,6 +230,208 @@ class TestBadFiles:
         rewrite_with_checksum(path, **changes)
         self.refused(path, match)
 
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize(
+        ("training", "kind"), [(False, "M"), (False, "C"), (True, "A"), (True, "B"), (True, "C")]
+    )
+    def test_a_training_that_diverged(self, tmp_path, training, kind, value):
+        path, name = tmp_path / "a.safetensors", f"layer.1.query.{kind}"
+        adamss.save(adapted(), path, training=training)
+        with safe_open(path, framework="numpy") as file:
+            tensor = file.get_tensor(name).copy()
+        tensor.reshape(-1)[3] = value
+        rewrite_with_checksum(path, tensors={name: tensor})
+        self.refused(path, rf"'layer\.1\.query': {kind} holds NaN or infinity: the training diverged")
+
+    def test_save_keeps_what_diverged(self, tmp_path):
+        model = adapted()
+        model["layer.0.query"].factors.C[0, 0] = np.nan
+        adamss.save(model, tmp_path / "a.safetensors")
+        with safe_open(tmp_path / "a.safetensors", framework="numpy") as file:
+            assert np.isnan(file.get_tensor("layer.0.query.C")[0, 0])
+        self.refused(tmp_path / "a.safetensors", r"layer\.0\.query.*C holds NaN")
+
+    @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+    def test_what_is_finite(self, dtype):
+        size = {"float64": 8, "float32": 4}.get(dtype, 2)
+        # The largest finite number, then the first pattern that is none, at the end of the second piece.
+        bits = {
+            "float64": 0x7FEF << 48 | (1 << 48) - 1,
+            "float32": 0x7F7FFFFF,
+            "float16": 0x7BFF,
+            "bfloat16": 0x7F7F,
+        }
+        entries = [0] * (1 << 16) + [bits[dtype]]
+        tensor = lambda: checkpoint.StoredTensor(  # noqa: E731
+            dtype, (len(entries),), b"".join(entry.to_bytes(size, "little") for entry in entries)
+        )
+        assert tensor().is_finite()
+        entries[-1] += 1
+        assert not tensor().is_finite()
+        assert not np.isfinite(tensor().numpy()[-1])
+        assert checkpoint.StoredTensor("uint8", (1,), b"\xff").is_finite()
+
+    def base_of(self, path, **changes):
+        with safe_open(path, framework="numpy") as file:
+            layers = json.loads(file.metadata()["layers"])
+        layers["layer.0.query"] |= changes
+        return {"metadata": {"layers": json.dumps(layers)}}
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"projections": [float("nan")] * 4}, "fingerprint holds"),
+            ({"projections": [0.0, 0.0, 0.0, float("inf")]}, "fingerprint holds"),
+            ({"norm": -1.0}, "fingerprint holds"),
+            ({"norm": True}, "fingerprint holds"),
+            ({"norm": "1"}, "fingerprint holds"),
+            ({"norm": 10**400}, "not a valid adapter file"),
+            ({"shape": [12.0, 10]}, r"no shape \(d, n\)"),
+            ({"shape": [True, 10]}, r"no shape \(d, n\)"),
+            ({"shape": [12, 10, 1]}, r"no shape \(d, n\)"),
+            ({"shape": "12"}, r"no shape \(d, n\)"),
+        ],
+        ids=str,
+    )
+    def test_fingerprints_that_lie(self, path, changes, match):
+        rewrite_with_checksum(path, **self.base_of(path, **changes))
+        self.refused(path, match)
+
+    @pytest.mark.parametrize(
+        ("saved", "tensors", "match"),
+        [
+            ({"head": [5]}, ["head.5"], r"modules_to_save\['head'\] is no list of names"),
+            ({"head": "ab"}, ["head.a", "head.b"], "is no list of names"),
+            ({"head": ["a", "a"]}, ["head.a"], "not a valid adapter file"),
+            ({"layer.0.query": ["weight"]}, ["layer.0.query.weight"], "'layer.0.query' is or lies within"),
+            ({"layer": ["x"]}, ["layer.x"], "'layer.0.query' is or lies within 'layer'"),
+            ({"": ["x"]}, ["x"], "'layer.0.query' is or lies within ''"),
+            ({"a": ["x"], "a.b": ["y"]}, ["a.x", "a.b.y"], "'a.b' is or lies within 'a'"),
+            ({"../etc": ["passwd"]}, ["../etc.passwd"], r"the model has no layer '\.\./etc'"),
+        ],
+        ids=str,
+    )
+    def test_saved_modules_that_lie(self, path, saved, tensors, match):
+        content = {name: np.ones((10, 12)) for name in tensors}
+        rewrite_with_checksum(path, tensors=content, metadata={"modules_to_save": json.dumps(saved)})
+        self.refused(path, match)
+
+    @pytest.mark.parametrize(
+        ("tensors", "match"),
+        [
+            (
+                {"M": np.zeros((12, 11)), "ranks": np.asarray([9, 1, 1], np.uint8), "C": np.zeros((9, 10))},
+                "q = 11",
+            ),
+            ({"ranks": np.asarray([2, 2, 1, *[0] * 8], np.uint8), "active": np.ones(11, bool)}, "K = 11"),
+            ({"C": np.zeros((11, 10))}, "r = 11"),
+            ({"labels": np.full(10, 2**64 - 1, np.uint64)}, "labels must lie in"),
+            ({"labels": np.full(10, 2**63, np.uint64)}, "labels must lie in"),
+            ({"ranks": np.asarray([2**63, 2**63, 5], np.uint64)}, "ranks must not exceed"),
+            ({"ranks": np.zeros(3, np.uint8)}, "ranks must sum to"),
+            ({"C": np.zeros((0, 10))}, "no axis may be empty"),
+        ],
+        ids=[
+            "many directions",
+            "many subspaces",
+            "many rows",
+            "2^64 - 1",
+            "2^63",
+            "sum that wraps",
+            "zeros",
+            "empty",
+        ],
+    )
+    def test_numbers_out_of_range(self, path, tensors, match):
+        rewrite_with_checksum(
+            path, tensors={f"layer.0.query.{name}": array for name, array in tensors.items()}
+        )
+        self.refused(path, match)
+
+    def test_booleans_that_are_none(self, path):
+        tensors = dict(checkpoint._stored_tensors(checkpoint._deserialize(path.read_bytes())))
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata()
+        tensors["layer.0.query.active"] = checkpoint.StoredTensor("bool", (3,), b"\x01\x02\x00")
+        metadata["checksum"] = checkpoint._checksum(tensors, metadata)
+        checkpoint.write_tensors(path, tensors, metadata)
+        self.refused(path, "'layer.0.query.active' holds booleans that are neither 0 nor 1")
+
+    def test_a_bit_flipped_in_the_metadata_is_noticed(self, path):
+        content = path.read_bytes()
+        assert content.count(b'\\"rank\\": 5') == 1
+        path.write_bytes(content.replace(b'\\"rank\\": 5', b'\\"rank\\": 4'))
+        self.refused(path, "checksum")
+
+    @pytest.mark.parametrize("pattern", [r"(?i)[" + "\x00-\uffff" * 1000 + "]", "(" * 5000, "(a+)+$", "[[a]"])
+    def test_a_regular_expression_of_a_file_is_not_compiled(self, path, pattern):
+        with safe_open(path, framework="numpy") as file:
+            config = json.loads(file.metadata()["config"])
+        rewrite_with_checksum(path, metadata={"config": json.dumps(config | {"targets": pattern})})
+        assert adamss.load(base(), path).config.targets == pattern
+        rewrite_with_checksum(path, metadata={"config": json.dumps(config | {"targets": ""})})
+        self.refused(path, "targets is an empty pattern")
+
+    @pytest.mark.parametrize(
+        "bomb",
+        [
+            "[" + "[]," * 100_000 + "[]]",
+            "[" * 300_000,
+            '"' + "\U0001d518" * 75_000 + '"',
+            "{" + '"a":{},' * 40_000 + "}",
+        ],
+        ids=["wide", "deep", "wide characters", "dictionaries"],
+    )
+    @pytest.mark.parametrize("entry", ["config", "layers", "extra"])
+    def test_json_that_would_fill_the_memory(self, path, bomb, entry):
+        rewrite_with_checksum(path, metadata={entry: bomb})
+        size = path.stat().st_size
+        tracemalloc.start()
+        try:
+            self.refused(path, "its header is longer than that of any adapter of this size")
+            assert tracemalloc.get_traced_memory()[1] < 2 * size + 200_000
+        finally:
+            tracemalloc.stop()
+
+    def test_a_file_takes_twice_its_size_while_it_is_read(self, path):
+        n = 1 << 19
+        tensors = {
+            "ranks": np.zeros(n, np.uint8),
+            "active": np.ones(n, bool),
+            "C": np.zeros((1, n), np.float16),
+        }
+        rewrite_with_checksum(
+            path, tensors={f"layer.0.query.{name}": array for name, array in tensors.items()}
+        )
+        size = path.stat().st_size
+        tracemalloc.start()
+        try:
+            self.refused(path, "C must have n = 10 columns")
+            assert tracemalloc.get_traced_memory()[1] < 2 * size + 200_000
+        finally:
+            tracemalloc.stop()
+
+    def test_what_a_file_says_is_shortened_in_messages(self, path):
+        rewrite_with_checksum(
+            path, metadata={"config": json.dumps({"targets": ["q"], "basis": "x" * 50_000})}
+        )
+        with pytest.raises(
+            CheckpointError, match="basis must be one of shared, per_subspace; found 'xxx"
+        ) as caught:
+            adamss.load(base(), path)
+        assert len(str(caught.value)) < 1000
+
+    def test_a_model_of_very_many_small_layers_has_room(self, tmp_path):
+        layers = {f"experts.{i}.query": NumpyLinear(np.eye(3) + i) for i in range(700)}
+        config = adamss.AdamssConfig(targets=["query"], rank=2, subspaces=2)
+        path = tmp_path / "a.safetensors"
+        adamss.save(adamss.attach(NumpyModel(layers), config), path)
+        # The header is most of it: more than what an eighth of the file, and 256 KiB, have room for.
+        assert len(adamss.load(NumpyModel(layers), path).layers) == 700
+        assert len(checkpoint.read(path).layers) == 700
+        with pytest.raises(CheckpointError, match="its header is longer"):
+            checkpoint.read(path, modules=3)
+
     def test_layers_that_the_model_lacks(self, path):
         with pytest.raises(
             CheckpointError, match=r"no layer 'layer\.1\.query'.*near matches: layer\.0\.query"
@@ -217,6 +441,94 @@ class TestBadFiles:
     def test_another_base(self, path):
         with pytest.raises(CheckpointError, match=r"layer\.0\.query: the base weight is not the one"):
             adamss.load(base(seed=9), path)
+
+
+class TestDtypes:
+    """A number that does not fit into the model's dtype is an error, not infinity."""
+
+    def saved(self, tmp_path, dtype, change, **settings):
+        layers = {"query": NumpyLinear(np.eye(4, dtype=dtype)), "head": NumpyLinear(np.ones((4, 2), dtype))}
+        config = adamss.AdamssConfig(
+            targets=["query"], modules_to_save=["head"], rank=3, subspaces=2, **settings
+        )
+        model = adamss.attach(NumpyModel(layers), config)
+        change(model)
+        adamss.save(model, tmp_path / "a.safetensors")
+        return tmp_path / "a.safetensors"
+
+    def narrow(self, dtype="float32"):
+        return NumpyModel(
+            {"query": NumpyLinear(np.eye(4, dtype=dtype)), "head": NumpyLinear(np.zeros((4, 2), dtype))}
+        )
+
+    def set_C(self, value):
+        def change(model):
+            model["query"].factors.C[0, 0] = value
+
+        return change
+
+    def set_head(self, value):
+        def change(model):
+            model["head"].W[0, 0] = value
+
+        return change
+
+    @pytest.mark.parametrize("trainable", [True, False])
+    def test_factors(self, tmp_path, trainable):
+        path = self.saved(tmp_path, "float64", self.set_C(1e300))
+        with pytest.raises(CheckpointError, match="query: the file holds numbers too large for float32"):
+            adamss.load(self.narrow(), path, trainable=trainable)
+        wide = adamss.load(self.narrow("float64"), path, trainable=trainable)
+        assert wide["query"].factors.C[0, 0] == 1e300
+
+    def test_factors_in_half_precision(self, tmp_path):
+        path = self.saved(tmp_path, "float32", self.set_C(6e4), factor_dtype="float16")
+        assert adamss.load(self.narrow(), path)["query"].factors.C[0, 0] == np.float16(6e4)
+        with safe_open(path, framework="numpy") as file:
+            C = file.get_tensor("query.C").astype(np.float32)
+        C[0, 0] = 7e4
+        rewrite_with_checksum(path, tensors={"query.C": C})
+        with pytest.raises(CheckpointError, match="query: the file holds numbers too large for float16"):
+            adamss.load(self.narrow(), path)
+
+    def test_saved_modules(self, tmp_path):
+        path = self.saved(tmp_path, "float64", self.set_head(1e300))
+        with pytest.raises(
+            CheckpointError, match=r"head\.weight: the file has float64, .*float32 cannot hold all"
+        ):
+            adamss.load(self.narrow(), path)
+        path = self.saved(tmp_path, "float64", self.set_head(1 / 3))
+        assert adamss.load(self.narrow(), path)["head"].W[0, 0] == np.float32(1 / 3)
+
+    @pytest.mark.parametrize("value", [np.nan, -np.inf])
+    def test_saved_modules_may_hold_any_number(self, tmp_path, value):
+        path = self.saved(tmp_path, "float64", self.set_head(value))
+        for dtype in ("float32", "float64"):
+            found = adamss.load(self.narrow(dtype), path)["head"].W[0, 0]
+            np.testing.assert_equal(found, np.dtype(dtype).type(value))
+
+    @pytest.mark.parametrize(("dtype", "value"), [("int64", 3), ("uint64", 2**53 + 1), ("bool", True)])
+    def test_integers_where_the_model_has_none(self, tmp_path, dtype, value):
+        path = self.saved(tmp_path, "float64", self.set_head(1.0))
+        rewrite_with_checksum(path, tensors={"head.weight": np.full((2, 4), value, dtype)})
+        with pytest.raises(
+            CheckpointError, match=f"the file has {dtype}, of which the model's float32 cannot"
+        ):
+            adamss.load(self.narrow(), path)
+
+    def test_padding_of_C_is_never_read(self, tmp_path):
+        # Ten columns in four subspaces: 3, 3, 2 and 2, so that the last two have rank 2 of 3.
+        model = adapted(subspaces=4, subspace_rank=3, segmentation="contiguous", rank=6)
+        expected = {path: core.delta(layer.factors) for path, layer in model.layers.items()}
+        for layer in model.layers.values():
+            _, _, C, labels, ranks, _ = layer.factors
+            beyond = np.arange(C.shape[0])[:, None] >= ranks[labels]
+            assert beyond.any()
+            C[beyond] = 1e6
+        adamss.save(model, tmp_path / "a.safetensors")
+        loaded = adamss.load(base(), tmp_path / "a.safetensors")
+        for path, update in expected.items():
+            np.testing.assert_allclose(core.delta(loaded[path].factors), update, atol=1e-12)
 
 
 class TestWriting:
@@ -265,3 +577,42 @@ def test_show_prints_what_a_file_holds(path, capsys):
     assert f"numpy {np.__version__}" in text
     assert cli.main(["show", str(path.parent / "none")]) == 1
     assert "there is no adapter file" in capsys.readouterr().err
+
+
+def test_show_prints_no_commands_to_a_terminal(tmp_path, capsys, monkeypatch):
+    name = "evil\x1b[2J\n\u202e.query"
+    model = NumpyModel({name: NumpyLinear(np.eye(4)), f"{'x' * 3000}.query": NumpyLinear(np.eye(4))})
+    path = tmp_path / "a.safetensors"
+    adamss.save(adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=2, subspaces=2)), path)
+    rewrite_with_checksum(path, metadata={"writer": json.dumps({"\x1b]0;title": "\ud800"})})
+    assert cli.main(["show", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert r"evil\x1b[2J\n\u202e.query" in text
+    assert r"\x1b]0;title \ud800" in text
+    assert max(map(len, text.splitlines())) < 1000
+
+
+def test_show_prints_names_that_the_encoding_lacks(tmp_path):
+    model = NumpyModel({"编码.query": NumpyLinear(np.eye(4))})
+    adamss.save(adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=2)), tmp_path / "a")
+    command = [sys.executable, "-c", "import sys; from adamss import cli; sys.exit(cli.main(sys.argv[1:]))"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*command, "show", str(tmp_path / "a")], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert r"\u7f16\u7801.query" in done.stdout
+
+
+def test_show_counts_as_summary_does(tmp_path, capsys):
+    for number, options in enumerate(
+        ({}, {"basis": "per_subspace"}, {"basis": "per_subspace", "subspaces": 5})
+    ):
+        model = adapted(**options)
+        adamss.save(model, tmp_path / f"{number}", training=True)
+        assert cli.main(["show", str(tmp_path / f"{number}")]) == 0
+        assert str(adamss.summary(model)) in capsys.readouterr().out
+        for row, layer in zip(adamss.summary(model).rows, model.layers.values(), strict=True):
+            assert row.trained == core.count_factors(layer.factors)
+            assert max(core.basis_ranks(layer.factors)) == row.R

@@ -24,6 +24,8 @@ BUDGET = {"target": 10, "end_step": 100}
         ({"targets": []}, ConfigError, "targets is empty"),
         ({"targets": ""}, ConfigError, "targets is an empty pattern"),
         ({"targets": "("}, ConfigError, "targets is not a regular expression"),
+        ({"targets": "(" * 5000}, ConfigError, "targets is not a regular expression"),
+        ({"targets": "a{99999999999999999999}"}, ConfigError, "targets is not a regular expression"),
         ({"targets": [1]}, ConfigTypeError, "targets must hold strings, found 1"),
         ({"targets": [""]}, ConfigError, "targets holds an empty name"),
         ({"targets": None}, ConfigTypeError, "targets must be a list of names, found None"),
