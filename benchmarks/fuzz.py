@@ -69,7 +69,7 @@ ADDRESS_SPACE = 4 << 30
 """Bytes that the process may map beyond what it has: a library's attempt to allocate more is an error, not a swap."""
 
 RESIDENT = 64 << 20
-"""Bytes by which one load may raise the resident memory of the process: what libraries take for themselves, untraced."""
+"""Bytes by which one load may raise the resident memory of the process, by what libraries take untraced."""
 
 BFLOAT16 = 2.0**-7
 """Rounding unit."""
@@ -225,7 +225,8 @@ class Outcome:
     targets: Sequence[str] = ()
     failure: str = ""
     changed: bool = False
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the load, by target."""
     memory: int = 0
     """Bytes, without those that the honest file takes in the same model besides itself, and without `HEADER`."""
 
@@ -567,7 +568,7 @@ def judge(
         except BaseException as error:
             outcome.failure = f"{type(error).__module__}.{type(error).__name__}: {error}"[:500]
         used = memory()
-    outcome.seconds = max(outcome.seconds, time.perf_counter() - start)
+    outcome.seconds[target.name] = time.perf_counter() - start
     grown = most_resident() - resident
     if check is not None:
         try:
@@ -760,7 +761,7 @@ def last_line(outcomes: Sequence[Outcome], seed: int) -> str:
     loaded = sum(outcome.result == "loaded" for outcome in outcomes)
     others = sum(bool(outcome.failure) and not outcome.changed for outcome in outcomes)
     changed = sum(outcome.changed for outcome in outcomes)
-    longest = max((outcome.seconds for outcome in outcomes), default=0.0)
+    longest = max((max(outcome.seconds.values()) for outcome in outcomes), default=0.0)
     most = max((outcome.memory / max(1, outcome.size) for outcome in outcomes), default=0.0)
     return (
         f"{len(outcomes):,} files (seed {seed}): loaded {loaded:,}, refused {len(outcomes) - loaded - others:,}, "
@@ -793,8 +794,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.files, arguments.seed, frameworks=arguments.frameworks, only=arguments.only, keep=keep
     )
     print(table_of(outcomes))
-    given = Counter(name for outcome in outcomes for name in outcome.targets)
-    print("files given to " + ", ".join(f"{name} {count:,}" for name, count in given.items()))
+    for name in targets_of(arguments.frameworks):
+        seconds = [outcome.seconds[name] for outcome in outcomes if name in outcome.seconds]
+        if seconds:
+            print(f"{name}: {len(seconds):,} files, the longest load {1e3 * max(seconds):.0f} ms")
     print(
         "memory is that of the load into NumPy, less what the honest file takes in the same model besides itself and "
         f"{HEADER >> 10} KiB for the header"
