@@ -704,6 +704,11 @@ def campaign(
         # The two large ones, at the end, are slower.
         weights = np.asarray([1.0] * (len(valid) - 2) + [0.15] * 2)
         path = folder / "file.safetensors"
+        for origin in valid:
+            path.write_bytes(origin.content)
+            for target in targets.values():
+                # The valid ones load; and what a framework imports or compiles at first counts for no file.
+                target.load(origin, path, {})(origin.content)
         numbers = range(files) if only is None else [only]
         for index in tqdm(numbers, desc="fuzz", unit="file", leave=False, disable=None):
             if not index % 500:
