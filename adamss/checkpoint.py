@@ -378,7 +378,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     CheckpointError
         If it is truncated, damaged or no safetensors file.
     """
-    return _deserialize(Path(path).read_bytes())
+    return dict(_stored_tensors(_deserialize(Path(path).read_bytes())))
 
 
 def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:

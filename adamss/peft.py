@@ -55,6 +55,9 @@ PICKLED_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 METHOD = "ADAMSS"
 
+LONGEST_CONFIG = 1 << 20
+"""Bytes; as Python objects they may take twenty times as many."""
+
 OUTSIDE, OUTSIDE_HALF = 1e-4, 1e-2
 """How far the stored basis may lie outside of the one that is found again, relative to it; and one that is rounded to
 half precision, which moves it by 2e-3.
@@ -257,6 +260,8 @@ def _settings(path: Path) -> dict[str, Any]:
         raise CheckpointNotFoundError(
             f"{str(path)!r} holds no adapter of PEFT: there is no {CONFIG_FILE}{where}"
         )
+    if config.stat().st_size > LONGEST_CONFIG:
+        raise CheckpointError(f"its {CONFIG_FILE} is longer than that of any adapter")
     try:
         settings = json.loads(config.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -258,6 +258,26 @@ class TestRefusals:
         save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
         self.refused(net(), folder, match)
 
+    @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+    def test_spoiled_files_are_refused_or_fit(self, net, folder, name):
+        rng, content = np.random.default_rng(0), (folder / name).read_bytes()
+        refused = 0
+        for _ in range(200):
+            spoiled = bytearray(content)
+            for _ in range(rng.integers(1, 4)):
+                spoiled[rng.integers(len(spoiled) if rng.random() < 0.5 else 200)] = rng.integers(256)
+            (folder / name).write_bytes(spoiled)
+            model = net()
+            before = {key: value.clone() for key, value in model.state_dict().items()}
+            try:
+                adamss.from_peft(model, folder)
+            except errors.AdamssError:
+                refused += 1
+                after = model.state_dict()
+                assert before.keys() == after.keys()
+                assert all(torch.equal(before[key], after[key]) for key in before)
+        assert 50 < refused < 200
+
     def test_foreign_names(self, net, folder):
         path = folder / "adapter_model.safetensors"
         save_file(load_file(path) | {"query.weight": torch.zeros(2)}, path)
