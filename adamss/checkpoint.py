@@ -528,15 +528,18 @@ def _mark(base: Any, path: str) -> Fingerprint:
 
 def _check_places(layers: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Check that no layer, and no module saved whole, is or lies within another one that is saved whole."""
-    for path in (*layers, *saved):
-        parts = path.split(".")
-        above = {"", *(".".join(parts[:end]) for end in range(1, len(parts)))} - {path}
-        if path in layers:
-            above.add(path)
-        if found := above & saved.keys():
-            raise CheckpointError(
-                f"{shown(path)} is or lies within {shown(found.pop())}, which it holds as a whole besides"
-            )
+    outer: str | None = None
+    # What lies within a module follows it in this order; to list all that a path lies within would take the square
+    # of its length.
+    for path in sorted({*layers, *saved}, key=lambda path: path.replace(".", "\0")):
+        if path in layers and path in saved:
+            outer = path
+        elif outer is None or not path.startswith(f"{outer}." if outer else ""):
+            outer = path if path in saved else outer
+            continue
+        raise CheckpointError(
+            f"{shown(path)} is or lies within {shown(outer)}, which it holds as a whole besides"
+        )
 
 
 def _check_layer(layer: StoredLayer, path: str) -> None:
@@ -629,15 +632,15 @@ def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Make a new file beside the path, locked as long as it is open, and remove it if writing fails."""
     while True:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        with open(temporary, "xb") as file:
-            try:
-                # Between the two calls another writer may have taken it for one of the dead.
+        try:
+            with open(temporary, "xb") as file:
+                # Between opening and locking, another writer may have taken it for one of the dead.
                 if _lock(file.fileno()) is False or not _is_at(temporary, file.fileno()):
                     continue
                 yield temporary, file
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         return
 
 

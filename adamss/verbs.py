@@ -27,7 +27,7 @@ from adamss._targets import match, near_matches
 from adamss.backend.interface import Adaptation, Backend, BaseWeight, Each, Model
 from adamss.backend.registry import backend_for
 from adamss.checkpoint import Checkpoint, StoredLayer, StoredTensor, join_path
-from adamss.config import AdamssConfig
+from adamss.config import AdamssConfig, shown
 from adamss.core import Factors
 from adamss.core._array import as_working_precision, check_concrete, check_matrix, device, namespace
 from adamss.errors import (
@@ -956,7 +956,7 @@ def _require_modules(paths: list[str], modules: Mapping[str, Any]) -> None:
     missing = [path for path in paths if path not in modules]
     if missing:
         raise CheckpointError(
-            f"the model has no layer {', '.join(repr(path) for path in missing[:3])}"
+            f"the model has no layer {', '.join(shown(path) for path in missing[:3])}"
             f"{f' (and {len(missing) - 3} more)' if len(missing) > 3 else ''}, which the file adapts; "
             f"{near_matches(missing[:1], modules)}"
         )

@@ -256,7 +256,7 @@ def odd_name(rng: np.random.Generator, name: str = "query") -> Any:
             f".{name}", f"..{name}", f"{name}\u0000", name.upper(), f"{name} ", "__metadata__",
             "__class__", "é", "\ud800",
             "\udfff", "\u202egnp", "\x1b[2J", "C", "M.C", "\U0001d518" * 1000, "x" * 5000, "encoder",
-            "encoder.0", "head", "head.weight",
+            "encoder.0", "head", "head.weight", "." * 20_000, "a." * 10_000,
             "encoder.0.query.C", "%s%n", "{}", "\n", Raw('"\\ud800"'), Raw('"a" :1, "b"'), Raw("null"),
             Raw("1"),
         ),

@@ -348,6 +348,23 @@ class TestBadFiles:
         )
         self.refused(path, match)
 
+    def test_a_path_of_very_many_parts(self, path):
+        long = "a." * 12_000
+        names = {
+            f"layer.1.query.{kind}": f"{long}.{kind}" for kind in ("M", "C", "labels", "ranks", "active")
+        }
+        with safe_open(path, framework="numpy") as file:
+            layers = json.loads(file.metadata()["layers"])
+        layers[long] = layers.pop("layer.1.query")
+        rewrite_with_checksum(path, rename=names, metadata={"layers": json.dumps(layers)})
+        size = path.stat().st_size
+        tracemalloc.start()
+        try:
+            self.refused(path, r"the model has no layer 'a\.a\.a\..*'; the model has modules called query")
+            assert tracemalloc.get_traced_memory()[1] < 2 * size + 500_000
+        finally:
+            tracemalloc.stop()
+
     def test_booleans_that_are_none(self, path):
         tensors = dict(checkpoint._stored_tensors(checkpoint._deserialize(path.read_bytes())))
         with safe_open(path, framework="numpy") as file:
