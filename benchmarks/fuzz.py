@@ -707,8 +707,9 @@ def campaign(
         for origin in valid:
             path.write_bytes(origin.content)
             for target in targets.values():
-                # The valid ones load; and what a framework imports or compiles at first counts for no file.
-                target.load(origin, path, {})(origin.content)
+                # What a framework imports or compiles at first counts for no file.
+                with contextlib.suppress(WrongError):
+                    target.load(origin, path, {})(origin.content)
         numbers = range(files) if only is None else [only]
         for index in tqdm(numbers, desc="fuzz", unit="file", leave=False, disable=None):
             if not index % 500:
