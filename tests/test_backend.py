@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import adamss
-from adamss import core, verbs
+from adamss import core
 from adamss.backend import (
     Backend,
     NumpyBackend,
@@ -28,6 +28,7 @@ from adamss.errors import (
     StateError,
     TargetError,
 )
+from adamss.verbs import common
 
 
 def model(dtype=np.float64):
@@ -202,7 +203,7 @@ def test_the_reference_computes_what_core_does():
 def test_attach_and_load_count_their_layers_on_a_bar_that_a_log_never_sees(monkeypatch, tmp_path, capfd):
     made = []
 
-    class Bar(verbs.tqdm):
+    class Bar(common.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.done = 0
@@ -212,7 +213,7 @@ def test_attach_and_load_count_their_layers_on_a_bar_that_a_log_never_sees(monke
             self.done += n
             return super().update(n)
 
-    monkeypatch.setattr(verbs, "tqdm", Bar)
+    monkeypatch.setattr(common, "tqdm", Bar)
     adamss.save(adamss.attach(model(), CONFIG), tmp_path / "a.safetensors")
     adamss.load(model(), tmp_path / "a.safetensors")
     assert [(bar.total, bar.done) for _, bar in made] == [(2, 2), (2, 2)]

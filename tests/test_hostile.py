@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adamss import checkpoint, core, verbs
+from adamss import checkpoint, core
 from adamss.errors import CheckpointError
+from adamss.verbs import files
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, fork and limits of POSIX")
 
@@ -59,7 +60,7 @@ def slightly_wrong(M, C, *others, U=None):
         (checkpoint, "check_factors", lambda *_, **__: None, "labels: other numbers"),
         (checkpoint, "_check_places", lambda *_: None, "paths: layers and saved modules that clash"),
         (checkpoint, "_parse", lambda text, room: json.loads(text), "header: deep, wide or long JSON"),
-        (verbs, "_require_modules", lambda *_: None, "paths: a layer renamed with its tensors"),
+        (files, "require_modules", lambda *_: None, "paths: a layer renamed with its tensors"),
         (core, "factors_from_directions", slightly_wrong, "nothing at all"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

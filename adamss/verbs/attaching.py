@@ -1,0 +1,277 @@
+"""Putting adapters on a model, looking at them, taking them off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from adamss import core
+from adamss._summary import Summary, summarise, total
+from adamss._targets import match
+from adamss.backend.interface import Backend, BaseWeight, Each, Model
+from adamss.backend.registry import backend_for
+from adamss.config import AdamssConfig
+from adamss.core import Factors
+from adamss.core._array import check_concrete, check_matrix, namespace
+from adamss.errors import (
+    ConfigError,
+    ConfigTypeError,
+    TargetError,
+)
+from adamss.verbs.common import (
+    adapted,
+    base_weight,
+    cast_factors,
+    factor_dtype,
+    progress,
+    require_base,
+    require_kept_base,
+    with_bias_row,
+)
+
+__all__ = ["attach", "detach", "disabled", "summary", "trainable_parameters"]
+
+
+def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
+    """Adapt the layers of a model that ``config.targets`` names, and freeze the rest.
+
+    Only the factors B and C and the ``modules_to_save`` are trained afterwards. C starts at zero: the
+    outputs are those of the base model, to the bit.
+
+    Layers are decomposed where their weights are, one after the other, so that beside weights and factors there is
+    memory for one layer alone: tens of megabytes for a width up to 2048, less than five times the layer's float32
+    weight beyond. PyTorch takes small layers on the CPU, of a side up to 512, as many at a time as it has threads. A
+    bar shows how far it is, on a terminal and after a second.
+
+    Parameters
+    ----------
+    model
+        A model of any framework with a backend. PyTorch: changed in place.
+    config
+        What to adapt, and how.
+    divide
+        Where several processes run (`torch.distributed`): each layer is decomposed by one of them, which sends the
+        factors to the others. All processes must call `attach` then, and an error on one is raised on all; those
+        that have other layers or weights than the rest are left to themselves. False: each process decomposes
+        all layers and waits for no other, as it must where only some of them attach.
+
+    Returns
+    -------
+    Model
+        The adapted model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    TargetError
+        If nothing matches ``targets`` or ``modules_to_save``; the message lists near matches.
+    LayerTypeError, LayerError
+        If a matched module has no weight that can be adapted.
+    ArrayTypeError, ArrayValueError
+        If a weight is complex or integer, or holds NaN or infinity; the message names the layer.
+    StateError
+        If adapters are attached already.
+    """
+    if not isinstance(config, AdamssConfig):
+        raise ConfigTypeError(f"config must be an adamss.AdamssConfig, found {type(config).__name__}")
+    backend = backend_for(model)
+    with backend.exact(), backend.divided(model, enabled=divide) as division:
+        require_base(backend, model, "attach")
+        modules = backend.modules(model)
+        paths = _once(match(config.targets, modules, name="targets"), modules)
+        saved = []
+        if config.modules_to_save:
+            saved = _once(match(config.modules_to_save, modules, name="modules_to_save"), modules)
+        _require_disjoint(paths, saved)
+        weights = {path: base_weight(backend, modules, path) for path in paths}
+
+        with progress(len(weights)) as count:
+
+            def initial(batch: Mapping[str, BaseWeight], each: Each) -> dict[str, Factors]:
+                return _initial_factors(backend, batch, config, each, count)
+
+            layers = division.factors(weights, initial, settings=lambda: json.dumps(config.to_dict()))
+        if config.budget is not None:
+            core.plan_budget(layers, config.budget)  # complains of what cannot be kept to
+        return backend.insert(model, layers, config=config, saved=dict.fromkeys(saved))
+
+
+def detach(model: Model) -> Model:
+    """Take the adapters off: the base model back, bit for bit, ``modules_to_save`` included.
+
+    Parameters
+    ----------
+    model
+        An adapted model, merged or not.
+
+    Returns
+    -------
+    Model
+        The base model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, or was merged with ``keep_base=False``.
+    """
+    backend, adaptation = adapted(model, "detach")
+    require_kept_base(adaptation, "detach")
+    return backend.remove(model)
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Compute what the base model computes, ``modules_to_save`` included, within a ``with`` block.
+
+    Parameters
+    ----------
+    model
+        An adapted model.
+
+    Yields
+    ------
+    Model
+        The same object, switched off, where the framework's models are mutable; else a model without
+        the update.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, or was merged with ``keep_base=False``.
+    """
+    backend, adaptation = adapted(model, "disabled")
+    require_kept_base(adaptation, "disabled")
+    with backend.disabled(model) as base:
+        yield base
+
+
+def summary(model: Model) -> Summary:
+    """Return effective settings and counts of every adapted layer; prints as a table.
+
+    Parameters
+    ----------
+    model
+        An adapted model.
+
+    Returns
+    -------
+    Summary
+        With `rows` and `total`.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters.
+    """
+    backend, adaptation = adapted(model, "summary")
+    rows = [
+        summarise(path, adaptation.shapes[path], _outline(backend, factors, path))
+        for path, factors in adaptation.layers.items()
+    ]
+    modules = backend.modules(model)
+    saved = (array for path in adaptation.saved for array in backend.arrays(modules[path]).values())
+    return Summary(tuple(rows), total(rows), sum(int(np.prod(array.shape)) for array in saved))
+
+
+def trainable_parameters(model: Model) -> Any:
+    """Return what to hand to an optimiser, in the framework's own form.
+
+    B and C of every adapted layer, then the parameters of ``modules_to_save``. PyTorch: a list of Parameters.
+
+    Parameters
+    ----------
+    model
+        An adapted model.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters.
+    """
+    backend, _ = adapted(model, "trainable_parameters")
+    return backend.parameters(model)
+
+
+def _initial_factors(
+    backend: Backend,
+    batch: Mapping[str, BaseWeight],
+    config: AdamssConfig,
+    each: Each,
+    count: Callable[[], None],
+) -> dict[str, Factors]:
+    """Return the factors of layers of one shape, to start a training from."""
+
+    def decomposed(path: str) -> core.Decomposition:
+        decomposition = core.decompose(
+            _decomposition_input(backend, path, batch[path], config), config.rank, seed=config.seed
+        )
+        count()
+        return decomposition
+
+    decompositions = dict(zip(batch, each(decomposed, batch), strict=True))
+    xp = namespace(*next(iter(decompositions.values())))
+    labels = core.segment(
+        core.Decomposition(*map(xp.stack, zip(*decompositions.values(), strict=True))),
+        config.subspaces,
+        config.segmentation,
+        dimension=config.segmentation_dimension,
+        seed=config.seed,
+    )
+    labels_of = dict(zip(batch, xp.unstack(labels), strict=True))
+
+    def initial(path: str) -> Factors:
+        factors = core.initial_factors(
+            decompositions[path],
+            labels_of[path],
+            config.subspace_rank,
+            basis=config.basis,
+            initial_B=config.initial_B,
+        )
+        return cast_factors(backend, factors, factor_dtype(backend, batch[path], config))
+
+    return dict(zip(batch, each(initial, batch), strict=True))
+
+
+def _decomposition_input(backend: Backend, path: str, base: BaseWeight, config: AdamssConfig) -> Any:
+    check_matrix(base.W, name=f"{path}: weight")
+    dtype = factor_dtype(backend, base, config)
+    if not backend.has_dtype(dtype):
+        raise ConfigError(
+            f"factor_dtype = {dtype!r}: {backend.name} has no such dtype as it is set up; choose 'float32'"
+        )
+    W = base.W
+    if config.include_bias and base.b is not None:
+        W = with_bias_row(base)
+        check_matrix(W[-1:, :], name=f"{path}: bias")
+    return backend.decomposition_input(W)
+
+
+def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:
+    """Return the first path of each module that the paths name: one that appears twice is adapted once."""
+    first: dict[int, str] = {}
+    for path, module in modules.items():
+        first.setdefault(id(module), path)
+    return list(dict.fromkeys(first[id(modules[path])] for path in paths))
+
+
+def _require_disjoint(targets: list[str], saved: list[str]) -> None:
+    for outer in saved:
+        for inner in (*targets, *(path for path in saved if path != outer)):
+            if inner == outer or inner.startswith(f"{outer}." if outer else ""):
+                raise TargetError(
+                    f"{inner!r} is matched for adapting or saving and lies within {outer!r}, which "
+                    "modules_to_save trains whole; leave one of them out"
+                )
+
+
+def _outline(backend: Backend, factors: Factors, path: str) -> Factors:
+    """Return labels, ranks and mask as NumPy arrays, and A, B, C that have shapes alone: enough to count."""
+    check_concrete(factors.labels, factors.ranks, factors.active, name=path)
+    small = {
+        name: backend.to_stored(getattr(factors, name)).numpy() for name in ("labels", "ranks", "active")
+    }
+    nothing = np.zeros(())
+    return Factors(*(np.broadcast_to(nothing, tuple(array.shape)) for array in factors))._replace(**small)

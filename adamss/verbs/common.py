@@ -1,0 +1,195 @@
+"""What several verbs need: the state of a model, its layers, and the arrays of these."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from adamss._targets import near_matches
+from adamss.backend.interface import Adaptation, Backend, BaseWeight, Model
+from adamss.backend.registry import backend_for
+from adamss.checkpoint import StoredTensor, join_path
+from adamss.config import AdamssConfig, shown
+from adamss.core import Factors
+from adamss.core._array import namespace
+from adamss.errors import (
+    CheckpointError,
+    ConfigTypeError,
+    LayerError,
+    StateError,
+)
+
+__all__ = [
+    "adapted",
+    "base_weight",
+    "cast_factors",
+    "checked_path",
+    "factor_dtype",
+    "progress",
+    "require_base",
+    "require_distinct",
+    "require_kept_base",
+    "require_modules",
+    "saved_arrays",
+    "whole",
+    "with_bias_row",
+]
+
+COUNTERS = ("num_batches_tracked",)
+"""What PyTorch counts in its layers and other frameworks do not: a file may lack it, or have it in vain."""
+
+READ_ONLY = ("summary", "trainable_parameters", "disabled")
+
+_Arrays = TypeVar("_Arrays", BaseWeight, Factors)
+
+
+def adapted(model: Model, verb: str) -> tuple[Backend, Adaptation]:
+    """Return the backend of an adapted model and what is attached; `verb` is what the message calls the caller."""
+    backend = backend_for(model)
+    adaptation = backend.adaptation(model)
+    if adaptation is None:
+        raise StateError(f"{verb}: the model has no adapters; call adamss.attach or adamss.load first")
+    if adaptation.disabled and verb not in READ_ONLY:
+        raise StateError(f"{verb}: the model is switched off by adamss.disabled; leave its with block first")
+    return backend, adaptation
+
+
+def require_base(backend: Backend, model: Model, verb: str) -> None:
+    """Check that a model has no adapters."""
+    if backend.adaptation(model) is not None:
+        raise StateError(f"{verb}: the model has adapters already; call adamss.detach(model) first")
+
+
+def require_kept_base(adaptation: Adaptation, verb: str) -> None:
+    """Check that the base weights can be given back."""
+    if not adaptation.base_kept:
+        raise StateError(
+            f"{verb}: the base weights were dropped (keep_base=False); load the base model afresh"
+        )
+
+
+@contextmanager
+def progress(layers: int) -> Iterator[Callable[[], None]]:
+    """Give what moves a bar by a layer: on a terminal, and if all take more than a second."""
+    one_at_a_time = threading.Lock()
+    with tqdm(total=layers, desc="adamss", unit="layer", delay=1.0, leave=False, disable=None) as bar:
+
+        def count() -> None:
+            with one_at_a_time:
+                bar.update()
+
+        yield count
+
+
+def base_weight(backend: Backend, modules: Mapping[str, Any], path: str) -> BaseWeight:
+    """Return the base weight of a layer, with its values."""
+    base = backend.weight(modules[path], path)
+    if not backend.has_values(base.W):
+        raise LayerError(f"{path} is on the meta device: its weight has no values; load the weights first")
+    return base
+
+
+def whole(backend: Backend, arrays: _Arrays) -> _Arrays:
+    """Return a base weight, or factors, with all the entries of each array."""
+    return type(arrays)(*(None if array is None else backend.whole(array) for array in arrays))
+
+
+def cast_factors(backend: Backend, factors: Factors, dtype: str) -> Factors:
+    """Return factors with A, B and C in the dtype of that name."""
+    return factors._replace(**{name: backend.cast(getattr(factors, name), dtype) for name in "ABC"})
+
+
+def factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig, *, loading: bool = False) -> str:
+    """Return the name of the dtype of a layer's factors; in loading, one that the framework has."""
+    if config.factor_dtype is not None and (backend.has_dtype(config.factor_dtype) or not loading):
+        return config.factor_dtype
+    dtype = backend.dtype_name(base.W)
+    return "float64" if dtype == "float64" else "float32"
+
+
+def with_bias_row(base: BaseWeight) -> Any:
+    """Return (d + 1, n): the weight, and the bias as one more input row."""
+    xp = namespace(base.W, base.b)
+    return xp.concat([base.W, xp.astype(xp.reshape(base.b, (1, -1)), base.W.dtype)], axis=0)
+
+
+def checked_path(path: str | os.PathLike[str], name: str = "path") -> str:
+    """Return a path as a string."""
+    try:
+        return os.fsdecode(path)
+    except TypeError as error:
+        raise ConfigTypeError(f"{name} must be a string or a pathlib.Path, found {path!r}") from error
+
+
+def require_modules(paths: list[str], modules: Mapping[str, Any]) -> None:
+    """Check that a model has the modules that a file names."""
+    missing = [path for path in paths if path not in modules]
+    if missing:
+        raise CheckpointError(
+            f"the model has no layer {', '.join(shown(path) for path in missing[:3])}"
+            f"{f' (and {len(missing) - 3} more)' if len(missing) > 3 else ''}, which the file adapts; "
+            f"{near_matches(missing[:1], modules)}"
+        )
+
+
+def require_distinct(paths: list[str], modules: Mapping[str, Any]) -> None:
+    """Check that no two paths of a file name one module."""
+    seen: dict[int, str] = {}
+    for path in paths:
+        other = seen.setdefault(id(modules[path]), path)
+        if other != path:
+            raise CheckpointError(
+                f"{other!r} and {path!r} are one module in this model; the file adapts them apart: "
+                "it was trained on another model"
+            )
+
+
+def saved_arrays(
+    backend: Backend, path: str, tensors: Mapping[str, StoredTensor], present: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the tensors of a module to save as arrays, of the dtype and on the device of those of the module."""
+    optional = {name for name in {*tensors, *present} if name.rpartition(".")[2] in COUNTERS}
+    tensors = {name: tensor for name, tensor in tensors.items() if name in present or name not in optional}
+    if tensors.keys() | optional != present.keys() | optional:
+        raise CheckpointError(
+            f"{path}: the file holds {', '.join(sorted(tensors))[:200] or 'nothing'}, "
+            f"the model has {', '.join(sorted(present)) or 'nothing'}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != tuple(present[name].shape):
+            raise CheckpointError(
+                f"{join_path(path, name)}: the file has shape {tensor.shape}, the model {tuple(present[name].shape)}"
+            )
+    return {
+        name: _saved_array(backend, join_path(path, name), tensor, present[name])
+        for name, tensor in tensors.items()
+    }
+
+
+def _saved_array(backend: Backend, name: str, tensor: StoredTensor, present: Any) -> Any:
+    """Return what a file has for an array of the model, rounded to that one's dtype but never cut off."""
+    dtype = backend.dtype_name(present)
+    if tensor.dtype == dtype:
+        return backend.from_stored(tensor, like=present)
+    real = "float" in tensor.dtype and "float" in dtype
+    fits = real or tensor.dtype.rstrip("0123456789") == dtype.rstrip("0123456789")
+    if fits:
+        # Overflow is found below, whatever a framework makes of it.
+        with np.errstate(over="ignore"):
+            array = backend.from_stored(tensor, like=present, dtype=dtype)
+        rounded = backend.to_stored(array)
+        if real:
+            fits = rounded.is_finite() or not tensor.is_finite()
+        else:
+            fits = np.array_equal(rounded.numpy(), tensor.numpy())
+    if not fits:
+        raise CheckpointError(
+            f"{name}: the file has {tensor.dtype}, of which the model's {dtype} cannot hold all"
+        )
+    return array

@@ -1,0 +1,284 @@
+"""Adapters in the formats of others."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_torch_array
+
+from adamss import peft
+from adamss._targets import match
+from adamss.backend.interface import Backend, BaseWeight, Model
+from adamss.backend.registry import backend_for
+from adamss.checkpoint import StoredTensor, join_path
+from adamss.config import AdamssConfig
+from adamss.core import Factors
+from adamss.core._array import as_working_precision, check_matrix, device
+from adamss.errors import (
+    AdamssWarning,
+    ArrayValueError,
+    CheckpointError,
+    StateError,
+)
+from adamss.lora import LoraFolder, lora_layers, write_lora
+from adamss.peft import Grouping, PeftAdapter, PeftFolder
+from adamss.verbs.common import (
+    adapted,
+    base_weight,
+    cast_factors,
+    checked_path,
+    progress,
+    require_base,
+    require_distinct,
+    require_modules,
+    saved_arrays,
+    whole,
+)
+
+__all__ = ["from_peft", "to_lora", "to_peft"]
+
+
+def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
+    """Write the adapter as a LoRA, without loss: what servers (vLLM, llama.cpp, SGLang, TGI, diffusers) read.
+
+    M and the block-structured expansion of C are a LoRA of rank q. The folder has PEFT's two files, ``lora_alpha``
+    equal to the rank so that the scale is 1, one rank for all layers (the largest q; zeros fill the rest up), and
+    weights in float32. Frozen subspaces are part of it, for they contribute. It loads with
+    ``peft.PeftModel.from_pretrained(base_model, folder)``.
+
+    Where several processes hold parts of the model, all of them call this and one writes.
+
+    Parameters
+    ----------
+    model
+        An adapted model of any framework, merged or not. Module paths become the names in the file: those of PyTorch
+        are what servers look for, and an adapter trained elsewhere gets them by `save` and `load`.
+    folder
+        Where to; made if it does not exist, and the files in it replaced.
+
+    Returns
+    -------
+    LoraFolder
+        With `path`, `rank`, `layers`, `saved`; prints as a sentence.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters; if the update of a bias is not zero; if q is above 512, the most that servers
+        take (the message says which K and r_k would fit); if a layer is one of a stack.
+    ArrayValueError
+        If factors are not finite.
+
+    Warns
+    -----
+    AdamssWarning
+        If there are ``modules_to_save``, which are no part of a LoRA: the message names the file beside it where they
+        are.
+    """
+    backend, adaptation = adapted(model, "to_lora")
+    modules = backend.modules(model)
+    with backend.exact():
+        layers = lora_layers(backend, adaptation)
+        saved = {
+            join_path(path, name): backend.to_stored(backend.whole(array))
+            for path in adaptation.saved
+            for name, array in backend.arrays(modules[path]).items()
+        }
+    targets = _shortest_targets(layers, modules)
+    path = checked_path(folder, name="folder")
+    backend.once(model, lambda: write_lora(path, layers, targets=targets, saved=saved))
+    written = LoraFolder.of(path, layers, saved)
+    if saved:
+        warnings.warn(f"to_lora: {written}", AdamssWarning, stacklevel=2)
+    return written
+
+
+def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
+    """Write the adapter as one of PEFT's AdaMSS, where its format has room for it.
+
+    PEFT does not store which columns make a subspace, but finds them again at each load, by a procedure of its own.
+    So this is for adapters that came from PEFT (`from_peft`), trained further here or not, and for those of one
+    subspace; `to_lora` writes any. What is written loads right on this very base, in this very dtype: PEFT does not
+    check. Takes PyTorch and scikit-learn.
+
+    Where several processes hold parts of the model, all of them call this and one writes.
+
+    Parameters
+    ----------
+    model
+        An adapted model of any framework, merged or not. Module paths become the names in the file.
+    folder
+        Where to; made if it does not exist, and the files in it replaced.
+
+    Returns
+    -------
+    PeftFolder
+        With `path`, `layers`, `saved`; prints as a sentence.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, or PEFT would take them for others: it would group the columns otherwise, or
+        there is a basis for each subspace. The message names the layer.
+    ArrayValueError
+        If factors are not finite.
+    MissingBackendError
+        If PyTorch or scikit-learn is not installed.
+
+    Warns
+    -----
+    AdamssWarning
+        If subspaces are frozen: the format has no mask, and PEFT would train all of them.
+    """
+    backend, adaptation = adapted(model, "to_peft")
+    modules, config = backend.modules(model), adaptation.config
+    layers = {}
+    with backend.exact():
+        for layer_path, factors in adaptation.layers.items():
+            peft.check_layer_name(layer_path, "to_peft")
+            base = whole(backend, base_weight(backend, modules, layer_path))
+            arrays = _host_factors(backend, whole(backend, factors), layer_path)
+            found = _peft_grouping(backend, base, config.rank, config.subspaces, config.seed)
+            layer = peft.layer_of(arrays, found.labels, found.basis.shape)
+            if isinstance(layer, str):
+                raise StateError(
+                    f"to_peft: {layer_path} has no form in PEFT's AdaMSS: {layer}; adamss.to_lora exports it without "
+                    "loss, and PEFT and servers read that"
+                )
+            layers[layer_path] = layer
+        saved = {
+            join_path(module_path, name): backend.to_stored(backend.whole(array))
+            for module_path in adaptation.saved
+            for name, array in backend.arrays(modules[module_path]).items()
+        }
+    frozen = sum(
+        int((~np.asarray(backend.to_stored(f.active).numpy())).sum()) for f in adaptation.layers.values()
+    )
+    if frozen:
+        warnings.warn(
+            f"to_peft: PEFT's format has no mask; {frozen} frozen subspaces are part of the file, and PEFT would "
+            "train them on",
+            AdamssWarning,
+            stacklevel=2,
+        )
+    path = checked_path(folder, name="folder")
+    settings = peft.adamss_config(
+        config,
+        subspace_rank=max(A.shape[0] for layer in layers.values() for A in layer.A),
+        targets=_shortest_targets(layers, modules),
+        saved=adaptation.saved,
+    )
+    tensors = peft.adamss_tensors(layers) | {f"{peft.PREFIX}{name}": tensor for name, tensor in saved.items()}
+    backend.once(model, lambda: peft.write_folder(path, settings, tensors))
+    return PeftFolder(Path(path), len(layers), adaptation.saved)
+
+
+def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
+    """Attach an adapter that PEFT's AdaMSS wrote (`save_pretrained`), of the same outputs.
+
+    PEFT does not store which columns of a weight make a subspace. They are found again by its own procedure, and what
+    is found is compared with the sizes and the basis in the file: another base, or this one rounded to another dtype,
+    is an error here where PEFT scrambles the adapter in silence. From then on the grouping is part of the model, and
+    `save` keeps it, so that the adapter can be loaded in any dtype. Takes PyTorch and scikit-learn, whatever the
+    framework of the model.
+
+    Parameters
+    ----------
+    base_model
+        The model that the adapter was trained on, in the same dtype, without adapters. Paths of its modules are the
+        names in the file.
+    folder
+        With ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns
+    -------
+    Model
+        The adapted model, all subspaces trainable (PEFT stores no mask); the same object where the framework's models
+        are mutable.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is no such folder, or one of its files is missing.
+    CheckpointError
+        If it holds an adapter of another method (the message says which), is damaged, or does not fit the model. The
+        model is unchanged.
+    StateError
+        If adapters are attached already.
+    MissingBackendError
+        If PyTorch or scikit-learn is not installed.
+    """
+    backend = backend_for(base_model)
+    with backend.exact():
+        require_base(backend, base_model, "from_peft")
+        adapter = peft.read_folder(checked_path(folder, name="folder"))
+        modules = backend.modules(base_model)
+        require_modules([*adapter.layers, *adapter.saved], modules)
+        require_distinct(list(adapter.layers), modules)
+        saved = {
+            module_path: saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
+            for module_path, tensors in adapter.saved.items()
+        }
+        layers = {}
+        with progress(len(adapter.layers)) as count:
+            for layer_path in filter(adapter.layers.__contains__, modules):
+                base = backend.weight(modules[layer_path], layer_path)
+                check_matrix(base.W, name=f"{layer_path}: weight")
+                layers[layer_path] = _factors_from_peft(backend, adapter, layer_path, base)
+                count()
+        config = AdamssConfig(
+            targets=_shortest_targets(layers, modules),
+            rank=adapter.rank,
+            subspaces=adapter.subspaces,
+            subspace_rank=adapter.subspace_rank,
+            modules_to_save=tuple(adapter.saved),
+            include_bias=True,
+            seed=adapter.seed,
+        )
+        return backend.insert(base_model, layers, config=config, saved=saved)
+
+
+def _shortest_targets(layers: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str]:
+    """Return the last names of the layers, as servers know them, or whole paths if those would mean others too."""
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in layers))
+    return names if set(match(names, modules, name="targets")) == layers.keys() else list(layers)
+
+
+def _peft_grouping(backend: Backend, base: BaseWeight, rank: int, subspaces: int, seed: int) -> Grouping:
+    """Return what PEFT finds in a weight of the whole, where it is."""
+    W = backend.to_stored(base.W).numpy()
+    b = None if base.b is None else backend.to_stored(base.b).numpy()
+    on = str(device(base.W)) if is_torch_array(base.W) else "cpu"
+    return peft.grouping_of(peft.rows_of(W, b), rank, subspaces, seed, device=on)
+
+
+def _factors_from_peft(backend: Backend, adapter: PeftAdapter, path: str, base: BaseWeight) -> Factors:
+    """Return the factors of one layer of a PEFT folder, its columns grouped as PEFT finds them in the base."""
+    layer = adapter.layers[path]
+    found = _peft_grouping(backend, whole(backend, base), adapter.rank, adapter.subspaces, adapter.seed)
+    difference = peft.why_not_the_same(layer, found)
+    if difference is not None:
+        raise CheckpointError(
+            f"{path}: the adapter was trained on another base, or on this one in another dtype: {difference}. Which "
+            "columns make a subspace is not in PEFT's files and cannot be found from this base; load it on the base "
+            "and in the dtype that it was trained on, and adamss.save it from there"
+        )
+    factors = peft.factors_of(layer, found.labels)
+    dtype = "float64" if backend.dtype_name(base.W) == "float64" else "float32"
+    arrays = Factors(*(backend.from_stored(StoredTensor.of(array), like=base.W) for array in factors))
+    return cast_factors(backend, arrays, dtype)
+
+
+def _host_factors(backend: Backend, factors: Factors, path: str) -> Factors:
+    """Return factors as NumPy arrays, A, B and C in float32 or float64."""
+    arrays = Factors(*(backend.to_stored(array).numpy() for array in factors))
+    arrays = arrays._replace(labels=arrays.labels.astype(np.int64), ranks=arrays.ranks.astype(np.int64))
+    wide = {name: as_working_precision(getattr(arrays, name)) for name in "ABC"}
+    if not all(np.isfinite(array).all() for array in wide.values()):
+        raise ArrayValueError(f"{path} has factors that are not finite; nothing is written")
+    return arrays._replace(**wide)

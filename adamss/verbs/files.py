@@ -1,0 +1,289 @@
+"""Adapters in files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from adamss import checkpoint as files
+from adamss import core
+from adamss.backend.interface import Backend, BaseWeight, Each, Model
+from adamss.backend.registry import backend_for
+from adamss.checkpoint import Checkpoint, StoredLayer, StoredTensor
+from adamss.config import AdamssConfig
+from adamss.core import Factors
+from adamss.core._array import check_concrete, check_matrix, namespace
+from adamss.errors import (
+    CheckpointError,
+    LayerError,
+)
+from adamss.verbs.common import (
+    adapted,
+    base_weight,
+    cast_factors,
+    checked_path,
+    factor_dtype,
+    progress,
+    require_base,
+    require_distinct,
+    require_kept_base,
+    require_modules,
+    saved_arrays,
+    whole,
+    with_bias_row,
+)
+
+__all__ = ["load", "save"]
+
+
+def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) -> None:
+    """Write the adapter, and ``modules_to_save``, to one safetensors file.
+
+    Where several processes hold parts of the model (PyTorch's ``fully_shard``), all of them call this and one
+    writes.
+
+    Parameters
+    ----------
+    model
+        An adapted model, merged or not.
+    path
+        Where to; an existing file is replaced, whole or not at all.
+    training
+        False: portable, with ``M = A B``, the smallest. True: A and B, to resume training to the bit.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, or was merged with ``keep_base=False``.
+    """
+    backend, adaptation = adapted(model, "save")
+    if adaptation.merged:
+        require_kept_base(adaptation, "save")
+    modules = backend.modules(model)
+    layers = {}
+    with backend.exact():
+        for layer_path, factors in adaptation.layers.items():
+            base = base_weight(backend, modules, layer_path)
+            check_concrete(*factors, name=layer_path)
+            factors, base = whole(backend, factors), whole(backend, base)
+            layers[layer_path] = _stored_layer(backend, factors, base, training=training)
+        saved = {}
+        for module_path in adaptation.saved:
+            arrays = backend.arrays(modules[module_path])
+            check_concrete(*arrays.values(), name=module_path)
+            saved[module_path] = {
+                name: backend.to_stored(backend.whole(array)) for name, array in arrays.items()
+            }
+    from adamss import __version__
+
+    writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
+    checkpoint = Checkpoint(adaptation.config, layers, saved, writer)
+    backend.once(model, lambda: files.write(checked_path(path), checkpoint))
+
+
+def load(
+    base_model: Model,
+    path: str | os.PathLike[str],
+    *,
+    trainable: bool = True,
+    check_base: bool = True,
+    divide: bool = False,
+) -> Model:
+    """Attach an adapter from a file, whatever framework, device or dtype it was trained with.
+
+    Segmentation, factors and mask come from the file. From a portable one the basis is made anew, and shared by
+    all subspaces: the update is the same, and R (with it the number of trained parameters) may not be.
+
+    Parameters
+    ----------
+    base_model
+        The model that the adapter was trained on, in any dtype, without adapters.
+    path
+        A file that `save` wrote.
+    trainable
+        For a portable file. True: the basis is ``A = orth([M, U])``, its first R columns, so that
+        training can go on in the whole subspace; this decomposes the weights. False: ``A = orth(M)``, which is
+        all that inference needs and quick.
+    check_base
+        Whether to compare the fingerprints of the base weights. Turn it off to put an adapter on a model other
+        than its own on purpose.
+        With ``trainable=False``, or a file that was saved with ``training=True``, the weights are not looked at
+        then: a PyTorch model may still be on the meta device. The adapter is loaded to the CPU, and the weights come
+        afterwards, by ``load_state_dict(..., strict=False, assign=True)``.
+    divide
+        Whether several processes divide the decompositions among them, as in `attach`; all must call `load` then.
+
+    Returns
+    -------
+    Model
+        The adapted model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is no such file.
+    CheckpointError
+        If the file is damaged, foreign or of an unknown version, or does not fit the model; if its factors hold NaN
+        or infinity (`save` keeps what a training that diverged has left, `load` does not take it up), or a number
+        overflows the dtype that it gets in this model. The message says which. The model is unchanged.
+    LayerError
+        If a weight has no values, on the meta device, and they are needed.
+    StateError
+        If adapters are attached already.
+    """
+    backend = backend_for(base_model)
+    with backend.exact(), backend.divided(base_model, enabled=divide) as division:
+        require_base(backend, base_model, "load")
+        modules = backend.modules(base_model)
+        stored = files.read(checked_path(path), modules=len(modules))
+        require_modules([*stored.layers, *stored.saved], modules)
+        require_distinct([*stored.layers, *stored.saved], modules)
+        weights = {
+            layer_path: backend.weight(modules[layer_path], layer_path) for layer_path in stored.layers
+        }
+        for layer_path, layer in stored.layers.items():
+            _check_base_shape(layer_path, layer, weights[layer_path])
+            decompose = trainable and layer.M is not None
+            _check_base_present(backend, layer_path, weights[layer_path], needed=check_base or decompose)
+        saved = {
+            module_path: saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
+            for module_path, tensors in stored.saved.items()
+        }
+
+        with progress(len(weights)) as count:
+
+            def loaded(batch: Mapping[str, BaseWeight], each: Each) -> dict[str, Factors]:
+                def one(layer_path: str) -> Factors:
+                    base, layer = batch[layer_path], stored.layers[layer_path]
+                    if backend.has_values(base.W):
+                        check_matrix(base.W, name=f"{layer_path}: weight")
+                    if check_base:
+                        _check_base_values(layer_path, layer, base)
+                    factors = _loaded_factors(
+                        backend, layer, base, stored.config, path=layer_path, trainable=trainable
+                    )
+                    count()
+                    return factors
+
+                return dict(zip(batch, each(one, batch), strict=True))
+
+            layers = division.factors(
+                weights, loaded, settings=lambda: _digest(stored, trainable, check_base)
+            )
+        return backend.insert(base_model, layers, config=stored.config, saved=saved)
+
+
+def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, training: bool) -> StoredLayer:
+    if training:
+        basis = {"A": backend.to_stored(factors.A), "B": backend.to_stored(factors.B)}
+    else:
+        basis = {"M": backend.to_stored(core.contract(factors))}
+    labels = backend.to_stored(factors.labels).numpy()
+    ranks = backend.to_stored(factors.ranks).numpy()
+    return StoredLayer(
+        C=backend.to_stored(factors.C),
+        labels=_smallest(labels),
+        ranks=_smallest(ranks),
+        active=backend.to_stored(factors.active),
+        base=files.fingerprint(base.W),
+        **basis,
+    )
+
+
+def _smallest(integers: np.ndarray[Any, Any]) -> StoredTensor:
+    """Return non-negative integers in the smallest unsigned dtype that holds them."""
+    return StoredTensor.of(integers.astype(np.min_scalar_type(int(integers.max()))))
+
+
+def _loaded_factors(
+    backend: Backend,
+    layer: StoredLayer,
+    base: BaseWeight,
+    config: AdamssConfig,
+    *,
+    path: str,
+    trainable: bool,
+) -> Factors:
+    """Return the factors of a layer in the dtype that they get in this model."""
+    dtype = factor_dtype(backend, base, config, loading=True)
+    # Overflow is found below, whatever a framework makes of it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        factors = _factors_in(dtype, backend, layer, base, config, trainable=trainable)
+    xp = namespace(factors.C)
+    if not all(bool(xp.all(xp.isfinite(array))) for array in factors[:3]):
+        raise CheckpointError(
+            f"{path}: the file holds numbers too large for {dtype}; load it into a model of a wider dtype"
+        )
+    return factors
+
+
+def _factors_in(
+    dtype: str,
+    backend: Backend,
+    layer: StoredLayer,
+    base: BaseWeight,
+    config: AdamssConfig,
+    *,
+    trainable: bool,
+) -> Factors:
+
+    def array(stored: StoredTensor, *, dtype: str | None = None) -> Any:
+        return backend.from_stored(stored, like=base.W, dtype=dtype)
+
+    labels = array(layer.labels, dtype="int64")
+    ranks = array(layer.ranks, dtype="int64")
+    C, active = array(layer.C, dtype=dtype), array(layer.active)
+    if layer.M is None:
+        assert layer.A is not None and layer.B is not None  # `checkpoint.read` has seen to it
+        return Factors(array(layer.A, dtype=dtype), array(layer.B, dtype=dtype), C, labels, ranks, active)
+    M = array(layer.M, dtype="float64" if dtype == "float64" else "float32")
+    U = None
+    if trainable:
+        W = with_bias_row(base) if M.shape[0] > base.W.shape[0] else base.W
+        U = core.decompose(backend.decomposition_input(W), config.rank, seed=config.seed).U
+        U = backend.cast(U, backend.dtype_name(M))
+    factors = core.factors_from_directions(M, C, labels, ranks, active, U=U)
+    return cast_factors(backend, factors, dtype)
+
+
+def _check_base_shape(path: str, layer: StoredLayer, base: BaseWeight) -> None:
+    shape = tuple(base.W.shape)
+    if shape != layer.base.shape:
+        raise CheckpointError(
+            f"{path}: the weight has shape {shape} (inputs, outputs), the file's {layer.base.shape}: "
+            "it was trained on another model"
+        )
+    rows = (layer.M or layer.A or layer.C).shape[-2]
+    if rows > shape[0] and base.b is None:
+        raise CheckpointError(f"{path}: the file adapts the bias too, but the layer has none")
+
+
+def _check_base_present(backend: Backend, path: str, base: BaseWeight, *, needed: bool) -> None:
+    if needed and not backend.has_values(base.W):
+        raise LayerError(
+            f"{path} is on the meta device: its weight has no values; load the weights first, or pass "
+            "check_base=False, trainable=False, by which the adapter is loaded alone and the weights may come later"
+        )
+
+
+def _check_base_values(path: str, layer: StoredLayer, base: BaseWeight) -> None:
+    difference = layer.base.difference(files.fingerprint(base.W))
+    if not difference <= files.FINGERPRINT_TOLERANCE:
+        raise CheckpointError(
+            f"{path}: the base weight is not the one that the adapter was trained on (its fingerprint "
+            f"differs by {difference:.0%}); load the right base model, or pass check_base=False"
+        )
+
+
+def _digest(stored: Checkpoint, *choices: bool) -> str:
+    """Return what tells whether two processes load the same, in the same way."""
+    digest = hashlib.sha256(repr((stored.config, choices)).encode())
+    for path, layer in stored.layers.items():
+        for name, tensor in layer.tensors().items():
+            digest.update(f"{path} {name} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(tensor.data)
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""Updates folded into the weights."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from adamss import core
+from adamss.backend.interface import Backend, BaseWeight, Model
+from adamss.core import Factors
+from adamss.core._array import check_concrete, namespace
+from adamss.errors import (
+    AdamssWarning,
+    ArrayTypeError,
+    ArrayValueError,
+    StateError,
+)
+from adamss.verbs.common import adapted, base_weight, require_kept_base, whole
+
+__all__ = ["consolidate", "merge", "unmerge"]
+
+LOSS_WORTH_A_WARNING = 0.05
+
+
+def merge(model: Model, *, keep_base: bool = True) -> Model:
+    """Fold the update into the weights, so that inference costs what the base model costs.
+
+    Each weight becomes ``round(W0 + delta)``, the sum formed in float32 or wider. What `consolidate` has folded is
+    merged anew with the rest: `unmerge` gives back the model as it was before both.
+
+    Parameters
+    ----------
+    model
+        An adapted model.
+    keep_base
+        Keep a copy of W0 on the CPU, so that `unmerge` and `detach` are exact. Without it they raise.
+
+    Returns
+    -------
+    Model
+        The merged model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters or is merged already, or was consolidated with ``keep_base=False``.
+    ArrayValueError
+        If a merged weight is not finite; the message names the layer, and no layer is merged.
+
+    Warns
+    -----
+    AdamssWarning
+        If the rounding to the dtype of a weight lost more than 5 % of its update.
+    """
+    backend, adaptation = adapted(model, "merge")
+    if adaptation.merged:
+        require_kept_base(adaptation, "merge")
+        raise StateError("merge: the updates are merged already; call adamss.unmerge(model) first")
+    if adaptation.folded:
+        require_kept_base(adaptation, "merge")
+    modules = backend.modules(model)
+    merged, lost = {}, {}
+    with backend.exact():
+        for path, factors in adaptation.layers.items():
+            base = base_weight(backend, modules, path)
+            check_concrete(*base, *factors, name=path)
+            try:
+                result = core.merge(*whole(backend, base), whole(backend, factors))
+            except ArrayValueError as error:
+                raise ArrayValueError(f"{path}: {error}") from error
+            merged[path], lost[path] = _spread(backend, result, base), float(result.lost)
+    worst = max(lost, key=lambda path: lost[path])
+    if lost[worst] > LOSS_WORTH_A_WARNING:
+        dtype = backend.dtype_name(merged[worst].W)
+        warnings.warn(
+            f"rounding to {dtype} lost {lost[worst]:.0%} of the update of {worst} "
+            f"(more than 5 % in {sum(loss > LOSS_WORTH_A_WARNING for loss in lost.values())} of {len(lost)} "
+            "layers); merge into a float32 model, or leave the adapter unmerged",
+            AdamssWarning,
+            stacklevel=2,
+        )
+    if adaptation.folded:
+        model = backend.unfold(model)
+    return backend.fold(model, merged, keep_base=keep_base)
+
+
+def unmerge(model: Model) -> Model:
+    """Take the update out of the weights again: W0 to the bit, the adapters as before `merge`.
+
+    Parameters
+    ----------
+    model
+        A merged model.
+
+    Returns
+    -------
+    Model
+        The adapted model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    StateError
+        If the model is not merged, or was merged with ``keep_base=False``.
+    """
+    backend, adaptation = adapted(model, "unmerge")
+    if not adaptation.merged:
+        raise StateError("unmerge: the updates are not merged")
+    require_kept_base(adaptation, "unmerge")
+    return backend.unfold(model)
+
+
+def consolidate(model: Model, *, keep_base: bool = True) -> Model:
+    """Fold the frozen subspaces into the weights, so that the forward computes only what is still trained.
+
+    Each weight becomes ``W0 + sum of A_k B_k C_k over the frozen k``. Outputs and gradients of the trained subspaces
+    are the same, up to rounding; `save` goes on writing every subspace, `detach` gives W0 back. Training goes on as
+    before, and what is frozen later is folded by the next call, which else changes nothing.
+    `adamss_torch.BudgetController.compact` and `adamss_jax.compact` do the same for parameters and optimiser.
+
+    Parameters
+    ----------
+    model
+        An adapted model with frozen subspaces, not merged.
+    keep_base
+        Keep a copy of W0 on the CPU, so that `detach`, `merge` and `disabled` are exact. Without it they raise, and
+        nothing more can be thawed.
+
+    Returns
+    -------
+    Model
+        The model; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, is merged, or has no frozen subspaces.
+    ArrayTypeError
+        If a weight is in half precision, which would lose the update: merge at the end instead.
+    ArrayValueError
+        If a weight would not be finite; the message names the layer, and nothing is changed.
+    """
+    backend, adaptation = adapted(model, "consolidate")
+    if adaptation.merged:
+        raise StateError("consolidate: the updates are merged; call adamss.unmerge(model) first")
+    folded = {path: ~factors.active for path, factors in adaptation.layers.items()}
+    already = adaptation.folded
+    new = {path: mask & ~already[path] if path in already else mask for path, mask in folded.items()}
+    if not any(bool(namespace(mask).any(mask)) for mask in new.values()):
+        if already:
+            return model
+        raise StateError("consolidate: there is no frozen subspace to fold; all of them are trained")
+    modules = backend.modules(model)
+    merged = {}
+    with backend.exact():
+        for path, factors in adaptation.layers.items():
+            base = base_weight(backend, modules, path)
+            if backend.dtype_name(base.W) not in ("float32", "float64"):
+                raise ArrayTypeError(
+                    f"{path}: consolidating into {backend.dtype_name(base.W)} would round the update away; "
+                    "leave the model as it is, and merge at the end"
+                )
+            W, b = whole(backend, base)
+            result = _folded_weight(W, b, whole(backend, factors), folded[path], path)
+            merged[path] = _spread(backend, result, base)
+        return backend.consolidate(
+            model, merged, folded, keep_base=keep_base and (adaptation.base_kept or not already)
+        )
+
+
+def _spread(backend: Backend, merged: core.Merged, base: BaseWeight) -> core.Merged:
+    """Return whole merged arrays in the form of those of the layer: only those of one are whole at a time."""
+    b = None if merged.b is None else backend.spread(merged.b, like=base.b)
+    return merged._replace(W=backend.spread(merged.W, like=base.W), b=b)
+
+
+def _folded_weight(W: Any, b: Any, factors: Factors, folded: Any, path: str) -> core.Merged:
+    """Return the base weight with the update of some subspaces."""
+    try:
+        return core.merge(W, b, core.only(factors, folded))
+    except ArrayValueError as error:
+        raise ArrayValueError(f"{path}: {error}") from error
