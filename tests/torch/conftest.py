@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,3 +108,39 @@ def minilm(minilm_folder: Path) -> Callable[..., torch.nn.Module]:
         return AutoModel.from_pretrained(minilm_folder, dtype=dtype).eval()
 
     return make
+
+
+@pytest.fixture
+def on_two_processes() -> Callable[..., str]:
+    """Return what hands a script of this folder to ``accelerate launch``, and returns what its processes print."""
+    pytest.importorskip("accelerate", reason="the demo extra brings accelerate, through peft")
+
+    def run(script: str, *arguments: str | Path) -> str:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = str(taken.getsockname()[1])
+        # Without `--multi_gpu` it starts one process, however many are asked for; the script asks for the CPU.
+        launch = [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+        ]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        on_loopback = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *launch, Path(__file__).with_name(script), *arguments],
+            env=os.environ | on_loopback | {"HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        return done.stdout
+
+    return run

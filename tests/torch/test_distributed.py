@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -127,28 +126,8 @@ def test_every_scenario_is_run():
     assert {*ON_TWO, *ON_FOUR} == {*worker.SCENARIOS} or not FSDP_RUNS
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
-def test_under_accelerate(tmp_path):
-    pytest.importorskip("accelerate", reason="the demo extra brings accelerate, through peft")
-    # Without `--multi_gpu` it starts one process, however many are asked for; the script asks for the CPU.
-    command = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    (output,) = finished([launched([*command, str(HERE / "under_accelerate.py"), str(tmp_path)])])
+def test_under_accelerate(tmp_path, on_two_processes):
+    output = on_two_processes("under_accelerate.py", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"accelerate-0", "accelerate-1"}, output[-3000:]
 
 

@@ -3,11 +3,7 @@
 import copy
 import os
 import pickle
-import socket
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -315,39 +311,10 @@ class TestTheTrainersOptions:
             torch.testing.assert_close(ours(checkpointed.model)[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_on_two_processes(tmp_path):
+def test_the_trainer_on_two_processes(tmp_path, on_two_processes):
     """Decisions are one on both, checkpoints are written once, and resuming gives the same bits."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = str(taken.getsockname()[1])
-    # Without `--multi_gpu` it starts one process, however many are asked for; the Trainer is told to use the CPU.
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
-    on_loopback = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launch,
-            os.fspath(Path(__file__).with_name("trainer_under_accelerate.py")),
-            os.fspath(tmp_path),
-        ],
-        env=os.environ | on_loopback | {"HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, done.stdout[-5000:]
+    output = on_two_processes("trainer_under_accelerate.py", tmp_path)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, output[-5000:]
     assert (tmp_path / "run" / "checkpoint-6" / ADAPTER_FILE).exists()
 
 
