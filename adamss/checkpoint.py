@@ -587,7 +587,18 @@ def _serialize(tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) ->
         )
         for name, tensor in tensors.items()
     }
-    return bytes(safetensors.serialize(specs, metadata))
+    return _in_order(safetensors.serialize(specs, metadata))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted: the library writes them in any order."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # Tensors begin at a multiple of eight, behind spaces.
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]))
 
 
 def _deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:

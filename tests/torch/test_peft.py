@@ -249,6 +249,7 @@ class TestRefusals:
             ({"layers.0.query.adamss_newB": torch.full((12, 17), torch.nan)}, "NaN or infinity"),
             ({"layers.0.query.adamss_C.0": torch.zeros(2)}, "none that PEFT's AdaMSS"),
             ({"layers.0.query.adamss_newB": torch.eye(12, 17)}, "its basis lies outside"),
+            ({"layers.0.query.adamss_B.1": torch.zeros(2, 1)}, "it has subspaces of"),
             ({"classifier.weight": torch.zeros(2, 2)}, "classifier"),
         ],
     )
