@@ -48,6 +48,7 @@ __all__ = [
     "join_path",
     "read",
     "read_tensors",
+    "short",
     "write",
     "write_tensors",
     "write_text",
@@ -291,12 +292,16 @@ class Checkpoint:
         Tensors of ``modules_to_save``: by module path, then by name within the module.
     writer
         Framework and library versions that wrote the file.
+    shared
+        By the name of a tensor in `saved`, path of the module included, the names that the same tensor has elsewhere
+        in the model (tied embeddings).
     """
 
     config: AdamssConfig
     layers: Mapping[str, StoredLayer]
     saved: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     writer: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def join_path(path: str, name: str) -> str:
@@ -355,6 +360,8 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         "modules_to_save": json.dumps({path: sorted(module) for path, module in checkpoint.saved.items()}),
         "writer": json.dumps(dict(checkpoint.writer)),
     }
+    if checkpoint.shared:
+        metadata["shared"] = json.dumps({name: sorted(others) for name, others in checkpoint.shared.items()})
     write_tensors(path, tensors, metadata | {"checksum": _checksum(tensors, metadata)})
 
 
@@ -378,7 +385,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     CheckpointError
         If it is truncated, damaged or no safetensors file.
     """
-    return dict(_stored_tensors(_deserialize(Path(path).read_bytes())))
+    _, content = _contents(Path(path), MODULES)
+    return dict(_stored_tensors(_deserialize(content)))
 
 
 def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
@@ -407,11 +415,16 @@ def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointNotFoundError(f"there is no adapter file {str(path)!r}")
-    content = path.read_bytes()
-    room = len(content) // 8 + LEAST_ROOM + ROOM_PER_MODULE * modules
+        where = (
+            "it is a folder, and adamss.from_peft reads those of PEFT"
+            if path.is_dir()
+            else "no file is there"
+        )
+        raise CheckpointNotFoundError(f"there is no adapter file {str(path)!r}: {where}")
     try:
-        metadata = _metadata(content, room)
+        header, content = _contents(path, modules)
+        room = _room(len(content), modules)
+        metadata = _metadata(header)
         _check_version(metadata)
         entries = _deserialize(content)
         # From here on there are only the tensors, once.
@@ -421,32 +434,54 @@ def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
             raise CheckpointError("its checksum does not fit its content: it is damaged; take a fresh copy")
         return _assemble(metadata, tensors, room)
     except CheckpointError as error:
-        raise CheckpointError(f"{str(path)!r}: {_short(error)}") from error
+        raise CheckpointError(f"{str(path)!r}: {short(error)}") from error
     except (AdamssError, *MALFORMED) as error:
-        raise CheckpointError(f"{str(path)!r} is not a valid adapter file: {_short(error)}") from error
+        raise CheckpointError(f"{str(path)!r} is not a valid adapter file: {short(error)}") from error
 
 
-def _short(error: Exception) -> str:
-    """Message of an error; what a file says in it may be as long as the file."""
+def short(error: Exception) -> str:
+    """Return the message of an error, shortened; what a file says in it may be as long as the file."""
     text = str(error)
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
 
 
-def _metadata(content: bytes, room: int) -> dict[str, str]:
-    """Metadata of a safetensors file: an 8-byte length, then JSON of that length.
+def _room(size: int, modules: int) -> int:
+    """Return how many bytes the Python objects of a header may take."""
+    return size // 8 + LEAST_ROOM + ROOM_PER_MODULE * modules
 
-    The library reads metadata from a path only; the bytes already read must not be looked up twice.
+
+def _contents(path: Path, modules: int) -> tuple[Any, bytes]:
+    """Return header and bytes of a safetensors file: an 8-byte length, JSON of that length, and tensors.
+
+    The rest is read when the header says that it is tensors, to the last byte: a sparse file of any length costs
+    nothing to make. All of it comes from one open file, which another may replace meanwhile.
     """
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or length > len(content) - 8:
-        raise CheckpointError("it is truncated or no safetensors file")
-    try:
-        header = _parse(content[8 : 8 + length], room)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("it is damaged or no safetensors file") from error
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise CheckpointError("it is truncated or no safetensors file")
+        room = _room(size, modules)
+        _check_room(length, room)
+        try:
+            header = _parse(file.read(length), room)
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError("it is damaged or no safetensors file") from error
+        if not isinstance(header, dict):
+            raise CheckpointError("it is damaged or no safetensors file")
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if size != 8 + length + max(ends, default=0):
+            raise CheckpointError("its length is not what its header says: it is truncated or damaged")
+        file.seek(0)
+        return header, file.read(size)
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    """Metadata in a header of adamss."""
+    metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise CheckpointError("it was not written by adamss.save (its metadata do not say format: adamss)")
     return metadata
@@ -459,9 +494,14 @@ def _parse(text: bytes, room: int) -> Any:
     decoded and once again in strings, in which one character may make all of them four bytes wide; and the values.
     """
     width = 1 if text.isascii() else 4
-    if (1 + 2 * width) * len(text) + BYTES_OF_VALUE * sum(map(text.count, (b"[", b"{", b",", b":"))) > room:
-        raise CheckpointError("its header is longer than that of any adapter of this size")
+    values = BYTES_OF_VALUE * sum(map(text.count, (b"[", b"{", b",", b":")))
+    _check_room(len(text), room - values, width)
     return json.loads(text.decode())
+
+
+def _check_room(length: int, room: int, width: int = 1) -> None:
+    if (1 + 2 * width) * length > room:
+        raise CheckpointError("its header is longer than that of any adapter of this size")
 
 
 def _check_version(metadata: Mapping[str, str]) -> None:
@@ -512,7 +552,12 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
     writer = table("writer")
     if not all(isinstance(version, str) for version in writer.values()):
         raise CheckpointError("its writer holds something else than versions")
-    return Checkpoint(config, layers, saved, writer)
+    shared = {}
+    for name, others in (table("shared") if "shared" in metadata else {}).items():
+        if name not in tensors or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
+            raise CheckpointError(f"shared[{shown(name)}] is no list of names of a tensor")
+        shared[name] = frozenset(others)
+    return Checkpoint(config, layers, saved, writer, shared)
 
 
 def _mark(base: Any, path: str) -> Fingerprint:
@@ -605,7 +650,7 @@ def _deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:
     try:
         entries: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"it is truncated or damaged ({_short(error)}); take a fresh copy") from error
+        raise CheckpointError(f"it is truncated or damaged ({short(error)}); take a fresh copy") from error
     return entries
 
 

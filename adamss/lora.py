@@ -17,12 +17,9 @@ from adamss.backend.interface import Adaptation, Backend
 from adamss.checkpoint import StoredTensor
 from adamss.core import Factors
 from adamss.errors import ArrayValueError, StateError
-from adamss.peft import PREFIX, base_config, check_layer_name, write_folder
+from adamss.peft import BESIDE_FILE, PREFIX, base_config, check_layer_name, write_folder
 
-__all__ = ["LARGEST_RANK", "SAVED_FILE", "LoraFolder", "lora_layers", "write_lora"]
-
-SAVED_FILE = "modules_to_save.safetensors"
-"""Where ``modules_to_save`` are put, by the names that they have in the model: no part of a LoRA."""
+__all__ = ["LARGEST_RANK", "LoraFolder", "lora_layers", "write_lora"]
 
 LARGEST_RANK = 512
 """What servers take at most (vLLM's ``max_lora_rank``)."""
@@ -55,7 +52,7 @@ class LoraFolder(NamedTuple):
         """Describe what `write_lora` writes."""
         path = Path(folder)
         rank = max(A.shape[0] for A, _ in layers.values())
-        return cls(path, rank, len(layers), path / SAVED_FILE if saved else None)
+        return cls(path, rank, len(layers), path / BESIDE_FILE if saved else None)
 
     def __str__(self) -> str:
         text = f"LoRA of rank {self.rank} on {self.layers} layers in {str(self.path)!r}"
@@ -104,7 +101,7 @@ def write_lora(
     folder: str,
     layers: Mapping[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]],
     *,
-    targets: list[str],
+    targets: list[str] | str,
     saved: Mapping[str, StoredTensor],
 ) -> None:
     """Write a folder that PEFT, and whoever reads its LoRA, loads.
@@ -139,7 +136,7 @@ def write_lora(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    write_folder(folder, config, tensors, beside={SAVED_FILE: saved})
+    write_folder(folder, config, tensors, beside=saved)
 
 
 def _check_rank(path: str, factors: Factors) -> None:

@@ -9,7 +9,8 @@ base weight, and takes what it finds. Here what is found is compared with what t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 
 from adamss import checkpoint as files
 from adamss.checkpoint import StoredTensor
-from adamss.config import AdamssConfig
+from adamss.config import AdamssConfig, shown
 from adamss.core import Factors
 from adamss.errors import (
     AdamssError,
@@ -29,6 +30,7 @@ from adamss.errors import (
 )
 
 __all__ = [
+    "BESIDE_FILE",
     "CONFIG_FILE",
     "PREFIX",
     "WEIGHTS_FILE",
@@ -42,8 +44,10 @@ __all__ = [
     "check_layer_name",
     "factors_of",
     "grouping_of",
+    "is_the_same_basis",
     "layer_of",
     "read_folder",
+    "rounded_otherwise",
     "rows_of",
     "why_not_the_same",
     "write_folder",
@@ -55,8 +59,18 @@ PICKLED_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 METHOD = "ADAMSS"
 
+BESIDE_FILE = "modules_to_save.safetensors"
+"""Where a LoRA has its ``modules_to_save``, by the names that they have in the model: no part of it."""
+
+LONGEST_NAME, MOST_NAMES = 10_000, 256
 LONGEST_CONFIG = 1 << 20
 """Bytes; as Python objects they may take twenty times as many."""
+
+HALF = ("bfloat16", "float16")
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+
+ROUNDING, ROUNDINGS = np.float32(1e-6), 3
+"""By how much entries of a weight are moved to see whether its grouping withstands it, and how often."""
 
 OUTSIDE, OUTSIDE_HALF = 1e-4, 1e-2
 """How far the stored basis may lie outside of the one that is found again, relative to it; and one that is rounded to
@@ -161,7 +175,7 @@ def write_folder(
     config: Mapping[str, Any],
     tensors: Mapping[str, StoredTensor],
     *,
-    beside: Mapping[str, Mapping[str, StoredTensor]] | None = None,
+    beside: Mapping[str, StoredTensor] | None = None,
 ) -> None:
     """Write what PEFT loads; the config last, for a folder without one is no adapter.
 
@@ -172,20 +186,19 @@ def write_folder(
     config, tensors
         The contents of PEFT's two files.
     beside
-        Further files by name; one without tensors is removed.
+        Tensors for a file beside them; without any, that of an earlier export is removed.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    for name, content in (beside or {}).items():
-        if content:
-            files.write_tensors(path / name, content, {"format": "pt"})
-        else:
-            (path / name).unlink(missing_ok=True)
+    if beside:
+        files.write_tensors(path / BESIDE_FILE, beside, {"format": "pt"})
+    else:
+        (path / BESIDE_FILE).unlink(missing_ok=True)
     files.write_tensors(path / WEIGHTS_FILE, tensors, {"format": "pt"})
     files.write_text(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
-def base_config(method: str, targets: list[str], saved: tuple[str, ...] = ()) -> dict[str, Any]:
+def base_config(method: str, targets: list[str] | str, saved: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the settings that PEFT's configs of all methods have."""
     return {
         "peft_type": method,
@@ -229,17 +242,21 @@ def read_folder(folder: str | Path) -> PeftAdapter:
     CheckpointError
         If it holds an adapter of another method, pickles, or what no AdaMSS adapter has.
     """
+    if not str(folder):
+        raise CheckpointNotFoundError("the folder has an empty name; name the one that PEFT has saved into")
     path = Path(folder)
     try:
         settings = _settings(path)
         tensors = _tensors(path)
         return _assemble(settings, tensors)
     except CheckpointError as error:
-        raise CheckpointError(f"{str(path)!r}: {error}") from error
+        raise CheckpointError(f"{str(path)!r}: {files.short(error)}") from error
     except CheckpointNotFoundError:
         raise
     except (AdamssError, *files.MALFORMED) as error:
-        raise CheckpointError(f"{str(path)!r} is not a valid folder of PEFT's AdaMSS: {error}") from error
+        raise CheckpointError(
+            f"{str(path)!r} is not a valid folder of PEFT's AdaMSS: {files.short(error)}"
+        ) from error
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -271,7 +288,7 @@ def _settings(path: Path) -> dict[str, Any]:
     method = settings["peft_type"]
     if method != METHOD:
         raise CheckpointError(
-            f"it holds an adapter of the method {method}, and from_peft reads {METHOD}; load it with "
+            f"it holds an adapter of the method {shown(method)[1:-1]}, and from_peft reads {METHOD}; load it with "
             "peft.PeftModel.from_pretrained"
         )
     return settings
@@ -286,7 +303,7 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
                 "that you trust, and save it with save_pretrained(folder, safe_serialization=True)"
             )
         raise CheckpointNotFoundError(
-            f"{str(path)!r} has a {CONFIG_FILE} but no {WEIGHTS_FILE}: copy the whole folder"
+            f"{str(path)!r} has its {CONFIG_FILE} but no {WEIGHTS_FILE}: copy the whole folder"
         )
     return files.read_tensors(weights)
 
@@ -296,18 +313,20 @@ def _assemble(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) 
     parts: dict[str, dict[str, dict[int, StoredTensor]]] = {}
     rest: dict[str, StoredTensor] = {}
     for key, tensor in tensors.items():
+        if len(key) > LONGEST_NAME:
+            raise CheckpointError(f"its tensor {shown(key)} has a name longer than that of any module")
         if not key.startswith(PREFIX):
-            raise CheckpointError(f"its tensor {key!r} is not named as PEFT does ({PREFIX}...)")
+            raise CheckpointError(f"its tensor {shown(key)} is not named as PEFT does ({PREFIX}...)")
         name = key.removeprefix(PREFIX)
         module, _, last = name.rpartition(".")
         if last == "adamss_newB":
             parts.setdefault(module, {}).setdefault("adamss_newB", {})[0] = tensor
             continue
         layer, _, kind = module.rpartition(".")
-        if kind in ("adamss_A", "adamss_B") and last.isascii() and last.isdigit() and len(last) < 10:
+        if kind in ("adamss_A", "adamss_B") and NUMBER.fullmatch(last):
             parts.setdefault(layer, {}).setdefault(kind, {})[int(last)] = tensor
         elif "adamss_" in name:
-            raise CheckpointError(f"its tensor {key!r} is none that PEFT's AdaMSS is known to have")
+            raise CheckpointError(f"its tensor {shown(key)} is none that PEFT's AdaMSS is known to have")
         else:
             rest[name] = tensor
     if not parts:
@@ -326,18 +345,18 @@ def _assemble(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) 
 def _count(settings: Mapping[str, Any], name: str, *, minimum: int = 1, default: int | None = None) -> int:
     value = settings.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
-        raise CheckpointError(f"its {CONFIG_FILE} has {name} = {value!r}, and an integer is expected")
+        raise CheckpointError(f"its {CONFIG_FILE} has {name} = {shown(value)}, and an integer is expected")
     return value
 
 
 def _layer(path: str, found: Mapping[str, Mapping[int, StoredTensor]]) -> PeftLayer:
     missing = {"adamss_newB", "adamss_A", "adamss_B"} - found.keys()
     if missing:
-        raise CheckpointError(f"layer {path!r} lacks {', '.join(sorted(missing))}")
+        raise CheckpointError(f"layer {shown(path)} lacks {', '.join(sorted(missing))}")
     basis, A, B = found["adamss_newB"][0], found["adamss_A"], found["adamss_B"]
     if A.keys() != B.keys() or sorted(A) != list(range(len(A))):
         raise CheckpointError(
-            f"layer {path!r} has other subspaces in adamss_A than in adamss_B, or lacks some"
+            f"layer {shown(path)} has other subspaces in adamss_A than in adamss_B, or lacks some"
         )
     for name, tensor in (
         ("adamss_newB", basis),
@@ -345,17 +364,17 @@ def _layer(path: str, found: Mapping[str, Mapping[int, StoredTensor]]) -> PeftLa
         *((f"adamss_B.{k}", B[k]) for k in B),
     ):
         if tensor.dtype not in ("float64", "float32", "float16", "bfloat16"):
-            raise CheckpointError(f"layer {path!r}: {name} has dtype {tensor.dtype}")
+            raise CheckpointError(f"layer {shown(path)}: {name} has dtype {tensor.dtype}")
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             raise CheckpointError(
-                f"layer {path!r}: {name} has shape {tensor.shape}, and a matrix is expected"
+                f"layer {shown(path)}: {name} has shape {tensor.shape}, and a matrix is expected"
             )
         if not np.isfinite(tensor.numpy()).all():
-            raise CheckpointError(f"layer {path!r}: {name} holds NaN or infinity")
+            raise CheckpointError(f"layer {shown(path)}: {name} holds NaN or infinity")
     for k in range(len(A)):
         if A[k].shape[1] != basis.shape[0] or A[k].shape[0] != B[k].shape[1]:
             raise CheckpointError(
-                f"layer {path!r}: adamss_A.{k} {A[k].shape} does not fit adamss_newB {basis.shape} and "
+                f"layer {shown(path)}: adamss_A.{k} {A[k].shape} does not fit adamss_newB {basis.shape} and "
                 f"adamss_B.{k} {B[k].shape}"
             )
     arrays = [tuple(tensors[k].numpy() for k in range(len(A))) for tensors in (A, B)]
@@ -366,22 +385,45 @@ def _saved(rest: Mapping[str, StoredTensor], names: Any) -> dict[str, dict[str, 
     """Return the tensors that belong to no adapted layer, by the module that ``modules_to_save`` names."""
     if names is None:
         names = []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and name for name in names[: MOST_NAMES + 1]
+    ):
         raise CheckpointError(
-            f"its {CONFIG_FILE} has modules_to_save = {names!r}, and a list of names is expected"
+            f"its {CONFIG_FILE} has modules_to_save = {shown(names)}, and a list of names is expected"
+        )
+    if len(names) > MOST_NAMES:
+        raise CheckpointError(
+            f"its {CONFIG_FILE} has {len(names)} modules_to_save, and {MOST_NAMES} are read"
         )
     found: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in rest.items():
-        parts = key.split(".")
-        modules = (".".join(parts[:i]) for i in range(1, len(parts)))
         # As PEFT: the outermost module whose path ends with one of the names.
-        module = next((path for path in modules if path.endswith(tuple(names))), None)
-        if module is None:
-            raise CheckpointError(
-                f"its tensor {PREFIX + key!r} belongs to no adapted layer and no module to save"
+        ends = (
+            place + len(name)
+            for name in names
+            for place in _places(f"{name}.", f"{key}.")
+            if place + len(name) < len(key)
+        )
+        end = min(ends, default=None)
+        if end is None:
+            why = (
+                "; PEFT saves the base's embeddings so: save it with save_embedding_layers=False"
+                if ".base_layer." in f".{key}"
+                else ""
             )
-        found.setdefault(module, {})[key.removeprefix(f"{module}.")] = tensor
+            raise CheckpointError(
+                f"its tensor {shown(PREFIX + key)} belongs to no adapted layer and no module to save{why}"
+            )
+        found.setdefault(key[:end], {})[key[end + 1 :]] = tensor
     return found
+
+
+def _places(part: str, whole: str) -> Iterator[int]:
+    """Return where a string stands in another."""
+    place = whole.find(part)
+    while place >= 0:
+        yield place
+        place = whole.find(part, place + 1)
 
 
 # ---- what PEFT finds in a weight ---------------------------------------------------------------------
@@ -436,28 +478,52 @@ def why_not_the_same(layer: PeftLayer, found: Grouping) -> str | None:
     sizes = np.bincount(found.labels).tolist()
     stored = [B.shape[0] for B in layer.B]
     if sizes != stored:
-        return f"it has subspaces of {stored} columns, and in this weight are found {sizes}"
-    half = _is_rounded_to_half(layer.basis)
+        return f"it has subspaces of {shown(stored)} columns, and in this weight are found {shown(sizes)}"
+    half = _half_precision(layer.basis)
+    if half is not None and _half_precision(found.rows, half) is None:
+        return f"its basis is in {half}, as of a base in {half}, and this weight is none"
     basis, other = layer.basis.astype(np.float64), found.basis.astype(np.float64)
     outside = _relative(basis - basis @ other.T @ other, basis)
-    if not outside <= (OUTSIDE_HALF if half else OUTSIDE):
+    if not outside <= (OUTSIDE_HALF if half is not None else OUTSIDE):
         return f"its basis lies outside of that of this weight by {outside:.1e} of its size"
     # Singular vectors may have either sign.
     energy, expected = (
         abs(projected.T @ projected) for projected in (found.rows @ basis.T, found.rows @ other.T)
     )
     apart = _relative(energy - expected, expected)
-    if not apart <= (ENERGY_HALF if half else ENERGY):
+    if not apart <= (ENERGY_HALF if half is not None else ENERGY):
         return f"its basis has not the singular vectors of this weight (by {apart:.1e})"
     return None
 
 
-def _is_rounded_to_half(basis: Array) -> bool:
-    """Whether a basis was once in half precision: PEFT widens it to float32 afterwards."""
-    single = np.ascontiguousarray(basis, dtype=np.float32)
-    with np.errstate(over="ignore"):
-        half = single.astype(np.float16)
-    return not np.any(single.view(np.uint32) & 0xFFFF) or np.array_equal(half, single)
+def is_the_same_basis(layer: PeftLayer, found: Grouping) -> bool:
+    """Whether the stored basis is the one that was found, to the bit: the grouping is that of PEFT then."""
+    half = _half_precision(layer.basis)
+    other = found.basis if half is None else _rounded(found.basis, half)
+    return np.array_equal(layer.basis.astype(np.float32), other)
+
+
+def rounded_otherwise(rows: Array) -> Iterator[Array]:
+    """Return a weight with other roundings in its last bits, as of other libraries and devices, a few times."""
+    generator = np.random.default_rng(0)
+    for _ in range(ROUNDINGS):
+        yield rows * (1 + ROUNDING * generator.standard_normal(rows.shape, dtype=np.float32))
+
+
+def _half_precision(array: Array, *dtypes: str) -> str | None:
+    """Return in which half precision an array was once, of these or of both: PEFT widens it to float32 afterwards."""
+    single = np.ascontiguousarray(array, dtype=np.float32)
+    return next((d for d in dtypes or HALF if np.array_equal(_rounded(single, d), single)), None)
+
+
+def _rounded(array: Array, dtype: str) -> Array:
+    """Return a float32 array rounded to a dtype of half precision, in float32."""
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return array.astype(np.float16).astype(np.float32)
+    # To nearest, ties to even; NumPy has no bfloat16.
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _relative(difference: Array, whole: Array) -> float:
@@ -465,7 +531,7 @@ def _relative(difference: Array, whole: Array) -> float:
 
 
 def adamss_config(
-    config: AdamssConfig, subspace_rank: int, targets: list[str], saved: tuple[str, ...]
+    config: AdamssConfig, subspace_rank: int, targets: list[str] | str, saved: tuple[str, ...]
 ) -> dict[str, Any]:
     """Return the settings of PEFT's AdaMSS."""
     return base_config(METHOD, targets, saved) | {

@@ -180,6 +180,14 @@ class TestBadFiles:
             self.refused(path, "checksum")
             content[position] ^= 16
 
+    @pytest.mark.skipif(os.name != "posix", reason="needs sparse files")
+    def test_sparse_files_are_not_read(self, path):
+        content = path.read_bytes()
+        for start in (content, content[:8], (1 << 33).to_bytes(8, "little"), b""):
+            path.write_bytes(start)
+            os.truncate(path, 1 << 34)
+            self.refused(path, "its length is not|longer than|no safetensors file")
+
     def test_other_peoples_files(self, path, tmp_path):
         safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "other.safetensors")
         self.refused(tmp_path / "other.safetensors", "not written by adamss")

@@ -59,7 +59,7 @@ def slightly_wrong(M, C, *others, U=None):
         (checkpoint, "_check_layer", lambda *_: None, "a layer of very many directions"),
         (checkpoint, "check_factors", lambda *_, **__: None, "labels: other numbers"),
         (checkpoint, "_check_places", lambda *_: None, "paths: layers and saved modules that clash"),
-        (checkpoint, "_parse", lambda text, room: json.loads(text), "header: deep, wide or long JSON"),
+        (checkpoint, "_check_room", lambda *_: None, "header: deep, wide or long JSON"),
         (files, "require_modules", lambda *_: None, "paths: a layer renamed with its tensors"),
         (core, "factors_from_directions", slightly_wrong, "nothing at all"),
     ],

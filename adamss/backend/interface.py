@@ -342,6 +342,20 @@ class Backend(ABC):
         ``bias`` (n,) of a linear layer, dots between the names of nested modules.
         """
 
+    def shared(self, model: Model, saved: Iterable[str]) -> Mapping[str, frozenset[str]] | None:
+        """Return by what other names the tensors of these modules are known outside of them (tied embeddings).
+
+        Names are as in a file: path of the module and name within it. None if the backend cannot tell.
+
+        Parameters
+        ----------
+        model
+            Adapted or not.
+        saved
+            Module paths of ``modules_to_save``.
+        """
+        return None
+
     @abstractmethod
     def insert(
         self,

@@ -36,6 +36,7 @@ __all__ = [
     "require_distinct",
     "require_kept_base",
     "require_modules",
+    "require_shared",
     "saved_arrays",
     "whole",
     "with_bias_row",
@@ -147,6 +148,30 @@ def require_distinct(paths: list[str], modules: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"{other!r} and {path!r} are one module in this model; the file adapts them apart: "
                 "it was trained on another model"
+            )
+
+
+def require_shared(
+    backend: Backend,
+    model: Model,
+    saved: list[str],
+    shared: Mapping[str, frozenset[str]],
+    modules: Mapping[str, Any],
+) -> None:
+    """Check that modules to save share tensors with the rest of the model as they did where they were trained.
+
+    One that is tied to another here would change both, and one that was tied there would change one of two.
+    """
+    here = backend.shared(model, saved)
+    if here is None:
+        return
+    for name in sorted({*here, *shared}):
+        there = {other for other in shared.get(name, ()) if other.rpartition(".")[0] in modules}
+        for other in sorted(here.get(name, frozenset()) ^ there):
+            tied, other_way = ("one tensor", "two") if other in here.get(name, ()) else ("two tensors", "one")
+            raise CheckpointError(
+                f"modules_to_save: {shown(name)} and {shown(other)} are {tied} in this model, and were {other_way} "
+                "where the adapter was trained; tie or untie them in the base model (tie_word_embeddings)"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from adamss.verbs.common import (
     require_base,
     require_distinct,
     require_modules,
+    require_shared,
     saved_arrays,
     whole,
 )
@@ -123,8 +125,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
     Raises
     ------
     StateError
-        If the model has no adapters, or PEFT would take them for others: it would group the columns otherwise, or
-        there is a basis for each subspace. The message names the layer.
+        If the model has no adapters, or PEFT would take them for others: it would group the columns otherwise, there
+        is a basis for each subspace, or a module to save is tied to another. The message names which.
     ArrayValueError
         If factors are not finite.
     MissingBackendError
@@ -137,6 +139,11 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
     """
     backend, adaptation = adapted(model, "to_peft")
     modules, config = backend.modules(model), adaptation.config
+    for name, others in (backend.shared(model, adaptation.saved) or {}).items():
+        raise StateError(
+            f"to_peft: {name} of modules_to_save is tied to {', '.join(sorted(others))}, and PEFT would give it "
+            "weights of its own; adamss.save the adapter, or merge and save the model"
+        )
     layers = {}
     with backend.exact():
         for layer_path, factors in adaptation.layers.items():
@@ -182,10 +189,12 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
     """Attach an adapter that PEFT's AdaMSS wrote (`save_pretrained`), of the same outputs.
 
     PEFT does not store which columns of a weight make a subspace. They are found again by its own procedure, and what
-    is found is compared with the sizes and the basis in the file: another base, or this one rounded to another dtype,
-    is an error here where PEFT scrambles the adapter in silence. From then on the grouping is part of the model, and
-    `save` keeps it, so that the adapter can be loaded in any dtype. Takes PyTorch and scikit-learn, whatever the
-    framework of the model.
+    is found is compared with the file: the size of each subspace, the span of the basis and its singular vectors in
+    this weight; and where the basis is not that of the file to the bit, the grouping must withstand a rounding of
+    the weight. So another base, or this one rounded to another dtype, is an error here where PEFT scrambles the
+    adapter in silence. (It is strong evidence, and no proof: the file does not say which column is where.) From then
+    on the grouping is part of the model, and `save` keeps it, so that the adapter can be loaded in any dtype. Takes
+    PyTorch and scikit-learn, whatever the framework of the model.
 
     Parameters
     ----------
@@ -220,6 +229,8 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
         modules = backend.modules(base_model)
         require_modules([*adapter.layers, *adapter.saved], modules)
         require_distinct(list(adapter.layers), modules)
+        # PEFT trains a copy of what it saves.
+        require_shared(backend, base_model, list(adapter.saved), {}, modules)
         saved = {
             module_path: saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
             for module_path, tensors in adapter.saved.items()
@@ -227,7 +238,7 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
         layers = {}
         with progress(len(adapter.layers)) as count:
             for layer_path in filter(adapter.layers.__contains__, modules):
-                base = backend.weight(modules[layer_path], layer_path)
+                base = base_weight(backend, modules, layer_path)
                 check_matrix(base.W, name=f"{layer_path}: weight")
                 layers[layer_path] = _factors_from_peft(backend, adapter, layer_path, base)
                 count()
@@ -243,10 +254,15 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
         return backend.insert(base_model, layers, config=config, saved=saved)
 
 
-def _shortest_targets(layers: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str]:
-    """Return the last names of the layers, as servers know them, or whole paths if those would mean others too."""
-    names = list(dict.fromkeys(path.rpartition(".")[2] for path in layers))
-    return names if set(match(names, modules, name="targets")) == layers.keys() else list(layers)
+def _shortest_targets(layers: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str] | str:
+    """Return what names these layers and no others: their last names, as servers know them, else whole paths.
+
+    A whole path may be the end of another; then it is a regular expression.
+    """
+    for names in (list(dict.fromkeys(path.rpartition(".")[2] for path in layers)), list(layers)):
+        if set(match(names, modules, name="targets")) == layers.keys():
+            return names
+    return "|".join(re.escape(path) for path in layers)
 
 
 def _peft_grouping(backend: Backend, base: BaseWeight, rank: int, subspaces: int, seed: int) -> Grouping:
@@ -262,16 +278,28 @@ def _factors_from_peft(backend: Backend, adapter: PeftAdapter, path: str, base: 
     layer = adapter.layers[path]
     found = _peft_grouping(backend, whole(backend, base), adapter.rank, adapter.subspaces, adapter.seed)
     difference = peft.why_not_the_same(layer, found)
+    if difference is None and not peft.is_the_same_basis(layer, found):
+        difference = _why_uncertain(adapter, found, base)
     if difference is not None:
         raise CheckpointError(
-            f"{path}: the adapter was trained on another base, or on this one in another dtype: {difference}. Which "
-            "columns make a subspace is not in PEFT's files and cannot be found from this base; load it on the base "
-            "and in the dtype that it was trained on, and adamss.save it from there"
+            f"{path}: the adapter was trained on another base, on this one in another dtype, or with another "
+            f"library or device: {difference}. Which columns make a subspace is not in PEFT's files and cannot be "
+            "found from this base; load it where it was trained, and adamss.save it from there"
         )
     factors = peft.factors_of(layer, found.labels)
     dtype = "float64" if backend.dtype_name(base.W) == "float64" else "float32"
     arrays = Factors(*(backend.from_stored(StoredTensor.of(array), like=base.W) for array in factors))
     return cast_factors(backend, arrays, dtype)
+
+
+def _why_uncertain(adapter: PeftAdapter, found: Grouping, base: BaseWeight) -> str | None:
+    """Return why a grouping cannot be told from a weight: it is another one when the weight is rounded otherwise."""
+    on = str(device(base.W)) if is_torch_array(base.W) else "cpu"
+    for rows in peft.rounded_otherwise(found.rows):
+        again = peft.grouping_of(rows, adapter.rank, adapter.subspaces, adapter.seed, device=on)
+        if not np.array_equal(again.labels, found.labels):
+            return "its basis is not that of the file to the bit, and rounding decides how its columns are grouped"
+    return None
 
 
 def _host_factors(backend: Backend, factors: Factors, path: str) -> Factors:

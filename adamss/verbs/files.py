@@ -32,6 +32,7 @@ from adamss.verbs.common import (
     require_distinct,
     require_kept_base,
     require_modules,
+    require_shared,
     saved_arrays,
     whole,
     with_bias_row,
@@ -81,7 +82,8 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     from adamss import __version__
 
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
-    checkpoint = Checkpoint(adaptation.config, layers, saved, writer)
+    shared = backend.shared(model, saved) or {}
+    checkpoint = Checkpoint(adaptation.config, layers, saved, writer, shared)
     backend.once(model, lambda: files.write(checked_path(path), checkpoint))
 
 
@@ -142,6 +144,7 @@ def load(
         stored = files.read(checked_path(path), modules=len(modules))
         require_modules([*stored.layers, *stored.saved], modules)
         require_distinct([*stored.layers, *stored.saved], modules)
+        require_shared(backend, base_model, list(stored.saved), stored.shared, modules)
         weights = {
             layer_path: backend.weight(modules[layer_path], layer_path) for layer_path in stored.layers
         }

@@ -21,13 +21,16 @@ from adamss_torch.absent import present
 from adamss_torch.compaction import resize
 from adamss_torch.functional import MULTIPLE, Constants, Layout, Plan, make_layout, update
 
-__all__ = ["BUFFERS", "CHILD", "Adapter"]
+__all__ = ["BUFFERS", "CHILD", "HELD", "Adapter"]
 
 CHILD = "adamss"
 """Name of the adapter among the children of its layer."""
 
 HOOK = -1
 """Key of the adapter's hook among the forward hooks of its layer."""
+
+HELD = "in_weight"
+"""Key in a state of the mask of the subspaces whose update the weight holds; only where it holds any."""
 
 DERIVED = (
     "rows",
@@ -311,11 +314,42 @@ class Adapter(nn.Module):
         n, K = self.labels.numel(), self.ranks.numel()
         return f"d={d}, n={n}, R={P}, K={K}, q={int(self.ranks.sum())}, bases={G}"
 
+    def in_weight(self) -> Tensor | None:
+        """Return of which subspaces, (K,) booleans, the weight of the layer holds the update; None if of none."""
+        return torch.ones_like(self.active) if self.merged else self.folded
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        held = self.in_weight()
+        if held is not None:
+            # Who loads it must know, or counts the update twice.
+            destination[f"{prefix}{HELD}"] = held
+
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        self._take_form(state_dict.get(f"{prefix}owned"), f"{prefix}B" in state_dict)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        given, held, ours = f"{prefix}B" in state_dict, state_dict.get(f"{prefix}{HELD}"), self.in_weight()
+        if (given and (held is None) != (ours is None)) or (
+            held is not None and ours is not None and not torch.equal(held.to(ours.device), ours)
+        ):
+            error_msgs.append(
+                f"{prefix}: the weight of the layer holds other subspaces in the state than in this model (one of "
+                "them was merged or consolidated). Bring the model into the same form first, or take adamss.save and "
+                "adamss.load, which take any."
+            )
+        self._take_form(state_dict.get(f"{prefix}owned"), given)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if f"{prefix}{HELD}" in unexpected_keys:
+            unexpected_keys.remove(f"{prefix}{HELD}")
         self.loads += 1
         self._derive()
 

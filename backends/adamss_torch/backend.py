@@ -180,6 +180,14 @@ class TorchBackend(Backend):
     def arrays(self, module: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in _tensors(module).items()}
 
+    def shared(self, model: nn.Module, saved: Iterable[str]) -> Mapping[str, frozenset[str]]:
+        owner, _ = _owner(model)
+        inside = tuple(f"{path}." if path else "" for path in saved)
+        names: dict[int, tuple[list[str], list[str]]] = {}
+        for name, parameter in owner.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), ([], []))[not name.startswith(inside)].append(name)
+        return {name: frozenset(others) for own, others in names.values() if others for name in own}
+
     def insert(
         self,
         model: nn.Module,
@@ -366,6 +374,11 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     owner, record = _owner(model)
     layers = {} if record is None else _adapted_layers(owner, record)
     return {path: adapter for path, (_, adapter) in layers.items()}
+
+
+def record_of(model: nn.Module) -> object:
+    """Return what stands for the adapters of a model as a whole: another object after `detach` and `attach`."""
+    return _owner(model)[1]
 
 
 def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import adamss
 from adamss.backend.interface import Adaptation
+from adamss.checkpoint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.config import BudgetConfig
-from adamss.errors import AdamssWarning, ConfigTypeError, MissingBackendError, StateError
-from adamss_torch.adapter import Adapter
-from adamss_torch.backend import TorchBackend, adapters_of
+from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, MissingBackendError, StateError
+from adamss_torch.adapter import HELD, Adapter
+from adamss_torch.backend import TorchBackend, adapters_of, record_of
 from adamss_torch.budget import Allocation, BudgetController, bare_optimizer
 from adamss_torch.sharding import is_sharded
 
@@ -33,11 +34,12 @@ __all__ = ["ADAPTER_FILE", "AdamssCallback"]
 ADAPTER_FILE = "adapter.safetensors"
 """In each folder that the Trainer saves: what `adamss.load` reads."""
 
-WEIGHTS_FILE = "model.safetensors"
+TRAINER_FILE = "model.safetensors"
 """Where the Trainer looks for what it saved; here, all that is trained and nothing else."""
 
-KEY = "adamss_budget"
-"""Under which the controller's state is part of the optimiser's, which keeps what belongs to no Parameter."""
+KEY = "adamss"
+"""Under which our state is part of the optimiser's, which keeps what belongs to no Parameter: that of the controller,
+and the fingerprints of the base weights."""
 
 
 class AdamssCallback(TrainerCallback):
@@ -99,6 +101,7 @@ class AdamssCallback(TrainerCallback):
         self.on_allocation = on_allocation
         self.controller: BudgetController | None = None
         self._hook: Any = None
+        self._base: dict[str, list[Any]] = {}
 
     def lead(self, trainer: Any) -> None:
         """Put this callback before all others of a Trainer, so that its reporters see what it adds to the log."""
@@ -119,15 +122,19 @@ class AdamssCallback(TrainerCallback):
         self._remove()
         bare = bare_optimizer(kwargs["optimizer"])
         # Loading a checkpoint has put it there.
-        stored = bare.state.pop(KEY, None)  # type: ignore[call-overload]
+        stored = bare.state.pop(KEY, None) or {}  # type: ignore[call-overload]
+        if not any(is_sharded(adapter.B) for adapter in adapters_of(model).values()):
+            self._base = _fingerprints(model)
+            _check_base(stored.get("base", {}), self._base)
+            self._hook = bare.register_state_dict_post_hook(self._add_state)
         config = adaptation.config.budget if self.budget is None else self.budget
         if config is None:
             return
         self.controller = BudgetController(
             model, bare, config, compact_at_end=self.compact_at_end, on_allocation=self.on_allocation
         )
-        if stored is not None:
-            self.controller.load_state_dict(stored)
+        if stored.get("controller") is not None:
+            self.controller.load_state_dict(stored["controller"])
         elif state.global_step:
             warnings.warn(
                 f"AdamssCallback: the checkpoint of step {state.global_step} holds no state of a budget, whose "
@@ -135,8 +142,6 @@ class AdamssCallback(TrainerCallback):
                 AdamssWarning,
                 stacklevel=2,
             )
-        if not any(is_sharded(adapter.B) for adapter in adapters_of(model).values()):
-            self._hook = bare.register_state_dict_post_hook(self._add_state)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the number of trained subspaces."""
@@ -161,9 +166,9 @@ class AdamssCallback(TrainerCallback):
     # ---- the budget -------------------------------------------------------------------------------------
 
     def _add_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        assert self.controller is not None
         state_dict = _without_empty_parameters(optimizer, state_dict)
-        return state_dict | {"state": state_dict["state"] | {KEY: self.controller.state_dict()}}
+        ours = {"base": self._base, "controller": self.controller and self.controller.state_dict()}
+        return state_dict | {"state": state_dict["state"] | {KEY: ours}}
 
     def _remove(self) -> None:
         if self._hook is not None:
@@ -171,6 +176,10 @@ class AdamssCallback(TrainerCallback):
             self._hook = None
         if self.controller is not None:
             self.controller.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no hooks on an optimiser.
+        return vars(self) | {"controller": None, "_hook": None}
 
 
 def _without_empty_parameters(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +192,31 @@ def _without_empty_parameters(optimizer: torch.optim.Optimizer, state_dict: dict
         groups.append(stored | {"params": [numbers[number] for number in kept]})
     state = {numbers[number]: value for number, value in state_dict["state"].items() if number in numbers}
     return state_dict | {"state": state, "param_groups": groups}
+
+
+def _fingerprints(model: nn.Module) -> dict[str, list[Any]]:
+    """Return what tells the base weights of the adapted layers from others, in plain values."""
+    backend, modules = TorchBackend(), TorchBackend().modules(model)
+    with backend.exact():
+        marks = {path: fingerprint(backend.weight(modules[path], path).W) for path in adapters_of(model)}
+    return {path: [list(mark.shape), mark.norm, list(mark.projections)] for path, mark in marks.items()}
+
+
+def _check_base(stored: dict[str, list[Any]], ours: dict[str, list[Any]]) -> None:
+    """Check that a checkpoint was trained on these base weights.
+
+    Raises
+    ------
+    StateError
+        If not; the message names a layer.
+    """
+    for path in stored.keys() & ours.keys():
+        there, here = (Fingerprint(tuple(m[0]), m[1], tuple(m[2])) for m in (stored[path], ours[path]))
+        if not there.difference(here) <= FINGERPRINT_TOLERANCE:
+            raise StateError(
+                f"AdamssCallback: the checkpoint was trained on other base weights than this model's, in {path}; "
+                "resume on the base that the training began with"
+            )
 
 
 # ---- files ---------------------------------------------------------------------------------------------
@@ -212,48 +246,59 @@ def _save_what_is_trained(model: nn.Module) -> Adaptation:
     return adaptation
 
 
-def _untrained(model: nn.Module) -> set[str]:
-    """Return the names of the frozen parameters of the base; none where the weights hold an update."""
-    adaptation = TorchBackend().adaptation(model)
-    if adaptation is None or adaptation.merged or adaptation.folded:
-        return set()
-    ours = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name for name, p in named if not p.requires_grad and id(p) not in ours}
-
-
 class _Untrained(Set[str]):
-    """The names of what a model does not train, as it is at the time."""
+    """The names of the frozen parameters of the base, as it is at the time.
+
+    None of a model that is merged, or has not the adapters any more that it had.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._record = record_of(model)
+
+    def _names(self) -> set[str]:
+        model, adaptation = self._model, TorchBackend().adaptation(self._model)
+        if adaptation is None or adaptation.merged or record_of(model) is not self._record:
+            return set()
+        ours = {
+            id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()
+        }
+        named = model.named_parameters(remove_duplicate=False)
+        return {name for name, p in named if not p.requires_grad and id(p) not in ours}
 
     def __contains__(self, name: object) -> bool:
-        return name in _untrained(self._model)
+        return name in self._names()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_untrained(self._model))
+        return iter(self._names())
 
     def __len__(self) -> int:
-        return len(_untrained(self._model))
+        return len(self._names())
 
 
 class _SavePretrained:
-    """In the place of a model's `save_pretrained`: what is trained, where the base is as it was.
+    """In the place of a model's `save_pretrained`: what is trained, as long as it has these adapters, not merged.
 
     An object that holds the model, and no closure: a copy of the model has one of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._untrained = _Untrained(model)
 
     def __call__(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
     ) -> Any:
         model: Any = self._model
-        if not _untrained(model):
+        if not self._untrained:
             whole = type(model).save_pretrained
             return whole(model, save_directory, is_main_process=is_main_process, **options)
+        for name in ("push_to_hub", "variant"):
+            if options.get(name):
+                raise ConfigError(
+                    f"save_pretrained: {name} is for whole models, and this one saves its adapter; merge it first, "
+                    "or upload the folder"
+                )
         if is_main_process:
             state_dict = options.get("state_dict")
             _write(model, Path(save_directory), model.state_dict() if state_dict is None else state_dict)
@@ -261,16 +306,20 @@ class _SavePretrained:
 
 
 def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> None:
-    untrained = _untrained(model)
-    # Copies, for a file has no two names for one memory.
-    kept = {name: tensor.detach().clone() for name, tensor in state_dict.items() if name not in untrained}
+    untrained = set(_Untrained(model))
+    # Copies, for a file has no two names for one memory. Without the base it does not matter what its weights hold.
+    kept = {
+        name: tensor.detach().clone()
+        for name, tensor in state_dict.items()
+        if name not in untrained and not name.endswith(f".{HELD}")
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(kept, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(kept, folder / TRAINER_FILE, metadata={"format": "pt"})
     adamss.save(model, folder / ADAPTER_FILE)
 
 
 def _shrink(model: nn.Module, folder: Path) -> None:
     """Take the base out of what the Trainer has written."""
-    weights = folder / WEIGHTS_FILE
-    if weights.is_file() and _untrained(model):
+    weights = folder / TRAINER_FILE
+    if weights.is_file() and _Untrained(model):
         _write(model, folder, load_file(weights))

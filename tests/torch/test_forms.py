@@ -344,3 +344,31 @@ class TestCompiledBeforeAndAfter:
         self.assert_follows(compiled, model, x, training)
         adamss.detach(model)
         self.assert_follows(compiled, model, x, training)
+
+
+class TestStatesWhoseWeightsHoldTheUpdate:
+    """A merged or consolidated state in a model that is neither would count the update twice."""
+
+    @pytest.fixture
+    def frozen(self, net, config, train):
+        def make():
+            model = train(adamss.attach(net(), config()))
+            for layer in model.layers:
+                layer.query.adamss.active[0] = False
+            return model
+
+        return make
+
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("verb", [adamss.merge, adamss.consolidate])
+    def test_they_are_told_apart(self, net, config, frozen, inputs, verb, strict):
+        x = inputs(4, 16)
+        changed, plain = verb(frozen()), frozen()
+        for target, state in ((adamss.attach(net(), config()), changed), (changed, plain)):
+            with pytest.raises(RuntimeError, match="the weight of the layer holds other subspaces"):
+                target.load_state_dict(state.state_dict(), strict=strict)
+        twin, source = verb(frozen()), verb(frozen())
+        with torch.no_grad():
+            source.classifier.bias.add_(1)
+        assert not any(twin.load_state_dict(source.state_dict(), strict=strict))
+        torch.testing.assert_close(twin(x), source(x), rtol=0, atol=0)

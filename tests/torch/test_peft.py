@@ -1,5 +1,6 @@
 """Adapters of PEFT's AdaMSS, both ways, beside the installed PEFT."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -248,7 +249,8 @@ class TestRefusals:
             ({"layers.0.query.adamss_A.7": torch.zeros(1, 12)}, "other subspaces"),
             ({"layers.0.query.adamss_newB": torch.full((12, 17), torch.nan)}, "NaN or infinity"),
             ({"layers.0.query.adamss_C.0": torch.zeros(2)}, "none that PEFT's AdaMSS"),
-            ({"layers.0.query.adamss_newB": torch.eye(12, 17)}, "its basis lies outside"),
+            ({"layers.0.query.adamss_newB": torch.eye(12, 17)}, "its basis is in bfloat16"),
+            ({"layers.0.query.adamss_newB": torch.eye(12, 17) / 3}, "its basis lies outside"),
             ({"layers.0.query.adamss_B.1": torch.zeros(2, 1)}, "it has subspaces of"),
             ({"classifier.weight": torch.zeros(2, 2)}, "classifier"),
         ],
@@ -279,6 +281,61 @@ class TestRefusals:
                 assert all(torch.equal(before[key], after[key]) for key in before)
         assert 50 < refused < 200
 
+    def test_a_name_that_never_ends(self, net, folder):
+        path = folder / "adapter_model.safetensors"
+        endless = "base_model.model." + ".".join("a" * 60_000)
+        save_file(load_file(path) | {endless: torch.zeros(2)}, path)
+        self.refused(net(), folder, "a name longer than that of any module")
+
+    def test_what_a_file_says_is_shown_short_and_without_commands(self, net, folder):
+        path = folder / "adapter_config.json"
+        for method in ("\x1b[31mX\n", "A" * 100_000):
+            path.write_text(json.dumps({"peft_type": method}))
+            with pytest.raises(errors.CheckpointError) as caught:
+                adamss.from_peft(net(), folder)
+            assert len(str(caught.value)) < 800
+            assert str(caught.value).isprintable()
+
+    @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+    def test_sparse_files_are_not_read(self, net, folder, name):
+        with open(folder / name, "ab") as file:
+            file.truncate(1 << 34)
+        self.refused(net(), folder, "its length is not what its header says|longer than")
+
+    def test_another_spelling_of_a_number(self, net, folder):
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        extra = {"base_model.model.layers.0.query.adamss_A.00": torch.zeros(1, 12)}
+        save_file(tensors | extra, path)
+        self.refused(net(), folder, "none that PEFT's AdaMSS")
+
+    def test_the_meta_device(self, net, folder):
+        with pytest.raises(errors.LayerError, match="meta device"):
+            adamss.from_peft(net().to("meta"), folder)
+
+    def test_no_name_at_all(self, net):
+        self.refused(net(), "", "empty name", errors.CheckpointNotFoundError)
+
+    def test_a_grouping_that_rounding_decides(self, net, folder, monkeypatch):
+        """Where the basis is not that of the file to the bit, the grouping has to withstand other roundings."""
+        path = folder / "adapter_model.safetensors"
+        name = "base_model.model.layers.0.query.adamss_newB"
+        tensors = load_file(path)
+        save_file(tensors | {name: tensors[name] * (1 + 1e-7)}, path)
+        adamss.from_peft(net(), folder)
+        from adamss import peft as ours
+
+        real = ours.grouping_of
+
+        def wavering(rows, *args, **kwargs):
+            found = real(rows, *args, **kwargs)
+            weight = net().layers[0].query.weight.detach().numpy()
+            same = rows.shape[1] == 17 and np.array_equal(rows[:, :16], weight)
+            return found if same else found._replace(labels=np.roll(found.labels, 1))
+
+        monkeypatch.setattr(ours, "grouping_of", wavering)
+        self.refused(net(), folder, "rounding decides")
+
     def test_foreign_names(self, net, folder):
         path = folder / "adapter_model.safetensors"
         save_file(load_file(path) | {"query.weight": torch.zeros(2)}, path)
@@ -289,7 +346,7 @@ class TestRefusals:
         content = path.read_bytes()
         for length in (0, 7, 100, len(content) // 2, len(content) - 1):
             path.write_bytes(content[:length])
-            self.refused(net(), folder, "truncated or damaged")
+            self.refused(net(), folder, "truncated|damaged")
 
     def test_a_model_with_adapters(self, net, config, folder):
         model = adamss.attach(net(), config())
@@ -303,7 +360,92 @@ class TestRefusals:
         self.refused(net(), folder, r"adamss\[peft\]", errors.MissingBackendError)
 
 
+class Tied(torch.nn.Module):
+    """Embeddings and a head that are one tensor, or two."""
+
+    def __init__(self, *, tied=True):
+        super().__init__()
+        self.embed = torch.nn.Embedding(9, 16)
+        self.query = torch.nn.Linear(16, 16)
+        self.head = torch.nn.Linear(16, 9, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.query(self.embed(tokens)))
+
+
+class TestTiedWeights:
+    """PEFT trains a copy of what it saves; here it stays tied, so that the two cannot stand for each other."""
+
+    @pytest.fixture
+    def tied(self):
+        def make(**options):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return Tied(**options)
+
+        return make
+
+    def config(self):
+        return adamss.AdamssConfig(targets=["query"], rank=8, subspaces=1, modules_to_save=["head"])
+
+    @pytest.mark.parametrize("saved", ["head", "embed"])
+    def test_from_peft(self, tied, tmp_path, saved):
+        tokens = torch.arange(9)
+        options = {"target_modules": ["query"], "modules_to_save": [saved], "r": 8}
+        theirs = trained_by_peft(tied(), tmp_path, lambda m: m(tokens), **options)
+        with pytest.raises(errors.CheckpointError, match="are one tensor in this model, and were two"):
+            adamss.from_peft(tied(), tmp_path)
+        untied = tied()
+        untied.head.weight = torch.nn.Parameter(untied.embed.weight.detach().clone())
+        model = adamss.from_peft(untied, tmp_path)
+        torch.testing.assert_close(model(tokens), theirs(tokens), rtol=0, atol=1e-5)
+
+    def test_to_peft(self, tied, tmp_path):
+        model = adamss.attach(tied(), self.config())
+        with pytest.raises(
+            errors.StateError, match=r"head\.weight of modules_to_save is tied to embed\.weight"
+        ):
+            adamss.to_peft(model, tmp_path / "out")
+        adamss.to_peft(adamss.attach(tied(tied=False), self.config()), tmp_path / "out")
+
+    def test_files(self, tied, tmp_path):
+        for there, here, what in ((True, False, "two tensors"), (False, True, "one tensor")):
+            adamss.save(adamss.attach(tied(tied=there), self.config()), tmp_path / "a.safetensors")
+            base = tied(tied=there)
+            adamss.load(base, tmp_path / "a.safetensors")
+            other = tied(tied=here)
+            other.query.load_state_dict(tied(tied=there).query.state_dict())
+            with pytest.raises(errors.CheckpointError, match=f"head.weight' and 'embed.weight' are {what}"):
+                adamss.load(other, tmp_path / "a.safetensors")
+
+
 class TestToPeft:
+    def test_a_layer_whose_path_is_the_end_of_another(self, tmp_path):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict(
+            {"a": torch.nn.Linear(8, 8), "x": torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})}
+        )
+        base = copy.deepcopy(model)
+        config = adamss.AdamssConfig(targets="a", rank=4, subspaces=1)
+        adamss.attach(model, config)
+        for write in (adamss.to_peft, adamss.to_lora):
+            write(model, tmp_path)
+            adapted = [
+                name
+                for name, module in loaded_by_peft(copy.deepcopy(base), tmp_path).named_modules()
+                if hasattr(module, "base_layer")
+            ]
+            assert adapted == ["base_model.model.a"]
+
+    def test_what_an_earlier_export_left_beside_it(self, net, config, tmp_path):
+        with pytest.warns(adamss.AdamssWarning):
+            adamss.to_lora(adamss.attach(net(), config(modules_to_save=["classifier"])), tmp_path)
+        assert (tmp_path / "modules_to_save.safetensors").exists()
+        adamss.to_peft(adamss.attach(net(), config(subspaces=1)), tmp_path)
+        assert not (tmp_path / "modules_to_save.safetensors").exists()
+
     def test_one_subspace_has_a_form_whatever_it_comes_from(self, net, config, x, train, tmp_path):
         for options in ({}, {"include_bias": True}, {"rank": 3}):
             model = train(adamss.attach(net(), config(subspaces=1, subspace_rank=3, **options)))

@@ -219,6 +219,32 @@ class TestFiles:
         trainer.model.save_pretrained(tmp_path / "base")
         assert load_file(tmp_path / "base" / "model.safetensors").keys() == bert().state_dict().keys()
 
+    def test_a_model_attached_anew_is_saved_as_ever(self, tmp_path):
+        trainer, _ = trained(adapted(), tmp_path)
+        model = adapted(adamss.detach(trainer.model))
+        model.save_pretrained(tmp_path / "own")
+        assert (tmp_path / "own" / "config.json").exists()
+        assert bert().state_dict().keys() <= load_file(tmp_path / "own" / "model.safetensors").keys()
+
+    def test_a_consolidated_model(self, tmp_path):
+        trainer, _ = trained(adapted(), tmp_path)
+        batch = Sentences()[3]["input_ids"][None]
+        expected = trainer.model.eval()(batch).logits
+        adamss.consolidate(trainer.model)
+        trainer.save_model(tmp_path / "final")
+        assert not (tmp_path / "final" / "config.json").exists()
+        loaded = adamss.load(bert(), tmp_path / "final" / ADAPTER_FILE).eval()
+        torch.testing.assert_close(loaded(batch).logits, expected, rtol=0, atol=1e-5)
+        again = adapted()
+        again.load_state_dict(load_file(tmp_path / "final" / "model.safetensors"), strict=False)
+        torch.testing.assert_close(again.eval()(batch).logits, expected, rtol=0, atol=1e-5)
+
+    def test_what_an_adapter_cannot_be_saved_with(self, tmp_path):
+        trainer = trainer_of(adapted(), tmp_path, AdamssCallback())
+        for options in ({"push_to_hub": True}, {"variant": "fp16"}):
+            with pytest.raises(errors.ConfigError, match=next(iter(options))):
+                trainer.model.save_pretrained(tmp_path / "own", **options)
+
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_a_copy_saves_itself(self, tmp_path, duplicate):
         trainer, _ = trained(adapted(), tmp_path)
@@ -253,6 +279,20 @@ class TestResuming:
         assert_same(ours(whole.model), ours(again.model))
         losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, again)]
         assert losses[0] == losses[1]
+
+    @pytest.mark.parametrize("budget", [SCHEDULE, None])
+    def test_other_base_weights(self, tmp_path, budget):
+        trained(adapted(budget=budget), tmp_path)
+        base = bert()
+        with torch.no_grad():
+            base.bert.encoder.layer[1].attention.self.query.weight.mul_(2)
+        with pytest.raises(errors.StateError, match=r"other base weights.*layer\.1"):
+            trained(adapted(base, budget=budget), tmp_path, resume=tmp_path / "checkpoint-3")
+
+    def test_the_callback_can_be_pickled(self, tmp_path):
+        _, callback = trained(adapted(), tmp_path)
+        assert pickle.loads(pickle.dumps(callback)).controller is None
+        assert copy.deepcopy(callback).budget == callback.budget
 
     def test_a_checkpoint_without_a_budget(self, tmp_path):
         trained(adapted(budget=None), tmp_path)
