@@ -72,17 +72,16 @@ NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 ROUNDING, ROUNDINGS = np.float32(1e-6), 3
 """By how much entries of a weight are moved to see whether its grouping withstands it, and how often."""
 
-OUTSIDE, OUTSIDE_HALF = 1e-4, 1e-2
-"""How far the stored basis may lie outside of the one that is found again, relative to it; and one that is rounded to
-half precision, which moves it by 2e-3.
+OUTSIDE = {"float32": 1e-4, "float16": 5e-4, "bfloat16": 3e-3}
+"""How far the stored basis may lie outside of the one that is found again, relative to it, by its precision.
 
 Rounding of another library moves it by 1e-6, on a spectrum i^-2 by 1e-4; a base rounded to float16 by 2e-4, to
-bfloat16 by 2e-3; another base, or another seed, by 0.2 and more."""
-ENERGY, ENERGY_HALF = 5e-5, 1e-2
+bfloat16 by 2e-3; another base, or another seed, by 0.2 and more. The basis itself, rounded, is 2e-4 and 2e-3 off."""
+ENERGY = {"float32": 5e-5, "float16": 1e-3, "bfloat16": 4e-3}
 """How far ``N W^T W N^T`` of the stored basis may be from that of the other: what tells where both span everything.
 
 Rounding of another library moves it by 4e-6, a base rounded to float16 by 1e-4, to bfloat16 by 1e-3, the rounding of
-the basis by 3e-3, another base by 0.1 and more."""
+the basis to bfloat16 by 3e-3, another base by 0.1 and more."""
 
 Array = np.ndarray[Any, Any]
 
@@ -479,19 +478,21 @@ def why_not_the_same(layer: PeftLayer, found: Grouping) -> str | None:
     stored = [B.shape[0] for B in layer.B]
     if sizes != stored:
         return f"it has subspaces of {shown(stored)} columns, and in this weight are found {shown(sizes)}"
+    if is_the_same_basis(layer, found):
+        return None
     half = _half_precision(layer.basis)
     if half is not None and _half_precision(found.rows, half) is None:
         return f"its basis is in {half}, as of a base in {half}, and this weight is none"
     basis, other = layer.basis.astype(np.float64), found.basis.astype(np.float64)
     outside = _relative(basis - basis @ other.T @ other, basis)
-    if not outside <= (OUTSIDE_HALF if half is not None else OUTSIDE):
+    if not outside <= OUTSIDE[half or "float32"]:
         return f"its basis lies outside of that of this weight by {outside:.1e} of its size"
     # Singular vectors may have either sign.
     energy, expected = (
         abs(projected.T @ projected) for projected in (found.rows @ basis.T, found.rows @ other.T)
     )
     apart = _relative(energy - expected, expected)
-    if not apart <= (ENERGY_HALF if half is not None else ENERGY):
+    if not apart <= ENERGY[half or "float32"]:
         return f"its basis has not the singular vectors of this weight (by {apart:.1e})"
     return None
 
