@@ -186,7 +186,12 @@ class TestBadFiles:
         for start in (content, content[:8], (1 << 33).to_bytes(8, "little"), b""):
             path.write_bytes(start)
             os.truncate(path, 1 << 34)
-            self.refused(path, "its length is not|longer than|no safetensors file")
+            tracemalloc.start()
+            try:
+                self.refused(path, "its length is not|longer than|no safetensors file")
+                assert tracemalloc.get_traced_memory()[1] < 1 << 22
+            finally:
+                tracemalloc.stop()
 
     def test_other_peoples_files(self, path, tmp_path):
         safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "other.safetensors")

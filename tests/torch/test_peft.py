@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import adamss
 from adamss import errors
-from adamss.backend import NumpyLinear, NumpyModel
+from adamss.backend import BaseWeight, NumpyLinear, NumpyModel
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("sklearn")
@@ -358,6 +358,42 @@ class TestRefusals:
 
         monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
         self.refused(net(), folder, r"adamss\[peft\]", errors.MissingBackendError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_other_grouping_gets_through(dtype):
+    """Random layers, whose grouping a breath changes: each is let through as it was grouped, or not at all."""
+    from adamss import peft as ours
+    from adamss.verbs.exchange import _why_uncertain
+
+    changes = {
+        "nothing": lambda W, noise: W,
+        "rounding": lambda W, noise: W * (1 + 1e-7 * noise),
+        "half": lambda W, noise: W.bfloat16().float(),
+        "noise": lambda W, noise: (W * (1 + 1e-2 * noise)).to(dtype).float(),
+    }
+    through = dict.fromkeys(changes, 0)
+    for trial in range(40):
+        rng, generator = np.random.default_rng(trial), torch.Generator().manual_seed(trial)
+        n, d, K = int(rng.integers(8, 60)), int(rng.integers(8, 60)), int(rng.integers(2, 8))
+        R = (4, 8, 100)[trial % 3]
+        W = torch.randn(n, d, generator=generator).to(dtype).float()
+        before = ours.grouping_of(W.numpy(), R, K, 0)
+        basis = torch.from_numpy(before.basis).to(dtype).float().numpy()
+        sizes = np.bincount(before.labels)
+        layer = ours.PeftLayer(basis, (), tuple(np.zeros((size, 1), np.float32) for size in sizes))
+        adapter = ours.PeftAdapter(R, K, 1, 0, {})
+        for name, change in changes.items():
+            moved = change(W, torch.randn(n, d, generator=generator)).numpy()
+            found = ours.grouping_of(moved, R, K, 0)
+            refused = ours.why_not_the_same(layer, found) is not None or (
+                not ours.is_the_same_basis(layer, found)
+                and _why_uncertain(adapter, found, BaseWeight(moved.T, None)) is not None
+            )
+            assert refused or np.array_equal(found.labels, before.labels), (trial, name)
+            through[name] += not refused
+    assert through["nothing"] == 40
+    assert through["noise"] < 5
 
 
 class Tied(torch.nn.Module):
