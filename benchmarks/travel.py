@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 import demo
 import numpy as np
+import peft
 import torch
 from demo_jax import Method, Run, tokenize, train
 from flax import nnx
@@ -38,7 +39,6 @@ from tabulate import tabulate
 from transformers import AutoModel
 
 import adamss
-import peft
 
 CONFIG = adamss.AdamssConfig(targets=["query", "value"], rank=100, subspaces=10, subspace_rank=1)
 PEFT_CONFIG = {"target_modules": ["query", "value"], "r": 100, "num_subspaces": 10, "subspace_rank": 1}
