@@ -406,10 +406,16 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def remove(self, model: Model) -> Model:
-        """Return the base model: ``remove(insert(m, ...)) == m``, saved modules included.
+    def remove(self, model: Model, *, restore: bool) -> Model:
+        """Return the model without adapters.
 
-        Called only while the base weights are kept.
+        Parameters
+        ----------
+        model
+            An adapted model.
+        restore
+            Give the base values back: ``remove(insert(m, ...), restore=True) == m``, saved modules included; only
+            while the base weights are kept. False, only while merged: weights and saved modules stay as they are.
         """
 
     @abstractmethod

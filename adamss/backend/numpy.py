@@ -202,8 +202,10 @@ class NumpyBackend(Backend):
             changed[path] = replace(changed[path], factors=factors._replace(active=mask))
         return replace(model, layers=changed)
 
-    def remove(self, model: NumpyModel) -> NumpyModel:
-        return NumpyModel(model.originals or {})
+    def remove(self, model: NumpyModel, *, restore: bool) -> NumpyModel:
+        if restore:
+            return NumpyModel(model.originals or {})
+        return NumpyModel({path: NumpyLinear(layer.W, layer.b) for path, layer in model.layers.items()})
 
     def fold(self, model: NumpyModel, merged: Mapping[str, Merged], *, keep_base: bool) -> NumpyModel:
         return self._with_weights(model, merged, {path: {"merged": True} for path in merged}, keep_base)

@@ -7,7 +7,7 @@ be checked before anything is changed, so that a call that fails leaves the mode
 from adamss.verbs.attaching import attach, detach, disabled, summary, trainable_parameters
 from adamss.verbs.exchange import from_peft, to_lora, to_peft
 from adamss.verbs.files import load, save
-from adamss.verbs.merging import consolidate, merge, unmerge
+from adamss.verbs.merging import consolidate, merge, merge_and_unload, unmerge
 
 __all__ = [
     "attach",
@@ -17,6 +17,7 @@ __all__ = [
     "from_peft",
     "load",
     "merge",
+    "merge_and_unload",
     "save",
     "summary",
     "to_lora",

@@ -116,10 +116,14 @@ def detach(model: Model) -> Model:
     ------
     StateError
         If the model has no adapters, or was merged with ``keep_base=False``.
+
+    See Also
+    --------
+    adamss.merge_and_unload : the adapters taken off, and what they have learnt kept.
     """
     backend, adaptation = adapted(model, "detach")
     require_kept_base(adaptation, "detach")
-    return backend.remove(model)
+    return backend.remove(model, restore=True)
 
 
 @contextmanager

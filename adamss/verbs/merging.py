@@ -17,7 +17,7 @@ from adamss.errors import (
 )
 from adamss.verbs.common import adapted, base_weight, require_kept_base, whole
 
-__all__ = ["consolidate", "merge", "unmerge"]
+__all__ = ["consolidate", "merge", "merge_and_unload", "unmerge"]
 
 LOSS_WORTH_A_WARNING = 0.05
 
@@ -52,36 +52,46 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     AdamssWarning
         If the rounding to the dtype of a weight lost more than 5 % of its update.
     """
-    backend, adaptation = adapted(model, "merge")
+    _, adaptation = adapted(model, "merge")
     if adaptation.merged:
         require_kept_base(adaptation, "merge")
         raise StateError("merge: the updates are merged already; call adamss.unmerge(model) first")
-    if adaptation.folded:
-        require_kept_base(adaptation, "merge")
-    modules = backend.modules(model)
-    merged, lost = {}, {}
-    with backend.exact():
-        for path, factors in adaptation.layers.items():
-            base = base_weight(backend, modules, path)
-            check_concrete(*base, *factors, name=path)
-            try:
-                result = core.merge(*whole(backend, base), whole(backend, factors))
-            except ArrayValueError as error:
-                raise ArrayValueError(f"{path}: {error}") from error
-            merged[path], lost[path] = _spread(backend, result, base), float(result.lost)
-    worst = max(lost, key=lambda path: lost[path])
-    if lost[worst] > LOSS_WORTH_A_WARNING:
-        dtype = backend.dtype_name(merged[worst].W)
-        warnings.warn(
-            f"rounding to {dtype} lost {lost[worst]:.0%} of the update of {worst} "
-            f"(more than 5 % in {sum(loss > LOSS_WORTH_A_WARNING for loss in lost.values())} of {len(lost)} "
-            "layers); merge into a float32 model, or leave the adapter unmerged",
-            AdamssWarning,
-            stacklevel=2,
-        )
-    if adaptation.folded:
-        model = backend.unfold(model)
-    return backend.fold(model, merged, keep_base=keep_base)
+    return _merged(model, "merge", keep_base=keep_base)
+
+
+def merge_and_unload(model: Model) -> Model:
+    """Fold the update into the weights for good, and take the adapters off: a plain model that has learnt.
+
+    Weights are ``round(W0 + delta)`` as of `merge`, ``modules_to_save`` keep what they were trained to, and what
+    required a gradient before `attach` does again. Nothing of the adapters is left, in memory or in what the
+    framework's own saving writes; neither is W0, so save the adapter first.
+
+    Parameters
+    ----------
+    model
+        An adapted model, merged or not.
+
+    Returns
+    -------
+    Model
+        The model without adapters; the same object where the framework's models are mutable.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, or was consolidated with ``keep_base=False``.
+    ArrayValueError
+        If a merged weight is not finite; the message names the layer, and nothing is changed.
+
+    Warns
+    -----
+    AdamssWarning
+        If the rounding to the dtype of a weight lost more than 5 % of its update.
+    """
+    backend, adaptation = adapted(model, "merge_and_unload")
+    if not adaptation.merged:
+        model = _merged(model, "merge_and_unload", keep_base=False)
+    return backend.remove(model, restore=False)
 
 
 def unmerge(model: Model) -> Model:
@@ -165,6 +175,37 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
         return backend.consolidate(
             model, merged, folded, keep_base=keep_base and (adaptation.base_kept or not already)
         )
+
+
+def _merged(model: Model, verb: str, *, keep_base: bool) -> Model:
+    """Return the model, which is not merged, with all updates in its weights."""
+    backend, adaptation = adapted(model, verb)
+    if adaptation.folded:
+        require_kept_base(adaptation, verb)
+    modules = backend.modules(model)
+    merged, lost = {}, {}
+    with backend.exact():
+        for path, factors in adaptation.layers.items():
+            base = base_weight(backend, modules, path)
+            check_concrete(*base, *factors, name=path)
+            try:
+                result = core.merge(*whole(backend, base), whole(backend, factors))
+            except ArrayValueError as error:
+                raise ArrayValueError(f"{path}: {error}") from error
+            merged[path], lost[path] = _spread(backend, result, base), float(result.lost)
+    worst = max(lost, key=lambda path: lost[path])
+    if lost[worst] > LOSS_WORTH_A_WARNING:
+        dtype = backend.dtype_name(merged[worst].W)
+        warnings.warn(
+            f"rounding to {dtype} lost {lost[worst]:.0%} of the update of {worst} "
+            f"(more than 5 % in {sum(loss > LOSS_WORTH_A_WARNING for loss in lost.values())} of {len(lost)} "
+            "layers); merge into a float32 model, or leave the adapter unmerged",
+            AdamssWarning,
+            stacklevel=3,
+        )
+    if adaptation.folded:
+        model = backend.unfold(model)
+    return backend.fold(model, merged, keep_base=keep_base)
 
 
 def _spread(backend: Backend, merged: core.Merged, base: BaseWeight) -> core.Merged:

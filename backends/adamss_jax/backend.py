@@ -193,8 +193,8 @@ class JaxBackend(Backend):
             check_not_thawed(mask, gone, path, "adamss_jax.compact has taken out of the trained arrays")
         return shell.set_active(model, active)
 
-    def remove(self, model: Model) -> Model:
-        return self._shell(model).remove(model)
+    def remove(self, model: Model, *, restore: bool) -> Model:
+        return self._shell(model).remove(model, restore=restore)
 
     def fold(self, model: Model, merged: Mapping[str, Merged], *, keep_base: bool) -> Model:
         return self._shell(model).fold(model, merged, keep_base=keep_base)

@@ -332,7 +332,9 @@ class EquinoxShell(Shell):
 
         return _mapped(model, masked)
 
-    def remove(self, model: Any) -> Any:
+    def remove(self, model: Any, *, restore: bool) -> Any:
+        if not restore:
+            return _mapped(model, lambda _, layer: layer.base)
         adapted = _adapted(model)
         prefix, record = _prefix(adapted), next(iter(adapted.values())).record
         base = _mapped(model, lambda _, layer: _unmerged(layer))
@@ -390,7 +392,7 @@ class EquinoxShell(Shell):
 
     @contextmanager
     def disabled(self, model: Any) -> Iterator[Any]:
-        yield self.remove(model)
+        yield self.remove(model, restore=True)
 
 
 # ---- the tree of a model ---------------------------------------------------------------------------

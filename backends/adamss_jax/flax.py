@@ -365,11 +365,13 @@ class NnxShell(Shell):
             self._write_part(adapter, by_owner(adaptation.layers)[owner], _leading(layer))
         return model
 
-    def remove(self, model: nnx.Module) -> nnx.Module:
-        self.unfold(model)
+    def remove(self, model: nnx.Module, *, restore: bool) -> nnx.Module:
+        if restore:
+            self.unfold(model)
         record, modules = _record(model), self.modules(model)
         for path, values in record.saved_originals().items():
-            _write(modules[path], values)
+            if restore:
+                _write(modules[path], values)
             for _, variable in _variables(modules[path]):
                 if variable.has_metadata("adamss_kind"):
                     _set_class(variable, variable.get_metadata("adamss_kind"))

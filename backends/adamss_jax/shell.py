@@ -206,7 +206,7 @@ class Shell(ABC):
         """See `Backend.set_active`."""
 
     @abstractmethod
-    def remove(self, model: Model) -> Model:
+    def remove(self, model: Model, *, restore: bool) -> Model:
         """See `Backend.remove`."""
 
     @abstractmethod

@@ -210,7 +210,9 @@ class TorchBackend(Backend):
             path: {name: tensor.clone() for name, tensor in self.arrays(modules[path]).items()}
             for path in saved
         }
-        required_grad = {name: parameter.requires_grad for name, parameter in owner.named_parameters()}
+        # By every name: merging gives a layer that shares its weight one of its own.
+        named = owner.named_parameters(remove_duplicate=False)
+        required_grad = {name: parameter.requires_grad for name, parameter in named}
         # From here on nothing can fail.
         owner.requires_grad_(False)
         for path, values in saved.items():
@@ -272,17 +274,19 @@ class TorchBackend(Backend):
             layers[path][1].active.copy_(mask)
         return model
 
-    def remove(self, model: nn.Module) -> nn.Module:
+    def remove(self, model: nn.Module, *, restore: bool) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
-        _check_base_writable(owner, record)
-        self.unfold(model)
+        if restore:
+            _check_base_writable(owner, record)
+            self.unfold(model)
         for layer, adapter in _adapted_layers(owner, record).values():
             adapter.uninstall(layer)
             # FSDP2 goes on managing them, and is not to wait for their gradients.
             adapter.requires_grad_(False)
         for path, values in record.originals.items():
-            _copy_into(self.arrays(owner.get_submodule(path)), values)
+            if restore:
+                _copy_into(self.arrays(owner.get_submodule(path)), values)
             owner.get_submodule(path).zero_grad(set_to_none=True)
         for name, parameter in owner.named_parameters():
             if name in record.required_grad:

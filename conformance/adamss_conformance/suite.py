@@ -251,6 +251,23 @@ class BackendSuite:
                 with pytest.raises(StateError, match="keep_base=False"):
                     verb(model)
 
+    @each_dtype
+    def test_law_05_merge_and_unload(self, driver: Driver, dtype: str) -> None:
+        """What is left has the weights of ``merge``, to the bit, and no adapter; it can be adapted anew."""
+        with _case(driver, dtype, "models"), _unheard():
+            merged = adamss.merge(_trained(driver, dtype, {}))
+            outputs = _outputs(driver, merged, dtype)
+            for model in (merged, _trained(driver, dtype, {})):
+                plain = adamss.merge_and_unload(model)
+                assert driver.backend.adaptation(plain) is None
+                for path, output in _outputs(driver, plain, dtype).items():
+                    _assert_same(output, outputs[path], f"{path} without adapters")
+                with pytest.raises(StateError, match="no adapters"):
+                    adamss.merge_and_unload(plain)
+            again = adamss.attach(plain, config())
+            for path, output in _outputs(driver, again, dtype).items():
+                _assert_same(output, outputs[path], f"{path} adapted anew")
+
     @pytest.mark.parametrize(("relative", "lost"), [(1e-2, 0.17), (1e-3, 0.79)])
     def test_law_05_merge_says_what_rounding_lost(self, driver: Driver, relative: float, lost: float) -> None:
         """A bfloat16 weight loses 17 % of an update of relative size 1e-2, and 79 % at 1e-3: with a warning."""

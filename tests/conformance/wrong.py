@@ -59,8 +59,8 @@ class BaseMutated(NumpyBackend):
 class OriginalsLost(NumpyBackend):
     """`detach` leaves the trained head in place."""
 
-    def remove(self, model):
-        base = super().remove(model)
+    def remove(self, model, *, restore):
+        base = super().remove(model, restore=restore)
         return type(base)({**base.layers, **{path: model.layers[path] for path in model.saved}})
 
 

@@ -42,6 +42,8 @@ class Nnx:
     def call(model, x):
         return model["head"](jnp.tanh(model["query"](x)) * model["value"](x))
 
+    structure = staticmethod(nnx.graphdef)
+
     @staticmethod
     def arrays(model):
         return {str(path): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Variable))}
@@ -85,6 +87,8 @@ class Equinox:
     @staticmethod
     def call(model, x):
         return jax.vmap(lambda x: model["head"](jnp.tanh(model["query"](x)) * model["value"](x)))(x)
+
+    structure = staticmethod(jax.tree.structure)
 
     @staticmethod
     def arrays(model):
@@ -134,6 +138,16 @@ def values(library):
 
 
 SAVED = ["head"]
+
+
+def with_frozen(model):
+    """Freeze every second subspace."""
+    backend = adamss.backend.backend_for(model)
+    masks = {
+        path: jnp.arange(len(factors.active)) % 2 == 0
+        for path, factors in backend.adaptation(model).layers.items()
+    }
+    return backend.set_active(model, masks)
 
 
 # ---- the whole cycle -----------------------------------------------------------------------------------
@@ -189,6 +203,26 @@ def test_the_whole_cycle(library, values, config, inputs, tmp_path, half):
     assert [row.path for row in adamss.summary(model).rows] == ["head"]
     assert same(model, y_base)
     assert_base(adamss.detach(model))
+
+
+@pytest.mark.parametrize("before", ["adapted", "merged", "merged without base", "consolidated"])
+def test_merge_and_unload(library, values, config, inputs, before):
+    model, x = library.make(), inputs(4, 8)
+    structure = library.structure(model)
+    model = library.train(adamss.attach(model, config(modules_to_save=SAVED)), x)
+    if before == "consolidated":
+        model = adamss.consolidate(with_frozen(model))
+    y = library.call(model, x)
+    if before.startswith("merged"):
+        model = adamss.merge(model, keep_base=before == "merged")
+        y_merged = library.call(model, x)
+    model = adamss.merge_and_unload(model)
+    assert library.structure(model) == structure
+    assert_agrees(library.call(model, x), y, dtype="float32", what="outputs", scale=10)
+    if before.startswith("merged"):
+        assert jnp.array_equal(library.call(model, x), y_merged)
+    with pytest.raises(errors.StateError, match=r"merge_and_unload: .*no adapters"):
+        adamss.merge_and_unload(model)
 
 
 def test_one_adapter_after_the_other_on_one_base(library, values, config, inputs, tmp_path):

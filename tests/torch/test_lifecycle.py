@@ -4,6 +4,7 @@ What other files hold already (copies, autocast, shared weights, fused paths, ..
 """
 
 import copy
+import math
 import subprocess
 import sys
 
@@ -32,6 +33,16 @@ def gradients(model, loss):
     model.zero_grad()
     loss.backward()
     return [parameter.grad.clone() for parameter in adamss.trainable_parameters(model)]
+
+
+def with_frozen(model):
+    """Freeze every second subspace."""
+    backend = adamss.backend.backend_for(model)
+    masks = {
+        path: torch.arange(len(factors.active)) % 2 == 0
+        for path, factors in backend.adaptation(model).layers.items()
+    }
+    return backend.set_active(model, masks)
 
 
 # ---- the whole cycle -----------------------------------------------------------------------------------
@@ -92,6 +103,47 @@ def test_the_whole_cycle(net, config, inputs, train, tmp_path, name):
     assert torch.equal(model(x), y_base)
     adamss.detach(train(model))
     assert_base()
+
+
+@pytest.mark.parametrize("before", ["adapted", "merged", "merged without base", "consolidated"])
+def test_merge_and_unload(net, config, inputs, train, before):
+    model, x = net(), inputs(4, 16)
+    keys = model.state_dict().keys()
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    train(adamss.attach(model, config(modules_to_save=["classifier"])))
+    if before == "consolidated":
+        adamss.consolidate(with_frozen(model))
+    merged = adamss.merge(copy.deepcopy(model))(x)
+    if before.startswith("merged"):
+        adamss.merge(model, keep_base=before == "merged")
+    assert adamss.merge_and_unload(model) is model
+    assert torch.equal(model(x), merged)
+    assert model.state_dict().keys() == keys
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(errors.StateError, match=r"merge_and_unload: .*no adapters"):
+        adamss.merge_and_unload(model)
+
+
+def test_merge_and_unload_of_a_layer_that_shares_its_weight(net, config, inputs, train):
+    model, x = net(), inputs(4, 16)
+    model.layers[1].query.weight = model.layers[0].query.weight
+    train(adamss.attach(model, config(targets=["layers.1.query"])))
+    y, shared = model(x), model.layers[0].query.weight.clone()
+    adamss.merge_and_unload(model)
+    assert torch.equal(model.layers[0].query.weight, shared)
+    assert model.layers[1].query.weight.requires_grad
+    assert_agrees(model(x).detach(), y.detach(), dtype="float32", what="outputs", scale=10)
+
+
+def test_merge_and_unload_refuses_what_it_cannot_fold(net, config, train):
+    model = train(adamss.attach(net(), config()))
+    with torch.no_grad():
+        model.layers[1].query.adamss.B[0, 0] = math.inf
+    before = state(model)
+    with pytest.raises(errors.ArrayValueError, match=r"layers\.1\.query"):
+        adamss.merge_and_unload(model)
+    assert_same_state(model, before)
 
 
 def test_one_adapter_after_the_other_on_one_base(net, config, inputs, train, tmp_path):
@@ -402,6 +454,11 @@ def test_save_pretrained_of_a_merged_model(llama, config, tmp_path, without):
     assert "adamss" not in str(again)
     assert torch.equal(again(tokens).logits, merged)
     assert_agrees(merged, adapted, dtype="float32", what="merged logits")
+    plain = adamss.merge_and_unload(model).state_dict()
+    model.save_pretrained(tmp_path / "plain")
+    again = type(model).from_pretrained(tmp_path / "plain").eval()
+    assert again.state_dict().keys() == plain.keys()
+    assert torch.equal(again(tokens).logits, merged)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated:FutureWarning")
