@@ -18,7 +18,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,14 +294,14 @@ class Checkpoint:
         Framework and library versions that wrote the file.
     shared
         By the name of a tensor in `saved`, path of the module included, the names that the same tensor has elsewhere
-        in the model (tied embeddings).
+        in the model (tied embeddings). None if whoever wrote the file could not tell.
     """
 
     config: AdamssConfig
     layers: Mapping[str, StoredLayer]
     saved: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     writer: Mapping[str, str] = field(default_factory=dict)
-    shared: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    shared: Mapping[str, frozenset[str]] | None = None
 
 
 def join_path(path: str, name: str) -> str:
@@ -360,7 +360,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         "modules_to_save": json.dumps({path: sorted(module) for path, module in checkpoint.saved.items()}),
         "writer": json.dumps(dict(checkpoint.writer)),
     }
-    if checkpoint.shared:
+    if checkpoint.shared is not None and checkpoint.saved:
         metadata["shared"] = json.dumps({name: sorted(others) for name, others in checkpoint.shared.items()})
     write_tensors(path, tensors, metadata | {"checksum": _checksum(tensors, metadata)})
 
@@ -422,10 +422,9 @@ def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
         )
         raise CheckpointNotFoundError(f"there is no adapter file {str(path)!r}: {where}")
     try:
-        header, content = _contents(path, modules)
+        header, content = _contents(path, modules, check=lambda header: _check_version(_metadata(header)))
         room = _room(len(content), modules)
         metadata = _metadata(header)
-        _check_version(metadata)
         entries = _deserialize(content)
         # From here on there are only the tensors, once.
         del content
@@ -450,11 +449,14 @@ def _room(size: int, modules: int) -> int:
     return size // 8 + LEAST_ROOM + ROOM_PER_MODULE * modules
 
 
-def _contents(path: Path, modules: int) -> tuple[Any, bytes]:
+def _contents(
+    path: Path, modules: int, *, check: Callable[[dict[str, Any]], None] = lambda header: None
+) -> tuple[Any, bytes]:
     """Return header and bytes of a safetensors file: an 8-byte length, JSON of that length, and tensors.
 
     The rest is read when the header says that it is tensors, to the last byte: a sparse file of any length costs
-    nothing to make. All of it comes from one open file, which another may replace meanwhile.
+    nothing to make. All of it comes from one open file, which another may replace meanwhile. `check` sees the header
+    before the rest is read.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -475,8 +477,12 @@ def _contents(path: Path, modules: int) -> tuple[Any, bytes]:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         if size != 8 + length + max(ends, default=0):
             raise CheckpointError("its length is not what its header says: it is truncated or damaged")
+        check(header)
         file.seek(0)
-        return header, file.read(size)
+        try:
+            return header, file.read(size)
+        except MemoryError:
+            raise CheckpointError(f"there is no memory for its {size:,} bytes") from None
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:
@@ -552,8 +558,10 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
     writer = table("writer")
     if not all(isinstance(version, str) for version in writer.values()):
         raise CheckpointError("its writer holds something else than versions")
+    if "shared" not in metadata:
+        return Checkpoint(config, layers, saved, writer)
     shared = {}
-    for name, others in (table("shared") if "shared" in metadata else {}).items():
+    for name, others in table("shared").items():
         if name not in tensors or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
             raise CheckpointError(f"shared[{shown(name)}] is no list of names of a tensor")
         shared[name] = frozenset(others)

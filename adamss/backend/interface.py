@@ -343,7 +343,7 @@ class Backend(ABC):
         """
 
     def shared(self, model: Model, saved: Iterable[str]) -> Mapping[str, frozenset[str]] | None:
-        """Return by what other names the tensors of these modules are known outside of them (tied embeddings).
+        """Return by what other names the tensors of these modules are known in the model (tied embeddings).
 
         Names are as in a file: path of the module and name within it. None if the backend cannot tell.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from adamss.config import AdamssConfig, shown
 from adamss.core import Factors
 from adamss.core._array import namespace
 from adamss.errors import (
+    AdamssWarning,
     CheckpointError,
     ConfigTypeError,
     LayerError,
@@ -36,6 +38,7 @@ __all__ = [
     "require_distinct",
     "require_kept_base",
     "require_modules",
+    "require_one_path",
     "require_shared",
     "saved_arrays",
     "whole",
@@ -151,19 +154,36 @@ def require_distinct(paths: list[str], modules: Mapping[str, Any]) -> None:
             )
 
 
+def require_one_path(paths: Iterable[str], modules: Mapping[str, Any], verb: str) -> None:
+    """Check that no layer appears in the model twice: PEFT adapts the first appearance, and leaves the second."""
+    every: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        every.setdefault(id(module), []).append(path)
+    for path in paths:
+        if len(names := every[id(modules[path])]) > 1:
+            raise LayerError(
+                f"{verb}: {' and '.join(map(repr, names))} are one layer, of which PEFT adapts one appearance alone; "
+                "adamss.save and adamss.load take it, or merge the model and save that"
+            )
+
+
 def require_shared(
     backend: Backend,
     model: Model,
-    saved: list[str],
-    shared: Mapping[str, frozenset[str]],
+    saved: Mapping[str, Mapping[str, StoredTensor]],
+    shared: Mapping[str, frozenset[str]] | None,
     modules: Mapping[str, Any],
 ) -> None:
-    """Check that modules to save share tensors with the rest of the model as they did where they were trained.
+    """Check that modules to save share tensors as they did where they were trained.
 
-    One that is tied to another here would change both, and one that was tied there would change one of two.
+    One that is tied to another here would change both, and one that was tied there would change one of two. None:
+    the file does not say.
     """
     here = backend.shared(model, saved)
     if here is None:
+        return
+    if shared is None:
+        _require_agreement(saved, here)
         return
     for name in sorted({*here, *shared}):
         there = {other for other in shared.get(name, ()) if other.rpartition(".")[0] in modules}
@@ -173,6 +193,27 @@ def require_shared(
                 f"modules_to_save: {shown(name)} and {shown(other)} are {tied} in this model, and were {other_way} "
                 "where the adapter was trained; tie or untie them in the base model (tie_word_embeddings)"
             )
+
+
+def _require_agreement(
+    saved: Mapping[str, Mapping[str, StoredTensor]], here: Mapping[str, frozenset[str]]
+) -> None:
+    """Check that what is one tensor in the model is not two in a file that does not say what was tied."""
+    stored = {join_path(path, name): tensor for path, own in saved.items() for name, tensor in own.items()}
+    for name in sorted(here.keys() & stored.keys()):
+        for other in sorted(here[name]):
+            if other not in stored:
+                warnings.warn(
+                    f"modules_to_save: {shown(name)} is one tensor with {shown(other)} in this model, which takes its "
+                    "values too; the file does not say whether it was where the adapter was trained",
+                    AdamssWarning,
+                    stacklevel=4,
+                )
+            elif stored[name] != stored[other]:
+                raise CheckpointError(
+                    f"modules_to_save: {shown(name)} and {shown(other)} are one tensor in this model, and of different "
+                    "values in the file; untie them in the base model (tie_word_embeddings)"
+                )
 
 
 def saved_arrays(

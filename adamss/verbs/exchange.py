@@ -37,6 +37,7 @@ from adamss.verbs.common import (
     require_base,
     require_distinct,
     require_modules,
+    require_one_path,
     require_shared,
     saved_arrays,
     whole,
@@ -70,6 +71,8 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
 
     Raises
     ------
+    LayerError
+        If a layer appears in the model twice.
     StateError
         If the model has no adapters; if the update of a bias is not zero; if q is above 512, the most that servers
         take (the message says which K and r_k would fit); if a layer is one of a stack.
@@ -84,6 +87,7 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     """
     backend, adaptation = adapted(model, "to_lora")
     modules = backend.modules(model)
+    require_one_path(adaptation.layers, modules, "to_lora")
     with backend.exact():
         layers = lora_layers(backend, adaptation)
         saved = {
@@ -124,6 +128,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
 
     Raises
     ------
+    LayerError
+        If a layer appears in the model twice.
     StateError
         If the model has no adapters, or PEFT would take them for others: it would group the columns otherwise, there
         is a basis for each subspace, or a module to save is tied to another. The message names which.
@@ -139,6 +145,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
     """
     backend, adaptation = adapted(model, "to_peft")
     modules, config = backend.modules(model), adaptation.config
+    require_one_path(adaptation.layers, modules, "to_peft")
     for name, others in (backend.shared(model, adaptation.saved) or {}).items():
         raise StateError(
             f"to_peft: {name} of modules_to_save is tied to {', '.join(sorted(others))}, and PEFT would give it "
@@ -155,7 +162,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
             if isinstance(layer, str):
                 raise StateError(
                     f"to_peft: {layer_path} has no form in PEFT's AdaMSS: {layer}; adamss.to_lora exports it without "
-                    "loss, and PEFT and servers read that"
+                    "loss (but for an update of the bias), and PEFT and servers read that"
                 )
             layers[layer_path] = layer
         saved = {
@@ -217,6 +224,8 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
     CheckpointError
         If it holds an adapter of another method (the message says which), is damaged, or does not fit the model. The
         model is unchanged.
+    LayerError
+        If a layer of it appears in the model twice.
     StateError
         If adapters are attached already.
     MissingBackendError
@@ -229,8 +238,9 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
         modules = backend.modules(base_model)
         require_modules([*adapter.layers, *adapter.saved], modules)
         require_distinct(list(adapter.layers), modules)
+        require_one_path(adapter.layers, modules, "from_peft")
         # PEFT trains a copy of what it saves.
-        require_shared(backend, base_model, list(adapter.saved), {}, modules)
+        require_shared(backend, base_model, adapter.saved, {}, modules)
         saved = {
             module_path: saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
             for module_path, tensors in adapter.saved.items()

@@ -82,7 +82,7 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     from adamss import __version__
 
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
-    shared = backend.shared(model, saved) or {}
+    shared = backend.shared(model, saved)
     checkpoint = Checkpoint(adaptation.config, layers, saved, writer, shared)
     backend.once(model, lambda: files.write(checked_path(path), checkpoint))
 
@@ -144,7 +144,7 @@ def load(
         stored = files.read(checked_path(path), modules=len(modules))
         require_modules([*stored.layers, *stored.saved], modules)
         require_distinct([*stored.layers, *stored.saved], modules)
-        require_shared(backend, base_model, list(stored.saved), stored.shared, modules)
+        require_shared(backend, base_model, stored.saved, stored.shared, modules)
         weights = {
             layer_path: backend.weight(modules[layer_path], layer_path) for layer_path in stored.layers
         }

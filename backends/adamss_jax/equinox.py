@@ -76,7 +76,8 @@ class AdaptedLinear(eqx.Module):
     kept
         While merged: copies of the weight and bias as they were, or None if they were dropped.
     folded
-        (K,) booleans, the subspaces whose update the weight of `base` holds; None unless consolidated.
+        (K,) booleans, the subspaces whose update the weight of `base` holds; None unless merged or consolidated. It
+        comes first, so that leaves that were stored one after the other do not fit a layer without it.
     unfolded
         While consolidated, what `kept` is while merged. A leaf that is no array, as Equinox's models have more of
         (``eqx.filter_jit``): in the structure of the tree it would part it from that of the optimiser's state.
@@ -88,6 +89,7 @@ class AdaptedLinear(eqx.Module):
         the tree: set it, by `dataclasses.replace` of the layer, before the optimiser's state is made.
     """
 
+    folded: Array | None
     base: eqx.nn.Linear
     A: Array
     B: Array
@@ -98,7 +100,6 @@ class AdaptedLinear(eqx.Module):
     record: Record = eqx.field(static=True)
     merged: bool = eqx.field(static=True, default=False)
     kept: HostCopies | None = eqx.field(static=True, default=None)
-    folded: Array | None = None
     unfolded: HostCopies | None = None
     rest: Rest = Rest()
     part: Part = Part()
@@ -227,7 +228,7 @@ class EquinoxShell(Shell):
         bias = None if module.bias is None else jnp.asarray(module.bias)
         if index:
             weight, bias = weight[index], None if bias is None else bias[index]
-        if adapted is None or adapted.folded is None or adapted.unfolded is not None:
+        if adapted is None or adapted.merged or adapted.folded is None or adapted.unfolded is not None:
             return BaseWeight(weight.T, bias)
         return without_folded(
             BaseWeight(weight.T, bias), factors_at(adapted.factors(), index), adapted.folded[index]
@@ -263,7 +264,8 @@ class EquinoxShell(Shell):
         record = Record(config, tuple(layers), tuple(saved), HostCopies(before) if saved else None)
         adapted = {
             path: AdaptedLinear(
-                nodes[path],
+                folded=None,
+                base=nodes[path],
                 **stacked_factors(factors, _leading(nodes[path]), path)._asdict(),
                 record=record,
             )
@@ -288,13 +290,13 @@ class EquinoxShell(Shell):
             saved=record.saved,
             merged=any(layer.merged for layer in layers.values()),
             base_kept=all(
-                layer.unfolded is not None if layer.folded is not None else layer.kept or not layer.merged
+                layer.kept is not None if layer.merged else layer.unfolded is not None or layer.folded is None
                 for layer in layers.values()
             ),
             folded={
                 path: layers[owner].folded[index]  # type: ignore[index]
                 for path, (owner, index) in places.items()
-                if layers[owner].folded is not None
+                if layers[owner].folded is not None and not layers[owner].merged
             },
         )
 
@@ -361,7 +363,10 @@ class EquinoxShell(Shell):
 
         def fold(path: str, layer: AdaptedLinear, _: Any) -> Any:
             kept = HostCopies(_arrays_of(layer.base)) if keep_base else None
-            return _changed(layer, base=_with_weights(layer, new[path]), merged=True, kept=kept)
+            # Leaves that hold the update in their weights are to fit no model that would add it once more.
+            folded = jnp.ones_like(layer.active)
+            base = _with_weights(layer, new[path])
+            return _changed(layer, base=base, merged=True, kept=kept, folded=folded)
 
         return _mapped_layers(self, model, fold)
 

@@ -100,7 +100,7 @@ class Adapter(nnx.Module):
     base
         While merged or consolidated: copies of kernel and bias as they were, or None if they were dropped.
     folded
-        `nnx.Variable` (K,) booleans, the subspaces whose update the kernel holds; None unless consolidated.
+        `nnx.Variable` (K,) booleans, the subspaces whose update the kernel holds; None unless merged or consolidated.
     rest, part
         Variables by the fields of `Rest` and `Part`; None for one of which all is None.
     """
@@ -322,7 +322,7 @@ class NnxShell(Shell):
             folded={
                 path: adapters[owner].folded.get_value()[index]
                 for path, (owner, index) in places.items()
-                if adapters[owner].folded is not None
+                if adapters[owner].folded is not None and not adapters[owner].merged
             },
         )
 
@@ -384,7 +384,10 @@ class NnxShell(Shell):
     def fold(self, model: nnx.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> nnx.Module:
         self._set_weights(model, merged, keep_base=keep_base)
         for layer in _adapted(model).values():
-            getattr(layer, CHILD).merged = True
+            adapter = getattr(layer, CHILD)
+            adapter.merged = True
+            # A state that holds the update in its kernels is to fit no model that would add it once more.
+            _set_optional(adapter, "folded", nnx.Variable(jnp.ones_like(adapter.active.get_value())))
         return model
 
     def consolidate(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adamss.core import Factors, contract, expand, restrict
 from adamss_torch.absent import present
-from adamss_torch.compaction import resize
+from adamss_torch.compaction import expect_misfits, resize
 from adamss_torch.functional import MULTIPLE, Constants, Layout, Plan, make_layout, update
 
 __all__ = ["BUFFERS", "CHILD", "HELD", "Adapter"]
@@ -228,6 +228,8 @@ class Adapter(nn.Module):
         same = owned is self.owned if owned is None or self.owned is None else torch.equal(owned, self.owned)
         if same or not given or (owned is not None and owned.shape != self.active.shape):
             return
+        # Whatever optimiser there is has not been told, as `BudgetController.compact` tells its own.
+        expect_misfits(self.B, self.C)
         if self.owned is not None:
             whole = self.factors()
             self.B.data, self.C.data = whole.B.t().contiguous(), whole.C.contiguous()
@@ -335,15 +337,15 @@ class Adapter(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given, held, ours = f"{prefix}B" in state_dict, state_dict.get(f"{prefix}{HELD}"), self.in_weight()
-        if (given and (held is None) != (ours is None)) or (
-            held is not None and ours is not None and not torch.equal(held.to(ours.device), ours)
-        ):
+        given = f"{prefix}B" in state_dict
+        if given and not self._fits_weight(state_dict, prefix):
+            # Not loaded: who goes on in spite of the error would count the update twice.
             error_msgs.append(
                 f"{prefix}: the weight of the layer holds other subspaces in the state than in this model (one of "
                 "them was merged or consolidated). Bring the model into the same form first, or take adamss.save and "
                 "adamss.load, which take any."
             )
+            return
         self._take_form(state_dict.get(f"{prefix}owned"), given)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -352,6 +354,46 @@ class Adapter(nn.Module):
             unexpected_keys.remove(f"{prefix}{HELD}")
         self.loads += 1
         self._derive()
+
+
+    def _fits_weight(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether the factors in a state go with the weight that the layer has when it is loaded."""
+        held, ours = state_dict.get(f"{prefix}{HELD}"), self.in_weight()
+        if f"{prefix.removesuffix(f'{CHILD}.')}weight" in state_dict or ours is None:
+            return _equal(held, ours)
+        # Factors alone: the weight goes on holding what it does, which must be what they say.
+        here, there = self.factors(), self._factors_in(state_dict, prefix)
+        if there is None or not all(map(_equal, (there.labels, there.ranks), (here.labels, here.ranks))):
+            return False
+        rows, columns = self._places(ours)
+        return (
+            _equal(there.A, here.A)
+            and _equal(there.B[:, rows], here.B[:, rows])
+            and _equal(there.C[:, columns], here.C[:, columns])
+        )
+
+    def _factors_in(self, state_dict: Mapping[str, Any], prefix: str) -> Factors | None:
+        """Return the factors in a state, whole; None if they are not there or for a layer of another shape."""
+        names = ("A", "B", "C", "labels", "ranks", "active", "owned", "rest_B", "rest_C")
+        A, B, C, labels, ranks, active, owned, rest_B, rest_C = (state_dict.get(f"{prefix}{n}") for n in names)
+        if owned is not None:
+            rows, columns = zip(self._places(owned), self._places(~owned), strict=True)
+            try:
+                B, C = _put_together((B, rest_B), rows, 0), _put_together((C, rest_C), columns, 1)
+            except (TypeError, IndexError, RuntimeError):
+                return None
+        shapes = self.shapes()
+        if any(value is None for value in (A, B, C, labels, ranks)):
+            return None
+        if B.shape != shapes["B"] or C.shape != shapes["C"]:
+            return None
+        return Factors(A, B.t(), C, labels, ranks, active)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.equal(a.to(b), b)
 
 
 def _let_compilers_see_hooks() -> None:

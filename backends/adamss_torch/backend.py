@@ -183,10 +183,16 @@ class TorchBackend(Backend):
     def shared(self, model: nn.Module, saved: Iterable[str]) -> Mapping[str, frozenset[str]]:
         owner, _ = _owner(model)
         inside = tuple(f"{path}." if path else "" for path in saved)
-        names: dict[int, tuple[list[str], list[str]]] = {}
+        names: dict[int, list[str]] = {}
         for name, parameter in owner.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), ([], []))[not name.startswith(inside)].append(name)
-        return {name: frozenset(others) for own, others in names.values() if others for name in own}
+            names.setdefault(id(parameter), []).append(name)
+        return {
+            name: frozenset(every) - {name}
+            for every in names.values()
+            if len(every) > 1
+            for name in every
+            if name.startswith(inside)
+        }
 
     def insert(
         self,

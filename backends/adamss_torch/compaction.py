@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
-from adamss.errors import StateError
+from adamss.errors import AdamssWarning, StateError
 from adamss_torch.sharding import is_sharded
 
 if TYPE_CHECKING:
     from adamss_torch.adapter import Adapter
 
-__all__ = ["Carried", "carry_over", "check_resizable", "kept_places", "resize", "wrappers_of"]
+__all__ = [
+    "Carried",
+    "carry_over",
+    "check_resizable",
+    "expect_misfits",
+    "kept_places",
+    "resize",
+    "wrappers_of",
+]
 
 
 def kept_places(adapter: Adapter, owned: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +102,49 @@ def resize(parameter: nn.Parameter, axis: int, kept: Tensor) -> None:
     if not values.numel():
         # Nothing left to train: no gradient, which would have to come from somewhere.
         parameter.requires_grad_(False)
+
+
+_reshaped = WeakIdKeyDictionary()
+"""Former shapes of Parameters that were given another one, and that no optimiser has moved since."""
+
+
+def expect_misfits(*parameters: nn.Parameter) -> None:
+    """Have an optimiser begin anew with Parameters that are about to change shape, unless it gets a state that fits.
+
+    What it remembers has the former shape, and a fused one would write beyond the end. Nothing leads from a
+    Parameter to its optimisers: each is looked at before its next step, when it has got its state.
+    """
+    _look_at_optimizers()
+    for parameter in parameters:
+        _reshaped.setdefault(parameter, set()).add(parameter.shape)
+
+
+@cache
+def _look_at_optimizers() -> None:
+    register_optimizer_step_pre_hook(_forget_misfits)
+
+
+def _forget_misfits(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    forgotten = 0
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p in _reshaped):
+        former = _reshaped.pop(parameter) - {parameter.shape}
+        state = optimizer.state.get(parameter, {})
+        values = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
+        if any(value.shape in former or not _fits(value, parameter) for value in values):
+            del optimizer.state[parameter]
+            forgotten += 1
+    if forgotten:
+        warnings.warn(
+            f"{type(optimizer).__name__} had averages for {forgotten} factors of another form than they have since a "
+            "state was loaded into the model, as one of the two was compacted: they begin anew; load the optimiser's "
+            "state too to go on where it was",
+            AdamssWarning,
+            stacklevel=2,
+        )
+
+
+def _fits(value: Tensor, parameter: Tensor) -> bool:
+    return any(_place(value, parameter, axis) is not None for axis in range(parameter.ndim))
 
 
 @dataclass(frozen=True)
