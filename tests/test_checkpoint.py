@@ -1,5 +1,6 @@
 """The file format: what is in it, its size, and every way in which a file can be wrong."""
 
+import io
 import json
 import os
 import subprocess
@@ -192,6 +193,25 @@ class TestBadFiles:
                 assert tracemalloc.get_traced_memory()[1] < 1 << 22
             finally:
                 tracemalloc.stop()
+
+    @pytest.mark.skipif(os.name != "posix", reason="needs sparse files")
+    def test_sparse_files_whose_header_accounts_for_their_length(self, path):
+        size = 1 << 42
+        entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+        header = json.dumps({"__metadata__": {"format": "pt"}, "x": entry}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(path, 8 + len(header) + size)
+        self.refused(path, "not written by adamss")
+
+    def test_no_memory_for_it(self, path, monkeypatch):
+        class Large(io.FileIO):
+            def read(self, size=-1):
+                if size == path.stat().st_size:
+                    raise MemoryError
+                return super().read(size)
+
+        monkeypatch.setattr(checkpoint, "open", lambda path, mode: Large(path, mode), raising=False)
+        self.refused(path, "there is no memory for its")
 
     def test_other_peoples_files(self, path, tmp_path):
         safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "other.safetensors")

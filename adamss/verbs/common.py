@@ -204,15 +204,15 @@ def _require_agreement(
         for other in sorted(here[name]):
             if other not in stored:
                 warnings.warn(
-                    f"modules_to_save: {shown(name)} is one tensor with {shown(other)} in this model, which takes its "
-                    "values too; the file does not say whether it was where the adapter was trained",
+                    f"modules_to_save: {shown(name)} is one tensor with {shown(other)} in this model, which takes "
+                    "its values too; the file does not say whether it was where the adapter was trained",
                     AdamssWarning,
                     stacklevel=4,
                 )
             elif stored[name] != stored[other]:
                 raise CheckpointError(
-                    f"modules_to_save: {shown(name)} and {shown(other)} are one tensor in this model, and of different "
-                    "values in the file; untie them in the base model (tie_word_embeddings)"
+                    f"modules_to_save: {shown(name)} and {shown(other)} are one tensor in this model, and of "
+                    "different values in the file; untie them in the base model (tie_word_embeddings)"
                 )
 
 

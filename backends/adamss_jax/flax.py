@@ -100,12 +100,15 @@ class Adapter(nnx.Module):
     base
         While merged or consolidated: copies of kernel and bias as they were, or None if they were dropped.
     folded
-        `nnx.Variable` (K,) booleans, the subspaces whose update the kernel holds; None unless merged or consolidated.
+        `nnx.Variable` (K,) booleans, the subspaces whose update the kernel holds; None unless consolidated.
+    in_weight
+        While merged, the mark of it in the state of the model.
     rest, part
         Variables by the fields of `Rest` and `Part`; None for one of which all is None.
     """
 
     folded: nnx.Variable[Any] | None = None
+    in_weight: nnx.Dict[Any] | None = None
     rest: nnx.Dict[Any] | None = None
     part: nnx.Dict[Any] | None = None
 
@@ -322,7 +325,7 @@ class NnxShell(Shell):
             folded={
                 path: adapters[owner].folded.get_value()[index]
                 for path, (owner, index) in places.items()
-                if adapters[owner].folded is not None and not adapters[owner].merged
+                if adapters[owner].folded is not None
             },
         )
 
@@ -386,8 +389,10 @@ class NnxShell(Shell):
         for layer in _adapted(model).values():
             adapter = getattr(layer, CHILD)
             adapter.merged = True
-            # A state that holds the update in its kernels is to fit no model that would add it once more.
-            _set_optional(adapter, "folded", nnx.Variable(jnp.ones_like(adapter.active.get_value())))
+            # A state that holds the update in its kernels is to fit no model that would add it once more: Flax puts a
+            # Variable in the place of None, but no Dict.
+            in_weight = nnx.Dict(subspaces=nnx.Variable(jnp.ones_like(adapter.active.get_value())))
+            _set_optional(adapter, "in_weight", in_weight)
         return model
 
     def consolidate(
@@ -411,6 +416,8 @@ class NnxShell(Shell):
             if adapter.base is not None:
                 _set_values(layer, adapter.base.restored())
             adapter.merged, adapter.base = False, None
+            if adapter.in_weight is not None:
+                _set_optional(adapter, "in_weight", None)
             if adapter.folded is not None:
                 _set_optional(adapter, "folded", None)
                 self._write_part(adapter, by_owner(adaptation.layers)[owner], _leading(layer))

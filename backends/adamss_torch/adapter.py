@@ -21,7 +21,7 @@ from adamss_torch.absent import present
 from adamss_torch.compaction import expect_misfits, resize
 from adamss_torch.functional import MULTIPLE, Constants, Layout, Plan, make_layout, update
 
-__all__ = ["BUFFERS", "CHILD", "HELD", "Adapter"]
+__all__ = ["BUFFERS", "CHILD", "Adapter", "without_weights"]
 
 CHILD = "adamss"
 """Name of the adapter among the children of its layer."""
@@ -30,7 +30,10 @@ HOOK = -1
 """Key of the adapter's hook among the forward hooks of its layer."""
 
 HELD = "in_weight"
-"""Key in a state of the mask of the subspaces whose update the weight holds; only where it holds any."""
+"""Key in a state of the mask of the subspaces whose update the weight holds, where it holds any.
+
+Of length 0 in a state without the weights.
+"""
 
 DERIVED = (
     "rows",
@@ -232,6 +235,9 @@ class Adapter(nn.Module):
         expect_misfits(self.B, self.C)
         if self.owned is not None:
             whole = self.factors()
+            for parameter in (self.B, self.C):
+                if not parameter.numel():
+                    parameter.requires_grad_(True)  # `resize` took it, as there was nothing to train
             self.B.data, self.C.data = whole.B.t().contiguous(), whole.C.contiguous()
             self.B.grad = self.C.grad = None
             self.owned = self.rest_B = self.rest_C = None
@@ -355,12 +361,13 @@ class Adapter(nn.Module):
         self.loads += 1
         self._derive()
 
-
     def _fits_weight(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
         """Whether the factors in a state go with the weight that the layer has when it is loaded."""
         held, ours = state_dict.get(f"{prefix}{HELD}"), self.in_weight()
-        if f"{prefix.removesuffix(f'{CHILD}.')}weight" in state_dict or ours is None:
+        if held is None or held.numel():
             return _equal(held, ours)
+        if ours is None:
+            return True
         # Factors alone: the weight goes on holding what it does, which must be what they say.
         here, there = self.factors(), self._factors_in(state_dict, prefix)
         if there is None or not all(map(_equal, (there.labels, there.ranks), (here.labels, here.ranks))):
@@ -375,19 +382,24 @@ class Adapter(nn.Module):
     def _factors_in(self, state_dict: Mapping[str, Any], prefix: str) -> Factors | None:
         """Return the factors in a state, whole; None if they are not there or for a layer of another shape."""
         names = ("A", "B", "C", "labels", "ranks", "active", "owned", "rest_B", "rest_C")
-        A, B, C, labels, ranks, active, owned, rest_B, rest_C = (state_dict.get(f"{prefix}{n}") for n in names)
-        if owned is not None:
-            rows, columns = zip(self._places(owned), self._places(~owned), strict=True)
-            try:
-                B, C = _put_together((B, rest_B), rows, 0), _put_together((C, rest_C), columns, 1)
-            except (TypeError, IndexError, RuntimeError):
-                return None
-        shapes = self.shapes()
-        if any(value is None for value in (A, B, C, labels, ranks)):
+        present = [name for name in names if f"{prefix}{name}" in state_dict]
+        given: dict[str, Tensor] = {n: state_dict[f"{prefix}{n}"].to(self.A.device) for n in present}
+        try:
+            B, C = given["B"], given["C"]
+            if "owned" in given:
+                rows, columns = zip(self._places(given["owned"]), self._places(~given["owned"]), strict=True)
+                B = _put_together((B, given["rest_B"]), rows, 0)
+                C = _put_together((C, given["rest_C"]), columns, 1)
+            found = Factors(given["A"], B.t(), C, given["labels"], given["ranks"], given["active"])
+        except (KeyError, IndexError, RuntimeError):
             return None
-        if B.shape != shapes["B"] or C.shape != shapes["C"]:
-            return None
-        return Factors(A, B.t(), C, labels, ranks, active)
+        return found if {"B": B.shape, "C": C.shape} == self.shapes() else None
+
+
+def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state of adapters that says that the weights of their layers are no part of it."""
+    marks = {name.removesuffix("labels") + HELD for name in state_dict if name.endswith(f"{CHILD}.labels")}
+    return {**state_dict, **{name: torch.zeros(0, dtype=torch.bool) for name in marks}}
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,7 @@ def resize(parameter: nn.Parameter, axis: int, kept: Tensor) -> None:
         parameter.requires_grad_(False)
 
 
-_reshaped = WeakIdKeyDictionary()
+_reshaped: MutableMapping[nn.Parameter, set[torch.Size]] = WeakIdKeyDictionary()
 """Former shapes of Parameters that were given another one, and that no optimiser has moved since."""
 
 
@@ -116,7 +116,7 @@ def expect_misfits(*parameters: nn.Parameter) -> None:
     """
     _look_at_optimizers()
     for parameter in parameters:
-        _reshaped.setdefault(parameter, set()).add(parameter.shape)
+        _reshaped[parameter] = {*_reshaped.get(parameter, ()), parameter.shape}
 
 
 @cache
@@ -129,7 +129,7 @@ def _forget_misfits(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
     for parameter in (p for group in optimizer.param_groups for p in group["params"] if p in _reshaped):
         former = _reshaped.pop(parameter) - {parameter.shape}
         state = optimizer.state.get(parameter, {})
-        values = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
+        values = [value for value in state.values() if isinstance(value, Tensor) and value.numel() != 1]
         if any(value.shape in former or not _fits(value, parameter) for value in values):
             del optimizer.state[parameter]
             forgotten += 1

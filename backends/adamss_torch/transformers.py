@@ -17,7 +17,7 @@ from adamss.backend.interface import Adaptation
 from adamss.checkpoint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.config import BudgetConfig
 from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, MissingBackendError, StateError
-from adamss_torch.adapter import HELD, Adapter
+from adamss_torch.adapter import Adapter, without_weights
 from adamss_torch.backend import TorchBackend, adapters_of, record_of
 from adamss_torch.budget import Allocation, BudgetController, bare_optimizer
 from adamss_torch.sharding import is_sharded
@@ -307,14 +307,10 @@ class _SavePretrained:
 
 def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> None:
     untrained = set(_Untrained(model))
-    # Copies, for a file has no two names for one memory. Without the base it does not matter what its weights hold.
-    kept = {
-        name: tensor.detach().clone()
-        for name, tensor in state_dict.items()
-        if name not in untrained and not name.endswith(f".{HELD}")
-    }
+    # Copies, for a file has no two names for one memory.
+    kept = {name: tensor.detach().clone() for name, tensor in state_dict.items() if name not in untrained}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(kept, folder / TRAINER_FILE, metadata={"format": "pt"})
+    save_file(without_weights(kept), folder / TRAINER_FILE, metadata={"format": "pt"})
     adamss.save(model, folder / ADAPTER_FILE)
 
 

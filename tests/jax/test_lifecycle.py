@@ -241,6 +241,18 @@ def test_one_adapter_after_the_other_on_one_base(library, values, config, inputs
         assert values(model) == base
 
 
+@pytest.mark.parametrize("verb", [adamss.merge, adamss.consolidate])
+def test_states_whose_weights_hold_the_update_fit_no_other_model(library, config, inputs, tmp_path, verb):
+    """They would count it twice."""
+    x = inputs(4, 8)
+    trained = with_frozen(library.train(adamss.attach(library.make(), config()), x))
+    y, model = library.call(trained, x), verb(trained)
+    with pytest.raises((ValueError, RuntimeError), match=r"in_weight|part|has changed shape"):
+        library.with_values(adamss.attach(library.make(), config()), model, tmp_path)
+    same = library.with_values(verb(trained) if library is Equinox else copy.deepcopy(model), model, tmp_path)
+    assert_agrees(library.call(same, x), y, dtype="float32", what="outputs", scale=10)
+
+
 def test_nan_is_not_merged(library, values, config, inputs):
     model = library.make()
     base = values(model)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adamss
+import adamss_torch
 from adamss_conformance.tolerances import assert_agrees
+from adamss_torch.adapter import without_weights
 
 
 def gradients(model, loss):
@@ -365,10 +368,111 @@ class TestStatesWhoseWeightsHoldTheUpdate:
         x = inputs(4, 16)
         changed, plain = verb(frozen()), frozen()
         for target, state in ((adamss.attach(net(), config()), changed), (changed, plain)):
+            adapter = target.layers[0].query.adamss
+            before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
             with pytest.raises(RuntimeError, match="the weight of the layer holds other subspaces"):
                 target.load_state_dict(state.state_dict(), strict=strict)
+            # Who goes on all the same counts nothing twice.
+            assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state_dict().items())
         twin, source = verb(frozen()), verb(frozen())
         with torch.no_grad():
             source.classifier.bias.add_(1)
         assert not any(twin.load_state_dict(source.state_dict(), strict=strict))
         torch.testing.assert_close(twin(x), source(x), rtol=0, atol=0)
+
+    def test_factors_alone(self, net, config, frozen):
+        """A state without the weight, as the Trainer's checkpoints are, fits if the weight holds what it says."""
+        model = adamss.consolidate(frozen())
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".adamss." in name}
+        state = without_weights(state)
+        trained, folded = (
+            torch.isin(model.layers[0].query.adamss.labels, torch.tensor(k)) for k in ([1, 2], [0])
+        )
+        name = "layers.0.query.adamss.C"
+        state[name][:, trained] += 1
+        model.load_state_dict(state, strict=False)
+        assert torch.equal(model.layers[0].query.adamss.C, state[name])
+        state[name][:, folded] += 1
+        with pytest.raises(RuntimeError, match="the weight of the layer holds other subspaces"):
+            model.load_state_dict(state, strict=False)
+
+
+class TestAnotherFormUnderAnOptimizer:
+    """Moments of the former shape are never used: a fused optimiser would write beyond their end."""
+
+    MAKERS = {  # noqa: RUF012
+        "adamw": torch.optim.AdamW,
+        "fused": lambda parameters: torch.optim.AdamW(parameters, fused=True),
+        "momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
+        "adafactor": torch.optim.Adafactor,
+    }
+
+    @pytest.fixture
+    def compacted(self, net, config, inputs):
+        """Return a function that makes a model, its optimiser, and their states before and after `compact`."""
+
+        def make(maker):
+            budget = adamss.BudgetConfig(target=3, start_step=1, end_step=3, interval=1)
+            model, x = adamss.attach(net(), config(budget=budget)), inputs(4, 16)
+            optimizer = maker(adamss.trainable_parameters(model))
+            controller = adamss_torch.BudgetController(model, optimizer)
+
+            def step():
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+
+            step()
+            early = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            for _ in range(3):
+                step()
+            controller.compact()
+            controller.remove()
+            late = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            return model, optimizer, step, early, late
+
+        return make
+
+    @staticmethod
+    def shapes(optimizer):
+        return [
+            [value.shape for value in optimizer.state[p].values() if isinstance(value, torch.Tensor)]
+            for p in optimizer.param_groups[0]["params"]
+        ]
+
+    @pytest.mark.parametrize("name", MAKERS)
+    def test_they_begin_anew(self, compacted, name):
+        model, optimizer, step, (early, _), (late, _) = compacted(self.MAKERS[name])
+        for state in (early, late):
+            model.load_state_dict(state)
+            with pytest.warns(adamss.AdamssWarning, match="they begin anew"):
+                step()
+            fresh = self.MAKERS[name](
+                [torch.nn.Parameter(p.detach()) for p in optimizer.param_groups[0]["params"]]
+            )
+            for p in fresh.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p) if p.numel() else None
+            fresh.step()
+            for p, twin in zip(
+                optimizer.param_groups[0]["params"], fresh.param_groups[0]["params"], strict=True
+            ):
+                assert {k: v.shape for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)} == {
+                    k: v.shape for k, v in fresh.state[twin].items() if isinstance(v, torch.Tensor)
+                }
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                step()
+
+    @pytest.mark.parametrize("name", ["adamw", "fused", "momentum"])
+    @pytest.mark.parametrize("order", ["model first", "optimizer first"])
+    def test_unless_their_state_comes_too(self, compacted, name, order):
+        model, optimizer, step, early, late = compacted(self.MAKERS[name])
+        for state in (early, late):
+            for target, part in sorted(
+                zip((model, optimizer), state, strict=True),
+                key=lambda pair: pair[0] is not (model if order == "model first" else optimizer),
+            ):
+                target.load_state_dict(part)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                step()

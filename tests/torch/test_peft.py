@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adamss
+import adamss_torch
 from adamss import errors
 from adamss.backend import BaseWeight, NumpyLinear, NumpyModel
 
@@ -438,6 +439,57 @@ class TestTiedWeights:
         model = adamss.from_peft(untied, tmp_path)
         torch.testing.assert_close(model(tokens), theirs(tokens), rtol=0, atol=1e-5)
 
+    def test_both_saved(self, tied, tmp_path):
+        """PEFT trains two copies, of which one tensor could hold the last alone."""
+        tokens, both = torch.arange(9), ["embed", "head"]
+        options = {"target_modules": ["query"], "modules_to_save": both, "r": 8}
+        theirs = trained_by_peft(tied(), tmp_path, lambda m: m(tokens), **options)
+        with pytest.raises(errors.CheckpointError, match="are one tensor in this model, and were two"):
+            adamss.from_peft(tied(), tmp_path)
+        untied = tied()
+        untied.head.weight = torch.nn.Parameter(untied.embed.weight.detach().clone())
+        model = adamss.from_peft(untied, tmp_path)
+        torch.testing.assert_close(model(tokens), theirs(tokens), rtol=0, atol=1e-5)
+
+        adamss.save(model, tmp_path / "a.safetensors")
+        with pytest.raises(errors.CheckpointError, match="are one tensor in this model, and were two"):
+            adamss.load(tied(), tmp_path / "a.safetensors")
+        config = adamss.AdamssConfig(targets=["query"], rank=8, subspaces=1, modules_to_save=both)
+        model = adamss.attach(tied(), config)
+        with pytest.raises(errors.StateError, match="is tied to"):
+            adamss.to_peft(model, tmp_path / "out")
+        with torch.no_grad():
+            model.embed.weight.add_(1)
+        adamss.save(model, tmp_path / "b.safetensors")
+        torch.testing.assert_close(
+            adamss.load(tied(), tmp_path / "b.safetensors")(tokens), model(tokens), rtol=0, atol=1e-5
+        )
+
+    def test_a_file_that_does_not_say(self, tied, tmp_path, monkeypatch):
+        """A JAX model may tie by what it computes, which no backend sees."""
+        monkeypatch.setattr(adamss_torch.TorchBackend, "shared", lambda *_: None)
+        model = adamss.attach(tied(), self.config())
+        with torch.no_grad():
+            model.head.weight.add_(1)
+        adamss.save(model, tmp_path / "one.safetensors")
+        config = adamss.AdamssConfig(
+            targets=["query"], rank=8, subspaces=1, modules_to_save=["embed", "head"]
+        )
+        adamss.save(adamss.attach(tied(), config), tmp_path / "alike.safetensors")
+        untied = tied()
+        untied.head.weight = torch.nn.Parameter(untied.head.weight.detach() + 1)
+        adamss.save(adamss.attach(untied, config), tmp_path / "two.safetensors")
+        monkeypatch.undo()
+
+        tokens = torch.arange(9)
+        with pytest.warns(adamss.AdamssWarning, match="the file does not say") as warned:
+            loaded = adamss.load(tied(), tmp_path / "one.safetensors")
+        assert warned[0].filename == __file__
+        torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=1e-5)
+        adamss.load(tied(), tmp_path / "alike.safetensors")
+        with pytest.raises(errors.CheckpointError, match="of different values in the file"):
+            adamss.load(tied(), tmp_path / "two.safetensors")
+
     def test_to_peft(self, tied, tmp_path):
         model = adamss.attach(tied(), self.config())
         with pytest.raises(
@@ -455,6 +507,25 @@ class TestTiedWeights:
             other.query.load_state_dict(tied(tied=there).query.state_dict())
             with pytest.raises(errors.CheckpointError, match=f"head.weight' and 'embed.weight' are {what}"):
                 adamss.load(other, tmp_path / "a.safetensors")
+
+
+def test_a_layer_that_appears_twice(tmp_path):
+    """PEFT adapts the first appearance and leaves the second, so that neither can stand for the other."""
+
+    def make(*, twice):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(8, 8)
+        return torch.nn.ModuleDict({"a": layer, "b": layer if twice else torch.nn.Linear(8, 8)})
+
+    config = adamss.AdamssConfig(targets=["a"], rank=4, subspaces=1)
+    model = adamss.attach(make(twice=True), config)
+    for write in (adamss.to_peft, adamss.to_lora):
+        with pytest.raises(errors.LayerError, match=r"'a' and 'b' are one layer"):
+            write(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    adamss.to_peft(adamss.attach(make(twice=False), config), tmp_path / "out")
+    with pytest.raises(errors.LayerError, match=r"'a' and 'b' are one layer"):
+        adamss.from_peft(make(twice=True), tmp_path / "out")
 
 
 class TestToPeft:
