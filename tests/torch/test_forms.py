@@ -411,9 +411,9 @@ class TestAnotherFormUnderAnOptimizer:
     def compacted(self, net, config, inputs):
         """Return a function that makes a model, its optimiser, and their states before and after `compact`."""
 
-        def make(maker):
-            budget = adamss.BudgetConfig(target=3, start_step=1, end_step=3, interval=1)
-            model, x = adamss.attach(net(), config(budget=budget)), inputs(4, 16)
+        def make(maker, target=3, **options):
+            budget = adamss.BudgetConfig(target=target, start_step=1, end_step=3, interval=1)
+            model, x = adamss.attach(net(), config(budget=budget, **options)), inputs(4, 16)
             optimizer = maker(adamss.trainable_parameters(model))
             controller = adamss_torch.BudgetController(model, optimizer)
 
@@ -433,16 +433,12 @@ class TestAnotherFormUnderAnOptimizer:
 
         return make
 
-    @staticmethod
-    def shapes(optimizer):
-        return [
-            [value.shape for value in optimizer.state[p].values() if isinstance(value, torch.Tensor)]
-            for p in optimizer.param_groups[0]["params"]
-        ]
-
+    @pytest.mark.parametrize(
+        "options", [{}, {"target": 1, "targets": ["layers.0.query"]}], ids=["some", "one row"]
+    )
     @pytest.mark.parametrize("name", MAKERS)
-    def test_they_begin_anew(self, compacted, name):
-        model, optimizer, step, (early, _), (late, _) = compacted(self.MAKERS[name])
+    def test_they_begin_anew(self, compacted, name, options):
+        model, optimizer, step, (early, _), (late, _) = compacted(self.MAKERS[name], **options)
         for state in (early, late):
             model.load_state_dict(state)
             with pytest.warns(adamss.AdamssWarning, match="they begin anew"):
