@@ -434,7 +434,9 @@ class TestAnotherFormUnderAnOptimizer:
         return make
 
     @pytest.mark.parametrize(
-        "options", [{}, {"target": 1, "targets": ["layers.0.query"]}], ids=["some", "one row"]
+        "options",
+        [{}, {"target": 1, "targets": ["layers.0.query"], "subspace_rank": 1}],
+        ids=["some", "one row"],
     )
     @pytest.mark.parametrize("name", MAKERS)
     def test_they_begin_anew(self, compacted, name, options):
