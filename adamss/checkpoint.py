@@ -309,7 +309,7 @@ def join_path(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int = MODULES) -> None:
     """Write a file: to a temporary one in the same folder, then renamed, so that a crash leaves the old one.
 
     The temporary file of a process that was killed is left in the folder, under the name ``.NAME.PID-XXXXXXXX.tmp``,
@@ -322,11 +322,13 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         Where to.
     checkpoint
         What to write.
+    modules
+        How many modules the model has, as in `read`.
 
     Raises
     ------
     CheckpointError
-        If two tensors would have one name.
+        If two tensors would have one name, or if `read` would refuse the file for the length of its names.
     OSError
         If the folder does not exist or cannot be written.
     """
@@ -362,7 +364,15 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     }
     if checkpoint.shared is not None and checkpoint.saved:
         metadata["shared"] = json.dumps({name: sorted(others) for name, others in checkpoint.shared.items()})
-    write_tensors(path, tensors, metadata | {"checksum": _checksum(tensors, metadata)})
+    content = _serialize(tensors, metadata | {"checksum": _checksum(tensors, metadata)})
+    length = int.from_bytes(content[:8], "little")
+    try:
+        _check_json(content[8 : 8 + length], _room(len(content), modules))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{short(error)}, so that it could not be loaded: give the modules shorter names"
+        ) from None
+    _replace(Path(path), content)
 
 
 def write_tensors(
@@ -494,15 +504,20 @@ def _metadata(header: dict[str, Any]) -> dict[str, str]:
 
 
 def _parse(text: bytes, room: int) -> Any:
-    """Parse JSON in UTF-8 that takes no more than so many bytes as Python objects.
+    """Parse JSON in UTF-8 that takes no more than so many bytes as Python objects."""
+    _check_json(text, room)
+    return json.loads(text.decode())
 
-    Three bytes of it can become a list of 56. So what it takes is estimated before: the text, once as it is, once
+
+def _check_json(text: bytes, room: int) -> None:
+    """Check that JSON in UTF-8 takes no more than so many bytes as Python objects.
+
+    Three bytes of it can become a list of 56. So what it takes is estimated: the text, once as it is, once
     decoded and once again in strings, in which one character may make all of them four bytes wide; and the values.
     """
     width = 1 if text.isascii() else 4
     values = BYTES_OF_VALUE * sum(map(text.count, (b"[", b"{", b",", b":")))
     _check_room(len(text), room - values, width)
-    return json.loads(text.decode())
 
 
 def _check_room(length: int, room: int, width: int = 1) -> None:

@@ -612,6 +612,16 @@ class TestWriting:
         assert any(np.allclose(loaded, core.delta(model["layer.0.query"].factors)) for model in models)
         assert os.listdir(tmp_path) == ["a.safetensors"]
 
+    def test_what_load_would_refuse_is_not_written(self, path):
+        old = path.read_bytes()
+        model = NumpyModel(
+            {f"{i:03}{chr(0x1D518) * 200}.query": NumpyLinear(np.eye(3) + i) for i in range(300)}
+        )
+        model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=2, subspaces=2))
+        with pytest.raises(CheckpointError, match=r"its header is longer.*give the modules shorter names"):
+            adamss.save(model, path)
+        assert path.read_bytes() == old
+
     def test_a_folder_that_does_not_exist(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere"):
             adamss.save(adapted(), tmp_path / "nowhere" / "a.safetensors")

@@ -60,6 +60,9 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     ------
     StateError
         If the model has no adapters, or was merged with ``keep_base=False``.
+    CheckpointError
+        If two tensors would have one name, or if names are so long, and the layers so small, that `load` would take
+        the file for a hostile one. Nothing is written.
     """
     backend, adaptation = adapted(model, "save")
     if adaptation.merged:
@@ -84,7 +87,7 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
     shared = backend.shared(model, saved)
     checkpoint = Checkpoint(adaptation.config, layers, saved, writer, shared)
-    backend.once(model, lambda: files.write(checked_path(path), checkpoint))
+    backend.once(model, lambda: files.write(checked_path(path), checkpoint, modules=len(modules)))
 
 
 def load(

@@ -37,6 +37,9 @@ ADAPTER_FILE = "adapter.safetensors"
 TRAINER_FILE = "model.safetensors"
 """Where the Trainer looks for what it saved; here, all that is trained and nothing else."""
 
+CONFIG_FILE = "config.json"
+"""Which makes a folder a model for `AutoModel`; beside an adapter alone, it would give one with weights at random."""
+
 KEY = "adamss"
 """Under which our state is part of the optimiser's, which keeps what belongs to no Parameter: that of the controller,
 and the fingerprints of the base weights."""
@@ -57,10 +60,13 @@ class AdamssCallback(TrainerCallback):
     - **Files**: as long as the model is adapted and not merged, the Trainer's checkpoints and ``trainer.save_model``
       hold what is trained, not the base: ``model.safetensors``, which the Trainer reads, and ``adapter.safetensors``,
       which `adamss.load` reads. There is no ``config.json``, for the folder is no model that `AutoModel` could
-      load. (Of a model that is no `transformers.PreTrainedModel` the Trainer writes the whole first, and what is
-      taken out afterwards is only that of checkpoints.)
+      load; one that an earlier save has left there is removed with the weights that it belonged to. (Of a model that
+      is no `transformers.PreTrainedModel` the Trainer writes the whole first, and what is taken out afterwards is
+      only that of checkpoints.)
     - **Resuming**: ``trainer.train(resume_from_checkpoint=...)`` on the base model, attached afresh, gives the bits
       of the training that was not interrupted, on the CPU. The controller's state is in ``optimizer.pt``.
+      A second ``trainer.train()`` that resumes nothing begins the schedule anew, with what the first has left
+      trained: without ``revive``, what is frozen stays so.
 
     Evaluation, accumulated gradients, mixed precision, ``load_best_model_at_end`` and `accelerate launch` are the
     Trainer's own affair and work as ever. Not with DeepSpeed, which raises; with FSDP the budget cannot be resumed.
@@ -310,6 +316,7 @@ def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> Non
     # Copies, for a file has no two names for one memory.
     kept = {name: tensor.detach().clone() for name, tensor in state_dict.items() if name not in untrained}
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
     save_file(without_weights(kept), folder / TRAINER_FILE, metadata={"format": "pt"})
     adamss.save(model, folder / ADAPTER_FILE)
 

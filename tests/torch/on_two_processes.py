@@ -903,7 +903,7 @@ def fsdp_saves_what_one_process_saves():
                 ours = folder() / f"sharded-{build.__name__}-{training}-{len(options)}"
                 theirs = folder() / f"alone-{training}-{rank}"
                 written, write = [], files.write
-                files.write = lambda *args, w=write, n=written: (n.append(args), w(*args))
+                files.write = lambda *args, w=write, n=written, **kwargs: (n.append(args), w(*args, **kwargs))
                 adamss.save(model, ours, training=training)
                 files.write = write
                 assert len(written) == (rank == 0), "one process, the first, is to write"

@@ -183,6 +183,22 @@ class TestBudget:
         assert callback.controller.active_count == 3
         assert callback.controller.step == STEPS
 
+    def test_another_training_after_one_that_failed(self, tmp_path):
+        class Fails(transformers.TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 2:
+                    raise RuntimeError("out of memory")
+
+        callback, fails = AdamssCallback(), Fails()
+        trainer = trainer_of(adapted(), tmp_path, callback, fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            trainer.train()
+        trainer.remove_callback(fails)
+        with pytest.warns(errors.AdamssWarning, match="ended after 2 optimiser steps"):
+            trainer.train()
+        assert callback.controller.active_count == 3
+        assert callback.controller.step == STEPS
+
 
 class TestFiles:
     def test_checkpoints_hold_what_is_trained(self, tmp_path):
@@ -206,6 +222,12 @@ class TestFiles:
         trained(adapted(), tmp_path)
         with pytest.raises((OSError, ValueError)):
             transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-6")
+
+    def test_a_folder_that_was_a_model(self, tmp_path):
+        bert().save_pretrained(tmp_path / "own")
+        trainer_of(adapted(), tmp_path, AdamssCallback()).save_model(tmp_path / "own")
+        with pytest.raises((OSError, ValueError)):
+            transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "own")
 
     def test_a_merged_model_is_saved_whole(self, tmp_path):
         trainer, _ = trained(adapted(), tmp_path)
