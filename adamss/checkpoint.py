@@ -294,14 +294,14 @@ class Checkpoint:
         Framework and library versions that wrote the file.
     shared
         By the name of a tensor in `saved`, path of the module included, the names that the same tensor has elsewhere
-        in the model (tied embeddings). None if whoever wrote the file could not tell.
+        in the model (tied embeddings): none, or unknown if the tensor is missing here.
     """
 
     config: AdamssConfig
     layers: Mapping[str, StoredLayer]
     saved: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     writer: Mapping[str, str] = field(default_factory=dict)
-    shared: Mapping[str, frozenset[str]] | None = None
+    shared: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def join_path(path: str, name: str) -> str:
@@ -362,7 +362,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int 
         "modules_to_save": json.dumps({path: sorted(module) for path, module in checkpoint.saved.items()}),
         "writer": json.dumps(dict(checkpoint.writer)),
     }
-    if checkpoint.shared is not None and checkpoint.saved:
+    if checkpoint.shared:
         metadata["shared"] = json.dumps({name: sorted(others) for name, others in checkpoint.shared.items()})
     content = _serialize(tensors, metadata | {"checksum": _checksum(tensors, metadata)})
     length = int.from_bytes(content[:8], "little")
@@ -573,10 +573,8 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
     writer = table("writer")
     if not all(isinstance(version, str) for version in writer.values()):
         raise CheckpointError("its writer holds something else than versions")
-    if "shared" not in metadata:
-        return Checkpoint(config, layers, saved, writer)
     shared = {}
-    for name, others in table("shared").items():
+    for name, others in (table("shared") if "shared" in metadata else {}).items():
         if name not in tensors or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
             raise CheckpointError(f"shared[{shown(name)}] is no list of names of a tensor")
         shared[name] = frozenset(others)

@@ -342,10 +342,12 @@ class Backend(ABC):
         ``bias`` (n,) of a linear layer, dots between the names of nested modules.
         """
 
-    def shared(self, model: Model, saved: Iterable[str]) -> Mapping[str, frozenset[str]] | None:
+    def shared(self, model: Model, saved: Iterable[str]) -> Mapping[str, frozenset[str]]:
         """Return by what other names the tensors of these modules are known in the model (tied embeddings).
 
-        Names are as in a file: path of the module and name within it. None if the backend cannot tell.
+        Names are as in a file: path of the module and name within it. An empty set: it has no other, in no model of
+        this framework. One that is missing has no other in this model, which may tie by what it computes all the same.
+        The default is for frameworks in which two modules never hold one tensor.
 
         Parameters
         ----------
@@ -354,7 +356,7 @@ class Backend(ABC):
         saved
             Module paths of ``modules_to_save``.
         """
-        return None
+        return {}
 
     @abstractmethod
     def insert(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -171,49 +172,54 @@ def require_shared(
     backend: Backend,
     model: Model,
     saved: Mapping[str, Mapping[str, StoredTensor]],
-    shared: Mapping[str, frozenset[str]] | None,
+    shared: Mapping[str, frozenset[str]],
     modules: Mapping[str, Any],
 ) -> None:
     """Check that modules to save share tensors as they did where they were trained.
 
-    One that is tied to another here would change both, and one that was tied there would change one of two. None:
-    the file does not say.
+    One that is tied to another here would change both, and one that was tied there would change one of two. Of a
+    tensor that is not in `shared`, it is not known.
     """
     here = backend.shared(model, saved)
-    if here is None:
-        return
-    if shared is None:
-        _require_agreement(saved, here)
-        return
-    for name in sorted({*here, *shared}):
-        there = {other for other in shared.get(name, ()) if other.rpartition(".")[0] in modules}
-        for other in sorted(here.get(name, frozenset()) ^ there):
-            tied, other_way = ("one tensor", "two") if other in here.get(name, ()) else ("two tensors", "one")
+    stored = {join_path(path, name): tensor for path, own in saved.items() for name, tensor in own.items()}
+
+    @cache
+    def names(path: str) -> Set[str]:
+        return frozenset(backend.arrays(modules[path])) if path in modules else frozenset()
+
+    def has(name: str) -> bool:
+        path, _, own = name.rpartition(".")
+        return own in names(path)
+
+    for name in sorted(stored):
+        ours = here.get(name, frozenset())
+        if name not in shared:
+            _require_agreement(name, ours, stored)
+            continue
+        there = {other for other in shared[name] if has(other)}
+        for other in sorted(ours ^ there):
+            tied, other_way = ("one tensor", "two") if other in ours else ("two tensors", "one")
             raise CheckpointError(
                 f"modules_to_save: {shown(name)} and {shown(other)} are {tied} in this model, and were {other_way} "
                 "where the adapter was trained; tie or untie them in the base model (tie_word_embeddings)"
             )
 
 
-def _require_agreement(
-    saved: Mapping[str, Mapping[str, StoredTensor]], here: Mapping[str, frozenset[str]]
-) -> None:
-    """Check that what is one tensor in the model is not two in a file that does not say what was tied."""
-    stored = {join_path(path, name): tensor for path, own in saved.items() for name, tensor in own.items()}
-    for name in sorted(here.keys() & stored.keys()):
-        for other in sorted(here[name]):
-            if other not in stored:
-                warnings.warn(
-                    f"modules_to_save: {shown(name)} is one tensor with {shown(other)} in this model, which takes "
-                    "its values too; the file does not say whether it was where the adapter was trained",
-                    AdamssWarning,
-                    stacklevel=4,
-                )
-            elif stored[name] != stored[other]:
-                raise CheckpointError(
-                    f"modules_to_save: {shown(name)} and {shown(other)} are one tensor in this model, and of "
-                    "different values in the file; untie them in the base model (tie_word_embeddings)"
-                )
+def _require_agreement(name: str, others: Iterable[str], stored: Mapping[str, StoredTensor]) -> None:
+    """Check that what is one tensor in the model is not two in a file that does not say whether it was tied."""
+    for other in sorted(others):
+        if other not in stored:
+            warnings.warn(
+                f"modules_to_save: {shown(name)} is one tensor with {shown(other)} in this model, which takes its "
+                "values too; the file does not say whether it was where the adapter was trained",
+                AdamssWarning,
+                stacklevel=4,
+            )
+        elif stored[name] != stored[other]:
+            raise CheckpointError(
+                f"modules_to_save: {shown(name)} and {shown(other)} are one tensor in this model, and of different "
+                "values in the file; untie them in the base model (tie_word_embeddings)"
+            )
 
 
 def saved_arrays(

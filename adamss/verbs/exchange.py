@@ -146,11 +146,12 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
     backend, adaptation = adapted(model, "to_peft")
     modules, config = backend.modules(model), adaptation.config
     require_one_path(adaptation.layers, modules, "to_peft")
-    for name, others in (backend.shared(model, adaptation.saved) or {}).items():
-        raise StateError(
-            f"to_peft: {name} of modules_to_save is tied to {', '.join(sorted(others))}, and PEFT would give it "
-            "weights of its own; adamss.save the adapter, or merge and save the model"
-        )
+    for name, others in backend.shared(model, adaptation.saved).items():
+        if others:
+            raise StateError(
+                f"to_peft: {name} of modules_to_save is tied to {', '.join(sorted(others))}, and PEFT would give it "
+                "weights of its own; adamss.save the adapter, or merge and save the model"
+            )
     layers = {}
     with backend.exact():
         for layer_path, factors in adaptation.layers.items():
@@ -240,7 +241,8 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
         require_distinct(list(adapter.layers), modules)
         require_one_path(adapter.layers, modules, "from_peft")
         # PEFT trains a copy of what it saves.
-        require_shared(backend, base_model, adapter.saved, {}, modules)
+        alone = {join_path(path, name): frozenset[str]() for path, own in adapter.saved.items() for name in own}
+        require_shared(backend, base_model, adapter.saved, alone, modules)
         saved = {
             module_path: saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
             for module_path, tensors in adapter.saved.items()

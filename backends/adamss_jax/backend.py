@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.metadata import version
@@ -110,6 +110,9 @@ class JaxBackend(Backend):
 
     def arrays(self, module: Module) -> dict[str, Array]:
         return self._shell(module).arrays(module)
+
+    def shared(self, model: Model, saved: Iterable[str]) -> Mapping[str, frozenset[str]]:
+        return self._shell(model).shared(model, saved)
 
     def insert(
         self,

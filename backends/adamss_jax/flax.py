@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
@@ -221,20 +221,14 @@ class NnxShell(Shell):
         return isinstance(model, nnx.Pytree)
 
     def modules(self, model: nnx.Module) -> dict[str, Any]:
-        found = dict(_walk(model))
-        adapters = {path: node for path, node in found.items() if isinstance(node, Adapter)}
-        prefix = _prefix(adapters)
         modules: dict[str, Any] = {}
         in_stacks: dict[tuple[int, tuple[int, ...]], StackedLayer] = {}
-        for path, node in found.items():
-            if path in adapters or not f"{path}.".startswith(prefix):
-                continue
-            own = f"{path}.".removeprefix(prefix).rstrip(".")
+        for path, node in _nodes(model).items():
             leading = _leading(node)
             if not leading:
-                modules[own] = node
+                modules[path] = node
                 continue
-            for place, index in stack_paths(own, leading).items():
+            for place, index in stack_paths(path, leading).items():
                 # One object per layer, also where the stack appears twice.
                 modules[place] = in_stacks.setdefault((id(node), index), StackedLayer(node, index))
         return modules
@@ -268,6 +262,20 @@ class NnxShell(Shell):
                 "modules_to_save names a single layer of a stack; name the module that holds the stack"
             )
         return {name: as_stored(variable.get_value()) for name, variable, as_stored, _ in _stored(module)}
+
+    def shared(self, model: nnx.Module, saved: Iterable[str]) -> dict[str, frozenset[str]]:
+        names: dict[int, list[str]] = {}
+        for path, node in _nodes(model).items():
+            for own, variable, *_ in _stored_own(node):
+                names.setdefault(id(variable), []).append(join_path(path, own))
+        inside = tuple(f"{path}." if path else "" for path in saved)
+        return {
+            name: frozenset(every) - {name}
+            for every in names.values()
+            if len(every) > 1
+            for name in every
+            if name.startswith(inside)
+        }
 
     def insert(
         self,
@@ -514,6 +522,18 @@ def _walk(node: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tu
             yield from _walk(child, join_path(path, name), (*above, id(node)))
 
 
+def _nodes(model: Any) -> dict[str, Any]:
+    """Return modules and containers by their paths in the model that was adapted; no adapter."""
+    found = dict(_walk(model))
+    adapters = {path: node for path, node in found.items() if isinstance(node, Adapter)}
+    prefix = _prefix(adapters)
+    return {
+        f"{path}.".removeprefix(prefix).rstrip("."): node
+        for path, node in found.items()
+        if path not in adapters and f"{path}.".startswith(prefix)
+    }
+
+
 def _own(module: Any) -> Iterator[tuple[str, nnx.Variable[Any]]]:
     for name, value in _children(module):
         if isinstance(value, nnx.Variable):
@@ -656,10 +676,15 @@ def _set_values(layer: Any, values: Mapping[str, Array]) -> None:
 def _stored(module: Any) -> Iterator[tuple[str, nnx.Variable[Any], Any, Any]]:
     """Yield each variable that is stored: PyTorch's name, itself, and the way to PyTorch's orientation and back."""
     for path, node in _walk(module):
-        for name, variable in _own(node):
-            if not isinstance(variable, NOT_STORED):
-                stored, there, back = _as_in_torch(node, name, variable.get_value().shape)
-                yield join_path(path, stored), variable, there, back
+        for stored, variable, there, back in _stored_own(node):
+            yield join_path(path, stored), variable, there, back
+
+
+def _stored_own(node: Any) -> Iterator[tuple[str, nnx.Variable[Any], Any, Any]]:
+    for name, variable in _own(node):
+        if not isinstance(variable, NOT_STORED):
+            stored, there, back = _as_in_torch(node, name, variable.get_value().shape)
+            yield stored, variable, there, back
 
 
 def _as_in_torch(node: Any, name: str, shape: tuple[int, ...]) -> tuple[str, Any, Any]:

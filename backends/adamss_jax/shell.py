@@ -7,7 +7,7 @@ another library means writing one module beside `flax.py` and `equinox.py`, and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -162,6 +162,10 @@ class Shell(ABC):
     @abstractmethod
     def arrays(self, module: Module) -> dict[str, jax.Array]:
         """See `Backend.arrays`."""
+
+    def shared(self, model: Model, saved: Iterable[str]) -> Mapping[str, frozenset[str]]:
+        """See `Backend.shared`."""
+        return {}
 
     @abstractmethod
     def insert(

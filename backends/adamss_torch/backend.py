@@ -189,7 +189,6 @@ class TorchBackend(Backend):
         return {
             name: frozenset(every) - {name}
             for every in names.values()
-            if len(every) > 1
             for name in every
             if name.startswith(inside)
         }

@@ -292,3 +292,111 @@ def test_batch_norm_travels_without_pytorchs_counter(tmp_path):
     back = adamss.load(in_torch(), path)
     assert back["norm"].running_mean.tolist() == [4.0] * 9
     assert int(back["norm"].num_batches_tracked) == 0
+
+
+# ---- modules to save that share their weights ------------------------------------------------------------
+
+
+_ROOT = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+WEIGHT = _ROOT + _ROOT.T
+"""The same in every orientation."""
+
+
+class TorchPair(torch.nn.Module):
+    """Two layers of one weight, or of two, after a layer to adapt."""
+
+    def __init__(self, *, tied):
+        super().__init__()
+        self.query, self.a, self.b = (torch.nn.Linear(8, 8, bias=False) for _ in range(3))
+        for layer in (self.query, self.a, self.b):
+            layer.weight.data.copy_(torch.tensor(WEIGHT))
+        if tied:
+            self.b.weight = self.a.weight
+
+
+class NnxPair(nnx.Module):
+    def __init__(self, *, tied):
+        self.query, self.a, self.b = (
+            nnx.Linear(8, 8, use_bias=False, kernel_init=lambda *_: jnp.asarray(WEIGHT), rngs=nnx.Rngs(0))
+            for _ in range(3)
+        )
+        if tied:
+            self.b.kernel = self.a.kernel
+
+
+class EquinoxPair(eqx.Module):
+    """Equinox has no two names for one array."""
+
+    query: eqx.nn.Linear
+    a: eqx.nn.Linear
+    b: eqx.nn.Linear
+
+    def __init__(self):
+        layer = eqx.nn.Linear(8, 8, use_bias=False, key=jax.random.key(0))
+        layer = eqx.tree_at(lambda layer: layer.weight, layer, jnp.asarray(WEIGHT))
+        self.query = self.a = self.b = layer
+
+
+PAIRS = {
+    "torch, tied": lambda: TorchPair(tied=True),
+    "torch, untied": lambda: TorchPair(tied=False),
+    "nnx, tied": lambda: NnxPair(tied=True),
+    "nnx, untied": lambda: NnxPair(tied=False),
+    "equinox": EquinoxPair,
+}
+
+
+def pair(name, saved):
+    config = adamss.AdamssConfig(targets=["query"], rank=4, subspaces=1, modules_to_save=saved)
+    return adamss.attach(PAIRS[name](), config)
+
+
+@pytest.mark.parametrize("to", PAIRS)
+@pytest.mark.parametrize("origin", PAIRS)
+def test_a_file_says_what_was_one_tensor(origin, to, tmp_path):
+    adamss.save(pair(origin, ["a"]), tmp_path / "a.safetensors")
+    load = lambda: adamss.load(PAIRS[to](), tmp_path / "a.safetensors")  # noqa: E731
+    here, there = (", tied" in name for name in (to, origin))
+    if there and not here:
+        with pytest.raises(adamss.errors.CheckpointError, match="are two tensors in this model, and were one"):
+            load()
+    elif here and not there and "torch" in origin:
+        with pytest.raises(adamss.errors.CheckpointError, match="are one tensor in this model, and were two"):
+            load()
+    elif here and not there:
+        # Where it was trained it may have been tied by what the model computes.
+        with pytest.warns(adamss.AdamssWarning, match="the file does not say"):
+            load()
+    else:
+        load()
+
+
+@pytest.mark.parametrize("to", ["torch, tied", "nnx, tied"])
+@pytest.mark.parametrize("origin", ["torch, untied", "nnx, untied", "equinox"])
+def test_two_tensors_do_not_become_one(origin, to, tmp_path):
+    model = pair(origin, ["a", "b"])
+    if origin == "equinox":
+        model = eqx.tree_at(lambda model: model.b.weight, model, jnp.zeros((8, 8)))
+    elif origin == "nnx, untied":
+        model.b.kernel.set_value(jnp.zeros((8, 8)))
+    else:
+        torch.nn.init.zeros_(model.b.weight)
+    adamss.save(model, tmp_path / "a.safetensors")
+    with pytest.raises(adamss.errors.CheckpointError, match="are one tensor in this model"):
+        adamss.load(PAIRS[to](), tmp_path / "a.safetensors")
+
+
+def test_names_are_those_from_the_module_that_was_adapted(tmp_path):
+    model = nnx.Module()
+    model.inner = pair("nnx, tied", ["a"])
+    adamss.save(model, tmp_path / "a.safetensors")
+    adamss.load(PAIRS["torch, tied"](), tmp_path / "a.safetensors")
+
+
+def test_peft_saves_copies_of_what_is_tied_in_jax(tmp_path):
+    pytest.importorskip("sklearn")
+    with pytest.raises(adamss.errors.StateError, match=r"a\.weight of modules_to_save is tied to b\.weight"):
+        adamss.to_peft(pair("nnx, tied", ["a"]), tmp_path / "out")
+    adamss.to_peft(pair("nnx, untied", ["a"]), tmp_path / "out")
+    with pytest.raises(adamss.errors.CheckpointError, match="are one tensor in this model, and were two"):
+        adamss.from_peft(PAIRS["nnx, tied"](), tmp_path / "out")

@@ -467,7 +467,7 @@ class TestTiedWeights:
 
     def test_a_file_that_does_not_say(self, tied, tmp_path, monkeypatch):
         """A JAX model may tie by what it computes, which no backend sees."""
-        monkeypatch.setattr(adamss_torch.TorchBackend, "shared", lambda *_: None)
+        monkeypatch.setattr(adamss_torch.TorchBackend, "shared", lambda *_: {})
         model = adamss.attach(tied(), self.config())
         with torch.no_grad():
             model.head.weight.add_(1)
