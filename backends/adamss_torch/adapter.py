@@ -35,6 +35,9 @@ HELD = "in_weight"
 Of length 0 in a state without the weights.
 """
 
+PERSISTENT = ("A", "B", "C", "labels", "ranks", "active", "owned", "rest_B", "rest_C")
+"""What a state has of an adapter, where there is one of the name."""
+
 DERIVED = (
     "rows",
     "groups",
@@ -81,8 +84,8 @@ class Adapter(nn.Module):
         (K,) booleans: whose update the weight of the layer holds; None for none.
     revive
         Whether frozen subspaces get gradients all the same, because they may return.
-    loads
-        How often a state was loaded into it.
+    loads, forms
+        How often a state was loaded into it, and how often that changed which subspaces are in the Parameters.
     enabled
         Whether the hook adds the update.
     schedule
@@ -121,7 +124,7 @@ class Adapter(nn.Module):
         self.schedule: str | None = None
         self.merged = False
         self.revive = False
-        self.loads = 0
+        self.loads = self.forms = 0
         self.base: dict[str, Tensor] | None = None
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
@@ -226,11 +229,11 @@ class Adapter(nn.Module):
         return kept_B, kept_C
 
     @torch.no_grad()
-    def _take_form(self, owned: Tensor | None, given: bool) -> None:
+    def _take_form(self, owned: Tensor | None) -> None:
         """Become compact as a state is that is about to be loaded, or whole; its values are those of before."""
-        same = owned is self.owned if owned is None or self.owned is None else torch.equal(owned, self.owned)
-        if same or not given or (owned is not None and owned.shape != self.active.shape):
+        if _equal(owned, self.owned):
             return
+        self.forms += 1
         # Whatever optimiser there is has not been told, as `BudgetController.compact` tells its own.
         expect_misfits(self.B, self.C)
         if self.owned is not None:
@@ -352,7 +355,14 @@ class Adapter(nn.Module):
                 "adamss.load, which take any."
             )
             return
-        self._take_form(state_dict.get(f"{prefix}owned"), given)
+        misfits = self._misfits(state_dict, prefix)
+        if misfits:
+            # Not loaded either: B and C of one grouping and labels of another would compute something else.
+            error_msgs.extend(misfits)
+            return
+        if given and f"{prefix}labels" in state_dict:
+            # Trained numbers alone, as an average of them is, say nothing of the form.
+            self._take_form(state_dict.get(f"{prefix}owned"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -379,10 +389,36 @@ class Adapter(nn.Module):
             and _equal(there.C[:, columns], here.C[:, columns])
         )
 
+    def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """Return what of a state does not fit, in PyTorch's words: not a part of it may be loaded then."""
+        given: dict[str, Tensor] = {
+            name: state_dict[f"{prefix}{name}"] for name in PERSISTENT if f"{prefix}{name}" in state_dict
+        }
+        expected = {name: tuple(getattr(self, name).shape) for name in ("A", "labels", "ranks", "active")}
+        expected["owned"] = expected["active"]
+        fixed = {name: tensor for name, tensor in given.items() if name in expected}
+        if all(tuple(tensor.shape) == expected[name] for name, tensor in fixed.items()):
+            owned = given.get("owned") if "labels" in given else self.owned
+            labels, ranks = (given.get(name, getattr(self, name)) for name in ("labels", "ranks"))
+            if labels.is_meta or ranks.is_meta or (owned is not None and owned.is_meta):
+                return []
+            if int(labels.min()) < 0 or int(labels.max()) >= len(ranks) or int(ranks.min()) < 0:
+                return [f"{prefix}labels, {prefix}ranks: no subspace of this layer has such a number."]
+            owned = torch.ones_like(ranks, dtype=torch.bool) if owned is None else owned.to(ranks.device)
+            rows, columns = int(ranks[owned].sum()), int(owned[labels.to(ranks.device, torch.int64)].sum())
+            whole = self.shapes()
+            (q, P), (r, n) = whole["B"], whole["C"]
+            expected |= {"B": (rows, P), "C": (r, columns), "rest_B": (q - rows, P), "rest_C": (r, n - columns)}
+        return [
+            f"size mismatch for {prefix}{name}: the state has shape {tuple(tensor.shape)}, this model "
+            f"{expected[name]}."
+            for name, tensor in given.items()
+            if name in expected and tuple(tensor.shape) != expected[name]
+        ]
+
     def _factors_in(self, state_dict: Mapping[str, Any], prefix: str) -> Factors | None:
         """Return the factors in a state, whole; None if they are not there or for a layer of another shape."""
-        names = ("A", "B", "C", "labels", "ranks", "active", "owned", "rest_B", "rest_C")
-        present = [name for name in names if f"{prefix}{name}" in state_dict]
+        present = [name for name in PERSISTENT if f"{prefix}{name}" in state_dict]
         given: dict[str, Tensor] = {n: state_dict[f"{prefix}{n}"].to(self.A.device) for n in present}
         try:
             B, C = given["B"], given["C"]

@@ -203,6 +203,7 @@ class BudgetController:
         self._averages = Averages(self._parameters, self.config)
         self._progress = _Progress(self.plan, active=self._count())
         self._loads = sum(adapter.loads for adapter in self._adapters.values())
+        self._forms = self._forms_now()
         # From here on nothing can fail.
         for adapter in self._adapters.values():
             adapter.revive = self.config.revive
@@ -296,13 +297,26 @@ class BudgetController:
         self._loads = loads
         before, self._progress.active = self.active_count, self._count()
         self._frozen.look()
-        if before != self.active_count:
+        anew = self._renew_averages()
+        if anew or before != self.active_count:
             warnings.warn(
                 f"budget: a state was loaded into the model, with {self.active_count} subspaces trained where there "
-                f"were {before}; load the controller's own state too, or it goes on from step {self.step}",
+                f"were {before}; load the controller's own state too, or it goes on from step {self.step}"
+                f"{', and its averages begin anew, as another part of the model was compacted' if anew else ''}",
                 AdamssWarning,
                 stacklevel=4,
             )
+
+    def _renew_averages(self) -> bool:
+        """Begin anew with averages if a loaded state has changed what they are of; return whether it has."""
+        if self._forms == self._forms_now():
+            return False
+        self._forms = self._forms_now()
+        self._averages = Averages(self._parameters, self.config)
+        return True
+
+    def _forms_now(self) -> int:
+        return sum(adapter.forms for adapter in self._adapters.values())
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
@@ -414,6 +428,7 @@ class BudgetController:
         """
         if self.config.revive:
             raise StateError("compact: with revive=True frozen subspaces may return")
+        self._renew_averages()
         changes = {}
         for path, adapter in self._adapters.items():
             owned = torch.ones_like(adapter.active) if adapter.owned is None else adapter.owned
@@ -498,6 +513,7 @@ class BudgetController:
             ):
                 changes[path] = layer["owned"].to(adapter.active.device)
         carried = self._carried(changes)
+        self._renew_averages()
         for path, layer in layers.items():
             self._adapters[path].active.copy_(layer["active"])
         self._compact(changes, carried)

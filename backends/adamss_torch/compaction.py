@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +105,15 @@ def resize(parameter: nn.Parameter, axis: int, kept: Tensor) -> None:
         parameter.requires_grad_(False)
 
 
-_reshaped: MutableMapping[nn.Parameter, set[torch.Size]] = WeakIdKeyDictionary()
-"""Former shapes of Parameters that were given another one, and that no optimiser has moved since."""
+@dataclass
+class _Reshaped:
+    """Former shapes of a Parameter that was given another one, and the optimisers that have looked at it since."""
+
+    former: set[torch.Size] = field(default_factory=set)
+    seen: WeakSet[torch.optim.Optimizer] = field(default_factory=WeakSet)
+
+
+_reshaped: MutableMapping[nn.Parameter, _Reshaped] = WeakIdKeyDictionary()
 
 
 def expect_misfits(*parameters: nn.Parameter) -> None:
@@ -116,7 +124,9 @@ def expect_misfits(*parameters: nn.Parameter) -> None:
     """
     _look_at_optimizers()
     for parameter in parameters:
-        _reshaped[parameter] = {*_reshaped.get(parameter, ()), parameter.shape}
+        reshaped = _reshaped.setdefault(parameter, _Reshaped())
+        reshaped.former.add(parameter.shape)
+        reshaped.seen.clear()
 
 
 @cache
@@ -126,13 +136,21 @@ def _look_at_optimizers() -> None:
 
 def _forget_misfits(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     forgotten = 0
-    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p in _reshaped):
-        former = _reshaped.pop(parameter) - {parameter.shape}
-        state = optimizer.state.get(parameter, {})
-        values = [value for value in state.values() if isinstance(value, Tensor) and value.numel() != 1]
-        if any(value.shape in former or not _fits(value, parameter) for value in values):
-            del optimizer.state[parameter]
-            forgotten += 1
+    for group in optimizer.param_groups:
+        for parameter in filter(_reshaped.__contains__, group["params"]):
+            reshaped = _reshaped[parameter]
+            if optimizer in reshaped.seen:
+                continue
+            reshaped.seen.add(optimizer)
+            former = reshaped.former - {parameter.shape}
+            state = optimizer.state.get(parameter, {})
+            values = [value for value in state.values() if isinstance(value, Tensor) and value.numel() != 1]
+            if any(value.shape in former or not _fits(value, parameter.shape) for value in values):
+                del optimizer.state[parameter]
+                if isinstance(optimizer, torch.optim.SGD) and group["fused"] and parameter.numel():
+                    # Its kernel wants momentum of all of a group or of none; of zeros comes what comes of none.
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                forgotten += 1
     if forgotten:
         warnings.warn(
             f"{type(optimizer).__name__} had averages for {forgotten} factors of another form than they have since a "
@@ -143,8 +161,8 @@ def _forget_misfits(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
         )
 
 
-def _fits(value: Tensor, parameter: Tensor) -> bool:
-    return any(_place(value, parameter, axis) is not None for axis in range(parameter.ndim))
+def _fits(value: Tensor, shape: Sequence[int]) -> bool:
+    return any(_place(value, shape, axis) is not None for axis in range(len(shape)))
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,9 @@ def carry_over(
         after[axis] = kept.numel()
         if tuple(value.shape) == tuple(after):
             continue
-        place = _place(value, parameter, axis)
+        place = _place(value, parameter.shape, axis)
+        if place is None and _place(value, after, axis) is not None:
+            continue
         if place is None:
             raise StateError(
                 f"compact: {type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {name} of "
@@ -192,9 +212,9 @@ def carry_over(
     return Carried(state, new)
 
 
-def _place(value: Tensor, parameter: Tensor, axis: int) -> int | None:
+def _place(value: Tensor, whole: Sequence[int], axis: int) -> int | None:
     """Return the axis of a state that is the Parameter's; -1 if it lacks that one, None if it is neither."""
-    shape, whole = tuple(value.shape), tuple(parameter.shape)
+    shape = tuple(value.shape)
     if len(shape) == len(whole) and all(a in (1, b) for a, b in zip(shape, whole, strict=True)):
         return axis if shape[axis] == whole[axis] else -1
     if len(shape) == 1 and whole[0] != whole[1]:

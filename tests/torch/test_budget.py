@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -675,6 +675,66 @@ def test_masks_that_are_loaded_into_the_model_are_taken_over_and_told():
         with pytest.warns(adamss.AdamssWarning, match="with 40 subspaces trained where there were 10"):
             step(model, optimizer, batches()[1])
         assert budget.active_count == adamss.summary(model).total.active == 40
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["model alone", "optimiser too"])
+@pytest.mark.parametrize("to", ["compact", "whole"])
+def test_a_state_of_another_form_in_the_middle_of_a_schedule(to, both):
+    """What the averages are of has another shape then, or is something else."""
+    schedule = BudgetConfig(target=10, start_step=1, end_step=6, interval=1)
+
+    def trained(steps):
+        model = build()
+        optimizer = OPTIMISERS["adamw"](trainable(model))
+        with controlled(model, optimizer, schedule) as budget:
+            for x in batches(steps):
+                step(model, optimizer, x)
+            yield model, optimizer, budget
+
+    for model, optimizer, budget in trained(4):
+        whole = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        budget.compact()
+        compact = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for model, optimizer, budget in trained(2):
+        if to == "whole":
+            budget.compact()
+        states = zip((model, optimizer), compact if to == "compact" else whole, strict=True)
+        for target, state in [*states][: 1 + both]:
+            target.load_state_dict(state)
+        moments = nullcontext() if both else pytest.warns(adamss.AdamssWarning, match="they begin anew")
+        with pytest.warns(adamss.AdamssWarning, match="its averages begin anew"), moments:
+            step(model, optimizer, batches()[0])
+        for x in batches(4):
+            step(model, optimizer, x)
+        assert budget.active_count == adamss.summary(model).total.active == 10
+        budget.compact()
+
+
+def test_the_state_of_adafactor_in_any_order():
+    """Its averages over rows and columns have been cut with the factors."""
+
+    def fresh():
+        model = build()
+        optimizer = torch.optim.Adafactor(trainable(model), lr=1e-2)
+        schedule = BudgetConfig(target=10, start_step=1, end_step=3, interval=1)
+        with controlled(model, optimizer, schedule) as budget:
+            yield model, optimizer, budget
+
+    def shapes(state):
+        return [[value.shape for value in own.values()] for own in state["state"].values()]
+
+    for model, optimizer, budget in fresh():
+        for x in batches(4):
+            step(model, optimizer, x)
+        budget.compact()
+        step(model, optimizer, batches()[0])
+        states = copy.deepcopy((optimizer.state_dict(), budget.state_dict()))
+    for order in (1, -1):
+        for model, optimizer, budget in fresh():
+            for target, state in [*zip((optimizer, budget), states, strict=True)][::order]:
+                target.load_state_dict(state)
+            assert shapes(optimizer.state_dict()) == shapes(states[0])
+            step(model, optimizer, batches()[0])
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])

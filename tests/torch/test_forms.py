@@ -404,6 +404,7 @@ class TestAnotherFormUnderAnOptimizer:
         "adamw": torch.optim.AdamW,
         "fused": lambda parameters: torch.optim.AdamW(parameters, fused=True),
         "momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
+        "fused momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True),
         "adafactor": torch.optim.Adafactor,
     }
 
@@ -461,6 +462,21 @@ class TestAnotherFormUnderAnOptimizer:
                 warnings.simplefilter("error")
                 step()
 
+    def test_of_every_optimizer(self, compacted):
+        model, _, step, _, (late, _) = compacted(self.MAKERS["adamw"])
+        model.load_state_dict(compacted(self.MAKERS["adamw"])[3][0])
+        two = [self.MAKERS["adamw"](adamss.trainable_parameters(model)) for _ in range(2)]
+        for p in adamss.trainable_parameters(model):
+            p.grad = torch.ones_like(p)
+        for optimizer in two:
+            optimizer.step()
+        model.load_state_dict(late)
+        for p in adamss.trainable_parameters(model):
+            p.grad = torch.ones_like(p)
+        for optimizer in two:
+            with pytest.warns(adamss.AdamssWarning, match="they begin anew"):
+                optimizer.step()
+
     @pytest.mark.parametrize("name", ["adamw", "fused", "momentum"])
     @pytest.mark.parametrize("order", ["model first", "optimizer first"])
     def test_unless_their_state_comes_too(self, compacted, name, order):
@@ -474,3 +490,79 @@ class TestAnotherFormUnderAnOptimizer:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 step()
+
+
+class TestStatesThatDoNotFit:
+    """A refused state leaves the adapter as it was, all of it; PyTorch itself loads the tensors that fit."""
+
+    def adapter_state(self, model):
+        return {name: tensor.clone() for name, tensor in model.state_dict().items() if "adamss" in name}
+
+    @pytest.mark.parametrize(
+        "changes", [{"subspaces": 5}, {"subspaces": 2}, {"subspace_rank": 1}, {"rank": 4}, {"seed": 5}]
+    )
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_other_settings(self, net, config, inputs, changes, strict):
+        model, other = (adamss.attach(net(), config(**own)) for own in ({}, changes))
+        before = self.adapter_state(model)
+        x = inputs(4, 16)
+        expected = model(x)
+        state = self.adapter_state(other) | {
+            name: tensor for name, tensor in model.state_dict().items() if "adamss" not in name
+        }
+        same = {name: tensor.shape for name, tensor in before.items()} == {
+            name: tensor.shape for name, tensor in state.items() if "adamss" in name
+        }
+        if same:
+            model.load_state_dict(state, strict=strict)
+            return
+        with pytest.raises(RuntimeError, match="size mismatch for layers"):
+            model.load_state_dict(state, strict=strict)
+        assert_same_state(self.adapter_state(model), before)
+        assert torch.equal(model(x), expected)
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("labels", 99), ("labels", -1), ("ranks", 99), ("ranks", -1)]
+    )
+    def test_numbers_out_of_range(self, net, config, name, value):
+        model = adamss.attach(net(), config())
+        before = self.adapter_state(model)
+        state = copy.deepcopy(model.state_dict())
+        state[f"layers.0.query.adamss.{name}"][0] = value
+        with pytest.raises(RuntimeError, match="no subspace of this layer|size mismatch"):
+            model.load_state_dict(state)
+        assert_same_state(self.adapter_state(model), before)
+
+    def test_trained_numbers_alone(self, net, config, inputs):
+        """An average of the parameters, or the best so far, of a model that was compacted in between."""
+        budget = adamss.BudgetConfig(target=3, start_step=1, end_step=3, interval=1)
+        model, x = adamss.attach(net(), config(budget=budget)), inputs(4, 16)
+        optimizer = torch.optim.AdamW(adamss.trainable_parameters(model))
+        controller = adamss_torch.BudgetController(model, optimizer)
+
+        def step():
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        def trained():
+            return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+        whole = trained()
+        for _ in range(4):
+            step()
+        controller.compact()
+        best, expected = trained(), model(x)
+        step()
+        model.load_state_dict(best, strict=False)
+        assert torch.equal(model(x), expected)
+        before = self.adapter_state(model)
+        with pytest.raises(RuntimeError, match="size mismatch for layers"):
+            model.load_state_dict(whole, strict=False)
+        assert_same_state(self.adapter_state(model), before)
+        step()
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
