@@ -432,6 +432,32 @@ class Adapter(nn.Module):
         return found if {"B": B.shape, "C": C.shape} == self.shapes() else None
 
 
+class OnLoan:
+    """An attribute of a module for as long as there are adapters; `TorchBackend.remove` gives the former one back.
+
+    Parameters
+    ----------
+    module, name
+        Whose attribute it becomes.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        own = vars(module)
+        # What the module itself has, not its class: one thing or nothing.
+        former: tuple[Any, ...] = (own[name],) if name in own else ()
+        self.former = former[0].former if former and isinstance(former[0], OnLoan) else former
+        own[name] = self
+
+    @staticmethod
+    def give_back(module: nn.Module) -> None:
+        """Take all of them off a module."""
+        own = vars(module)
+        for name, value in [*own.items()]:
+            if isinstance(value, OnLoan):
+                del own[name]
+                own.update({name: former for former in value.former})
+
+
 def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state of adapters that says that the weights of their layers are no part of it."""
     marks = {name.removesuffix("labels") + HELD for name in state_dict if name.endswith(f"{CHILD}.labels")}

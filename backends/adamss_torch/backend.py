@@ -21,7 +21,7 @@ from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.absent import check_writable, execution_device, present
-from adamss_torch.adapter import BUFFERS, CHILD, Adapter
+from adamss_torch.adapter import BUFFERS, CHILD, Adapter, OnLoan
 from adamss_torch.functional import Plan, make_layout, update
 from adamss_torch.sharding import copy_into, is_sharded, local, rebuilt
 
@@ -302,6 +302,8 @@ class TorchBackend(Backend):
         else:
             delattr(owner, UNSYNCHRONISED)
         delattr(owner, RECORD)
+        for module in model.modules():
+            OnLoan.give_back(module)
         return model
 
     def fold(self, model: nn.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> nn.Module:

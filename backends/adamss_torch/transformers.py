@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Set
+from itertools import compress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +19,7 @@ from adamss.backend.interface import Adaptation
 from adamss.checkpoint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.config import BudgetConfig
 from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, MissingBackendError, StateError
-from adamss_torch.adapter import Adapter, without_weights
+from adamss_torch.adapter import Adapter, OnLoan, without_weights
 from adamss_torch.backend import TorchBackend, adapters_of, record_of
 from adamss_torch.budget import Allocation, BudgetController, bare_optimizer
 from adamss_torch.sharding import is_sharded
@@ -118,8 +120,10 @@ class AdamssCallback(TrainerCallback):
     # ---- events -----------------------------------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the model save what is trained."""
+        """Have the model save what is trained, and an optimiser that there is already load it."""
         _save_what_is_trained(kwargs["model"])
+        if kwargs.get("optimizer") is not None:
+            _load_with_empty_parameters(bare_optimizer(kwargs["optimizer"]))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put a controller on the optimiser, in the state of the checkpoint if there is one."""
@@ -127,6 +131,7 @@ class AdamssCallback(TrainerCallback):
         adaptation = _save_what_is_trained(model)
         self._remove()
         bare = bare_optimizer(kwargs["optimizer"])
+        _load_with_empty_parameters(bare)  # the next time, with the same Trainer
         # Loading a checkpoint has put it there.
         stored = bare.state.pop(KEY, None) or {}  # type: ignore[call-overload]
         if not any(is_sharded(adapter.B) for adapter in adapters_of(model).values()):
@@ -200,6 +205,35 @@ def _without_empty_parameters(optimizer: torch.optim.Optimizer, state_dict: dict
     return state_dict | {"state": state, "param_groups": groups}
 
 
+def _load_with_empty_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimiser that was made before the model was compacted take what `_without_empty_parameters` returns."""
+    if optimizer not in _PREPARED:
+        _PREPARED.add(optimizer)
+        optimizer.register_load_state_dict_pre_hook(_with_empty_parameters)
+
+
+_PREPARED: WeakSet[torch.optim.Optimizer] = WeakSet()
+
+
+def _with_empty_parameters(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Put the Parameters that nothing is left of back into a state that lacks them; None if it does not."""
+    ours, theirs = optimizer.param_groups, state_dict["param_groups"]
+    left = [[bool(p.numel()) for p in group["params"]] for group in ours]
+    if KEY not in state_dict["state"] or all(map(all, left)):
+        return None
+    if [sum(group) for group in left] != [len(group["params"]) for group in theirs]:
+        return None
+    numbers, groups, count = {}, [], 0
+    for kept, group in zip(left, theirs, strict=True):
+        places = range(count, count := count + len(kept))
+        numbers |= dict(zip(group["params"], compress(places, kept), strict=True))
+        groups.append(group | {"params": [*places]})
+    state = {numbers.get(number, number): value for number, value in state_dict["state"].items()}
+    return state_dict | {"state": state, "param_groups": groups}
+
+
 def _fingerprints(model: nn.Module) -> dict[str, list[Any]]:
     """Return what tells the base weights of the adapted layers from others, in plain values."""
     backend, modules = TorchBackend(), TorchBackend().modules(model)
@@ -244,33 +278,35 @@ def _save_what_is_trained(model: nn.Module) -> Adaptation:
     if adaptation.merged:
         raise StateError("AdamssCallback: the updates are merged; call adamss.unmerge(model) first")
     if hasattr(model, "save_pretrained"):
-        vars(model)["save_pretrained"] = _SavePretrained(model)
+        _SavePretrained(model)
         # The Trainer compares what a checkpoint lacks with this, and tells of the difference.
-        vars(model)["_keys_to_ignore_on_save"] = _Untrained(model)
+        _Untrained(model)
     else:
         vars(model).setdefault("_keys_to_ignore_on_save", None)
     return adaptation
 
 
-class _Untrained(Set[str]):
-    """The names of the frozen parameters of the base, as it is at the time.
+def _untrained(model: nn.Module) -> set[str]:
+    """Return the names of the frozen parameters of the base; none of a model that is merged, or has no adapters."""
+    adaptation = TorchBackend().adaptation(model)
+    if adaptation is None or adaptation.merged:
+        return set()
+    ours = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, p in named if not p.requires_grad and id(p) not in ours}
 
-    None of a model that is merged, or has not the adapters any more that it had.
-    """
+
+class _Untrained(OnLoan, Set[str]):
+    """In the place of a model's `_keys_to_ignore_on_save`: what is not trained at the time it is looked at."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, "_keys_to_ignore_on_save")
         self._model = model
         self._record = record_of(model)
 
     def _names(self) -> set[str]:
-        model, adaptation = self._model, TorchBackend().adaptation(self._model)
-        if adaptation is None or adaptation.merged or record_of(model) is not self._record:
-            return set()
-        ours = {
-            id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()
-        }
-        named = model.named_parameters(remove_duplicate=False)
-        return {name for name, p in named if not p.requires_grad and id(p) not in ours}
+        names = _untrained(self._model) if record_of(self._model) is self._record else set()
+        return names or {name for former in self.former for name in former or ()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._names()
@@ -282,21 +318,22 @@ class _Untrained(Set[str]):
         return len(self._names())
 
 
-class _SavePretrained:
+class _SavePretrained(OnLoan):
     """In the place of a model's `save_pretrained`: what is trained, as long as it has these adapters, not merged.
 
     An object that holds the model, and no closure: a copy of the model has one of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, "save_pretrained")
         self._model = model
-        self._untrained = _Untrained(model)
+        self._record = record_of(model)
 
     def __call__(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
     ) -> Any:
         model: Any = self._model
-        if not self._untrained:
+        if record_of(model) is not self._record or not _untrained(model):
             whole = type(model).save_pretrained
             return whole(model, save_directory, is_main_process=is_main_process, **options)
         for name in ("push_to_hub", "variant"):
@@ -312,7 +349,7 @@ class _SavePretrained:
 
 
 def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> None:
-    untrained = set(_Untrained(model))
+    untrained = _untrained(model)
     # Copies, for a file has no two names for one memory.
     kept = {name: tensor.detach().clone() for name, tensor in state_dict.items() if name not in untrained}
     folder.mkdir(parents=True, exist_ok=True)
@@ -324,5 +361,5 @@ def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> Non
 def _shrink(model: nn.Module, folder: Path) -> None:
     """Take the base out of what the Trainer has written."""
     weights = folder / TRAINER_FILE
-    if weights.is_file() and _Untrained(model):
+    if weights.is_file() and _untrained(model):
         _write(model, folder, load_file(weights))

@@ -82,7 +82,7 @@ def adapted(model=None, *, budget=SCHEDULE, head="classifier", **changes):
     return adamss.attach(bert() if model is None else model, config)
 
 
-def trainer_of(model, folder, *callbacks, steps=STEPS, **options):
+def trainer_of(model, folder, *callbacks, steps=STEPS, optimizers=(None, None), **options):
     settings = {
         "max_steps": steps,
         "per_device_train_batch_size": 4,
@@ -101,6 +101,7 @@ def trainer_of(model, folder, *callbacks, steps=STEPS, **options):
         train_dataset=Sentences(),
         eval_dataset=Sentences(8, seed=1),
         callbacks=list(callbacks),
+        optimizers=optimizers,
     )
 
 
@@ -249,6 +250,17 @@ class TestFiles:
         assert (tmp_path / "own" / "config.json").exists()
         assert bert().state_dict().keys() <= load_file(tmp_path / "own" / "model.safetensors").keys()
 
+    @pytest.mark.parametrize("verb", [adamss.detach, adamss.merge_and_unload])
+    def test_nothing_is_left_on_a_model_without_adapters(self, tmp_path, verb):
+        model = adapted()
+        model._keys_to_ignore_on_save = {"position_ids"}
+        trainer, _ = trained(model, tmp_path)
+        trainer.train()
+        model = verb(model)
+        assert [name for name, value in vars(model).items() if type(value).__module__.startswith("adamss")] == []
+        assert model._keys_to_ignore_on_save == {"position_ids"}
+        assert "save_pretrained" not in vars(model)
+
     def test_a_consolidated_model(self, tmp_path):
         trainer, _ = trained(adapted(), tmp_path)
         batch = Sentences()[3]["input_ids"][None]
@@ -311,6 +323,27 @@ class TestResuming:
         assert_same(ours(whole.model), ours(again.model))
         losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, again)]
         assert losses[0] == losses[1]
+
+    @pytest.mark.parametrize("step", [3, 6])
+    def test_an_optimizer_that_is_there_before_the_checkpoint(self, tmp_path, step):
+        """It holds the Parameters that compacting has left nothing of, and the checkpoint does not."""
+        schedule = adamss.BudgetConfig(target=1, start_step=1, end_step=5, interval=2)
+
+        def trainer(folder):
+            model = adapted(budget=schedule)
+            own = torch.optim.AdamW(adamss.trainable_parameters(model), lr=2e-2)
+            return trainer_of(model, folder, AdamssCallback(compact_at_end=True), optimizers=(own, None))
+
+        whole = trainer(tmp_path)
+        whole.train()
+        expected = {name: tensor.clone() for name, tensor in ours(whole.model).items()}
+        assert any(p.numel() == 0 for p in whole.model.parameters())
+        again = trainer(tmp_path / "2")
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same(ours(again.model), expected)
+        # Once more with the same Trainer, as in a notebook.
+        whole.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same(ours(whole.model), expected)
 
     @pytest.mark.parametrize("budget", [SCHEDULE, None])
     def test_other_base_weights(self, tmp_path, budget):
