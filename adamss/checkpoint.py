@@ -314,7 +314,8 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int 
 
     The temporary file of a process that was killed is left in the folder, under the name ``.NAME.PID-XXXXXXXX.tmp``,
     and the next write of NAME removes it. Writers hold a lock on theirs, so that those of the living stay, whatever
-    host they run on. Where the file system has no locks (and on Windows) none is removed.
+    host they run on. Where the file system has no locks (and on Windows) none is removed. Of a symbolic link, what it
+    leads to is replaced.
 
     Parameters
     ----------
@@ -328,7 +329,8 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int 
     Raises
     ------
     CheckpointError
-        If two tensors would have one name, or if `read` would refuse the file for the length of its names.
+        If two tensors would have one name, if `read` would refuse the file for the length of its names, or if there
+        is a device or a pipe at the path.
     OSError
         If the folder does not exist or cannot be written.
     """
@@ -694,6 +696,12 @@ def _stored_tensors(entries: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple
 
 
 def _replace(path: Path, content: bytes) -> None:
+    # What a link leads to is meant, and the link is to stay.
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(
+            f"{str(path)!r} is a device, pipe or socket, which a file would replace; take another name"
+        )
     _remove_stale(path)
     with _temporary(path) as (temporary, file):
         file.write(content)

@@ -156,6 +156,9 @@ class PeftAdapter:
         By module path.
     saved
         Tensors of ``modules_to_save`` by module path, then by name within the module.
+    base
+        Other tensors by module path and name, which are those of the base: PEFT writes the whole of ``lm_head`` or
+        the embeddings where one of them is adapted.
     """
 
     rank: int
@@ -164,6 +167,7 @@ class PeftAdapter:
     seed: int
     layers: Mapping[str, PeftLayer]
     saved: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+    base: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
 
 
 # ---- folders -----------------------------------------------------------------------------------------
@@ -331,13 +335,15 @@ def _assemble(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) 
     if not parts:
         raise CheckpointError("it adapts no layer")
     layers = {path: _layer(path, parts[path]) for path in sorted(parts)}
+    saved, base = _saved(rest, settings.get("modules_to_save"))
     return PeftAdapter(
         rank=named["r"],
         subspaces=named["num_subspaces"],
         subspace_rank=named["subspace_rank"],
         seed=_count(settings, "random_seed", minimum=0, default=0),
         layers=layers,
-        saved=_saved(rest, settings.get("modules_to_save")),
+        saved=saved,
+        base=base,
     )
 
 
@@ -380,8 +386,10 @@ def _layer(path: str, found: Mapping[str, Mapping[int, StoredTensor]]) -> PeftLa
     return PeftLayer(basis.numpy(), *arrays)
 
 
-def _saved(rest: Mapping[str, StoredTensor], names: Any) -> dict[str, dict[str, StoredTensor]]:
-    """Return the tensors that belong to no adapted layer, by the module that ``modules_to_save`` names."""
+def _saved(
+    rest: Mapping[str, StoredTensor], names: Any
+) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, dict[str, StoredTensor]]]:
+    """Return the tensors that are no factors: by the module that ``modules_to_save`` names; and the others."""
     if names is None:
         names = []
     if not isinstance(names, list) or not all(
@@ -395,6 +403,7 @@ def _saved(rest: Mapping[str, StoredTensor], names: Any) -> dict[str, dict[str, 
             f"its {CONFIG_FILE} has {len(names)} modules_to_save, and {MOST_NAMES} are read"
         )
     found: dict[str, dict[str, StoredTensor]] = {}
+    base: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in rest.items():
         # As PEFT: the outermost module whose path ends with one of the names.
         ends = (
@@ -405,16 +414,12 @@ def _saved(rest: Mapping[str, StoredTensor], names: Any) -> dict[str, dict[str, 
         )
         end = min(ends, default=None)
         if end is None:
-            why = (
-                "; PEFT saves the base's embeddings so: save it with save_embedding_layers=False"
-                if ".base_layer." in f".{key}"
-                else ""
-            )
-            raise CheckpointError(
-                f"its tensor {shown(PREFIX + key)} belongs to no adapted layer and no module to save{why}"
-            )
-        found.setdefault(key[:end], {})[key[end + 1 :]] = tensor
-    return found
+            module, _, own = key.rpartition(".")
+            module = f".{module}".removesuffix(".base_layer").removeprefix(".")
+            base.setdefault(module, {})[own] = tensor
+        else:
+            found.setdefault(key[:end], {})[key[end + 1 :]] = tensor
+    return found, base
 
 
 def _places(part: str, whole: str) -> Iterator[int]:

@@ -622,6 +622,24 @@ class TestWriting:
             adamss.save(model, path)
         assert path.read_bytes() == old
 
+    @pytest.mark.parametrize("name", ["", "a\0b"])
+    def test_no_name_at_all(self, name):
+        with pytest.raises(ConfigError, match="path must name a file"):
+            adamss.save(adapted(), name)
+
+    @pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+    def test_links_stay_and_pipes_are_refused(self, path, tmp_path):
+        link, pipe = tmp_path / "link", tmp_path / "pipe"
+        link.symlink_to(path.name)
+        adamss.save(adapted(2), link)
+        assert link.is_symlink()
+        assert adamss.load(base(), path)["layer.0.query"].factors.C.any()
+        assert path.read_bytes() == link.read_bytes()
+        os.mkfifo(pipe)
+        with pytest.raises(CheckpointError, match="is a device, pipe or socket"):
+            adamss.save(adapted(), pipe)
+        assert pipe.is_fifo()
+
     def test_a_folder_that_does_not_exist(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere"):
             adamss.save(adapted(), tmp_path / "nowhere" / "a.safetensors")

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import adamss
 from adamss import core
 from adamss.backend import NumpyLinear, NumpyModel, get_backend
-from adamss.errors import ConfigTypeError, StateError
+from adamss.errors import ConfigError, ConfigTypeError, StateError
 from adamss_conformance.tolerances import assert_agrees
 
 
@@ -61,6 +61,8 @@ def test_a_failed_export_writes_nothing(tmp_path):
     model = adapted([(4, 5)], rank=3, subspaces=2)
     with pytest.raises(ConfigTypeError, match="folder"):
         adamss.to_lora(model, 3)
+    with pytest.raises(ConfigError, match="folder must name"):
+        adamss.to_lora(model, "")
     with pytest.raises(StateError, match="to_lora"):
         adamss.to_lora(adamss.detach(model), tmp_path / "lora")
     assert not list(tmp_path.iterdir())

@@ -345,8 +345,8 @@ class Backend(ABC):
     def shared(self, model: Model, saved: Iterable[str]) -> Mapping[str, frozenset[str]]:
         """Return by what other names the tensors of these modules are known in the model (tied embeddings).
 
-        Names are as in a file: path of the module and name within it. An empty set: it has no other, in no model of
-        this framework. One that is missing has no other in this model, which may tie by what it computes all the same.
+        Names are as in a file: path of the module and name within it. An empty set: there is no other, in a model of
+        any framework. A tensor that is missing has no other name here, where models may tie by what they compute.
         The default is for frameworks in which two modules never hold one tensor.
 
         Parameters

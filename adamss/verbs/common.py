@@ -23,6 +23,7 @@ from adamss.core._array import namespace
 from adamss.errors import (
     AdamssWarning,
     CheckpointError,
+    ConfigError,
     ConfigTypeError,
     LayerError,
     StateError,
@@ -42,6 +43,7 @@ __all__ = [
     "require_one_path",
     "require_shared",
     "saved_arrays",
+    "tied_weights",
     "whole",
     "with_bias_row",
 ]
@@ -124,12 +126,15 @@ def with_bias_row(base: BaseWeight) -> Any:
     return xp.concat([base.W, xp.astype(xp.reshape(base.b, (1, -1)), base.W.dtype)], axis=0)
 
 
-def checked_path(path: str | os.PathLike[str], name: str = "path") -> str:
-    """Return a path as a string."""
+def checked_path(path: str | os.PathLike[str], name: str = "path", *, to_write: bool = False) -> str:
+    """Return a path as a string; one to write to names something."""
     try:
-        return os.fsdecode(path)
+        decoded = os.fsdecode(path)
     except TypeError as error:
         raise ConfigTypeError(f"{name} must be a string or a pathlib.Path, found {path!r}") from error
+    if to_write and (not decoded or "\0" in decoded):
+        raise ConfigError(f"{name} must name a file or folder, found {decoded!r}")
+    return decoded
 
 
 def require_modules(paths: list[str], modules: Mapping[str, Any]) -> None:
@@ -203,6 +208,28 @@ def require_shared(
                 f"modules_to_save: {shown(name)} and {shown(other)} are {tied} in this model, and were {other_way} "
                 "where the adapter was trained; tie or untie them in the base model (tie_word_embeddings)"
             )
+
+
+def tied_weights(backend: Backend, model: Model, layers: Iterable[str]) -> str:
+    """Return a clause that names the layers whose weight other modules have too; empty if there is none."""
+    modules, shared = backend.modules(model), backend.shared(model, list(layers))
+    tied = {}
+    for path in layers:
+        own = join_path(path, "weight")
+        # A layer that stands in two places is one all the same.
+        others = [
+            other
+            for other in shared.get(own, ())
+            if modules.get(other.rpartition(".")[0]) is not modules[path]
+        ]
+        if others:
+            tied[own] = ", ".join(sorted(others))
+    if not tied:
+        return ""
+    name, others_of_it = next(iter(tied.items()))
+    return f"{name} is one tensor with {others_of_it}" + (
+        f" (and {len(tied) - 1} more)" if len(tied) > 1 else ""
+    )
 
 
 def _require_agreement(name: str, others: Iterable[str], stored: Mapping[str, StoredTensor]) -> None:

@@ -17,7 +17,7 @@ from adamss._targets import match
 from adamss.backend.interface import Backend, BaseWeight, Model
 from adamss.backend.registry import backend_for
 from adamss.checkpoint import StoredTensor, join_path
-from adamss.config import AdamssConfig
+from adamss.config import AdamssConfig, shown
 from adamss.core import Factors
 from adamss.core._array import as_working_precision, check_matrix, device
 from adamss.errors import (
@@ -40,6 +40,7 @@ from adamss.verbs.common import (
     require_one_path,
     require_shared,
     saved_arrays,
+    tied_weights,
     whole,
 )
 
@@ -83,8 +84,9 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     -----
     AdamssWarning
         If there are ``modules_to_save``, which are no part of a LoRA: the message names the file beside it where they
-        are.
+        are. If the weight of an adapted layer is tied to another (embeddings and ``lm_head``).
     """
+    path = checked_path(folder, name="folder", to_write=True)
     backend, adaptation = adapted(model, "to_lora")
     modules = backend.modules(model)
     require_one_path(adaptation.layers, modules, "to_lora")
@@ -96,11 +98,18 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
             for name, array in backend.arrays(modules[path]).items()
         }
     targets = _shortest_targets(layers, modules)
-    path = checked_path(folder, name="folder")
     backend.once(model, lambda: write_lora(path, layers, targets=targets, saved=saved))
     written = LoraFolder.of(path, layers, saved)
     if saved:
         warnings.warn(f"to_lora: {written}", AdamssWarning, stacklevel=2)
+    tied = tied_weights(backend, model, layers)
+    if tied:
+        warnings.warn(
+            f"to_lora: {tied}; the LoRA is right as long as it is not merged: PEFT's merge_and_unload and servers "
+            "that merge would change both (adamss.merge_and_unload does not)",
+            AdamssWarning,
+            stacklevel=2,
+        )
     return written
 
 
@@ -143,6 +152,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
     AdamssWarning
         If subspaces are frozen: the format has no mask, and PEFT would train all of them.
     """
+    path = checked_path(folder, name="folder", to_write=True)
     backend, adaptation = adapted(model, "to_peft")
     modules, config = backend.modules(model), adaptation.config
     require_one_path(adaptation.layers, modules, "to_peft")
@@ -181,7 +191,6 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
             AdamssWarning,
             stacklevel=2,
         )
-    path = checked_path(folder, name="folder")
     settings = peft.adamss_config(
         config,
         subspace_rank=max(A.shape[0] for layer in layers.values() for A in layer.A),
@@ -241,12 +250,16 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
         require_distinct(list(adapter.layers), modules)
         require_one_path(adapter.layers, modules, "from_peft")
         # PEFT trains a copy of what it saves.
-        alone = {join_path(path, name): frozenset[str]() for path, own in adapter.saved.items() for name in own}
+        alone = {
+            join_path(path, name): frozenset[str]() for path, own in adapter.saved.items() for name in own
+        }
         require_shared(backend, base_model, adapter.saved, alone, modules)
         saved = {
             module_path: saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
             for module_path, tensors in adapter.saved.items()
         }
+        for module_path, tensors in adapter.base.items():
+            _require_base(backend, modules, module_path, tensors)
         layers = {}
         with progress(len(adapter.layers)) as count:
             for layer_path in filter(adapter.layers.__contains__, modules):
@@ -264,6 +277,22 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
             seed=adapter.seed,
         )
         return backend.insert(base_model, layers, config=config, saved=saved)
+
+
+def _require_base(
+    backend: Backend, modules: Mapping[str, Any], path: str, tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Check that the tensors of a folder that are no part of the adapter are those of the base."""
+    arrays = backend.arrays(modules[path]) if path in modules else {}
+    for name, tensor in tensors.items():
+        what = f"its tensor {shown(join_path(path, name))} belongs to no adapted layer and no module to save"
+        if name not in arrays:
+            raise CheckpointError(f"{what}, and the model has none of the name")
+        present = backend.to_stored(backend.whole(arrays[name]))
+        if present.shape != tensor.shape or not np.array_equal(present.numpy(), tensor.numpy()):
+            raise CheckpointError(
+                f"{what}, and is another than in this base, which the adapter was not trained on"
+            )
 
 
 def _shortest_targets(layers: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str] | str:

@@ -63,7 +63,10 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     CheckpointError
         If two tensors would have one name, or if names are so long, and the layers so small, that `load` would take
         the file for a hostile one. Nothing is written.
+    ConfigError
+        If the path is empty.
     """
+    path = checked_path(path, to_write=True)
     backend, adaptation = adapted(model, "save")
     if adaptation.merged:
         require_kept_base(adaptation, "save")
@@ -87,7 +90,7 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
     shared = backend.shared(model, saved)
     checkpoint = Checkpoint(adaptation.config, layers, saved, writer, shared)
-    backend.once(model, lambda: files.write(checked_path(path), checkpoint, modules=len(modules)))
+    backend.once(model, lambda: files.write(path, checkpoint, modules=len(modules)))
 
 
 def load(

@@ -15,7 +15,7 @@ from adamss.errors import (
     ArrayValueError,
     StateError,
 )
-from adamss.verbs.common import adapted, base_weight, require_kept_base, whole
+from adamss.verbs.common import adapted, base_weight, require_kept_base, tied_weights, whole
 
 __all__ = ["consolidate", "merge", "merge_and_unload", "unmerge"]
 
@@ -50,7 +50,8 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     Warns
     -----
     AdamssWarning
-        If the rounding to the dtype of a weight lost more than 5 % of its update.
+        If the rounding to the dtype of a weight lost more than 5 % of its update. If a weight was tied to another
+        (embeddings and ``lm_head``): it is one of its own from then on.
     """
     _, adaptation = adapted(model, "merge")
     if adaptation.merged:
@@ -86,7 +87,8 @@ def merge_and_unload(model: Model) -> Model:
     Warns
     -----
     AdamssWarning
-        If the rounding to the dtype of a weight lost more than 5 % of its update.
+        If the rounding to the dtype of a weight lost more than 5 % of its update. If a weight was tied to another
+        (embeddings and ``lm_head``): it is one of its own from then on.
     """
     backend, adaptation = adapted(model, "merge_and_unload")
     if not adaptation.merged:
@@ -203,9 +205,18 @@ def _merged(model: Model, verb: str, *, keep_base: bool) -> Model:
             AdamssWarning,
             stacklevel=3,
         )
+    tied = tied_weights(backend, model, adaptation.layers)
     if adaptation.folded:
         model = backend.unfold(model)
-    return backend.fold(model, merged, keep_base=keep_base)
+    model = backend.fold(model, merged, keep_base=keep_base)
+    if tied:
+        warnings.warn(
+            f"{verb}: {tied} in the base; it has a merged weight of its own now: save the model as an untied one "
+            "(tie_word_embeddings=False), for tying it again, or loading it into a tied one, loses the update",
+            AdamssWarning,
+            stacklevel=3,
+        )
+    return model
 
 
 def _spread(backend: Backend, merged: core.Merged, base: BaseWeight) -> core.Merged:

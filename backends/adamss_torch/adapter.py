@@ -408,7 +408,12 @@ class Adapter(nn.Module):
             rows, columns = int(ranks[owned].sum()), int(owned[labels.to(ranks.device, torch.int64)].sum())
             whole = self.shapes()
             (q, P), (r, n) = whole["B"], whole["C"]
-            expected |= {"B": (rows, P), "C": (r, columns), "rest_B": (q - rows, P), "rest_C": (r, n - columns)}
+            expected |= {
+                "B": (rows, P),
+                "C": (r, columns),
+                "rest_B": (q - rows, P),
+                "rest_C": (r, n - columns),
+            }
         return [
             f"size mismatch for {prefix}{name}: the state has shape {tuple(tensor.shape)}, this model "
             f"{expected[name]}."
@@ -444,8 +449,10 @@ class OnLoan:
     def __init__(self, module: nn.Module, name: str) -> None:
         own = vars(module)
         # What the module itself has, not its class: one thing or nothing.
-        former: tuple[Any, ...] = (own[name],) if name in own else ()
-        self.former = former[0].former if former and isinstance(former[0], OnLoan) else former
+        former = own.get(name)
+        self.former: tuple[Any, ...] = (former,) if name in own else ()
+        if isinstance(former, OnLoan):
+            self.former = former.former
         own[name] = self
 
     @staticmethod
@@ -455,7 +462,8 @@ class OnLoan:
         for name, value in [*own.items()]:
             if isinstance(value, OnLoan):
                 del own[name]
-                own.update({name: former for former in value.former})
+                if value.former:
+                    (own[name],) = value.former
 
 
 def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

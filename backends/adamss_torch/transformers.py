@@ -206,7 +206,7 @@ def _without_empty_parameters(optimizer: torch.optim.Optimizer, state_dict: dict
 
 
 def _load_with_empty_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimiser that was made before the model was compacted take what `_without_empty_parameters` returns."""
+    """Have an optimiser take what `_without_empty_parameters` returns, though it was made before the compaction."""
     if optimizer not in _PREPARED:
         _PREPARED.add(optimizer)
         optimizer.register_load_state_dict_pre_hook(_with_empty_parameters)
@@ -225,7 +225,8 @@ def _with_empty_parameters(
         return None
     if [sum(group) for group in left] != [len(group["params"]) for group in theirs]:
         return None
-    numbers, groups, count = {}, [], 0
+    numbers: dict[int, int] = {}
+    groups, count = [], 0
     for kept, group in zip(left, theirs, strict=True):
         places = range(count, count := count + len(kept))
         numbers |= dict(zip(group["params"], compress(places, kept), strict=True))

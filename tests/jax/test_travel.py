@@ -358,7 +358,9 @@ def test_a_file_says_what_was_one_tensor(origin, to, tmp_path):
     load = lambda: adamss.load(PAIRS[to](), tmp_path / "a.safetensors")  # noqa: E731
     here, there = (", tied" in name for name in (to, origin))
     if there and not here:
-        with pytest.raises(adamss.errors.CheckpointError, match="are two tensors in this model, and were one"):
+        with pytest.raises(
+            adamss.errors.CheckpointError, match="are two tensors in this model, and were one"
+        ):
             load()
     elif here and not there and "torch" in origin:
         with pytest.raises(adamss.errors.CheckpointError, match="are one tensor in this model, and were two"):

@@ -127,6 +127,23 @@ def test_saved_modules_are_put_beside_it(net, config, train, tmp_path):
     assert not written.saved.exists(), "the file of an earlier export was left"
 
 
+def test_a_tied_weight_is_told_of(tmp_path):
+    """PEFT merges into the embeddings as well."""
+    base = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
+    adamss.attach(base, adamss.AdamssConfig(targets=["lm_head"], rank=8, subspaces=4))
+    with pytest.warns(adamss.AdamssWarning, match=r"lm_head\.weight is one tensor with model\.embed_tokens"):
+        adamss.to_lora(base, tmp_path)
+
+
 def test_an_update_of_a_bias_is_refused_and_a_zero_one_is_not(net, config, train, tmp_path):
     model = adamss.attach(net(), config(include_bias=True))
     adamss.to_lora(model, tmp_path / "zero")

@@ -257,7 +257,9 @@ class TestFiles:
         trainer, _ = trained(model, tmp_path)
         trainer.train()
         model = verb(model)
-        assert [name for name, value in vars(model).items() if type(value).__module__.startswith("adamss")] == []
+        assert [
+            name for name, value in vars(model).items() if type(value).__module__.startswith("adamss")
+        ] == []
         assert model._keys_to_ignore_on_save == {"position_ids"}
         assert "save_pretrained" not in vars(model)
 
