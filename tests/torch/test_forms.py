@@ -437,8 +437,12 @@ class TestAnotherFormUnderAnOptimizer:
 
     @pytest.mark.parametrize(
         "options",
-        [{}, {"target": 1, "targets": ["layers.0.query"], "subspace_rank": 1}],
-        ids=["some", "one row"],
+        [
+            {},
+            {"target": 1, "targets": ["layers.0.query"], "subspace_rank": 1},
+            {"modules_to_save": ["classifier"]},
+        ],
+        ids=["some", "one row", "and a head that keeps its own"],
     )
     @pytest.mark.parametrize("name", MAKERS)
     def test_they_begin_anew(self, compacted, name, options):
