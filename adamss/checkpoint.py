@@ -312,7 +312,7 @@ def join_path(path: str, name: str) -> str:
 def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int = MODULES) -> None:
     """Write a file: to a temporary one in the same folder, then renamed, so that a crash leaves the old one.
 
-    The temporary file of a process that was killed is left in the folder, under the name ``.NAME.PID-XXXXXXXX.tmp``,
+    The temporary file of a process that was killed is left in the folder, as ``.NAME.PID-HEX.tmp`` with eight digits,
     and the next write of NAME removes it. Writers hold a lock on theirs, so that those of the living stay, whatever
     host they run on. Where the file system has no locks (and on Windows) none is removed. Of a symbolic link, what it
     leads to is replaced.

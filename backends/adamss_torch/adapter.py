@@ -390,36 +390,37 @@ class Adapter(nn.Module):
         )
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-        """Return what of a state does not fit, in PyTorch's words: not a part of it may be loaded then."""
+        """Return a message for each tensor of a state that does not fit; nothing of it is to be loaded then."""
         given: dict[str, Tensor] = {
             name: state_dict[f"{prefix}{name}"] for name in PERSISTENT if f"{prefix}{name}" in state_dict
         }
+        owned = given.get("owned") if "labels" in given else self.owned
+        labels, ranks = (given.get(name, getattr(self, name)) for name in ("labels", "ranks"))
+        if any(tensor is not None and tensor.is_meta for tensor in (self.labels, labels, ranks, owned)):
+            return []
         expected = {name: tuple(getattr(self, name).shape) for name in ("A", "labels", "ranks", "active")}
         expected["owned"] = expected["active"]
-        fixed = {name: tensor for name, tensor in given.items() if name in expected}
-        if all(tuple(tensor.shape) == expected[name] for name, tensor in fixed.items()):
-            owned = given.get("owned") if "labels" in given else self.owned
-            labels, ranks = (given.get(name, getattr(self, name)) for name in ("labels", "ranks"))
-            if labels.is_meta or ranks.is_meta or (owned is not None and owned.is_meta):
-                return []
-            if int(labels.min()) < 0 or int(labels.max()) >= len(ranks) or int(ranks.min()) < 0:
-                return [f"{prefix}labels, {prefix}ranks: no subspace of this layer has such a number."]
-            owned = torch.ones_like(ranks, dtype=torch.bool) if owned is None else owned.to(ranks.device)
-            rows, columns = int(ranks[owned].sum()), int(owned[labels.to(ranks.device, torch.int64)].sum())
-            whole = self.shapes()
-            (q, P), (r, n) = whole["B"], whole["C"]
+        if owned is None or tuple(owned.shape) == expected["owned"]:
+            # In the form of the state.
+            everything = torch.ones_like(self.active)
+            rows, columns = map(len, self._places(everything if owned is None else owned.to(everything)))
+            (q, P), (r, n) = self.shapes().values()
             expected |= {
                 "B": (rows, P),
                 "C": (r, columns),
                 "rest_B": (q - rows, P),
                 "rest_C": (r, n - columns),
             }
-        return [
+        misfits = [
             f"size mismatch for {prefix}{name}: the state has shape {tuple(tensor.shape)}, this model "
             f"{expected[name]}."
             for name, tensor in given.items()
             if name in expected and tuple(tensor.shape) != expected[name]
         ]
+        inside = int(labels.min()) >= 0 and int(labels.max()) < len(ranks) and int(ranks.min()) >= 0
+        if misfits or (inside and int(ranks.sum()) == int(self.ranks.sum())):
+            return misfits
+        return [f"{prefix}labels, {prefix}ranks: they are none of subspaces of this layer."]
 
     def _factors_in(self, state_dict: Mapping[str, Any], prefix: str) -> Factors | None:
         """Return the factors in a state, whole; None if they are not there or for a layer of another shape."""

@@ -147,7 +147,7 @@ def _forget_misfits(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
             values = [value for value in state.values() if isinstance(value, Tensor) and value.numel() != 1]
             if any(value.shape in former or not _fits(value, parameter.shape) for value in values):
                 del optimizer.state[parameter]
-                if isinstance(optimizer, torch.optim.SGD) and group["fused"] and parameter.numel():
+                if isinstance(optimizer, torch.optim.SGD) and group.get("fused") and parameter.numel():
                     # Its kernel wants momentum of all of a group or of none; of zeros comes what comes of none.
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 forgotten += 1

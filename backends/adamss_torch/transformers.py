@@ -205,14 +205,15 @@ def _without_empty_parameters(optimizer: torch.optim.Optimizer, state_dict: dict
     return state_dict | {"state": state, "param_groups": groups}
 
 
+_PREPARED: WeakSet[torch.optim.Optimizer] = WeakSet()
+"""Optimisers that have the hook already."""
+
+
 def _load_with_empty_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Have an optimiser take what `_without_empty_parameters` returns, though it was made before the compaction."""
     if optimizer not in _PREPARED:
         _PREPARED.add(optimizer)
         optimizer.register_load_state_dict_pre_hook(_with_empty_parameters)
-
-
-_PREPARED: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 def _with_empty_parameters(

@@ -55,6 +55,22 @@ def net() -> Callable[..., Net]:
 
 
 @pytest.fixture
+def causal_lm() -> Callable[..., torch.nn.Module]:
+    """Return a maker of small language models with the same weights every time, their head tied or not."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def make(*, tied: bool) -> torch.nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(vocab_size=32, tie_word_embeddings=tied, **sizes)
+            )
+
+    return make
+
+
+@pytest.fixture
 def config() -> Callable[..., adamss.AdamssConfig]:
     def make(**changes) -> adamss.AdamssConfig:
         settings = {"targets": ["query", "value"], "rank": 6, "subspaces": 3, "subspace_rank": 2}

@@ -534,9 +534,28 @@ class TestStatesThatDoNotFit:
         before = self.adapter_state(model)
         state = copy.deepcopy(model.state_dict())
         state[f"layers.0.query.adamss.{name}"][0] = value
-        with pytest.raises(RuntimeError, match=r"no subspace of this layer|size mismatch"):
+        with pytest.raises(RuntimeError, match="none of subspaces of this layer"):
             model.load_state_dict(state)
         assert_same_state(self.adapter_state(model), before)
+
+    def test_compacted_in_another_grouping(self, net, config):
+        """As many subspaces, of other columns: the parts that are left have other shapes."""
+        contiguous, grouped = (
+            adamss.attach(net(), config(segmentation=kind)) for kind in ("contiguous", "kmeans")
+        )
+        for layer in contiguous.modules():
+            if isinstance(layer, adamss_torch.adapter.Adapter):
+                layer.compact(torch.tensor([True, False, False]))
+        before = self.adapter_state(grouped)
+        with pytest.raises(RuntimeError, match=r"size mismatch for .*\.C"):
+            grouped.load_state_dict(contiguous.state_dict())
+        assert_same_state(self.adapter_state(grouped), before)
+
+    def test_onto_the_meta_device(self, net, config, inputs, train):
+        model, x = train(adamss.attach(net(), config())), inputs(4, 16)
+        empty = copy.deepcopy(model).to("meta")
+        empty.load_state_dict(model.state_dict(), assign=True)
+        assert torch.equal(empty(x), model(x))
 
     def test_trained_numbers_alone(self, net, config, inputs):
         """An average of the parameters, or the best so far, of a model that was compacted in between."""

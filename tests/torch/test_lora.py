@@ -127,18 +127,9 @@ def test_saved_modules_are_put_beside_it(net, config, train, tmp_path):
     assert not written.saved.exists(), "the file of an earlier export was left"
 
 
-def test_a_tied_weight_is_told_of(tmp_path):
+def test_a_tied_weight_is_told_of(causal_lm, tmp_path):
     """PEFT merges into the embeddings as well."""
-    base = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            tie_word_embeddings=True,
-        )
-    )
+    base = causal_lm(tied=True)
     adamss.attach(base, adamss.AdamssConfig(targets=["lm_head"], rank=8, subspaces=4))
     with pytest.warns(adamss.AdamssWarning, match=r"lm_head\.weight is one tensor with model\.embed_tokens"):
         adamss.to_lora(base, tmp_path)

@@ -509,29 +509,14 @@ class TestTiedWeights:
                 adamss.load(other, tmp_path / "a.safetensors")
 
 
-def test_a_head_that_peft_writes_whole_besides(tmp_path):
-    transformers = pytest.importorskip("transformers")
-
-    def llama():
-        config = transformers.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            tie_word_embeddings=False,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return transformers.LlamaForCausalLM(config)
-
+def test_a_head_that_peft_writes_whole_besides(causal_lm, tmp_path):
     tokens = torch.arange(9)[None]
     options = {"target_modules": ["q_proj", "lm_head"], "r": 8}
-    theirs = trained_by_peft(llama(), tmp_path, lambda m: m(tokens).logits, **options)
+    theirs = trained_by_peft(causal_lm(tied=False), tmp_path, lambda m: m(tokens).logits, **options)
     assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
-    model = adamss.from_peft(llama(), tmp_path)
+    model = adamss.from_peft(causal_lm(tied=False), tmp_path)
     torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-5)
-    other = llama()
+    other = causal_lm(tied=False)
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1
     with pytest.raises(errors.CheckpointError, match=r"'lm_head\.weight'.*another than in this base"):
