@@ -7,7 +7,6 @@ imports no framework.
 """
 
 from adamss import core, errors
-from adamss._summary import Summary, SummaryRow
 from adamss.config import AdamssConfig, BudgetConfig
 from adamss.errors import AdamssError, AdamssWarning
 from adamss.verbs import (
@@ -26,6 +25,7 @@ from adamss.verbs import (
     trainable_parameters,
     unmerge,
 )
+from adamss.verbs.table import Summary, SummaryRow
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,10 @@ import math
 import sys
 from collections.abc import Sequence
 
-from adamss import __version__, checkpoint
-from adamss._summary import Summary, summarise, total
+from adamss import __version__
 from adamss.errors import AdamssError
+from adamss.io import checkpoint
+from adamss.verbs.table import Summary, summarise, total
 
 __all__ = ["main"]
 

@@ -11,10 +11,13 @@ from numbers import Real
 from operator import index
 from typing import Any, Literal, Self, TypeVar
 
-from adamss.core import BASES, INITIAL_B, METHODS
 from adamss.errors import ConfigError, ConfigTypeError
 
-__all__ = ["AdamssConfig", "BudgetConfig", "shown"]
+__all__ = ["BASES", "INITIAL_B", "SEGMENTATIONS", "AdamssConfig", "BudgetConfig", "shown"]
+
+SEGMENTATIONS = ("kmeans", "spectral", "ksubspaces", "contiguous", "random")
+BASES = ("shared", "per_subspace")
+INITIAL_B = ("orthonormal", "weighted")
 
 UNITS = ("subspaces", "parameters")
 LARGEST_POWER = 100
@@ -209,7 +212,7 @@ class AdamssConfig:
                 f"write [{shown(self.modules_to_save)}]"
             )
         _set_names(self, "modules_to_save")
-        _check_choice(self, "segmentation", METHODS)
+        _check_choice(self, "segmentation", SEGMENTATIONS)
         _check_choice(self, "basis", BASES)
         _check_choice(self, "initial_B", INITIAL_B)
         if self.factor_dtype is not None:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import adamss
-from adamss import checkpoint
 from adamss.backend import NumpyLinear, NumpyModel
+from adamss.io import checkpoint
 
 NAME = "adapter.safetensors"
 

@@ -43,7 +43,7 @@ CONFIG = adamss.AdamssConfig(targets=["query", "value"], rank=4, subspaces=3, mo
 
 
 @pytest.mark.parametrize(
-    "module", ["adamss", "adamss.core", "adamss.backend", "adamss.checkpoint", "adamss.cli"]
+    "module", ["adamss", "adamss.core", "adamss.backend", "adamss.io.checkpoint", "adamss.cli"]
 )
 def test_importing_imports_no_framework(module):
     code = (

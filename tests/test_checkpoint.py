@@ -14,9 +14,12 @@ import safetensors.numpy
 from safetensors import safe_open
 
 import adamss
-from adamss import checkpoint, cli, core
+from adamss import cli, core
 from adamss.backend import NumpyLinear, NumpyModel
+from adamss.backend.tensors import StoredTensor
+from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError, ConfigError
+from adamss.io import checkpoint, reader, writer
 
 
 def base(seed=0, d=12, n=10):
@@ -58,7 +61,7 @@ def rewrite_with_checksum(path, **changes):
     rewrite(path, **changes)
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
-    tensors = dict(checkpoint._stored_tensors(checkpoint._deserialize(path.read_bytes())))
+    tensors = dict(reader.stored_tensors(reader.deserialize(path.read_bytes())))
     rewrite(path, metadata={"checksum": checkpoint._checksum(tensors, metadata)})
 
 
@@ -105,7 +108,7 @@ class TestContent:
     def test_bfloat16_is_widened_without_loss(self):
         values = np.asarray([1.0, -2.5, 3.140625], dtype=np.float32)
         bits = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
-        assert np.array_equal(checkpoint.StoredTensor("bfloat16", (3,), bits).numpy(), values)
+        assert np.array_equal(StoredTensor("bfloat16", (3,), bits).numpy(), values)
 
     def test_a_saved_module_travels(self, tmp_path):
         config = adamss.AdamssConfig(targets=["query"], modules_to_save=["head"], rank=3)
@@ -124,14 +127,14 @@ class TestContent:
 class TestFingerprint:
     def test_survives_rounding_and_tells_weights_apart(self):
         W = np.random.default_rng(0).standard_normal((200, 300))
-        mark = checkpoint.fingerprint(W)
+        mark = fingerprint(W)
         assert mark.norm == pytest.approx(np.linalg.norm(W))
         rounded = (W.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-        assert mark.difference(checkpoint.fingerprint(rounded)) < checkpoint.FINGERPRINT_TOLERANCE
-        assert mark.difference(checkpoint.fingerprint(W.astype(np.float16))) < 1e-3
-        assert mark.difference(checkpoint.fingerprint(W[::-1])) > 0.1
-        assert mark.difference(checkpoint.fingerprint(W.T)) == float("inf")
-        zero = checkpoint.fingerprint(np.zeros((2, 2)))
+        assert mark.difference(fingerprint(rounded)) < FINGERPRINT_TOLERANCE
+        assert mark.difference(fingerprint(W.astype(np.float16))) < 1e-3
+        assert mark.difference(fingerprint(W[::-1])) > 0.1
+        assert mark.difference(fingerprint(W.T)) == float("inf")
+        zero = fingerprint(np.zeros((2, 2)))
         assert zero.difference(zero) == 0.0
 
     @pytest.mark.parametrize(
@@ -149,9 +152,9 @@ class TestFingerprint:
     )
     def test_numbers_that_compare_with_nothing_are_no_match(self, changes):
         true = {"shape": (2, 3), "norm": 10.0, "projections": (1.0, 2.0, 3.0)}
-        mark, lie = checkpoint.Fingerprint(**true), checkpoint.Fingerprint(**(true | changes))
-        assert mark.difference(lie) > checkpoint.FINGERPRINT_TOLERANCE
-        assert lie.difference(mark) > checkpoint.FINGERPRINT_TOLERANCE
+        mark, lie = Fingerprint(**true), Fingerprint(**(true | changes))
+        assert mark.difference(lie) > FINGERPRINT_TOLERANCE
+        assert lie.difference(mark) > FINGERPRINT_TOLERANCE
 
 
 class TestBadFiles:
@@ -210,7 +213,7 @@ class TestBadFiles:
                     raise MemoryError
                 return super().read(size)
 
-        monkeypatch.setattr(checkpoint, "open", lambda path, mode: Large(path, mode), raising=False)
+        monkeypatch.setattr(reader, "open", lambda path, mode: Large(path, mode), raising=False)
         self.refused(path, "there is no memory for its")
 
     def test_other_peoples_files(self, path, tmp_path):
@@ -295,14 +298,14 @@ class TestBadFiles:
             "bfloat16": 0x7F7F,
         }
         entries = [0] * (1 << 16) + [bits[dtype]]
-        tensor = lambda: checkpoint.StoredTensor(  # noqa: E731
+        tensor = lambda: StoredTensor(  # noqa: E731
             dtype, (len(entries),), b"".join(entry.to_bytes(size, "little") for entry in entries)
         )
         assert tensor().is_finite()
         entries[-1] += 1
         assert not tensor().is_finite()
         assert not np.isfinite(tensor().numpy()[-1])
-        assert checkpoint.StoredTensor("uint8", (1,), b"\xff").is_finite()
+        assert StoredTensor("uint8", (1,), b"\xff").is_finite()
 
     def base_of(self, path, **changes):
         with safe_open(path, framework="numpy") as file:
@@ -399,12 +402,12 @@ class TestBadFiles:
             tracemalloc.stop()
 
     def test_booleans_that_are_none(self, path):
-        tensors = dict(checkpoint._stored_tensors(checkpoint._deserialize(path.read_bytes())))
+        tensors = dict(reader.stored_tensors(reader.deserialize(path.read_bytes())))
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
-        tensors["layer.0.query.active"] = checkpoint.StoredTensor("bool", (3,), b"\x01\x02\x00")
+        tensors["layer.0.query.active"] = StoredTensor("bool", (3,), b"\x01\x02\x00")
         metadata["checksum"] = checkpoint._checksum(tensors, metadata)
-        checkpoint.write_tensors(path, tensors, metadata)
+        writer.write_tensors(path, tensors, metadata)
         self.refused(path, "'layer.0.query.active' holds booleans that are neither 0 nor 1")
 
     def test_a_bit_flipped_in_the_metadata_is_noticed(self, path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import adamss
-from adamss import checkpoint, cli
+from adamss import cli
+from adamss.io import checkpoint
 
 DATA = Path(__file__).parent / "data"
 FILES = sorted(DATA.glob("v*.safetensors"))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import adamss
 from adamss import core
 from adamss.backend import NumpyLinear, NumpyModel, get_backend
-from adamss.checkpoint import read
 from adamss.errors import ArrayTypeError, ArrayValueError, StateError
+from adamss.io.checkpoint import read
 from adamss_conformance.tolerances import assert_agrees
 
 PATHS = ("block.query", "block.value")

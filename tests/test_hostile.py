@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adamss import checkpoint, core
+from adamss import core
 from adamss.errors import CheckpointError
+from adamss.io import checkpoint, reader, writer
 from adamss.verbs import files
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, fork and limits of POSIX")
@@ -59,7 +60,7 @@ def slightly_wrong(M, C, *others, U=None):
         (checkpoint, "_check_layer", lambda *_: None, "a layer of very many directions"),
         (checkpoint, "check_factors", lambda *_, **__: None, "labels: other numbers"),
         (checkpoint, "_check_places", lambda *_: None, "paths: layers and saved modules that clash"),
-        (checkpoint, "_check_room", lambda *_: None, "header: deep, wide or long JSON"),
+        (reader, "_check_room", lambda *_: None, "header: deep, wide or long JSON"),
         (files, "require_modules", lambda *_: None, "paths: a layer renamed with its tensors"),
         (core, "factors_from_directions", slightly_wrong, "nothing at all"),
     ],
@@ -125,8 +126,8 @@ def test_temporaries_of_the_living_stay_and_those_of_the_dead_go(tmp_path):
     others = [tmp_path / name for name in (".b.txt.999-0123abcd.tmp", ".a.txt.tmp", ".a.txt.x-0123abcd.tmp")]
     for file in (dead, *others):
         file.write_text("half")
-    with checkpoint._temporary(path) as (living, _):
-        checkpoint.write_text(path, "whole")
+    with writer._temporary(path) as (living, _):
+        writer.write_text(path, "whole")
         assert living.exists()
     living.unlink()
     assert sorted(tmp_path.iterdir()) == sorted([path, *others])
@@ -135,7 +136,7 @@ def test_temporaries_of_the_living_stay_and_those_of_the_dead_go(tmp_path):
 
 @posix
 def test_a_writer_whose_temporary_was_taken_away_makes_another(tmp_path, monkeypatch):
-    lock, taken = checkpoint._lock, []
+    lock, taken = writer._lock, []
 
     def lock_late(descriptor):
         # Another writer comes between the opening and the locking.
@@ -145,8 +146,8 @@ def test_a_writer_whose_temporary_was_taken_away_makes_another(tmp_path, monkeyp
             temporary.unlink()
         return lock(descriptor)
 
-    monkeypatch.setattr(checkpoint, "_lock", lock_late)
-    checkpoint._replace(tmp_path / "a", b"whole")
+    monkeypatch.setattr(writer, "_lock", lock_late)
+    writer.replace(tmp_path / "a", b"whole")
     assert len(taken) == 1
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"whole")]
 
@@ -155,8 +156,8 @@ def test_a_writer_whose_temporary_was_taken_away_makes_another(tmp_path, monkeyp
 def test_without_locks_no_temporary_is_removed(tmp_path, monkeypatch):
     dead = tmp_path / ".a.999-0123abcd.tmp"
     dead.write_text("half")
-    monkeypatch.setattr(checkpoint, "_lock", lambda descriptor: None)
-    checkpoint.write_text(tmp_path / "a", "whole")
+    monkeypatch.setattr(writer, "_lock", lambda descriptor: None)
+    writer.write_text(tmp_path / "a", "whole")
     assert dead.exists()
     assert (tmp_path / "a").read_text() == "whole"
 

@@ -22,7 +22,7 @@ from adamss.core._array import Array, device, namespace
 from adamss.errors import StateError
 
 if TYPE_CHECKING:
-    from adamss.checkpoint import StoredTensor
+    from adamss.backend.tensors import StoredTensor
     from adamss.config import AdamssConfig
 
 __all__ = [

@@ -11,7 +11,7 @@ import numpy as np
 
 from adamss import core
 from adamss.backend.interface import Adaptation, Backend, BaseWeight, without_folded
-from adamss.checkpoint import StoredTensor
+from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Gradients, Merged
 from adamss.core._array import namespace

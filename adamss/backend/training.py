@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from adamss.backend.interface import Adaptation, Backend, Model
-from adamss.checkpoint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.config import BudgetConfig
+from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import ConfigError, ConfigTypeError, StateError
 
 __all__ = ["adaptation_in_training", "identity", "same_subspaces", "schedule_of"]
@@ -70,7 +70,7 @@ def identity(A: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[flo
     Returns
     -------
     tuple of float
-        A checksum of the labels, exact in float32, then the `adamss.checkpoint.Fingerprint` of the basis.
+        A checksum of the labels, exact in float32, then the `adamss.core.fingerprint.Fingerprint` of the basis.
     """
     checksum = zlib.crc32(labels.astype("<i8").tobytes()) & 0xFFFFFF
     basis = fingerprint(A.reshape(-1, A.shape[-1]))

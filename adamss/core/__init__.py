@@ -21,8 +21,6 @@ from adamss.core.counting import (
 )
 from adamss.core.decomposition import Decomposition, decompose
 from adamss.core.factors import (
-    BASES,
-    INITIAL_B,
     Factors,
     Gradients,
     Merged,
@@ -58,12 +56,9 @@ from adamss.core.representation import (
     ordering,
     subspace_energy,
 )
-from adamss.core.segmentation import METHODS, group_sizes, segment
+from adamss.core.segmentation import group_sizes, segment
 
 __all__ = [
-    "BASES",
-    "INITIAL_B",
-    "METHODS",
     "SCHEDULES",
     "BudgetPlan",
     "BudgetState",

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from adamss.config import BASES, INITIAL_B
 from adamss.core._array import (
     Array,
     as_working_precision,
@@ -23,9 +24,7 @@ from adamss.core.decomposition import Decomposition, check_count
 from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = [
-    "BASES",
     "HEADROOM",
-    "INITIAL_B",
     "Factors",
     "Gradients",
     "Merged",
@@ -53,9 +52,6 @@ HEADROOM = 2.0**-12
 
 Columns of M have a norm near 1, so that their entries sum to at most the root of d. Without it, infinity times C = 0
 would be NaN."""
-
-BASES = ("shared", "per_subspace")
-INITIAL_B = ("orthonormal", "weighted")
 
 SMALLEST_BATCH = 16
 """Smaller subspaces than this are padded to it: eigenvectors of so few columns cost less than another call."""

@@ -6,14 +6,13 @@ import math
 
 import numpy as np
 
+from adamss.config import SEGMENTATIONS
 from adamss.core._array import Array, check_concrete, device, namespace, one_hot
 from adamss.core.decomposition import Decomposition, check_count
 from adamss.core.representation import effective_coordinates
 from adamss.errors import ArrayValueError, ConfigError
 
-__all__ = ["METHODS", "group_sizes", "segment"]
-
-METHODS = ("kmeans", "spectral", "ksubspaces", "contiguous", "random")
+__all__ = ["group_sizes", "segment"]
 """Ways to group the columns."""
 
 RESTARTS = 5
@@ -53,7 +52,7 @@ def segment(
     subspaces
         Number K of groups; more than n is taken as n.
     method
-        One of `METHODS`.
+        One of `SEGMENTATIONS`.
     dimension
         Dimension of each subspace, for ``"ksubspaces"`` and only for it.
     seed
@@ -88,9 +87,9 @@ def segment(
     >>> segment(decompose(W, 2), 2, "spectral").tolist()
     [0, 1, 0, 1]
     """
-    if method not in METHODS:
+    if method not in SEGMENTATIONS:
         raise ConfigError(
-            f"method must be one of {', '.join(map(repr, METHODS))}, found {method!r}; choose one"
+            f"method must be one of {', '.join(map(repr, SEGMENTATIONS))}, found {method!r}; choose one"
         )
     subspaces = check_count(subspaces, name="subspaces", remedy="use 1 or more subspaces")
     if method == "ksubspaces":

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from adamss import core
-from adamss._summary import Summary, summarise, total
-from adamss._targets import match
 from adamss.backend.interface import Backend, BaseWeight, Each, Model
 from adamss.backend.registry import backend_for
+from adamss.backend.targets import match
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, check_matrix, namespace
@@ -32,6 +31,7 @@ from adamss.verbs.common import (
     require_kept_base,
     with_bias_row,
 )
+from adamss.verbs.table import Summary, summarise, total
 
 __all__ = ["attach", "detach", "disabled", "summary", "trainable_parameters"]
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
-from adamss._targets import near_matches
 from adamss.backend.interface import Adaptation, Backend, BaseWeight, Model
 from adamss.backend.registry import backend_for
-from adamss.checkpoint import StoredTensor, join_path
+from adamss.backend.targets import near_matches
+from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
 from adamss.core import Factors
 from adamss.core._array import namespace

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_torch_array
 
-from adamss import peft
-from adamss._targets import match
 from adamss.backend.interface import Backend, BaseWeight, Model
 from adamss.backend.registry import backend_for
-from adamss.checkpoint import StoredTensor, join_path
+from adamss.backend.targets import match
+from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
 from adamss.core import Factors
 from adamss.core._array import as_working_precision, check_matrix, device
@@ -26,8 +25,10 @@ from adamss.errors import (
     CheckpointError,
     StateError,
 )
-from adamss.lora import LoraFolder, lora_layers, write_lora
-from adamss.peft import Grouping, PeftAdapter, PeftFolder
+from adamss.io import peft
+from adamss.io.lora import LoraFolder, lora_layers, write_lora
+from adamss.io.peft import Grouping, PeftAdapter, PeftFolder
+from adamss.io.peft_folder import PREFIX, check_layer_name, write_folder
 from adamss.verbs.common import (
     adapted,
     base_weight,
@@ -165,7 +166,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
     layers = {}
     with backend.exact():
         for layer_path, factors in adaptation.layers.items():
-            peft.check_layer_name(layer_path, "to_peft")
+            check_layer_name(layer_path, "to_peft")
             base = whole(backend, base_weight(backend, modules, layer_path))
             arrays = _host_factors(backend, whole(backend, factors), layer_path)
             found = _peft_grouping(backend, base, config.rank, config.subspaces, config.seed)
@@ -197,8 +198,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
         targets=_shortest_targets(layers, modules),
         saved=adaptation.saved,
     )
-    tensors = peft.adamss_tensors(layers) | {f"{peft.PREFIX}{name}": tensor for name, tensor in saved.items()}
-    backend.once(model, lambda: peft.write_folder(path, settings, tensors))
+    tensors = peft.adamss_tensors(layers) | {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
+    backend.once(model, lambda: write_folder(path, settings, tensors))
     return PeftFolder(Path(path), len(layers), adaptation.saved)
 
 

@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from adamss import checkpoint as files
 from adamss import core
 from adamss.backend.interface import Backend, BaseWeight, Each, Model
 from adamss.backend.registry import backend_for
-from adamss.checkpoint import Checkpoint, StoredLayer, StoredTensor
+from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, check_matrix, namespace
+from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, fingerprint
 from adamss.errors import (
     CheckpointError,
     LayerError,
 )
+from adamss.io import checkpoint as files
+from adamss.io.checkpoint import Checkpoint, StoredLayer
 from adamss.verbs.common import (
     adapted,
     base_weight,
@@ -198,7 +200,7 @@ def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, train
         labels=_smallest(labels),
         ranks=_smallest(ranks),
         active=backend.to_stored(factors.active),
-        base=files.fingerprint(base.W),
+        base=fingerprint(base.W),
         **basis,
     )
 
@@ -280,8 +282,8 @@ def _check_base_present(backend: Backend, path: str, base: BaseWeight, *, needed
 
 
 def _check_base_values(path: str, layer: StoredLayer, base: BaseWeight) -> None:
-    difference = layer.base.difference(files.fingerprint(base.W))
-    if not difference <= files.FINGERPRINT_TOLERANCE:
+    difference = layer.base.difference(fingerprint(base.W))
+    if not difference <= FINGERPRINT_TOLERANCE:
         raise CheckpointError(
             f"{path}: the base weight is not the one that the adapter was trained on (its fingerprint "
             f"differs by {difference:.0%}); load the right base model, or pass check_base=False"

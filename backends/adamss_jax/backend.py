@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from adamss.backend import Adaptation, Backend, BaseWeight
-from adamss.checkpoint import StoredTensor
+from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import BackendError

@@ -29,7 +29,7 @@ from jax import Array
 
 from adamss.backend import Adaptation, BaseWeight
 from adamss.backend.interface import without_folded
-from adamss.checkpoint import join_path
+from adamss.backend.tensors import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from adamss.backend import Adaptation, BaseWeight
-from adamss.checkpoint import join_path
+from adamss.backend.tensors import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import ArrayTypeError, StateError
@@ -106,7 +106,7 @@ class Record:
     saved
         Paths of ``modules_to_save``.
     originals
-        Their base values, by `adamss.checkpoint.join_path` of path and name.
+        Their base values, by `adamss.backend.tensors.join_path` of path and name.
     """
 
     config: AdamssConfig

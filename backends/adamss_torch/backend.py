@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from adamss.backend import Adaptation, Backend, BaseWeight
 from adamss.backend.interface import Division, without_folded
-from adamss.checkpoint import StoredTensor
+from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from adamss import errors
 from adamss.backend.interface import BaseWeight, Compute, Division
-from adamss.checkpoint import fingerprint
 from adamss.core import Factors
+from adamss.core.fingerprint import fingerprint
 from adamss.errors import AdamssWarning, LayerError, StateError
 from adamss_torch.workers import computed
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import adamss
 from adamss.backend.interface import Adaptation
-from adamss.checkpoint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.config import BudgetConfig
+from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, MissingBackendError, StateError
 from adamss_torch.adapter import Adapter, OnLoan, without_weights
 from adamss_torch.backend import TorchBackend, adapters_of, record_of

@@ -21,7 +21,7 @@ import pytest
 
 from adamss import BudgetConfig, core
 from adamss.backend import Backend, get_backend
-from adamss.checkpoint import StoredTensor
+from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors, Gradients
 from adamss_conformance.capabilities import Capabilities
 

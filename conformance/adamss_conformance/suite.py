@@ -16,11 +16,13 @@ import pytest
 from hypothesis import strategies as st
 
 import adamss
-from adamss import checkpoint as files
 from adamss import core
 from adamss.backend.registry import using
+from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors
+from adamss.core.fingerprint import fingerprint
 from adamss.errors import StateError
+from adamss.io import checkpoint as files
 from adamss_conformance import cases
 from adamss_conformance.capabilities import DTYPES, OPTIMISERS
 from adamss_conformance.cases import (
@@ -1148,18 +1150,18 @@ def _reference_factors() -> dict[str, Factors]:
 def _write(path: Path, layers: dict[str, Factors], head: np.ndarray) -> None:
     stored = {}
     for name, f in layers.items():
-        small = {key: files.StoredTensor.of(getattr(f, key).astype(np.uint8)) for key in ("labels", "ranks")}
+        small = {key: StoredTensor.of(getattr(f, key).astype(np.uint8)) for key in ("labels", "ranks")}
         stored[name] = files.StoredLayer(
-            C=files.StoredTensor.of(f.C),
-            active=files.StoredTensor.of(f.active),
-            M=files.StoredTensor.of(core.contract(f)),
-            base=files.fingerprint(LAYERS[name][0]),
+            C=StoredTensor.of(f.C),
+            active=StoredTensor.of(f.active),
+            M=StoredTensor.of(core.contract(f)),
+            base=fingerprint(LAYERS[name][0]),
             **small,
         )
     saved = {
         "head": {
-            "weight": files.StoredTensor.of(head),
-            "bias": files.StoredTensor.of(np.ones(5, np.float32)),
+            "weight": StoredTensor.of(head),
+            "bias": StoredTensor.of(np.ones(5, np.float32)),
         }
     }
     files.write(path, files.Checkpoint(config(), stored, saved, {"adamss": adamss.__version__}))

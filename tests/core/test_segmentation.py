@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamss.core import METHODS, Decomposition, decompose, group_sizes, segment
+from adamss.config import SEGMENTATIONS
+from adamss.core import Decomposition, decompose, group_sizes, segment
 from adamss.errors import ArrayValueError, ConfigError
 
 
@@ -70,14 +71,14 @@ def weights(draw):
     return np.zeros((d, n), dtype=np.float32)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEGMENTATIONS)
 @given(W=weights(), rank=st.integers(1, 12), subspaces=st.integers(1, 20), dimension=st.integers(1, 5))
 def test_every_column_has_a_label_and_no_group_is_empty(method, W, rank, subspaces, dimension):
     labels = segment(decompose(W, rank), subspaces, **settings_for(method, dimension))
     assert_partition(labels, W.shape[1], subspaces)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEGMENTATIONS)
 def test_every_framework_gives_the_same_labels(xp, to_numpy, method):
     for seed in range(3):
         W = gaussian(60, 80, seed=seed)
@@ -87,7 +88,7 @@ def test_every_framework_gives_the_same_labels(xp, to_numpy, method):
         assert adjusted_rand_index(found, reference) >= 0.99
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEGMENTATIONS)
 def test_every_framework_agrees_on_a_rank_deficient_weight(xp, to_numpy, method):
     W = gaussian(60, 9) @ gaussian(9, 80, seed=1)
     found = to_numpy(segment(decompose(xp.asarray(W), 15), 6, **settings_for(method)))
@@ -177,7 +178,7 @@ def test_controls():
     assert labels.tolist() != segment(decomposition, 4, "random", seed=1).tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEGMENTATIONS)
 def test_one_seed_one_result_and_no_global_randomness(method):
     decomposition = decompose(gaussian(30, 50), 10)
     before = np.random.get_state()[1].copy()  # noqa: NPY002 - the state that must not change
@@ -209,7 +210,7 @@ def test_settings_that_cannot_be_used(arguments, message):
         segment(decompose(gaussian(4, 6), 2), **arguments)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEGMENTATIONS)
 @pytest.mark.parametrize("subspaces", [1, 4, 25, 30])
 def test_weights_together_are_grouped_as_each_alone(xp, to_numpy, method, subspaces):
     weights = [gaussian(12, 30, seed=seed) for seed in range(5)]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 import adamss
-from adamss import checkpoint
 from adamss.backend import NumpyLinear, NumpyModel
+from adamss.io import checkpoint
 
 FOLDER = Path(__file__).parent
 SHAPES = {"encoder.0.query": (7, 6), "encoder.0.value": (7, 6), "encoder.1.query": (5, 8), "head": (6, 3)}

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import adamss
 from adamss import AdamssConfig, AdamssWarning, BudgetConfig, core, errors
-from adamss import checkpoint as files
+from adamss.io import checkpoint as files
 from adamss_torch import BudgetController
 from adamss_torch.backend import adapters_of
 

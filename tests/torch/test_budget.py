@@ -18,7 +18,7 @@ from torch import nn
 
 import adamss
 from adamss import BudgetConfig, core, errors
-from adamss import checkpoint as files
+from adamss.io import checkpoint as files
 from adamss_torch import BudgetController
 
 LAYERS, K, STEPS = 8, 5, 14

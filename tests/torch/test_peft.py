@@ -324,7 +324,7 @@ class TestRefusals:
         tensors = load_file(path)
         save_file(tensors | {name: tensors[name] * (1 + 1e-7)}, path)
         adamss.from_peft(net(), folder)
-        from adamss import peft as ours
+        from adamss.io import peft as ours
 
         real = ours.grouping_of
 
@@ -364,7 +364,7 @@ class TestRefusals:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_other_grouping_gets_through(dtype):
     """Random layers, whose grouping a breath changes: each is let through as it was grouped, or not at all."""
-    from adamss import peft as ours
+    from adamss.io import peft as ours
     from adamss.verbs.exchange import _why_uncertain
 
     changes = {

@@ -11,7 +11,7 @@ import array_api_strict as xp
 import numpy as np
 
 from adamss.backend import NumpyBackend
-from adamss.checkpoint import StoredTensor
+from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors, linear
 from adamss_conformance.capabilities import TABLE
 from adamss_conformance.drivers.numpy import NumpyDriver

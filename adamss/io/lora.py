@@ -14,10 +14,10 @@ import numpy as np
 
 from adamss import core
 from adamss.backend.interface import Adaptation, Backend
-from adamss.checkpoint import StoredTensor
+from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors
 from adamss.errors import ArrayValueError, StateError
-from adamss.peft import BESIDE_FILE, PREFIX, base_config, check_layer_name, write_folder
+from adamss.io.peft_folder import BESIDE_FILE, PREFIX, base_config, check_layer_name, write_folder
 
 __all__ = ["LARGEST_RANK", "LoraFolder", "lora_layers", "write_lora"]
 

@@ -1,4 +1,4 @@
-"""The folders of Hugging Face PEFT, and adapters of its AdaMSS.
+"""Adapters of the AdaMSS of Hugging Face PEFT.
 
 PEFT writes the update of a layer as ``sum_k B_k A_k N``, in the orientation of `torch.nn.Linear`: N (R, d) is our
 basis A transposed, A_k (r_k, R) our B_k transposed, B_k (n_k, r_k) our C_k transposed. A layer with a bias has one
@@ -8,7 +8,6 @@ base weight, and takes what it finds. Here what is found is compared with what t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,31 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adamss import checkpoint as files
-from adamss.checkpoint import StoredTensor
+from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig, shown
 from adamss.core import Factors
-from adamss.errors import (
-    AdamssError,
-    CheckpointError,
-    CheckpointNotFoundError,
-    MissingBackendError,
-    StateError,
-)
+from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError, MissingBackendError
+from adamss.io.peft_folder import CONFIG_FILE, PREFIX, base_config, read_settings, read_weights
+from adamss.io.reader import MALFORMED, short
 
 __all__ = [
-    "BESIDE_FILE",
-    "CONFIG_FILE",
-    "PREFIX",
-    "WEIGHTS_FILE",
     "Grouping",
     "PeftAdapter",
     "PeftFolder",
     "PeftLayer",
     "adamss_config",
     "adamss_tensors",
-    "base_config",
-    "check_layer_name",
     "factors_of",
     "grouping_of",
     "is_the_same_basis",
@@ -50,21 +38,11 @@ __all__ = [
     "rounded_otherwise",
     "rows_of",
     "why_not_the_same",
-    "write_folder",
 ]
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."
 METHOD = "ADAMSS"
 
-BESIDE_FILE = "modules_to_save.safetensors"
-"""Where a LoRA has its ``modules_to_save``, by the names that they have in the model: no part of it."""
-
 LONGEST_NAME, MOST_NAMES = 10_000, 256
-LONGEST_CONFIG = 1 << 20
-"""Bytes; as Python objects they may take twenty times as many."""
 
 HALF = ("bfloat16", "float16")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -170,71 +148,6 @@ class PeftAdapter:
     base: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
 
 
-# ---- folders -----------------------------------------------------------------------------------------
-
-
-def write_folder(
-    folder: str | Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, StoredTensor],
-    *,
-    beside: Mapping[str, StoredTensor] | None = None,
-) -> None:
-    """Write what PEFT loads; the config last, for a folder without one is no adapter.
-
-    Parameters
-    ----------
-    folder
-        Is made if it does not exist.
-    config, tensors
-        The contents of PEFT's two files.
-    beside
-        Tensors for a file beside them; without any, that of an earlier export is removed.
-    """
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    if beside:
-        files.write_tensors(path / BESIDE_FILE, beside, {"format": "pt"})
-    else:
-        (path / BESIDE_FILE).unlink(missing_ok=True)
-    files.write_tensors(path / WEIGHTS_FILE, tensors, {"format": "pt"})
-    files.write_text(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-
-
-def base_config(method: str, targets: list[str] | str, saved: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the settings that PEFT's configs of all methods have."""
-    return {
-        "peft_type": method,
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "revision": None,
-        "inference_mode": True,
-        "target_modules": targets,
-        "modules_to_save": list(saved) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
-
-
-def check_layer_name(path: str, verb: str) -> None:
-    """Check that PEFT can name a layer.
-
-    Raises
-    ------
-    StateError
-        If it is one of a stack, or the model itself.
-    """
-    if "[" in path:
-        raise StateError(
-            f"{verb}: {path} is one layer of a stack, which PEFT cannot name; save the adapter, load it into "
-            "the PyTorch model, and export that"
-        )
-    if not path:
-        raise StateError(
-            f"{verb}: the model is a single layer, which has no name; put it into a module of its own"
-        )
-
-
 def read_folder(folder: str | Path) -> PeftAdapter:
     """Read a folder of PEFT's AdaMSS and check all that can be checked without the model.
 
@@ -249,66 +162,17 @@ def read_folder(folder: str | Path) -> PeftAdapter:
         raise CheckpointNotFoundError("the folder has an empty name; name the one that PEFT has saved into")
     path = Path(folder)
     try:
-        settings = _settings(path)
-        tensors = _tensors(path)
+        settings = read_settings(path, METHOD)
+        tensors = read_weights(path)
         return _assemble(settings, tensors)
     except CheckpointError as error:
-        raise CheckpointError(f"{str(path)!r}: {files.short(error)}") from error
+        raise CheckpointError(f"{str(path)!r}: {short(error)}") from error
     except CheckpointNotFoundError:
         raise
-    except (AdamssError, *files.MALFORMED) as error:
+    except (AdamssError, *MALFORMED) as error:
         raise CheckpointError(
-            f"{str(path)!r} is not a valid folder of PEFT's AdaMSS: {files.short(error)}"
+            f"{str(path)!r} is not a valid folder of PEFT's AdaMSS: {short(error)}"
         ) from error
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    if path.is_file():
-        raise CheckpointError(
-            "it is a file, and from_peft reads folders of PEFT; adamss.load reads files of adamss"
-        )
-    if not path.is_dir():
-        raise CheckpointNotFoundError(f"there is no folder {str(path)!r}")
-    config = path / CONFIG_FILE
-    if not config.is_file():
-        below = sorted(found.parent.name for found in path.glob(f"*/{CONFIG_FILE}"))
-        where = (
-            f"; its folder {below[0]!r} has one, so name that"
-            if below
-            else "; PEFT's save_pretrained writes it"
-        )
-        raise CheckpointNotFoundError(
-            f"{str(path)!r} holds no adapter of PEFT: there is no {CONFIG_FILE}{where}"
-        )
-    if config.stat().st_size > LONGEST_CONFIG:
-        raise CheckpointError(f"its {CONFIG_FILE} is longer than that of any adapter")
-    try:
-        settings = json.loads(config.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"its {CONFIG_FILE} is damaged or no JSON: {error}") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
-        raise CheckpointError(f"its {CONFIG_FILE} does not name a method (peft_type): PEFT did not write it")
-    method = settings["peft_type"]
-    if method != METHOD:
-        raise CheckpointError(
-            f"it holds an adapter of the method {shown(method)[1:-1]}, and from_peft reads {METHOD}; load it with "
-            "peft.PeftModel.from_pretrained"
-        )
-    return settings
-
-
-def _tensors(path: Path) -> dict[str, StoredTensor]:
-    weights = path / WEIGHTS_FILE
-    if not weights.is_file():
-        if (path / PICKLED_FILE).is_file():
-            raise CheckpointError(
-                f"its weights are pickled ({PICKLED_FILE}), which may run anything when read; load it with a PEFT "
-                "that you trust, and save it with save_pretrained(folder, safe_serialization=True)"
-            )
-        raise CheckpointNotFoundError(
-            f"{str(path)!r} has its {CONFIG_FILE} but no {WEIGHTS_FILE}: copy the whole folder"
-        )
-    return files.read_tensors(weights)
 
 
 def _assemble(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> PeftAdapter:

@@ -1,0 +1,87 @@
+"""Tensors as bytes, of no framework: what backends exchange with files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from adamss.errors import CheckpointError
+
+__all__ = ["EXPONENTS", "STORABLE", "StoredTensor", "join_path"]
+
+STORABLE = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (64, 32, 16, 8)),
+    "bool",
+)
+"""Dtypes that a tensor may have, as NumPy and PyTorch spell them."""
+
+# Where all these bits are set, a number is infinite or NaN; and the integers to look at them with.
+EXPONENTS = {
+    "float64": ("<u8", 0x7FF << 52),
+    "float32": ("<u4", 0xFF << 23),
+    "float16": ("<u2", 0x1F << 10),
+    "bfloat16": ("<u2", 0xFF << 7),
+}
+_PIECE = 1 << 16
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as bytes: little-endian, row-major, of no framework.
+
+    Attributes
+    ----------
+    dtype
+        Name as NumPy and PyTorch spell it: ``"float32"``, ``"bfloat16"``, ``"bool"``, ...
+    shape
+        Lengths of the axes.
+    data
+        The bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, array: np.ndarray[Any, Any]) -> StoredTensor:
+        """Return a NumPy array as bytes.
+
+        Raises
+        ------
+        CheckpointError
+            If the dtype cannot be stored.
+        """
+        if array.dtype.name not in STORABLE:
+            raise CheckpointError(f"a tensor of dtype {array.dtype} cannot be stored; convert it to float32")
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        return cls(array.dtype.name, tuple(array.shape), little.tobytes(order="C"))
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Return a NumPy array; bfloat16, which NumPy lacks, is widened to float32 without loss."""
+        if self.dtype == "bfloat16":
+            bits = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << np.uint32(16)
+            return bits.view(np.float32).reshape(self.shape)
+        return np.frombuffer(self.data, dtype=np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
+
+    def is_finite(self) -> bool:
+        """Return whether no number is NaN or infinite; it is looked for piece by piece, in little memory."""
+        if self.dtype not in EXPONENTS:
+            return True
+        integer, exponent = EXPONENTS[self.dtype]
+        bits = np.frombuffer(self.data, dtype=integer)
+        mask = bits.dtype.type(exponent)
+        return not any(
+            ((bits[start : start + _PIECE] & mask) == mask).any() for start in range(0, bits.size, _PIECE)
+        )
+
+
+def join_path(path: str, name: str) -> str:
+    """Join a module path and a name below it; the model itself has the empty path."""
+    return f"{path}.{name}" if path else name

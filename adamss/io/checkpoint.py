@@ -1,0 +1,363 @@
+"""The adapter file: one safetensors file that any framework reads, on any device, in any dtype.
+
+Per layer, under its module path: ``C``, ``labels``, ``ranks``, ``active`` and either ``M`` (portable) or ``A``
+and ``B`` (training form, to resume from). Whole tensors of ``modules_to_save``. Metadata: format and
+version, config, writer, a fingerprint of each base weight, and a checksum over all tensors. Segmentation
+and mask come from the file and are never computed anew. This module knows bytes and NumPy arrays only.
+A file may come from anyone: see `adamss.io.reader`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adamss.backend.tensors import EXPONENTS, StoredTensor, join_path
+from adamss.config import AdamssConfig, shown
+from adamss.core import Factors, check_factors, contract
+from adamss.core.fingerprint import Fingerprint
+from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError
+from adamss.io import reader, writer
+from adamss.io.reader import MALFORMED, MODULES, short
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "READABLE_VERSIONS", "Checkpoint", "StoredLayer", "read", "write"]
+
+FORMAT = "adamss"
+FORMAT_VERSION = 1
+READABLE_VERSIONS = (1,)
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One adapted layer of a file: M, or A and B, and the rest of its factors.
+
+    Attributes
+    ----------
+    C, labels, ranks, active
+        As in `adamss.core.Factors`; labels and ranks in the smallest unsigned integer that fits.
+    M
+        (d, q) or (d + 1, q), in a portable file; else None.
+    A, B
+        In a training file; else None.
+    base
+        Fingerprint of the base weight.
+    """
+
+    C: StoredTensor
+    labels: StoredTensor
+    ranks: StoredTensor
+    active: StoredTensor
+    base: Fingerprint
+    M: StoredTensor | None = None
+    A: StoredTensor | None = None
+    B: StoredTensor | None = None
+
+    TENSORS = ("C", "labels", "ranks", "active", "M", "A", "B")
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Return the tensors that there are, by name."""
+        named = {name: getattr(self, name) for name in self.TENSORS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def directions(self) -> np.ndarray[Any, Any]:
+        """Return M (d, q) as a NumPy array, also of a training file."""
+        return self.M.numpy() if self.M is not None else np.asarray(contract(self.factors()))
+
+    def outline(self) -> Factors:
+        """Return factors of the right shapes, labels, ranks and mask, whose A, B and C take no memory.
+
+        A file that lies about its sizes must not make its reader allocate them.
+        """
+        if self.M is not None:
+            shapes: tuple[tuple[int, ...], ...] = (1, *self.M.shape), 2 * self.M.shape[-1:]
+        elif self.A is not None and self.B is not None:
+            shapes = self.A.shape, self.B.shape
+        else:
+            raise CheckpointError("a layer has neither M nor A and B")
+        nothing = np.zeros((), dtype=np.float32)
+        A, B, C = (np.broadcast_to(nothing, shape) for shape in (*shapes, self.C.shape))
+        return Factors(A, B, C, self.labels.numpy(), self.ranks.numpy(), self.active.numpy())
+
+    def factors(self) -> Factors:
+        """Return the factors as NumPy arrays; of a portable file with ``A = M`` and ``B = I``."""
+        if self.M is not None:
+            M = self.M.numpy()
+            A, B = M[None, :, :], np.eye(M.shape[-1], dtype=M.dtype)
+        elif self.A is not None and self.B is not None:
+            A, B = self.A.numpy(), self.B.numpy()
+        else:
+            raise CheckpointError("a layer has neither M nor A and B")
+        labels, ranks = self.labels.numpy().astype(np.int64), self.ranks.numpy().astype(np.int64)
+        return Factors(A, B, self.C.numpy(), labels, ranks, self.active.numpy().astype(np.bool_))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a file holds.
+
+    Attributes
+    ----------
+    config
+        Settings that the model was attached with.
+    layers
+        Adapted layers by module path.
+    saved
+        Tensors of ``modules_to_save``: by module path, then by name within the module.
+    writer
+        Framework and library versions that wrote the file.
+    shared
+        By the name of a tensor in `saved`, path of the module included, the names that the same tensor has elsewhere
+        in the model (tied embeddings): none, or unknown if the tensor is missing here.
+    """
+
+    config: AdamssConfig
+    layers: Mapping[str, StoredLayer]
+    saved: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+    writer: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+
+def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int = MODULES) -> None:
+    """Write a file, whole or not at all: see `adamss.io.writer.replace`.
+
+    Parameters
+    ----------
+    path
+        Where to.
+    checkpoint
+        What to write.
+    modules
+        How many modules the model has, as in `read`.
+
+    Raises
+    ------
+    CheckpointError
+        If two tensors would have one name, if `read` would refuse the file for the length of its names, or if there
+        is a device or a pipe at the path.
+    OSError
+        If the folder does not exist or cannot be written.
+    """
+    tensors: dict[str, StoredTensor] = {}
+
+    def add(name: str, tensor: StoredTensor) -> None:
+        if name in tensors:
+            raise CheckpointError(f"two tensors would be called {name!r}; rename a module")
+        tensors[name] = tensor
+
+    for layer_path, layer in checkpoint.layers.items():
+        for name, tensor in layer.tensors().items():
+            add(join_path(layer_path, name), tensor)
+    for module_path, module in checkpoint.saved.items():
+        for name, tensor in module.items():
+            add(join_path(module_path, name), tensor)
+
+    bases = {
+        layer_path: {
+            "shape": list(layer.base.shape),
+            "norm": layer.base.norm,
+            "projections": list(layer.base.projections),
+        }
+        for layer_path, layer in checkpoint.layers.items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "config": json.dumps(checkpoint.config.to_dict()),
+        "layers": json.dumps(bases),
+        "modules_to_save": json.dumps({path: sorted(module) for path, module in checkpoint.saved.items()}),
+        "writer": json.dumps(dict(checkpoint.writer)),
+    }
+    if checkpoint.shared:
+        metadata["shared"] = json.dumps({name: sorted(others) for name, others in checkpoint.shared.items()})
+    content = writer.serialize(tensors, metadata | {"checksum": _checksum(tensors, metadata)})
+    length = int.from_bytes(content[:8], "little")
+    try:
+        reader.check_json(content[8 : 8 + length], reader.room_for(len(content), modules))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{short(error)}, so that it could not be loaded: give the modules shorter names"
+        ) from None
+    writer.replace(Path(path), content)
+
+
+def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
+    """Read a file and check all that can be checked without the model.
+
+    Parameters
+    ----------
+    path
+        The file.
+    modules
+        How many modules the model has, and so how many layers there can be: room for that many is made at most.
+
+    Returns
+    -------
+    Checkpoint
+        Its content. Factors are finite: a file of a training that diverged is refused. ``modules_to_save`` may hold
+        any number, as masks in the buffers of a module do.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is no such file.
+    CheckpointError
+        If it is truncated, damaged, no file of `adamss`, of a version that this one cannot read, or if its factors
+        hold NaN or infinity.
+    """
+    path = Path(path)
+    if not path.is_file():
+        where = (
+            "it is a folder, and adamss.from_peft reads those of PEFT"
+            if path.is_dir()
+            else "no file is there"
+        )
+        raise CheckpointNotFoundError(f"there is no adapter file {str(path)!r}: {where}")
+    try:
+        header, content = reader.contents(
+            path, modules, check=lambda header: _check_version(_metadata(header))
+        )
+        room = reader.room_for(len(content), modules)
+        metadata = _metadata(header)
+        entries = reader.deserialize(content)
+        # From here on there are only the tensors, once.
+        del content
+        tensors = dict(reader.stored_tensors(entries))
+        if _checksum(tensors, metadata) != metadata.get("checksum"):
+            raise CheckpointError("its checksum does not fit its content: it is damaged; take a fresh copy")
+        return _assemble(metadata, tensors, room)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(path)!r}: {short(error)}") from error
+    except (AdamssError, *MALFORMED) as error:
+        raise CheckpointError(f"{str(path)!r} is not a valid adapter file: {short(error)}") from error
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    """Metadata in a header of adamss."""
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise CheckpointError("it was not written by adamss.save (its metadata do not say format: adamss)")
+    return metadata
+
+
+def _check_version(metadata: Mapping[str, str]) -> None:
+    version = metadata.get("format_version")
+    if version not in [str(readable) for readable in READABLE_VERSIONS]:
+        raise CheckpointError(
+            f"it has format version {shown(version)}; this adamss reads {', '.join(map(str, READABLE_VERSIONS))}: "
+            "install a newer adamss"
+        )
+
+
+def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], room: int) -> Checkpoint:
+    def table(name: str) -> dict[str, Any]:
+        found = reader.parse(metadata[name].encode(), room)
+        if not isinstance(found, dict):
+            raise CheckpointError(f"its {name} is no dictionary")
+        return found
+
+    config = AdamssConfig.from_file(table("config"))
+    left = dict(tensors)
+    layers = {}
+    for path, base in table("layers").items():
+        present = {
+            name: left.pop(join_path(path, name))
+            for name in StoredLayer.TENSORS
+            if join_path(path, name) in left
+        }
+        missing = {"C", "labels", "ranks", "active"} - present.keys()
+        if missing or ("M" in present) == ("A" in present) or ("A" in present) != ("B" in present):
+            raise CheckpointError(
+                f"layer {shown(path)} lacks tensors; it has {', '.join(sorted(present)) or 'none'}"
+            )
+        layer = StoredLayer(base=_mark(base, path), **present)
+        _check_layer(layer, path)
+        layers[path] = layer
+    saved = {}
+    for path, names in table("modules_to_save").items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"modules_to_save[{shown(path)}] is no list of names")
+        saved[path] = {name: left.pop(join_path(path, name)) for name in names}
+    _check_places(layers, saved)
+    if left:
+        raise CheckpointError(
+            f"it holds tensors that belong to no layer: {', '.join(map(shown, sorted(left)[:3]))}"
+        )
+    if not layers:
+        raise CheckpointError("it adapts no layer")
+    writer = table("writer")
+    if not all(isinstance(version, str) for version in writer.values()):
+        raise CheckpointError("its writer holds something else than versions")
+    shared = {}
+    for name, others in (table("shared") if "shared" in metadata else {}).items():
+        if name not in tensors or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
+            raise CheckpointError(f"shared[{shown(name)}] is no list of names of a tensor")
+        shared[name] = frozenset(others)
+    return Checkpoint(config, layers, saved, writer, shared)
+
+
+def _mark(base: Any, path: str) -> Fingerprint:
+    """Fingerprint from JSON, in which ``true`` is an integer and NaN a number."""
+    shape, norm, projections = base["shape"], base["norm"], base["projections"]
+    numbers = [norm, *projections]
+    if not all(type(length) is int and length > 0 for length in shape) or len(shape) != 2:
+        raise CheckpointError(f"layer {shown(path)}: its fingerprint has no shape (d, n)")
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers) or norm < 0:
+        raise CheckpointError(f"layer {shown(path)}: its fingerprint holds {shown(numbers)}")
+    return Fingerprint((shape[0], shape[1]), float(norm), tuple(float(x) for x in projections))
+
+
+def _check_places(layers: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Check that no layer, and no module saved whole, is or lies within another one that is saved whole."""
+    outer: str | None = None
+    # What lies within a module follows it in this order; to list all that a path lies within would take the square
+    # of its length.
+    for path in sorted({*layers, *saved}, key=lambda path: path.replace(".", "\0")):
+        if path in layers and path in saved:
+            outer = path
+        elif outer is None or not path.startswith(f"{outer}." if outer else ""):
+            outer = path if path in saved else outer
+            continue
+        raise CheckpointError(
+            f"{shown(path)} is or lies within {shown(outer)}, which it holds as a whole besides"
+        )
+
+
+def _check_layer(layer: StoredLayer, path: str) -> None:
+    name = f"layer {shown(path)}"
+    for key, tensor in layer.tensors().items():
+        kind = {"labels": "uint", "ranks": "uint", "active": "bool"}.get(key, "")
+        if not (tensor.dtype.startswith(kind) if kind else tensor.dtype in EXPONENTS):
+            raise CheckpointError(f"{name}: {key} has dtype {tensor.dtype}")
+    factors = layer.outline()
+    check_factors(factors, shape=layer.base.shape, name=name)
+    # Which `attach` keeps to. Without it, a file of a few kilobytes asks for products of any size.
+    K, n, q = factors.ranks.shape[0], factors.labels.shape[0], factors.B.shape[1]
+    _, d, P = factors.A.shape
+    r = factors.C.shape[0]
+    if max(K, q, r) > n or (layer.A is not None and d < P):
+        raise CheckpointError(f"{name}: K = {K}, q = {q}, r = {r} or P = {P} is more than ({d}, {n}) allows")
+    for key, tensor in layer.tensors().items():
+        if not tensor.is_finite():
+            raise CheckpointError(
+                f"{name}: {key} holds NaN or infinity: the training diverged; take a file from before"
+            )
+
+
+def _checksum(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> str:
+    """Checksum of all that a file holds, but itself."""
+    digest = hashlib.sha256()
+    described = {name: value for name, value in metadata.items() if name != "checksum"}
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, tensor.dtype, list(tensor.shape)]).encode())
+        digest.update(tensor.data)
+    return f"sha256:{digest.hexdigest()}"
