@@ -47,7 +47,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from adamss.core import SCHEDULES
+from adamss.core import ORDERS
 
 SUBSPACES = 32
 LORA_RANK = 32
@@ -213,9 +213,9 @@ def run(problem: Problem, *, quick: bool, repeats: int, device: torch.device) ->
         synchronise(device)
         attached[name] = time.perf_counter() - start
         if name == f"AdaMSS K={SUBSPACES}":
-            for schedule in SCHEDULES:
+            for order in ORDERS:
                 # Its weights are those of the base; only the adapters are copied.
-                models[f"{name}, {schedule}"] = with_schedule(duplicate(models[name]), schedule)
+                models[f"{name}, {order}"] = with_schedule(duplicate(models[name]), order)
     steps = {name: step_of(model, batch, device) for name, model in models.items()}
     seconds = paired_times(steps, repeats=repeats, warmup=3, label=problem.name)
     found = [

@@ -34,7 +34,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import adamss
-from adamss.core import SCHEDULES
+from adamss.core import ORDERS
 
 
 def forward(model: nn.Module, x: Tensor, inner: int) -> Callable[[], None]:
@@ -58,8 +58,8 @@ def measure(width: int, tokens: int, subspaces: Sequence[int], repeats: int) -> 
         # Grouping 3072 columns takes a while and is of no interest here.
         model = with_adamss(base, ["query"], K, segmentation="contiguous")
         models[f"AdaMSS K={K}"] = model
-        for schedule in SCHEDULES:
-            models[f"AdaMSS K={K}, {schedule}"] = with_schedule(duplicate(model), schedule)
+        for order in ORDERS:
+            models[f"AdaMSS K={K}, {order}"] = with_schedule(duplicate(model), order)
         models[f"AdaMSS K={K}, merged"] = adamss.merge(duplicate(model))
     models[lora_name(8)] = with_lora(base, ["query"], 8).eval()
     models["LoRA r=8, by hand"] = with_hand_written_lora(base, ["query"], 8)

@@ -36,17 +36,17 @@ from paired import environment, paired_times, ratio
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from adamss.core import SCHEDULES
+from adamss.core import ORDERS
 from adamss_torch import Adapter
 
 LORA_RANKS = (8, 32)
 
 
-def with_schedule(model: nn.Module, schedule: str) -> nn.Module:
+def with_schedule(model: nn.Module, order: str) -> nn.Module:
     """Fix the order of the products of every adapter."""
     for module in model.modules():
         if isinstance(module, Adapter):
-            module.schedule = schedule
+            module.order = order
     return model
 
 
@@ -57,8 +57,8 @@ def adapted(
     models = {}
     for name, make in methods(targets, subspaces, LORA_RANKS, saved).items():
         if name.startswith("AdaMSS"):
-            for schedule in SCHEDULES:
-                models[f"{name}, {schedule}"] = with_schedule(make(base), schedule)
+            for order in ORDERS:
+                models[f"{name}, {order}"] = with_schedule(make(base), order)
         else:
             models[name] = make(base)
     return models

@@ -77,7 +77,7 @@ def costs(shapes: Sequence[Shape], repeats: int, label: str) -> list[np.ndarray]
 def modelled(shape: Shape) -> float:
     """Return what the cost model says, in multiply-adds."""
     cost = update_cost(
-        "contract", tokens=shape.N, d=shape.d, n=shape.d, rank=shape.R, directions=shape.K * shape.r
+        "factors_first", tokens=shape.N, d=shape.d, n=shape.d, rank=shape.R, directions=shape.K * shape.r
     )
     return cost.multiply_adds + 12.0 * cost.moved
 

@@ -10,7 +10,7 @@ The order of use is that of the modules: `decompose` -> `segment` -> `initial_fa
 
 from adamss.core.bound import generalisation_bound, spectral_norms
 from adamss.core.budget import Schedule, allocate, allocates_at, budget_at
-from adamss.core.cost import SCHEDULES, UpdateCost, cheapest_schedule, update_cost
+from adamss.core.cost import ORDERS, UpdateCost, cheapest_order, update_cost
 from adamss.core.counting import (
     count_factors,
     count_full,
@@ -59,7 +59,7 @@ from adamss.core.representation import (
 from adamss.core.segmentation import group_sizes, segment
 
 __all__ = [
-    "SCHEDULES",
+    "ORDERS",
     "BudgetPlan",
     "BudgetState",
     "Decomposition",
@@ -77,7 +77,7 @@ __all__ = [
     "basis_ranks",
     "block_diagonality",
     "budget_at",
-    "cheapest_schedule",
+    "cheapest_order",
     "check_factors",
     "contract",
     "count_factors",

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from adamss.errors import ConfigError
 
-__all__ = ["SCHEDULES", "UpdateCost", "cheapest_schedule", "check_schedule", "device_balance", "update_cost"]
+__all__ = ["ORDERS", "UpdateCost", "cheapest_order", "check_order", "device_balance", "update_cost"]
 
-SCHEDULES = ("contract", "project")
+ORDERS = ("factors_first", "input_first")
 """Orders in which ``x A B C`` is computed: ``(x (A B)) C``, or ``((x A) B) C``."""
 
 CPU_BALANCE = 12.0
@@ -19,21 +19,21 @@ ACCELERATOR_BALANCE = {"wide": 32.0, "half": 200.0}
 
 
 def device_balance(itemsize: int, *, cpu: bool) -> float:
-    """Return the `balance` of `cheapest_schedule` for numbers of so many bytes, on a CPU or an accelerator."""
+    """Return the `balance` of `cheapest_order` for numbers of so many bytes, on a CPU or an accelerator."""
     return CPU_BALANCE if cpu else ACCELERATOR_BALANCE["half" if itemsize < 4 else "wide"]
 
 
-def check_schedule(schedule: str | None) -> None:
-    """Raise unless a setting is one of `SCHEDULES`, or None for the one that costs less.
+def check_order(order: str | None) -> None:
+    """Raise unless a setting is one of `ORDERS`, or None for the one that costs less.
 
     Raises
     ------
     ConfigError
         If it is something else.
     """
-    if schedule is not None and schedule not in SCHEDULES:
+    if order is not None and order not in ORDERS:
         raise ConfigError(
-            f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, found {schedule!r}; choose one, or None "
+            f"order must be one of {', '.join(map(repr, ORDERS))}, found {order!r}; choose one, or None "
             "for the one that costs less"
         )
 
@@ -57,7 +57,7 @@ class UpdateCost(NamedTuple):
 
 
 def update_cost(
-    schedule: str,
+    order: str,
     *,
     tokens: int,
     d: int,
@@ -69,13 +69,13 @@ def update_cost(
 ) -> UpdateCost:
     """Return the cost of ``y += x A B C`` and of its gradients.
 
-    - ``"contract"`` forms ``M = A B``, then ``z = x M`` and ``y += z C``. Its backward needs x and z.
-    - ``"project"`` forms ``u = x A`` and ``z = u B``. Its backward needs u and z, and M for the gradient of x.
+    - ``"factors_first"`` forms ``M = A B``, then ``z = x M`` and ``y += z C``. Its backward needs x and z.
+    - ``"input_first"`` forms ``u = x A`` and ``z = u B``. Its backward needs u and z, and M for the gradient of x.
 
     Parameters
     ----------
-    schedule
-        One of `SCHEDULES`.
+    order
+        One of `ORDERS`.
     tokens
         Rows N of x.
     d, n
@@ -92,19 +92,19 @@ def update_cost(
     Raises
     ------
     ConfigError
-        If the schedule is unknown.
+        If the order is unknown.
 
     Examples
     --------
-    >>> update_cost("contract", tokens=2048, d=768, n=768, rank=100, directions=10).kept == 2048 * (768 + 10)
+    >>> update_cost("factors_first", tokens=2048, d=768, n=768, rank=100, directions=10).kept == 2048 * (768 + 10)
     True
-    >>> update_cost("project", tokens=2048, d=768, n=768, rank=100, directions=10).kept == 2048 * (100 + 10)
+    >>> update_cost("input_first", tokens=2048, d=768, n=768, rank=100, directions=10).kept == 2048 * (100 + 10)
     True
     """
-    check_schedule(schedule)
+    check_order(order)
     N, R, q = tokens, rank, directions
     contraction, contraction_moves = d * R * q, d * R + R * q + d * q
-    if schedule == "contract":
+    if order == "factors_first":
         products = contraction + N * d * q
         moved = contraction_moves + N * d + d * q + N * q
     else:
@@ -118,7 +118,7 @@ def update_cost(
     # dz = dy C^T, dC = z^T dy, dx += dz M^T
     products += 2 * N * n * q + N * q * d
     moved += 2 * (N * n + N * q + q * n) + N * q + d * q + 2 * N * d
-    if schedule == "contract":
+    if order == "factors_first":
         # dM = x^T dz, dB = A^T dM
         products += N * d * q + contraction
         moved += N * d + N * q + d * q + contraction_moves
@@ -131,7 +131,7 @@ def update_cost(
     return UpdateCost(products, moved, kept)
 
 
-def cheapest_schedule(
+def cheapest_order(
     *,
     tokens: int,
     d: int,
@@ -142,7 +142,7 @@ def cheapest_schedule(
     input_kept: bool = False,
     balance: float = CPU_BALANCE,
 ) -> str:
-    """Return the schedule whose products, moves and kept numbers cost the least.
+    """Return the order whose products, moves and kept numbers cost the least.
 
     A kept number counts as one that is moved. For one token contracting A and B costs more than all the rest; for a
     batch on a processor that multiplies much faster than it moves, keeping x does.
@@ -158,15 +158,15 @@ def cheapest_schedule(
     Examples
     --------
     >>> layer = {"d": 3072, "n": 3072, "rank": 100, "directions": 32}
-    >>> cheapest_schedule(tokens=1, training=False, **layer)
+    >>> cheapest_order(tokens=1, training=False, **layer)
     'project'
-    >>> cheapest_schedule(tokens=2048, **layer), cheapest_schedule(tokens=2048, balance=200.0, **layer)
+    >>> cheapest_order(tokens=2048, **layer), cheapest_order(tokens=2048, balance=200.0, **layer)
     ('contract', 'project')
     """
 
-    def time(schedule: str) -> float:
+    def time(order: str) -> float:
         cost = update_cost(
-            schedule,
+            order,
             tokens=tokens,
             d=d,
             n=n,
@@ -177,4 +177,4 @@ def cheapest_schedule(
         )
         return cost.multiply_adds / balance + cost.moved + cost.kept
 
-    return "contract" if time("contract") <= time("project") else "project"
+    return "factors_first" if time("factors_first") <= time("input_first") else "input_first"

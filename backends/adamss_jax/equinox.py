@@ -83,10 +83,10 @@ class AdaptedLinear(eqx.Module):
         (``eqx.filter_jit``): in the structure of the tree it would part it from that of the optimiser's state.
     rest, part
         What is not trained, and not computed, any more.
-    schedule
-        In which order its products are taken, one of `adamss.core.SCHEDULES`; None is ``"contract"``, the cheaper one
-        for the many inputs of a ``vmap``: see `adamss_jax.update`. It is in no file, and is part of the structure of
-        the tree: set it, by `dataclasses.replace` of the layer, before the optimiser's state is made.
+    order
+        In which order its products are taken, one of `adamss.core.ORDERS`; None is ``"factors_first"``, the cheaper
+        one for the many inputs of a ``vmap``: see `adamss_jax.update`. It is in no file, and is part of the structure
+        of the tree: set it, by `dataclasses.replace` of the layer, before the optimiser's state is made.
     """
 
     folded: Array | None
@@ -103,7 +103,7 @@ class AdaptedLinear(eqx.Module):
     unfolded: HostCopies | None = None
     rest: Rest = Rest()
     part: Part = Part()
-    schedule: str | None = eqx.field(static=True, default=None)
+    order: str | None = eqx.field(static=True, default=None)
 
     @property
     def in_features(self) -> Any:
@@ -126,7 +126,7 @@ class AdaptedLinear(eqx.Module):
         if self.merged or self.part.empty:
             return y
         factors = self.record.computed(self.factors())
-        u = added(jnp.reshape(jnp.asarray(x, y.dtype), -1), factors, self.part, self.schedule)
+        u = added(jnp.reshape(jnp.asarray(x, y.dtype), -1), factors, self.part, self.order)
         return y + jnp.reshape(u, y.shape)
 
     def factors(self) -> Factors:

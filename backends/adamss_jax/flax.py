@@ -92,8 +92,8 @@ class Adapter(nnx.Module):
         `nnx.Variable`, as in `adamss.core.Factors`.
     enabled
         Whether the layer adds the update.
-    schedule
-        In which order its products are taken, one of `adamss.core.SCHEDULES`; None for the one that costs less: see
+    order
+        In which order its products are taken, one of `adamss.core.ORDERS`; None for the one that costs less: see
         `adamss_jax.update`. A constant of compiled functions: a change compiles them once more. It is in no file.
     merged
         Whether its kernel holds the update already.
@@ -119,7 +119,7 @@ class Adapter(nnx.Module):
         self.view = view
         self.record = record
         self.enabled = True
-        self.schedule: str | None = None
+        self.order: str | None = None
         self.merged = False
         self.base: HostCopies | None = None
 
@@ -142,7 +142,7 @@ class Adapter(nnx.Module):
                     "in the equation that it was attached with; merge, or leave it out of targets"
                 )
         factors = self.record.computed(self.factors())
-        u = added(view.flat_inputs(jnp.asarray(x, y.dtype)), factors, part, self.schedule)
+        u = added(view.flat_inputs(jnp.asarray(x, y.dtype)), factors, part, self.order)
         return y + view.outputs(u, kernel_shape)
 
     def factors(self) -> Factors:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
-from adamss.core import Factors, cheapest_schedule, contract, expand, factor_gradients
-from adamss.core.cost import check_schedule, device_balance
+from adamss.core import Factors, cheapest_order, contract, expand, factor_gradients
+from adamss.core.cost import check_order, device_balance
 from adamss.core.factors import HEADROOM
 
 __all__ = ["linear", "update"]
@@ -27,7 +27,7 @@ FLOAT16_MAX = 65504.0
 
 
 def linear(
-    x: Array, kernel: Array, bias: Array | None, factors: Factors, *, schedule: str | None = None
+    x: Array, kernel: Array, bias: Array | None, factors: Factors, *, order: str | None = None
 ) -> Array:
     """Return ``x @ (kernel + delta) + bias`` without forming delta.
 
@@ -45,7 +45,7 @@ def linear(
     factors
         Factors of the layer; trained are B and C. With d + 1 input rows, the last of them moves the bias.
         They may be sharded over mesh axes that XLA manages; over axes of type Explicit they are replicated.
-    schedule
+    order
         See `update`.
 
     Returns
@@ -57,7 +57,7 @@ def linear(
     Raises
     ------
     ConfigError
-        If the schedule is unknown.
+        If the order is unknown.
     TypeError
         From JAX, under forward-mode differentiation (``jax.jvp``, ``jax.jacfwd``), which a gradient
         written by hand does not have.
@@ -81,7 +81,7 @@ def linear(
     ((4, 3), (1, 8))
     """
     y = x @ kernel if bias is None else x @ kernel + bias
-    return y + update(x.astype(y.dtype), factors, schedule=schedule)
+    return y + update(x.astype(y.dtype), factors, order=order)
 
 
 def update(
@@ -89,12 +89,12 @@ def update(
     factors: Factors | None,
     constant: tuple[Array, Array] | None = None,
     *,
-    schedule: str | None = None,
+    order: str | None = None,
 ) -> Array:
     """Return ``(x @ M) @ E``, what the adapter adds to the output of its frozen layer.
 
     With `constant` it is ``(x @ [M, M']) @ [E; E']``. Kept for the backward are x and ``x @ M``, not ``x @ M'``;
-    without `factors` neither of them. With the schedule ``"project"`` it is ``((x @ A) @ B) @ E``, and ``x @ A`` is
+    without `factors` neither of them. With the order ``"input_first"`` it is ``((x @ A) @ B) @ E``, and ``x @ A`` is
     kept for x.
 
     Parameters
@@ -107,11 +107,11 @@ def update(
     constant
         M' (d, q') and E' (q', n) of subspaces that get no gradient; d + 1 rows where the bias is adapted too. None if
         there are none; one of the two there must be.
-    schedule
-        In which order the products are taken, one of `adamss.core.SCHEDULES`. None for the one that costs less, by
-        the shapes: ``"project"`` for few tokens, ``"contract"`` for many; an x of one axis counts as many, since
-        under ``vmap`` nothing tells how many there are. Without a basis that all subspaces share, or with
-        `constant`, it is always ``"contract"``. Like a shape it is a constant of compiled functions.
+    order
+        In which order the products are taken, one of `adamss.core.ORDERS`. None for the one that costs less, by
+        the shapes: ``"input_first"`` for few tokens, ``"factors_first"`` for many; an x of one axis counts as many,
+        since under ``vmap`` nothing tells how many there are. Without a basis that all subspaces share, or with
+        `constant`, it is always ``"factors_first"``. Like a shape it is a constant of compiled functions.
 
     Returns
     -------
@@ -121,22 +121,22 @@ def update(
     Raises
     ------
     ConfigError
-        If the schedule is unknown.
+        If the order is unknown.
     """
-    check_schedule(schedule)
+    check_order(order)
     if factors is None or factors.A.shape[0] > 1 or constant is not None:
-        schedule = "contract"
-    elif schedule is None:
-        schedule = _cheapest(x, factors)
-    result: Array = _update(x, factors, constant, schedule == "project")
+        order = "factors_first"
+    elif order is None:
+        order = _cheapest(x, factors)
+    result: Array = _update(x, factors, constant, order == "input_first")
     return result
 
 
 def _cheapest(x: Array, factors: Factors) -> str:
     if x.ndim == 1:
-        return "contract"
+        return "factors_first"
     # Whether there will be a backward JAX does not say. For the few tokens of decoding it makes no difference.
-    return cheapest_schedule(
+    return cheapest_order(
         tokens=math.prod(x.shape[:-1]),
         d=x.shape[-1],
         n=factors.labels.shape[0],

@@ -118,7 +118,7 @@ def whole(factors: Factors, rest: Rest) -> Factors:
     return factors._replace(B=B, C=C)
 
 
-def added(x: Array, factors: Factors, part: Part, schedule: str | None = None) -> Array:
+def added(x: Array, factors: Factors, part: Part, order: str | None = None) -> Array:
     """Return what a layer adds to its frozen product: see `adamss_jax.update`.
 
     Parameters
@@ -129,20 +129,20 @@ def added(x: Array, factors: Factors, part: Part, schedule: str | None = None) -
         Canonical.
     part
         What of them is computed; not `Part.empty`.
-    schedule
+    order
         See `adamss_jax.update`.
     """
     if part.labels is None:
-        return update(x, factors, schedule=schedule)
+        return update(x, factors, order=order)
     constant = None if part.M is None else (part.M, part.E)
     if part.subspaces is None:
-        return update(x, None, constant, schedule=schedule)
+        return update(x, None, constant, order=order)
     A, B, C, _, ranks, active = factors
     if A.shape[0] > 1:
         A = jnp.take(A, part.subspaces, axis=0, mode="fill", fill_value=0)
     ranks, active = taken(ranks, part.subspaces), taken(active, part.subspaces)
     own = Factors(A, taken(B, part.directions), C, part.labels, ranks, active)
-    return update(x, own, constant, schedule=schedule)
+    return update(x, own, constant, order=order)
 
 
 # ---- made on the host: JAX would compile every gather for every new count of subspaces ---------------

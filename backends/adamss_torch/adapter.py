@@ -88,8 +88,8 @@ class Adapter(nn.Module):
         How often a state was loaded into it, and how often that changed which subspaces are in the Parameters.
     enabled
         Whether the hook adds the update.
-    schedule
-        In which order its products are taken, one of `adamss.core.SCHEDULES`; None for the one that costs less.
+    order
+        In which order its products are taken, one of `adamss.core.ORDERS`; None for the one that costs less.
         With bases of their own, or after `compact`, they are contracted all the same.
     merged
         Whether the weights of the layer hold the whole update already.
@@ -121,7 +121,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.d = d
         self.enabled = True
-        self.schedule: str | None = None
+        self.order: str | None = None
         self.merged = False
         self.revive = False
         self.loads = self.forms = 0
@@ -171,7 +171,7 @@ class Adapter(nn.Module):
         rows, groups, slots, mask = buffers["rows"], buffers["groups"], buffers["slots"], buffers["mask"]
         layout = Layout(rows, groups, slots, mask, buffers["columns"], self.padded)  # type: ignore[arg-type]
         active = None if self.revive else buffers["active"]
-        plan = Plan(A, active, layout, constants, self.schedule, weight, overwrite, input_kept)
+        plan = Plan(A, active, layout, constants, self.order, weight, overwrite, input_kept)
         return update(base, x, B, C, plan)
 
     def hook(

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adamss.core import cheapest_schedule
-from adamss.core.cost import check_schedule, device_balance
+from adamss.core import cheapest_order
+from adamss.core.cost import check_order, device_balance
 from adamss.core.factors import HEADROOM
 
 __all__ = ["MULTIPLE", "Constants", "Layout", "Plan", "make_layout", "update"]
@@ -94,8 +94,8 @@ class Plan(NamedTuple):
         Of B and C.
     constants
         More rows of M and E, which have no gradient; None for none.
-    schedule
-        One of `adamss.core.SCHEDULES`; None for the one that costs less.
+    order
+        One of `adamss.core.ORDERS`; None for the one that costs less.
     weight
         (n, d), frozen, if the base product is ``x weight^T`` and a frozen bias: the gradient of x is then that of
         the whole layer, in one sum, and the base product has none.
@@ -109,7 +109,7 @@ class Plan(NamedTuple):
     active: Tensor | None
     layout: Layout
     constants: Constants | None = None
-    schedule: str | None = None
+    order: str | None = None
     weight: Tensor | None = None
     overwrite: bool = False
     input_kept: bool = False
@@ -189,24 +189,24 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
     Raises
     ------
     ConfigError
-        If the schedule is unknown.
+        If the order is unknown.
     """
-    check_schedule(plan.schedule)
+    check_order(plan.order)
     if plan.A.shape[0] > 1 or plan.constants is not None or B.shape[0] == 0:
-        plan = plan._replace(schedule="contract")
-    elif plan.schedule is None:
-        plan = plan._replace(schedule=_cheapest(base, x, B, C, plan))
+        plan = plan._replace(order="factors_first")
+    elif plan.order is None:
+        plan = plan._replace(order=_cheapest(base, x, B, C, plan))
     if plan.weight is not None:
         base = base.detach()
     d = x.shape[-1]
     training = torch.is_grad_enabled()
-    plain = plan.schedule == "project" and plan.layout.mask is not None and plan.layout.columns is None
+    plain = plan.order == "input_first" and plan.layout.mask is not None and plan.layout.columns is None
     # Autocast would round A B to half precision; it is to be rounded once, as M.
     with _without_autocast(base):
         if plain and not training and 0 < x.numel() <= FEW * d:
             return _forward_of_few(base, x, B, C, plan)
         rows = B
-        if plan.schedule == "contract":
+        if plan.order == "factors_first":
             rows = _directions(plan.A, B, plan.layout.slots, C.shape[0], _headroom(base.dtype), base.dtype)
         if training:
             result: Tensor = _Update.apply(base, x, rows, C, plan)  # type: ignore[no-untyped-call]
@@ -233,9 +233,9 @@ def _cheapest_of(
     itemsize: int,
     on_cpu: bool,
 ) -> str:
-    """Return `cheapest_schedule` for inputs of this shape, (..., d); a training has few."""
+    """Return `cheapest_order` for inputs of this shape, (..., d); a training has few."""
     *outer, d = shape
-    return cheapest_schedule(
+    return cheapest_order(
         tokens=prod(outer),
         d=d,
         n=n,
@@ -262,7 +262,7 @@ def _forward(base: Tensor, x: Tensor, rows: Tensor, C: Tensor, plan: Plan) -> tu
     headroom, M = _headroom(dtype), None
     inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
     E = _expand(C, plan.layout, q, n, dtype)
-    if plan.schedule == "project":
+    if plan.order == "input_first":
         inputs = _bounded(_with_bias(inputs, _times(_in(plan.A[0], dtype), headroom).t()))
         z = F.linear(inputs, _in(rows, dtype))
     else:
@@ -302,7 +302,7 @@ class _Update(torch.autograd.Function):
     """``y = base + z E``, ``z = x M^T``; by hand ``dz = dy E^T``, ``dx = dz M``, ``dM = dz^T x``, ``dE = z^T dy``.
 
     `rows` is M, made of B outside, by products that autograd knows: it then finds the gradient of B without Python,
-    which takes longer than the arithmetic. With the schedule ``"project"``, `rows` is B.
+    which takes longer than the arithmetic. With the order ``"input_first"``, `rows` is B.
 
     Kept for the backward are x and the columns of z of trained rows of M, and M and E; none that no gradient wants.
     Projecting is for those who are short of memory: it keeps ``x A`` for x, and forms M and E anew.
@@ -342,7 +342,7 @@ class _Update(torch.autograd.Function):
         dx = d_rows = dC = frozen = None
         dy2 = dy.reshape(-1, dy.shape[-1])
         with _without_autocast(dy):
-            if ctx.plan.schedule == "project":
+            if ctx.plan.order == "input_first":
                 M = None if M is None else _directions(A, M, layout.slots, r, headroom, dy.dtype)
                 E = None if E is None else _expand(E, layout, q, dy2.shape[1], dy.dtype)
             if active is not None and q and (rows_wanted or C_wanted):

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import adamss
 import adamss_jax
-from adamss.core import SCHEDULES, Factors
+from adamss.core import ORDERS, Factors
 
 D, N, TOKENS, K = 8, 12, 16, 3
 SHARDINGS = {
@@ -57,13 +57,13 @@ def problem(*, bias_row):
     return arrays | {"labels": jnp.asarray(labels), "ranks": jnp.asarray(ranks), "active": jnp.ones(K, bool)}
 
 
-@partial(jax.jit, static_argnames="schedule")
-def results(arrays, schedule):
+@partial(jax.jit, static_argnames="order")
+def results(arrays, order):
     """Return the output and the gradients of x, B and C."""
 
     def run(x, B, C):
         f = Factors(arrays["A"], B, C, *(arrays[name] for name in ("labels", "ranks", "active")))
-        return adamss_jax.linear(x, arrays["kernel"], arrays["bias"], f, schedule=schedule)
+        return adamss_jax.linear(x, arrays["kernel"], arrays["bias"], f, order=order)
 
     y, vjp = jax.vjp(run, arrays["x"], arrays["B"], arrays["C"])
     return dict(zip(("y", "x", "B", "C"), (y, *vjp(arrays["dy"])), strict=True))
@@ -78,12 +78,12 @@ def difference(actual, expected):
 
 
 def differences(kind, names):
-    """Return the largest difference of each case, over both schedules, with and without a bias row."""
+    """Return the largest difference of each case, over both orders, with and without a bias row."""
     mesh = jax.make_mesh((4,), ("m",), axis_types=(kind,))
     found = {}
-    for bias_row, schedule in itertools.product((0, 1), SCHEDULES):
+    for bias_row, order in itertools.product((0, 1), ORDERS):
         arrays = problem(bias_row=bias_row)
-        expected = results(arrays, schedule)
+        expected = results(arrays, order)
         for name in names:
             specs = SHARDINGS[name]
             if bias_row and "A" in specs:
@@ -96,7 +96,7 @@ def differences(kind, names):
                 for key, array in arrays.items()
             }
             with jax.set_mesh(mesh):
-                actual = results(placed, schedule)
+                actual = results(placed, order)
             case = f"{kind.name}: {name}"
             found[case] = max(found.get(case, 0.0), difference(actual, expected))
     return found

@@ -701,13 +701,13 @@ def test_only_what_is_trained_is_kept_for_the_backward():
     assert sum(leaf.shape[-1] for leaf in jax.tree.leaves(BACKEND.parameters(loop.model))) < 2 * (K + WIDTH)
 
 
-def ordered(model, schedule):
+def ordered(model, order):
     """Return a model whose adapted layers take their products in this order."""
     if isinstance(model, nnx.Module):
         for layer in (model.block.query, model.block.value):
-            layer.adamss.schedule = schedule
+            layer.adamss.order = order
         return model
-    replaced = lambda layer: dataclasses.replace(layer, schedule=schedule)  # noqa: E731
+    replaced = lambda layer: dataclasses.replace(layer, order=order)  # noqa: E731
     return eqx.tree_at(lambda model: list(model.block.values()), model, replace_fn=replaced)
 
 
@@ -724,7 +724,7 @@ def test_the_order_of_the_products_outlives_compacting_and_consolidating(kind, t
     model = attached(kind, {"target": 3, "end_step": 1})
     adamss.save(model, tmp_path / "as attached")
     outputs = []
-    for schedule in core.SCHEDULES:
+    for schedule in core.ORDERS:
         model = ordered(attached(kind, {"target": 3, "end_step": 1}), schedule)
         adamss.save(model, tmp_path / schedule)
         assert same_file(tmp_path / schedule, tmp_path / "as attached")
@@ -744,9 +744,9 @@ def test_the_order_of_the_products_outlives_compacting_and_consolidating(kind, t
 def test_projected_nothing_of_the_inputs_is_kept_but_their_coordinates():
     """Of a layer of which a part is constant x is kept again, until the weight holds that part."""
     rank, x = 5, inputs(rows=37)
-    model = ordered(attached("nnx", LONG, subspace_rank=1), "contract")
+    model = ordered(attached("nnx", LONG, subspace_rank=1), "factors_first")
     before = kept_for_backward(model, x)
-    after = kept_for_backward(ordered(model, "project"), x)
+    after = kept_for_backward(ordered(model, "input_first"), x)
     assert after.count((37, rank)) - before.count((37, rank)) == 2
     assert before.count((37, WIDTH)) - after.count((37, WIDTH)) == 1  # one x, of both layers
     model = BACKEND.set_active(model, {path: jnp.arange(K) < 2 for path in ("block.query", "block.value")})

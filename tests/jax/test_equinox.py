@@ -305,8 +305,8 @@ def test_masks_and_training_do_not_compile_anew(config, inputs):
 def test_the_order_of_the_products_of_a_layer(config, inputs):
     """Many inputs of a vmap, each a vector, are contracted with M unless the layer says otherwise."""
 
-    def ordered(model, schedule):
-        replaced = lambda layer: dataclasses.replace(layer, schedule=schedule)  # noqa: E731
+    def ordered(model, order):
+        replaced = lambda layer: dataclasses.replace(layer, order=order)  # noqa: E731
         return eqx.tree_at(lambda m: [block.query for block in m.blocks], model, replace_fn=replaced)
 
     @eqx.filter_jit
@@ -317,13 +317,13 @@ def test_the_order_of_the_products_of_a_layer(config, inputs):
         return str(jax.make_jaxpr(lambda x: jax.vmap(model)(x))(x))
 
     model, x = adapted(config), inputs(64, 8)
-    projected = ordered(model, "project")
-    assert program(ordered(model, "contract")) == program(model) != program(projected)
+    projected = ordered(model, "input_first")
+    assert program(ordered(model, "factors_first")) == program(model) != program(projected)
     agrees(run(projected, x), run(model, x), "outputs")
     backend = adamss.backend.get_backend("jax")
     masked = backend.set_active(projected, {PATHS[0]: np.asarray([True, False, True])})
     for other in (masked, adamss.unmerge(adamss.merge(projected)), pickle.loads(pickle.dumps(projected))):
-        assert other.blocks[1].query.schedule == "project"
+        assert other.blocks[1].query.order == "input_first"
         assert jax.tree.structure(other) == jax.tree.structure(projected)
     with pytest.raises(errors.ConfigError, match="'expand'"):
         ordered(model, "expand")(x[0])

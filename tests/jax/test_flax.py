@@ -374,24 +374,24 @@ def test_the_order_of_the_products_of_a_layer(net, config, inputs, filled):
         return model(x)
 
     y, programs = run(model, x), []
-    for number, schedule in enumerate(core.SCHEDULES):
+    for number, order in enumerate(core.ORDERS):
         for block in model.blocks:
             for layer in block.values():
-                layer.adamss.schedule = schedule
+                layer.adamss.order = order
         for _ in range(2):
-            agrees(run(model, x), y, f"outputs by {schedule}", 10.0)
+            agrees(run(model, x), y, f"outputs by {order}", 10.0)
         assert traces == number + 2
         graph, state = nnx.split(model)
         programs.append(str(jax.make_jaxpr(lambda s, graph=graph: nnx.merge(graph, s)(x))(state)))
     assert programs[0] != programs[1]
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nnx.clone(model)):
-        assert twin.blocks[1]["value"].adamss.schedule == "project"
+        assert twin.blocks[1]["value"].adamss.order == "input_first"
         run(twin, x)
     assert traces == 3
     adamss.unmerge(adamss.merge(model))
     model, _ = trained(model, x)
-    assert model.blocks[1]["value"].adamss.schedule == "project"
-    model.blocks[0]["query"].adamss.schedule = "expand"
+    assert model.blocks[1]["value"].adamss.order == "input_first"
+    model.blocks[0]["query"].adamss.order = "expand"
     with pytest.raises(errors.ConfigError, match="'expand'"):
         run(model, x)
 

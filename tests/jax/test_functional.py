@@ -56,12 +56,12 @@ def on_device(tree, dtype="float64"):
     return jax.tree.map(lambda a: jnp.asarray(a, dtype if a.dtype.kind == "f" else None), tree)
 
 
-def run(trained, x, kernel, bias, factors, *, schedule=None):
-    return adamss_jax.linear(x, kernel, bias, factors._replace(**trained), schedule=schedule)
+def run(trained, x, kernel, bias, factors, *, order=None):
+    return adamss_jax.linear(x, kernel, bias, factors._replace(**trained), order=order)
 
 
-def by(schedule):
-    return partial(run, schedule=schedule)
+def by(order):
+    return partial(run, order=order)
 
 
 def gradients(p, apply=run):
@@ -84,12 +84,12 @@ def assert_reference(found, p):
         agrees(gradient, getattr(expected, name), f"gradient of {name}")
 
 
-CASES = [(variant, "contract") for variant in VARIANTS]
-CASES += [(variant, "project") for variant, (_, shared, _) in VARIANTS.items() if shared]
+CASES = [(variant, "factors_first") for variant in VARIANTS]
+CASES += [(variant, "input_first") for variant, (_, shared, _) in VARIANTS.items() if shared]
 each_case = pytest.mark.parametrize(
-    ("variant", "schedule"), CASES, ids=[f"{schedule}: {variant}" for variant, schedule in CASES]
+    ("variant", "order"), CASES, ids=[f"{order}: {variant}" for variant, order in CASES]
 )
-each_schedule = pytest.mark.parametrize("schedule", core.SCHEDULES)
+each_order = pytest.mark.parametrize("order", core.ORDERS)
 
 
 @pytest.fixture
@@ -101,23 +101,23 @@ def x64():
 # ---- transformations ---------------------------------------------------------------------------------
 
 
-@each_schedule
-def test_values_and_gradients_without_a_transformation(schedule, x64):
-    assert_reference(gradients(on_device(problem()), by(schedule)), problem())
+@each_order
+def test_values_and_gradients_without_a_transformation(order, x64):
+    assert_reference(gradients(on_device(problem()), by(order)), problem())
 
 
 @each_case
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
-def test_values_and_gradients(variant, schedule, transform, x64):
+def test_values_and_gradients(variant, order, transform, x64):
     p = problem(variant)
-    assert_reference(jax.jit(gradients, static_argnums=1)(on_device(p), transform(by(schedule))), p)
+    assert_reference(jax.jit(gradients, static_argnums=1)(on_device(p), transform(by(order))), p)
 
 
-@each_schedule
+@each_order
 @pytest.mark.parametrize("tokens", [(), (1,), (0,), (2, 0, 3)], ids=str)
-def test_any_leading_axes(tokens, schedule, x64):
+def test_any_leading_axes(tokens, order, x64):
     p = problem(tokens=tokens)
-    y, trained, dx = gradients(on_device(p), by(schedule))
+    y, trained, dx = gradients(on_device(p), by(order))
     assert (y.shape, dx.shape) == ((*tokens, N), (*tokens, D))
     if 0 not in tokens:
         assert_reference((y, trained, dx), p)
@@ -125,27 +125,27 @@ def test_any_leading_axes(tokens, schedule, x64):
 
 
 @each_case
-def test_vmap_over_inputs_is_the_batched_call(variant, schedule, x64):
+def test_vmap_over_inputs_is_the_batched_call(variant, order, x64):
     p = problem(variant)
-    batched = jax.vmap(jax.vmap(by(schedule), (None, 0, None, None, None)), (None, 0, None, None, None))
+    batched = jax.vmap(jax.vmap(by(order), (None, 0, None, None, None)), (None, 0, None, None, None))
     assert_reference(jax.jit(gradients, static_argnums=1)(on_device(p), batched), p)
 
 
 @each_case
-def test_vmap_over_layers_and_their_factors(variant, schedule, x64):
+def test_vmap_over_layers_and_their_factors(variant, order, x64):
     """Labels and masks differ from layer to layer: nothing of them is a constant of the program."""
     layers = [problem(variant, seed=seed) for seed in range(3)]
     layers[2] = layers[2]._replace(factors=layers[2].factors._replace(active=np.asarray([False, True, True])))
     assert len({tuple(p.factors.labels) for p in layers}) == 3
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(on_device, layers))
-    y, trained, dx = gradients(stacked, jax.jit(jax.vmap(by(schedule))))
+    y, trained, dx = gradients(stacked, jax.jit(jax.vmap(by(order))))
     for i, p in enumerate(layers):
         assert_reference((y[i], {name: gradient[i] for name, gradient in trained.items()}, dx[i]), p)
 
 
 @pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
 @each_case
-def test_scan_over_stacked_layers(variant, schedule, remat, x64):
+def test_scan_over_stacked_layers(variant, order, remat, x64):
     layers = [problem(variant, n=D, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(on_device(p) for p in layers))
     x, dy = on_device(layers[0].x), on_device(layers[0].dy)
@@ -153,7 +153,7 @@ def test_scan_over_stacked_layers(variant, schedule, remat, x64):
     def scanned(trained, x):
         def body(x, layer):
             trained, p = layer
-            return run(trained, x, p.kernel, p.bias, p.factors, schedule=schedule), None
+            return run(trained, x, p.kernel, p.bias, p.factors, order=order), None
 
         return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (trained, stacked))[0]
 
@@ -190,9 +190,9 @@ def test_gradients_of_what_is_frozen(x64):
 
 
 @each_case
-def test_frozen_subspaces_get_a_gradient_of_exactly_zero(variant, schedule, x64):
+def test_frozen_subspaces_get_a_gradient_of_exactly_zero(variant, order, x64):
     p = problem(variant)
-    _, trained, _ = jax.jit(gradients, static_argnums=1)(on_device(p), by(schedule))
+    _, trained, _ = jax.jit(gradients, static_argnums=1)(on_device(p), by(order))
     ranks, labels = p.factors.ranks, p.factors.labels
     columns = np.repeat(np.arange(K), ranks) == 1
     assert np.all(trained["B"][:, columns] == 0)
@@ -202,7 +202,7 @@ def test_frozen_subspaces_get_a_gradient_of_exactly_zero(variant, schedule, x64)
 
 
 @each_case
-def test_second_derivatives_in_reverse_mode(variant, schedule, x64):
+def test_second_derivatives_in_reverse_mode(variant, order, x64):
     """The gradient of a slope, against differences of that slope along every coordinate."""
     p = on_device(problem(variant, tokens=(2,)))
     point = {"B": p.factors.B, "C": p.factors.C}, p.x
@@ -212,7 +212,7 @@ def test_second_derivatives_in_reverse_mode(variant, schedule, x64):
     @jax.jit
     def slope(point):
         def value(point):
-            return jnp.sum(jnp.tanh(0.3 * by(schedule)(*point, p.kernel, p.bias, p.factors)))
+            return jnp.sum(jnp.tanh(0.3 * by(order)(*point, p.kernel, p.bias, p.factors)))
 
         pairs = zip(jax.tree.leaves(jax.grad(value)(point)), jax.tree.leaves(direction), strict=True)
         return sum(jnp.vdot(gradient, along) for gradient, along in pairs)
@@ -271,14 +271,14 @@ each_half = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 @each_half
 @each_case
-def test_half_precision(variant, schedule, dtype):
+def test_half_precision(variant, order, dtype):
     """Outputs in the dtype of the base, gradients in that of the factors, both as near as the inputs' rounding."""
     p = problem(variant, tokens=(20,))
     rounded = on_device(p, dtype)._replace(factors=on_device(p.factors, "float32"))
     exact = jax.tree.map(
         lambda a: np.asarray(a, "float64") if a.dtype.kind not in "bi" else np.asarray(a), rounded
     )
-    y, trained, dx = jax.jit(gradients, static_argnums=1)(rounded, by(schedule))
+    y, trained, dx = jax.jit(gradients, static_argnums=1)(rounded, by(order))
     assert {array.dtype for array in (y, dx)} == {jnp.dtype(dtype)}
     assert {gradient.dtype for gradient in trained.values()} == {jnp.dtype("float32")}
     magnitudes = exact.factors._replace(**{name: np.abs(getattr(exact.factors, name)) for name in "ABC"})
@@ -292,25 +292,25 @@ def test_half_precision(variant, schedule, dtype):
         assert_agrees(gradient, getattr(expected, name), dtype=dtype, what=f"gradient of {name}", scale=scale)
 
 
-@each_schedule
+@each_order
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("bias_row", ["shared, rank 1", "shared, ranks 3 1 2, bias"])
-def test_start_equals_the_base_for_inputs_at_the_end_of_the_dtype(dtype, transform, bias_row, schedule):
+def test_start_equals_the_base_for_inputs_at_the_end_of_the_dtype(dtype, transform, bias_row, order):
     p = problem(bias_row, tokens=(4,))
     p = on_device(p._replace(kernel=p.kernel * 1e-3), dtype)._replace(factors=on_device(p.factors, "float32"))
     x = jnp.full_like(p.x, jnp.finfo(dtype).max).at[0].multiply(-1)
     zero = {"B": p.factors.B, "C": jnp.zeros_like(p.factors.C)}
     expected = transform(lambda x: x @ p.kernel + p.bias)(x)
-    y = transform(partial(run, zero, schedule=schedule))(x, p.kernel, p.bias, p.factors)
+    y = transform(partial(run, zero, order=order))(x, p.kernel, p.bias, p.factors)
     assert np.isfinite(expected).all()
     assert y.dtype == dtype
     assert jnp.array_equal(y, expected)
 
 
 @each_half
-@each_schedule
-def test_sums_over_many_tokens_are_not_done_in_half_precision(dtype, schedule):
+@each_order
+def test_sums_over_many_tokens_are_not_done_in_half_precision(dtype, order):
     """2,049 ones add up to 2,049, which neither type can hold."""
     tokens, ones = 2049, partial(jnp.ones, dtype=dtype)
     f = Factors(
@@ -322,7 +322,7 @@ def test_sums_over_many_tokens_are_not_done_in_half_precision(dtype, schedule):
         jnp.ones(1, bool),
     )
     p = Problem(ones((tokens, 1)), ones((1, 1)), ones(1), f, ones((tokens, 1)))
-    _, trained, _ = jax.jit(gradients, static_argnums=1)(p, by(schedule))
+    _, trained, _ = jax.jit(gradients, static_argnums=1)(p, by(order))
     assert float(trained["C"][0, 0]) == 2 * tokens  # z is 2: one from the input, one from the bias row
     assert float(trained["B"][0, 0]) == 2 * tokens
 
@@ -340,24 +340,24 @@ def kept_shapes(p, apply):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"), [("contract", [(37, 6), (37, D)]), ("project", [(37, R), (37, 6)])]
+    ("order", "expected"), [("factors_first", [(37, 6), (37, D)]), ("input_first", [(37, R), (37, 6)])]
 )
-def test_kept_for_the_backward_is_what_the_schedule_says(schedule, expected):
+def test_kept_for_the_backward_is_what_the_schedule_says(order, expected):
     assert D not in (R, 6)
-    assert kept_shapes(problem(tokens=(37,)), by(schedule)) == sorted(expected)
-    assert kept_shapes(problem(tokens=(37,)), jax.jit(by(schedule))) == sorted(expected)
+    assert kept_shapes(problem(tokens=(37,)), by(order)) == sorted(expected)
+    assert kept_shapes(problem(tokens=(37,)), jax.jit(by(order))) == sorted(expected)
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "tokens", "expected"),
     [
-        ("cpu", "float32", (1, 8), "project"),
-        ("cpu", "float32", (2, 16), "contract"),
-        ("cpu", "float32", (), "contract"),  # one of many, under vmap
-        ("cpu", "bfloat16", (4, 2048), "contract"),
-        ("gpu", "float32", (2, 16), "project"),
-        ("gpu", "float32", (4, 2048), "contract"),
-        ("gpu", "bfloat16", (4, 2048), "project"),
+        ("cpu", "float32", (1, 8), "input_first"),
+        ("cpu", "float32", (2, 16), "factors_first"),
+        ("cpu", "float32", (), "factors_first"),  # one of many, under vmap
+        ("cpu", "bfloat16", (4, 2048), "factors_first"),
+        ("gpu", "float32", (2, 16), "input_first"),
+        ("gpu", "float32", (4, 2048), "factors_first"),
+        ("gpu", "bfloat16", (4, 2048), "input_first"),
     ],
 )
 def test_the_schedule_that_costs_less_is_chosen(backend, dtype, tokens, expected, monkeypatch):
@@ -373,39 +373,39 @@ def test_the_schedule_that_costs_less_is_chosen(backend, dtype, tokens, expected
     x = jax.ShapeDtypeStruct((*tokens, d), dtype)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
 
-    def program(schedule):
+    def program(order):
         def apply(x, factors):  # a function of its own: JAX remembers what it has traced
-            return adamss_jax.update(x, factors, schedule=schedule)
+            return adamss_jax.update(x, factors, order=order)
 
         return str(jax.make_jaxpr(apply)(x, factors))
 
-    assert program("contract") != program("project")
+    assert program("factors_first") != program("input_first")
     assert program(None) == program(expected)
 
 
 def test_without_a_shared_basis_or_with_constants_the_products_are_contracted(x64):
     p = problem("per subspace, ranks 3 1 2", tokens=(37,))
-    assert_reference(gradients(on_device(p), by("project")), p)
-    assert kept_shapes(p, by("project")) == kept_shapes(p, by("contract"))
+    assert_reference(gradients(on_device(p), by("input_first")), p)
+    assert kept_shapes(p, by("input_first")) == kept_shapes(p, by("factors_first"))
     x, factors = on_device(problem()[0]), on_device(problem().factors)
     constant = jnp.ones((D + 1, 2)), jnp.ones((2, N))
     for own in (factors, None):
-        found = adamss_jax.update(x, own, constant, schedule="project")
-        expected = adamss_jax.update(x, own, constant, schedule="contract")
+        found = adamss_jax.update(x, own, constant, order="input_first")
+        expected = adamss_jax.update(x, own, constant, order="factors_first")
         assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("variant", ["shared, rank 1", "per subspace, ranks 3 1 2"])
-def test_an_unknown_schedule_raises(variant):
+def test_an_unknown_order_raises(variant):
     p = on_device(problem(variant), "float32")
-    with pytest.raises(ConfigError, match=r"'contract', 'project'.*'expand'"):
+    with pytest.raises(ConfigError, match=r"'factors_first', 'input_first'.*'expand'"):
         gradients(p, by("expand"))
     with pytest.raises(ConfigError, match="'expand'"):
-        adamss_jax.update(p.x, None, (jnp.ones((D, 2)), jnp.ones((2, N))), schedule="expand")
+        adamss_jax.update(p.x, None, (jnp.ones((D, 2)), jnp.ones((2, N))), order="expand")
 
 
-@each_schedule
-def test_padding_stays_out_of_the_products_and_gets_no_gradient(schedule, x64):
+@each_order
+def test_padding_stays_out_of_the_products_and_gets_no_gradient(order, x64):
     """Rank, directions, rows of C and columns of no subspace: what stacks and compacted layers are padded with."""
     p = problem("shared, ranks 3 1 2, bias")
     f = p.factors
@@ -418,7 +418,7 @@ def test_padding_stays_out_of_the_products_and_gets_no_gradient(schedule, x64):
         labels=labels,
     )
     zero = f._replace(C=np.where(labels < 0, 0.0, f.C))
-    y, trained, dx = gradients(on_device(p._replace(factors=padded)), by(schedule))
+    y, trained, dx = gradients(on_device(p._replace(factors=padded)), by(order))
     expected = core.linear_vjp(p.dy, p.x, p.kernel, zero)
     agrees(y, core.linear(p.x, p.kernel, p.bias, zero), "y")
     agrees(dx, expected.x, "gradient of x")

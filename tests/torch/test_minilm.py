@@ -69,13 +69,13 @@ def test_merge_of_the_whole_model(trained, tokens):
     assert_agrees(embed(trained, tokens), expected, dtype="float32", what="embeddings")
 
 
-@pytest.mark.parametrize("schedule", core.SCHEDULES)
-def test_a_whole_transformer_block_compiles_without_a_graph_break(trained, schedule):
+@pytest.mark.parametrize("order", core.ORDERS)
+def test_a_whole_transformer_block_compiles_without_a_graph_break(trained, order):
     block = trained.encoder.layer[0]
     adapters = [block.attention.self.query.adamss, block.attention.self.value.adamss]
     leaves = [parameter for adapter in adapters for parameter in adapter.parameters()]
     for adapter in adapters:
-        adapter.schedule = schedule
+        adapter.order = order
     x = torch.randn(2, 16, 384, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     def results(function):
@@ -90,4 +90,4 @@ def test_a_whole_transformer_block_compiles_without_a_graph_break(trained, sched
         warnings.simplefilter("ignore")  # those of the compiler's own imports
         actual = results(torch.compile(block, fullgraph=True))
     for ours, reference in zip(actual, expected, strict=True):
-        assert_agrees(ours, reference, dtype="float32", what=schedule)
+        assert_agrees(ours, reference, dtype="float32", what=order)

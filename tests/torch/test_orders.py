@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import adamss
 from adamss import core
-from adamss.core import SCHEDULES
+from adamss.core import ORDERS
 from adamss_conformance.tolerances import assert_agrees
 from adamss_torch.functional import _cheapest_of
 
@@ -28,7 +28,7 @@ OPTIONS = {
 }
 
 
-def adapted_layer(schedule=None, *, dtype=torch.float32, base_dtype=None, **options):
+def adapted_layer(order=None, *, dtype=torch.float32, base_dtype=None, **options):
     """Return an adapted layer of which no factor is zero and one subspace is frozen."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(D, N_OUT)).to(base_dtype or dtype)
@@ -41,7 +41,7 @@ def adapted_layer(schedule=None, *, dtype=torch.float32, base_dtype=None, **opti
     inside = torch.arange(factors.C.shape[0])[:, None] < factors.ranks[factors.labels.long()]
     layer.adamss.C.data.copy_(torch.where(inside, numbers, 0))
     layer.adamss.active[1] = False
-    layer.adamss.schedule = schedule
+    layer.adamss.order = order
     return model
 
 
@@ -70,21 +70,21 @@ def reference(model, x, dy):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("tokens", [(), (TOKENS,), (3, 200), (0,)], ids=str)
-@pytest.mark.parametrize("schedule", [*SCHEDULES, None])
-def test_outputs_and_gradients_are_the_reference(schedule, tokens, options):
-    model = adapted_layer(schedule, dtype=torch.float64, **options)
+@pytest.mark.parametrize("order", [*ORDERS, None])
+def test_outputs_and_gradients_are_the_reference(order, tokens, options):
+    model = adapted_layer(order, dtype=torch.float64, **options)
     x, dy = data(*tokens, dtype=torch.float64)
     for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
-        assert_agrees(actual, torch.from_numpy(expected), dtype="float64", what=f"{schedule} {tokens}")
+        assert_agrees(actual, torch.from_numpy(expected), dtype="float64", what=f"{order} {tokens}")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [(), (1,), (2, 4), (16,), (17,)], ids=str)
-@pytest.mark.parametrize("schedule", [*SCHEDULES, None])
-def test_generation_is_the_reference(schedule, tokens, dtype, options):
+@pytest.mark.parametrize("order", [*ORDERS, None])
+def test_generation_is_the_reference(order, tokens, dtype, options):
     model = adapted_layer(
-        schedule, dtype=dtype if dtype == torch.float64 else torch.float32, base_dtype=dtype, **options
+        order, dtype=dtype if dtype == torch.float64 else torch.float32, base_dtype=dtype, **options
     )
     x, dy = data(*tokens, dtype=dtype)
     expected = torch.from_numpy(reference(model, x, dy)[0])
@@ -94,27 +94,27 @@ def test_generation_is_the_reference(schedule, tokens, dtype, options):
         with mode:
             y = model(x)
         assert y.shape == expected.shape
-        assert_agrees(y.double(), expected, dtype=name, what=f"{schedule} {tokens}", scale=scale)
+        assert_agrees(y.double(), expected, dtype=name, what=f"{order} {tokens}", scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_in_other_dtypes(schedule, dtype):
-    model = adapted_layer(schedule, base_dtype=dtype)
+@pytest.mark.parametrize("order", ORDERS)
+def test_in_other_dtypes(order, dtype):
+    model = adapted_layer(order, base_dtype=dtype)
     x, dy = data(TOKENS, dtype=dtype)
     name = str(dtype).removeprefix("torch.")
     for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
         expected = torch.from_numpy(expected)
         scale = 4 * float(expected.abs().max())
-        assert_agrees(actual.float(), expected, dtype=name, what=schedule, scale=scale)
+        assert_agrees(actual.float(), expected, dtype=name, what=order, scale=scale)
 
 
 @pytest.mark.parametrize("options", [{}, {"subspace_rank": 3}, {"basis": "per_subspace"}], ids=str)
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_factors_in_float16_neither_overflow_nor_vanish(schedule, base_dtype, options):
+@pytest.mark.parametrize("order", ORDERS)
+def test_factors_in_float16_neither_overflow_nor_vanish(order, base_dtype, options):
     """Their exponents leave no room for a headroom, whatever the base has."""
-    model = adapted_layer(schedule, dtype=torch.float16, base_dtype=base_dtype, **options)
+    model = adapted_layer(order, dtype=torch.float16, base_dtype=base_dtype, **options)
     model[0].adamss.C.data.mul_(50.0)
     x, dy = data(TOKENS, dtype=base_dtype)
     x, dy = x / 8, dy / 8
@@ -122,12 +122,12 @@ def test_factors_in_float16_neither_overflow_nor_vanish(schedule, base_dtype, op
         expected = torch.from_numpy(expected)
         scale = 4 * float(expected.abs().max())
         name = "bfloat16" if base_dtype == torch.bfloat16 else "float16"
-        assert_agrees(actual.float(), expected, dtype=name, what=schedule, scale=scale)
+        assert_agrees(actual.float(), expected, dtype=name, what=order, scale=scale)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_under_autocast_as_without_it(schedule):
-    model = adapted_layer(schedule)
+@pytest.mark.parametrize("order", ORDERS)
+def test_under_autocast_as_without_it(order):
+    model = adapted_layer(order)
     x, dy = data(TOKENS)
     expected = step(model, x, dy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -139,13 +139,13 @@ def test_under_autocast_as_without_it(schedule):
     actual = (y.detach(), x.grad, model[0].adamss.B.grad, model[0].adamss.C.grad)
     for ours, whole in zip(actual, expected, strict=True):
         scale = 4 * float(whole.abs().max())
-        assert_agrees(ours.float(), whole, dtype="bfloat16", what=schedule, scale=scale)
+        assert_agrees(ours.float(), whole, dtype="bfloat16", what=order, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_start_equals_the_base_for_the_largest_inputs(schedule, dtype):
-    model = adapted_layer(schedule, base_dtype=dtype)
+@pytest.mark.parametrize("order", ORDERS)
+def test_start_equals_the_base_for_the_largest_inputs(order, dtype):
+    model = adapted_layer(order, base_dtype=dtype)
     model[0].adamss.C.data.zero_()
     with torch.no_grad():
         model[0].weight.mul_(2.0**-8)  # so that the base itself does not overflow
@@ -186,17 +186,17 @@ def test_contracting_keeps_x_and_z_and_projecting_u_and_z(tokens, wants):
     x = data(tokens)[0].requires_grad_(wants)
     R, q = 8, 3
 
-    def large(schedule):
-        return sorted(s for s in kept_numbers(adapted_layer(schedule), x) if s[0] == tokens)
+    def large(order):
+        return sorted(s for s in kept_numbers(adapted_layer(order), x) if s[0] == tokens)
 
-    assert large("contract") == [(tokens, q), (tokens, D)]
-    assert large("project") == [(tokens, q), (tokens, R)]
-    assert sum(map(math.prod, kept_numbers(adapted_layer("project"), x))) == tokens * (R + q)
+    assert large("factors_first") == [(tokens, q), (tokens, D)]
+    assert large("input_first") == [(tokens, q), (tokens, R)]
+    assert sum(map(math.prod, kept_numbers(adapted_layer("input_first"), x))) == tokens * (R + q)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_nothing_is_kept_where_nothing_is_wanted(schedule):
-    model = adapted_layer(schedule)
+@pytest.mark.parametrize("order", ORDERS)
+def test_nothing_is_kept_where_nothing_is_wanted(order):
+    model = adapted_layer(order)
     x = data(TOKENS)[0]
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
@@ -213,7 +213,7 @@ def test_equal_ranks_make_no_product_wider():
     """Padding of C has a row of E to itself: sixteen directions would be multiplied as thirty-two."""
     layout = {"segmentation": "contiguous", "subspaces": 4, "subspace_rank": 4}
     x = data(600)[0].requires_grad_()
-    kept = kept_numbers(adapted_layer("contract", **layout), x)
+    kept = kept_numbers(adapted_layer("factors_first", **layout), x)
     assert {(16, D), (16, N_OUT)} <= set(kept)
 
 
@@ -226,16 +226,16 @@ def test_the_choice_follows_the_cost_and_can_be_overridden(monkeypatch):
 
     def chosen(*arguments):
         asked.append(arguments)
-        return "project"
+        return "input_first"
 
     monkeypatch.setattr("adamss_torch.functional._cheapest_of", chosen)
     x = data(TOKENS)[0].requires_grad_()
     assert (TOKENS, 8) in kept_numbers(model, x)
     assert asked == [((TOKENS, D), N_OUT, 8, 3, True, False, 4, True)]
-    model[0].adamss.schedule = "contract"
+    model[0].adamss.order = "factors_first"
     assert (TOKENS, D) in kept_numbers(model, x)
     with torch.no_grad():
-        model[0].adamss.schedule = None
+        model[0].adamss.order = None
         model(x)
     assert asked[-1] == ((TOKENS, D), N_OUT, 8, 3, False, False, 4, True)
     model[0].weight.requires_grad_(True)
@@ -244,24 +244,22 @@ def test_the_choice_follows_the_cost_and_can_be_overridden(monkeypatch):
 
 
 def test_one_token_is_not_worth_contracting():
-    assert _cheapest_of((1, 768), 768, 100, 10, False, False, 4, True) == "project"
-    assert _cheapest_of((2, 1024, 768), 768, 100, 10, True, False, 4, True) == "contract"
+    assert _cheapest_of((1, 768), 768, 100, 10, False, False, 4, True) == "input_first"
+    assert _cheapest_of((2, 1024, 768), 768, 100, 10, True, False, 4, True) == "factors_first"
 
 
-def test_an_unknown_schedule_is_refused():
+def test_an_unknown_order_is_refused():
     model = adapted_layer("expand")
-    with pytest.raises(adamss.errors.ConfigError, match="schedule must be one of 'contract', 'project'"):
+    with pytest.raises(adamss.errors.ConfigError, match="order must be one of 'factors_first', 'input_first'"):
         model(data(2)[0])
 
 
 def test_the_choice_goes_with_copies_and_not_into_files(tmp_path):
-    model = adapted_layer("project")
-    assert copy.deepcopy(model)[0].adamss.schedule == "project"
+    model = adapted_layer("input_first")
+    assert copy.deepcopy(model)[0].adamss.order == "input_first"
     adamss.save(model, tmp_path / "a.safetensors")
     torch.manual_seed(0)
-    assert (
-        adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")[0].adamss.schedule is None
-    )
+    assert adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")[0].adamss.order is None
 
 
 # ---- the base product ---------------------------------------------------------------------------------
@@ -329,7 +327,7 @@ def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
     layer = nn.Linear(D, N_OUT)
     model = adamss.attach(nn.Sequential(layer), adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
     layer.adamss.C.data.normal_()
-    layer.adamss.schedule = "contract"
+    layer.adamss.order = "factors_first"
     looked = []
 
     class Doubled(nn.Module):
@@ -412,9 +410,9 @@ def test_selective_checkpointing_hands_out_what_it_kept():
         assert_agrees(actual, reference, dtype="float32", what="selective checkpointing")
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_gradient_of_a_base_that_is_trained_too(schedule):
-    model = adapted_layer(schedule, dtype=torch.float64)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_gradient_of_a_base_that_is_trained_too(order):
+    model = adapted_layer(order, dtype=torch.float64)
     x, dy = data(TOKENS, dtype=torch.float64)
     y, dx, dB, dC = step(model, x, dy)
     model[0].weight.requires_grad_(True)
@@ -425,9 +423,9 @@ def test_the_gradient_of_a_base_that_is_trained_too(schedule):
     assert_agrees(model[0].bias.grad, dy.sum(0), dtype="float64", what="bias")
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_backward_hooks_see_the_gradients_of_the_whole_layer(schedule):
-    model, seen = adapted_layer(schedule), []
+@pytest.mark.parametrize("order", ORDERS)
+def test_backward_hooks_see_the_gradients_of_the_whole_layer(order):
+    model, seen = adapted_layer(order), []
     x, dy = data(TOKENS)
     _, expected, *_ = step(model, x, dy)
     model[0].register_full_backward_hook(lambda module, inputs, outputs: seen.append((inputs, outputs)))
@@ -445,10 +443,10 @@ def test_the_result_may_be_changed_in_place():
     torch.autograd.grad(model(x).mul_(2.0), x, dy)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_layer_used_twice_in_one_forward(schedule):
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_layer_used_twice_in_one_forward(order):
     torch.manual_seed(0)
-    model = adapted_layer(schedule, dtype=torch.float64)
+    model = adapted_layer(order, dtype=torch.float64)
     layer = model[0]
     pad = nn.ConstantPad1d((0, D - N_OUT), 0.0)
     x, dy = data(TOKENS, dtype=torch.float64)
@@ -467,9 +465,9 @@ def test_a_layer_used_twice_in_one_forward(schedule):
         assert_agrees(actual, reference, dtype="float64", what="gradient")
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_compiled_without_a_graph_break(schedule):
-    model = adapted_layer(schedule)
+@pytest.mark.parametrize("order", ORDERS)
+def test_compiled_without_a_graph_break(order):
+    model = adapted_layer(order)
     x, dy = data(TOKENS)
     expected = step(model, x, dy)
     torch._dynamo.reset()
@@ -482,9 +480,9 @@ def test_compiled_without_a_graph_break(schedule):
     y.backward(dy)
     actual = (y.detach(), x.grad, model[0].adamss.B.grad, model[0].adamss.C.grad)
     for ours, reference in zip(actual, expected, strict=True):
-        assert_agrees(ours, reference, dtype="float32", what=schedule)
+        assert_agrees(ours, reference, dtype="float32", what=order)
 
 
 def test_the_config_holds_no_schedule():
     """It depends on the machine: a file must not carry it to another."""
-    assert "schedule" not in {field.name for field in dataclasses.fields(adamss.AdamssConfig)}
+    assert "order" not in {field.name for field in dataclasses.fields(adamss.AdamssConfig)}
