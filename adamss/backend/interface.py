@@ -1,42 +1,43 @@
 """What a framework must supply so that `adamss` works on its arrays and its models.
 
-A backend is a handful of primitives. Everything that is not tied to one framework (matching of targets,
-decomposition, segmentation, initial values, the file format, the checks) is written once, in
-`adamss.core` and `adamss.verbs`, on top of them.
+A backend is a handful of primitives, by role: `Arrays` (numbers and bytes), `Processes` (several of them; the
+defaults are for one), and `Models`. Everything that is not tied to one framework (matching of targets, decomposition,
+segmentation, initial values, merging, the file format, the checks) is written once, in `adamss.core`,
+`adamss.backend.ledger` and `adamss.verbs`, on top of them.
 
-Models are handled in the style that fits both frameworks whose models are mutated in place and those whose
-models are trees: whatever changes a model returns it. Either every change of a call is made or none.
+Models are handled in the style that fits both frameworks whose models are changed in place and those whose models are
+values: whatever changes a model returns it. Either every change of a call is made or none.
+
+The laws that bind the primitives are given with each as an equation; ``==`` is meant to the bit. Below, ``f`` are
+factors, ``m`` is a model, ``W, b`` a layer's weight and bias in paper orientation.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from adamss.core import Factors, Merged, delta, only
-from adamss.core._array import Array, device, namespace
-from adamss.errors import StateError
-
-if TYPE_CHECKING:
-    from adamss.backend.tensors import StoredTensor
-    from adamss.config import AdamssConfig
+from adamss.backend.bank import Adaptation, Bank, Ledger
+from adamss.backend.sites import BaseWeight, Kinds, Site, StackedLayer
+from adamss.backend.stores import PlainStore, Stores
+from adamss.backend.tensors import StoredTensor
+from adamss.core import Factors
+from adamss.core._array import Array, device
+from adamss.errors import LayerError
 
 __all__ = [
-    "Adaptation",
     "Array",
+    "Arrays",
     "Backend",
-    "BaseWeight",
-    "Compute",
     "Division",
-    "Each",
     "Model",
+    "Models",
     "Module",
+    "Processes",
+    "ValueModels",
     "batches",
-    "without_folded",
 ]
 
 Model: TypeAlias = Any
@@ -45,143 +46,84 @@ Model: TypeAlias = Any
 Module: TypeAlias = Any
 """One module (layer, node) of a model."""
 
-
-class BaseWeight(NamedTuple):
-    """Weight of one layer in paper orientation, without its adapter.
-
-    Attributes
-    ----------
-    W
-        (d, n): d inputs, n outputs.
-    b
-        Bias (n,), or None.
-    """
-
-    W: Array
-    b: Array | None
-
-
-def without_folded(base: BaseWeight, factors: Factors, folded: Array) -> BaseWeight:
-    """Return what is left of a consolidated weight when the update of its folded subspaces is subtracted again.
-
-    Parameters
-    ----------
-    base
-        Consolidated weight and bias.
-    factors
-        Factors of the layer.
-    folded
-        (K,) booleans.
-
-    Returns
-    -------
-    BaseWeight
-        W0 and its bias, up to rounding.
-    """
-    xp = namespace(base.W)
-    update, d = delta(only(factors, folded)), base.W.shape[0]
-    b = base.b
-    if b is not None and update.shape[0] > d:
-        b = b - xp.astype(update[d, :], b.dtype)
-    return BaseWeight(base.W - xp.astype(update[:d, :], base.W.dtype), b)
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """What is attached to a model.
-
-    Attributes
-    ----------
-    config
-        The settings it was attached with.
-    layers
-        Factors of each adapted layer, by module path, in the order of the model.
-    shapes
-        (d, n) of the weight of each, in paper orientation.
-    saved
-        Module paths of ``modules_to_save``.
-    merged
-        Whether the updates are folded into the weights.
-    base_kept
-        Whether the base weights can be given back: False after ``merge(keep_base=False)``.
-    disabled
-        Whether the model is switched off at the moment, by `Backend.disabled`.
-    folded
-        (K,) booleans by module path: the frozen subspaces that `Backend.consolidate` has folded into the weights.
-        Empty if there are none.
-    """
-
-    config: AdamssConfig
-    layers: Mapping[str, Factors]
-    shapes: Mapping[str, tuple[int, int]]
-    saved: tuple[str, ...] = ()
-    merged: bool = False
-    base_kept: bool = True
-    disabled: bool = False
-    folded: Mapping[str, Array] = field(default_factory=dict)
-
-
-Each = Callable[[Callable[[str], Any], Iterable[str]], Iterable[Any]]
-"""What `map` does for one function and one argument; maybe in several threads."""
-
-Compute = Callable[[Mapping[str, BaseWeight], Each], Mapping[str, Factors]]
-"""Return the factors of layers of one shape, what there is to do for each of them alone by the second argument."""
+T = TypeVar("T")
 
 COLUMNS = 8192
 """Columns of weights that are segmented together, which takes some hundred numbers for each."""
 
 
+# ---- work that is divided --------------------------------------------------------------------------
+
+
 class Division:
-    """How the layers of a model are divided, among threads and processes; this one is for one of each."""
+    """How the layers of a model are divided among threads and processes; this one is for one of each.
 
-    def factors(
-        self, weights: Mapping[str, BaseWeight], compute: Compute, *, settings: Callable[[], str]
-    ) -> dict[str, Factors]:
-        """Return the factors of all layers, in the order of the weights.
+    ::
 
-        One layer is decomposed after the other, so that no more memory is needed than for one. A backend may take
-        a few small ones at a time.
+        for batch in batches(division.share(weights, settings)):
+            with division.carrying() as go:
+                if go:
+                    layers |= ...
+        layers = division.gather(layers)
+    """
+
+    def share(self, weights: Mapping[str, BaseWeight], settings: str) -> Iterator[tuple[str, BaseWeight]]:
+        """Yield the layers that this process is to compute, with all entries of their weights, in `by_shape` order.
 
         Parameters
         ----------
         weights
             Base weight of each layer by module path.
-        compute
-            Return the factors of layers alike, such as those of one of the `batches`: of each layer the same ones,
-            to the bit where the framework can, whatever layers are with it, on every process.
         settings
-            Return what names all that `compute` depends on besides.
+            All that the results depend on beside the weights.
         """
-        found: dict[str, Factors] = {}
-        for batch in batches(weights):
-            found |= compute(batch, map)
-        return {path: found[path] for path in weights}
+        yield from by_shape(weights)
+
+    def gather(self, layers: Mapping[str, Factors]) -> dict[str, Factors]:
+        """Return the factors of all layers from what each process has computed; raise on all what failed on one."""
+        return dict(layers)
+
+    @contextmanager
+    def carrying(self) -> Iterator[bool]:
+        """Carry an error to `gather`, where other processes wait; yield whether none has come so far."""
+        yield True
+
+    def each(self, function: Callable[[str], T], batch: Mapping[str, BaseWeight]) -> list[T]:
+        """Return a function's results for the paths of a batch, in order; maybe computed in several threads."""
+        return list(map(function, batch))
 
 
-def batches(weights: Mapping[str, BaseWeight]) -> Iterator[dict[str, BaseWeight]]:
-    """Divide layers into groups of one shape, of which as many are segmented together as have `COLUMNS` columns."""
-    alike: dict[Any, dict[str, BaseWeight]] = {}
+def by_shape(weights: Mapping[str, BaseWeight]) -> list[tuple[str, BaseWeight]]:
+    """Return layers in the order of the model, but those of one shape, dtype and device next to each other."""
+    kinds: dict[Any, list[tuple[str, BaseWeight]]] = {}
     for path, base in weights.items():
-        kind = (tuple(base.W.shape), base.W.dtype, str(device(base.W)), base.b is None)
-        alike.setdefault(kind, {})[path] = base
-    for group in alike.values():
-        layers = iter(group.items())
-        size = max(1, COLUMNS // max(1, next(iter(group.values())).W.shape[1]))
-        while batch := dict(islice(layers, size)):
-            yield batch
+        kinds.setdefault(_shape_of(base), []).append((path, base))
+    return [layer for alike in kinds.values() for layer in alike]
 
 
-class Backend(ABC):
-    """The primitives of one framework.
+def batches(layers: Iterable[tuple[str, BaseWeight]]) -> Iterator[dict[str, BaseWeight]]:
+    """Divide layers into groups of neighbours of one shape, as many together as have `COLUMNS` columns."""
+    batch: dict[str, BaseWeight] = {}
+    for path, base in layers:
+        if batch:
+            first = next(iter(batch.values()))
+            if _shape_of(first) != _shape_of(base) or (len(batch) + 1) * base.W.shape[1] > COLUMNS:
+                yield batch
+                batch = {}
+        batch[path] = base
+    if batch:
+        yield batch
 
-    The laws that bind them are given with each as an equation; ``==`` is meant to the bit. Below,
-    ``f`` are factors, ``m`` is a model, ``W, b`` a layer's weight and bias in paper orientation.
-    """
 
-    name: ClassVar[str]
-    """Name under which the backend is registered, such as ``"torch"``."""
+def _shape_of(base: BaseWeight) -> tuple[Any, ...]:
+    return tuple(base.W.shape), base.W.dtype, str(device(base.W)), base.b is None
 
-    # ---- arrays -------------------------------------------------------------------------------------
+
+# ---- roles -----------------------------------------------------------------------------------------
+
+
+class Arrays(ABC):
+    """Numbers of the framework, and their bytes."""
 
     @abstractmethod
     def linear(self, x: Array, weight: Array, bias: Array | None, factors: Factors) -> Array:
@@ -256,12 +198,21 @@ class Backend(ABC):
         """
         return nullcontext()
 
-    # ---- several processes ----------------------------------------------------------------------------
+    def has_values(self, array: Array) -> bool:
+        """Return whether the array of a weight has values, and not only a shape and a dtype until it is loaded.
+
+        `load` can do without, if told so; for all else the layer is refused.
+        """
+        return True
+
+
+class Processes:
+    """Several processes that hold one model, or parts of it; the defaults are for one."""
 
     def whole(self, array: Array) -> Array:
         """Return an array with all its entries, where a process holds only a part; all of them call this.
 
-        Only `weight`, `arrays` and `adaptation` return such arrays; their ``shape`` is that of the whole.
+        Only `Models` returns such arrays; their ``shape`` is that of the whole.
         """
         return array
 
@@ -298,7 +249,15 @@ class Backend(ABC):
         """
         return nullcontext(Division())
 
-    # ---- models -------------------------------------------------------------------------------------
+
+class Models(ABC):
+    """Models of the framework, their layers, and what is attached to them."""
+
+    kinds: Kinds
+    """Kinds of layers that can be adapted."""
+
+    stores: Stores = Stores(PlainStore())
+    """Ways in which weights are kept."""
 
     @abstractmethod
     def handles(self, model: Model) -> bool:
@@ -308,31 +267,26 @@ class Backend(ABC):
     def modules(self, model: Model) -> dict[str, Module]:
         """Return the modules by their paths, as ``targets`` spell them, in the order of the model.
 
-        A module that appears in several places has several paths. Adapters are not among them.
+        A module that appears in several places has several paths. Adapters are not among them. The layers of a stack
+        are `adamss.backend.sites.StackedLayer`, each by its own path.
         """
 
-    @abstractmethod
-    def weight(self, module: Module, path: str) -> BaseWeight:
-        """Return the base weight of a layer, also while the update is merged into it.
-
-        ``weight(modules(attach(m))[path]) == weight(modules(m)[path])``.
+    def site(self, module: Module, path: str) -> Site:
+        """Return where the matrix of a layer is.
 
         Raises
         ------
         LayerTypeError, LayerError
-            If the module has no weight that can be adapted, or its forward is never called; the message
-            names `path`.
-        StateError
-            If the base weight was dropped by ``merge(keep_base=False)``. After ``consolidate(keep_base=False)`` it is
-            what is left when the folded update is subtracted again, up to rounding.
+            If the module has no weight that can be adapted; the message names `path`.
         """
+        stacked = isinstance(module, StackedLayer)
+        layer, index = (module.module, module.index) if stacked else (module, ())
+        kind = self.kinds.of(layer, path)
+        return Site(path, layer, kind, kind.view(layer, path or "the model itself"), index)
 
-    def has_values(self, array: Array) -> bool:
-        """Return whether an array of `weight` has values, and not only a shape and a dtype until it is loaded.
-
-        `load` can do without, if told so; for all else the layer is refused.
-        """
-        return True
+    def own_arrays(self, site: Site) -> dict[str, Array | None]:
+        """Return weight and bias of the layer at a site as it has them now, by their names; of a stack, the whole."""
+        return {name: self.stores.read(site.layer, name) for name in site.names}
 
     @abstractmethod
     def arrays(self, module: Module) -> dict[str, Array]:
@@ -359,34 +313,44 @@ class Backend(ABC):
         return {}
 
     @abstractmethod
+    def adaptation(self, model: Model) -> Adaptation | None:
+        """Return what is attached to the model, or None; arrays as they are, not copies."""
+
+    @abstractmethod
+    def originals(self, model: Model) -> Mapping[str, Mapping[str, Array]]:
+        """Return the base values of ``modules_to_save`` that `insert` was given, by module path and name."""
+
+    @abstractmethod
     def insert(
         self,
         model: Model,
-        layers: Mapping[str, Factors],
+        adaptation: Adaptation,
         *,
-        config: AdamssConfig,
-        saved: Mapping[str, Mapping[str, Array] | None],
+        originals: Mapping[str, Mapping[str, Array]],
+        values: Mapping[str, Mapping[str, Array]],
     ) -> Model:
-        """Return the model with adapters on `layers` and everything else but them and `saved` frozen.
+        """Return the model with an adapter, and everything else but it and ``modules_to_save`` frozen.
 
-        ``adaptation(insert(m, layers, config=c, saved=s)).layers == layers``, and the model computes
-        `linear` in these layers.
+        ``adaptation(insert(m, a, ...)).layers == a.layers``, and the model computes `Arrays.linear` in these layers.
 
         Parameters
         ----------
         model
             A model without adapters.
-        layers
-            Factors by module path.
-        config
-            Stored with the model.
-        saved
-            Paths of ``modules_to_save``, and the values that they get, as from `arrays` (None: as they are).
+        adaptation
+            Settings, factors by module path, and paths of ``modules_to_save``.
+        originals
+            Arrays of the modules to save as they are, kept for `originals`.
+        values
+            Other values that modules to save get, as from `arrays`; those that are not named stay as they are.
         """
 
     @abstractmethod
-    def adaptation(self, model: Model) -> Adaptation | None:
-        """Return what is attached to the model, or None."""
+    def remove(self, model: Model) -> Model:
+        """Return the model without adapters; weights and saved modules stay as they are.
+
+        What required a gradient before `insert` does again, if the framework has such a mark.
+        """
 
     @abstractmethod
     def parameters(self, model: Model) -> Any:
@@ -403,53 +367,146 @@ class Backend(ABC):
         model
             An adapted model.
         active
-            (K,) booleans by module path; a layer that is not named keeps its mask. None of `Adaptation.folded` is
-            among them.
+            (K,) booleans by module path; a layer that is not named keeps its mask. What a weight holds is not among
+            them.
         """
 
+    def check_writable(self, model: Model, paths: Iterable[str]) -> None:
+        """Check that the arrays of adapted layers, by the path of their module, can be replaced.
+
+        Raises
+        ------
+        LayerError
+            Naming the layer, the reason and the way out.
+        """
+        modules = self.modules(model)
+        for path in paths:
+            site = self.site(modules[path], path)
+            for name in site.names:
+                why = None
+                if getattr(site.layer, name, None) is not None:
+                    why = self.stores.of(site.layer, name).refusal(site.layer, name)
+                if why is not None:
+                    raise LayerError(f"{path}: its {name} {why}")
+
     @abstractmethod
-    def remove(self, model: Model, *, restore: bool) -> Model:
-        """Return the model without adapters.
+    def exchange(
+        self, model: Model, arrays: Mapping[str, Mapping[str, Array]]
+    ) -> tuple[Model, dict[str, dict[str, Array]]]:
+        """Return the model with other arrays in adapted layers, and those that were there, in the same form.
+
+        ``exchange(*exchange(m, a)) == m, a``: what comes back is not written over, and is taken as it is.
 
         Parameters
         ----------
         model
             An adapted model.
-        restore
-            Give the base values back: ``remove(insert(m, ...), restore=True) == m``, saved modules included; only
-            while the base weights are kept. False, only while merged: weights and saved modules stay as they are.
+        arrays
+            By path of the module and name, as `own_arrays` has them.
         """
 
     @abstractmethod
-    def fold(self, model: Model, merged: Mapping[str, Merged], *, keep_base: bool) -> Model:
-        """Return the model with these weights in the place of the base weights, and no update added."""
+    def enter(self, model: Model, ledger: Ledger) -> Model:
+        """Return the model with another ledger: ``adaptation(enter(m, l)).ledger == l``.
+
+        Its adapters compute what the weights do not hold, and nothing else. W0 is kept in the host's memory.
+        """
 
     @abstractmethod
-    def unfold(self, model: Model) -> Model:
-        """Return the model as before `fold` and `consolidate`: ``unfold(fold(m, ...)) == m``."""
+    def write_saved(self, model: Model, values: Mapping[str, Mapping[str, Array]]) -> Model:
+        """Return the model with other arrays in some modules.
 
-    def consolidate(
-        self, model: Model, merged: Mapping[str, Merged], folded: Mapping[str, Array], *, keep_base: bool
+        ``arrays(modules(write_saved(m, v))[path]) == v[path]``, for the names that it has.
+        """
+
+    @abstractmethod
+    def switched(self, model: Model, *, on: bool) -> Model:
+        """Return the model with its adapters in what it computes, or (while `adamss.disabled` lasts) without them."""
+
+
+class ValueModels(Models):
+    """Models that are values and have a field for a `Bank`: what is attached is one more value, and no code.
+
+    For frameworks whose models are trees that nobody trains by `parameters` (NumPy), and for a first backend.
+    """
+
+    @abstractmethod
+    def bank(self, model: Model) -> Bank | None:
+        """Return the bank of a model, or None."""
+
+    @abstractmethod
+    def with_bank(self, model: Model, bank: Bank | None) -> Model:
+        """Return the model with another bank, or none; its layers compute the factors that `computed` returns."""
+
+    def own_arrays(self, site: Site) -> dict[str, Array | None]:
+        """Return `arrays` of the layer, so that one form of them is enough."""
+        return dict(self.arrays(site.layer))
+
+    def check_writable(self, model: Model, paths: Iterable[str]) -> None:
+        """Return: a value can have any arrays."""
+
+    def adaptation(self, model: Model) -> Adaptation | None:
+        """See `Models.adaptation`."""
+        bank = self.bank(model)
+        return None if bank is None else bank.only()
+
+    def originals(self, model: Model) -> Mapping[str, Mapping[str, Array]]:
+        """See `Models.originals`."""
+        bank = self.bank(model)
+        return {} if bank is None else bank.originals
+
+    def insert(
+        self,
+        model: Model,
+        adaptation: Adaptation,
+        *,
+        originals: Mapping[str, Mapping[str, Array]],
+        values: Mapping[str, Mapping[str, Array]],
     ) -> Model:
-        """Return the model with these weights, and without these subspaces in what its adapters compute.
+        """See `Models.insert`."""
+        bank = Bank({adaptation.name: adaptation}, originals)
+        return self.write_saved(self.with_bank(model, bank), {**originals, **values})
 
-        The output is that of `model` up to rounding, and so are the gradients of the subspaces that are left;
-        ``adaptation(consolidate(m, ...)).layers == adaptation(m).layers``. `unfold` undoes it. A backend need not
-        have it.
+    def remove(self, model: Model) -> Model:
+        """See `Models.remove`."""
+        return self.with_bank(model, None)
 
-        Parameters
-        ----------
-        model
-            An adapted model that is not merged.
-        merged
-            By module path, the base weight with the update of the folded subspaces.
-        folded
-            By module path, (K,) booleans; all are frozen.
-        keep_base
-            Whether the base weight is kept.
-        """
-        raise StateError(f"consolidate: the backend {self.name!r} does not have it; leave the model as it is")
+    def parameters(self, model: Model) -> Any:
+        """Return the arrays by path and name."""
+        bank, modules = self.bank(model) or Bank(), self.modules(model)
+        factors = {path: f for each in bank.adapters.values() for path, f in each.layers.items()}
+        trained = {path: {"B": f.B, "C": f.C} for path, f in factors.items()}
+        return trained | {path: self.arrays(modules[path]) for path in bank.originals}
 
-    @abstractmethod
-    def disabled(self, model: Model) -> AbstractContextManager[Model]:
-        """Return a context whose value computes what the base model computes; it may be entered again inside."""
+    def with_factors(self, model: Model, factors: Mapping[str, Factors]) -> Model:
+        """Return the model with other factors in some layers, as a step of an optimiser makes them."""
+        bank = self.bank(model) or Bank()
+        return self.with_bank(model, bank.changed(layers={**bank.only().layers, **factors}))
+
+    def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
+        """See `Models.set_active`."""
+        layers = (self.bank(model) or Bank()).only().layers
+        return self.with_factors(model, {p: layers[p]._replace(active=mask) for p, mask in active.items()})
+
+    def exchange(
+        self, model: Model, arrays: Mapping[str, Mapping[str, Array]]
+    ) -> tuple[Model, dict[str, dict[str, Array]]]:
+        """See `Models.exchange`."""
+        modules = self.modules(model)
+        before = {path: self.arrays(modules[path]) for path in arrays}
+        return self.write_saved(model, arrays), before
+
+    def enter(self, model: Model, ledger: Ledger) -> Model:
+        """See `Models.enter`."""
+        return self.with_bank(model, (self.bank(model) or Bank()).changed(ledger=ledger))
+
+    def switched(self, model: Model, *, on: bool) -> Model:
+        """See `Models.switched`."""
+        return self.with_bank(model, (self.bank(model) or Bank()).changed(disabled=not on))
+
+
+class Backend(Arrays, Processes, Models):
+    """One framework."""
+
+    name: ClassVar[str]
+    """Name under which the backend is registered, such as ``"torch"``."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from adamss.backend.interface import Adaptation, Backend, Model
+from adamss.backend.bank import Adaptation
+from adamss.backend.interface import Backend, Model
 from adamss.config import BudgetConfig
 from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import ConfigError, ConfigTypeError, StateError

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adamss import core
-from adamss.backend.interface import Adaptation, Backend
+from adamss.backend.bank import Adaptation
+from adamss.backend.interface import Backend
 from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors
 from adamss.errors import ArrayValueError, StateError

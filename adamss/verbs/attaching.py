@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from adamss import core
-from adamss.backend.interface import Backend, BaseWeight, Each, Model
+from adamss.backend.interface import Backend, Division, Model, batches
+from adamss.backend.ledger import base_weight, put, release, require_kept_base, switched_off
 from adamss.backend.registry import backend_for
+from adamss.backend.sites import BaseWeight
 from adamss.backend.targets import match
 from adamss.config import AdamssConfig
 from adamss.core import Factors
@@ -23,12 +25,10 @@ from adamss.errors import (
 )
 from adamss.verbs.common import (
     adapted,
-    base_weight,
     cast_factors,
     factor_dtype,
     progress,
     require_base,
-    require_kept_base,
     with_bias_row,
 )
 from adamss.verbs.table import Summary, summarise, total
@@ -86,17 +86,18 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         if config.modules_to_save:
             saved = _once(match(config.modules_to_save, modules, name="modules_to_save"), modules)
         _require_disjoint(paths, saved)
-        weights = {path: base_weight(backend, modules, path) for path in paths}
-
+        sites = {path: backend.site(modules[path], path) for path in paths}
+        weights = {path: base_weight(backend, site) for path, site in sites.items()}
+        layers: dict[str, Factors] = {}
         with progress(len(weights)) as count:
-
-            def initial(batch: Mapping[str, BaseWeight], each: Each) -> dict[str, Factors]:
-                return _initial_factors(backend, batch, config, each, count)
-
-            layers = division.factors(weights, initial, settings=lambda: json.dumps(config.to_dict()))
+            for batch in batches(division.share(weights, json.dumps(config.to_dict()))):
+                with division.carrying() as go:
+                    layers |= _initial_factors(backend, batch, config, division, count) if go else {}
+            layers = division.gather(layers)
         if config.budget is not None:
             core.plan_budget(layers, config.budget)  # complains of what cannot be kept to
-        return backend.insert(model, layers, config=config, saved=dict.fromkeys(saved))
+        ordered = {path: layers[path] for path in paths}
+        return put(backend, model, ordered, config=config, saved=dict.fromkeys(saved))
 
 
 def detach(model: Model) -> Model:
@@ -123,7 +124,8 @@ def detach(model: Model) -> Model:
     """
     backend, adaptation = adapted(model, "detach")
     require_kept_base(adaptation, "detach")
-    return backend.remove(model, restore=True)
+    model = backend.write_saved(release(backend, model, adaptation), backend.originals(model))
+    return backend.remove(model)
 
 
 @contextmanager
@@ -148,7 +150,10 @@ def disabled(model: Model) -> Iterator[Model]:
     """
     backend, adaptation = adapted(model, "disabled")
     require_kept_base(adaptation, "disabled")
-    with backend.disabled(model) as base:
+    if adaptation.disabled:
+        yield model
+        return
+    with switched_off(backend, model, adaptation) as base:
         yield base
 
 
@@ -203,7 +208,7 @@ def _initial_factors(
     backend: Backend,
     batch: Mapping[str, BaseWeight],
     config: AdamssConfig,
-    each: Each,
+    division: Division,
     count: Callable[[], None],
 ) -> dict[str, Factors]:
     """Return the factors of layers of one shape, to start a training from."""
@@ -215,7 +220,7 @@ def _initial_factors(
         count()
         return decomposition
 
-    decompositions = dict(zip(batch, each(decomposed, batch), strict=True))
+    decompositions = dict(zip(batch, division.each(decomposed, batch), strict=True))
     xp = namespace(*next(iter(decompositions.values())))
     labels = core.segment(
         core.Decomposition(*map(xp.stack, zip(*decompositions.values(), strict=True))),
@@ -236,7 +241,7 @@ def _initial_factors(
         )
         return cast_factors(backend, factors, factor_dtype(backend, batch[path], config))
 
-    return dict(zip(batch, each(initial, batch), strict=True))
+    return dict(zip(batch, division.each(initial, batch), strict=True))
 
 
 def _decomposition_input(backend: Backend, path: str, base: BaseWeight, config: AdamssConfig) -> Any:

@@ -8,13 +8,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from adamss.backend.interface import Adaptation, Backend, BaseWeight, Model
+from adamss.backend.bank import Adaptation
+from adamss.backend.interface import Backend, Model
 from adamss.backend.registry import backend_for
+from adamss.backend.sites import BaseWeight
 from adamss.backend.targets import near_matches
 from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
@@ -31,20 +33,17 @@ from adamss.errors import (
 
 __all__ = [
     "adapted",
-    "base_weight",
     "cast_factors",
     "checked_path",
     "factor_dtype",
     "progress",
     "require_base",
     "require_distinct",
-    "require_kept_base",
     "require_modules",
     "require_one_path",
     "require_shared",
     "saved_arrays",
     "tied_weights",
-    "whole",
     "with_bias_row",
 ]
 
@@ -52,8 +51,6 @@ COUNTERS = ("num_batches_tracked",)
 """What PyTorch counts in its layers and other frameworks do not: a file may lack it, or have it in vain."""
 
 READ_ONLY = ("summary", "trainable_parameters", "disabled")
-
-_Arrays = TypeVar("_Arrays", BaseWeight, Factors)
 
 
 def adapted(model: Model, verb: str) -> tuple[Backend, Adaptation]:
@@ -73,14 +70,6 @@ def require_base(backend: Backend, model: Model, verb: str) -> None:
         raise StateError(f"{verb}: the model has adapters already; call adamss.detach(model) first")
 
 
-def require_kept_base(adaptation: Adaptation, verb: str) -> None:
-    """Check that the base weights can be given back."""
-    if not adaptation.base_kept:
-        raise StateError(
-            f"{verb}: the base weights were dropped (keep_base=False); load the base model afresh"
-        )
-
-
 @contextmanager
 def progress(layers: int) -> Iterator[Callable[[], None]]:
     """Give what moves a bar by a layer: on a terminal, and if all take more than a second."""
@@ -92,19 +81,6 @@ def progress(layers: int) -> Iterator[Callable[[], None]]:
                 bar.update()
 
         yield count
-
-
-def base_weight(backend: Backend, modules: Mapping[str, Any], path: str) -> BaseWeight:
-    """Return the base weight of a layer, with its values."""
-    base = backend.weight(modules[path], path)
-    if not backend.has_values(base.W):
-        raise LayerError(f"{path} is on the meta device: its weight has no values; load the weights first")
-    return base
-
-
-def whole(backend: Backend, arrays: _Arrays) -> _Arrays:
-    """Return a base weight, or factors, with all the entries of each array."""
-    return type(arrays)(*(None if array is None else backend.whole(array) for array in arrays))
 
 
 def cast_factors(backend: Backend, factors: Factors, dtype: str) -> Factors:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_torch_array
 
-from adamss.backend.interface import Backend, BaseWeight, Model
+from adamss.backend.interface import Backend, Model
+from adamss.backend.ledger import base_weight, put, sites_of, whole
 from adamss.backend.registry import backend_for
+from adamss.backend.sites import BaseWeight
 from adamss.backend.targets import match
 from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
@@ -31,7 +33,6 @@ from adamss.io.peft import Grouping, PeftAdapter, PeftFolder
 from adamss.io.peft_folder import PREFIX, check_layer_name, write_folder
 from adamss.verbs.common import (
     adapted,
-    base_weight,
     cast_factors,
     checked_path,
     progress,
@@ -42,7 +43,6 @@ from adamss.verbs.common import (
     require_shared,
     saved_arrays,
     tied_weights,
-    whole,
 )
 
 __all__ = ["from_peft", "to_lora", "to_peft"]
@@ -165,9 +165,12 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
             )
     layers = {}
     with backend.exact():
-        for layer_path, factors in adaptation.layers.items():
+        for layer_path, site in sites_of(backend, model, adaptation).items():
             check_layer_name(layer_path, "to_peft")
-            base = whole(backend, base_weight(backend, modules, layer_path))
+            base, factors = (
+                whole(backend, base_weight(backend, site, adaptation)),
+                adaptation.layers[layer_path],
+            )
             arrays = _host_factors(backend, whole(backend, factors), layer_path)
             found = _peft_grouping(backend, base, config.rank, config.subspaces, config.seed)
             layer = peft.layer_of(arrays, found.labels, found.basis.shape)
@@ -264,7 +267,7 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
         layers = {}
         with progress(len(adapter.layers)) as count:
             for layer_path in filter(adapter.layers.__contains__, modules):
-                base = base_weight(backend, modules, layer_path)
+                base = base_weight(backend, backend.site(modules[layer_path], layer_path))
                 check_matrix(base.W, name=f"{layer_path}: weight")
                 layers[layer_path] = _factors_from_peft(backend, adapter, layer_path, base)
                 count()
@@ -277,7 +280,7 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
             include_bias=True,
             seed=adapter.seed,
         )
-        return backend.insert(base_model, layers, config=config, saved=saved)
+        return put(backend, base_model, layers, config=config, saved=saved)
 
 
 def _require_base(

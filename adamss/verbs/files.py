@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from adamss import core
-from adamss.backend.interface import Backend, BaseWeight, Each, Model
+from adamss.backend.interface import Backend, Model, batches
+from adamss.backend.ledger import base_weight, put, require_kept_base, sites_of, whole
 from adamss.backend.registry import backend_for
+from adamss.backend.sites import BaseWeight
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors
@@ -25,18 +26,15 @@ from adamss.io import checkpoint as files
 from adamss.io.checkpoint import Checkpoint, StoredLayer
 from adamss.verbs.common import (
     adapted,
-    base_weight,
     cast_factors,
     checked_path,
     factor_dtype,
     progress,
     require_base,
     require_distinct,
-    require_kept_base,
     require_modules,
     require_shared,
     saved_arrays,
-    whole,
     with_bias_row,
 )
 
@@ -75,8 +73,8 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     modules = backend.modules(model)
     layers = {}
     with backend.exact():
-        for layer_path, factors in adaptation.layers.items():
-            base = base_weight(backend, modules, layer_path)
+        for layer_path, site in sites_of(backend, model, adaptation).items():
+            base, factors = base_weight(backend, site, adaptation), adaptation.layers[layer_path]
             check_concrete(*factors, name=layer_path)
             factors, base = whole(backend, factors), whole(backend, base)
             layers[layer_path] = _stored_layer(backend, factors, base, training=training)
@@ -154,7 +152,8 @@ def load(
         require_distinct([*stored.layers, *stored.saved], modules)
         require_shared(backend, base_model, stored.saved, stored.shared, modules)
         weights = {
-            layer_path: backend.weight(modules[layer_path], layer_path) for layer_path in stored.layers
+            layer_path: base_weight(backend, backend.site(modules[layer_path], layer_path), values=False)
+            for layer_path in stored.layers
         }
         for layer_path, layer in stored.layers.items():
             _check_base_shape(layer_path, layer, weights[layer_path])
@@ -165,27 +164,29 @@ def load(
             for module_path, tensors in stored.saved.items()
         }
 
+        layers: dict[str, Factors] = {}
         with progress(len(weights)) as count:
+            # Said of the present batch: `each` is done with one before the next begins.
+            batch: dict[str, BaseWeight] = {}
 
-            def loaded(batch: Mapping[str, BaseWeight], each: Each) -> dict[str, Factors]:
-                def one(layer_path: str) -> Factors:
-                    base, layer = batch[layer_path], stored.layers[layer_path]
-                    if backend.has_values(base.W):
-                        check_matrix(base.W, name=f"{layer_path}: weight")
-                    if check_base:
-                        _check_base_values(layer_path, layer, base)
-                    factors = _loaded_factors(
-                        backend, layer, base, stored.config, path=layer_path, trainable=trainable
-                    )
-                    count()
-                    return factors
+            def loaded(layer_path: str) -> Factors:
+                base, layer = batch[layer_path], stored.layers[layer_path]
+                if backend.has_values(base.W):
+                    check_matrix(base.W, name=f"{layer_path}: weight")
+                if check_base:
+                    _check_base_values(layer_path, layer, base)
+                factors = _loaded_factors(
+                    backend, layer, base, stored.config, path=layer_path, trainable=trainable
+                )
+                count()
+                return factors
 
-                return dict(zip(batch, each(one, batch), strict=True))
-
-            layers = division.factors(
-                weights, loaded, settings=lambda: _digest(stored, trainable, check_base)
-            )
-        return backend.insert(base_model, layers, config=stored.config, saved=saved)
+            for batch in batches(division.share(weights, _digest(stored, trainable, check_base))):
+                with division.carrying() as go:
+                    layers |= zip(batch, division.each(loaded, batch), strict=True) if go else {}
+            layers = division.gather(layers)
+        ordered = {path: layers[path] for path in stored.layers}
+        return put(backend, base_model, ordered, config=stored.config, saved=saved)
 
 
 def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, training: bool) -> StoredLayer:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
-from adamss import core
-from adamss.backend.interface import Backend, BaseWeight, Model
-from adamss.core import Factors
-from adamss.core._array import check_concrete, namespace
-from adamss.errors import (
-    AdamssWarning,
-    ArrayTypeError,
-    ArrayValueError,
-    StateError,
-)
-from adamss.verbs.common import adapted, base_weight, require_kept_base, tied_weights, whole
+import numpy as np
+
+from adamss.backend.bank import Adaptation
+from adamss.backend.interface import Backend, Model
+from adamss.backend.ledger import base_weight, hold, release, require_kept_base, sites_of
+from adamss.errors import AdamssWarning, ArrayTypeError, StateError
+from adamss.verbs.common import adapted, tied_weights
 
 __all__ = ["consolidate", "merge", "merge_and_unload", "unmerge"]
 
@@ -53,11 +48,11 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
         If the rounding to the dtype of a weight lost more than 5 % of its update. If a weight was tied to another
         (embeddings and ``lm_head``): it is one of its own from then on.
     """
-    _, adaptation = adapted(model, "merge")
+    backend, adaptation = adapted(model, "merge")
     if adaptation.merged:
         require_kept_base(adaptation, "merge")
         raise StateError("merge: the updates are merged already; call adamss.unmerge(model) first")
-    return _merged(model, "merge", keep_base=keep_base)
+    return _merged(backend, model, adaptation, "merge", keep_base=keep_base)
 
 
 def merge_and_unload(model: Model) -> Model:
@@ -92,8 +87,8 @@ def merge_and_unload(model: Model) -> Model:
     """
     backend, adaptation = adapted(model, "merge_and_unload")
     if not adaptation.merged:
-        model = _merged(model, "merge_and_unload", keep_base=False)
-    return backend.remove(model, restore=False)
+        model = _merged(backend, model, adaptation, "merge_and_unload", keep_base=False)
+    return backend.remove(model)
 
 
 def unmerge(model: Model) -> Model:
@@ -118,7 +113,7 @@ def unmerge(model: Model) -> Model:
     if not adaptation.merged:
         raise StateError("unmerge: the updates are not merged")
     require_kept_base(adaptation, "unmerge")
-    return backend.unfold(model)
+    return release(backend, model, adaptation)
 
 
 def consolidate(model: Model, *, keep_base: bool = True) -> Model:
@@ -154,61 +149,44 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
     backend, adaptation = adapted(model, "consolidate")
     if adaptation.merged:
         raise StateError("consolidate: the updates are merged; call adamss.unmerge(model) first")
-    folded = {path: ~factors.active for path, factors in adaptation.layers.items()}
-    already = adaptation.folded
-    new = {path: mask & ~already[path] if path in already else mask for path, mask in folded.items()}
-    if not any(bool(namespace(mask).any(mask)) for mask in new.values()):
-        if already:
+    masks = {path: backend.to_stored(factors.active).numpy() for path, factors in adaptation.layers.items()}
+    frozen = {path: ~mask for path, mask in masks.items()}
+    held = adaptation.ledger.held
+    if not any((mask & ~held.get(path, np.zeros_like(mask))).any() for path, mask in frozen.items()):
+        if held:
             return model
         raise StateError("consolidate: there is no frozen subspace to fold; all of them are trained")
-    modules = backend.modules(model)
-    merged = {}
     with backend.exact():
-        for path, factors in adaptation.layers.items():
-            base = base_weight(backend, modules, path)
-            if backend.dtype_name(base.W) not in ("float32", "float64"):
+        for path, site in sites_of(backend, model, adaptation).items():
+            dtype = backend.dtype_name(base_weight(backend, site, adaptation).W)
+            if dtype not in ("float32", "float64"):
                 raise ArrayTypeError(
-                    f"{path}: consolidating into {backend.dtype_name(base.W)} would round the update away; "
-                    "leave the model as it is, and merge at the end"
+                    f"{path}: consolidating into {dtype} would round the update away; leave the model as it is, and "
+                    "merge at the end"
                 )
-            W, b = whole(backend, base)
-            result = _folded_weight(W, b, whole(backend, factors), folded[path], path)
-            merged[path] = _spread(backend, result, base)
-        return backend.consolidate(
-            model, merged, folded, keep_base=keep_base and (adaptation.base_kept or not already)
-        )
+        model, _ = hold(backend, model, adaptation, frozen, keep_base=keep_base and adaptation.base_kept)
+    return model
 
 
-def _merged(model: Model, verb: str, *, keep_base: bool) -> Model:
+def _merged(backend: Backend, model: Model, adaptation: Adaptation, verb: str, *, keep_base: bool) -> Model:
     """Return the model, which is not merged, with all updates in its weights."""
-    backend, adaptation = adapted(model, verb)
-    if adaptation.folded:
+    if adaptation.ledger.held:
         require_kept_base(adaptation, verb)
-    modules = backend.modules(model)
-    merged, lost = {}, {}
+    tied = tied_weights(backend, model, adaptation.layers)
+    everything = {path: np.ones(factors.ranks.shape, np.bool_) for path, factors in adaptation.layers.items()}
     with backend.exact():
-        for path, factors in adaptation.layers.items():
-            base = base_weight(backend, modules, path)
-            check_concrete(*base, *factors, name=path)
-            try:
-                result = core.merge(*whole(backend, base), whole(backend, factors))
-            except ArrayValueError as error:
-                raise ArrayValueError(f"{path}: {error}") from error
-            merged[path], lost[path] = _spread(backend, result, base), float(result.lost)
+        model, lost = hold(backend, model, adaptation, everything, keep_base=keep_base)
     worst = max(lost, key=lambda path: lost[path])
     if lost[worst] > LOSS_WORTH_A_WARNING:
-        dtype = backend.dtype_name(merged[worst].W)
+        modules = backend.modules(model)
+        W = backend.own_arrays(backend.site(modules[worst], worst)).values()
         warnings.warn(
-            f"rounding to {dtype} lost {lost[worst]:.0%} of the update of {worst} "
+            f"rounding to {backend.dtype_name(next(iter(W)))} lost {lost[worst]:.0%} of the update of {worst} "
             f"(more than 5 % in {sum(loss > LOSS_WORTH_A_WARNING for loss in lost.values())} of {len(lost)} "
             "layers); merge into a float32 model, or leave the adapter unmerged",
             AdamssWarning,
             stacklevel=3,
         )
-    tied = tied_weights(backend, model, adaptation.layers)
-    if adaptation.folded:
-        model = backend.unfold(model)
-    model = backend.fold(model, merged, keep_base=keep_base)
     if tied:
         warnings.warn(
             f"{verb}: {tied} in the base; it has a merged weight of its own now: save the model as an untied one "
@@ -217,17 +195,3 @@ def _merged(model: Model, verb: str, *, keep_base: bool) -> Model:
             stacklevel=3,
         )
     return model
-
-
-def _spread(backend: Backend, merged: core.Merged, base: BaseWeight) -> core.Merged:
-    """Return whole merged arrays in the form of those of the layer: only those of one are whole at a time."""
-    b = None if merged.b is None else backend.spread(merged.b, like=base.b)
-    return merged._replace(W=backend.spread(merged.W, like=base.W), b=b)
-
-
-def _folded_weight(W: Any, b: Any, factors: Factors, folded: Any, path: str) -> core.Merged:
-    """Return the base weight with the update of some subspaces."""
-    try:
-        return core.merge(W, b, core.only(factors, folded))
-    except ArrayValueError as error:
-        raise ArrayValueError(f"{path}: {error}") from error

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import adamss
 from adamss import core
+from adamss.backend.ledger import base_weight, put
 from adamss.backend.registry import using
 from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors
@@ -844,7 +845,7 @@ def _with_factors(driver: Driver, factors: dict[str, Factors], schedule: str, dt
         for path, f in factors.items()
     }
     settings = config(budget=SCHEDULES[schedule])
-    return driver.backend.insert(driver.model(LAYERS, dtype), layers, config=settings, saved={"head": None})
+    return put(driver.backend, driver.model(LAYERS, dtype), layers, config=settings, saved={"head": None})
 
 
 def single_steps(driver: Driver, model: Any, count: int) -> Any:
@@ -922,7 +923,8 @@ def _weights(driver: Driver, model: Any) -> dict[str, dict[str, np.ndarray]]:
     modules = driver.backend.modules(model)
     weights = {}
     for path in TARGETS:
-        W, b = driver.backend.weight(modules[path], path)
+        site = driver.backend.site(modules[path], path)
+        W, b = base_weight(driver.backend, site, driver.backend.adaptation(model))
         arrays = {"W": driver.numpy(W)} if b is None else {"W": driver.numpy(W), "b": driver.numpy(b)}
         # A copy: a model that is changed in place must not change what it is compared with.
         weights[path] = {name: array.copy() for name, array in arrays.items()}
@@ -993,7 +995,7 @@ def _with_random_C(
             C *= relative * np.linalg.norm(layers[path][0]) / size
         new[path] = factors._replace(C=driver.array(C, driver.backend.dtype_name(factors.C)))
     base = driver.model(layers, dtype)
-    return driver.backend.insert(base, new, config=settings, saved=dict.fromkeys(attached.saved))
+    return put(driver.backend, base, new, config=settings, saved=dict.fromkeys(attached.saved))
 
 
 def _trained(driver: Driver, dtype: str, changes: Any, layers: Any = LAYERS) -> Any:

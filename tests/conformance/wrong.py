@@ -59,9 +59,8 @@ class BaseMutated(NumpyBackend):
 class OriginalsLost(NumpyBackend):
     """`detach` leaves the trained head in place."""
 
-    def remove(self, model, *, restore):
-        base = super().remove(model, restore=restore)
-        return type(base)({**base.layers, **{path: model.layers[path] for path in model.saved}})
+    def originals(self, model):
+        return {}
 
 
 class StartsOff(NumpyBackend):
@@ -77,14 +76,13 @@ class StartsOff(NumpyBackend):
 class MergedTwice(NumpyBackend):
     """`unmerge` subtracts what was added instead of giving W0 back."""
 
-    def unfold(self, model):
-        whole = super().unfold(model)
-        changed = dict(whole.layers)
-        for path, layer in model.layers.items():
-            if layer.merged:
-                W = layer.W - core.delta(layer.factors)[: layer.W.shape[0]].astype(layer.W.dtype)
-                changed[path] = type(layer)(W, whole.layers[path].b, layer.factors)
-        return type(whole)(changed, whole.config, whole.saved, whole.originals)
+    def exchange(self, model, arrays):
+        held = self.adaptation(model).ledger.held
+        arrays = {path: dict(own) for path, own in arrays.items()}
+        for path in held:
+            factors, W = model[path].factors, model[path].W
+            arrays[path]["weight"] = (W - core.delta(factors)[: W.shape[0]].astype(W.dtype)).T
+        return super().exchange(model, arrays)
 
 
 class PaddingTrained(NumpyBackend):
@@ -98,9 +96,9 @@ class PaddingTrained(NumpyBackend):
 class GlobalSeedTouched(NumpyBackend):
     """`attach` seeds NumPy's global generator."""
 
-    def insert(self, model, layers, *, config, saved):
-        np.random.seed(config.seed)  # noqa: NPY002 (this is what is wrong with it)
-        return super().insert(model, layers, config=config, saved=saved)
+    def insert(self, model, adaptation, **arrays):
+        np.random.seed(adaptation.config.seed)  # noqa: NPY002 (this is what is wrong with it)
+        return super().insert(model, adaptation, **arrays)
 
 
 class SilentUpcast(NumpyBackend):
@@ -211,11 +209,9 @@ class ForgetsAverages(NumpyDriver):
 class FoldedTwice(NumpyBackend):
     """The adapter goes on adding what was folded into the weight."""
 
-    def consolidate(self, model, merged, folded, *, keep_base):
-        model = super().consolidate(model, merged, folded, keep_base=keep_base)
-        none = {path: np.zeros_like(mask) for path, mask in folded.items()}
-        layers = {p: replace(m, folded=none[p]) if p in none else m for p, m in model.layers.items()}
-        return replace(model, layers=layers)
+    def enter(self, model, ledger):
+        model = super().enter(model, ledger)
+        return replace(model, layers={p: replace(layer, held=None) for p, layer in model.layers.items()})
 
 
 class FrozenDecayed(NumpyDriver):

@@ -118,7 +118,7 @@ class NumpyTraining(Training):
     def step(self) -> None:
         self._number += 1
         driver, layers = self._driver, dict(self._model.layers)
-        before, gradients = self._factors(), {}
+        before, gradients, after = self._factors(), {}, {}
         for path, values in self._inputs.items():
             layer = layers[path]
             x = driver.array(values, driver.backend.dtype_name(layer.W))
@@ -137,10 +137,8 @@ class NumpyTraining(Training):
                 name: self._updated(path + name, getattr(layer.factors, name), getattr(slopes, name))
                 for name in "BC"
             }
-            layers[path] = replace(
-                layer, factors=driver.hold_frozen(layer.factors, layer.factors._replace(**new))
-            )
-        self._model = replace(self._model, layers=layers)
+            after[path] = driver.hold_frozen(layer.factors, layer.factors._replace(**new))
+        self._model = driver.backend.with_factors(replace(self._model, layers=layers), after)  # type: ignore[attr-defined]
         if self._state is not None:
             self._state = driver.decide(self._state, self._plan, before, gradients)
             self._model = driver.backend.set_active(self._model, self._state.active)

@@ -1,0 +1,123 @@
+"""What is attached to a model: adapters by name, and the ledger of what its weights hold.
+
+Plain values, the same for every framework. A backend says how they lie in its models (`Models.bank`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from adamss.config import AdamssConfig
+from adamss.core import Factors
+from adamss.core._array import Array
+from adamss.errors import StateError
+
+__all__ = ["DEFAULT", "Adaptation", "Bank", "Ledger"]
+
+DEFAULT = "default"
+"""Name of an adapter that was given none."""
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Which updates the weights of a model hold beside W0, and the W0 to go back to.
+
+    Attributes
+    ----------
+    held
+        By path of the layer, (K,) booleans on the host: the subspaces whose update its weight holds. A layer that is
+        not named holds none.
+    base
+        By path of the module that holds the arrays, W0 and the bias as its own arrays by name; None where they were
+        dropped. Modules whose arrays hold no update are not named.
+    """
+
+    held: Mapping[str, Mask] = field(default_factory=dict)
+    base: Mapping[str, Mapping[str, Array] | None] = field(default_factory=dict)
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether every W0 can be given back."""
+        return all(arrays is not None for arrays in self.base.values())
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One adapter of a model, and how the model stands with it.
+
+    Attributes
+    ----------
+    config
+        The settings it was attached with.
+    layers
+        Factors of each adapted layer, by module path, in the order of the model.
+    shapes
+        (d, n) of the weight of each, in paper orientation.
+    saved
+        Module paths of ``modules_to_save``.
+    ledger
+        What the weights hold of it.
+    disabled
+        Whether the model is switched off at the moment.
+    name
+        Of the adapter.
+    """
+
+    config: AdamssConfig
+    layers: Mapping[str, Factors]
+    shapes: Mapping[str, tuple[int, int]]
+    saved: tuple[str, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+    disabled: bool = False
+    name: str = DEFAULT
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weights hold the update of every subspace."""
+        held = self.ledger.held
+        return all(path in held and bool(held[path].all()) for path in self.layers)
+
+    @property
+    def base_kept(self) -> bool:
+        """Whether the base weights can be given back."""
+        return self.ledger.keeps_base
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The adapters of a model as one value, for frameworks whose models are values: see `ValueModels`.
+
+    Attributes
+    ----------
+    adapters
+        By name.
+    originals
+        Base values of ``modules_to_save``, by module path and then by name, as `Models.arrays` returns them.
+    """
+
+    adapters: Mapping[str, Adaptation] = field(default_factory=dict)
+    originals: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
+
+    def only(self) -> Adaptation:
+        """Return the one adapter.
+
+        Raises
+        ------
+        StateError
+            If there are others.
+        """
+        if len(self.adapters) != 1:
+            raise StateError(f"the model has the adapters {', '.join(sorted(self.adapters))}; name one")
+        (adaptation,) = self.adapters.values()
+        return adaptation
+
+    def changed(self, **values: Any) -> Bank:
+        """Return the bank with other values of some fields of its one adapter."""
+        adaptation = replace(self.only(), **values)
+        return replace(self, adapters={adaptation.name: adaptation})

@@ -1,0 +1,225 @@
+"""Movements of updates into the weights of a model and out again, written once for all frameworks.
+
+The ledger says, for every weight, the update of which subspaces it holds. Merging lets it hold all of them,
+consolidating those that are frozen, unmerging and detaching none; each is one call of `hold` or `release`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from adamss import core
+from adamss.backend.bank import Adaptation, Ledger
+from adamss.backend.interface import Backend, Model
+from adamss.backend.sites import BaseWeight, Site, arrays_of, owner_of
+from adamss.config import AdamssConfig
+from adamss.core import Factors
+from adamss.core._array import check_concrete, device, namespace
+from adamss.errors import ArrayValueError, LayerError, StateError
+
+__all__ = ["base_weight", "hold", "put", "release", "require_kept_base", "sites_of", "switched_off", "whole"]
+
+
+def require_kept_base(adaptation: Adaptation, verb: str) -> None:
+    """Check that the base weights can be given back.
+
+    Raises
+    ------
+    StateError
+        If they were dropped.
+    """
+    if not adaptation.base_kept:
+        raise StateError(
+            f"{verb}: the base weights were dropped (keep_base=False); load the base model afresh"
+        )
+
+
+def sites_of(backend: Backend, model: Model, adaptation: Adaptation) -> dict[str, Site]:
+    """Return the site of each adapted layer, by path."""
+    modules = backend.modules(model)
+    return {path: backend.site(modules[path], path) for path in adaptation.layers}
+
+
+def whole(backend: Backend, arrays: Any) -> Any:
+    """Return a base weight, or factors, with all the entries of each array."""
+    return type(arrays)(*(None if array is None else backend.whole(array) for array in arrays))
+
+
+def base_weight(
+    backend: Backend, site: Site, adaptation: Adaptation | None = None, *, values: bool = True
+) -> BaseWeight:
+    """Return W0 and its bias at a site, whatever the weight holds at the moment.
+
+    What is left of a dropped W0 is the weight without the updates that it holds, up to rounding.
+
+    Parameters
+    ----------
+    backend
+        Of the model.
+    site
+        Where.
+    adaptation
+        What is attached to the model.
+    values
+        Whether they are needed, and not only shape and dtype.
+
+    Raises
+    ------
+    LayerError
+        If there are none, on the meta device.
+    StateError
+        If W0 was dropped by ``merge(keep_base=False)``.
+    """
+    ledger = Ledger() if adaptation is None else adaptation.ledger
+    kept = ledger.base.get(owner_of(site.path))
+    base = site.weight({**backend.own_arrays(site), **(kept or {})})
+    if values and not backend.has_values(base.W):
+        raise LayerError(
+            f"{site.path} is on the meta device: its weight has no values; load the weights first"
+        )
+    held = ledger.held.get(site.path)
+    if adaptation is None or held is None or kept is not None:
+        return base
+    if adaptation.merged:
+        raise StateError(f"{site.path}: the base weight was dropped by merge(keep_base=False)")
+    xp = namespace(base.W)
+    update, d = core.delta(_only(adaptation.layers[site.path], held)), base.W.shape[0]
+    b = base.b
+    if b is not None and update.shape[0] > d:
+        b = b - xp.astype(update[d, :], b.dtype)
+    return BaseWeight(base.W - xp.astype(update[:d, :], base.W.dtype), b)
+
+
+def put(
+    backend: Backend,
+    model: Model,
+    layers: Mapping[str, Factors],
+    *,
+    config: AdamssConfig,
+    saved: Mapping[str, Mapping[str, Any] | None],
+) -> Model:
+    """Return the model with an adapter on it.
+
+    Parameters
+    ----------
+    backend, model
+        A model without adapters.
+    layers
+        Factors by module path.
+    config
+        The settings.
+    saved
+        Paths of ``modules_to_save``, and the values that they get, as from `Models.arrays` (None: as they are).
+    """
+    modules = backend.modules(model)
+    sites = {path: backend.site(modules[path], path) for path in layers}
+    weights = {path: site.weight(backend.own_arrays(site)).W for path, site in sites.items()}
+    shapes = {path: (int(W.shape[0]), int(W.shape[1])) for path, W in weights.items()}
+    return backend.insert(
+        model,
+        Adaptation(config, layers, shapes, tuple(saved)),
+        originals={path: backend.arrays(modules[path]) for path in saved},
+        values={path: values for path, values in saved.items() if values is not None},
+    )
+
+
+def hold(
+    backend: Backend,
+    model: Model,
+    adaptation: Adaptation,
+    subspaces: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    keep_base: bool,
+) -> tuple[Model, dict[str, float]]:
+    """Let each weight hold the update of just these subspaces: ``round(W0 + sum over k of A_k B_k C_k)``.
+
+    Parameters
+    ----------
+    backend, model, adaptation
+        An adapted model.
+    subspaces
+        (K,) booleans on the host, by path of every adapted layer.
+    keep_base
+        Whether W0 is kept. One that was dropped before stays so.
+
+    Returns
+    -------
+    model, lost
+        The model, and by path the share of the update that the rounding to the dtype of the weight destroyed.
+
+    Raises
+    ------
+    LayerError
+        If a weight cannot be written.
+    ArrayValueError
+        If one would not be finite. The message names the layer, and no layer is changed.
+    """
+    sites = sites_of(backend, model, adaptation)
+    owners = dict.fromkeys(map(owner_of, sites))
+    backend.check_writable(model, owners)
+    weights, lost = {}, {}
+    for path, site in sites.items():
+        base = base_weight(backend, site, adaptation)
+        check_concrete(*base, *adaptation.layers[path], name=path)
+        factors = _only(whole(backend, adaptation.layers[path]), subspaces[path])
+        try:
+            W, b = whole(backend, base)
+            merged = core.merge(W, b, factors)
+        except ArrayValueError as error:
+            raise ArrayValueError(f"{path}: {error}") from error
+        # Only those of one layer are whole at a time. A bias that the update does not move is left alone.
+        moved = merged.b is not None and factors.A.shape[1] > base.W.shape[0]
+        b = backend.spread(merged.b, like=base.b) if moved else None
+        weights[path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
+        lost[path] = float(merged.lost)
+    arrays = arrays_of(weights, sites, backend.own_arrays)
+    model, before = backend.exchange(model, arrays)
+    kept = adaptation.ledger.base
+    base_of: dict[str, Any] = {
+        owner: kept.get(owner, before[owner]) if keep_base else None for owner in owners
+    }
+    return backend.enter(model, Ledger(dict(subspaces), base_of)), lost
+
+
+def release(backend: Backend, model: Model, adaptation: Adaptation) -> Model:
+    """Give every weight W0 back, to the bit: it holds no update then.
+
+    Raises
+    ------
+    LayerError
+        If a weight cannot be written.
+    """
+    base = {owner: arrays for owner, arrays in adaptation.ledger.base.items() if arrays is not None}
+    if not base:
+        return model
+    backend.check_writable(model, base)
+    model, _ = backend.exchange(model, base)
+    return backend.enter(model, Ledger())
+
+
+@contextmanager
+def switched_off(backend: Backend, model: Model, adaptation: Adaptation) -> Iterator[Model]:
+    """Give a model that computes what the base model computes, saved modules included, and undo that afterwards."""
+    base = {owner: arrays for owner, arrays in adaptation.ledger.base.items() if arrays is not None}
+    backend.check_writable(model, base)
+    originals, modules = backend.originals(model), backend.modules(model)
+    trained = {path: dict(backend.arrays(modules[path])) for path in originals}
+    off, held = backend.exchange(backend.switched(model, on=False), base)
+    off = backend.write_saved(off, originals)
+    try:
+        yield off
+    finally:
+        off, _ = backend.exchange(backend.write_saved(off, trained), held)
+        backend.switched(off, on=True)
+
+
+def _only(factors: Factors, subspaces: np.ndarray[Any, Any]) -> Factors:
+    """Return factors of which some subspaces alone have an update."""
+    on = device(factors.labels)
+    return (
+        factors if subspaces.all() else core.only(factors, namespace(factors.C).asarray(subspaces, device=on))
+    )

@@ -1,0 +1,58 @@
+"""How an array of any number of axes is a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from adamss.core._array import Array, namespace
+
+__all__ = ["View"]
+
+
+@dataclass(frozen=True)
+class View:
+    """An array as the matrix ``W: (d, n)`` of ``y = x @ W``.
+
+    Attributes
+    ----------
+    rows
+        Axes of the array that are contracted with the input, in the order in which they make up the d rows.
+    columns
+        Axes that come out, in the order in which they make up the n columns.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weight = np.arange(6).reshape(3, 2)  # of a torch.nn.Linear: (n, d)
+    >>> view = View(rows=(1,), columns=(0,))
+    >>> view.matrix(weight).shape, bool((view.array(view.matrix(weight), weight.shape) == weight).all())
+    ((2, 3), True)
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """All axes, in the order in which the matrix has them."""
+        return (*self.rows, *self.columns)
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return (d, n) of an array of this shape."""
+        return prod(shape[axis] for axis in self.rows), prod(shape[axis] for axis in self.columns)
+
+    def matrix(self, array: Array) -> Array:
+        """Return an array as W: (d, n)."""
+        xp = namespace(array)
+        matrix = array if self.axes == tuple(range(array.ndim)) else xp.permute_dims(array, self.axes)
+        # Only where it changes something: a reshape may copy, and tensors spread over processes may refuse it.
+        return matrix if array.ndim == 2 else xp.reshape(matrix, self.shape(array.shape))
+
+    def array(self, W: Array, shape: Sequence[int]) -> Array:
+        """Return W: (d, n) as an array of this shape: ``array(matrix(a), a.shape) == a``."""
+        xp, axes = namespace(W), self.axes
+        split = W if len(axes) == 2 else xp.reshape(W, tuple(shape[axis] for axis in axes))
+        back = tuple(axes.index(axis) for axis in range(len(axes)))
+        return split if back == tuple(range(len(axes))) else xp.permute_dims(split, back)
