@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from adamss.config import AdamssConfig
-from adamss.core import Factors
-from adamss.core._array import Array
+from adamss.core import Factors, only
+from adamss.core._array import Array, device, namespace
 from adamss.errors import StateError
 
 __all__ = ["DEFAULT", "Adaptation", "Bank", "Ledger"]
@@ -116,6 +116,16 @@ class Bank:
             raise StateError(f"the model has the adapters {', '.join(sorted(self.adapters))}; name one")
         (adaptation,) = self.adapters.values()
         return adaptation
+
+    def computed(self, path: str) -> Factors | None:
+        """Return the factors whose update is added to the product of a layer: without what its weight holds."""
+        adaptation = self.only()
+        factors, held = adaptation.layers.get(path), adaptation.ledger.held.get(path)
+        if factors is None or adaptation.disabled or (held is not None and held.all()):
+            return None
+        if held is None:
+            return factors
+        return only(factors, namespace(factors.C).asarray(~held, device=device(factors.C)))
 
     def changed(self, **values: Any) -> Bank:
         """Return the bank with other values of some fields of its one adapter."""

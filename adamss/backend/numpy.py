@@ -14,7 +14,7 @@ from adamss.backend.interface import Backend, ValueModels
 from adamss.backend.sites import Kinds, LinearKind, Site
 from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors, Gradients
-from adamss.core._array import device, namespace
+from adamss.core._array import namespace
 from adamss.errors import ArrayTypeError, ConfigError
 
 __all__ = ["NumpyBackend", "NumpyLinear", "NumpyModel"]
@@ -34,30 +34,20 @@ class NumpyLinear:
         Bias (n,) or None.
     factors
         The adapter, or None.
-    held
-        (K,) booleans, the subspaces whose update `W` and `b` hold already; None for none.
+    computed
+        What of it is added to the frozen product: `Bank.computed`.
     """
 
     W: Array
     b: Array | None = None
     factors: Factors | None = None
-    held: Array | None = None
+    computed: Factors | None = None
 
     def __call__(self, x: Array) -> Array:
         """Return the output (..., n) for inputs (..., d)."""
-        factors = self.computed()
-        if factors is None:
+        if self.computed is None:
             return x @ self.W if self.b is None else x @ self.W + self.b
-        return np.asarray(core.linear(x, self.W, self.b, factors))
-
-    def computed(self) -> Factors | None:
-        """Return the factors whose update is added to the frozen product: without what `W` holds already."""
-        if self.factors is None or self.held is None:
-            return self.factors
-        if self.held.all():
-            return None
-        rest = namespace(self.factors.C).asarray(~self.held, device=device(self.factors.C))
-        return core.only(self.factors, rest)
+        return np.asarray(core.linear(x, self.W, self.b, self.computed))
 
 
 @dataclass(frozen=True)
@@ -151,15 +141,12 @@ class NumpyBackend(ValueModels, Backend):
         return model.bank
 
     def with_bank(self, model: NumpyModel, bank: Bank | None) -> NumpyModel:
-        adaptation = None if bank is None else bank.only()
         layers = {path: NumpyLinear(layer.W, layer.b) for path, layer in model.layers.items()}
-        if adaptation is not None:
-            in_rows = {path: Factors(*map(_in_rows, factors)) for path, factors in adaptation.layers.items()}
-            held = adaptation.ledger.held
-            computed = {} if adaptation.disabled else in_rows
-            layers |= {p: replace(layers[p], factors=f, held=held.get(p)) for p, f in computed.items()}
-            assert bank is not None
-            bank = bank.changed(layers=in_rows)
+        if bank is None:
+            return NumpyModel(layers)
+        in_rows = {path: Factors(*map(_in_rows, factors)) for path, factors in bank.only().layers.items()}
+        bank = bank.changed(layers=in_rows)
+        layers |= {p: replace(layers[p], factors=f, computed=bank.computed(p)) for p, f in in_rows.items()}
         return NumpyModel(layers, bank)
 
     def write_saved(self, model: NumpyModel, values: Mapping[str, Mapping[str, Array]]) -> NumpyModel:

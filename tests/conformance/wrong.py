@@ -211,7 +211,8 @@ class FoldedTwice(NumpyBackend):
 
     def enter(self, model, ledger):
         model = super().enter(model, ledger)
-        return replace(model, layers={p: replace(layer, held=None) for p, layer in model.layers.items()})
+        layers = {p: replace(layer, computed=layer.factors) for p, layer in model.layers.items()}
+        return replace(model, layers=layers)
 
 
 class FrozenDecayed(NumpyDriver):

@@ -38,7 +38,7 @@ class NumpyDriver(Driver):
 
     def call(self, model: NumpyModel, path: str, x: Array) -> Array:
         layer = model[path]
-        factors = layer.computed()
+        factors = layer.computed
         if factors is None:
             return self.base_linear(x, layer.W, layer.b)
         return self.backend.linear(x, layer.W, layer.b, factors)
@@ -127,7 +127,7 @@ class NumpyTraining(Training):
             if layer.factors is None:
                 layers[path] = NumpyLinear(layer.W - self._rate * (x.T @ dy), layer.b)
                 continue
-            factors = layer.computed()
+            factors = layer.computed
             assert factors is not None
             if self._state is not None and self._plan.config.revive:
                 factors = factors._replace(active=factors.active | ~factors.active)
