@@ -65,6 +65,8 @@ class Adaptation:
         What the weights hold of it.
     disabled
         Whether the model is switched off at the moment.
+    revives
+        Whether a budget that runs may let frozen subspaces return.
     name
         Of the adapter.
     """
@@ -75,6 +77,7 @@ class Adaptation:
     saved: tuple[str, ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
     disabled: bool = False
+    revives: bool = False
     name: str = DEFAULT
 
     @property

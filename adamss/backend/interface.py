@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
+import numpy as np
+
 from adamss.backend.bank import Adaptation, Bank, Ledger
 from adamss.backend.sites import BaseWeight, Kinds, Site, StackedLayer
 from adamss.backend.stores import PlainStore, Stores
 from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors
 from adamss.core._array import Array, device
-from adamss.errors import LayerError
+from adamss.errors import LayerError, StateError
 
 __all__ = [
     "Array",
@@ -357,8 +359,8 @@ class Models(ABC):
         """Return what an optimiser gets, in the framework's own form: B and C of each layer, and saved modules."""
 
     @abstractmethod
-    def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
-        """Return the model with other masks: ``adaptation(set_active(m, a)).layers[path].active == a[path]``.
+    def with_masks(self, model: Model, active: Mapping[str, Array]) -> Model:
+        """Return the model with other masks: ``adaptation(with_masks(m, a)).layers[path].active == a[path]``.
 
         Nothing that is compiled may depend on the values of a mask.
 
@@ -367,12 +369,30 @@ class Models(ABC):
         model
             An adapted model.
         active
-            (K,) booleans by module path; a layer that is not named keeps its mask. What a weight holds is not among
-            them.
+            (K,) booleans by module path; a layer that is not named keeps its mask.
         """
 
-    def check_writable(self, model: Model, paths: Iterable[str]) -> None:
-        """Check that the arrays of adapted layers, by the path of their module, can be replaced.
+    def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
+        """Return `with_masks`, after a check that none of them thaws a subspace whose update a weight holds.
+
+        Raises
+        ------
+        StateError
+            If one does; the message names the layer.
+        """
+        adaptation = self.adaptation(model)
+        held = {} if adaptation is None else adaptation.ledger.held
+        for path in held.keys() & active.keys():
+            thawed = held[path] & np.asarray(self.to_stored(active[path]).numpy())
+            if thawed.any():
+                raise StateError(
+                    f"{path}: the mask thaws subspace {int(thawed.argmax())}, whose update the weight holds; keep it "
+                    "frozen, or call adamss.unmerge(model) first"
+                )
+        return self.with_masks(model, active)
+
+    def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
+        """Check that arrays can be replaced: of adapted layers, and of modules to save, by the path of the module.
 
         Raises
         ------
@@ -380,7 +400,7 @@ class Models(ABC):
             Naming the layer, the reason and the way out.
         """
         modules = self.modules(model)
-        for path in paths:
+        for path in layers:
             site = self.site(modules[path], path)
             for name in site.names:
                 why = None
@@ -413,10 +433,12 @@ class Models(ABC):
         """
 
     @abstractmethod
-    def write_saved(self, model: Model, values: Mapping[str, Mapping[str, Array]]) -> Model:
-        """Return the model with other arrays in some modules.
+    def exchange_saved(
+        self, model: Model, values: Mapping[str, Mapping[str, Array]]
+    ) -> tuple[Model, dict[str, dict[str, Array]]]:
+        """Return the model with other arrays in modules to save, and those that were there, in the form of `arrays`.
 
-        ``arrays(modules(write_saved(m, v))[path]) == v[path]``, for the names that it has.
+        Otherwise as `exchange`. Names that are not among the values stay as they are.
         """
 
     @abstractmethod
@@ -435,6 +457,13 @@ class ValueModels(Models):
         """Return the bank of a model, or None."""
 
     @abstractmethod
+    def with_arrays(self, model: Model, values: Mapping[str, Mapping[str, Array]]) -> Model:
+        """Return the model with other arrays in some modules: ``arrays(modules(with_arrays(m, v))[path]) == v[path]``.
+
+        They are copied, if anybody may change the arrays of a model in place.
+        """
+
+    @abstractmethod
     def with_bank(self, model: Model, bank: Bank | None) -> Model:
         """Return the model with another bank, or none; its layers compute the factors that `computed` returns."""
 
@@ -442,7 +471,7 @@ class ValueModels(Models):
         """Return `arrays` of the layer, so that one form of them is enough."""
         return dict(self.arrays(site.layer))
 
-    def check_writable(self, model: Model, paths: Iterable[str]) -> None:
+    def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
         """Return: a value can have any arrays."""
 
     def adaptation(self, model: Model) -> Adaptation | None:
@@ -465,7 +494,7 @@ class ValueModels(Models):
     ) -> Model:
         """See `Models.insert`."""
         bank = Bank({adaptation.name: adaptation}, originals)
-        return self.write_saved(self.with_bank(model, bank), {**originals, **values})
+        return self.with_arrays(self.with_bank(model, bank), {**originals, **values})
 
     def remove(self, model: Model) -> Model:
         """See `Models.remove`."""
@@ -483,8 +512,8 @@ class ValueModels(Models):
         bank = self.bank(model) or Bank()
         return self.with_bank(model, bank.changed(layers={**bank.only().layers, **factors}))
 
-    def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
-        """See `Models.set_active`."""
+    def with_masks(self, model: Model, active: Mapping[str, Array]) -> Model:
+        """See `Models.with_masks`."""
         layers = (self.bank(model) or Bank()).only().layers
         return self.with_factors(model, {p: layers[p]._replace(active=mask) for p, mask in active.items()})
 
@@ -494,7 +523,9 @@ class ValueModels(Models):
         """See `Models.exchange`."""
         modules = self.modules(model)
         before = {path: self.arrays(modules[path]) for path in arrays}
-        return self.write_saved(model, arrays), before
+        return self.with_arrays(model, arrays), before
+
+    exchange_saved = exchange
 
     def enter(self, model: Model, ledger: Ledger) -> Model:
         """See `Models.enter`."""

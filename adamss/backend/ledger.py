@@ -185,36 +185,40 @@ def hold(
     return backend.enter(model, Ledger(dict(subspaces), base_of)), lost
 
 
-def release(backend: Backend, model: Model, adaptation: Adaptation) -> Model:
-    """Give every weight W0 back, to the bit: it holds no update then.
+def release(backend: Backend, model: Model, adaptation: Adaptation, *, saved: bool = False) -> Model:
+    """Give every weight W0 back, to the bit: it holds no update then. If asked, saved modules get their values too.
 
     Raises
     ------
     LayerError
-        If a weight cannot be written.
+        If one cannot be written.
     """
-    base = {owner: arrays for owner, arrays in adaptation.ledger.base.items() if arrays is not None}
-    if not base:
-        return model
-    backend.check_writable(model, base)
-    model, _ = backend.exchange(model, base)
-    return backend.enter(model, Ledger())
+    base, originals = _kept(adaptation), backend.originals(model) if saved else {}
+    backend.check_writable(model, base, originals)
+    if base:
+        model, _ = backend.exchange(model, base)
+        model = backend.enter(model, Ledger())
+    return backend.exchange_saved(model, originals)[0] if originals else model
 
 
 @contextmanager
 def switched_off(backend: Backend, model: Model, adaptation: Adaptation) -> Iterator[Model]:
     """Give a model that computes what the base model computes, saved modules included, and undo that afterwards."""
-    base = {owner: arrays for owner, arrays in adaptation.ledger.base.items() if arrays is not None}
-    backend.check_writable(model, base)
-    originals, modules = backend.originals(model), backend.modules(model)
-    trained = {path: dict(backend.arrays(modules[path])) for path in originals}
+    base, originals = _kept(adaptation), backend.originals(model)
+    backend.check_writable(model, base, originals)
     off, held = backend.exchange(backend.switched(model, on=False), base)
-    off = backend.write_saved(off, originals)
+    off, trained = backend.exchange_saved(off, originals)
     try:
         yield off
     finally:
-        off, _ = backend.exchange(backend.write_saved(off, trained), held)
-        backend.switched(off, on=True)
+        on, _ = backend.exchange_saved(off, trained)
+        on, _ = backend.exchange(on, held)
+        backend.switched(on, on=True)
+
+
+def _kept(adaptation: Adaptation) -> dict[str, Mapping[str, Any]]:
+    """Return the W0 that are kept, by the path of the module."""
+    return {path: arrays for path, arrays in adaptation.ledger.base.items() if arrays is not None}
 
 
 def _only(factors: Factors, subspaces: np.ndarray[Any, Any]) -> Factors:

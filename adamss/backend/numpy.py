@@ -149,7 +149,7 @@ class NumpyBackend(ValueModels, Backend):
         layers |= {p: replace(layers[p], factors=f, computed=bank.computed(p)) for p, f in in_rows.items()}
         return NumpyModel(layers, bank)
 
-    def write_saved(self, model: NumpyModel, values: Mapping[str, Mapping[str, Array]]) -> NumpyModel:
+    def with_arrays(self, model: NumpyModel, values: Mapping[str, Mapping[str, Array]]) -> NumpyModel:
         changed = dict(model.layers)
         for path, arrays in values.items():
             # Copies: a training loop writes into them, and the originals are to be had again.

@@ -124,8 +124,7 @@ def detach(model: Model) -> Model:
     """
     backend, adaptation = adapted(model, "detach")
     require_kept_base(adaptation, "detach")
-    model = backend.write_saved(release(backend, model, adaptation), backend.originals(model))
-    return backend.remove(model)
+    return backend.remove(release(backend, model, adaptation, saved=True))
 
 
 @contextmanager

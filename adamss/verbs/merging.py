@@ -149,6 +149,11 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
     backend, adaptation = adapted(model, "consolidate")
     if adaptation.merged:
         raise StateError("consolidate: the updates are merged; call adamss.unmerge(model) first")
+    if adaptation.revives:
+        raise StateError(
+            "consolidate: the model has a budget with revive=True, under which frozen subspaces may return; call "
+            "remove() on its controller first"
+        )
     masks = {path: backend.to_stored(factors.active).numpy() for path, factors in adaptation.layers.items()}
     frozen = {path: ~mask for path, mask in masks.items()}
     held = adaptation.ledger.held
