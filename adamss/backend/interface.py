@@ -372,25 +372,6 @@ class Models(ABC):
             (K,) booleans by module path; a layer that is not named keeps its mask.
         """
 
-    def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
-        """Return `with_masks`, after a check that none of them thaws a subspace whose update a weight holds.
-
-        Raises
-        ------
-        StateError
-            If one does; the message names the layer.
-        """
-        adaptation = self.adaptation(model)
-        held = {} if adaptation is None else adaptation.ledger.held
-        for path in held.keys() & active.keys():
-            thawed = held[path] & np.asarray(self.to_stored(active[path]).numpy())
-            if thawed.any():
-                raise StateError(
-                    f"{path}: the mask thaws subspace {int(thawed.argmax())}, whose update the weight holds; keep it "
-                    "frozen, or call adamss.unmerge(model) first"
-                )
-        return self.with_masks(model, active)
-
     def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
         """Check that arrays can be replaced: of adapted layers, and of modules to save, by the path of the module.
 
@@ -434,11 +415,11 @@ class Models(ABC):
 
     @abstractmethod
     def exchange_saved(
-        self, model: Model, values: Mapping[str, Mapping[str, Array]]
+        self, model: Model, arrays: Mapping[str, Mapping[str, Array]]
     ) -> tuple[Model, dict[str, dict[str, Array]]]:
         """Return the model with other arrays in modules to save, and those that were there, in the form of `arrays`.
 
-        Otherwise as `exchange`. Names that are not among the values stay as they are.
+        Otherwise as `exchange`. Arrays that are not named stay as they are.
         """
 
     @abstractmethod
@@ -458,9 +439,10 @@ class ValueModels(Models):
 
     @abstractmethod
     def with_arrays(self, model: Model, values: Mapping[str, Mapping[str, Array]]) -> Model:
-        """Return the model with other arrays in some modules: ``arrays(modules(with_arrays(m, v))[path]) == v[path]``.
+        """Return the model with other arrays in some modules.
 
-        They are copied, if anybody may change the arrays of a model in place.
+        ``arrays(modules(with_arrays(m, v))[path]) == v[path]``, for the names that it has. They are copied, if anybody
+        may change the arrays of a model in place.
         """
 
     @abstractmethod
@@ -541,3 +523,22 @@ class Backend(Arrays, Processes, Models):
 
     name: ClassVar[str]
     """Name under which the backend is registered, such as ``"torch"``."""
+
+    def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
+        """Return `with_masks`, after a check that none of them thaws a subspace whose update a weight holds.
+
+        Raises
+        ------
+        StateError
+            If one does; the message names the layer.
+        """
+        adaptation = self.adaptation(model)
+        held = {} if adaptation is None else adaptation.ledger.held
+        for path in held.keys() & active.keys():
+            thawed = held[path] & np.asarray(self.to_stored(active[path]).numpy())
+            if thawed.any():
+                raise StateError(
+                    f"{path}: the mask thaws subspace {int(thawed.argmax())}, whose update the weight holds; keep it "
+                    "frozen, or call adamss.unmerge(model) first"
+                )
+        return self.with_masks(model, active)
