@@ -11,17 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from adamss.core import Factors, contract, expand, restrict
+from adamss.core import Factors
+from adamss.errors import StateError
 from adamss_torch.absent import present
-from adamss_torch.compaction import expect_misfits, resize
-from adamss_torch.functional import MULTIPLE, Constants, Layout, Plan, make_layout, update
+from adamss_torch.kernel import Layout, Plan, make_layout, update
 
-__all__ = ["BUFFERS", "CHILD", "Adapter", "without_weights"]
+__all__ = ["BUFFERS", "CHILD", "Adapter", "OnLoan", "refuse_compacted", "without_weights"]
 
 CHILD = "adamss"
 """Name of the adapter among the children of its layer."""
@@ -35,33 +34,17 @@ HELD = "in_weight"
 Of length 0 in a state without the weights.
 """
 
-PERSISTENT = ("A", "B", "C", "labels", "ranks", "active", "owned", "rest_B", "rest_C")
+PERSISTENT = ("A", "B", "C", "labels", "ranks", "active")
 """What a state has of an adapter, where there is one of the name."""
 
-DERIVED = (
-    "rows",
-    "groups",
-    "slots",
-    "mask",
-    "columns",
-    "owners_B",
-    "owners_C",
-    "used_B",
-    "used_C",
-    "more_M",
-    "more_E",
-)
-"""Buffers that follow from the others: not stored, made anew whenever those change."""
-
-BUFFERS = ("A", "labels", "ranks", "active", "owned", "rest_B", "rest_C", "folded", *DERIVED)
-"""All that an adapter may have; some are None most of the time."""
+BUFFERS = ("A", "labels", "ranks", "active", "folded")
+"""All that an adapter may have."""
 
 
 class Adapter(nn.Module):
     """``y = base(x) + (x M^T) E``, with ``M = B A^T`` and E the expansion of C.
 
-    Its subspaces lie in three places. Those in the Parameters B and C are all of them, until `compact` moves the
-    frozen ones to buffers, as constants; `fold` leaves out of the sum those that the weight of the layer holds.
+    Its subspaces are trained, frozen, or folded into the weight of the layer, which `fold` leaves out of the sum.
 
     Parameters
     ----------
@@ -73,24 +56,23 @@ class Adapter(nn.Module):
     Attributes
     ----------
     B, C
-        Trained Parameters, (q', P) and (r, n'): the rows of B and columns of C of the subspaces `owned`.
+        Trained Parameters, (q, P) and (r, n).
     A, labels, ranks, active
         Buffers, as in `adamss.core.Factors`.
-    owned
-        Buffer, (K,) booleans: whose B and C are in the Parameters; None for all.
-    rest_B, rest_C
-        Buffers, B and C of the other subspaces; None where there are none.
     folded
         (K,) booleans: whose update the weight of the layer holds; None for none.
+    layout
+        Where B and C stand, as it follows from labels, ranks and `folded`; no buffer, since other libraries store,
+        send and average these.
     revive
         Whether frozen subspaces get gradients all the same, because they may return.
-    loads, forms
-        How often a state was loaded into it, and how often that changed which subspaces are in the Parameters.
+    loads
+        How often a state was loaded into it.
     enabled
         Whether the hook adds the update.
     order
         In which order its products are taken, one of `adamss.core.ORDERS`; None for the one that costs less.
-        With bases of their own, or after `compact`, they are contracted all the same.
+        With bases of their own the factors come first all the same.
     merged
         Whether the weights of the layer hold the whole update already.
     base
@@ -101,21 +83,8 @@ class Adapter(nn.Module):
     labels: Tensor
     ranks: Tensor
     active: Tensor
-    owned: Tensor | None
-    rest_B: Tensor | None
-    rest_C: Tensor | None
     folded: Tensor | None
-    rows: Tensor
-    groups: Tensor
-    slots: Tensor
-    mask: Tensor | None
-    columns: Tensor | None
-    owners_B: Tensor
-    owners_C: Tensor
-    used_B: Tensor | None
-    used_C: Tensor | None
-    more_M: Tensor | None
-    more_E: Tensor | None
+    layout: Layout
 
     def __init__(self, factors: Factors, d: int) -> None:
         super().__init__()
@@ -124,7 +93,7 @@ class Adapter(nn.Module):
         self.order: str | None = None
         self.merged = False
         self.revive = False
-        self.loads = self.forms = 0
+        self.loads = 0
         self.base: dict[str, Tensor] | None = None
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
@@ -132,10 +101,7 @@ class Adapter(nn.Module):
             # In one layout whatever they come from: products of another may round otherwise, and a resumed training
             # is to give the same bits.
             self.register_buffer(name, _alone(getattr(factors, name).detach().contiguous()))
-        for name in ("owned", "rest_B", "rest_C"):
-            self.register_buffer(name, None)
-        for name in ("folded", *DERIVED):
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer("folded", None, persistent=False)
         self._derive()
 
     def forward(
@@ -149,7 +115,7 @@ class Adapter(nn.Module):
     ) -> Tensor:
         """Return the output of the layer: the frozen product `base` (..., n) and the update of x (..., d).
 
-        The other arguments are as for `adamss_torch.functional.Plan`.
+        The other arguments are as for `adamss_torch.kernel.Plan`.
         """
         # Buffers and Parameters are looked up once each: `Module.__getattr__` takes as long as a small product.
         buffers, parameters = self._buffers, self._parameters
@@ -159,20 +125,12 @@ class Adapter(nn.Module):
         if B.dtype != A.dtype:
             # FSDP2's mixed precision hands them out in half precision; their product is to be rounded once, whole.
             B, C = B.to(A.dtype), C.to(A.dtype)
-        constants = None
-        if self.altered:
-            B = B if self.used_B is None else B.index_select(0, self.used_B)
-            C = C if self.used_C is None else C.index_select(1, self.used_C)
-            if self.more_M is not None and self.more_E is not None:
-                constants = Constants(self.more_M, self.more_E)
-            elif B.shape[0] == 0:
-                return base
-        # Not in a loop over the names, which takes longer than the rest of this method.
-        rows, groups, slots, mask = buffers["rows"], buffers["groups"], buffers["slots"], buffers["mask"]
-        layout = Layout(rows, groups, slots, mask, buffers["columns"], self.padded)  # type: ignore[arg-type]
+        layout = self.layout
+        if layout.rows.device != A.device:
+            # accelerate and FSDP2 move buffers, and know of no attributes.
+            layout = self._derive()
         active = None if self.revive else buffers["active"]
-        plan = Plan(A, active, layout, constants, self.order, weight, overwrite, input_kept)
-        return update(base, x, B, C, plan)
+        return update(base, x, B, C, Plan(A, active, layout, self.order, weight, overwrite, input_kept))
 
     def hook(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -193,109 +151,36 @@ class Adapter(nn.Module):
         return result
 
     def factors(self) -> Factors:
-        """Return the factors, canonical, of all subspaces wherever they lie; views where they can be."""
+        """Return the factors, canonical, of all subspaces; views where they can be."""
         B, C = present(self, "B").detach(), present(self, "C").detach()
-        if self.owned is not None and self.rest_B is not None and self.rest_C is not None:
-            rows, columns = zip(self._places(self.owned), self._places(~self.owned), strict=True)
-            B = _put_together((B, self.rest_B), rows, 0)
-            C = _put_together((C, self.rest_C), columns, 1)
         return Factors(self.A, B.t(), C, self.labels, self.ranks, self.active)
 
     def trained_elements(self) -> tuple[Tensor, Tensor]:
-        """Return which rows of B, (q', 1), and which columns of C, (1, n'), belong to active subspaces; booleans."""
-        return self.active[self.owners_B][:, None], self.active[self.owners_C][None, :]
+        """Return which rows of B, (q, 1), and which columns of C, (1, n), belong to active subspaces; booleans."""
+        return self.active[self._groups()][:, None], self.active[self.labels.to(torch.int64)][None, :]
 
-    # ---- changes of form ------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def compact(self, owned: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep in B and C these subspaces, (K,) booleans, and make constants of the rest.
-
-        The Parameters stay the objects that they are, with less in them and in their gradients.
-
-        Returns
-        -------
-        tuple of Tensor
-            Which rows of B, and which columns of C, are left; indices.
-        """
-        factors, (rows, columns) = self.factors(), self._places(~owned)
-        rest_B, rest_C = factors.B.t().index_select(0, rows), factors.C.index_select(1, columns)
-        kept_B, kept_C = owned[self.owners_B].nonzero()[:, 0], owned[self.owners_C].nonzero()[:, 0]
-        resize(self.B, 0, kept_B)
-        resize(self.C, 1, kept_C)
-        self.owned = owned.clone()
-        self.rest_B, self.rest_C = rest_B, rest_C
-        self._derive()
-        return kept_B, kept_C
-
-    @torch.no_grad()
-    def _take_form(self, owned: Tensor | None) -> None:
-        """Become compact as a state is that is about to be loaded, or whole; its values are those of before."""
-        if _equal(owned, self.owned):
-            return
-        self.forms += 1
-        # Whatever optimiser there is has not been told, as `BudgetController.compact` tells its own.
-        expect_misfits(self.B, self.C)
-        if self.owned is not None:
-            whole = self.factors()
-            for parameter in (self.B, self.C):
-                if not parameter.numel():
-                    parameter.requires_grad_(True)  # `resize` took it, as there was nothing to train
-            self.B.data, self.C.data = whole.B.t().contiguous(), whole.C.contiguous()
-            self.B.grad = self.C.grad = None
-            self.owned = self.rest_B = self.rest_C = None
-            self._derive()
-        if owned is not None:
-            self.compact(owned.to(self.active))
+    def _groups(self) -> Tensor:
+        """Return the subspace of each row of B, (q,) int64."""
+        return torch.repeat_interleave(self.ranks.to(torch.int64))
 
     def fold(self, folded: Tensor | None) -> None:
         """Leave these subspaces, (K,) booleans, out of the update, or none."""
         self.folded = folded
         self._derive()
 
-    def _derive(self) -> None:
-        """Set the derived buffers from the labels, the ranks, and where the subspaces lie."""
-        r, q = self.C.shape[0], int(self.ranks.sum())
-        layout = make_layout(self.labels, self.ranks, r, q, dtype=self.C.dtype)
-        groups, labels = layout.groups, self.labels.to(torch.int64)
-        self.used_B = self.used_C = self.more_M = self.more_E = None
-        owned = torch.ones_like(self.active) if self.owned is None else self.owned
-        summed = torch.ones_like(self.active) if self.folded is None else ~self.folded
-        self.altered = self.owned is not None or self.folded is not None
-        if not self.altered:
-            self.owners_B, self.owners_C = groups, labels
-        else:
-            layout = make_layout(self.labels, self.ranks, r, q, owned & summed, dtype=self.C.dtype)
-            self.owners_B, self.owners_C = groups[owned[groups]], labels[owned[labels]]
-            if bool((owned & ~summed).any()):
-                self.used_B = summed[self.owners_B].nonzero()[:, 0]
-                self.used_C = summed[self.owners_C].nonzero()[:, 0]
-            if bool((~owned & summed).any()):
-                part = restrict(self.factors(), ~owned & summed)
-                E = expand(part.factors)
-                E = E.new_zeros(E.shape[0], labels.numel()).index_copy(1, part.columns, E)
-                # Rows of zeros, up to a width of which products take no longer.
-                missing = -(layout.groups.numel() + E.shape[0]) % MULTIPLE
-                self.more_M = F.pad(contract(part.factors).t().contiguous(), (0, 0, 0, missing))
-                self.more_E = F.pad(E, (0, 0, 0, missing))
-        self.rows, self.groups, self.slots, self.mask, self.columns, self.padded = layout
+    def _derive(self) -> Layout:
+        """Make the layout anew, which follows from labels, ranks, and what is folded."""
+        (q, _), (r, _) = self.B.shape, self.C.shape
+        with torch.inference_mode(False):  # or no backward could keep it
+            self.layout = make_layout(self.labels, self.ranks, r, q, self.folded, dtype=self.C.dtype)
+        return self.layout
 
-    def places(self, name: str) -> tuple[Tensor, torch.Size]:
-        """Return where in the whole B (q, P), or C (r, n), each entry of the Parameter stands, and that shape."""
-        rows, columns = self._places(torch.ones_like(self.active) if self.owned is None else self.owned)
-        shape = self.shapes()[name]
-        whole = torch.arange(shape.numel(), device=rows.device).view(shape)
-        return (whole[rows] if name == "B" else whole[:, columns]), shape
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of the whole B (q, P) and C (r, n), by name."""
-        q, n = sum(self.ranks.tolist()), self.labels.numel()
-        return {"B": torch.Size((q, self.A.shape[2])), "C": torch.Size((self.C.shape[0], n))}
-
-    def _places(self, subspaces: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which rows of the whole B, and which columns of the whole C, belong to some subspaces; indices."""
-        groups = make_layout(self.labels, self.ranks, 1, int(self.ranks.sum()), dtype=self.C.dtype).groups
-        return subspaces[groups].nonzero()[:, 0], subspaces[self.labels.to(torch.int64)].nonzero()[:, 0]
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Not made anew: the labels may have no values now (`to_empty`, the meta device).
+        parts = {name: fn(part) for name, part in self.layout._asdict().items() if isinstance(part, Tensor)}
+        self.layout = self.layout._replace(**parts)
+        return self
 
     # ---- the layer ------------------------------------------------------------------------------------
 
@@ -360,9 +245,6 @@ class Adapter(nn.Module):
             # Not loaded either: B and C of one grouping and labels of another would compute something else.
             error_msgs.extend(misfits)
             return
-        if given and f"{prefix}labels" in state_dict:
-            # Trained numbers alone, as an average of them is, say nothing of the form.
-            self._take_form(state_dict.get(f"{prefix}owned"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -382,7 +264,7 @@ class Adapter(nn.Module):
         here, there = self.factors(), self._factors_in(state_dict, prefix)
         if there is None or not all(map(_equal, (there.labels, there.ranks), (here.labels, here.ranks))):
             return False
-        rows, columns = self._places(ours)
+        rows, columns = ours[self._groups()], ours[self.labels.to(torch.int64)]
         return (
             _equal(there.A, here.A)
             and _equal(there.B[:, rows], here.B[:, rows])
@@ -394,28 +276,14 @@ class Adapter(nn.Module):
         given: dict[str, Tensor] = {
             name: state_dict[f"{prefix}{name}"] for name in PERSISTENT if f"{prefix}{name}" in state_dict
         }
-        owned = given.get("owned") if "labels" in given else self.owned
         labels, ranks = (given.get(name, getattr(self, name)) for name in ("labels", "ranks"))
-        if any(tensor is not None and tensor.is_meta for tensor in (self.labels, labels, ranks, owned)):
+        if any(tensor.is_meta for tensor in (self.labels, labels, ranks)):
             return []
-        expected = {name: tuple(getattr(self, name).shape) for name in ("A", "labels", "ranks", "active")}
-        expected["owned"] = expected["active"]
-        if owned is None or tuple(owned.shape) == expected["owned"]:
-            # In the form of the state.
-            everything = torch.ones_like(self.active)
-            rows, columns = map(len, self._places(everything if owned is None else owned.to(everything)))
-            (q, P), (r, n) = self.shapes().values()
-            expected |= {
-                "B": (rows, P),
-                "C": (r, columns),
-                "rest_B": (q - rows, P),
-                "rest_C": (r, n - columns),
-            }
         misfits = [
             f"size mismatch for {prefix}{name}: the state has shape {tuple(tensor.shape)}, this model "
-            f"{expected[name]}."
+            f"{tuple(getattr(self, name).shape)}."
             for name, tensor in given.items()
-            if name in expected and tuple(tensor.shape) != expected[name]
+            if tensor.shape != getattr(self, name).shape
         ]
         inside = int(labels.min()) >= 0 and int(labels.max()) < len(ranks) and int(ranks.min()) >= 0
         if misfits or (inside and int(ranks.sum()) == int(self.ranks.sum())):
@@ -423,19 +291,14 @@ class Adapter(nn.Module):
         return [f"{prefix}labels, {prefix}ranks: they are none of subspaces of this layer."]
 
     def _factors_in(self, state_dict: Mapping[str, Any], prefix: str) -> Factors | None:
-        """Return the factors in a state, whole; None if they are not there or for a layer of another shape."""
-        present = [name for name in PERSISTENT if f"{prefix}{name}" in state_dict]
-        given: dict[str, Tensor] = {n: state_dict[f"{prefix}{n}"].to(self.A.device) for n in present}
-        try:
-            B, C = given["B"], given["C"]
-            if "owned" in given:
-                rows, columns = zip(self._places(given["owned"]), self._places(~given["owned"]), strict=True)
-                B = _put_together((B, given["rest_B"]), rows, 0)
-                C = _put_together((C, given["rest_C"]), columns, 1)
-            found = Factors(given["A"], B.t(), C, given["labels"], given["ranks"], given["active"])
-        except (KeyError, IndexError, RuntimeError):
+        """Return the factors in a state; None if they are not all there, or for a layer of another shape."""
+        given = {
+            name: state_dict[f"{prefix}{name}"] for name in PERSISTENT if f"{prefix}{name}" in state_dict
+        }
+        if len(given) < len(PERSISTENT) or any(t.shape != getattr(self, n).shape for n, t in given.items()):
             return None
-        return found if {"B": B.shape, "C": C.shape} == self.shapes() else None
+        A, B, C, *rest = (tensor.to(self.A.device) for tensor in given.values())
+        return Factors(A, B.t(), C, *rest)
 
 
 class OnLoan:
@@ -467,6 +330,23 @@ class OnLoan:
                     (own[name],) = value.former
 
 
+def refuse_compacted(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
+    """Refuse a state in the compacted form of version 0.1, before any of it is loaded.
+
+    Raises
+    ------
+    StateError
+        If it is one; the message names a layer.
+    """
+    mark = f".{CHILD}.owned"
+    found = [name.removesuffix(mark) for name in state_dict if f".{name}".endswith(mark)]
+    if found:
+        raise StateError(
+            f"{found[0]}: the state is of an adapter that compact() had shrunk, a form that is gone; write it with "
+            "adamss.save in the version that it comes from, and adamss.load that file"
+        )
+
+
 def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state of adapters that says that the weights of their layers are no part of it."""
     marks = {name.removesuffix("labels") + HELD for name in state_dict if name.endswith(f"{CHILD}.labels")}
@@ -495,12 +375,6 @@ def _let_compilers_see_hooks() -> None:
 def _alone(tensor: Tensor) -> Tensor:
     """Return a tensor with memory of its own: a part of others keeps them all, and safetensors refuses to save it."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _put_together(parts: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor], axis: int) -> Tensor:
-    """Return two parts in one tensor, each entry at its place."""
-    order = torch.cat(places).argsort()
-    return torch.cat(parts, dim=axis).index_select(axis, order)
 
 
 def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:

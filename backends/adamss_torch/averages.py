@@ -21,7 +21,9 @@ class Averages:
 
     def __init__(self, parameters: list[nn.Parameter], config: BudgetConfig) -> None:
         self._config = config
-        self.measure(parameters)
+        self._parameters = parameters
+        self._shapes = [local(p.detach()).shape for p in parameters]
+        self._sizes = [shape.numel() for shape in self._shapes]
         first = parameters[0]
         wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         size = sum(self._sizes)
@@ -30,12 +32,6 @@ class Averages:
         self._left_out = torch.zeros((), dtype=torch.int64, device=self._sensitivity.device)
         self._taken: tuple[Tensor, Tensor, Tensor] | None = None
         self._sharded_like = first if is_sharded(first) else None
-
-    def measure(self, parameters: list[nn.Parameter]) -> None:
-        """Take over the present shapes of the Parameters."""
-        self._parameters = parameters
-        self._shapes = [local(p.detach()).shape for p in parameters]
-        self._sizes = [shape.numel() for shape in self._shapes]
 
     @property
     def on_cpu(self) -> bool:
@@ -107,18 +103,6 @@ class Averages:
             whole = zip((pair[name] for pair in pairs), self._parameters, strict=True)
             setattr(self, f"_{name}", self._joined(part_like(value, p) for value, p in whole))
         self._left_out = torch.full_like(self._left_out, left_out)
-
-    def select(self, parameter: nn.Parameter, axis: int, kept: Tensor) -> None:
-        """Keep some rows or columns of one Parameter."""
-        number = next(i for i, p in enumerate(self._parameters) if p is parameter)
-        for name in ("_sensitivity", "_uncertainty"):
-            parts = self._split(getattr(self, name))
-            parts[number] = parts[number].index_select(axis, kept)
-            setattr(self, name, self._joined(parts))
-        shape = list(self._shapes[number])
-        shape[axis] = kept.numel()
-        self._shapes[number] = torch.Size(shape)
-        self._sizes[number] = self._shapes[number].numel()
 
     def _joined(self, parts: Iterable[Tensor]) -> Tensor:
         on = self._sensitivity

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from adamss.backend import Adaptation, Backend, BaseWeight
 from adamss.backend.interface import Division, without_folded
@@ -21,8 +22,8 @@ from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.absent import check_writable, execution_device, present
-from adamss_torch.adapter import BUFFERS, CHILD, Adapter, OnLoan
-from adamss_torch.functional import Plan, make_layout, update
+from adamss_torch.adapter import BUFFERS, CHILD, Adapter, OnLoan, refuse_compacted
+from adamss_torch.kernel import Plan, make_layout, update
 from adamss_torch.sharding import copy_into, is_sharded, local, rebuilt
 
 __all__ = ["TorchBackend", "adapters_of"]
@@ -47,6 +48,8 @@ class _Record:
         Base values of ``modules_to_save``, by path and name.
     required_grad
         Which parameters required gradients before.
+    guard
+        Of the hook that looks at a state before it is loaded.
     unsynchronised
         The names that were added to `UNSYNCHRONISED`.
     disabled
@@ -57,6 +60,7 @@ class _Record:
     paths: tuple[str, ...]
     originals: dict[str, dict[str, Tensor]]
     required_grad: dict[str, bool]
+    guard: RemovableHandle
     unsynchronised: frozenset[str] = frozenset()
     disabled: bool = False
 
@@ -229,7 +233,8 @@ class TorchBackend(Backend):
             if is_sharded(weight := _linear(modules[path]).weight):
                 sharding.shard_adapter(adapter, weight)
         names = _leave_unsynchronised(owner, layers)
-        setattr(owner, RECORD, _Record(config, tuple(layers), originals, required_grad, names))
+        guard = owner.register_load_state_dict_pre_hook(refuse_compacted)  # type: ignore[no-untyped-call]
+        setattr(owner, RECORD, _Record(config, tuple(layers), originals, required_grad, guard, names))
         return model
 
     def adaptation(self, model: nn.Module) -> Adaptation | None:
@@ -240,7 +245,6 @@ class TorchBackend(Backend):
             return None
         layers = _adapted_layers(owner, record)
         adapters = {path: adapter for path, (_, adapter) in layers.items()}
-        _check_whole(adapters)
         return Adaptation(
             config=record.config,
             layers={path: adapter.factors() for path, adapter in adapters.items()},
@@ -301,6 +305,7 @@ class TorchBackend(Backend):
             setattr(owner, UNSYNCHRONISED, left)
         else:
             delattr(owner, UNSYNCHRONISED)
+        record.guard.remove()
         delattr(owner, RECORD)
         for module in model.modules():
             OnLoan.give_back(module)
@@ -481,15 +486,6 @@ def _check_wrappers(model: nn.Module) -> None:
         )
 
 
-def _check_whole(adapters: Mapping[str, Adapter]) -> None:
-    for path, adapter in adapters.items():
-        if adapter.owned is not None and is_sharded(adapter.B):
-            raise StateError(
-                f"{path} was compacted before fully_shard, and its constants are not spread as its Parameters are; "
-                "save the adapter before, load it into the base model again, and shard that"
-            )
-
-
 def _leave_unsynchronised(owner: nn.Module, paths: Iterable[str]) -> frozenset[str]:
     """Ask DistributedDataParallel not to send the buffers of adapters with every forward; return their names.
 
@@ -568,13 +564,10 @@ def _replace_weights(
 
 
 def _check_thawed(path: str, adapter: Adapter, mask: Tensor) -> None:
-    """Check that no subspace is to be trained again that is not among the Parameters any more."""
-    for name, gone in (
-        ("consolidated into the weight", adapter.folded),
-        ("compacted to constants", None if adapter.owned is None else ~adapter.owned),
-    ):
-        if gone is not None and bool((mask.to(gone.device) & gone).any()):
-            raise StateError(f"{path}: a subspace that was {name} cannot be trained again")
+    """Check that no subspace is to be trained again whose update the weight holds."""
+    folded = adapter.folded
+    if folded is not None and bool((mask.to(folded.device) & folded).any()):
+        raise StateError(f"{path}: a subspace that was consolidated into the weight cannot be trained again")
 
 
 def _parameter_counts(owner: nn.Module) -> Counter[int]:

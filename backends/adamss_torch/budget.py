@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,6 @@ from adamss.errors import (
 from adamss_torch.adapter import Adapter
 from adamss_torch.averages import Averages
 from adamss_torch.backend import TorchBackend, adapters_of
-from adamss_torch.compaction import Carried, carry_over, check_resizable, kept_places, wrappers_of
 from adamss_torch.frozen import FrozenElements
 from adamss_torch.sharding import (
     agree,
@@ -122,8 +122,6 @@ class BudgetController:
         (`accelerate`) are looked through. Not `torch.optim.LBFGS`, whose step takes many gradients.
     config
         The schedule; None for the one that the model was attached with.
-    compact_at_end
-        Whether to call `compact` once the target is reached.
     on_allocation
         Called with an `Allocation` after each.
 
@@ -168,7 +166,6 @@ class BudgetController:
         optimizer: torch.optim.Optimizer,
         config: BudgetConfig | None = None,
         *,
-        compact_at_end: bool = False,
         on_allocation: Callable[[Allocation], None] | None = None,
     ) -> None:
         adaptation = adaptation_in_training(TorchBackend(), model, "BudgetController")
@@ -178,15 +175,9 @@ class BudgetController:
         self.plan = plan_budget(adaptation.layers, self.config)
         # In the order of the plan, which is that of no model.
         self._adapters = {path: self._adapters[path] for path in self.plan.paths}
-        if compact_at_end and self.config.revive:
-            raise ConfigError(
-                "compact_at_end: with revive=True frozen subspaces may return; leave one of them out"
-            )
         # FSDP2 may have others in their places at times, which no optimiser knows.
         self._trained = {path: (adapter.B, adapter.C) for path, adapter in self._adapters.items()}
         _check_held(self._optimizer, self._adapters)
-        if compact_at_end:
-            check_resizable(self._adapters, self._adapters, self._optimizer)
         for thing, what in (
             (self._optimizer, "the optimiser"),
             (next(iter(self._adapters.values())), "the model"),
@@ -197,13 +188,11 @@ class BudgetController:
                 )
         _check_may_return(self.config, self._adapters)
         self._group = _synchronised_over(self._adapters)
-        self._compact_at_end = compact_at_end
         self._on_allocation = on_allocation
         self._frozen = FrozenElements(list(self._adapters.values()))
         self._averages = Averages(self._parameters, self.config)
         self._progress = _Progress(self.plan, active=self._count())
         self._loads = sum(adapter.loads for adapter in self._adapters.values())
-        self._forms = self._forms_now()
         # From here on nothing can fail.
         for adapter in self._adapters.values():
             adapter.revive = self.config.revive
@@ -297,26 +286,13 @@ class BudgetController:
         self._loads = loads
         before, self._progress.active = self.active_count, self._count()
         self._frozen.look()
-        anew = self._renew_averages()
-        if anew or before != self.active_count:
+        if before != self.active_count:
             warnings.warn(
                 f"budget: a state was loaded into the model, with {self.active_count} subspaces trained where there "
-                f"were {before}; load the controller's own state too, or it goes on from step {self.step}"
-                f"{', and its averages begin anew, as another part of the model was compacted' if anew else ''}",
+                f"were {before}; load the controller's own state too, or it goes on from step {self.step}",
                 AdamssWarning,
                 stacklevel=4,
             )
-
-    def _renew_averages(self) -> bool:
-        """Begin anew with averages if a loaded state has changed what they are of; return whether it has."""
-        if self._forms == self._forms_now():
-            return False
-        self._forms = self._forms_now()
-        self._averages = Averages(self._parameters, self.config)
-        return True
-
-    def _forms_now(self) -> int:
-        return sum(adapter.forms for adapter in self._adapters.values())
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
@@ -364,8 +340,6 @@ class BudgetController:
         if self.config.window == "reset":
             self._averages.reset()
         self._progress.reached = self.step >= self.config.end_step
-        if self.reached and self._compact_at_end:
-            self.compact()
         if self._on_allocation is not None:
             parameters = sum(cost for cost, kept in zip(self.plan.costs, mask.tolist(), strict=True) if kept)
             self._on_allocation(
@@ -381,11 +355,10 @@ class BudgetController:
         products = iter(every := self._averages.products())
         found = {}
         for path, adapter in self._adapters.items():
-            pair = zip("BC", self._trained[path], strict=True)
             # Each layer where it is: a model may lie on several devices, the averages are on one.
             B, C = (
-                _whole(next(products).to(adapter.labels.device), adapter, name, parameter)
-                for name, parameter in pair
+                _whole(next(products).to(adapter.labels.device), adapter, parameter)
+                for parameter in self._trained[path]
             )
             one = torch.ones_like(B[:1, :1])
             own = scores(
@@ -407,55 +380,6 @@ class BudgetController:
             )
         return mask
 
-    # ---- compact ----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def compact(self) -> None:
-        """Shrink Parameters, optimiser state, gradient work and saved activations to what is still trained.
-
-        The frozen subspaces become constants of the adapters, and go on contributing; `adamss.save`, `summary`,
-        `merge` and `detach` know them. The Parameters stay the objects that they are. With an optimiser that works
-        element by element (SGD, AdamW, NAdam, Adagrad, ...) training goes on as it would have, up to rounding; one
-        that mixes elements (Adafactor, Muon) sees smaller matrices from now on. It may be called at any step, and
-        again; a compiled model compiles once more.
-
-        Raises
-        ------
-        StateError
-            With ``revive=True``; where other things than the optimiser hold on to the Parameters' shape:
-            DistributedDataParallel (delete the wrapper, compact, wrap anew), FSDP; if a state of the optimiser cannot
-            be cut to the new shape. Nothing is changed then.
-        """
-        if self.config.revive:
-            raise StateError("compact: with revive=True frozen subspaces may return")
-        self._renew_averages()
-        changes = {}
-        for path, adapter in self._adapters.items():
-            owned = torch.ones_like(adapter.active) if adapter.owned is None else adapter.owned
-            if bool((owned & ~adapter.active).any()):
-                changes[path] = adapter.active.clone()
-        self._compact(changes, self._carried(changes))
-
-    def _carried(self, changes: Mapping[str, Tensor]) -> list[Carried]:
-        """Return the optimiser's state for Parameters that keep some subspaces; raise if it cannot be had."""
-        check_resizable(self._adapters, changes, self._optimizer)
-        return [
-            carry_over(self._optimizer, getattr(self._adapters[path], name), axis, kept, f"{path}.{name}")
-            for path, mask in changes.items()
-            for name, axis, kept in zip("BC", (0, 1), kept_places(self._adapters[path], mask), strict=True)
-        ]
-
-    def _compact(self, changes: Mapping[str, Tensor], carried: Iterable[Carried]) -> None:
-        for path, mask in changes.items():
-            adapter = self._adapters[path]
-            self._averages.select(adapter.B, 0, kept_places(adapter, mask)[0])
-            self._averages.select(adapter.C, 1, kept_places(adapter, mask)[1])
-            adapter.compact(mask)
-        for each in carried:
-            each.put()
-        self._averages.measure(self._parameters)
-        self._frozen.look()
-
     # ---- state ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -473,7 +397,6 @@ class BudgetController:
             "layers": {
                 path: {
                     "active": adapter.active.clone(),
-                    "owned": None if adapter.owned is None else adapter.owned.clone(),
                     "identity": _identity(adapter),
                     "B": next(pairs),
                     "C": next(pairs),
@@ -484,7 +407,7 @@ class BudgetController:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned: step, averages, masks, and what was compacted.
+        """Go on from what `state_dict` returned: step, averages and masks.
 
         The optimiser's own state may be loaded before or after. The schedule is that of this controller; a warning
         names what differs from the one that the state was made with.
@@ -492,7 +415,8 @@ class BudgetController:
         Raises
         ------
         StateError
-            If the state is of another model, or no state of a controller. Nothing is changed then.
+            If the state is of another model, of a form that is gone (compacted), or no state of a controller.
+            Nothing is changed then.
         """
         layers = _checked_state(state, self._adapters)
         differing = [
@@ -505,18 +429,8 @@ class BudgetController:
                 AdamssWarning,
                 stacklevel=2,
             )
-        changes = {}
-        for path, layer in layers.items():
-            adapter = self._adapters[path]
-            if layer["owned"] is not None and (
-                adapter.owned is None or not torch.equal(layer["owned"].cpu(), adapter.owned.cpu())
-            ):
-                changes[path] = layer["owned"].to(adapter.active.device)
-        carried = self._carried(changes)
-        self._renew_averages()
         for path, layer in layers.items():
             self._adapters[path].active.copy_(layer["active"])
-        self._compact(changes, carried)
         self._averages.load(
             [layers[path][name] for path in self._adapters for name in "BC"], state["left_out"]
         )
@@ -547,23 +461,23 @@ class BudgetController:
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
-def _whole(part: Tensor, adapter: Adapter, name: str, parameter: nn.Parameter) -> Tensor:
-    """Return an array of a Parameter's part on this process in the shape of all subspaces, zero elsewhere."""
-    if adapter.owned is None and not is_sharded(parameter):
+def _whole(part: Tensor, adapter: Adapter, parameter: nn.Parameter) -> Tensor:
+    """Return an array of a Parameter's part on this process in the shape of the whole, zero elsewhere."""
+    if not is_sharded(parameter):
         return part
-    places, shape = adapter.places(name)
+    places = torch.arange(parameter.numel(), device=adapter.labels.device).view(parameter.shape)
     mine = shard_like(places, parameter)
-    row = part.new_zeros(shape.numel()).index_copy(0, mine.reshape(-1).to(part.device), part.reshape(-1))
-    return row.view(shape)
+    row = part.new_zeros(parameter.numel()).index_copy(0, mine.reshape(-1).to(part.device), part.reshape(-1))
+    return row.view(parameter.shape)
 
 
 def _outline(adapter: Adapter) -> Factors:
     """Return factors of which the shapes, labels and ranks are right: what a score needs."""
-    nothing, shapes = adapter.A.new_zeros(()), adapter.shapes()
+    nothing = adapter.A.new_zeros(())
     return Factors(
         adapter.A,
-        nothing.expand(shapes["B"]).t(),
-        nothing.expand(shapes["C"]),
+        nothing.expand(adapter.B.shape).t(),
+        nothing.expand(adapter.C.shape),
         adapter.labels,
         adapter.ranks,
         adapter.active,
@@ -609,8 +523,7 @@ def _check_held(optimizer: torch.optim.Optimizer, adapters: Mapping[str, Adapter
         f"{path}.{name}"
         for path, adapter in adapters.items()
         for name in "BC"
-        # Of one that was compacted to nothing there is nothing to train.
-        if id(getattr(adapter, name)) not in held and getattr(adapter, name).numel()
+        if id(getattr(adapter, name)) not in held
     ]
     if missing:
         what = "none" if len(missing) == 2 * len(adapters) else f"not {', '.join(missing[:3])}"
@@ -627,6 +540,21 @@ def _controller_of(thing: Any) -> BudgetController | None:
     return None if reference is None else reference()
 
 
+def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Return the DistributedDataParallel around each of these Parameters that is within one."""
+    wanted = {id(parameter) for parameter in parameters}
+    if not wanted or not dist.is_available() or not dist.is_initialized():
+        return []
+    kinds = _with_subclasses(nn.parallel.DistributedDataParallel)
+    # Nothing leads from a Parameter to the wrapper. By type(), for isinstance() asks objects that may be lazy.
+    every = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    return [each for each in every for p in each.parameters() if id(p) in wanted]
+
+
+def _with_subclasses(kind: type[Any]) -> set[type[Any]]:
+    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
+
+
 def _synchronised_over(adapters: Mapping[str, Adapter]) -> dist.ProcessGroup | None:
     """Return the group over which DistributedDataParallel synchronises the adapters; None if it does not.
 
@@ -635,7 +563,7 @@ def _synchronised_over(adapters: Mapping[str, Adapter]) -> dist.ProcessGroup | N
     StateError
         If they do not train in the same subspaces, which it does not bring into line.
     """
-    wrappers = [wrapper for _, wrapper in wrappers_of(p for a in adapters.values() for p in (a.B, a.C))]
+    wrappers = wrappers_of(p for a in adapters.values() for p in (a.B, a.C))
     if not wrappers:
         return None
     sent = {id(buffer) for buffer in getattr(wrappers[0], "modules_buffers", ())}
@@ -681,10 +609,10 @@ def _checked_state(state: Mapping[str, Any], adapters: Mapping[str, Adapter]) ->
 
 def _check_may_return(config: BudgetConfig, adapters: Mapping[str, Adapter]) -> None:
     for path, adapter in adapters.items():
-        if config.revive and (adapter.folded is not None or adapter.owned is not None):
+        if config.revive and adapter.folded is not None:
             raise StateError(
-                f"BudgetController: revive=True, but frozen subspaces of {path} were consolidated or compacted and "
-                "cannot return; start from a model that was not, or leave revive out"
+                f"BudgetController: revive=True, but frozen subspaces of {path} were consolidated and cannot return; "
+                "start from a model that was not, or leave revive out"
             )
 
 
@@ -694,31 +622,23 @@ def _identity(adapter: Adapter) -> list[float]:
 
 def _check_layer_state(path: str, layer: Any, adapter: Adapter) -> None:
     try:
-        active, owned = layer["active"], layer["owned"]
-        after = (torch.ones_like(active) if owned is None else owned).to(adapter.active.device)
-        now = torch.ones_like(adapter.active) if adapter.owned is None else adapter.owned
+        active = layer["active"]
+        if layer.get("owned") is not None:
+            raise StateError(
+                f"BudgetController: in the state, {path} had been shrunk by compact(), a form that is gone; write "
+                "the model with adamss.save(training=True) in the version that the state comes from, load that file, "
+                "and begin a schedule anew"
+            )
         fits = active.shape == adapter.active.shape and same_subspaces(layer["identity"], _identity(adapter))
-        if (
-            fits
-            and adapter.folded is not None
-            and bool((active.to(adapter.folded.device) & adapter.folded).any())
-        ):
+        folded = adapter.folded
+        if fits and folded is not None and bool((active.to(folded.device) & folded).any()):
             raise StateError(
                 f"BudgetController: {path} has subspaces consolidated into its weight that are trained in the state; "
                 "load it into a model that was not consolidated"
             )
-        if fits and bool((after & ~now).any()):
-            raise StateError(
-                f"BudgetController: {path} was compacted further than in the state; load it into a model that was not"
-            )
-        rows, columns = kept_places(adapter, after) if fits else (active, active)
-        shapes = {
-            "B": (rows.numel(), adapter.B.shape[1]),
-            "C": (adapter.C.shape[0], columns.numel()),
-        }
         fits = fits and all(
-            tuple(layer[name][kind].shape) == shape
-            for name, shape in shapes.items()
+            layer[name][kind].shape == getattr(adapter, name).shape
+            for name in "BC"
             for kind in ("sensitivity", "uncertainty")
         )
     except (KeyError, TypeError, AttributeError) as error:

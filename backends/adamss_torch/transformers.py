@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Set
-from itertools import compress
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -77,8 +75,6 @@ class AdamssCallback(TrainerCallback):
     ----------
     budget
         The schedule; None for the one that the model was attached with. If there is none either, nothing is frozen.
-    compact_at_end
-        Whether to shrink parameters and optimiser state once the target is reached: see `BudgetController.compact`.
     on_allocation
         Called with an `adamss_torch.Allocation` after each.
 
@@ -97,7 +93,6 @@ class AdamssCallback(TrainerCallback):
         self,
         budget: BudgetConfig | None = None,
         *,
-        compact_at_end: bool = False,
         on_allocation: Callable[[Allocation], None] | None = None,
     ) -> None:
         if budget is not None and not isinstance(budget, BudgetConfig):
@@ -105,7 +100,6 @@ class AdamssCallback(TrainerCallback):
                 f"AdamssCallback: budget must be an adamss.BudgetConfig or None, found {type(budget).__name__}"
             )
         self.budget = budget
-        self.compact_at_end = compact_at_end
         self.on_allocation = on_allocation
         self.controller: BudgetController | None = None
         self._hook: Any = None
@@ -120,10 +114,8 @@ class AdamssCallback(TrainerCallback):
     # ---- events -----------------------------------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the model save what is trained, and an optimiser that there is already load it."""
+        """Have the model save what is trained."""
         _save_what_is_trained(kwargs["model"])
-        if kwargs.get("optimizer") is not None:
-            _load_with_empty_parameters(bare_optimizer(kwargs["optimizer"]))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put a controller on the optimiser, in the state of the checkpoint if there is one."""
@@ -131,7 +123,6 @@ class AdamssCallback(TrainerCallback):
         adaptation = _save_what_is_trained(model)
         self._remove()
         bare = bare_optimizer(kwargs["optimizer"])
-        _load_with_empty_parameters(bare)  # the next time, with the same Trainer
         # Loading a checkpoint has put it there.
         stored = bare.state.pop(KEY, None) or {}  # type: ignore[call-overload]
         if not any(is_sharded(adapter.B) for adapter in adapters_of(model).values()):
@@ -141,9 +132,7 @@ class AdamssCallback(TrainerCallback):
         config = adaptation.config.budget if self.budget is None else self.budget
         if config is None:
             return
-        self.controller = BudgetController(
-            model, bare, config, compact_at_end=self.compact_at_end, on_allocation=self.on_allocation
-        )
+        self.controller = BudgetController(model, bare, config, on_allocation=self.on_allocation)
         if stored.get("controller") is not None:
             self.controller.load_state_dict(stored["controller"])
         elif state.global_step:
@@ -177,7 +166,6 @@ class AdamssCallback(TrainerCallback):
     # ---- the budget -------------------------------------------------------------------------------------
 
     def _add_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state_dict = _without_empty_parameters(optimizer, state_dict)
         ours = {"base": self._base, "controller": self.controller and self.controller.state_dict()}
         return state_dict | {"state": state_dict["state"] | {KEY: ours}}
 
@@ -191,49 +179,6 @@ class AdamssCallback(TrainerCallback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no hooks on an optimiser.
         return vars(self) | {"controller": None, "_hook": None}
-
-
-def _without_empty_parameters(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the Parameters that `compact` has left nothing of: who resumes makes an optimiser without them."""
-    numbers: dict[int, int] = {}
-    groups = []
-    for group, stored in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        kept = [number for p, number in zip(group["params"], stored["params"], strict=True) if p.numel()]
-        numbers |= {number: len(numbers) + i for i, number in enumerate(kept)}
-        groups.append(stored | {"params": [numbers[number] for number in kept]})
-    state = {numbers[number]: value for number, value in state_dict["state"].items() if number in numbers}
-    return state_dict | {"state": state, "param_groups": groups}
-
-
-_PREPARED: WeakSet[torch.optim.Optimizer] = WeakSet()
-"""Optimisers that have the hook already."""
-
-
-def _load_with_empty_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimiser take what `_without_empty_parameters` returns, though it was made before the compaction."""
-    if optimizer not in _PREPARED:
-        _PREPARED.add(optimizer)
-        optimizer.register_load_state_dict_pre_hook(_with_empty_parameters)
-
-
-def _with_empty_parameters(
-    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Put the Parameters that nothing is left of back into a state that lacks them; None if it does not."""
-    ours, theirs = optimizer.param_groups, state_dict["param_groups"]
-    left = [[bool(p.numel()) for p in group["params"]] for group in ours]
-    if KEY not in state_dict["state"] or all(map(all, left)):
-        return None
-    if [sum(group) for group in left] != [len(group["params"]) for group in theirs]:
-        return None
-    numbers: dict[int, int] = {}
-    groups, count = [], 0
-    for kept, group in zip(left, theirs, strict=True):
-        places = range(count, count := count + len(kept))
-        numbers |= dict(zip(group["params"], compress(places, kept), strict=True))
-        groups.append(group | {"params": [*places]})
-    state = {numbers.get(number, number): value for number, value in state_dict["state"].items()}
-    return state_dict | {"state": state, "param_groups": groups}
 
 
 def _fingerprints(model: nn.Module) -> dict[str, list[Any]]:

@@ -349,48 +349,6 @@ def ddp_decides_alike_even_if_gradients_are_not_synchronised():
 
 
 @scenario
-def ddp_is_unwrapped_to_compact():
-    # Two of twenty: some layers are left with nothing to train.
-    config = schedule(target=2, interval=3)
-    model, alone = adapted(), adapted()
-    wrapper = DistributedDataParallel(model)
-    optimizers = [adamw(model), adamw(alone)]
-    with raising(errors.StateError, "DistributedDataParallel", "delete the wrapper"):
-        BudgetController(model, optimizers[0], config, compact_at_end=True)
-    with (
-        controlled(wrapper, optimizers[0], config) as budget,
-        controlled(alone, optimizers[1], config) as other,
-    ):
-
-        def train(each, optimizer, data, first):
-            for number in range(first, first + 6):
-                optimizer.zero_grad()
-                loss_of(each, data(batch(number))).backward()
-                optimizer.step()
-
-        train(wrapper, optimizers[0], mine, 0)
-        train(alone, optimizers[1], everything, 0)
-        assert budget.active_count == other.active_count == 2
-        before = numbers(model)
-        with raising(errors.StateError, "DistributedDataParallel", "delete the wrapper"):
-            budget.compact()
-        assert_same_numbers(before, numbers(model))
-        del wrapper
-        budget.compact()
-        sizes = [p.numel() for p in adamss.trainable_parameters(model)]
-        assert sizes.count(0) >= 2 and sum(sizes) < sum(p.numel() for p in adamss.trainable_parameters(alone))
-        wrapper = DistributedDataParallel(model)
-        train(wrapper, optimizers[0], mine, 6)
-        train(alone, optimizers[1], everything, 6)
-    delta, expected = (
-        {path: core.delta(a.factors()) for path, a in adapters_of(each).items()} for each in (model, alone)
-    )
-    for path, value in expected.items():
-        torch.testing.assert_close(delta[path], value, rtol=0, atol=1e-12)
-    same_on_all(*delta.values())
-
-
-@scenario
 def ddp_does_not_send_the_buffers_of_adapters():
     rank = dist.get_rank()
 
@@ -401,14 +359,14 @@ def ddp_does_not_send_the_buffers_of_adapters():
         with torch.no_grad():
             model.layers[0].shift += rank
             for name, buffer in buffers.items():
-                if rank and name.rpartition(".")[2] in ("A", "rest_B", "rest_C", "more_M", "more_E"):
+                if rank and name.endswith(".A"):
                     buffer.mul_(2)
         x = mine(batch(0))
         # What is kept for the backward must not change in between, or autograd raises.
         (loss_of(wrapper, x) + loss_of(wrapper, 2 * x)).backward()
         assert not model.layers[0].shift.any(), "a buffer of the model's own was not synchronised"
         for name, buffer in buffers.items():
-            if rank and name.rpartition(".")[2] in ("A", "rest_B", "rest_C", "more_M", "more_E"):
+            if rank and name.endswith(".A"):
                 assert torch.equal(buffer, 2 * kept[name]), f"{name} was sent"
                 buffer.copy_(kept[name])
 
@@ -418,20 +376,12 @@ def ddp_does_not_send_the_buffers_of_adapters():
     check(DistributedDataParallel(torch.compile(model)), model)
     torch.compiler.set_stance("default")
     gc.collect()
-    # Compacted, folded, and both: other buffers.
+    # The mask of what is folded is one more buffer.
     for path, adapter in adapters_of(model).items():
         adapter.active.copy_(torch.tensor([True, False, False, True, False]) ^ ("value" in path))
         with torch.no_grad():
             adapter.C.copy_(torch.randn(adapter.C.shape, generator=torch.Generator().manual_seed(0)))
     adamss.consolidate(model)
-    check(DistributedDataParallel(model), model)
-    gc.collect()
-    optimizer = adamw(model)
-    with controlled(model, optimizer, schedule(target=1)) as budget:
-        budget.compact()
-    check(DistributedDataParallel(model), model)
-    for adapter in adapters_of(model).values():
-        adapter.fold(None)
     check(DistributedDataParallel(model), model)
 
 
@@ -485,12 +435,6 @@ def ddp_with_the_zero_redundancy_optimizer():
         same_on_all(*trained(model))
     with raising(errors.ConfigTypeError, "overlap_with_ddp"):
         BudgetController(adapted(), zero(adapted(), overlap_with_ddp=True), schedule())
-    optimizer = zero(model)
-    with (
-        raising(errors.StateError, "ZeroRedundancyOptimizer"),
-        controlled(model, optimizer, schedule()) as budget,
-    ):
-        budget.compact()
 
 
 # ---- attach on several processes -----------------------------------------------------------------------------
@@ -499,7 +443,6 @@ def ddp_with_the_zero_redundancy_optimizer():
 @contextmanager
 def counted(name: str = "decompose") -> Iterator[list[tuple[int, ...]]]:
     """Count what this process decomposes."""
-    from adamss import core
 
     calls, original = [], getattr(core, name)
 
@@ -996,19 +939,6 @@ def fsdp_merges_and_detaches():
 def fsdp_refuses_what_it_cannot_do():
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    model = attached_first()
-    optimizer = adamw(model)
-    with raising(errors.StateError, "compact", "sharded"):
-        BudgetController(model, optimizer, schedule(), compact_at_end=True)
-    with controlled(model, optimizer, schedule(end_step=2)) as budget:
-        for number in range(2):
-            loss_of(model, mine(batch(number))).backward()
-            optimizer.step()
-        before = numbers(model)
-        with raising(errors.StateError, "compact", "sharded"):
-            budget.compact()
-        assert_same_numbers(before, numbers(model))
-
     parallel = net()
     mesh = init_device_mesh("cpu", (2,))
     for layer in parallel.layers:
@@ -1024,12 +954,6 @@ def fsdp_refuses_what_it_cannot_do():
     with raising(errors.LayerError, "shared"):
         adamss.merge(tied)
     assert_same_numbers(before, numbers(tied))
-
-    compacted = partly_frozen(adapted())
-    with controlled(compacted, adamw(compacted), schedule()) as budget:
-        budget.compact()
-    with raising(errors.StateError, "compacted before fully_shard"):
-        adamss.trainable_parameters(sharded(compacted))
 
 
 @scenario

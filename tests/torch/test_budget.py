@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ import adamss
 from adamss import BudgetConfig, core, errors
 from adamss.io import checkpoint as files
 from adamss_torch import BudgetController
+from adamss_torch.backend import adapters_of
 
 LAYERS, K, STEPS = 8, 5, 14
 OPTIMISERS = {
@@ -368,7 +369,7 @@ def test_half_precision_factors(factor_dtype):
         assert state["B"]["sensitivity"].dtype == torch.float32
 
 
-def test_an_allocation_does_not_compile_anew_compact_and_consolidate_do_once():
+def test_an_allocation_does_not_compile_anew_and_consolidate_does_once():
     counts = []
 
     def counting(graph, inputs):
@@ -388,14 +389,10 @@ def test_an_allocation_does_not_compile_anew_compact_and_consolidate_do_once():
             step(compiled, optimizer, x)
         assert budget.active_count == 10
         assert len(counts) == 1
-        budget.compact()
-        for x in batches(3, torch.float32):
-            step(compiled, optimizer, x)
-        assert len(counts) == 2
         adamss.consolidate(compiled)
         for x in batches(3, torch.float32):
             step(compiled, optimizer, x)
-        assert len(counts) == 3
+        assert len(counts) == 2
     torch.compiler.reset()
 
 
@@ -467,103 +464,30 @@ def test_at_the_exit_of_the_process_the_end_is_told():
     assert "training ended after 1 optimiser steps, the schedule ends at 9" in done.stderr
 
 
-# ---- compact ----------------------------------------------------------------------------------------------
+# ---- consolidate -----------------------------------------------------------------------------------------
 
 
-@each_optimiser
-@pytest.mark.parametrize("when", [5, 9])
-@pytest.mark.parametrize("basis", ["shared", "per_subspace"])
-def test_compacting_shrinks_what_is_trained_and_not_the_trajectory(optimiser, when, basis):
-    def run(compacting):
-        model = build(subspace_rank=2, basis=basis, modules_to_save=())
-        optimizer = OPTIMISERS[optimiser](trainable(model))
-        losses = []
-        with controlled(model, optimizer, BudgetConfig(target=10, end_step=8, interval=3)) as budget:
-            for number, x in enumerate(batches(), start=1):
-                losses.append(step(model, optimizer, x))
-                if number == when and compacting:
-                    frozen = {
-                        p: (f.B[:, ~core.trained_elements(f)[0][0]],) for p, f in adamss_layers(model).items()
-                    }
-                    budget.compact()
-                    for p, f in adamss_layers(model).items():
-                        assert torch.equal(f.B[:, ~core.trained_elements(f)[0][0]], frozen[p][0])
-        return model, optimizer, losses
-
-    plain, _, expected = run(False)
-    model, optimizer, losses = run(True)
-    for path, f in adamss_layers(model).items():
-        assert torch.equal(f.active, adamss_layers(plain)[path].active)
-        if optimiser in ELEMENTWISE:
-            for name in "ABC":
-                reference = getattr(adamss_layers(plain)[path], name)
-                assert torch.allclose(getattr(f, name), reference, rtol=1e-9, atol=1e-12)
-    if optimiser in ELEMENTWISE:
-        assert losses == pytest.approx(expected, rel=1e-9)
-    sizes = sum(p.numel() for p in trainable(model))
-    if when == 9:
-        trained = sum(core.count_factors(f, active_only=True) for f in adamss_layers(model).values())
-        padding = sum(p.numel() for p in trainable(model)) - trained
-        assert padding <= sum(p.numel() for p in trainable(plain)) - adamss.summary(plain).total.trained
-    assert sizes < sum(p.numel() for p in trainable(plain))
-    for p in trainable(model):
-        for value in optimizer.state[p].values():
-            assert not isinstance(value, torch.Tensor) or value.numel() <= max(p.numel(), sum(p.shape), 1)
-
-
-def test_compacting_at_the_end_saves_activations_and_keeps_the_file(tmp_path):
-    def kept(model, x):
-        total = 0
-
-        def pack(tensor):
-            nonlocal total
-            total += tensor.numel() if tensor.shape[0] == x.shape[0] else 0
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(x)
-        return total
-
-    results = {}
-    for compact_at_end in (False, True):
-        model = build(modules_to_save=())
-        parameters = trainable(model)
-        optimizer = OPTIMISERS["adamw"](parameters)
-        with controlled(
-            model, optimizer, BudgetConfig(target=3, end_step=8), compact_at_end=compact_at_end
-        ) as budget:
-            for x in batches(10):
-                step(model, optimizer, x)
-            assert budget.active_count == 3
-        assert [id(p) for p in parameters] == [id(p) for p in trainable(model)]
-        x = torch.randn(300, 16, dtype=torch.float64)
-        adamss.save(model, tmp_path / f"{compact_at_end}", training=True)
-        results[compact_at_end] = (
-            kept(model, x),
-            sum(v.numel() for s in optimizer.state.values() for v in s.values()),
-            (tmp_path / f"{compact_at_end}").stat().st_size,
-            adamss.summary(model).total,
-            [p.grad is None or p.grad.numel() for p in parameters],
-        )
-    plain, compacted = results[False], results[True]
-    # A layer keeps z (N, its subspaces); the tanh behind it keeps its output, (N, 16), in both.
-    assert plain[0] - compacted[0] >= 300 * (40 - 3)
-    assert compacted[1] < plain[1] / 3
-    assert compacted[2:4] == plain[2:4]
-
-
-def test_compacted_and_consolidated_train_merge_detach_load(tmp_path):
-    model = build(dtype=torch.float32)
+@pytest.mark.parametrize("options", [{}, {"subspace_rank": 2}, {"basis": "per_subspace"}], ids=str)
+def test_consolidated_train_merge_detach_load(tmp_path, options):
+    model = build(dtype=torch.float32, **options)
     with adamss.disabled(model) as base:
         x = batches(1, torch.float32)[0]
         expected = base(x).detach()
     optimizer = OPTIMISERS["adamw"](trainable(model))
-    with controlled(model, optimizer, BudgetConfig(target=3, end_step=6), compact_at_end=True):
+    with controlled(model, optimizer, BudgetConfig(target=13, end_step=6)):
         for each in batches(7, torch.float32):
             step(model, optimizer, each)
         twin = copy.deepcopy(model)
         adamss.consolidate(model)
         assert torch.allclose(model(x), twin(x), atol=1e-5)
+        for each in (model, twin):
+            each.zero_grad()
+            loss_of(each, x).backward()
+        for ours, theirs in zip(adapters_of(model).values(), adapters_of(twin).values(), strict=True):
+            for name, kept in zip("BC", ours.trained_elements(), strict=True):
+                gradient, expected_one = (getattr(each, name).grad for each in (ours, theirs))
+                assert torch.allclose(gradient, expected_one, atol=1e-6)
+                assert torch.equal(gradient, torch.where(kept, gradient, 0))
         step(model, optimizer, x)
         assert not torch.allclose(model(x), twin(x), atol=1e-5)
     y = model(x).detach()
@@ -595,64 +519,20 @@ def test_a_merge_that_fails_leaves_a_consolidated_model_as_it_was():
     assert model[0][0].adamss.folded is not None
 
 
-def test_compact_is_refused_with_revive_and_for_a_state_that_cannot_be_cut():
-    model = build()
-    optimizer = OPTIMISERS["adamw"](trainable(model))
-    with controlled(model, optimizer, BudgetConfig(target=10, end_step=4, revive=True)) as budget:
-        with pytest.raises(errors.StateError, match="may return"):
-            budget.compact()
-        with pytest.raises(errors.ConfigError, match="may return"):
-            BudgetController(
-                build(), optimizer, BudgetConfig(target=10, end_step=4, revive=True), compact_at_end=True
-            )
-    with controlled(model, optimizer, BudgetConfig(target=10, end_step=4)) as budget:
-        for x in batches(5):
-            step(model, optimizer, x)
-        parameter = model[0][0].adamss.B
-        optimizer.state[parameter]["preconditioner"] = torch.zeros(77)
-        shapes = [p.shape for p in trainable(model)]
-        with pytest.raises(errors.StateError, match=r"'preconditioner' of shape \(77,\) for 0\.0\.B"):
-            budget.compact()
-        assert [p.shape for p in trainable(model)] == shapes
-
-
-def test_compacting_in_the_middle_of_an_accumulation_keeps_the_gradients_and_what_the_user_froze():
-    def run(compacting):
-        model = build(modules_to_save=())
-        B = [model[i][0].adamss.B.requires_grad_(i > 3) for i in range(LAYERS)]
-        optimizer = OPTIMISERS["sgd"](trainable(model))
-        with controlled(model, optimizer, BudgetConfig(target=10, end_step=4)) as budget:
-            for x in batches(6):
-                optimizer.zero_grad()
-                for half in x.chunk(2):
-                    loss_of(model, half).backward()
-                    if compacting and budget.step == 4:
-                        budget.compact()
-                optimizer.step()
-        assert not any(b.requires_grad for b in B[:4])
-        return adamss_layers(model)
-
-    for path, f in run(True).items():
-        expected = run(False)[path]
-        assert torch.allclose(f.B, expected.B, rtol=1e-9, atol=1e-12)
-        assert torch.allclose(f.C, expected.C, rtol=1e-9, atol=1e-12)
-
-
 def test_what_cannot_return_is_not_promised_to():
     config = BudgetConfig(target=10, end_step=4)
     revive = BudgetConfig(target=10, end_step=4, revive=True)
-    for change in (lambda model, budget: adamss.consolidate(model), lambda model, budget: budget.compact()):
-        model = build()
-        optimizer = OPTIMISERS["adamw"](trainable(model))
-        with controlled(model, optimizer, config) as budget:
-            early = budget.state_dict()
-            for x in batches(5):
-                step(model, optimizer, x)
-            change(model, budget)
-            with pytest.raises(errors.StateError, match=r"consolidated into its weight|compacted further"):
-                budget.load_state_dict(early)
-        with pytest.raises(errors.StateError, match="cannot return"):
-            BudgetController(model, optimizer, revive)
+    model = build()
+    optimizer = OPTIMISERS["adamw"](trainable(model))
+    with controlled(model, optimizer, config) as budget:
+        early = budget.state_dict()
+        for x in batches(5):
+            step(model, optimizer, x)
+        adamss.consolidate(model)
+        with pytest.raises(errors.StateError, match="consolidated into its weight"):
+            budget.load_state_dict(early)
+    with pytest.raises(errors.StateError, match="cannot return"):
+        BudgetController(model, optimizer, revive)
     model = build()
     optimizer = OPTIMISERS["adamw"](trainable(model))
     with controlled(model, optimizer, revive):
@@ -677,66 +557,6 @@ def test_masks_that_are_loaded_into_the_model_are_taken_over_and_told():
         assert budget.active_count == adamss.summary(model).total.active == 40
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["model alone", "optimiser too"])
-@pytest.mark.parametrize("to", ["compact", "whole"])
-def test_a_state_of_another_form_in_the_middle_of_a_schedule(to, both):
-    """What the averages are of has another shape then, or is something else."""
-    schedule = BudgetConfig(target=10, start_step=1, end_step=6, interval=1)
-
-    def trained(steps):
-        model = build()
-        optimizer = OPTIMISERS["adamw"](trainable(model))
-        with controlled(model, optimizer, schedule) as budget:
-            for x in batches(steps):
-                step(model, optimizer, x)
-            yield model, optimizer, budget
-
-    for model, optimizer, budget in trained(4):
-        whole = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        budget.compact()
-        compact = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    for model, optimizer, budget in trained(2):
-        if to == "whole":
-            budget.compact()
-        states = zip((model, optimizer), compact if to == "compact" else whole, strict=True)
-        for target, state in [*states][: 1 + both]:
-            target.load_state_dict(state)
-        moments = nullcontext() if both else pytest.warns(adamss.AdamssWarning, match="they begin anew")
-        with pytest.warns(adamss.AdamssWarning, match="its averages begin anew"), moments:
-            step(model, optimizer, batches()[0])
-        for x in batches(4):
-            step(model, optimizer, x)
-        assert budget.active_count == adamss.summary(model).total.active == 10
-        budget.compact()
-
-
-def test_the_state_of_adafactor_in_any_order():
-    """Its averages over rows and columns have been cut with the factors."""
-
-    def fresh():
-        model = build()
-        optimizer = torch.optim.Adafactor(trainable(model), lr=1e-2)
-        schedule = BudgetConfig(target=10, start_step=1, end_step=3, interval=1)
-        with controlled(model, optimizer, schedule) as budget:
-            yield model, optimizer, budget
-
-    def shapes(state):
-        return [[value.shape for value in own.values()] for own in state["state"].values()]
-
-    for model, optimizer, budget in fresh():
-        for x in batches(4):
-            step(model, optimizer, x)
-        budget.compact()
-        step(model, optimizer, batches()[0])
-        states = copy.deepcopy((optimizer.state_dict(), budget.state_dict()))
-    for order in (1, -1):
-        for model, optimizer, budget in fresh():
-            for target, state in [*zip((optimizer, budget), states, strict=True)][::order]:
-                target.load_state_dict(state)
-            assert shapes(optimizer.state_dict()) == shapes(states[0])
-            step(model, optimizer, batches()[0])
-
-
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_copy_would_be_on_no_hooks(duplicate):
     model = build()
@@ -757,8 +577,8 @@ RESUMED = """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for path in sorted(folder.glob("*.half")):
-            optimiser, revive, compacting, at = path.stem.split("-")
-            continued(folder, optimiser, revive == "True", compacting == "True", int(at))
+            optimiser, revive, at = path.stem.split("-")
+            continued(folder, optimiser, revive == "True", int(at))
 """
 
 
@@ -771,9 +591,9 @@ def write_half(folder, name, model, optimizer, budget):
     torch.save({"optimizer": optimizer.state_dict(), "budget": budget.state_dict()}, folder / f"{name}.half")
 
 
-def continued(folder, optimiser, revive, compacting, at):
+def continued(folder, optimiser, revive, at):
     """Go on from step `at` to the end, and write the whole."""
-    name = f"{optimiser}-{revive}-{compacting}-{at}"
+    name = f"{optimiser}-{revive}-{at}"
     model = adamss.load(adamss.detach(build()), folder / f"{name}.safetensors")
     optimizer = OPTIMISERS[optimiser](trainable(model))
     state = torch.load(folder / f"{name}.half", weights_only=True)
@@ -790,32 +610,24 @@ def continued(folder, optimiser, revive, compacting, at):
         (folder / f"{name}-whole.half").rename(folder / f"{name}.whole")
 
 
-@pytest.mark.parametrize("compacting", [False, True])
-def test_resumed_at_every_step_in_a_new_process_gives_the_same_bits(tmp_path, compacting):
+def test_resumed_at_every_step_in_a_new_process_gives_the_same_bits(tmp_path):
     whole = {}
     for optimiser in ("adamw", "sgd"):
-        for revive in (False,) if compacting else (False, True):
+        for revive in (False, True):
             model = build()
             optimizer = OPTIMISERS[optimiser](trainable(model))
             with controlled(model, optimizer, resume_schedule(revive)) as budget:
                 for at, x in enumerate(batches(10)):
-                    write_half(tmp_path, f"{optimiser}-{revive}-{compacting}-{at}", model, optimizer, budget)
+                    write_half(tmp_path, f"{optimiser}-{revive}-{at}", model, optimizer, budget)
                     step(model, optimizer, x)
-                    if compacting and at == 5:
-                        budget.compact()
-                name = f"{optimiser}-{revive}-{compacting}"
+                name = f"{optimiser}-{revive}"
                 write_half(tmp_path, name, model, optimizer, budget)
                 (tmp_path / f"{name}.half").rename(tmp_path / f"{name}.end")
                 whole[name] = torch.load(tmp_path / f"{name}.end", weights_only=True)
-    if compacting:
-        # Before step 6 the run had not been compacted, and the resumed one never is: another shape, another rounding.
-        for path in tmp_path.glob("*.half"):
-            if int(path.stem.rpartition("-")[2]) < 6:
-                path.unlink()
     code = textwrap.dedent(RESUMED.format(tests=str(__file__).rpartition("/")[0], folder=str(tmp_path)))
     subprocess.run([sys.executable, "-c", code], check=True)
     resumed = sorted(tmp_path.glob("*.whole"))
-    assert len(resumed) == (8 if compacting else 40)
+    assert len(resumed) == 40
     for path in resumed:
         name = path.stem.rpartition("-")[0]
         state = torch.load(path, weights_only=True)
@@ -920,9 +732,6 @@ def test_states_that_do_not_fit(tmp_path):
         ):
             with pytest.raises(errors.StateError, match="no state of a controller"):
                 budget.load_state_dict(wrong)
-        budget.compact()
-        with pytest.raises(errors.StateError, match="compacted further"):
-            budget.load_state_dict(state)
         other = build()
         longer = BudgetConfig(target=1, end_step=9)
         warned = pytest.warns(adamss.AdamssWarning, match="goes on with its own target = 1, end_step = 9")

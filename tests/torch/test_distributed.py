@@ -139,8 +139,11 @@ def test_ddp_is_told_to_leave_the_buffers_alone_until_detach(net, config):
     names = {name for name, _ in model.named_buffers()}
     assert names <= set(getattr(model, UNSYNCHRONISED))
     assert {name.rpartition(".")[2] for name in getattr(model, UNSYNCHRONISED)} == set(BUFFERS)
-    adapter_buffers = dict(model.layers[0].query.adamss.named_buffers())
-    assert set(adapter_buffers) <= set(BUFFERS)
+    for layer in model.layers:
+        layer.query.adamss.active[0] = False
+    adamss.consolidate(model)
+    assert "layers.0.query.adamss.folded" in (names := {name for name, _ in model.named_buffers()})
+    assert names <= set(getattr(model, UNSYNCHRONISED))
     adamss.detach(model)
     assert not hasattr(model, UNSYNCHRONISED)
 
@@ -155,19 +158,6 @@ def test_a_list_for_ddp_that_is_there_is_kept(net, config):
     adamss.detach(model)
     assert getattr(model, UNSYNCHRONISED) == theirs
     assert theirs == ["layers.0.query.bias", "layers.0.query.adamss.A"]
-
-
-def test_buffers_of_a_compacted_and_folded_adapter_are_named(net, config):
-    model = adamss.attach(net(), config(budget=BudgetConfig(target=4, end_step=2)))
-    optimizer = torch.optim.AdamW(adamss.trainable_parameters(model))
-    controller = BudgetController(model, optimizer)
-    for _ in range(2):
-        model(torch.ones(3, 16)).square().sum().backward()
-        optimizer.step()
-    adamss.consolidate(model)
-    controller.compact()
-    controller.remove()
-    assert {name for name, _ in model.named_buffers()} <= set(getattr(model, UNSYNCHRONISED))
 
 
 def of_deepspeed(name: str, **attributes) -> object:

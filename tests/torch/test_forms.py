@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adamss
-import adamss_torch
 from adamss_conformance.tolerances import assert_agrees
 from adamss_torch.adapter import without_weights
 
@@ -398,105 +396,6 @@ class TestStatesWhoseWeightsHoldTheUpdate:
             model.load_state_dict(state, strict=False)
 
 
-class TestAnotherFormUnderAnOptimizer:
-    """Moments of the former shape are never used: a fused optimiser would write beyond their end."""
-
-    MAKERS = {  # noqa: RUF012
-        "adamw": torch.optim.AdamW,
-        "fused": lambda parameters: torch.optim.AdamW(parameters, fused=True),
-        "momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
-        "fused momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True),
-        "adafactor": torch.optim.Adafactor,
-    }
-
-    @pytest.fixture
-    def compacted(self, net, config, inputs):
-        """Return a function that makes a model, its optimiser, and their states before and after `compact`."""
-
-        def make(maker, target=3, **options):
-            budget = adamss.BudgetConfig(target=target, start_step=1, end_step=3, interval=1)
-            model, x = adamss.attach(net(), config(budget=budget, **options)), inputs(4, 16)
-            optimizer = maker(adamss.trainable_parameters(model))
-            controller = adamss_torch.BudgetController(model, optimizer)
-
-            def step():
-                optimizer.zero_grad()
-                model(x).square().mean().backward()
-                optimizer.step()
-
-            step()
-            early = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-            for _ in range(3):
-                step()
-            controller.compact()
-            controller.remove()
-            late = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-            return model, optimizer, step, early, late
-
-        return make
-
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {},
-            {"target": 1, "targets": ["layers.0.query"], "subspace_rank": 1},
-            {"modules_to_save": ["classifier"]},
-        ],
-        ids=["some", "one row", "and a head that keeps its own"],
-    )
-    @pytest.mark.parametrize("name", MAKERS)
-    def test_they_begin_anew(self, compacted, name, options):
-        model, optimizer, step, (early, _), (late, _) = compacted(self.MAKERS[name], **options)
-        for state in (early, late):
-            model.load_state_dict(state)
-            with pytest.warns(adamss.AdamssWarning, match="they begin anew"):
-                step()
-            fresh = self.MAKERS[name](
-                [torch.nn.Parameter(p.detach()) for p in optimizer.param_groups[0]["params"]]
-            )
-            for p in fresh.param_groups[0]["params"]:
-                p.grad = torch.ones_like(p) if p.numel() else None
-            fresh.step()
-            for p, twin in zip(
-                optimizer.param_groups[0]["params"], fresh.param_groups[0]["params"], strict=True
-            ):
-                assert {k: v.shape for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)} == {
-                    k: v.shape for k, v in fresh.state[twin].items() if isinstance(v, torch.Tensor)
-                }
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                step()
-
-    def test_of_every_optimizer(self, compacted):
-        model, _, _, _, (late, _) = compacted(self.MAKERS["adamw"])
-        model.load_state_dict(compacted(self.MAKERS["adamw"])[3][0])
-        two = [self.MAKERS["adamw"](adamss.trainable_parameters(model)) for _ in range(2)]
-        for p in adamss.trainable_parameters(model):
-            p.grad = torch.ones_like(p)
-        for optimizer in two:
-            optimizer.step()
-        model.load_state_dict(late)
-        for p in adamss.trainable_parameters(model):
-            p.grad = torch.ones_like(p)
-        for optimizer in two:
-            with pytest.warns(adamss.AdamssWarning, match="they begin anew"):
-                optimizer.step()
-
-    @pytest.mark.parametrize("name", ["adamw", "fused", "momentum"])
-    @pytest.mark.parametrize("order", ["model first", "optimizer first"])
-    def test_unless_their_state_comes_too(self, compacted, name, order):
-        model, optimizer, step, early, late = compacted(self.MAKERS[name])
-        for state in (early, late):
-            for target, part in sorted(
-                zip((model, optimizer), state, strict=True),
-                key=lambda pair: pair[0] is not (model if order == "model first" else optimizer),
-            ):
-                target.load_state_dict(part)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                step()
-
-
 class TestStatesThatDoNotFit:
     """A refused state leaves the adapter as it was, all of it; PyTorch itself loads the tensors that fit."""
 
@@ -538,53 +437,20 @@ class TestStatesThatDoNotFit:
             model.load_state_dict(state)
         assert_same_state(self.adapter_state(model), before)
 
-    def test_compacted_in_another_grouping(self, net, config):
-        """As many subspaces, of other columns: the parts that are left have other shapes."""
-        contiguous, grouped = (
-            adamss.attach(net(), config(segmentation=kind)) for kind in ("contiguous", "kmeans")
-        )
-        for layer in contiguous.modules():
-            if isinstance(layer, adamss_torch.adapter.Adapter):
-                layer.compact(torch.tensor([True, False, False]))
-        before = self.adapter_state(grouped)
-        with pytest.raises(RuntimeError, match=r"size mismatch for .*\.C"):
-            grouped.load_state_dict(contiguous.state_dict())
-        assert_same_state(self.adapter_state(grouped), before)
-
     def test_onto_the_meta_device(self, net, config, inputs, train):
         model, x = train(adamss.attach(net(), config())), inputs(4, 16)
         empty = copy.deepcopy(model).to("meta")
         empty.load_state_dict(model.state_dict(), assign=True)
         assert torch.equal(empty(x), model(x))
 
-    def test_trained_numbers_alone(self, net, config, inputs):
-        """An average of the parameters, or the best so far, of a model that was compacted in between."""
-        budget = adamss.BudgetConfig(target=3, start_step=1, end_step=3, interval=1)
-        model, x = adamss.attach(net(), config(budget=budget)), inputs(4, 16)
-        optimizer = torch.optim.AdamW(adamss.trainable_parameters(model))
-        controller = adamss_torch.BudgetController(model, optimizer)
-
-        def step():
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-
-        def trained():
-            return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-        whole = trained()
-        for _ in range(4):
-            step()
-        controller.compact()
-        best, expected = trained(), model(x)
-        step()
+    def test_trained_numbers_alone(self, net, config, inputs, train):
+        """An average of the parameters, or the best so far."""
+        model, x = train(adamss.attach(net(), config())), inputs(4, 16)
+        best = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        expected = model(x)
+        train(model)
         model.load_state_dict(best, strict=False)
         assert torch.equal(model(x), expected)
-        before = self.adapter_state(model)
-        with pytest.raises(RuntimeError, match="size mismatch for layers"):
-            model.load_state_dict(whole, strict=False)
-        assert_same_state(self.adapter_state(model), before)
-        step()
 
 
 def assert_same_state(one, other):

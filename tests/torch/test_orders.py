@@ -16,7 +16,7 @@ import adamss
 from adamss import core
 from adamss.core import ORDERS
 from adamss_conformance.tolerances import assert_agrees
-from adamss_torch.functional import _cheapest_of
+from adamss_torch.kernel import _cheapest_of
 
 D, N_OUT, TOKENS = 24, 20, 40
 OPTIONS = {
@@ -228,7 +228,7 @@ def test_the_choice_follows_the_cost_and_can_be_overridden(monkeypatch):
         asked.append(arguments)
         return "input_first"
 
-    monkeypatch.setattr("adamss_torch.functional._cheapest_of", chosen)
+    monkeypatch.setattr("adamss_torch.kernel._cheapest_of", chosen)
     x = data(TOKENS)[0].requires_grad_()
     assert (TOKENS, 8) in kept_numbers(model, x)
     assert asked == [((TOKENS, D), N_OUT, 8, 3, True, False, 4, True)]

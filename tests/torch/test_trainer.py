@@ -106,7 +106,7 @@ def trainer_of(model, folder, *callbacks, steps=STEPS, optimizers=(None, None), 
 
 
 def trained(model, folder, *, resume=None, **options):
-    callback = AdamssCallback(compact_at_end=options.pop("compact_at_end", False))
+    callback = AdamssCallback()
     trainer = trainer_of(model, folder, callback, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, callback
@@ -313,10 +313,10 @@ class TestFiles:
 
 class TestResuming:
     @pytest.mark.parametrize("step", [3, 6])
-    @pytest.mark.parametrize(("compact_at_end", "revive"), [(False, False), (True, False), (False, True)])
-    def test_the_bits_are_those_of_the_uninterrupted_training(self, tmp_path, step, compact_at_end, revive):
+    @pytest.mark.parametrize("revive", [False, True])
+    def test_the_bits_are_those_of_the_uninterrupted_training(self, tmp_path, step, revive):
         budget = adamss.BudgetConfig(**(SCHEDULE.to_dict() | {"revive": revive, "window": "running"}))
-        options = {"compact_at_end": compact_at_end, "gradient_accumulation_steps": 2}
+        options = {"gradient_accumulation_steps": 2}
         whole, _ = trained(adapted(budget=budget), tmp_path, **options)
         again, callback = trained(
             adapted(budget=budget), tmp_path / "2", resume=tmp_path / f"checkpoint-{step}", **options
@@ -328,18 +328,16 @@ class TestResuming:
 
     @pytest.mark.parametrize("step", [3, 6])
     def test_an_optimizer_that_is_there_before_the_checkpoint(self, tmp_path, step):
-        """It holds the Parameters that compacting has left nothing of, and the checkpoint does not."""
         schedule = adamss.BudgetConfig(target=1, start_step=1, end_step=5, interval=2)
 
         def trainer(folder):
             model = adapted(budget=schedule)
             own = torch.optim.AdamW(adamss.trainable_parameters(model), lr=2e-2)
-            return trainer_of(model, folder, AdamssCallback(compact_at_end=True), optimizers=(own, None))
+            return trainer_of(model, folder, AdamssCallback(), optimizers=(own, None))
 
         whole = trainer(tmp_path)
         whole.train()
         expected = {name: tensor.clone() for name, tensor in ours(whole.model).items()}
-        assert any(p.numel() == 0 for p in whole.model.parameters())
         again = trainer(tmp_path / "2")
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same(ours(again.model), expected)
@@ -374,17 +372,13 @@ class TestResuming:
                 metrics["eval_loss"] = float(state.global_step)
 
         best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
-        for compact_at_end in (False, True):
-            folder = tmp_path / str(compact_at_end)
-            trainer = trainer_of(
-                adapted(), folder, Worse(), AdamssCallback(compact_at_end=compact_at_end), **best
-            )
-            trainer.train()
-            assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
-            assert_same(
-                without_weights(ours(trainer.model)), load_file(folder / "checkpoint-3" / "model.safetensors")
-            )
-            assert adamss.summary(trainer.model).total.active == 4
+        trainer = trainer_of(adapted(), tmp_path, Worse(), AdamssCallback(), **best)
+        trainer.train()
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+        assert_same(
+            without_weights(ours(trainer.model)), load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+        )
+        assert adamss.summary(trainer.model).total.active == 4
 
 
 class TestTheTrainersOptions:

@@ -1,0 +1,338 @@
+"""The update of a linear layer as one autograd function: a few matrix products, whatever K is.
+
+Operands are kept in the orientation in which the forward, the gradient of the input and those of the factors all
+read them along contiguous rows: ``B: (q, P)``, ``M: (q, d)``, ``E: (q, n)``. Each is the transpose of its namesake
+in `adamss.core`, but for E, which is the same.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adamss.core import cheapest_order
+from adamss.core.cost import check_order, device_balance
+
+__all__ = ["Layout", "Plan", "make_layout", "update"]
+
+NO_CONTEXT = nullcontext()
+
+FEW = 16
+"""Tokens up to which each column picks its z, as E would take longer to form than it saves."""
+
+
+class Layout(NamedTuple):
+    """Where the entries of B and C stand among the rows of M and E.
+
+    It follows from labels and ranks, and from which subspaces the weight of the layer holds. The q' rows of M and E
+    are those of the other subspaces.
+
+    Attributes
+    ----------
+    rows
+        (r, n) int64: row of E in which ``C[i, j]`` stands; q' where it stands nowhere, being padding of C or of a
+        subspace that the weight holds.
+    groups
+        (q',) int64: subspace of each row of M.
+    slots
+        (q',) int64: place ``k * r + i`` of each row of M among K padded groups of r.
+    mask
+        (q', n), in the dtype of C: one where E has an entry, and zero elsewhere. None for r > 1, where E is not the
+        product of C and something.
+    directions
+        (q',) int64: row of B of each row of M; None where M has all of them.
+    padded
+        Whether an entry of C may stand nowhere.
+    """
+
+    rows: Tensor
+    groups: Tensor
+    slots: Tensor
+    mask: Tensor | None
+    directions: Tensor | None
+    padded: bool
+
+
+class Plan(NamedTuple):
+    """All of an update that is not trained.
+
+    Attributes
+    ----------
+    A
+        Frozen basis, (G, d, P), or (G, d + 1, P) where the bias is adapted too.
+    active
+        (K,) booleans; the gradients of the other subspaces are zero. None for the gradients of all.
+    layout
+        Of B and C.
+    order
+        One of `adamss.core.ORDERS`; None for the one that costs less.
+    weight
+        (n, d), frozen, if the base product is ``x weight^T`` and a frozen bias: the gradient of x is then that of
+        the whole layer, in one sum, and the base product has none.
+    overwrite
+        Whether the result may be written into the base product, which nobody else has seen.
+    input_kept
+        Whether x is kept for the backward anyway, as by a layer whose own weight is trained.
+    """
+
+    A: Tensor
+    active: Tensor | None
+    layout: Layout
+    order: str | None = None
+    weight: Tensor | None = None
+    overwrite: bool = False
+    input_kept: bool = False
+
+
+def make_layout(
+    labels: Tensor, ranks: Tensor, r: int, q: int, held: Tensor | None = None, *, dtype: torch.dtype
+) -> Layout:
+    """Return the layout of B: (q, P) and C: (r, n) for these labels (n,) and ranks (K,) of sum q.
+
+    The subspaces `held`, (K,) booleans, are left out of M and E; `dtype` is that of C.
+    """
+    labels, ranks = labels.to(torch.int64), ranks.to(torch.int64)
+    ends = ranks.cumsum(0)
+    starts = ends - ranks
+    places = torch.arange(r, device=labels.device)[:, None]
+    rows = torch.where(places < ranks[labels], starts[labels] + places, q)
+    directions = torch.arange(q, device=labels.device)
+    # Not by `repeat_interleave`, whose length depends on values: a compiler must know it.
+    groups = torch.searchsorted(ends, directions, right=True)
+    slots = groups * r + directions - starts[groups]
+    if held is None:
+        return Layout(rows, groups, slots, _mask(rows, q, dtype), None, q < ranks.shape[0] * r)
+    directions = (~held)[groups].nonzero()[:, 0]
+    rest = directions.numel()
+    numbers = labels.new_full((q + 1,), rest)
+    numbers[directions] = torch.arange(rest, device=labels.device)
+    rows = numbers[rows]
+    return Layout(rows, groups[directions], slots[directions], _mask(rows, rest, dtype), directions, True)
+
+
+def _mask(rows: Tensor, q: int, dtype: torch.dtype) -> Tensor | None:
+    return (rows == torch.arange(q, device=rows.device)[:, None]).to(dtype) if rows.shape[0] == 1 else None
+
+
+def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
+    """Return ``base + (x M^T) E`` in the dtype of `base`.
+
+    The base product is an input, not redone: with C = 0 the result equals it to the bit. For that, what overflows
+    in ``x M^T`` is made finite: infinity times zero would be NaN.
+
+    Parameters
+    ----------
+    base
+        Output of the frozen layer, (..., n).
+    x
+        Its input, (..., d).
+    B
+        Trained, (q, P).
+    C
+        Trained, (r, n).
+    plan
+        The rest.
+
+    Returns
+    -------
+    Tensor
+        (..., n), differentiable once in base, x, B and C.
+
+    Raises
+    ------
+    ConfigError
+        If the order is unknown.
+    """
+    check_order(plan.order)
+    layout = plan.layout
+    if layout.directions is not None:
+        B = B.index_select(0, layout.directions)
+    if plan.A.shape[0] > 1:
+        plan = plan._replace(order="factors_first")
+    elif plan.order is None:
+        plan = plan._replace(order=_cheapest(base, x, B, C, plan))
+    if plan.weight is not None:
+        base = base.detach()
+    training = torch.is_grad_enabled()
+    plain = plan.order == "input_first" and layout.mask is not None and layout.directions is None
+    # Autocast would round A B to half precision; it is to be rounded once, as M.
+    with _without_autocast(base):
+        if plain and not training and 0 < x.numel() <= FEW * x.shape[-1]:
+            return _forward_of_few(base, x, B, C, plan)
+        rows = B
+        if plan.order == "factors_first":
+            rows = _directions(plan.A, B, layout.slots, C.shape[0], base.dtype)
+        if training:
+            result: Tensor = _Update.apply(base, x, rows, C, plan)  # type: ignore[no-untyped-call]
+            return result
+        return _forward(base, x, rows, C, plan)[0]
+
+
+def _cheapest(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> str:
+    training = torch.is_grad_enabled() and (B.requires_grad or C.requires_grad)
+    find = _cheapest_of.__wrapped__ if torch.compiler.is_compiling() else _cheapest_of
+    on_cpu = base.device.type == "cpu"
+    shapes = x.shape, base.shape[-1], plan.A.shape[-1], B.shape[0]
+    return find(*shapes, training, plan.input_kept, base.element_size(), on_cpu)
+
+
+@lru_cache(maxsize=4096)
+def _cheapest_of(
+    shape: tuple[int, ...],
+    n: int,
+    rank: int,
+    directions: int,
+    training: bool,
+    kept: bool,
+    itemsize: int,
+    on_cpu: bool,
+) -> str:
+    """Return `cheapest_order` for inputs of this shape, (..., d); a training has few."""
+    *outer, d = shape
+    return cheapest_order(
+        tokens=prod(outer),
+        d=d,
+        n=n,
+        rank=rank,
+        directions=directions,
+        training=training,
+        input_kept=kept,
+        balance=device_balance(itemsize, cpu=on_cpu),
+    )
+
+
+def _forward(
+    base: Tensor, x: Tensor, rows: Tensor, C: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the result for `rows`, which are M, or B if it is projected; the inputs of that product, z and E."""
+    n, dtype = base.shape[-1], base.dtype
+    inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
+    E = _expand(C, plan.layout, dtype)
+    if plan.order == "input_first":
+        inputs = _with_bias(inputs, _in(plan.A[0], dtype).t()).nan_to_num()
+        rows = _in(rows, dtype)
+    z = _with_bias(inputs, rows).nan_to_num()
+    if plan.overwrite:
+        base.view(-1, n).addmm_(z, E)
+        return base, inputs, z, E
+    y = torch.addmm(base.reshape(-1, n), z, E)
+    # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
+    return torch.ops.aten._unsafe_view(y, base.shape), inputs, z, E
+
+
+def _forward_of_few(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
+    """Return the same for the few tokens of generation, projected, of one row of E for each column."""
+    dtype = base.dtype
+    u = _with_bias(_in(x.reshape(-1, x.shape[-1]), dtype), _in(plan.A[0], dtype).t()).nan_to_num()
+    z = F.linear(u, _in(B, dtype)).nan_to_num().index_select(1, plan.layout.rows[0])
+    y = base.reshape(-1, base.shape[-1])
+    return (y.addcmul_ if plan.overwrite else y.addcmul)(z, _in(C, dtype)).view(base.shape)
+
+
+class _Update(torch.autograd.Function):
+    """``y = base + z E``, ``z = x M^T``; by hand ``dz = dy E^T``, ``dx = dz M``, ``dM = dz^T x``, ``dE = z^T dy``.
+
+    `rows` is M, made of B outside, by products that autograd knows: it then finds the gradient of B without Python,
+    which takes longer than the arithmetic. With the order ``"input_first"``, `rows` is B.
+
+    Kept for the backward are x and z, and M and E; none that no gradient wants. Projecting is for those who are
+    short of memory: it keeps ``x A`` for x, and forms M and E anew.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x: Tensor, rows: Tensor, C: Tensor, plan: Plan) -> Tensor:
+        y, inputs, z, E = _forward(base, x, rows, C, plan)
+        _, x_wanted, rows_wanted, C_wanted, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            inputs if rows_wanted else None,
+            z if C_wanted else None,
+            rows if x_wanted else None,
+            (C if plan.order == "input_first" else E) if x_wanted or rows_wanted else None,
+            plan.weight if x_wanted else None,
+        )
+        # What is left of the plan is not trained, and never changed in place: no need of what `save_for_backward`
+        # watches over.
+        ctx.plan, ctx.whole = plan._replace(weight=None), plan.weight is not None
+        ctx.x_shape, ctx.rows_shape, ctx.r = x.shape, rows.shape, C.shape[0]
+        ctx.x_dtype, ctx.rows_dtype, ctx.C_dtype = x.dtype, rows.dtype, C.dtype
+        if plan.overwrite:
+            ctx.mark_dirty(base)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, z, M, E, weight = ctx.saved_tensors
+        _, x_wanted, rows_wanted, C_wanted, _ = ctx.needs_input_grad
+        A, active, layout = ctx.plan.A, ctx.plan.active, ctx.plan.layout
+        d = ctx.x_shape[-1]
+        dx = d_rows = dC = frozen = None
+        dy2 = dy.reshape(-1, dy.shape[-1])
+        with _without_autocast(dy):
+            if ctx.plan.order == "input_first":
+                M = None if M is None else _directions(A, M, layout.slots, ctx.r, dy.dtype)
+                E = None if E is None else _expand(E, layout, dy.dtype)
+            if active is not None and (rows_wanted or C_wanted):
+                frozen = active.logical_not()[layout.groups][:, None]
+            if x_wanted or rows_wanted:
+                dz = F.linear(dy2, E)
+            if x_wanted:
+                M = M if M.shape[1] == d else M[:, :d]
+                dx = dz @ M if weight is None else (dy2 @ weight).addmm_(dz, M)
+                dx = _in(dx, ctx.x_dtype).view(ctx.x_shape)
+            if rows_wanted:
+                d_rows = dz.t() @ inputs
+                if d_rows.shape[1] != ctx.rows_shape[1]:
+                    d_rows = torch.cat([d_rows, dz.sum(0)[:, None]], dim=1)
+                if frozen is not None:
+                    d_rows.masked_fill_(frozen, 0.0)
+                d_rows = _in(d_rows, ctx.rows_dtype)
+            if C_wanted:
+                dE = z.t() @ dy2
+                if frozen is not None:
+                    dE.masked_fill_(frozen, 0.0)
+                dC = _expand_vjp(_in(dE, ctx.C_dtype), layout)
+        return (None if ctx.whole else dy), dx, d_rows, dC, None
+
+
+def _without_autocast(array: Tensor) -> AbstractContextManager[object]:
+    kind = array.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NO_CONTEXT
+
+
+def _in(array: Tensor, dtype: torch.dtype) -> Tensor:
+    return array if array.dtype == dtype else array.to(dtype)
+
+
+def _with_bias(x: Tensor, rows: Tensor) -> Tensor:
+    """``x M^T``, the bias column of M added rather than a column of ones appended to x."""
+    d = x.shape[1]
+    return F.linear(x, rows) if rows.shape[1] == d else F.linear(x, rows[:, :d], rows[:, d])
+
+
+def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int, dtype: torch.dtype) -> Tensor:
+    """``M = B A^T``, (q', d), each row with the basis of its own subspace."""
+    if A.shape[0] == 1:
+        return _in(B @ A[0].t(), dtype)
+    stacked = B.new_zeros(A.shape[0] * r, B.shape[1]).index_copy(0, slots, B).view(A.shape[0], r, -1)
+    return _in(torch.bmm(stacked, A.transpose(1, 2)).flatten(0, 1).index_select(0, slots), dtype)
+
+
+def _expand(C: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """``E[rows[i, j], j] = C[i, j]``, (q', n)."""
+    if layout.mask is not None:
+        return _in(C * layout.mask, dtype)
+    q = layout.groups.shape[0]
+    # The last row takes what stands nowhere.
+    return _in(C.new_zeros(q + layout.padded, C.shape[1]).scatter(0, layout.rows, C)[:q], dtype)
+
+
+def _expand_vjp(dE: Tensor, layout: Layout) -> Tensor:
+    return (F.pad(dE, (0, 0, 0, 1)) if layout.padded else dE).gather(0, layout.rows)
