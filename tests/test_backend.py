@@ -96,7 +96,7 @@ class TestRegistry:
             get_backend("torch")
         assert isinstance(caught.value, ImportError)
 
-    @pytest.mark.parametrize("name", ["allocation", "budgeted", "compact", "synchronise"])
+    @pytest.mark.parametrize("name", ["allocation", "budgeted", "synchronise"])
     def test_what_needs_optax_is_imported_when_it_is_asked_for(self, name):
         adamss_jax = pytest.importorskip("adamss_jax", exc_type=ImportError)
         pytest.importorskip("optax")

@@ -2,7 +2,7 @@
 
 `linear` is all that a model made of plain arrays needs; `Factors` are a pytree. `adamss.attach` and its sister
 verbs find the backend by themselves. `budgeted` brings the adaptive budget to any optax transformation, and
-`synchronise`, `allocation` and `compact` belong to it. These, the shells `adamss_jax.flax` and `adamss_jax.equinox`,
+`synchronise` and `allocation` belong to it. These, the shells `adamss_jax.flax` and `adamss_jax.equinox`,
 and `adamss_jax.optax` are imported when they are first asked for: no library is needed for another, or for `linear`.
 """
 
@@ -25,15 +25,14 @@ if TYPE_CHECKING:
     from adamss_jax.budget import allocation as allocation
     from adamss_jax.budget import budgeted as budgeted
     from adamss_jax.budget import synchronise as synchronise
-    from adamss_jax.compaction import compact as compact
 
 _MODULES = ("equinox", "flax", "optax")
-_NEED_OPTAX = {"allocation": "budget", "budgeted": "budget", "synchronise": "budget", "compact": "compaction"}
+_NEED_OPTAX = ("allocation", "budgeted", "synchronise")
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"adamss_jax.{name}")
     if name in _NEED_OPTAX:
-        return getattr(import_module(f"adamss_jax.{_NEED_OPTAX[name]}"), name)
+        return getattr(import_module("adamss_jax.budget"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,12 +19,12 @@ from adamss.backend import Adaptation, Backend, BaseWeight
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
-from adamss.errors import BackendError
+from adamss.errors import BackendError, StateError
 from adamss_jax.functional import linear
 from adamss_jax.leaves import Leaves, Pair
-from adamss_jax.parts import Places, Rest, outline, present_subspaces
-from adamss_jax.shell import Model, Module, Shell, beside, check_not_thawed, factors_beside
-from adamss_jax.stacks import StackedLayer, by_owner, split_path
+from adamss_jax.parts import outline
+from adamss_jax.shell import Model, Module, Shell, beside, factors_beside
+from adamss_jax.stacks import StackedLayer, by_owner
 
 __all__ = ["JaxBackend"]
 
@@ -140,7 +140,7 @@ class JaxBackend(Backend):
         """Return a tree of the structure of `parameters`, with booleans that broadcast: True where trained."""
         leaves = self.leaves(model)
         active = {path: jnp.asarray(factors.active) for path, factors in leaves.outlines.items()}
-        masks = leaves.masks(active, self.places(model))
+        masks = leaves.masks(active)
         everything = jnp.ones((), bool)
 
         def trained(path: tuple[Any, ...], _: Any) -> Array:
@@ -163,37 +163,17 @@ class JaxBackend(Backend):
         }
         return Leaves(shell.leaf_names(model), pairs)
 
-    def places(self, model: Model) -> dict[str, Places]:
-        """Return where the leaves of compacted layers stand in the whole, by path of the layer."""
-        adaptation = self._shell(model).adaptation(model)
-        assert adaptation is not None
-        rests = self._shell(model).rests(model)
-        found = {}
-        for path in adaptation.layers:
-            owner, index = split_path(path)
-            if owner in rests:
-                found[path] = Places(rests[owner].directions[index], rests[owner].columns[index])
-        return found
-
-    def compact(self, model: Model, new: Mapping[str, tuple[Any, Any, Rest]]) -> Model:
-        """Return the model with other trained arrays in some modules: see `Shell.compact`."""
-        return self._shell(model).compact(model, new)
-
     def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
         shell = self._shell(model)
         adaptation = shell.adaptation(model)
         assert adaptation is not None
-        layers = by_owner(adaptation.layers)
-        present: dict[Any, np.ndarray[Any, Any]] = {}
-        for owner, rest in shell.rests(model).items():
-            present |= {
-                (owner, index): mask for index, mask in present_subspaces(layers[owner], rest).items()
-            }
-        for path, mask in active.items():
-            folded, own = adaptation.folded.get(path), present.get(split_path(path))
-            check_not_thawed(mask, folded, path, "adamss.consolidate has folded into the weight")
-            gone = None if own is None else ~own
-            check_not_thawed(mask, gone, path, "adamss_jax.compact has taken out of the trained arrays")
+        for path, folded in adaptation.folded.items():
+            thawed = np.asarray(active.get(path, False)) & np.asarray(folded)
+            if thawed.any():
+                raise StateError(
+                    f"{path}: the mask thaws subspace {int(np.argmax(thawed))}, which adamss.consolidate has folded "
+                    "into the weight; keep it frozen, or load the adapter into the base model afresh"
+                )
         return shell.set_active(model, active)
 
     def remove(self, model: Model, *, restore: bool) -> Model:

@@ -32,7 +32,6 @@ from adamss.core import (
 from adamss.core._array import as_working_precision, check_concrete
 from adamss.errors import AdamssWarning, ConfigError, StateError
 from adamss_jax.backend import JaxBackend
-from adamss_jax.parts import Places
 from adamss_jax.shell import beside, placed_as
 
 __all__ = ["Allocation", "BudgetedState", "allocation", "budgeted", "synchronise"]
@@ -51,8 +50,6 @@ class BudgetedState(NamedTuple):
         Budget that the last allocation kept to, in the unit of the schedule, 0-d integer.
     revive
         Whether a frozen subspace may return, 0-d boolean.
-    places
-        Where the leaves of compacted layers stand in the whole, by path; empty until `adamss_jax.compact`.
     identity
         What tells whose subspaces these are, (6,) float32 by path.
     """
@@ -61,7 +58,6 @@ class BudgetedState(NamedTuple):
     budget: BudgetState
     limit: Array
     revive: Array
-    places: dict[str, Places]
     identity: dict[str, Array]
 
 
@@ -160,17 +156,17 @@ def budgeted(
     adaptation = adaptation_in_training(backend, model, "budgeted")
     config = schedule_of(adaptation, config, "budgeted")
     _check_may_return(config, adaptation)
-    leaves, compacted = backend.leaves(model), backend.places(model)
+    leaves = backend.leaves(model)
     outlines = leaves.outlines
     plan = plan_budget(outlines, config)
     names = {path: np.asarray(_identity(f), np.float32) for path, f in adaptation.layers.items()}
     inner = optax.with_extra_args_support(tx)
 
-    def layers(tree: Any, where: Any, places: Mapping[str, Places]) -> dict[str, tuple[Array, Array]]:
+    def layers(tree: Any, where: Any) -> dict[str, tuple[Array, Array]]:
         flat = jax.tree.leaves(tree)
         found: dict[str, tuple[Array, Array]] = {}
         for owner, (B, C) in where.items():
-            found |= leaves.pairs[owner].layers(flat[B], flat[C], places)
+            found |= leaves.pairs[owner].layers(flat[B], flat[C])
         return found
 
     @jax.jit
@@ -191,8 +187,8 @@ def budgeted(
         state = inner.init(params)
         if _states(state):
             raise StateError("budgeted: there is another budgeted inside; one of them is enough")
-        where = leaves.positions(params, compacted, "budgeted")
-        weights = layers(params, where, compacted)
+        where = leaves.positions(params, "budgeted")
+        weights = layers(params, where)
         averages = {
             path: (initial_importance(as_working_precision(B)), initial_importance(as_working_precision(C)))
             for path, (B, C) in weights.items()
@@ -200,7 +196,7 @@ def budgeted(
         # Beside the parameters, and no buffer of the model, which may be donated.
         like = jax.tree.leaves(params)[next(iter(where.values()))[0]]
         start = initial_budget_state(outlines)._replace(importance={})
-        own = start, np.asarray(plan.budget_at(0), np.int32), np.asarray(config.revive), compacted, names
+        own = start, np.asarray(plan.budget_at(0), np.int32), np.asarray(config.revive), names
         budget, *rest = jax.tree.map(lambda array: beside(np.array(array), like), own)
         return BudgetedState(state, budget._replace(importance=averages), *rest)
 
@@ -211,18 +207,15 @@ def budgeted(
             raise ConfigError(
                 "budgeted: update needs the parameters, as in tx.update(gradients, state, params)"
             )
-        places = state.places
-        in_params = leaves.positions(params, places, "budgeted")
-        in_updates = leaves.positions(updates, places, "budgeted, in the gradients")
-        if places:
-            _check_fits(inner, params, state.inner)
+        in_params = leaves.positions(params, "budgeted")
+        in_updates = leaves.positions(updates, "budgeted, in the gradients")
         masks = {
             in_updates[owner][number]: mask
-            for (owner, number), mask in leaves.masks(state.budget.active, places).items()
+            for (owner, number), mask in leaves.masks(state.budget.active).items()
         }
         if not config.revive:
             updates = _masked(updates, masks)
-        weights, gradients = layers(params, in_params, places), layers(updates, in_updates, places)
+        weights, gradients = layers(params, in_params), layers(updates, in_updates)
         budget = advanced(state.budget, weights, gradients, constants)
         due = plan.allocates_at(budget.step) | state.budget.waiting
         limit = jnp.where(due & ~budget.waiting, plan.budget_at(budget.step), state.limit)
@@ -380,24 +373,3 @@ def _masked(tree: Any, masks: Mapping[int, Array]) -> Any:
         leaf = leaves[position]
         leaves[position] = jnp.where(mask, leaf, jnp.zeros_like(leaf))
     return jax.tree.unflatten(structure, leaves)
-
-
-def _check_fits(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any) -> None:
-    """Check that a compacted state is one that the transformation makes for the compacted parameters.
-
-    Adafactor factors the moments of large matrices only, and what was large may not be now.
-    """
-    expected = jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params))
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
-    if [leaf.shape for _, leaf in expected] == shapes:
-        return
-    differing = (
-        f"{jax.tree_util.keystr(path)} has shape {shape}, and would have {leaf.shape} if it were made for them"
-        for (path, leaf), shape in zip(expected, shapes, strict=False)
-        if leaf.shape != shape
-    )
-    raise StateError(
-        "budgeted: the state of the optimiser does not fit the compacted parameters: "
-        f"{next(differing, 'it has another number of arrays')}; train on without compact, or start the optimiser "
-        "anew with tx.init"
-    )

@@ -28,7 +28,7 @@ from adamss.backend.tensors import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError
-from adamss_jax.parts import Part, Rest, added, part_of, whole
+from adamss_jax.parts import Part, added, part_of
 from adamss_jax.shell import (
     HostCopies,
     Record,
@@ -37,7 +37,6 @@ from adamss_jax.shell import (
     check_values,
     owner_prefix,
     placed_as,
-    resized_as,
     spelled,
 )
 from adamss_jax.stacks import (
@@ -81,8 +80,8 @@ class AdaptedLinear(eqx.Module):
     unfolded
         While consolidated, what `kept` is while merged. A leaf that is no array, as Equinox's models have more of
         (``eqx.filter_jit``): in the structure of the tree it would part it from that of the optimiser's state.
-    rest, part
-        What is not trained, and not computed, any more.
+    part
+        Which subspaces the product computes.
     order
         In which order its products are taken, one of `adamss.core.ORDERS`; None is ``"factors_first"``, the cheaper
         one for the many inputs of a ``vmap``: see `adamss_jax.update`. It is in no file, and is part of the structure
@@ -101,7 +100,6 @@ class AdaptedLinear(eqx.Module):
     merged: bool = eqx.field(static=True, default=False)
     kept: HostCopies | None = eqx.field(static=True, default=None)
     unfolded: HostCopies | None = None
-    rest: Rest = Rest()
     part: Part = Part()
     order: str | None = eqx.field(static=True, default=None)
 
@@ -131,7 +129,7 @@ class AdaptedLinear(eqx.Module):
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""
-        return whole(Factors(*(getattr(self, name) for name in Factors._fields)), self.rest)
+        return Factors(*(getattr(self, name) for name in Factors._fields))
 
 
 def trainable_filter(model: Any) -> Any:
@@ -198,7 +196,7 @@ class EquinoxShell(Shell):
         for path, node in found.items():
             if not f"{path}.".startswith(prefix):
                 continue
-            own = f"{path}.".removeprefix(prefix).rstrip(".")
+            own = _within(path, prefix)
             leading = _leading(node)
             if leading:
                 modules |= {place: StackedLayer(node, at) for place, at in stack_paths(own, leading).items()}
@@ -308,23 +306,13 @@ class EquinoxShell(Shell):
         adapted = _adapted(model)
         prefix = _prefix(adapted)
         return {
-            join_path(path, name): (f"{path}.".removeprefix(prefix).rstrip("."), number)
+            join_path(path, name): (_within(path, prefix), number)
             for path in adapted
             for number, name in enumerate("BC")
         }
 
-    def rests(self, model: Any) -> dict[str, Rest]:
-        adapted = _adapted(model)
-        prefix = _prefix(adapted)
-        return {
-            f"{path}.".removeprefix(prefix).rstrip("."): layer.rest
-            for path, layer in adapted.items()
-            if layer.rest.B is not None
-        }
-
     def set_active(self, model: Any, active: Mapping[str, Array]) -> Any:
-        prefix = _prefix(_adapted(model))
-        owners = {prefix + path: masks for path, masks in by_owner(active).items()}
+        owners = by_owner(active)
 
         def masked(path: str, layer: AdaptedLinear) -> Any:
             value = layer.active
@@ -347,53 +335,43 @@ class EquinoxShell(Shell):
         }
         return _replaced(base, saved)
 
-    def compact(self, model: Any, new: Mapping[str, tuple[Any, Any, Rest]]) -> Any:
-        def compact(path: str, layer: AdaptedLinear, layers: Mapping[Any, Factors]) -> Any:
-            if path not in new:
-                return layer
-            B, C, rest = new[path]
-            rest = Rest(*(beside(array, layer.C) for array in rest))
-            own = _changed(layer, B=resized_as(B, layer.B), C=resized_as(C, layer.C), rest=rest)
-            return _with_part(own, layers)
-
-        return _mapped_layers(self, model, compact)
-
     def fold(self, model: Any, merged: Mapping[str, Merged], *, keep_base: bool) -> Any:
         new = by_owner(merged)
 
-        def fold(path: str, layer: AdaptedLinear, _: Any) -> Any:
+        def fold(path: str, layer: AdaptedLinear) -> Any:
             kept = HostCopies(_arrays_of(layer.base)) if keep_base else None
             # Leaves that hold the update in their weights are to fit no model that would add it once more.
             folded = jnp.ones_like(layer.active)
             base = _with_weights(layer, new[path])
             return _changed(layer, base=base, merged=True, kept=kept, folded=folded)
 
-        return _mapped_layers(self, model, fold)
+        return _mapped(model, fold)
 
     def consolidate(
         self, model: Any, merged: Mapping[str, Merged], folded: Mapping[str, Array], *, keep_base: bool
     ) -> Any:
-        new, masks = by_owner(merged), by_owner(folded)
+        adaptation = self.adaptation(model)
+        assert adaptation is not None
+        new, masks, layers = by_owner(merged), by_owner(folded), by_owner(adaptation.layers)
 
-        def consolidate(path: str, layer: AdaptedLinear, layers: Mapping[Any, Factors]) -> Any:
+        def consolidate(path: str, layer: AdaptedLinear) -> Any:
+            leading = _leading(layer)
+            held = stacked(masks[path], leading)
+            part = part_of(layers[path], held, leading)
             unfolded = layer.unfolded or HostCopies(_arrays_of(layer.base))
-            changed = _changed(
+            return _changed(
                 layer,
                 base=_with_weights(layer, new[path]),
-                folded=stacked(masks[path], _leading(layer)),
+                folded=held,
                 unfolded=unfolded if keep_base else None,
+                part=Part(*(None if array is None else beside(array, layer.C) for array in part)),
             )
-            return _with_part(changed, layers)
 
-        return _mapped_layers(self, model, consolidate)
+        return _mapped(model, consolidate)
 
     def unfold(self, model: Any) -> Any:
-        def unfold(_: str, layer: AdaptedLinear, layers: Mapping[Any, Factors]) -> Any:
-            base = _unmerged(layer)
-            changed = _changed(layer, base=base, merged=False, kept=None, folded=None, unfolded=None)
-            return _with_part(changed, layers)
-
-        return _mapped_layers(self, model, unfold)
+        attached = {"merged": False, "kept": None, "folded": None, "unfolded": None, "part": Part()}
+        return _mapped(model, lambda _, layer: _changed(layer, base=_unmerged(layer), **attached))
 
     @contextmanager
     def disabled(self, model: Any) -> Iterator[Any]:
@@ -438,25 +416,20 @@ def _replaced(model: Any, new: Mapping[str, Any], path: str = "") -> Any:
 
 
 def _mapped(model: Any, change: Any) -> Any:
-    """Return the tree with every adapted layer changed by a function of its path and itself."""
-    return _replaced(model, {path: change(path, layer) for path, layer in _adapted(model).items()})
-
-
-def _mapped_layers(shell: EquinoxShell, model: Any, change: Any) -> Any:
-    """Return the tree with every adapted layer changed by a function of its path, itself, and its factors."""
-    adaptation, prefix = shell.adaptation(model), _prefix(_adapted(model))
-    assert adaptation is not None
-    layers = by_owner(adaptation.layers)
-
-    def changed(path: str, layer: AdaptedLinear) -> Any:
-        own = f"{path}.".removeprefix(prefix).rstrip(".")
-        return change(own, layer, layers[own])
-
-    return _mapped(model, changed)
+    """Return the tree with every adapted layer changed by a function of its path (as attached) and itself."""
+    adapted = _adapted(model)
+    prefix = _prefix(adapted)
+    changed = {path: change(_within(path, prefix), layer) for path, layer in adapted.items()}
+    return _replaced(model, changed)
 
 
 def _adapted(model: Any) -> dict[str, AdaptedLinear]:
     return {path: node for path, node in _walk(model) if isinstance(node, AdaptedLinear)}
+
+
+def _within(path: str, prefix: str) -> str:
+    """Return a path from the module that was attached, whose own path is the prefix without its last dot."""
+    return f"{path}.".removeprefix(prefix).rstrip(".")
 
 
 def _prefix(adapted: Mapping[str, AdaptedLinear]) -> str:
@@ -503,14 +476,6 @@ def _with_weights(layer: AdaptedLinear, merged: Mapping[Any, Merged]) -> Any:
         weight=stacked({index: new.W.T for index, new in merged.items()}, leading),
         bias=None if bias is None else stacked({index: new.b for index, new in merged.items()}, leading),
     )
-
-
-def _with_part(layer: AdaptedLinear, layers: Mapping[Any, Factors]) -> AdaptedLinear:
-    """Return a layer, or stack of layers, with what is to be computed of it."""
-    part = part_of(layers, layer.rest, layer.folded, _leading(layer))
-    arrays = (None if array is None else beside(array, layer.C) for array in part)
-    changed: AdaptedLinear = _changed(layer, part=Part(*arrays))
-    return changed
 
 
 def _is_stored(leaf: Any) -> bool:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from adamss.errors import MissingBackendError
 
@@ -34,7 +34,7 @@ from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
 from adamss_jax.matrix import MatrixView
-from adamss_jax.parts import Part, Rest, added, part_of, whole
+from adamss_jax.parts import Part, added, part_of
 from adamss_jax.shell import (
     HostCopies,
     Record,
@@ -43,7 +43,6 @@ from adamss_jax.shell import (
     check_values,
     owner_prefix,
     placed_as,
-    resized_as,
 )
 from adamss_jax.stacks import (
     StackedLayer,
@@ -56,8 +55,6 @@ from adamss_jax.stacks import (
 )
 
 __all__ = ["AdamssParam", "Adapter", "NnxShell"]
-
-T = TypeVar("T", Rest, Part)
 
 CHILD = "adamss"
 """Name of the adapter among the children of its layer."""
@@ -103,13 +100,12 @@ class Adapter(nnx.Module):
         `nnx.Variable` (K,) booleans, the subspaces whose update the kernel holds; None unless consolidated.
     in_weight
         While merged, the mark of it in the state of the model.
-    rest, part
-        Variables by the fields of `Rest` and `Part`; None for one of which all is None.
+    part
+        While consolidated, variables by the fields of `Part`.
     """
 
     folded: nnx.Variable[Any] | None = None
     in_weight: nnx.Dict[Any] | None = None
-    rest: nnx.Dict[Any] | None = None
     part: nnx.Dict[Any] | None = None
 
     def __init__(self, factors: Factors, view: MatrixView, record: Record) -> None:
@@ -130,7 +126,7 @@ class Adapter(nnx.Module):
 
         An `nnx.Einsum` may be called with an equation of its own, as long as its kernel is the same matrix.
         """
-        part = self.read(Part)
+        part = Part(**{name: variable.get_value() for name, variable in (self.part or {}).items()})
         if self.merged or not self.enabled or part.empty:
             return y
         view = self.view
@@ -147,24 +143,18 @@ class Adapter(nnx.Module):
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""
-        own = Factors(*(getattr(self, name).get_value() for name in Factors._fields))
-        return whole(own, self.read(Rest))
+        return Factors(*(getattr(self, name).get_value() for name in Factors._fields))
 
-    def read(self, kind: type[T]) -> T:
-        """Return the `Rest` or the `Part`."""
-        variables = getattr(self, kind.__name__.lower()) or {}
-        return kind(**{name: variable.get_value() for name, variable in variables.items()})
-
-    def write(self, values: Rest | Part) -> None:
-        """Set the `Rest` or the `Part`, beside the factors."""
-        name = type(values).__name__.lower()
+    def set_folded(
+        self, folded: Array | None, layers: Mapping[Any, Factors], leading: tuple[int, ...]
+    ) -> None:
+        """Set which subspaces the kernel holds, and so which the product computes: see `part_of`."""
+        part = Part() if folded is None else part_of(layers, folded, leading)
+        found = {name: array for name, array in part._asdict().items() if array is not None}
         like = self.C.get_value()
-        variables = {
-            field: nnx.Variable(beside(array, like))
-            for field, array in values._asdict().items()
-            if array is not None
-        }
-        _set_optional(self, name, nnx.Dict(variables) if variables else None)
+        variables = {name: nnx.Variable(beside(array, like)) for name, array in found.items()}
+        _set_optional(self, "folded", None if folded is None else nnx.Variable(folded))
+        _set_optional(self, "part", nnx.Dict(variables) if variables else None)
 
 
 def _set_optional(node: Any, name: str, value: Any) -> None:
@@ -350,10 +340,6 @@ class NnxShell(Shell):
             for number, name in enumerate("BC")
         }
 
-    def rests(self, model: nnx.Module) -> dict[str, Rest]:
-        found = {path: getattr(layer, CHILD).read(Rest) for path, layer in _adapted(model).items()}
-        return {path: rest for path, rest in found.items() if rest.B is not None}
-
     def set_active(self, model: nnx.Module, active: Mapping[str, Array]) -> nnx.Module:
         layers = _adapted(model)
         for path, masks in by_owner(active).items():
@@ -362,18 +348,6 @@ class NnxShell(Shell):
             for index, mask in masks.items():
                 value = value.at[index].set(mask) if index else jnp.asarray(mask, bool)
             variable.set_value(value)
-        return model
-
-    def compact(self, model: nnx.Module, new: Mapping[str, tuple[Any, Any, Rest]]) -> nnx.Module:
-        adaptation = self.adaptation(model)
-        assert adaptation is not None
-        for owner, (B, C, rest) in new.items():
-            layer = _adapted(model)[owner]
-            adapter = getattr(layer, CHILD)
-            for variable, array in ((adapter.B, B), (adapter.C, C)):
-                variable.set_value(resized_as(array, variable.get_value()))
-            adapter.write(rest)
-            self._write_part(adapter, by_owner(adaptation.layers)[owner], _leading(layer))
         return model
 
     def remove(self, model: nnx.Module, *, restore: bool) -> nnx.Module:
@@ -411,24 +385,18 @@ class NnxShell(Shell):
         assert adaptation is not None
         layers, masks = by_owner(adaptation.layers), by_owner(folded)
         for owner, layer in _adapted(model).items():
-            adapter, leading = getattr(layer, CHILD), _leading(layer)
-            _set_optional(adapter, "folded", nnx.Variable(stacked(masks[owner], leading)))
-            self._write_part(adapter, layers[owner], leading)
+            leading = _leading(layer)
+            getattr(layer, CHILD).set_folded(stacked(masks[owner], leading), layers[owner], leading)
         return model
 
     def unfold(self, model: nnx.Module) -> nnx.Module:
-        adaptation = self.adaptation(model)
-        assert adaptation is not None
-        for owner, layer in _adapted(model).items():
+        for layer in _adapted(model).values():
             adapter = getattr(layer, CHILD)
             if adapter.base is not None:
                 _set_values(layer, adapter.base.restored())
             adapter.merged, adapter.base = False, None
-            if adapter.in_weight is not None:
-                _set_optional(adapter, "in_weight", None)
-            if adapter.folded is not None:
-                _set_optional(adapter, "folded", None)
-                self._write_part(adapter, by_owner(adaptation.layers)[owner], _leading(layer))
+            _set_optional(adapter, "in_weight", None)
+            adapter.set_folded(None, {}, ())
         return model
 
     @staticmethod
@@ -458,11 +426,6 @@ class NnxShell(Shell):
             elif adapter.base is None:
                 adapter.base = HostCopies({name: getattr(layer, name).get_value() for name in values})
             _set_values(layer, values)
-
-    @staticmethod
-    def _write_part(adapter: Adapter, layers: Mapping[Any, Factors], leading: tuple[int, ...]) -> None:
-        folded = None if adapter.folded is None else adapter.folded.get_value()
-        adapter.write(part_of(layers, adapter.read(Rest), folded, leading))
 
     @contextmanager
     def disabled(self, model: nnx.Module) -> Iterator[nnx.Module]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adamss.core import Factors, trained_elements
 from adamss.errors import StateError
-from adamss_jax.parts import Index, Places, placed, taken
+from adamss_jax.parts import Index
 from adamss_jax.shell import spelled
 
 __all__ = ["Leaves", "Pair"]
@@ -37,61 +38,43 @@ class Pair:
     paths: Mapping[Index, str]
     outlines: Mapping[Index, Factors]
 
-    def layers(self, B: Array, C: Array, places: Mapping[str, Places]) -> dict[str, tuple[Array, Array]]:
-        """Return B and C of each layer, of all subspaces and without padding, by its path.
+    def layers(self, B: Array, C: Array) -> dict[str, tuple[Array, Array]]:
+        """Return B and C of each layer without padding, by its path, from the leaves or from gradients of them."""
 
-        Parameters
-        ----------
-        B, C
-            The leaves, or gradients of them.
-        places
-            By path, of a compacted layer. What is not among its leaves is zero.
-        """
-        found = {}
-        for index, path in self.paths.items():
-            shapes = self.outlines[index].B.shape, self.outlines[index].C.shape
-            whole = []
-            for leaf, shape, at in zip((B, C), shapes, places.get(path, (None, None)), strict=True):
-                own = leaf[index][: shape[0]]
-                whole.append(
-                    own[:, : shape[1]] if at is None else placed(own, at, jnp.zeros(shape, leaf.dtype))
-                )
-            found[path] = (whole[0], whole[1])
-        return found
+        def own(leaf: Array, index: Index, shape: Index) -> Array:
+            return leaf[index][: shape[0], : shape[1]]
 
-    def masks(self, active: Mapping[str, Array], places: Mapping[str, Places]) -> tuple[Array, Array]:
+        outlines = {path: (index, self.outlines[index]) for index, path in self.paths.items()}
+        return {
+            path: (own(B, index, outline.B.shape), own(C, index, outline.C.shape))
+            for path, (index, outline) in outlines.items()
+        }
+
+    def masks(self, active: Mapping[str, Array]) -> tuple[Array, Array]:
         """Return booleans that broadcast against the leaves: True where an element is trained.
 
         Parameters
         ----------
         active
             (K,) booleans by path.
-        places
-            By path, of a compacted layer.
         """
         found: tuple[list[Array], list[Array]] = ([], [])
-        widths = [shape[-1] for shape in self.shapes({})]
         for index, path in self.paths.items():
             _, B, C, labels, ranks, _ = self.outlines[index]
             of_layer = _trained_elements((B.shape, C.shape), labels, ranks, active[path])
-            for masks, mask, width, at in zip(
-                found, of_layer, widths, places.get(path, (None, None)), strict=True
-            ):
-                padding = ((0, 0), (0, width - mask.shape[-1]))
-                masks.append(jnp.pad(mask, padding) if at is None else taken(mask, at))
+            for masks, mask, shape in zip(found, of_layer, self.shapes, strict=True):
+                masks.append(jnp.pad(mask, ((0, 0), (0, shape[-1] - mask.shape[-1]))))
         B, C = (jnp.reshape(jnp.stack(m), (*self.leading, 1, m[0].shape[-1])) for m in found)
         return B, C
 
-    def shapes(self, places: Mapping[str, Places]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of the leaves."""
-        shapes = []
-        for number, name in enumerate("BC"):
-            own = [getattr(factors, name).shape for factors in self.outlines.values()]
-            width = max(columns for _, columns in own)
-            for path in self.paths.values():
-                width = places[path][number].shape[-1] if path in places else width
-            shapes.append((*self.leading, max(rows for rows, _ in own), width))
-        return shapes[0], shapes[1]
+    @property
+    def shapes(self) -> tuple[Index, Index]:
+        """Shapes of the leaves."""
+        B, C = (
+            np.max([getattr(factors, name).shape for factors in self.outlines.values()], axis=0)
+            for name in "BC"
+        )
+        return (*self.leading, *map(int, B)), (*self.leading, *map(int, C))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -126,14 +109,12 @@ class Leaves:
             path: pair.outlines[index] for pair in self.pairs.values() for index, path in pair.paths.items()
         }
 
-    def masks(
-        self, active: Mapping[str, Array], places: Mapping[str, Places]
-    ) -> dict[tuple[str, int], Array]:
+    def masks(self, active: Mapping[str, Array]) -> dict[tuple[str, int], Array]:
         """Return `Pair.masks` of all modules, by what `name` says."""
         return {
             (owner, number): mask
             for owner, pair in self.pairs.items()
-            for number, mask in enumerate(pair.masks(active, places))
+            for number, mask in enumerate(pair.masks(active))
         }
 
     def name(self, path: tuple[Any, ...]) -> tuple[str, int] | None:
@@ -147,7 +128,7 @@ class Leaves:
                     return found
         return None
 
-    def positions(self, params: Any, places: Mapping[str, Places], what: str) -> dict[str, tuple[int, int]]:
+    def positions(self, params: Any, what: str) -> dict[str, tuple[int, int]]:
         """Return which of the flattened leaves of a tree of parameters are B and C, by path of the module.
 
         Raises
@@ -161,7 +142,7 @@ class Leaves:
             if name is not None:
                 found.setdefault(name, (position, leaf))
         for owner, pair in self.pairs.items():
-            for number, shape in enumerate(pair.shapes(places)):
+            for number, shape in enumerate(pair.shapes):
                 position, leaf = found.get((owner, number), (0, None))
                 if leaf is None or tuple(leaf.shape) != shape:
                     raise StateError(

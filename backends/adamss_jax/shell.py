@@ -23,7 +23,6 @@ from adamss.backend.tensors import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors, Merged
 from adamss.errors import ArrayTypeError, StateError
-from adamss_jax.parts import Rest
 from adamss_jax.stacks import split_path
 
 __all__ = [
@@ -33,12 +32,10 @@ __all__ = [
     "Record",
     "Shell",
     "beside",
-    "check_not_thawed",
     "check_values",
     "factors_beside",
     "owner_prefix",
     "placed_as",
-    "resized_as",
     "spelled",
 ]
 
@@ -194,18 +191,6 @@ class Shell(ABC):
         """
 
     @abstractmethod
-    def rests(self, model: Model) -> dict[str, Rest]:
-        """Return what `compact` has taken out of each module that it has compacted, by its path."""
-
-    @abstractmethod
-    def compact(self, model: Model, new: Mapping[str, tuple[Any, Any, Rest]]) -> Model:
-        """Return the model with other trained arrays B and C, and their `Rest`, in some modules, by their paths.
-
-        The outputs are the same up to rounding, and so are the gradients of what is left;
-        ``adaptation(compact(m, ...)).layers == adaptation(m).layers``.
-        """
-
-    @abstractmethod
     def set_active(self, model: Model, active: Mapping[str, jax.Array]) -> Model:
         """See `Backend.set_active`."""
 
@@ -256,29 +241,6 @@ def check_values(array: jax.Array, path: str) -> None:
         )
 
 
-def check_not_thawed(mask: Any, gone: Any, path: str, where: str) -> None:
-    """Check that a mask thaws no subspace that has gone.
-
-    Parameters
-    ----------
-    mask, gone
-        (K,) booleans; None for `gone` if none has.
-    path, where
-        Of the layer, and where they have gone, for the message.
-
-    Raises
-    ------
-    StateError
-        Naming the layer.
-    """
-    thawed = np.zeros(()) if gone is None else np.asarray(mask) & np.asarray(gone)
-    if thawed.any():
-        raise StateError(
-            f"{path}: the mask thaws subspace {int(np.argmax(thawed))}, which {where}; keep it frozen, or load the "
-            "adapter into the base model afresh"
-        )
-
-
 def placed_as(array: Any, like: jax.Array) -> jax.Array:
     """Return an array where another one of its shape is, spread over devices as that is."""
     if isinstance(like, jax.core.Tracer) or not like.committed:
@@ -300,15 +262,6 @@ def beside(array: Any, like: jax.Array | None, dtype: Any = None) -> jax.Array:
     else:
         placed = jax.device_put(placed, next(iter(like.devices())))
     return placed
-
-
-def resized_as(array: Any, like: jax.Array) -> jax.Array:
-    """Return an array placed as one of another size, or whole on its devices if it cannot be split as that is."""
-    try:
-        like.sharding.shard_shape(array.shape)
-    except ValueError:
-        return beside(array, like)
-    return placed_as(array, like)
 
 
 def spelled(path: tuple[Any, ...]) -> str:

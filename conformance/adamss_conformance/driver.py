@@ -68,10 +68,6 @@ class Training(ABC):
     def memory(self) -> list[Array]:
         """Return every number that optimiser and controller remember, as NumPy arrays in an order of their own."""
 
-    @abstractmethod
-    def compact(self) -> None:
-        """Shrink parameters and optimiser to what is trained, if the framework has that; else do nothing."""
-
     def compilations(self) -> int:
         """Return how often the step has been compiled so far; 0 where it is not."""
         return 0

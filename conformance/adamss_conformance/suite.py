@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -478,7 +478,7 @@ class BackendSuite:
     @each_optimiser
     @each_mode
     def test_law_08_frozen_in_training(self, driver: Driver, optimiser: str, mode: str) -> None:
-        """From the step on at which a controller freezes an element it keeps its value, also once compacted."""
+        """From the step on at which a controller freezes an element it keeps its value."""
         with _case(driver, "float32", "models", "budget", optimiser):
             _assert_frozen_in_training(driver, "one way", mode, optimiser)
 
@@ -673,7 +673,7 @@ class BackendSuite:
 
     @each_schedule
     def test_law_11_compilation_of_a_training_under_a_budget(self, driver: Driver, schedule: str) -> None:
-        """One compilation for the whole schedule, and one more for `compact`."""
+        """One compilation for the whole schedule."""
         with _case(driver, "float32", "models", "budget", "compiles"):
             training = _training(driver, _attached(driver, schedule), schedule, COMPILED)
             training.step()
@@ -682,11 +682,6 @@ class BackendSuite:
             for _ in range(SCHEDULES[schedule].end_step + 1):
                 training.step()
             assert training.compilations() == before, "the schedule made it compile again"
-            if not SCHEDULES[schedule].revive:
-                training.compact()
-                training.step()
-                training.step()
-                assert training.compilations() == before + 1, "compacting may compile once"
 
     @each_dtype
     @pytest.mark.parametrize("variant", ["default", "bias per subspace"])
@@ -804,21 +799,12 @@ def _active(driver: Driver, model: Any) -> tuple[int, int]:
 
 def _assert_frozen_in_training(driver: Driver, schedule: str, mode: str, optimiser: str) -> None:
     training = _training(driver, _attached(driver, schedule), schedule, mode, optimiser)
-    end = SCHEDULES[schedule].end_step
-    for step in range(1, end + 3):
+    for step in range(1, SCHEDULES[schedule].end_step + 3):
         before = _factors(driver, training.model)
         training.step()
         after = _factors(driver, training.model)
         for path, f in before.items():
             _assert_frozen_kept(f, after[path], f"{path}, step {step}")
-        if step == end and not SCHEDULES[schedule].revive:
-            with suppress(
-                StateError
-            ):  # of an optimiser whose state cannot be cut: then nothing may be changed
-                training.compact()
-            for path, f in _factors(driver, training.model).items():
-                for name in Factors._fields:
-                    _assert_same(getattr(f, name), getattr(after[path], name), f"{name} of {path}, compacted")
 
 
 def _assert_frozen_kept(before: Factors, after: Factors, what: str) -> None:

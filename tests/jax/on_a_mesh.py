@@ -163,7 +163,7 @@ class Pair(nnx.Module):
 
 
 def trained(*, steps, specs=None, mesh=None, replicated=False):
-    """Return a model and its optimiser after some steps under a budget, and the masks after each step.
+    """Return a model after some steps under a budget, the masks after each step, and one step more.
 
     Parameters
     ----------
@@ -200,7 +200,7 @@ def trained(*, steps, specs=None, mesh=None, replicated=False):
         masks.append(
             [np.asarray(layer.adamss.active.get_value()).tolist() for layer in (model.query, model.value)]
         )
-    return model, optimizer, masks, lambda: step(model, optimizer, x)
+    return model, masks, lambda: step(model, optimizer, x)
 
 
 def budgets():
@@ -213,14 +213,14 @@ def budgets():
         "fully sharded, state replicated": {"specs": sharded, "replicated": True},
     }
     x = problem(bias_row=0)["x"]
-    alone, optimizer, masks, step = trained(steps=8)
+    alone, masks, step = trained(steps=8)
     parameters, y = nnx.to_pure_dict(nnx.state(alone, nnx.LoRAParam)), alone(x)
-    adamss_jax.compact(alone, optimizer)
+    adamss.consolidate(alone)
     step()
     later = alone(x)
     report = {}
     for name, options in cases.items():
-        model, optimizer, found, step = trained(steps=8, mesh=mesh, **options)
+        model, found, step = trained(steps=8, mesh=mesh, **options)
         B = model.query.adamss.B.get_value()
         spread = NamedSharding(mesh, options["specs"].get("B", P()))
         report[name] = {
@@ -230,8 +230,8 @@ def budgets():
             "parameters": difference(nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)), parameters),
             "sharded as before": B.sharding.is_equivalent_to(spread, 2),
         }
-        adamss_jax.compact(model, optimizer)
-        report[name]["compacted"] = difference(model(x), y)
+        adamss.consolidate(model)
+        report[name]["consolidated"] = difference(model(x), y)
         step()
         report[name]["a step later"] = difference(model(x), later)
     return report

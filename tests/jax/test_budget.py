@@ -1,4 +1,4 @@
-"""The adaptive budget as an optax transformation: `budgeted`, `synchronise`, `allocation` and `compact`."""
+"""The adaptive budget as an optax transformation: `budgeted`, `synchronise` and `allocation`."""
 
 import dataclasses
 import itertools
@@ -157,9 +157,6 @@ class Nnx:
     def synchronise(self):
         return adamss_jax.synchronise(self.model, self.optimizer)
 
-    def compact(self):
-        self.model, self.optimizer = adamss_jax.compact(self.model, self.optimizer)
-
     def saved(self):
         return nnx.state(self.optimizer)
 
@@ -190,9 +187,6 @@ class Equinox:
     def synchronise(self):
         self.model = adamss_jax.synchronise(self.model, self.state)
         return self.model
-
-    def compact(self):
-        self.model, self.state = adamss_jax.compact(self.model, self.state)
 
     def saved(self):
         return jax.tree.leaves(self.state)
@@ -598,78 +592,9 @@ def test_revive_without_its_budget_in_the_model_is_refused_or_warned_of():
     assert not one_way.init(BACKEND.parameters(model)).revive
 
 
-# ---- compact ---------------------------------------------------------------------------------------
+# ---- consolidate -----------------------------------------------------------------------------------
 
-ELEMENTWISE = {
-    "sgd": lambda: optax.chain(optax.clip_by_global_norm(0.3), optax.sgd(0.05, momentum=0.9)),
-    "adamw": lambda: optax.adamw(0.02, weight_decay=0.1),
-    "nadam": lambda: optax.nadam(0.02),
-    "adagrad": lambda: optax.adagrad(0.05),
-}
 LONG = {"target": 2, "end_step": 9, "interval": 3, "power": 1}
-
-
-@pytest.mark.parametrize(
-    ("optimiser", "kind"),
-    [
-        ("sgd", "nnx"),
-        ("nadam", "nnx"),
-        ("adagrad", "nnx"),
-        ("adamw", "equinox"),
-        ("sgd", "stack"),
-        ("adamw", "stack"),
-    ],
-)
-def test_compacting_in_the_middle_changes_nothing(optimiser, kind):
-    """Twice, mid-schedule and at its end: some layers have no subspace left."""
-    changes = {"basis": "per_subspace", "include_bias": True} if optimiser == "adamw" else {}
-    with jax.enable_x64(True):
-        plain = trained(kind, ELEMENTWISE[optimiser](), LONG, **changes)
-        loop = trained(kind, ELEMENTWISE[optimiser](), LONG, **changes)
-        for number in range(14):
-            if number in (5, 10):
-                before = loop.model(inputs())
-                sizes = [leaf.size for leaf in jax.tree.leaves(loop.state.inner)]
-                loop.compact()
-                assert sum(leaf.size for leaf in jax.tree.leaves(loop.state.inner)) < sum(sizes)
-                np.testing.assert_allclose(loop.model(inputs()), before, rtol=1e-12, atol=1e-13)
-            plain.step(inputs(number))
-            loop.step(inputs(number))
-        assert loop.traces <= 3
-        assert count(loop.state) == 2
-        for path, expected in factors(plain.model).items():
-            np.testing.assert_array_equal(masks(loop.state)[path], masks(plain.state)[path])
-            for name in ("B", "C"):
-                actual = getattr(factors(loop.model)[path], name)
-                np.testing.assert_allclose(
-                    actual, getattr(expected, name), rtol=1e-9, atol=1e-11, err_msg=name
-                )
-        for a, b in zip(
-            *(jax.tree.leaves(each.state.budget.importance) for each in (plain, loop)), strict=True
-        ):
-            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-14)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_compacted_model_is_saved_merged_and_detached_as_any(kind, tmp_path):
-    loop = trained(kind, optax.adamw(0.05), LONG, steps=10)
-    model = loop.synchronise()
-    adamss.save(model, tmp_path / "whole.safetensors", training=True)
-    table = str(adamss.summary(model))
-    loop.compact()
-    adamss.save(loop.model, tmp_path / "compact.safetensors", training=True)
-    assert same_file(tmp_path / "whole.safetensors", tmp_path / "compact.safetensors")
-    assert str(adamss.summary(loop.model)) == table
-    y = loop.model(inputs())
-    model = adamss.merge(loop.model)
-    np.testing.assert_allclose(model(inputs()), y, rtol=1e-5, atol=1e-6)
-    model = adamss.unmerge(model)
-    np.testing.assert_array_equal(model(inputs()), y)
-    loaded = adamss.load(MODELS[kind](), tmp_path / "compact.safetensors")
-    np.testing.assert_allclose(loaded(inputs()), y, rtol=1e-5, atol=1e-6)
-    with adamss.disabled(model) as base:
-        np.testing.assert_array_equal(base(inputs()), MODELS[kind]()(inputs()))
-    np.testing.assert_array_equal(adamss.detach(model)(inputs()), MODELS[kind]()(inputs()))
 
 
 def kept_for_backward(model, x):
@@ -689,16 +614,13 @@ def kept_for_backward(model, x):
 def test_only_what_is_trained_is_kept_for_the_backward():
     """Of 8 subspaces 1 is left: one layer keeps z of its direction, the other neither z nor x."""
     loop = trained("nnx", optax.sgd(0.1), {"target": 1, "end_step": 3}, steps=5, subspace_rank=1)
-    loop.synchronise()
-    x = inputs(rows=37)
-    before = kept_for_backward(loop.model, x)
+    x, model = inputs(rows=37), loop.synchronise()
+    before = kept_for_backward(model, x)
     assert before.count((37, K)) == 2
-    loop.compact()
-    after = kept_for_backward(loop.model, x)
+    after = kept_for_backward(adamss.consolidate(model), x)
     assert after.count((37, K)) == 0
     assert after.count((37, 1)) == 1
     assert after.count((37, WIDTH)) < before.count((37, WIDTH))
-    assert sum(leaf.shape[-1] for leaf in jax.tree.leaves(BACKEND.parameters(loop.model))) < 2 * (K + WIDTH)
 
 
 def ordered(model, order):
@@ -712,37 +634,35 @@ def ordered(model, order):
 
 
 def orders(model):
-    """Return the schedules of the adapted layers."""
+    """Return the orders of the adapted layers."""
     if isinstance(model, nnx.Module):
-        return [layer.adamss.schedule for layer in (model.block.query, model.block.value)]
-    return [layer.schedule for layer in model.block.values()]
+        return [layer.adamss.order for layer in (model.block.query, model.block.value)]
+    return [layer.order for layer in model.block.values()]
 
 
 @pytest.mark.parametrize("kind", ["stack", "equinox"])
-def test_the_order_of_the_products_outlives_compacting_and_consolidating(kind, tmp_path):
+def test_the_order_of_the_products_outlives_consolidating(kind, tmp_path):
     """It is in no file, and training by either order is the same but for rounding."""
     model = attached(kind, {"target": 3, "end_step": 1})
     adamss.save(model, tmp_path / "as attached")
     outputs = []
-    for schedule in core.ORDERS:
-        model = ordered(attached(kind, {"target": 3, "end_step": 1}), schedule)
-        adamss.save(model, tmp_path / schedule)
-        assert same_file(tmp_path / schedule, tmp_path / "as attached")
+    for order in core.ORDERS:
+        model = ordered(attached(kind, {"target": 3, "end_step": 1}), order)
+        adamss.save(model, tmp_path / order)
+        assert same_file(tmp_path / order, tmp_path / "as attached")
         loop = LOOPS[kind](model, adamss_jax.budgeted(optax.sgd(0.1), model))
         for number in range(3):
             loop.step(inputs(number))
-        loop.compact()
-        loop.model = adamss.consolidate(loop.model)
+        loop.model = adamss.consolidate(loop.synchronise())
         for number in range(3, 6):
             loop.step(inputs(number))
         assert loop.traces == 2
-        assert orders(loop.model) == [schedule, schedule]
+        assert orders(loop.model) == [order, order]
         outputs.append(loop.model(inputs()))
     np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
 
 
 def test_projected_nothing_of_the_inputs_is_kept_but_their_coordinates():
-    """Of a layer of which a part is constant x is kept again, until the weight holds that part."""
     rank, x = 5, inputs(rows=37)
     model = ordered(attached("nnx", LONG, subspace_rank=1), "factors_first")
     before = kept_for_backward(model, x)
@@ -753,75 +673,6 @@ def test_projected_nothing_of_the_inputs_is_kept_but_their_coordinates():
     model = adamss.consolidate(model)
     assert kept_for_backward(model, x).count((37, rank)) == 2
     assert kept_for_backward(model, x).count((37, 2)) == 2
-
-
-def test_a_compacted_model_in_a_transformation_made_anew():
-    loop = trained("equinox", optax.adamw(0.02), LONG, steps=6)
-    loop.compact()
-    again = adamss_jax.budgeted(optax.adamw(0.02), loop.model)
-    params = BACKEND.parameters(loop.model)
-    fresh = again.init(params)
-    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, loop.state)
-    expected, other = loop.state, loop.state
-    gradients = random_like(params, np.random.default_rng(0))
-    same = adamss_jax.budgeted(optax.adamw(0.02), attached("equinox", LONG))
-    for tx in (again, same):
-        updates, other = jax.jit(tx.update)(gradients, expected, params)
-        results = jax.tree.leaves((updates, other))
-        if tx is again:
-            first = results
-    assert all(np.array_equal(a, b) for a, b in zip(first, results, strict=True))
-
-
-def test_moments_that_are_factored_are_cut_too():
-    schedule, sizes = LONG | {"minimum_per_layer": 1}, {"rank": 8, "subspaces": 3}
-    loop = trained("nnx", optax.adafactor(0.02, min_dim_size_to_factor=2), schedule, steps=6, **sizes)
-    width = loop.model.block.query.adamss.B.shape[1]
-    assert loop.state.inner[0].v_row["block"]["query"]["adamss"]["B"].shape == (width,)
-    loop.compact()
-    assert loop.model.block.query.adamss.B.shape[1] < width
-    for number in range(6, 12):
-        loop.step(inputs(number))
-    assert count(loop.state) == 2
-
-
-def test_muon_keeps_an_empty_array_for_what_is_not_its_own_which_is_left():
-    loop = trained("nnx", OPTIMISERS["muon"](), LONG, steps=6)
-    loop.compact()
-    for number in range(6, 10):
-        loop.step(inputs(number))
-    assert count(loop.state) == 2
-
-
-def test_what_cannot_be_cut_is_said():
-    # P = q: which axis the average was taken over cannot be told from the shape.
-    loop = trained("nnx", optax.adafactor(0.02, min_dim_size_to_factor=2), LONG, steps=9, rank=8)
-    before = str(adamss.summary(loop.model))
-    with pytest.raises(
-        StateError, match=r"v_row.*of shape \(8,\) for a parameter of shape \(8, 8\).*either axis"
-    ):
-        loop.compact()
-    assert str(adamss.summary(loop.model)) == before
-    # Factored while it was large, and not any more.
-    loop = trained("nnx", optax.adafactor(0.02, min_dim_size_to_factor=4), LONG, steps=9)
-    loop.compact()
-    with pytest.raises(StateError, match=r"does not fit the compacted parameters.*train on without compact"):
-        loop.step(inputs())
-
-
-def test_compact_refuses_what_may_return_and_states_that_do_not_belong():
-    loop = trained("nnx", optax.sgd(0.1), {"target": 2, "end_step": 4, "revive": True}, steps=5)
-    with pytest.raises(StateError, match="compact: revive = True"):
-        loop.compact()
-    loop = trained("equinox", optax.sgd(0.1), {"target": 2, "end_step": 4}, steps=5)
-    model, _ = adamss_jax.compact(loop.model, loop.state)
-    with pytest.raises(StateError, match="the model is compacted and the state is not"):
-        adamss_jax.compact(model, loop.state)
-    with pytest.raises(StateError, match=r"mask thaws subspace \d, which adamss_jax.compact has taken out"):
-        BACKEND.set_active(model, {path: jnp.ones(K, bool) for path in factors(model)})
-
-
-# ---- consolidate -----------------------------------------------------------------------------------
 
 
 def flops(model, x):
@@ -836,22 +687,19 @@ def flops(model, x):
 
 
 @pytest.mark.parametrize(
-    ("kind", "compacted", "variant"),
+    ("kind", "variant"),
     [
-        ("nnx", False, {}),
-        ("nnx", True, {"basis": "per_subspace", "include_bias": True}),
-        ("equinox", False, {"basis": "per_subspace", "include_bias": True}),
-        ("equinox", True, {}),
-        ("stack", True, {}),
+        ("nnx", {}),
+        ("nnx", {"basis": "per_subspace", "include_bias": True}),
+        ("equinox", {"basis": "per_subspace", "include_bias": True}),
+        ("stack", {}),
     ],
 )
-def test_consolidate(kind, compacted, variant, tmp_path):
+def test_consolidate(kind, variant, tmp_path):
     with jax.enable_x64(True):
         loop = trained(kind, optax.adamw(0.05), LONG, steps=6, **variant)
         plain = trained(kind, optax.adamw(0.05), LONG, steps=6, **variant)
         loop.synchronise()
-        if compacted:
-            loop.compact()
         x, layers = inputs(rows=64), factors(loop.model)
         before, y = flops(loop.model, x), loop.model(x)
         adamss.save(loop.model, tmp_path / "before.safetensors", training=True)
@@ -979,8 +827,6 @@ def test_synchronise_and_allocation_refuse():
     same_shapes = attached("nnx", segmentation="random", seed=1)
     with pytest.raises(StateError, match=r"another model: .* has other subspaces there"):
         adamss_jax.synchronise(same_shapes, loop.optimizer)
-    with pytest.raises(StateError, match=r"another model: .* has other subspaces there"):
-        adamss_jax.compact(same_shapes, loop.optimizer)
     with pytest.raises(StateError, match="synchronise: the model has no adapters"):
         adamss_jax.synchronise(NnxNet(), loop.optimizer)
     with pytest.raises(adamss.errors.ArrayTypeError, match="tracer"):
@@ -1112,5 +958,5 @@ def test_the_decisions_on_a_mesh_are_those_on_one_device(case, on_a_mesh):
     assert found["counts"][0] == 6 > found["counts"][-1] == 2
     assert found["same masks"]
     assert found["sharded as before"]
-    for name in ("parameters", "compacted", "a step later"):
+    for name in ("parameters", "consolidated", "a step later"):
         assert found[name] <= RELATIVE_TOLERANCE["float32"], name

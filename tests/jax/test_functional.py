@@ -406,7 +406,7 @@ def test_an_unknown_order_raises(variant):
 
 @each_order
 def test_padding_stays_out_of_the_products_and_gets_no_gradient(order, x64):
-    """Rank, directions, rows of C and columns of no subspace: what stacks and compacted layers are padded with."""
+    """Rank, directions, rows of C and columns of no subspace: what stacks and consolidated layers are padded with."""
     p = problem("shared, ranks 3 1 2, bias")
     f = p.factors
     labels = np.where(f.labels == 1, -1, f.labels)

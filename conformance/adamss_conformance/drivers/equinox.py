@@ -143,10 +143,5 @@ class EquinoxTraining(Training):
     def memory(self) -> list[np.ndarray]:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(self._state)]
 
-    def compact(self) -> None:
-        model = eqx.combine(self._trained, self._frozen)
-        model, self._state = adamss_jax.compact(model, self._state)
-        self._trained, self._frozen = eqx.partition(model, trainable_filter(model))
-
     def compilations(self) -> int:
         return int(self._step.compilations())

@@ -141,8 +141,5 @@ class NnxTraining(Training):
     def memory(self) -> list[np.ndarray]:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(self._optimizer))]
 
-    def compact(self) -> None:
-        self._model, self._optimizer = adamss_jax.compact(self._model, self._optimizer)
-
     def compilations(self) -> int:
         return int(self._step.compilations())

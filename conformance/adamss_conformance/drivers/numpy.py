@@ -153,9 +153,6 @@ class NumpyTraining(Training):
         leaves = _leaves((self._number, self._optimiser, self._state))
         return [np.asarray(leaf) if isinstance(leaf, int) else self._driver.numpy(leaf) for leaf in leaves]
 
-    def compact(self) -> None:
-        """Do nothing: the reference keeps all that it has."""
-
     def _factors(self) -> dict[str, Factors]:
         adaptation = self._driver.backend.adaptation(self._model)
         return {} if adaptation is None else dict(adaptation.layers)

@@ -193,9 +193,6 @@ class TorchTraining(Training):
     def _state(self) -> dict[str, Any]:
         return {"optimizer": self._optimizer.state_dict(), "budget": self._budget.state_dict()}
 
-    def compact(self) -> None:
-        self._budget.compact()
-
     def compilations(self) -> int:
         return int(self._forward.compilations())  # type: ignore[attr-defined]
 
