@@ -249,7 +249,8 @@ def with_jax(config: BudgetConfig, gradients: list[Any], file: Path) -> list[byt
         )
         model = adamss_jax.synchronise(model, optimizer)
         actives = {
-            f"layers.{i}": np.asarray(layer.adamss.active.get_value()) for i, layer in enumerate(model.layers)
+            f"layers.{i}": np.asarray(layer.adamss.default.active.get_value())
+            for i, layer in enumerate(model.layers)
         }
         masks.append(np.concatenate([actives[path] for path in sorted(actives)]).tobytes())
     jax.block_until_ready(nnx.state(model))

@@ -152,7 +152,7 @@ def measure(name: str, folder: str, steps: int, output: Path) -> dict[str, Any]:
         "trained": {
             key: tensor.detach().float().numpy().tobytes().hex()
             for key, tensor in model.state_dict().items()
-            if key.endswith((".adamss.B", ".adamss.C", ".adamss.active"))
+            if key.endswith((".adamss.default.B", ".adamss.default.C", ".adamss.default.active"))
         },
     }
 

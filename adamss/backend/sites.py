@@ -210,8 +210,9 @@ class Site:
         return self.kind.weight, self.kind.bias
 
     def weight(self, arrays: Mapping[str, Array | None]) -> BaseWeight:
-        """Return what the layer's own arrays, by name, are in paper orientation."""
+        """Return what the layer's own arrays, by name, are in paper orientation; without a bias unless it is linear."""
         W, b = (arrays.get(name) for name in self.names)
+        b = b if self.kind.linear else None
         if self.index:
             W, b = W[self.index], None if b is None else b[self.index]  # type: ignore[index]
         return BaseWeight(

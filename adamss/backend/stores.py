@@ -18,7 +18,7 @@ __all__ = ["PlainStore", "Store", "Stores"]
 class Store(ABC):
     """One way of keeping arrays that belong to a layer.
 
-    The law that binds it: ``read(write(layer, name, a), name) == a`` wherever `refusal` returns None.
+    The law that binds it, wherever `refusal` returns None: after ``write(layer, name, a)``, ``read(layer, name) == a``.
     """
 
     @abstractmethod
@@ -37,8 +37,14 @@ class Store(ABC):
         """Return why the array cannot be written, and the way out, as a clause; None if it can."""
 
     @abstractmethod
-    def write(self, layer: Any, name: str, value: Array) -> Any:
-        """Return the layer with another array: the same object where layers are changed in place."""
+    def write(self, layer: Any, name: str, value: Array) -> None:
+        """Give the layer another array."""
+
+    def exchange(self, layer: Any, name: str, value: Array) -> Array:
+        """Give the layer another array, and return the one that it had, which nobody writes over."""
+        before = self.read(layer, name)
+        self.write(layer, name, value)
+        return before
 
 
 class Stores:
@@ -94,7 +100,6 @@ class PlainStore(Store):
         """Return None."""
         return None
 
-    def write(self, layer: Any, name: str, value: Array) -> Any:
+    def write(self, layer: Any, name: str, value: Array) -> None:
         """Set the attribute."""
         setattr(layer, name, value)
-        return layer

@@ -1,9 +1,4 @@
-"""The adapter of one `torch.nn.Linear`: a small child module on the user's own layer.
-
-The layer keeps its class, its weight and its state-dict keys; a forward hook adds the update to its
-output. PyTorch's fused inference paths look for hooks and step aside, where a wrapper module with a
-``weight`` of its own would be bypassed without a word.
-"""
+"""One adapter of one layer: its factors, as Parameters and buffers, and what they add to the layer's output."""
 
 from __future__ import annotations
 
@@ -12,21 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adamss.core import Factors
-from adamss.errors import StateError
-from adamss_torch.absent import present
-from adamss_torch.kernel import Layout, Plan, make_layout, update
+from adamss_torch.kernel import Layout, Plan, make_layout, products, update
+from adamss_torch.stores import present
 
-__all__ = ["BUFFERS", "CHILD", "Adapter", "OnLoan", "refuse_compacted", "without_weights"]
-
-CHILD = "adamss"
-"""Name of the adapter among the children of its layer."""
-
-HOOK = -1
-"""Key of the adapter's hook among the forward hooks of its layer."""
+__all__ = ["BUFFERS", "HELD", "Adapter"]
 
 HELD = "in_weight"
 """Key in a state of the mask of the subspaces whose update the weight holds, where it holds any.
@@ -37,14 +23,13 @@ Of length 0 in a state without the weights.
 PERSISTENT = ("A", "B", "C", "labels", "ranks", "active")
 """What a state has of an adapter, where there is one of the name."""
 
-BUFFERS = ("A", "labels", "ranks", "active", "folded")
-"""All that an adapter may have."""
+BUFFERS = ("A", "labels", "ranks", "active")
 
 
 class Adapter(nn.Module):
     """``y = base(x) + (x M^T) E``, with ``M = B A^T`` and E the expansion of C.
 
-    Its subspaces are trained, frozen, or folded into the weight of the layer, which `fold` leaves out of the sum.
+    Each subspace is trained, frozen, or held by the weight of the layer, and then left out of the sum.
 
     Parameters
     ----------
@@ -59,49 +44,39 @@ class Adapter(nn.Module):
         Trained Parameters, (q, P) and (r, n).
     A, labels, ranks, active
         Buffers, as in `adamss.core.Factors`.
-    folded
-        (K,) booleans: whose update the weight of the layer holds; None for none.
+    held
+        (K,) booleans on the CPU: whose update the weight of the layer holds; None for none. It is no buffer, and
+        neither is `layout`, since other libraries store, send and average these.
     layout
-        Where B and C stand, as it follows from labels, ranks and `folded`; no buffer, since other libraries store,
-        send and average these.
+        Where B and C stand, as it follows from labels, ranks and `held`.
     revive
         Whether frozen subspaces get gradients all the same, because they may return.
     loads
         How often a state was loaded into it.
-    enabled
-        Whether the hook adds the update.
     order
         In which order its products are taken, one of `adamss.core.ORDERS`; None for the one that costs less.
         With bases of their own the factors come first all the same.
-    merged
-        Whether the weights of the layer hold the whole update already.
-    base
-        While merged or folded: the tensors that the layer had before, by name; None if they were dropped.
     """
 
     A: Tensor
     labels: Tensor
     ranks: Tensor
     active: Tensor
-    folded: Tensor | None
     layout: Layout
 
     def __init__(self, factors: Factors, d: int) -> None:
         super().__init__()
         self.d = d
-        self.enabled = True
         self.order: str | None = None
-        self.merged = False
         self.revive = False
         self.loads = 0
-        self.base: dict[str, Tensor] | None = None
+        self.held: Tensor | None = None
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
         for name in ("A", "labels", "ranks", "active"):
             # In one layout whatever they come from: products of another may round otherwise, and a resumed training
             # is to give the same bits.
             self.register_buffer(name, _alone(getattr(factors, name).detach().contiguous()))
-        self.register_buffer("folded", None, persistent=False)
         self._derive()
 
     def forward(
@@ -132,24 +107,6 @@ class Adapter(nn.Module):
         active = None if self.revive else buffers["active"]
         return update(base, x, B, C, Plan(A, active, layout, self.order, weight, overwrite, input_kept))
 
-    def hook(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        """Forward hook of the layer."""
-        # It stays on a merged layer rather than come and go: others hook in before and behind it.
-        if self.merged or not self.enabled:
-            return None
-        x = args[0] if args else kwargs["input"]
-        overwrite = _is_ours_alone(layer, output)
-        weight, trained = None, False
-        if torch.is_grad_enabled():
-            # A computed one (`torch.nn.utils.parametrize`) would be computed once more, and may be another then.
-            weight = layer._parameters.get("weight")
-            trained = weight is not None and weight.requires_grad
-            weight = weight if overwrite and _is_linear_alone(layer, x, output) else None
-        result: Tensor = self(output, x, weight=weight, overwrite=overwrite, input_kept=trained)
-        return result
-
     def factors(self) -> Factors:
         """Return the factors, canonical, of all subspaces; views where they can be."""
         B, C = present(self, "B").detach(), present(self, "C").detach()
@@ -163,16 +120,26 @@ class Adapter(nn.Module):
         """Return the subspace of each row of B, (q,) int64."""
         return torch.repeat_interleave(self.ranks.to(torch.int64))
 
-    def fold(self, folded: Tensor | None) -> None:
-        """Leave these subspaces, (K,) booleans, out of the update, or none."""
-        self.folded = folded
+    def hold(self, held: Tensor | None) -> None:
+        """Leave these subspaces, (K,) booleans on the CPU, out of the update, or none."""
+        self.held = held
         self._derive()
 
+    def products(self) -> tuple[Tensor, Tensor]:
+        """Return M: (d, q) and E: (q, n), through which gradients reach the active subspaces, and no others."""
+        B: Tensor = self.B
+        C: Tensor = self.C
+        if not self.revive:
+            trained_B, trained_C = self.trained_elements()
+            B, C = torch.where(trained_B, B, B.detach()), torch.where(trained_C, C, C.detach())
+        return products(self.A, B, C, self.layout)
+
     def _derive(self) -> Layout:
-        """Make the layout anew, which follows from labels, ranks, and what is folded."""
+        """Make the layout anew, which follows from labels, ranks, and what the weight holds."""
+        held = None if self.held is None else self.held.to(self.labels.device)
         (q, _), (r, _) = self.B.shape, self.C.shape
         with torch.inference_mode(False):  # or no backward could keep it
-            self.layout = make_layout(self.labels, self.ranks, r, q, self.folded, dtype=self.C.dtype)
+            self.layout = make_layout(self.labels, self.ranks, r, q, held, dtype=self.C.dtype)
         return self.layout
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
@@ -182,44 +149,17 @@ class Adapter(nn.Module):
         self.layout = self.layout._replace(**parts)
         return self
 
-    # ---- the layer ------------------------------------------------------------------------------------
-
-    def install(self, layer: nn.Module) -> None:
-        """Become a child of the layer, and hook its forward."""
-        _let_compilers_see_hooks()
-        layer.register_module(CHILD, self)
-        # As `register_forward_hook` does, but for the key: PyTorch counts its own from zero in each process, and the
-        # hook of an unpickled model is not to be displaced by the first that is registered there.
-        layer._forward_hooks[HOOK] = self.hook
-        layer._forward_hooks_with_kwargs[HOOK] = True
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _let_compilers_see_hooks()  # an unpickled model was not attached to in this process
-
-    def uninstall(self, layer: nn.Module) -> None:
-        """Leave the layer as it was before `install`."""
-        # A copied or unpickled layer has hooks but no handles: the tables are the only way.
-        layer._forward_hooks.pop(HOOK, None)
-        layer._forward_hooks_with_kwargs.pop(HOOK, None)
-        delattr(layer, CHILD)
-
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(model)``."""
         G, d, P = self.A.shape
         n, K = self.labels.numel(), self.ranks.numel()
         return f"d={d}, n={n}, R={P}, K={K}, q={int(self.ranks.sum())}, bases={G}"
 
-    def in_weight(self) -> Tensor | None:
-        """Return of which subspaces, (K,) booleans, the weight of the layer holds the update; None if of none."""
-        return torch.ones_like(self.active) if self.merged else self.folded
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        held = self.in_weight()
-        if held is not None:
+        if self.held is not None:
             # Who loads it must know, or counts the update twice.
-            destination[f"{prefix}{HELD}"] = held
+            destination[f"{prefix}{HELD}"] = self.held.to(self.labels.device)
 
     def _load_from_state_dict(
         self,
@@ -255,7 +195,7 @@ class Adapter(nn.Module):
 
     def _fits_weight(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
         """Whether the factors in a state go with the weight that the layer has when it is loaded."""
-        held, ours = state_dict.get(f"{prefix}{HELD}"), self.in_weight()
+        held, ours = state_dict.get(f"{prefix}{HELD}"), self.held
         if held is None or held.numel():
             return _equal(held, ours)
         if ours is None:
@@ -264,6 +204,7 @@ class Adapter(nn.Module):
         here, there = self.factors(), self._factors_in(state_dict, prefix)
         if there is None or not all(map(_equal, (there.labels, there.ranks), (here.labels, here.ranks))):
             return False
+        ours = ours.to(self.labels.device)
         rows, columns = ours[self._groups()], ours[self.labels.to(torch.int64)]
         return (
             _equal(there.A, here.A)
@@ -301,111 +242,12 @@ class Adapter(nn.Module):
         return Factors(A, B.t(), C, *rest)
 
 
-class OnLoan:
-    """An attribute of a module for as long as there are adapters; `TorchBackend.remove` gives the former one back.
-
-    Parameters
-    ----------
-    module, name
-        Whose attribute it becomes.
-    """
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        own = vars(module)
-        # What the module itself has, not its class: one thing or nothing.
-        former = own.get(name)
-        self.former: tuple[Any, ...] = (former,) if name in own else ()
-        if isinstance(former, OnLoan):
-            self.former = former.former
-        own[name] = self
-
-    @staticmethod
-    def give_back(module: nn.Module) -> None:
-        """Take all of them off a module."""
-        own = vars(module)
-        for name, value in [*own.items()]:
-            if isinstance(value, OnLoan):
-                del own[name]
-                if value.former:
-                    (own[name],) = value.former
-
-
-def refuse_compacted(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
-    """Refuse a state in the compacted form of version 0.1, before any of it is loaded.
-
-    Raises
-    ------
-    StateError
-        If it is one; the message names a layer.
-    """
-    mark = f".{CHILD}.owned"
-    found = [name.removesuffix(mark) for name in state_dict if f".{name}".endswith(mark)]
-    if found:
-        raise StateError(
-            f"{found[0]}: the state is of an adapter that compact() had shrunk, a form that is gone; write it with "
-            "adamss.save in the version that it comes from, and adamss.load that file"
-        )
-
-
-def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state of adapters that says that the weights of their layers are no part of it."""
-    marks = {name.removesuffix("labels") + HELD for name in state_dict if name.endswith(f"{CHILD}.labels")}
-    return {**state_dict, **{name: torch.zeros(0, dtype=torch.bool) for name in marks}}
-
-
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and torch.equal(a.to(b), b)
 
 
-def _let_compilers_see_hooks() -> None:
-    """Have `torch.compile` look at the hooks of a module before it reuses what it has compiled.
-
-    It does not by default, and takes the graph of a frozen layer without hooks for a layer that is adapted: of the
-    same model compiled before, or of another one of the same structure. Graphs made so far are thrown away, once.
-    """
-    from torch._dynamo import config
-
-    if config.skip_nnmodule_hook_guards:
-        config.skip_nnmodule_hook_guards = False
-        torch.compiler.reset()
-
-
 def _alone(tensor: Tensor) -> Tensor:
     """Return a tensor with memory of its own: a part of others keeps them all, and safetensors refuses to save it."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
-    """Whether nobody but our hook has seen the output of the layer, so that it may be written over.
-
-    A forward of the user's own may keep what it returns, an earlier hook may, and so may a mode: that of selective
-    activation checkpointing hands it out once more. A compiler sees to it itself.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and type(layer).forward is nn.Linear.forward
-        and "forward" not in layer.__dict__
-        and len(layer._forward_hooks) == 1
-        and not _global_forward_hooks
-        and type(output) is Tensor
-        and output.is_contiguous()
-        and not is_in_torch_dispatch_mode()
-        and torch._C._len_torch_function_stack() == 0
-    )
-
-
-def _is_linear_alone(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
-    """Whether the gradient of x through this layer of a frozen weight is ``dy weight``, and no other is wanted."""
-    weight = layer._parameters.get("weight")
-    bias = layer._parameters.get("bias")
-    return (
-        weight is not None
-        and type(weight) in (Tensor, nn.Parameter)
-        and type(x) in (Tensor, nn.Parameter)
-        and not weight.requires_grad
-        and "bias" in layer._parameters
-        and not (bias is not None and bias.requires_grad)
-        and x.dtype == weight.dtype == output.dtype
-    )

@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from adamss.backend import Adaptation, Backend, BaseWeight
-from adamss.backend.interface import Division, without_folded
+from adamss.backend import Adaptation, Backend, Division, Kinds, Ledger, LinearKind, Site, View
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
-from adamss.core import Factors, Merged
-from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
+from adamss.core import Factors
+from adamss.errors import LayerError, StateError, TargetError
 from adamss_torch import sharding
-from adamss_torch.absent import check_writable, execution_device, present
-from adamss_torch.adapter import BUFFERS, CHILD, Adapter, OnLoan, refuse_compacted
+from adamss_torch.adapter import BUFFERS, Adapter
+from adamss_torch.bank import CHILD, LayerBank, OnLoan, refuse_compacted
+from adamss_torch.division import divided
 from adamss_torch.kernel import Plan, make_layout, update
-from adamss_torch.sharding import copy_into, is_sharded, local, rebuilt
+from adamss_torch.sharding import is_sharded, local, rebuilt
+from adamss_torch.stores import exchanged, execution_device, stores, writing_refused
 
-__all__ = ["TorchBackend", "adapters_of"]
+__all__ = ["TorchBackend", "adapters_of", "kinds"]
 
 RECORD = "_adamss_record"
 
@@ -50,10 +51,14 @@ class _Record:
         Which parameters required gradients before.
     guard
         Of the hook that looks at a state before it is loaded.
+    guard
+        Of the hook that refuses states of a form that is gone.
     unsynchronised
         The names that were added to `UNSYNCHRONISED`.
+    name
+        Of the adapter.
     disabled
-        Whether the model is within a `TorchBackend.disabled` block.
+        Whether the model is within an `adamss.disabled` block.
     """
 
     config: AdamssConfig
@@ -61,14 +66,36 @@ class _Record:
     originals: dict[str, dict[str, Tensor]]
     required_grad: dict[str, bool]
     guard: RemovableHandle
-    unsynchronised: frozenset[str] = frozenset()
+    unsynchronised: frozenset[str]
+    name: str
     disabled: bool = False
 
 
+class Linear(LinearKind):
+    """`torch.nn.Linear`, however its weight is kept."""
+
+    classes = (nn.Linear,)
+
+    def view(self, layer: nn.Linear, path: str) -> View:
+        """Return the transpose."""
+        if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise LayerError(
+                f"{path} is the output projection of torch.nn.MultiheadAttention, which reads the weight and never "
+                "calls the layer: an adapter on it would have no effect; leave it out of targets"
+            )
+        return super().view(layer, path)
+
+
+kinds = Kinds(Linear())
+"""Kinds of layers that can be adapted; `Kinds.register` adds one."""
+
+
 class TorchBackend(Backend):
-    """PyTorch: any `torch.nn.Module` with `torch.nn.Linear` layers, changed in place."""
+    """PyTorch: any `torch.nn.Module`, changed in place."""
 
     name = "torch"
+    kinds = kinds
+    stores = stores
 
     # ---- arrays -------------------------------------------------------------------------------------
 
@@ -115,6 +142,9 @@ class TorchBackend(Backend):
         ):
             yield
 
+    def has_values(self, array: Tensor) -> bool:
+        return not array.is_meta
+
     # ---- several processes ----------------------------------------------------------------------------
 
     def whole(self, array: Tensor) -> Tensor:
@@ -127,7 +157,7 @@ class TorchBackend(Backend):
         sharding.once(model, action)
 
     def divided(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager[Division]:
-        return sharding.divided(model, enabled=enabled)
+        return divided(model, enabled=enabled)
 
     # ---- models -------------------------------------------------------------------------------------
 
@@ -137,49 +167,27 @@ class TorchBackend(Backend):
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
         owner, _ = _owner(model)
         every = owner.named_modules(remove_duplicate=False)
-        return {path: module for path, module in every if not isinstance(module, Adapter)}
+        return {path: module for path, module in every if not isinstance(module, Adapter | LayerBank)}
 
-    def weight(self, module: nn.Module, path: str) -> BaseWeight:
-        path = path or "the model itself"
-        if not isinstance(module, nn.Linear):
-            raise LayerTypeError(
-                f"{path} is a {type(module).__name__}, which has no weight to adapt; targets must name "
-                "torch.nn.Linear layers"
-            )
-        if is_lazy(module.weight):
-            raise LayerError(f"{path} is a lazy layer without weights; run the model once, then attach")
-        if not isinstance(getattr(module, CHILD, None), Adapter | None):
+    def site(self, module: nn.Module, path: str) -> Site:
+        site, name = super().site(module, path), path or "the model itself"
+        weight: Any = getattr(module, site.kind.weight)
+        if is_lazy(weight):
+            raise LayerError(f"{name} is a lazy layer without weights; run the model once, then attach")
+        if not isinstance(getattr(module, CHILD, None), LayerBank | None):
             raise LayerError(
-                f"{path} has an attribute {CHILD!r} of its own, where the adapter goes; rename it"
+                f"{name} has an attribute {CHILD!r} of its own, where the adapter goes; rename it"
             )
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if weight.is_meta and is_sharded(weight):
             raise LayerError(
-                f"{path} is the output projection of torch.nn.MultiheadAttention, which reads the weight and never "
-                "calls the layer: an adapter on it would have no effect; leave it out of targets"
+                f"{name} is on the meta device: its weight has no values; load the weights first"
             )
-        if module.weight.is_meta and is_sharded(module.weight):
+        if hasattr(weight, "ds_id"):
             raise LayerError(
-                f"{path} is on the meta device: its weight has no values; load the weights first"
-            )
-        if hasattr(module.weight, "ds_id"):
-            raise LayerError(
-                f"{path}: DeepSpeed ZeRO-3 has taken its weight apart, so that no process can read it; use "
+                f"{name}: DeepSpeed ZeRO-3 has taken its weight apart, so that no process can read it; use "
                 "torch.distributed.fsdp.fully_shard instead"
             )
-        tensors: Mapping[str, Tensor | None] = {name: present(module, name) for name in ("weight", "bias")}
-        adapter = getattr(module, CHILD, None)
-        if adapter is not None and adapter.base is not None:
-            tensors = {**tensors, **adapter.base}
-        elif adapter is not None and adapter.merged:
-            raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
-        W, b = (None if tensor is None else tensor.detach() for tensor in tensors.values())
-        assert W is not None
-        if adapter is not None and adapter.folded is not None and adapter.base is None:
-            return without_folded(BaseWeight(W.t(), b), adapter.factors(), adapter.folded)
-        return BaseWeight(W.t(), b)
-
-    def has_values(self, array: Tensor) -> bool:
-        return not array.is_meta
+        return site
 
     def arrays(self, module: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in _tensors(module).items()}
@@ -197,105 +205,83 @@ class TorchBackend(Backend):
             if name.startswith(inside)
         }
 
-    def insert(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, Factors],
-        *,
-        config: AdamssConfig,
-        saved: Mapping[str, Mapping[str, Tensor] | None],
-    ) -> nn.Module:
-        owner, _ = _owner(model)
-        modules = self.modules(owner)
-        _check_parameters(owner, [modules[path] for path in layers], {path: modules[path] for path in saved})
-        _check_wrappers(model)
-        for path in layers:
-            sharding.check_spread(model, _linear(modules[path]), path)
-        adapters = {
-            path: Adapter(factors, _linear(modules[path]).in_features).to(execution_device(modules[path]))
-            for path, factors in layers.items()
-        }
-        originals = {
-            path: {name: tensor.clone() for name, tensor in self.arrays(modules[path]).items()}
-            for path in saved
-        }
-        # By every name: merging gives a layer that shares its weight one of its own.
-        named = owner.named_parameters(remove_duplicate=False)
-        required_grad = {name: parameter.requires_grad for name, parameter in named}
-        # From here on nothing can fail.
-        owner.requires_grad_(False)
-        for path, values in saved.items():
-            _copy_into(self.arrays(modules[path]), values or {})
-            for parameter in modules[path].parameters():
-                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        for path, adapter in adapters.items():
-            adapter.install(modules[path])
-            if is_sharded(weight := _linear(modules[path]).weight):
-                sharding.shard_adapter(adapter, weight)
-        names = _leave_unsynchronised(owner, layers)
-        guard = owner.register_load_state_dict_pre_hook(refuse_compacted)  # type: ignore[no-untyped-call]
-        setattr(owner, RECORD, _Record(config, tuple(layers), originals, required_grad, guard, names))
-        return model
-
     def adaptation(self, model: nn.Module) -> Adaptation | None:
         sharding.check_not_flattened(model)
         sharding.reshard(model)
         owner, record = _owner(model)
         if record is None:
             return None
-        layers = _adapted_layers(owner, record)
-        adapters = {path: adapter for path, (_, adapter) in layers.items()}
+        banks = _banks(owner, record)
+        adapters = adapters_of(model)
         return Adaptation(
             config=record.config,
             layers={path: adapter.factors() for path, adapter in adapters.items()},
-            shapes={path: (layer.in_features, layer.out_features) for path, (layer, _) in layers.items()},
+            shapes={path: (a.d, a.labels.numel()) for path, a in adapters.items()},
             saved=tuple(record.originals),
-            merged=any(adapter.merged for adapter in adapters.values()),
-            base_kept=all(
-                adapter.base is not None or not (adapter.merged or adapter.folded is not None)
-                for adapter in adapters.values()
+            ledger=Ledger(
+                {path: a.held.numpy() for path, a in adapters.items() if a.held is not None},
+                {path: bank.base for path, bank in banks.items() if adapters[path].held is not None},
             ),
             disabled=record.disabled,
-            folded={path: a.folded for path, a in adapters.items() if a.folded is not None},
+            revives=any(adapter.revive for adapter in adapters.values()),
+            name=record.name,
         )
 
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        owner, record = _owner(model)
-        if record is None:
-            return []
-        trained = [
-            parameter
-            for _, adapter in _adapted_layers(owner, record).values()
-            for parameter in (adapter.B, adapter.C)
-        ]
-        for path in record.originals:
-            trained += [p for p in owner.get_submodule(path).parameters() if p.requires_grad]
-        # A parameter shared by two saved modules is handed out once: an optimiser refuses duplicates.
-        return list({id(parameter): parameter for parameter in trained}.values())
+    def originals(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        _, record = _owner(model)
+        return {} if record is None else record.originals
 
-    def set_active(self, model: nn.Module, active: Mapping[str, Tensor]) -> nn.Module:
-        owner, record = _owner(model)
-        assert record is not None
-        layers = _adapted_layers(owner, record)
-        for path, mask in active.items():
-            _check_thawed(path, layers[path][1], mask)
-        for path, mask in active.items():
-            layers[path][1].active.copy_(mask)
+    def insert(
+        self,
+        model: nn.Module,
+        adaptation: Adaptation,
+        *,
+        originals: Mapping[str, Mapping[str, Tensor]],
+        values: Mapping[str, Mapping[str, Tensor]],
+    ) -> nn.Module:
+        owner, _ = _owner(model)
+        modules = self.modules(owner)
+        adapted = {path: modules[path] for path in adaptation.layers}
+        _check_parameters(owner, list(adapted.values()), {path: modules[path] for path in originals})
+        _check_wrappers(model)
+        banks = {}
+        for path, layer in adapted.items():
+            site = self.site(layer, path)
+            sharding.check_spread(model, layer, getattr(layer, site.kind.weight), path)
+            adapter = Adapter(adaptation.layers[path], adaptation.shapes[path][0])
+            banks[path] = LayerBank(site.kind)
+            banks[path].add(adaptation.name, adapter.to(execution_device(layer)))
+        kept = {path: {name: array.clone() for name, array in own.items()} for path, own in originals.items()}
+        # By every name: merging gives a layer that shares its weight one of its own.
+        named = owner.named_parameters(remove_duplicate=False)
+        required_grad = {name: parameter.requires_grad for name, parameter in named}
+        # From here on nothing can fail.
+        owner.requires_grad_(False)
+        for path in originals:
+            for name, value in values.get(path, {}).items():
+                sharding.copy_into(self.arrays(modules[path])[name], value)
+            for parameter in modules[path].parameters():
+                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        for path, bank in banks.items():
+            bank.install(adapted[path])
+            weight = getattr(adapted[path], bank.kind.weight)
+            if is_sharded(weight):
+                sharding.shard_adapter(bank.adapters[adaptation.name], weight)
+        names = _leave_unsynchronised(owner, adapted, adaptation.name)
+        guard = owner.register_load_state_dict_pre_hook(refuse_compacted)  # type: ignore[no-untyped-call]
+        paths = tuple(adapted)
+        record = _Record(adaptation.config, paths, kept, required_grad, guard, names, adaptation.name)
+        setattr(owner, RECORD, record)
         return model
 
-    def remove(self, model: nn.Module, *, restore: bool) -> nn.Module:
+    def remove(self, model: nn.Module) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
-        if restore:
-            _check_base_writable(owner, record)
-            self.unfold(model)
-        for layer, adapter in _adapted_layers(owner, record).values():
-            adapter.uninstall(layer)
+        for path, bank in _banks(owner, record).items():
+            bank.uninstall(owner.get_submodule(path))
             # FSDP2 goes on managing them, and is not to wait for their gradients.
-            adapter.requires_grad_(False)
-        for path, values in record.originals.items():
-            if restore:
-                _copy_into(self.arrays(owner.get_submodule(path)), values)
+            bank.requires_grad_(False)
+        for path in record.originals:
             owner.get_submodule(path).zero_grad(set_to_none=True)
         for name, parameter in owner.named_parameters():
             if name in record.required_grad:
@@ -311,85 +297,110 @@ class TorchBackend(Backend):
             OnLoan.give_back(module)
         return model
 
-    def fold(self, model: nn.Module, merged: Mapping[str, Merged], *, keep_base: bool) -> nn.Module:
-        for adapter in _replace_weights(model, merged, keep_base=keep_base).values():
-            adapter.merged = True
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        owner, record = _owner(model)
+        if record is None:
+            return []
+        trained = [
+            parameter for adapter in adapters_of(owner).values() for parameter in (adapter.B, adapter.C)
+        ]
+        for path in record.originals:
+            trained += [p for p in owner.get_submodule(path).parameters() if p.requires_grad]
+        # A parameter shared by two saved modules is handed out once: an optimiser refuses duplicates.
+        return list({id(parameter): parameter for parameter in trained}.values())
+
+    def with_masks(self, model: nn.Module, active: Mapping[str, Tensor]) -> nn.Module:
+        adapters = adapters_of(model)
+        for path, mask in active.items():
+            adapters[path].active.copy_(mask)
         return model
 
-    def consolidate(
-        self,
-        model: nn.Module,
-        merged: Mapping[str, Merged],
-        folded: Mapping[str, Tensor],
-        *,
-        keep_base: bool,
-    ) -> nn.Module:
+    def check_writable(self, model: nn.Module, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
+        layers = list(layers)
+        super().check_writable(model, layers, saved)
+        owner, _ = _owner(model)
+        counts = _parameter_counts(owner)
+        for path in layers:
+            for name, parameter in owner.get_submodule(path).named_parameters(recurse=False):
+                if is_sharded(parameter) and counts[id(parameter)] > 1:
+                    raise LayerError(
+                        f"{path}: its {name} is shared with another layer and spread by fully_shard, which cannot "
+                        "give it one of its own; leave the adapter unmerged"
+                    )
+        for path in saved:
+            _check_saved_writable(path, owner.get_submodule(path))
+
+    def exchange(
+        self, model: nn.Module, arrays: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
+        sharding.reshard(model)
+        owner, _ = _owner(model)
+        counts = _parameter_counts(owner)
+        before: dict[str, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for path, own in arrays.items():
+                layer = owner.get_submodule(path)
+                before[path] = {}
+                for name, value in own.items():
+                    parameter = getattr(layer, name)
+                    if isinstance(value, nn.Parameter) or counts[id(parameter)] > 1:
+                        # Other modules go on with the base weight: this layer gets a Parameter of its own, and at
+                        # last the shared one back.
+                        new = value
+                        if not isinstance(value, nn.Parameter):
+                            new = nn.Parameter(value.contiguous(), requires_grad=False)
+                        setattr(layer, name, new)
+                        before[path][name] = parameter
+                    else:
+                        store = self.stores.of(layer, name)
+                        before[path][name] = store.exchange(layer, name, value)
+        return model, before
+
+    def exchange_saved(
+        self, model: nn.Module, arrays: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
+        sharding.reshard(model)
+        owner, _ = _owner(model)
+        before: dict[str, dict[str, Tensor]] = {}
+        done: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for path, own in arrays.items():
+                tensors = _tensors(owner.get_submodule(path))
+                before[path] = {}
+                for name, value in own.items():
+                    tensor = tensors[name]
+                    # One that two saved modules share is given other values once.
+                    if id(tensor) not in done:
+                        done[id(tensor)] = exchanged(tensor, value)
+                    before[path][name] = done[id(tensor)]
+        return model, before
+
+    def enter(self, model: nn.Module, ledger: Ledger) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
-        if any(adapter.revive for _, adapter in _adapted_layers(owner, record).values()):
-            raise StateError(
-                "consolidate: the model has a budget with revive=True, under which frozen subspaces may return; call "
-                "remove() on its controller first"
-            )
-        if all(adapter.base is not None for _, adapter in _adapted_layers(owner, record).values()):
-            self.unfold(model)
-        for path, adapter in _replace_weights(model, merged, keep_base=keep_base).items():
-            adapter.fold(folded[path].clone())
+        for path, bank in _banks(owner, record).items():
+            mask = ledger.held.get(path)
+            bank.adapters[record.name].hold(None if mask is None else torch.from_numpy(mask.copy()))
+            base = ledger.base.get(path)
+            bank.base = None if base is None else {name: _on_host(tensor) for name, tensor in base.items()}
+            bank.look()
         return model
 
-    def unfold(self, model: nn.Module) -> nn.Module:
+    def switched(self, model: nn.Module, *, on: bool) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
-        _check_base_writable(owner, record, saved=False)
-        for layer, adapter in _adapted_layers(owner, record).values():
-            for name, tensor in (adapter.base or {}).items():
-                if isinstance(tensor, nn.Parameter):
-                    setattr(layer, name, tensor)
-                else:
-                    _copy_into({name: getattr(layer, name).detach()}, {name: tensor})
-            adapter.merged = False
-            adapter.base = None
-            if adapter.folded is not None:
-                adapter.fold(None)
+        record.disabled = not on
+        for bank in _banks(owner, record).values():
+            bank.off = not on
+            bank.look()
         return model
-
-    @contextmanager
-    def disabled(self, model: nn.Module) -> Iterator[nn.Module]:
-        owner, record = _owner(model)
-        assert record is not None
-        if record.disabled:
-            yield model
-            return
-        _check_base_writable(owner, record)
-        adapters = [adapter for _, adapter in _adapted_layers(owner, record).values()]
-        layers = [layer for layer, _ in _adapted_layers(owner, record).values()]
-        before = [adapter.enabled for adapter in adapters]
-
-        def swap() -> None:
-            sharding.reshard(model)
-            for path, originals in record.originals.items():
-                _swap_values(_tensors(owner.get_submodule(path)), originals)
-            for layer, adapter in zip(layers, adapters, strict=True):
-                _swap_base(layer, adapter)
-
-        for adapter in adapters:
-            adapter.enabled = False
-        record.disabled = True
-        swap()
-        try:
-            yield model
-        finally:
-            swap()
-            record.disabled = False
-            for adapter, enabled in zip(adapters, before, strict=True):
-                adapter.enabled = enabled
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters of an adapted model by module path."""
     owner, record = _owner(model)
-    layers = {} if record is None else _adapted_layers(owner, record)
-    return {path: adapter for path, (_, adapter) in layers.items()}
+    banks = {} if record is None else _banks(owner, record)
+    return {path: bank.adapters[record.name] for path, bank in banks.items()}  # type: ignore[union-attr]
 
 
 def record_of(model: nn.Module) -> object:
@@ -410,7 +421,7 @@ def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
         )
     if found:
         return found[0], vars(found[0])[RECORD]
-    if any(isinstance(module, Adapter) for module in model.modules()):
+    if any(isinstance(module, LayerBank) for module in model.modules()):
         raise StateError(
             "this is a part of a model that was adapted as a whole: adapters are attached already; "
             "call adamss on the whole"
@@ -465,7 +476,7 @@ def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping
             )
     frozen = {id(parameter) for layer in adapted for parameter in layer.parameters()}
     for path, module in saved.items():
-        check_writable(_tensors(module), f"modules_to_save: {path}")
+        _check_saved_writable(path, module)
         if any(parameter.is_inference() for parameter in module.parameters()):
             raise LayerError(
                 f"modules_to_save: {path} was made under torch.inference_mode, and cannot be trained; make it outside"
@@ -477,6 +488,12 @@ def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping
             )
 
 
+def _check_saved_writable(path: str, module: nn.Module) -> None:
+    for name, tensor in _tensors(module).items():
+        if (why := writing_refused(tensor)) is not None:
+            raise LayerError(f"modules_to_save: {path}: its {name} {why}")
+
+
 def _check_wrappers(model: nn.Module) -> None:
     """Check that nothing has taken stock of the Parameters already that would not notice the new ones."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
@@ -486,7 +503,7 @@ def _check_wrappers(model: nn.Module) -> None:
         )
 
 
-def _leave_unsynchronised(owner: nn.Module, paths: Iterable[str]) -> frozenset[str]:
+def _leave_unsynchronised(owner: nn.Module, paths: Iterable[str], adapter: str) -> frozenset[str]:
     """Ask DistributedDataParallel not to send the buffers of adapters with every forward; return their names.
 
     They never change but by what all processes decide alike. Sending A would cost more than all gradients, and make
@@ -494,7 +511,7 @@ def _leave_unsynchronised(owner: nn.Module, paths: Iterable[str]) -> frozenset[s
     """
     present = getattr(owner, UNSYNCHRONISED, ())
     names = {
-        f"{prefix}{path}.{CHILD}.{name}"
+        f"{prefix}{path}.{CHILD}.{adapter}.{name}"
         for prefix in ("", "_orig_mod.")  # within a compiled module
         for path in paths
         for name in BUFFERS
@@ -503,103 +520,14 @@ def _leave_unsynchronised(owner: nn.Module, paths: Iterable[str]) -> frozenset[s
     return frozenset(names)
 
 
-def _linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
-
-
-def _adapted_layers(owner: nn.Module, record: _Record) -> dict[str, tuple[nn.Linear, Adapter]]:
-    layers = {path: _linear(owner.get_submodule(path)) for path in record.paths}
-    return {path: (layer, getattr(layer, CHILD)) for path, layer in layers.items()}
-
-
-def _check_base_writable(owner: nn.Module, record: _Record, *, saved: bool = True) -> None:
-    """Check that the base values, which others have taken the place of, can be written back."""
-    for path, (layer, adapter) in _adapted_layers(owner, record).items():
-        check_writable({name: getattr(layer, name) for name in adapter.base or ()}, path)
-    for path in record.originals if saved else ():
-        check_writable(_tensors(owner.get_submodule(path)), path)
-
-
-def _replace_weights(
-    model: nn.Module, merged: Mapping[str, Merged], *, keep_base: bool
-) -> dict[str, Adapter]:
-    """Give the adapted layers other weights, and return the adapters, which keep the former ones if asked."""
-    owner, record = _owner(model)
-    assert record is not None
-    layers = _adapted_layers(owner, record)
-    for path, (layer, _) in layers.items():
-        if not {"weight", "bias"} <= layer._parameters.keys():
-            raise LayerError(
-                f"{path}: its weight or bias is computed by a parametrization and cannot be replaced; "
-                "remove the parametrization, or leave the adapter unmerged"
-            )
-        check_writable({"weight": layer.weight}, path)
-    counts = _parameter_counts(owner)
-    for path, (layer, _) in layers.items():
-        for name in ("weight", "bias"):
-            parameter = getattr(layer, name)
-            if is_sharded(parameter) and counts[id(parameter)] > 1:
-                raise LayerError(
-                    f"{path}: its {name} is shared with another layer and spread by fully_shard, which cannot give "
-                    "it one of its own; leave the adapter unmerged"
-                )
-    for path, (layer, adapter) in layers.items():
-        values = {"weight": merged[path].W.t()}
-        if merged[path].b is not None and adapter.A.shape[1] > adapter.d:
-            values["bias"] = merged[path].b
-        base = {}
-        for name, value in values.items():
-            parameter = getattr(layer, name)
-            if counts[id(parameter)] > 1:
-                # Other modules go on with the base weight: this layer gets a Parameter of its own.
-                base[name] = parameter
-                setattr(layer, name, nn.Parameter(value.contiguous(), requires_grad=False))
-            else:
-                kept = rebuilt(local(parameter.detach()).to("cpu", copy=True), parameter)
-                base[name] = kept if keep_base else value
-                _copy_into({name: parameter.detach()}, {name: value})
-        adapter.base = base if keep_base else None
-    return {path: adapter for path, (_, adapter) in layers.items()}
-
-
-def _check_thawed(path: str, adapter: Adapter, mask: Tensor) -> None:
-    """Check that no subspace is to be trained again whose update the weight holds."""
-    folded = adapter.folded
-    if folded is not None and bool((mask.to(folded.device) & folded).any()):
-        raise StateError(f"{path}: a subspace that was consolidated into the weight cannot be trained again")
+def _banks(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
+    return {path: getattr(owner.get_submodule(path), CHILD) for path in record.paths}
 
 
 def _parameter_counts(owner: nn.Module) -> Counter[int]:
     return Counter(id(parameter) for _, parameter in owner.named_parameters(remove_duplicate=False))
 
 
-def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Overwrite tensors in place, so that Parameters stay the objects that an optimiser may hold."""
-    with torch.no_grad():
-        for name, value in values.items():
-            copy_into(tensors[name], value)
-
-
-def _swap_values(tensors: Mapping[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Exchange the values of tensors with those kept."""
-    for name, tensor in tensors.items():
-        other = kept[name]
-        if is_sharded(tensor):
-            # FSDP2 gathers from this memory, whatever `data` is; what the backward needs it gathers anew.
-            kept[name] = rebuilt(local(tensor.detach()).to(local(other).device, copy=True), tensor)
-            _copy_into({name: tensor}, {name: other})
-            continue
-        # Not a copy in place: what a forward before has saved for its backward must stay as it was.
-        kept[name], tensor.data = tensor.data.to(other.device), other.to(tensor.device)
-
-
-def _swap_base(layer: nn.Linear, adapter: Adapter) -> None:
-    """Exchange merged tensors of a layer with the base ones that its adapter keeps."""
-    for name, kept in (adapter.base or {}).items():
-        present = getattr(layer, name)
-        if isinstance(kept, nn.Parameter):
-            setattr(layer, name, kept)
-            adapter.base[name] = present  # type: ignore[index]
-        else:
-            _swap_values({name: present}, adapter.base)  # type: ignore[arg-type]
+def _on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor in the host's memory; a Parameter that other modules use stays where it is."""
+    return tensor if isinstance(tensor, nn.Parameter) else rebuilt(local(tensor).cpu(), tensor)

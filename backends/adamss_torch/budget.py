@@ -609,7 +609,7 @@ def _checked_state(state: Mapping[str, Any], adapters: Mapping[str, Adapter]) ->
 
 def _check_may_return(config: BudgetConfig, adapters: Mapping[str, Adapter]) -> None:
     for path, adapter in adapters.items():
-        if config.revive and adapter.folded is not None:
+        if config.revive and adapter.held is not None:
             raise StateError(
                 f"BudgetController: revive=True, but frozen subspaces of {path} were consolidated and cannot return; "
                 "start from a model that was not, or leave revive out"
@@ -630,8 +630,7 @@ def _check_layer_state(path: str, layer: Any, adapter: Adapter) -> None:
                 "and begin a schedule anew"
             )
         fits = active.shape == adapter.active.shape and same_subspaces(layer["identity"], _identity(adapter))
-        folded = adapter.folded
-        if fits and folded is not None and bool((active.to(folded.device) & folded).any()):
+        if fits and adapter.held is not None and bool((active.cpu() & adapter.held).any()):
             raise StateError(
                 f"BudgetController: {path} has subspaces consolidated into its weight that are trained in the state; "
                 "load it into a model that was not consolidated"

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from adamss.core import cheapest_order
 from adamss.core.cost import check_order, device_balance
 
-__all__ = ["Layout", "Plan", "make_layout", "update"]
+__all__ = ["Layout", "Plan", "make_layout", "products", "update"]
 
 NO_CONTEXT = nullcontext()
 
@@ -300,6 +300,20 @@ class _Update(torch.autograd.Function):
                     dE.masked_fill_(frozen, 0.0)
                 dC = _expand_vjp(_in(dE, ctx.C_dtype), layout)
         return (None if ctx.whole else dy), dx, d_rows, dC, None
+
+
+def products(A: Tensor, B: Tensor, C: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return M: (d, q') and E: (q', n), differentiable in B and C: for layers that are no linear ones.
+
+    Parameters
+    ----------
+    A, B, C, layout
+        As for `update` and `Plan`.
+    """
+    if layout.directions is not None:
+        B = B.index_select(0, layout.directions)
+    M = _directions(A, B, layout.slots, C.shape[0], B.dtype)
+    return M.t(), _expand(C, layout, C.dtype)
 
 
 def _without_autocast(array: Tensor) -> AbstractContextManager[object]:

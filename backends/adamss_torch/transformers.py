@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adamss
-from adamss.backend.interface import Adaptation
+from adamss.backend import Adaptation
+from adamss.backend.ledger import base_weight, sites_of
 from adamss.config import BudgetConfig
 from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, MissingBackendError, StateError
-from adamss_torch.adapter import Adapter, OnLoan, without_weights
+from adamss_torch.adapter import Adapter
 from adamss_torch.backend import TorchBackend, adapters_of, record_of
+from adamss_torch.bank import OnLoan, without_weights
 from adamss_torch.budget import Allocation, BudgetController, bare_optimizer
 from adamss_torch.sharding import is_sharded
 
@@ -183,9 +185,12 @@ class AdamssCallback(TrainerCallback):
 
 def _fingerprints(model: nn.Module) -> dict[str, list[Any]]:
     """Return what tells the base weights of the adapted layers from others, in plain values."""
-    backend, modules = TorchBackend(), TorchBackend().modules(model)
+    backend = TorchBackend()
+    adaptation = backend.adaptation(model)
+    assert adaptation is not None
     with backend.exact():
-        marks = {path: fingerprint(backend.weight(modules[path], path).W) for path in adapters_of(model)}
+        sites = sites_of(backend, model, adaptation)
+        marks = {path: fingerprint(base_weight(backend, site, adaptation).W) for path, site in sites.items()}
     return {path: [list(mark.shape), mark.norm, list(mark.projections)] for path, mark in marks.items()}
 
 

@@ -297,7 +297,7 @@ def test_degenerate_weights_work(weight, basis, segmentation):
         segmentation_dimension=2 if segmentation == "ksubspaces" else None,
     )
     adamss.attach(model, config)
-    f = model[0].adamss.factors()
+    f = model[0].adamss.default.factors()
     assert all(torch.isfinite(array).all() for array in (f.A, f.B, f.C))
     for A, columns in zip(f.A, adamss.core.basis_ranks(f), strict=False):
         torch.testing.assert_close(

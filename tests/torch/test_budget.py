@@ -510,13 +510,13 @@ def test_a_merge_that_fails_leaves_a_consolidated_model_as_it_was():
         for x in batches(5):
             step(model, optimizer, x)
     adamss.consolidate(model)
-    model[0][0].adamss.C.data.fill_(float("inf"))
+    model[0][0].adamss.default.C.data.fill_(float("inf"))
     weights = [layer.weight.clone() for layer in model.modules() if isinstance(layer, nn.Linear)]
     with pytest.raises(errors.ArrayValueError, match=r"0\.0"):
         adamss.merge(model)
     for layer, weight in zip((m for m in model.modules() if isinstance(m, nn.Linear)), weights, strict=True):
         assert torch.equal(layer.weight, weight)
-    assert model[0][0].adamss.folded is not None
+    assert model[0][0].adamss.default.held is not None
 
 
 def test_what_cannot_return_is_not_promised_to():
@@ -681,7 +681,9 @@ def test_bad_optimisers():
         BudgetController(model, torch.optim.SGD(build().parameters(), lr=0.1), config)
     with pytest.raises(errors.ConfigError, match=r"holds not 7\.0\.C; make"):
         BudgetController(
-            model, torch.optim.SGD([p for p in trainable(model) if p is not model[7][0].adamss.C]), config
+            model,
+            torch.optim.SGD([p for p in trainable(model) if p is not model[7][0].adamss.default.C]),
+            config,
         )
     with pytest.raises(errors.ConfigTypeError, match="LBFGS"):
         BudgetController(model, torch.optim.LBFGS(trainable(model)), config)

@@ -47,7 +47,7 @@ def test_decomposition_and_labels_agree_with_the_cpu():
 
 def test_merge_keeps_the_base_on_the_cpu_and_gives_it_back(net, config, inputs):
     model, x = adamss.attach(net().cuda(), config()), inputs(4, 16).cuda()
-    model.layers[0].query.adamss.C.data.fill_(0.1)
+    model.layers[0].query.adamss.default.C.data.fill_(0.1)
     adapted, W0 = model(x), model.layers[0].query.weight.clone()
     adamss.merge(model)
     assert model.layers[0].query.adamss.base["weight"].device.type == "cpu"
@@ -60,7 +60,7 @@ def test_merge_keeps_the_base_on_the_cpu_and_gives_it_back(net, config, inputs):
 
 def test_travels_from_cuda_to_cpu_and_back(net, config, inputs, tmp_path):
     model, x = adamss.attach(net().cuda(), config(modules_to_save=["classifier"])), inputs(4, 16)
-    model.layers[0].query.adamss.C.data.fill_(0.1)
+    model.layers[0].query.adamss.default.C.data.fill_(0.1)
     adamss.save(model, tmp_path / "a.safetensors")
     on_cpu = adamss.load(net(), tmp_path / "a.safetensors")
     assert_agrees(on_cpu(x).detach(), model(x.cuda()).detach().cpu(), dtype="float32", what="on the CPU")
@@ -83,7 +83,7 @@ def test_autocast_and_tf32_leave_attach_alone(net, config, dtype):
 
 def test_compiles(net, config, inputs):
     model, x = adamss.attach(net().cuda(), config()), inputs(4, 16).cuda()
-    model.layers[0].query.adamss.C.data.fill_(0.1)
+    model.layers[0].query.adamss.default.C.data.fill_(0.1)
     y = torch.compile(model, fullgraph=True)(x)
     assert_agrees(y.detach().cpu(), model(x).detach().cpu(), dtype="float32", what="compiled")
 

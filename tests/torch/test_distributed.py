@@ -140,7 +140,7 @@ def test_ddp_is_told_to_leave_the_buffers_alone_until_detach(net, config):
     assert names <= set(getattr(model, UNSYNCHRONISED))
     assert {name.rpartition(".")[2] for name in getattr(model, UNSYNCHRONISED)} == set(BUFFERS)
     for layer in model.layers:
-        layer.query.adamss.active[0] = False
+        layer.query.adamss.default.active[0] = False
     adamss.consolidate(model)
     assert "layers.0.query.adamss.folded" in (names := {name for name, _ in model.named_buffers()})
     assert names <= set(getattr(model, UNSYNCHRONISED))
@@ -150,14 +150,14 @@ def test_ddp_is_told_to_leave_the_buffers_alone_until_detach(net, config):
 
 def test_a_list_for_ddp_that_is_there_is_kept(net, config):
     model = net()
-    theirs = ["layers.0.query.bias", "layers.0.query.adamss.A"]
+    theirs = ["layers.0.query.bias", "layers.0.query.adamss.default.A"]
     setattr(model, UNSYNCHRONISED, theirs)
     adamss.attach(model, config())
     assert getattr(model, UNSYNCHRONISED)[:2] == theirs
     assert len(set(getattr(model, UNSYNCHRONISED))) == len(getattr(model, UNSYNCHRONISED))
     adamss.detach(model)
     assert getattr(model, UNSYNCHRONISED) == theirs
-    assert theirs == ["layers.0.query.bias", "layers.0.query.adamss.A"]
+    assert theirs == ["layers.0.query.bias", "layers.0.query.adamss.default.A"]
 
 
 def of_deepspeed(name: str, **attributes) -> object:
@@ -193,23 +193,25 @@ def test_output_may_be_changed_in_place(config, shape):
 
     model = adamss.attach(build(), AdamssConfig(targets=["0"], rank=4, subspaces=2))
     with torch.no_grad():
-        model[0].adamss.C.fill_(0.1)
+        model[0].adamss.default.C.fill_(0.1)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
     model(x).sum().backward()
-    grads = model[0].adamss.B.grad.clone(), model[0].adamss.C.grad.clone(), x.grad.clone()
+    grads = model[0].adamss.default.B.grad.clone(), model[0].adamss.default.C.grad.clone(), x.grad.clone()
     model[1].inplace = False
     model.zero_grad()
     x.grad = None
     model(x).sum().backward()
-    for ours, theirs in zip(grads, (model[0].adamss.B.grad, model[0].adamss.C.grad, x.grad), strict=True):
+    for ours, theirs in zip(
+        grads, (model[0].adamss.default.B.grad, model[0].adamss.default.C.grad, x.grad), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
 def test_importance_is_of_the_gradient_that_the_optimiser_was_given(net, config):
     model = adamss.attach(net(dtype=torch.float64), config())
-    parameter = model.layers[0].query.adamss.B
+    parameter = model.layers[0].query.adamss.default.B
     with torch.no_grad():
-        model.layers[0].query.adamss.C.fill_(0.1)
+        model.layers[0].query.adamss.default.C.fill_(0.1)
     # It adds the momentum to the gradients in place.
     optimizer = torch.optim.SGD(
         adamss.trainable_parameters(model), lr=0.01, momentum=0.9, nesterov=True, foreach=True

@@ -78,14 +78,14 @@ def test_factor_dtype_is_the_users_choice(net, config, inputs, name):
 
 def test_keyword_input_and_double_use_of_a_layer(config, inputs):
     layer = adamss.attach(nn.Sequential(nn.Linear(8, 8)), config(targets=["0"]))[0]
-    layer.adamss.C.data.fill_(0.3)
+    layer.adamss.default.C.data.fill_(0.3)
     x = inputs(3, 8)
     assert torch.equal(layer(input=x), layer(x))
-    merged = layer.weight + adamss.core.delta(layer.adamss.factors()).T
+    merged = layer.weight + adamss.core.delta(layer.adamss.default.factors()).T
     twice = layer(layer(x))
     expected = nn.functional.linear(nn.functional.linear(x, merged, layer.bias), merged, layer.bias)
     assert_agrees(twice.detach(), expected.detach(), dtype="float32", what="outputs")
-    leaves = [layer.adamss.B, layer.adamss.C]
+    leaves = [layer.adamss.default.B, layer.adamss.default.C]
     actual = torch.autograd.grad(twice.sum(), leaves)
     # Each use contributes: the gradient of both is the sum of those of either.
     (inner, outer) = layer(x), layer(layer(x).detach())
@@ -98,7 +98,7 @@ def test_keyword_input_and_double_use_of_a_layer(config, inputs):
 
 def test_transposed_and_strided_inputs(config, inputs):
     model = adamss.attach(nn.Sequential(nn.Linear(8, 5)), config(targets=["0"]))
-    model[0].adamss.C.data.fill_(0.3)
+    model[0].adamss.default.C.data.fill_(0.3)
     x = inputs(8, 6, 3).permute(2, 1, 0)
     assert not x.is_contiguous()
     assert_agrees(model(x).detach(), model(x.contiguous()).detach(), dtype="float32", what="outputs")
@@ -150,7 +150,7 @@ def test_the_layer_keeps_class_weight_and_state_dict_keys(net, config):
 def test_a_single_linear_layer_is_a_model(inputs, tmp_path):
     model = nn.Linear(8, 6)
     adamss.attach(model, adamss.AdamssConfig(targets=".*"))
-    model.adamss.C.data.fill_(0.2)
+    model.adamss.default.C.data.fill_(0.2)
     adamss.save(model, tmp_path / "a.safetensors")
     other = nn.Linear(8, 6)
     other.load_state_dict({"weight": model.weight, "bias": model.bias})
@@ -217,7 +217,9 @@ def test_state_dict_round_trip_rebuilds_what_it_does_not_hold(net, config, train
     """The layout of C follows from the labels: loading other labels must change it too."""
     model = train(adamss.attach(net(), config(segmentation="random", seed=3, subspace_rank=1)))
     other = adamss.attach(net(), config(segmentation="random", seed=4, subspace_rank=1))
-    assert not torch.equal(other.layers[0].query.adamss.labels, model.layers[0].query.adamss.labels)
+    assert not torch.equal(
+        other.layers[0].query.adamss.default.labels, model.layers[0].query.adamss.default.labels
+    )
     other.load_state_dict(model.state_dict())
     x = inputs(3, 16)
     assert torch.equal(other(x), model(x))
@@ -356,7 +358,7 @@ class TestStatesWhoseWeightsHoldTheUpdate:
         def make():
             model = train(adamss.attach(net(), config()))
             for layer in model.layers:
-                layer.query.adamss.active[0] = False
+                layer.query.adamss.default.active[0] = False
             return model
 
         return make
@@ -385,12 +387,12 @@ class TestStatesWhoseWeightsHoldTheUpdate:
         state = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".adamss." in name}
         state = without_weights(state)
         trained, folded = (
-            torch.isin(model.layers[0].query.adamss.labels, torch.tensor(k)) for k in ([1, 2], [0])
+            torch.isin(model.layers[0].query.adamss.default.labels, torch.tensor(k)) for k in ([1, 2], [0])
         )
-        name = "layers.0.query.adamss.C"
+        name = "layers.0.query.adamss.default.C"
         state[name][:, trained] += 1
         model.load_state_dict(state, strict=False)
-        assert torch.equal(model.layers[0].query.adamss.C, state[name])
+        assert torch.equal(model.layers[0].query.adamss.default.C, state[name])
         state[name][:, folded] += 1
         with pytest.raises(RuntimeError, match="the weight of the layer holds other subspaces"):
             model.load_state_dict(state, strict=False)

@@ -136,7 +136,7 @@ class TestLaw5Merge:
         model = Tied()
         W0 = model.embed.weight.clone()
         adamss.attach(model, config(targets=["head"]))
-        model.head.adamss.C.data.fill_(0.1)
+        model.head.adamss.default.C.data.fill_(0.1)
         x = inputs(2, 16)
         adapted = model.head(x)
         with pytest.warns(adamss.AdamssWarning, match=r"head\.weight is one tensor with embed\.weight"):
@@ -153,12 +153,14 @@ class TestLaw5Merge:
 
     def test_nan_is_not_merged(self, net, config):
         model = adamss.attach(net(), config())
-        model.layers[1].value.adamss.C.data[0, 0] = float("nan")
+        model.layers[1].value.adamss.default.C.data[0, 0] = float("nan")
         before = state(model)
         with pytest.raises(adamss.errors.ArrayValueError, match=r"layers\.1\.value"):
             adamss.merge(model)
         after = model.state_dict()
-        assert all(torch.equal(after[n], t) for n, t in before.items() if "layers.1.value.adamss.C" not in n)
+        assert all(
+            torch.equal(after[n], t) for n, t in before.items() if "layers.1.value.adamss.default.C" not in n
+        )
         assert model(torch.ones(1, 16)).shape == (1, 5)
 
 
@@ -182,7 +184,7 @@ class TestLaw9Travel:
         assert {row.R for row in adamss.summary(whole).rows} == {6}
         x = inputs(5, 16)
         assert_agrees(small(x).detach(), model(x).detach(), dtype="float32", what="without U")
-        A, U = whole.layers[0].query.adamss.A[0], model.layers[0].query.adamss.A[0]
+        A, U = whole.layers[0].query.adamss.default.A[0], model.layers[0].query.adamss.default.A[0]
         assert_agrees(A.T @ A, torch.eye(6), dtype="float32", what="orthonormality")
         assert_agrees(A @ (A.T @ U), U, dtype="float32", what="the span of U, as M lies in it")
         assert torch.equal(train(whole).state_dict()["layers.0.query.weight"], net().layers[0].query.weight)
@@ -245,7 +247,7 @@ def test_attach_under_inference_mode_can_be_trained(net, config, train):
     with torch.inference_mode():
         adamss.attach(model, config())
     train(model)
-    assert torch.count_nonzero(model.layers[0].query.adamss.C) > 0
+    assert torch.count_nonzero(model.layers[0].query.adamss.default.C) > 0
 
 
 def test_attach_after_the_newer_precision_interface():

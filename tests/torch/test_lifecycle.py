@@ -140,7 +140,7 @@ def test_merge_and_unload_of_a_layer_that_shares_its_weight(net, config, inputs,
 def test_merge_and_unload_refuses_what_it_cannot_fold(net, config, train):
     model = train(adamss.attach(net(), config()))
     with torch.no_grad():
-        model.layers[1].query.adamss.B[0, 0] = math.inf
+        model.layers[1].query.adamss.default.B[0, 0] = math.inf
     before = state(model)
     with pytest.raises(errors.ArrayValueError, match=r"layers\.1\.query"):
         adamss.merge_and_unload(model)
@@ -243,11 +243,11 @@ def test_pickled_models_in_a_process_that_has_not_imported_adamss(config, inputs
     x = inputs(4, 16)
     base = model(x).detach()
     adamss.attach(model, config(targets=["0"], modules_to_save=["2"]))
-    model[0].adamss.active[1] = False
+    model[0].adamss.default.active[1] = False
     optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.05)
     model(x).square().sum().backward()
     optimizer.step()
-    model[0].adamss.C.data.add_(0.1)
+    model[0].adamss.default.C.data.add_(0.1)
     adapted, merged = copy.deepcopy(model), adamss.merge(copy.deepcopy(model))
     consolidated = adamss.consolidate(model)
     for form, each in (("adapted", adapted), ("merged", merged), ("consolidated", consolidated)):

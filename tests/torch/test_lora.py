@@ -154,7 +154,7 @@ def test_more_directions_than_servers_take(tmp_path):
 
 def test_factors_that_are_not_finite(net, config, tmp_path):
     model = adamss.attach(net(), config())
-    model.layers[0].query.adamss.C.data[0, 0] = torch.nan
+    model.layers[0].query.adamss.default.C.data[0, 0] = torch.nan
     with pytest.raises(errors.ArrayValueError, match=r"layers\.0\.query"):
         adamss.to_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()

@@ -36,12 +36,12 @@ def adapted_layer(order=None, *, dtype=torch.float32, base_dtype=None, **options
     adamss.attach(model, adamss.AdamssConfig(**(settings | options)))
     layer = model[0]
     generator = torch.Generator().manual_seed(1)
-    factors = layer.adamss.factors()
+    factors = layer.adamss.default.factors()
     numbers = torch.randn(factors.C.shape, generator=generator).to(dtype)
     inside = torch.arange(factors.C.shape[0])[:, None] < factors.ranks[factors.labels.long()]
-    layer.adamss.C.data.copy_(torch.where(inside, numbers, 0))
-    layer.adamss.active[1] = False
-    layer.adamss.order = order
+    layer.adamss.default.C.data.copy_(torch.where(inside, numbers, 0))
+    layer.adamss.default.active[1] = False
+    layer.adamss.default.order = order
     return model
 
 
@@ -55,13 +55,13 @@ def step(model, x, dy):
     model.zero_grad()
     y = model(x)
     y.backward(dy)
-    return y.detach(), x.grad, model[0].adamss.B.grad, model[0].adamss.C.grad
+    return y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad
 
 
 def reference(model, x, dy):
     """Return the same from the closed form in NumPy and float64."""
     layer = model[0]
-    f = layer.adamss.factors()
+    f = layer.adamss.default.factors()
     f = core.Factors(*(np.asarray(t.double()) for t in f[:3]), *(t.numpy() for t in f[3:]))
     x, dy, W, b = (t.detach().double().numpy() for t in (x, dy, layer.weight.T, layer.bias))
     gradients = core.linear_vjp(dy, x, W, f)
@@ -115,7 +115,7 @@ def test_in_other_dtypes(order, dtype):
 def test_factors_in_float16_neither_overflow_nor_vanish(order, base_dtype, options):
     """Their exponents leave no room for a headroom, whatever the base has."""
     model = adapted_layer(order, dtype=torch.float16, base_dtype=base_dtype, **options)
-    model[0].adamss.C.data.mul_(50.0)
+    model[0].adamss.default.C.data.mul_(50.0)
     x, dy = data(TOKENS, dtype=base_dtype)
     x, dy = x / 8, dy / 8
     for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
@@ -136,7 +136,7 @@ def test_under_autocast_as_without_it(order):
     assert y.dtype == torch.bfloat16
     model.zero_grad()
     y.backward(dy.bfloat16())
-    actual = (y.detach(), x.grad, model[0].adamss.B.grad, model[0].adamss.C.grad)
+    actual = (y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad)
     for ours, whole in zip(actual, expected, strict=True):
         scale = 4 * float(whole.abs().max())
         assert_agrees(ours.float(), whole, dtype="bfloat16", what=order, scale=scale)
@@ -146,10 +146,10 @@ def test_under_autocast_as_without_it(order):
 @pytest.mark.parametrize("order", ORDERS)
 def test_start_equals_the_base_for_the_largest_inputs(order, dtype):
     model = adapted_layer(order, base_dtype=dtype)
-    model[0].adamss.C.data.zero_()
+    model[0].adamss.default.C.data.zero_()
     with torch.no_grad():
         model[0].weight.mul_(2.0**-8)  # so that the base itself does not overflow
-    A = model[0].adamss.A[0].float()
+    A = model[0].adamss.default.A[0].float()
     x = torch.finfo(dtype).max * torch.cat(
         [A.sign().t(), torch.tensor([[1.0], [-1.0], [1e-3], [0.0]]).expand(4, D)]
     )
@@ -232,10 +232,10 @@ def test_the_choice_follows_the_cost_and_can_be_overridden(monkeypatch):
     x = data(TOKENS)[0].requires_grad_()
     assert (TOKENS, 8) in kept_numbers(model, x)
     assert asked == [((TOKENS, D), N_OUT, 8, 3, True, False, 4, True)]
-    model[0].adamss.order = "factors_first"
+    model[0].adamss.default.order = "factors_first"
     assert (TOKENS, D) in kept_numbers(model, x)
     with torch.no_grad():
-        model[0].adamss.order = None
+        model[0].adamss.default.order = None
         model(x)
     assert asked[-1] == ((TOKENS, D), N_OUT, 8, 3, False, False, 4, True)
     model[0].weight.requires_grad_(True)
@@ -258,10 +258,13 @@ def test_an_unknown_order_is_refused():
 
 def test_the_choice_goes_with_copies_and_not_into_files(tmp_path):
     model = adapted_layer("input_first")
-    assert copy.deepcopy(model)[0].adamss.order == "input_first"
+    assert copy.deepcopy(model)[0].adamss.default.order == "input_first"
     adamss.save(model, tmp_path / "a.safetensors")
     torch.manual_seed(0)
-    assert adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")[0].adamss.order is None
+    assert (
+        adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")[0].adamss.default.order
+        is None
+    )
 
 
 # ---- the base product ---------------------------------------------------------------------------------
@@ -311,10 +314,10 @@ def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind, change):
     change(model[0])
     change(plain[0])
     adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
-    model[0].adamss.C.data.normal_()
+    model[0].adamss.default.C.data.normal_()
     x, dy = data(TOKENS)
     x.requires_grad_()
-    f = model[0].adamss.factors()
+    f = model[0].adamss.default.factors()
     M, E = core.contract(f), core.expand(f)
     expected = plain(x) + (x @ M) @ E
     y = model(x)
@@ -328,8 +331,8 @@ def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
     torch.manual_seed(0)
     layer = nn.Linear(D, N_OUT)
     model = adamss.attach(nn.Sequential(layer), adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
-    layer.adamss.C.data.normal_()
-    layer.adamss.order = "factors_first"
+    layer.adamss.default.C.data.normal_()
+    layer.adamss.default.order = "factors_first"
     looked = []
 
     class Doubled(nn.Module):
@@ -343,7 +346,7 @@ def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
     x.requires_grad_()
     y = model(x)
     assert looked == [1]
-    f = layer.adamss.factors()
+    f = layer.adamss.default.factors()
     weight = 2.0 * layer.parametrizations.weight.original.detach() + (core.contract(f) @ core.expand(f)).t()
     assert_agrees(torch.autograd.grad(y, x, dy)[0], dy @ weight, dtype="float32", what="dx")
 
@@ -354,7 +357,7 @@ def test_hooks_before_ours_keep_what_they_saw():
     layer.register_forward_hook(lambda module, args, output: seen.append(output))
     model = nn.Sequential(layer)
     adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
-    layer.adamss.C.data.normal_()
+    layer.adamss.default.C.data.normal_()
     x = data(TOKENS)[0].requires_grad_()
     y = model(x)
     with adamss.disabled(model):
@@ -408,7 +411,9 @@ def test_selective_checkpointing_hands_out_what_it_kept():
     model.zero_grad()
     y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
     y.backward(dy)
-    for actual, reference in zip((y.detach(), x.grad, model[0].adamss.B.grad), expected, strict=False):
+    for actual, reference in zip(
+        (y.detach(), x.grad, model[0].adamss.default.B.grad), expected, strict=False
+    ):
         assert_agrees(actual, reference, dtype="float32", what="selective checkpointing")
 
 
@@ -453,12 +458,12 @@ def test_a_layer_used_twice_in_one_forward(order):
     pad = nn.ConstantPad1d((0, D - N_OUT), 0.0)
     x, dy = data(TOKENS, dtype=torch.float64)
     leaves = [x.requires_grad_(), *adamss.trainable_parameters(model)]
-    f = layer.adamss.factors()._replace(B=layer.adamss.B.t(), C=layer.adamss.C)
+    f = layer.adamss.default.factors()._replace(B=layer.adamss.default.B.t(), C=layer.adamss.default.C)
     whole = layer.weight.T + core.contract(f) @ core.expand(f)
     expected = pad(x @ whole + layer.bias) @ whole + layer.bias
     y = layer(pad(layer(x)))
     assert_agrees(y.detach(), expected.detach(), dtype="float64", what="y")
-    layer.adamss.active.fill_(True)
+    layer.adamss.default.active.fill_(True)
     for actual, reference in zip(
         torch.autograd.grad(layer(pad(layer(x))), leaves, dy),
         torch.autograd.grad(expected, leaves, dy),
@@ -480,7 +485,7 @@ def test_compiled_without_a_graph_break(order):
         warnings.simplefilter("ignore")  # those of the compiler's own imports
         y = compiled(x)
     y.backward(dy)
-    actual = (y.detach(), x.grad, model[0].adamss.B.grad, model[0].adamss.C.grad)
+    actual = (y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad)
     for ours, reference in zip(actual, expected, strict=True):
         assert_agrees(ours, reference, dtype="float32", what=order)
 

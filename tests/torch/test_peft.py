@@ -132,7 +132,7 @@ class TestFromPeft:
 
     def test_numbering_is_by_the_lowest_column(self, net, x, tmp_path):
         trained_by_peft(net(), tmp_path, lambda m: m(x))
-        labels = adamss.from_peft(net(), tmp_path).layers[0].query.adamss.labels
+        labels = adamss.from_peft(net(), tmp_path).layers[0].query.adamss.default.labels
         _, first = np.unique(labels.numpy(), return_index=True)
         assert (np.diff(first) > 0).all()
 
@@ -605,7 +605,7 @@ class TestToPeft:
     def test_frozen_subspaces_are_told_of(self, net, x, tmp_path):
         trained_by_peft(net(), tmp_path, lambda m: m(x))
         model = adamss.from_peft(net(), tmp_path)
-        model.layers[0].query.adamss.active[1] = False
+        model.layers[0].query.adamss.default.active[1] = False
         with pytest.warns(adamss.AdamssWarning, match="no mask; 1 frozen"):
             adamss.to_peft(model, tmp_path / "out")
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
@@ -613,7 +613,7 @@ class TestToPeft:
     def test_factors_that_are_not_finite(self, net, x, tmp_path):
         trained_by_peft(net(), tmp_path, lambda m: m(x))
         model = adamss.from_peft(net(), tmp_path)
-        model.layers[0].query.adamss.C.data[0, 0] = torch.inf
+        model.layers[0].query.adamss.default.C.data[0, 0] = torch.inf
         with pytest.raises(errors.ArrayValueError, match=r"layers\.0\.query"):
             adamss.to_peft(model, tmp_path / "out")
         assert not (tmp_path / "out").exists()

@@ -1,0 +1,233 @@
+"""The adapters of one layer: a child module of the user's own layer, and the hook that adds their updates.
+
+The layer keeps its class, its weight and its state-dict keys; a forward hook adds the updates to its output.
+PyTorch's fused inference paths look for hooks and step aside, where a wrapper module with a ``weight`` of its own
+would be bypassed without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from adamss.backend import Kind
+from adamss.backend.bank import DEFAULT
+from adamss.errors import StateError
+from adamss_torch.adapter import HELD, Adapter
+
+__all__ = ["CHILD", "LayerBank", "OnLoan", "refuse_compacted", "without_weights"]
+
+CHILD = "adamss"
+"""Name of the bank among the children of its layer."""
+
+HOOK = -1
+"""Key of our hook among the forward hooks of the layer."""
+
+
+class LayerBank(nn.Module):
+    """The adapters of one layer, children by their names.
+
+    Parameters
+    ----------
+    kind
+        Of the layer.
+
+    Attributes
+    ----------
+    base
+        While the weight holds an update: the tensors that the layer had before, by name; None if they were dropped.
+    off
+        Whether nothing is added to the output for now.
+    computed
+        Names of the adapters whose update is added to the output.
+    """
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self.kind = kind
+        self.base: dict[str, Tensor] | None = None
+        self.off = False
+        self.computed: tuple[str, ...] = ()
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by name."""
+        return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Add an adapter."""
+        self.add_module(name, adapter)
+        self.look()
+
+    def look(self) -> None:
+        """See which adapters there is something to compute of."""
+        self.computed = tuple(
+            name
+            for name, adapter in self.adapters.items()
+            if not self.off and (adapter.held is None or not bool(adapter.held.all()))
+        )
+
+    def install(self, layer: nn.Module) -> None:
+        """Become a child of the layer, and hook its forward."""
+        _let_compilers_see_hooks()
+        layer.register_module(CHILD, self)
+        # As `register_forward_hook` does, but for the key: PyTorch counts its own from zero in each process, and the
+        # hook of an unpickled model is not to be displaced by the first that is registered there.
+        layer._forward_hooks[HOOK] = _add_updates
+        layer._forward_hooks_with_kwargs[HOOK] = True
+
+    @staticmethod
+    def uninstall(layer: nn.Module) -> None:
+        """Leave the layer as it was before `install`."""
+        # A copied or unpickled layer has hooks but no handles: the tables are the only way.
+        layer._forward_hooks.pop(HOOK, None)
+        layer._forward_hooks_with_kwargs.pop(HOOK, None)
+        delattr(layer, CHILD)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _let_compilers_see_hooks()  # an unpickled model was not attached to in this process
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # States of version 0.1 have no name of the adapter in their keys.
+        for name in [name for name in state_dict if "." not in name.removeprefix(prefix)]:
+            state_dict[f"{prefix}{DEFAULT}.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _add_updates(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor | None:
+    """Forward hook of a layer: return its output with the updates of its bank."""
+    # That of the layer which is called: it may be a replica, with children of its own.
+    bank: LayerBank = layer._modules[CHILD]  # type: ignore[assignment]
+    # It stays on a merged layer rather than come and go: others hook in before and behind it.
+    if not bank.computed:
+        return None
+    x = args[0] if args else kwargs["input"]
+    if not bank.kind.linear:
+        for name in bank.computed:
+            M, E = bank._modules[name].products()  # type: ignore[union-attr,operator]
+            z = bank.kind.project(layer, x, M.to(output.dtype))
+            # Law 1: what overflows in z is finite, or infinity times C = 0 would be NaN.
+            z = torch.where(z.isfinite(), z, torch.zeros_like(z))
+            output = output + bank.kind.spread(layer, z, E.to(output.dtype))
+        return output
+    overwrite = _is_ours_alone(layer, output)
+    weight, trained = None, False
+    if torch.is_grad_enabled():
+        # A computed one (`torch.nn.utils.parametrize`) would be computed once more, and may be another then.
+        weight = layer._parameters.get("weight")
+        trained = weight is not None and weight.requires_grad
+        weight = weight if overwrite and _is_linear_alone(layer, x, output) else None
+    for name in bank.computed:
+        adapter = bank._modules[name]
+        output = adapter(output, x, weight=weight, overwrite=overwrite, input_kept=trained)  # type: ignore[misc]
+        weight = None
+    return output
+
+
+class OnLoan:
+    """An attribute of a module for as long as there are adapters; `TorchBackend.remove` gives the former one back.
+
+    Parameters
+    ----------
+    module, name
+        Whose attribute it becomes.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        own = vars(module)
+        # What the module itself has, not its class: one thing or nothing.
+        former = own.get(name)
+        self.former: tuple[Any, ...] = (former,) if name in own else ()
+        if isinstance(former, OnLoan):
+            self.former = former.former
+        own[name] = self
+
+    @staticmethod
+    def give_back(module: nn.Module) -> None:
+        """Take all of them off a module."""
+        own = vars(module)
+        for name, value in [*own.items()]:
+            if isinstance(value, OnLoan):
+                del own[name]
+                if value.former:
+                    (own[name],) = value.former
+
+
+def refuse_compacted(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
+    """Refuse a state in the compacted form of version 0.1, before any of it is loaded.
+
+    Raises
+    ------
+    StateError
+        If it is one; the message names a layer.
+    """
+    mark = f".{CHILD}.owned"
+    found = [name.removesuffix(mark) for name in state_dict if f".{name}".endswith(mark)]
+    if found:
+        raise StateError(
+            f"{found[0]}: the state is of an adapter that compact() had shrunk, a form that is gone; write it with "
+            "adamss.save in the version that it comes from, and adamss.load that file"
+        )
+
+
+def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state of adapters that says that the weights of their layers are no part of it."""
+    labels = re.compile(rf"(.*\.)?{CHILD}\.[^.]+\.labels")
+    marks = {name.removesuffix("labels") + HELD for name in state_dict if labels.fullmatch(name)}
+    return {**state_dict, **{name: torch.zeros(0, dtype=torch.bool) for name in marks}}
+
+
+def _let_compilers_see_hooks() -> None:
+    """Have `torch.compile` look at the hooks of a module before it reuses what it has compiled.
+
+    It does not by default, and takes the graph of a frozen layer without hooks for a layer that is adapted: of the
+    same model compiled before, or of another one of the same structure. Graphs made so far are thrown away, once.
+    """
+    from torch._dynamo import config
+
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
+
+
+def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
+    """Whether nobody but our hook has seen the output of the layer, so that it may be written over.
+
+    A forward of the user's own may keep what it returns, an earlier hook may, and so may a mode: that of selective
+    activation checkpointing hands it out once more. A compiler sees to it itself.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(layer).forward is nn.Linear.forward
+        and "forward" not in layer.__dict__
+        and len(layer._forward_hooks) == 1
+        and not _global_forward_hooks
+        and type(output) is Tensor
+        and output.is_contiguous()
+        and not is_in_torch_dispatch_mode()
+        and torch._C._len_torch_function_stack() == 0
+    )
+
+
+def _is_linear_alone(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Whether the gradient of x through this layer of a frozen weight is ``dy weight``, and no other is wanted."""
+    weight = layer._parameters.get("weight")
+    bias = layer._parameters.get("bias")
+    return (
+        weight is not None
+        and type(weight) in (Tensor, nn.Parameter)
+        and type(x) in (Tensor, nn.Parameter)
+        and not weight.requires_grad
+        and "bias" in layer._parameters
+        and not (bias is not None and bias.requires_grad)
+        and x.dtype == weight.dtype == output.dtype
+    )
