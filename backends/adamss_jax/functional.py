@@ -19,11 +19,8 @@ from jax.sharding import AxisType
 
 from adamss.core import Factors, cheapest_order, contract, expand, factor_gradients
 from adamss.core.cost import check_order, device_balance
-from adamss.core.factors import HEADROOM
 
 __all__ = ["linear", "update"]
-
-FLOAT16_MAX = 65504.0
 
 
 def linear(
@@ -84,39 +81,29 @@ def linear(
     return y + update(x.astype(y.dtype), factors, order=order)
 
 
-def update(
-    x: Array,
-    factors: Factors | None,
-    constant: tuple[Array, Array] | None = None,
-    *,
-    order: str | None = None,
-) -> Array:
+def update(x: Array, factors: Factors, *, order: str | None = None) -> Array:
     """Return ``(x @ M) @ E``, what the adapter adds to the output of its frozen layer.
 
-    With `constant` it is ``(x @ [M, M']) @ [E; E']``. Kept for the backward are x and ``x @ M``, not ``x @ M'``;
-    without `factors` neither of them. With the order ``"input_first"`` it is ``((x @ A) @ B) @ E``, and ``x @ A`` is
-    kept for x.
+    Kept for the backward are x and ``x @ M``. With the order ``"input_first"`` the update is ``((x @ A) @ B) @ E``,
+    and ``x @ A`` is kept instead of x.
 
     Parameters
     ----------
     x
         Inputs (..., d), in the dtype of the output.
     factors
-        Factors of the layer, or of its trained subspaces alone, where a label of -1 marks the columns of the others;
-        None if none is trained.
-    constant
-        M' (d, q') and E' (q', n) of subspaces that get no gradient; d + 1 rows where the bias is adapted too. None if
-        there are none; one of the two there must be.
+        Factors of the layer, or of some of its subspaces, where a label of -1 marks the columns of the others.
     order
         In which order the products are taken, one of `adamss.core.ORDERS`. None for the one that costs less, by
         the shapes: ``"input_first"`` for few tokens, ``"factors_first"`` for many; an x of one axis counts as many,
-        since under ``vmap`` nothing tells how many there are. Without a basis that all subspaces share, or with
-        `constant`, it is always ``"factors_first"``. Like a shape it is a constant of compiled functions.
+        since under ``vmap`` nothing tells how many there are. Without a basis that all subspaces share it is always
+        ``"factors_first"``. Like a shape it is a constant of compiled functions.
 
     Returns
     -------
     Array
-        (..., n), in the dtype of x. With C = 0 it is zero for every finite x.
+        (..., n), in the dtype of x. With C = 0 it is zero for every x, since products that overflow count as the
+        largest finite number.
 
     Raises
     ------
@@ -124,11 +111,11 @@ def update(
         If the order is unknown.
     """
     check_order(order)
-    if factors is None or factors.A.shape[0] > 1 or constant is not None:
+    if factors.A.shape[0] > 1:
         order = "factors_first"
     elif order is None:
         order = _cheapest(x, factors)
-    result: Array = _update(x, factors, constant, order == "input_first")
+    result: Array = _update(x, factors, order == "input_first")
     return result
 
 
@@ -146,103 +133,68 @@ def _cheapest(x: Array, factors: Factors) -> str:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _update(
-    x: Array, factors: Factors | None, constant: tuple[Array, Array] | None, projected: bool
-) -> Array:
-    u, _ = _forward(x, factors, constant, projected)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _update(x: Array, factors: Factors, projected: bool) -> Array:
+    u, _ = _forward(x, factors, projected)
     return u
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Layout:
-    """What the backward knows of x and z where they are not kept: the width d, and how each is spread."""
+class _Inputs:
+    """The width d of the inputs, and how they are sharded: all that the backward knows of them if projected."""
 
     width: int
-    inputs: Any
-    directions: Any
+    sharding: Any
 
 
-def _forward(
-    x: Array, factors: Factors | None, constant: tuple[Array, Array] | None, projected: bool
-) -> tuple[Array, tuple[Any, ...]]:
-    scale = _headroom(x)
+def _forward(x: Array, factors: Factors, projected: bool) -> tuple[Array, tuple[Any, ...]]:
+    E = expand(factors).astype(x.dtype)
     if projected:
-        assert factors is not None
-        M, E = None, expand(factors).astype(x.dtype)
-        inputs = _directions(x, factors.A[0].astype(x.dtype) * scale)
-        z = _directions(inputs, factors.B.astype(x.dtype))
+        M, inputs = None, _product(x, factors.A[0].astype(x.dtype))
+        z = _product(inputs, factors.B.astype(x.dtype))
     else:
-        M, E = _directions_and_columns(factors, constant, x.dtype)
-        inputs, z = x, _directions(x, M * scale)
-    layout = _Layout(x.shape[-1], _sharding(x), _sharding(z))
-    kept = None if factors is None else (inputs, z[..., : factors.B.shape[-1]])
-    return z @ (E * (1 / scale)), (kept, M, E, factors, layout)
+        M, inputs = contract(factors).astype(x.dtype), x
+        z = _product(x, M)
+    return z @ E, (inputs, z, M, E, factors, _Inputs(x.shape[-1], _sharding(x)))
 
 
-def _backward(projected: bool, saved: tuple[Any, ...], du: Array) -> tuple[Array, Factors | None, None]:
-    """``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz``, ``dE = z^T du``; z was kept with its headroom.
-
-    Projected, ``dB = (x A)^T dz``; ``x A`` was kept with its headroom too.
-    """
-    kept, M, E, factors, layout = saved
-    d = layout.width
+def _backward(projected: bool, saved: tuple[Any, ...], du: Array) -> tuple[Array, Factors]:
+    """``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz``, ``dE = z^T du``; projected, ``dB = (x A)^T dz``."""
+    inputs, z, M, E, factors, x = saved
     if projected:
         M = contract(factors).astype(du.dtype)
-    dz = jnp.matmul(du, E.T, out_sharding=layout.directions)
-    dx = jnp.matmul(dz, M[:d].T, out_sharding=layout.inputs)
-    if factors is None:
-        return dx, None, None
-    (inputs, z), leading = kept, tuple(range(du.ndim - 1))
-    q = z.shape[-1]
-    dz, M, E = dz[..., :q], M[:, :q], E[:q]
-    rows = factors.B if projected else M[:d]
+    dz = jnp.matmul(du, E.T, out_sharding=_sharding(z))
+    dx = jnp.matmul(dz, M[: x.width].T, out_sharding=x.sharding)
+    leading = tuple(range(du.ndim - 1))
+    rows = factors.B if projected else M[: x.width]
     # Sums over all tokens: in half precision the products are rounded, the sums are not. On the CPU dz^T x costs
     # a quarter to a half of x^T dz, into which XLA would turn it back but for the barrier.
     dM_t: Array = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
         _contracted(dz, inputs, leading, _sharding(rows.T))
     )
-    dM, scale = dM_t.T, _headroom(du)
-    if projected:
-        dM = dM * (1 / scale)
-    elif M.shape[0] > d:
+    dM = dM_t.T
+    if not projected and M.shape[0] > x.width:
         dM = jnp.concatenate([dM, jnp.sum(dz, axis=leading, dtype=dM.dtype)[None, :]])
-    dE = _contracted(z, du, leading, _sharding(E)) * (1 / scale)
+    dE = _contracted(z, du, leading, _sharding(E))
     dB, dC = factor_gradients(dM, dE, factors, projected=projected)
-    return dx, Factors(None, dB, dC, None, None, None), None
+    return dx, Factors(None, dB, dC, None, None, None)
 
 
 _update.defvjp(_forward, _backward)
 
 
-def _directions_and_columns(
-    factors: Factors | None, constant: tuple[Array, Array] | None, dtype: Any
-) -> tuple[Array, Array]:
-    """Return ``[M, M']`` and ``[E; E']``."""
-    if factors is None:
-        assert constant is not None
-        return constant[0].astype(dtype), constant[1].astype(dtype)
-    M, E = contract(factors), expand(factors)
-    if constant is not None:
-        M, E = jnp.concatenate([M, constant[0]], axis=1), jnp.concatenate([E, constant[1]])
-    return M.astype(dtype), E.astype(dtype)
+def _product(x: Array, M: Array) -> Array:
+    """``z = x M``, always finite; the bias row of M is added, where a column of ones would copy x.
 
-
-def _directions(x: Array, M: Array) -> Array:
-    """``z = x M``, the bias row of M added rather than a column of ones appended to x."""
+    Where a sum overflows, infinity or NaN (infinity less infinity) times C = 0 would be NaN, and the output not
+    the base's. A NaN of the input still shows, through the base's product.
+    """
     d = x.shape[-1]
     z = jnp.matmul(x, M[:d], preferred_element_type=_accumulator(x))
     if M.shape[0] > d:
         z = z + M[d]
-    if x.dtype == jnp.float16:
-        # For want of exponents there is no headroom here; the sum itself has those of float32.
-        z = jnp.clip(z, -FLOAT16_MAX, FLOAT16_MAX)
-    return z.astype(x.dtype)
-
-
-def _headroom(x: Array) -> float:
-    return 1.0 if x.dtype == jnp.float16 else HEADROOM
+    return jnp.nan_to_num(z.astype(x.dtype))
 
 
 def _contracted(left: Array, right: Array, leading: tuple[int, ...], sharding: Any) -> Array:
