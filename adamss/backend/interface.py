@@ -441,8 +441,8 @@ class ValueModels(Models):
     def with_arrays(self, model: Model, values: Mapping[str, Mapping[str, Array]]) -> Model:
         """Return the model with other arrays in some modules.
 
-        ``arrays(modules(with_arrays(m, v))[path]) == v[path]``, for the names that it has. They are copied, if anybody
-        may change the arrays of a model in place.
+        ``arrays(modules(with_arrays(m, v))[path]) == v[path]``, for the names that it has. They are copied, if
+        anybody may change the arrays of a model in place.
         """
 
     @abstractmethod

@@ -210,7 +210,7 @@ class Site:
         return self.kind.weight, self.kind.bias
 
     def weight(self, arrays: Mapping[str, Array | None]) -> BaseWeight:
-        """Return what the layer's own arrays, by name, are in paper orientation; without a bias unless it is linear."""
+        """Return what the layer's own arrays, by name, are in paper orientation; the bias only of a linear layer."""
         W, b = (arrays.get(name) for name in self.names)
         b = b if self.kind.linear else None
         if self.index:

@@ -18,7 +18,7 @@ __all__ = ["PlainStore", "Store", "Stores"]
 class Store(ABC):
     """One way of keeping arrays that belong to a layer.
 
-    The law that binds it, wherever `refusal` returns None: after ``write(layer, name, a)``, ``read(layer, name) == a``.
+    The law that binds it: where `refusal` returns None, ``read(layer, name) == a`` after ``write(layer, name, a)``.
     """
 
     @abstractmethod

@@ -378,7 +378,9 @@ class TorchBackend(Backend):
     def enter(self, model: nn.Module, ledger: Ledger) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
+        merged = all(path in ledger.held and ledger.held[path].all() for path in record.paths)
         for path, bank in _banks(owner, record).items():
+            bank.merged = merged
             mask = ledger.held.get(path)
             bank.adapters[record.name].hold(None if mask is None else torch.from_numpy(mask.copy()))
             base = ledger.base.get(path)

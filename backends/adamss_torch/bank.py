@@ -44,6 +44,9 @@ class LayerBank(nn.Module):
         While the weight holds an update: the tensors that the layer had before, by name; None if they were dropped.
     off
         Whether nothing is added to the output for now.
+    merged
+        Whether the weights of the model hold every update. Where this weight does and others do not, zero is added
+        all the same: B and C are trained parameters, and those who train expect a gradient of each.
     computed
         Names of the adapters whose update is added to the output.
     """
@@ -52,7 +55,7 @@ class LayerBank(nn.Module):
         super().__init__()
         self.kind = kind
         self.base: dict[str, Tensor] | None = None
-        self.off = False
+        self.off = self.merged = False
         self.computed: tuple[str, ...] = ()
 
     @property
@@ -67,11 +70,7 @@ class LayerBank(nn.Module):
 
     def look(self) -> None:
         """See which adapters there is something to compute of."""
-        self.computed = tuple(
-            name
-            for name, adapter in self.adapters.items()
-            if not self.off and (adapter.held is None or not bool(adapter.held.all()))
-        )
+        self.computed = () if self.off or self.merged else tuple(self.adapters)
 
     def install(self, layer: nn.Module) -> None:
         """Become a child of the layer, and hook its forward."""

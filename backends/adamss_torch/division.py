@@ -72,6 +72,7 @@ class TorchDivision(Division):
         self._device = torch.device("cpu") if device is None else device
         self._told = group is None
         self._failure: Exception | None = None
+        self._differ = False
         self._owners: dict[str, int] = {}
         self._devices: dict[str, torch.device] = {}
 
@@ -102,6 +103,7 @@ class TorchDivision(Division):
             return dict(layers)
         mine = {path: [_Form.of(array) for array in layers[path]] for path in self._owners if path in layers}
         said = self._said(mine, self._failure)
+        self._warn_of_differing_weights()
         rank, found = dist.get_rank(self._group), dict(layers)
         for path, owner in self._owners.items():
             if owner == rank:
@@ -149,7 +151,11 @@ class TorchDivision(Division):
         alike = len({*outlines}) == 1
         if alike and len({*values}) == 1 and values[0] is not None:
             return True
-        if alike and None not in values:
+        self._differ = alike and None not in values
+        return False
+
+    def _warn_of_differing_weights(self) -> None:
+        if self._differ:
             warnings.warn(
                 "the processes put the same adapters on base weights that differ, each on its own; if they are to "
                 "train one model, load the same weights on all of them before (DistributedDataParallel does not "
@@ -157,7 +163,6 @@ class TorchDivision(Division):
                 AdamssWarning,
                 stacklevel=4,
             )
-        return False
 
     def _say(self, thing: Any) -> list[Any]:
         self._told = True

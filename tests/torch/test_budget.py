@@ -162,7 +162,7 @@ def test_decides_as_the_core_does_on_the_same_gradients(schedule, basis):
             layers = host()
             optimizer.zero_grad()
             loss_of(model, x).backward()
-            adapters = {p: model.get_submodule(p).adamss for p in layers}
+            adapters = {p: model.get_submodule(p).adamss.default for p in layers}
             gradients = {
                 p: (a.B.grad.t().numpy().copy(), a.C.grad.numpy().copy()) for p, a in adapters.items()
             }
@@ -225,7 +225,7 @@ def test_frozen_gradients_do_not_count_in_the_clip_norm_and_nothing_is_toggled()
     norm = torch.nn.utils.clip_grad_norm_(trainable(model), float("inf"))
     squares = torch.zeros((), dtype=torch.float64)
     for path, f in adamss_layers(model).items():
-        adapter = model.get_submodule(path).adamss
+        adapter = model.get_submodule(path).adamss.default
         assert adapter.B.requires_grad and adapter.C.requires_grad
         for gradient, trained in zip(
             (adapter.B.grad.t(), adapter.C.grad), core.trained_elements(f), strict=True

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import adamss
 from adamss_conformance.tolerances import assert_agrees
-from adamss_torch.adapter import without_weights
+from adamss_torch.bank import without_weights
 
 
 def gradients(model, loss):
@@ -369,7 +369,7 @@ class TestStatesWhoseWeightsHoldTheUpdate:
         x = inputs(4, 16)
         changed, plain = verb(frozen()), frozen()
         for target, state in ((adamss.attach(net(), config()), changed), (changed, plain)):
-            adapter = target.layers[0].query.adamss
+            adapter = target.layers[0].query.adamss.default
             before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
             with pytest.raises(RuntimeError, match="the weight of the layer holds other subspaces"):
                 target.load_state_dict(state.state_dict(), strict=strict)
@@ -434,7 +434,7 @@ class TestStatesThatDoNotFit:
         model = adamss.attach(net(), config())
         before = self.adapter_state(model)
         state = copy.deepcopy(model.state_dict())
-        state[f"layers.0.query.adamss.{name}"][0] = value
+        state[f"layers.0.query.adamss.default.{name}"][0] = value
         with pytest.raises(RuntimeError, match="none of subspaces of this layer"):
             model.load_state_dict(state)
         assert_same_state(self.adapter_state(model), before)

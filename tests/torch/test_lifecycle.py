@@ -196,7 +196,7 @@ def test_weight_decay_over_all_parameters_changes_only_what_is_trained(config, i
         torch.testing.assert_close(norm, torch.cat([g.flatten() for g in trained]).norm())
         optimizer.step()
     after = model.state_dict()
-    factors = {f"{layer}.adamss.{name}" for layer in "03" for name in "BC"}
+    factors = {f"{layer}.adamss.default.{name}" for layer in "03" for name in "BC"}
     buffers = {f"1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == factors | buffers | {"4.weight", "4.bias"}
@@ -321,7 +321,7 @@ def test_what_needs_values_says_so_on_the_meta_device(net, config, adapted, tmp_
     assert "adamss" not in str(model)
     adamss.load(model, files[False], check_base=False, trainable=False)
     for verb in (adamss.merge, lambda model: adamss.save(model, tmp_path / "a.safetensors")):
-        with pytest.raises(errors.LayerError, match=r"layers\.0\.query is on the meta device"):
+        with pytest.raises(errors.LayerError, match=r"layers\.0\.query.* is on the meta device"):
             verb(model)
     assert "adamss" not in str(adamss.detach(model))
 

@@ -72,7 +72,7 @@ def test_merge_of_the_whole_model(trained, tokens):
 @pytest.mark.parametrize("order", core.ORDERS)
 def test_a_whole_transformer_block_compiles_without_a_graph_break(trained, order):
     block = trained.encoder.layer[0]
-    adapters = [block.attention.self.query.adamss, block.attention.self.value.adamss]
+    adapters = [block.attention.self.query.adamss.default, block.attention.self.value.adamss.default]
     leaves = [parameter for adapter in adapters for parameter in adapter.parameters()]
     for adapter in adapters:
         adapter.order = order

@@ -272,13 +272,13 @@ def test_the_choice_goes_with_copies_and_not_into_files(tmp_path):
 
 def test_the_update_is_written_into_the_base_product():
     model, seen = adapted_layer(), []
-    inner = model[0].adamss.forward
+    inner = model[0].adamss.default.forward
 
     def forward(base, x, **options):
         seen.append((base.data_ptr(), options["overwrite"], options["weight"] is not None))
         return inner(base, x, **options)
 
-    model[0].adamss.forward = forward
+    model[0].adamss.default.forward = forward
     y = model(data(TOKENS)[0].requires_grad_())
     assert seen == [(y.data_ptr(), True, True)]
 

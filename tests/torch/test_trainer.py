@@ -16,7 +16,7 @@ from adamss import errors
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from adamss_torch.adapter import without_weights  # noqa: E402
+from adamss_torch.bank import without_weights  # noqa: E402
 from adamss_torch.transformers import ADAPTER_FILE, AdamssCallback  # noqa: E402
 
 STEPS = 8

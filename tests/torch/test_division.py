@@ -11,7 +11,10 @@ from torch import nn
 import adamss
 from adamss import AdamssConfig
 from adamss.backend import BaseWeight
-from adamss_torch.workers import EXACT_SIDE, computed
+from adamss.backend.interface import batches
+from adamss.core.decomposition import EXACT_SIDE
+from adamss_torch import TorchBackend
+from adamss_torch.division import TorchDivision
 
 openmp = pytest.mark.skipif(
     "parallel backend: OpenMP" not in torch.__config__.parallel_info(), reason="needs OpenMP"
@@ -34,9 +37,12 @@ def layers(count, side=8):
     return {str(number): BaseWeight(torch.zeros(side, 1024), None) for number in range(count)}
 
 
-def each_alone(one):
-    """Return a `Compute` that does this for each layer."""
-    return lambda batch, each: dict(zip(batch, each(one, batch), strict=True))
+def computed(one, weights):
+    """Return what a function makes of each layer, as `attach` goes about it."""
+    division, found = TorchDivision(None), {}
+    for batch in batches(division.share(weights, "")):
+        found |= zip(batch, division.each(one, batch), strict=True)
+    return found
 
 
 def config(*targets, **options):
@@ -62,7 +68,7 @@ def test_as_many_at_a_time_as_there_are_threads():
         return path
 
     # With fewer at a time the barrier would break, with more the set would be larger.
-    assert computed(each_alone(one), layers(6)) == {path: path for path in layers(6)}
+    assert computed(one, layers(6)) == {path: path for path in layers(6)}
     assert len(threads) == 3
 
 
@@ -74,13 +80,14 @@ def test_large_ones_one_by_one_where_all_threads_work_on_them():
         return path
 
     wide = layers(2, EXACT_SIDE + 1)
-    assert list(computed(each_alone(one), wide)) == list(wide)
+    assert list(computed(one, wide)) == list(wide)
     assert seen == [(threading.current_thread(), 3)] * 2
 
 
-def test_the_order_is_that_of_the_layers():
+def test_layers_of_one_shape_are_computed_together_and_their_order_is_that_of_the_model():
     mixed = {"b": layers(1)["0"], "a": layers(1, EXACT_SIDE + 1)["0"], "c": layers(1)["0"]}
-    assert list(computed(each_alone(str), mixed)) == ["b", "a", "c"]
+    assert list(computed(str, mixed)) == ["b", "c", "a"]
+    assert list(TorchBackend().adaptation(adamss.attach(net(), config())).layers) == list(SIZES)
 
 
 def test_threads_are_afterwards_what_they_were():
