@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from adamss.backend.training import adaptation_in_training, identity, same_subspaces, schedule_of
 from adamss.config import BudgetConfig
-from adamss.core import BudgetPlan, Factors, Importance, plan_budget, scores
+from adamss.core import BudgetPlan, BudgetState, advance, initial_budget_state, observe, plan_budget
+from adamss.core.budget import Processes
 from adamss.errors import (
     AdamssWarning,
     ConfigError,
@@ -23,13 +24,14 @@ from adamss.errors import (
     StateError,
 )
 from adamss_torch.adapter import Adapter
-from adamss_torch.averages import Averages
 from adamss_torch.backend import TorchBackend, adapters_of
 from adamss_torch.frozen import FrozenElements
 from adamss_torch.sharding import (
     agree,
     is_sharded,
     local,
+    part_like,
+    rebuilt,
     same_everywhere,
     shard_like,
     sum_over_shards,
@@ -73,29 +75,80 @@ class _Progress:
     """Where a controller stands; apart from it, so that it can be told after the controller is gone."""
 
     plan: BudgetPlan
-    step: int = 0
-    waiting: bool = False
-    left_out: int = 0
-    active: int = 0
+    state: BudgetState
     reached: bool = False
     told: bool = False
+    told_of_left_out: bool = False
+
+    @property
+    def active(self) -> int:
+        """Subspaces that are trained."""
+        return int(self.state.active.sum())
 
     def tell(self) -> None:
         """Warn once if the training is over and the target was not reached."""
-        if self.told or self.reached or not self.step:
+        step = int(self.state.step)
+        if self.told or self.reached or not step:
             return
         self.told = True
-        config = self.plan.config
-        if self.step < config.end_step:
-            why = f"training ended after {self.step} optimiser steps, the schedule ends at {config.end_step}"
+        config, left_out = self.plan.config, int(self.state.left_out)
+        if step < config.end_step:
+            why = f"training ended after {step} optimiser steps, the schedule ends at {config.end_step}"
         else:
-            why = f"no step since the last allocation had a gradient to score by ({self.left_out} were not finite)"
+            why = f"no step since the last allocation had a gradient to score by ({left_out} were not finite)"
         warnings.warn(
             f"budget: the target of {config.target} {config.unit} was not reached: {why}; {self.active} of "
             f"{len(self.plan.costs)} subspaces are trained",
             AdamssWarning,
             stacklevel=3,
         )
+
+
+class _Reductions(Processes):
+    """What `core.observe` and `core.advance` take from a controller: sums over shards, and one decision for all.
+
+    Parameters
+    ----------
+    controller
+        Whose `scores` are used: a subclass may score by something else.
+
+    Attributes
+    ----------
+    row, mask
+        Scores and decision of the last allocation, (T,) on the CPU; None if there was none in this step.
+    """
+
+    def __init__(self, controller: BudgetController) -> None:
+        self._controller = weakref.ref(controller)
+        self._like = controller._parameters[0]
+        self._group = _synchronised_over(controller._adapters)
+        self.row: Tensor | None = None
+        self.mask: Tensor | None = None
+
+    def all_usable(self, usable: Tensor) -> Tensor:
+        """Return whether it is so on all processes: a part that is finite here is left out with one that is not."""
+        if not is_sharded(self._like):
+            return usable
+        return sum_over_shards((~usable).to(torch.float32), self._like) == 0
+
+    def scores(self, plan: BudgetPlan, products: Tensor) -> Tensor:
+        """Return the scores of the controller."""
+        controller = self._controller()
+        assert controller is not None
+        self.row = controller.scores()
+        return self.row
+
+    def agree(self, active: Tensor) -> Tensor:
+        """Return the decision of the first process."""
+        self.mask = agree(active.to(torch.uint8), self._like, self._group).to("cpu", torch.bool)
+        if not torch.equal(self.mask, active):
+            warnings.warn(
+                "budget: this process scored the subspaces otherwise than the first one, whose decision it takes; "
+                "are the gradients synchronised before the optimiser's step?",
+                AdamssWarning,
+                stacklevel=8,
+            )
+        return self.mask
 
 
 class BudgetController:
@@ -187,11 +240,15 @@ class BudgetController:
                     f"BudgetController: {what} has a controller already; call remove() on that one first"
                 )
         _check_may_return(self.config, self._adapters)
-        self._group = _synchronised_over(self._adapters)
+        self._reductions = _Reductions(self)
         self._on_allocation = on_allocation
         self._frozen = FrozenElements(list(self._adapters.values()))
-        self._averages = Averages(self._parameters, self.config)
-        self._progress = _Progress(self.plan, active=self._count())
+        weights = self._joined(local(p.detach()) for p in self._parameters)
+        state = initial_budget_state(self.plan, weights)
+        # Step, flag and masks on the host: a look at them waits for no device.
+        state = state._replace(step=0, waiting=False, active=state.active.cpu())
+        self._observed: BudgetState | None = None
+        self._progress = _Progress(self.plan, state)
         self._loads = sum(adapter.loads for adapter in self._adapters.values())
         # From here on nothing can fail.
         for adapter in self._adapters.values():
@@ -209,7 +266,7 @@ class BudgetController:
     @property
     def step(self) -> int:
         """Completed optimiser steps, those that were skipped not counted."""
-        return self._progress.step
+        return int(self._state.step)
 
     @property
     def budget(self) -> int:
@@ -238,45 +295,53 @@ class BudgetController:
         self._look_for_loaded_masks()
         if self._any_frozen:
             self._frozen.remember()
-        self._averages.drop()
+        self._observed = None
         if not self._scoring:
             return None
         this, *given = args  # the optimiser itself comes first
         closure = given[0] if given else kwargs.get("closure")
         if closure is None:
             # A fused optimiser unscales in its own kernel: what it finds here is still scaled.
-            self._score(getattr(optimizer, "grad_scale", None))
+            self._observe(getattr(optimizer, "grad_scale", None))
             return None
 
         def observed() -> Any:
             loss = closure()
             # Not after the step: some optimisers work in the place of the gradient.
-            if not self._averages.taken:
-                self._score(None)
+            if self._observed is None:
+                self._observe(None)
             return loss
 
         return ((this, observed), kwargs) if given else (args, {**kwargs, "closure": observed})
 
-    def _score(self, scale: Tensor | None) -> None:
-        gradients = [None if p.grad is None else local(p.grad) for p in self._parameters]
-        self._averages.take([local(p.detach()) for p in self._parameters], gradients, scale)
+    @torch.no_grad()
+    def _observe(self, scale: Tensor | None) -> None:
+        parameters = self._parameters
+        weights = self._joined(local(p.detach()) for p in parameters)
+        gradients = self._joined(
+            torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad) for p in parameters
+        )
+        if scale is not None:
+            gradients = gradients / scale.to(gradients.device)
+        self._observed = observe(self.plan, self._state, weights, gradients, self._reductions)
 
+    @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
-            self._averages.drop()
+            self._observed = None
             return
         if self._any_frozen:
             self._frozen.restore()
-        scored, self._progress.step = self._scoring, self.step + 1
-        if not scored:
-            return
-        self._averages.keep()
-        due = self._progress.waiting or self.plan.allocates_at(self.step)
-        if due or self._averages.on_cpu:
+        reductions = self._reductions
+        reductions.row = reductions.mask = None
+        self._state = self._observed or self._state
+        self._observed = None
+        self._state = advance(self.plan, self._state, reductions)
+        if reductions.row is not None or self._state.left_out.device.type == "cpu":
             self._warn_of_left_out()
-        if due:
-            self._allocate()
+        if reductions.mask is not None and reductions.row is not None:
+            self._allocated(reductions.row, reductions.mask)
 
     def _look_for_loaded_masks(self) -> None:
         """Take over the masks that came with a state that was loaded into the model, and say so."""
@@ -284,7 +349,8 @@ class BudgetController:
         if loads == self._loads:
             return
         self._loads = loads
-        before, self._progress.active = self.active_count, self._count()
+        before = self.active_count
+        self._state = self._state._replace(active=self._masks_of_model())
         self._frozen.look()
         if before != self.active_count:
             warnings.warn(
@@ -299,46 +365,56 @@ class BudgetController:
         return [parameter for pair in self._trained.values() for parameter in pair]
 
     @property
+    def _state(self) -> BudgetState:
+        return self._progress.state
+
+    @_state.setter
+    def _state(self, state: BudgetState) -> None:
+        self._progress.state = state
+
+    @property
     def _scoring(self) -> bool:
-        return self._progress.waiting or self.step < self.config.end_step
+        return bool(self._state.waiting) or self.step < self.config.end_step
 
     @property
     def _any_frozen(self) -> bool:
         return self.active_count < len(self.plan.costs)
 
-    def _count(self) -> int:
-        return int(sum(int(adapter.active.sum()) for adapter in self._adapters.values()))
+    def _masks_of_model(self) -> Tensor:
+        """Return the masks of the adapters, (T,) on the CPU."""
+        row: Tensor = self.plan.join({path: a.active.cpu() for path, a in self._adapters.items()})
+        return row
+
+    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
+        """Return what this process holds of all B and C in one vector, in float32 or wider."""
+        first = local(self._parameters[0])
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in self._parameters) else torch.float32
+        return torch.cat([part.detach().reshape(-1).to(first.device, wide) for part in parts])
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        """Undo `_joined`: return a tensor of the shape of each Parameter's part on this process."""
+        shapes = [local(p.detach()).shape for p in self._parameters]
+        parts = torch.split(vector, [shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _warn_of_left_out(self) -> None:
-        left_out = self._averages.left_out()
-        if left_out and not self._progress.left_out:
+        if not self._progress.told_of_left_out and bool(self._state.left_out):
+            self._progress.told_of_left_out = True
             warnings.warn(
                 f"budget: a gradient held NaN or infinity at step {self.step} or shortly before; such steps are left "
                 "out of the importance averages, and this is said once",
                 AdamssWarning,
                 stacklevel=4,
             )
-        self._progress.left_out = left_out
 
     # ---- allocation -------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _allocate(self) -> None:
-        row = self.scores()
-        active = self.plan.join({path: adapter.active.cpu() for path, adapter in self._adapters.items()})
-        informative = bool(((row > 0) & (active | self.config.revive)).any())
-        self._progress.waiting = not informative
-        if not informative:
-            return
-        decided = self.plan.decide(row, active, self.budget)
-        mask = self._agreed(decided)
+    def _allocated(self, row: Tensor, mask: Tensor) -> None:
+        """Put a decision into force."""
         masks = self.plan.split(mask)
         for path, adapter in self._adapters.items():
             adapter.active.copy_(masks[path])
-        self._progress.active = int(mask.sum())
         self._frozen.look()
-        if self.config.window == "reset":
-            self._averages.reset()
         self._progress.reached = self.step >= self.config.end_step
         if self._on_allocation is not None:
             parameters = sum(cost for cost, kept in zip(self.plan.costs, mask.tolist(), strict=True) if kept)
@@ -346,39 +422,20 @@ class BudgetController:
                 Allocation(self.step, self.budget, self.active_count, parameters, self.plan.split(row), masks)
             )
 
+    @torch.no_grad()
     def scores(self) -> Tensor:
         """Return the score of every subspace, (T,) float32 on the CPU, in the order of `plan`.
 
         Of the steps since the last allocation, or of all with a running window. Where the model is spread over
         processes, all of them must call it. A subclass may score by something else: above zero what is worth keeping.
         """
-        products = iter(every := self._averages.products())
-        found = {}
-        for path, adapter in self._adapters.items():
-            # Each layer where it is: a model may lie on several devices, the averages are on one.
-            B, C = (
-                _whole(next(products).to(adapter.labels.device), adapter, parameter)
-                for parameter in self._trained[path]
-            )
-            one = torch.ones_like(B[:1, :1])
-            own = scores(
-                Importance(B.t(), one.expand_as(B).t()), Importance(C, one.expand_as(C)), _outline(adapter)
-            )
-            found[path] = own.to(every[0].device)
-        row = sum_over_shards(self.plan.join(found), self._parameters[0])
-        return row.float().cpu()
-
-    def _agreed(self, decided: Tensor) -> Tensor:
-        """Return the decision of the first process."""
-        mask = agree(decided.to(torch.uint8), self._parameters[0], self._group).to("cpu", torch.bool)
-        if not torch.equal(mask, decided):
-            warnings.warn(
-                "budget: this process scored the subspaces otherwise than the first one, whose decision it takes; "
-                "are the gradients synchronised before the optimiser's step?",
-                AdamssWarning,
-                stacklevel=5,
-            )
-        return mask
+        parts = iter(self._split(self._state.sensitivity * self._state.uncertainty))
+        wholes = {
+            path: tuple(_whole(next(parts), parameter) for parameter in pair)
+            for path, pair in self._trained.items()
+        }
+        elements = self.plan.join_elements({path: (B.t(), C) for path, (B, C) in wholes.items()})
+        return sum_over_shards(self.plan.scores(elements), self._parameters[0]).float().cpu()
 
     # ---- state ------------------------------------------------------------------------------------------
 
@@ -387,13 +444,19 @@ class BudgetController:
 
         Averages have the shape of their Parameters, and are spread over processes as those are.
         """
-        pairs = iter(self._averages.pairs(self._parameters))
+        halves = zip(self._split(self._state.sensitivity), self._split(self._state.uncertainty), strict=True)
+        pairs = iter(
+            [
+                {"sensitivity": rebuilt(s.clone(), p), "uncertainty": rebuilt(u.clone(), p)}
+                for p, (s, u) in zip(self._parameters, halves, strict=True)
+            ]
+        )
         return {
             "config": self.config.to_dict(),
             "step": self.step,
-            "waiting": self._progress.waiting,
+            "waiting": bool(self._state.waiting),
             "reached": self._progress.reached,
-            "left_out": self._averages.left_out(),
+            "left_out": int(self._state.left_out),
             "layers": {
                 path: {
                     "active": adapter.active.clone(),
@@ -431,13 +494,22 @@ class BudgetController:
             )
         for path, layer in layers.items():
             self._adapters[path].active.copy_(layer["active"])
-        self._averages.load(
-            [layers[path][name] for path in self._adapters for name in "BC"], state["left_out"]
+        pairs = [layers[path][name] for path in self._adapters for name in "BC"]
+        averages = {
+            kind: self._joined(
+                part_like(pair[kind], p) for pair, p in zip(pairs, self._parameters, strict=True)
+            )
+            for kind in ("sensitivity", "uncertainty")
+        }
+        self._state = BudgetState(
+            step=int(state["step"]),
+            waiting=bool(state["waiting"]),
+            left_out=torch.full_like(self._state.left_out, int(state["left_out"])),
+            active=self._masks_of_model(),
+            **averages,
         )
-        progress = self._progress
-        progress.step, progress.waiting = int(state["step"]), bool(state["waiting"])
-        progress.reached, progress.left_out = bool(state["reached"]), int(state["left_out"])
-        progress.active = self._count()
+        self._progress.reached = bool(state["reached"])
+        self._progress.told_of_left_out = bool(state["left_out"])
         self._frozen.look()
 
     def __reduce__(self) -> Any:
@@ -461,27 +533,13 @@ class BudgetController:
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
-def _whole(part: Tensor, adapter: Adapter, parameter: nn.Parameter) -> Tensor:
+def _whole(part: Tensor, parameter: nn.Parameter) -> Tensor:
     """Return an array of a Parameter's part on this process in the shape of the whole, zero elsewhere."""
     if not is_sharded(parameter):
         return part
-    places = torch.arange(parameter.numel(), device=adapter.labels.device).view(parameter.shape)
-    mine = shard_like(places, parameter)
-    row = part.new_zeros(parameter.numel()).index_copy(0, mine.reshape(-1).to(part.device), part.reshape(-1))
-    return row.view(parameter.shape)
-
-
-def _outline(adapter: Adapter) -> Factors:
-    """Return factors of which the shapes, labels and ranks are right: what a score needs."""
-    nothing = adapter.A.new_zeros(())
-    return Factors(
-        adapter.A,
-        nothing.expand(adapter.B.shape).t(),
-        nothing.expand(adapter.C.shape),
-        adapter.labels,
-        adapter.ranks,
-        adapter.active,
-    )
+    places = torch.arange(parameter.numel(), device=part.device).view(parameter.shape)
+    mine = shard_like(places, parameter).reshape(-1).to(part.device)
+    return part.new_zeros(parameter.numel()).index_copy(0, mine, part.reshape(-1)).view(parameter.shape)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------

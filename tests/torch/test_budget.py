@@ -157,19 +157,23 @@ def test_decides_as_the_core_does_on_the_same_gradients(schedule, basis):
         return {p: core.Factors(*(a.numpy().copy() for a in f)) for p, f in adamss_layers(model).items()}
 
     with controlled(model, optimizer, config) as budget:
-        state = core.initial_budget_state(host())
+        plan = core.plan_budget(host(), config)
+
+        def elements():
+            return plan.join_elements({path: (f.B, f.C) for path, f in host().items()})
+
+        state = core.initial_budget_state(plan, elements())
         for x in batches():
-            layers = host()
+            weights = elements()
             optimizer.zero_grad()
             loss_of(model, x).backward()
-            adapters = {p: model.get_submodule(p).adamss.default for p in layers}
-            gradients = {
-                p: (a.B.grad.t().numpy().copy(), a.C.grad.numpy().copy()) for p, a in adapters.items()
-            }
+            slopes = {p: (a.B.grad.t().numpy(), a.C.grad.numpy()) for p, a in adapters_of(model).items()}
+            gradients = plan.join_elements(slopes)
             optimizer.step()
-            state = core.advance_budget(budget.plan, state, layers, gradients)
+            state = core.advance(plan, core.observe(plan, state, weights, gradients))
+            masks = plan.split(state.active)
             for path, mask in active(model).items():
-                assert np.array_equal(mask, state.active[path]), (budget.step, path)
+                assert np.array_equal(mask, masks[path]), (budget.step, path)
 
 
 def test_uses_the_schedule_of_the_attached_config():
