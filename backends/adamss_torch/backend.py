@@ -178,7 +178,7 @@ class TorchBackend(Backend):
             raise LayerError(
                 f"{name} has an attribute {CHILD!r} of its own, where the adapter goes; rename it"
             )
-        if weight.is_meta and is_sharded(weight):
+        if is_sharded(weight) and weight.is_meta:
             raise LayerError(
                 f"{name} is on the meta device: its weight has no values; load the weights first"
             )

@@ -1,0 +1,229 @@
+"""Layers and ways of keeping weights that `adamss` does not know, registered from outside: nothing else is edited."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import adamss
+from adamss import core, errors
+from adamss.backend import Kind, Store, View
+from adamss_torch.backend import adapters_of, kinds
+from adamss_torch.stores import stores
+
+
+class Turned(nn.Module):
+    """A linear layer whose weight is (d, n), as in GPT-2."""
+
+    def __init__(self, d, n):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(d, n) / d**0.5), nn.Parameter(torch.randn(n))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class TurnedKind(Kind):
+    classes = (Turned,)
+
+    def view(self, layer, path):
+        return View(rows=(0,), columns=(1,))
+
+
+class WindowKind(Kind):
+    """A convolution over one axis: every window of the input is a row of (channels x window) numbers."""
+
+    classes = (nn.Conv1d,)
+    linear = False
+
+    def view(self, layer, path):
+        if layer.groups != 1:
+            raise errors.LayerError(
+                f"{path} has groups, so that it is no one matrix; leave it out of targets"
+            )
+        return View(rows=(1, 2), columns=(0,))
+
+    def project(self, layer, x, M):
+        window = M.t().reshape(-1, layer.in_channels, *layer.kernel_size)
+        return nn.functional.conv1d(x, window, None, layer.stride, layer.padding, layer.dilation)
+
+    def spread(self, layer, z, E):
+        return torch.einsum("bqt,qn->bnt", z, E)
+
+
+class EightBits(nn.Module):
+    """A linear layer whose weight is kept in eight bits, a scale for each output."""
+
+    def __init__(self, d, n):
+        super().__init__()
+        weight = torch.randn(n, d) / d**0.5
+        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("weight", (weight / self.scale).round().to(torch.int8))
+        self.bias = None
+
+    def forward(self, x):
+        return x @ (self.weight * self.scale).t()
+
+
+class EightBitsKind(Kind):
+    classes = (EightBits,)
+
+    def view(self, layer, path):
+        return View(rows=(1,), columns=(0,))
+
+
+class EightBitsStore(Store):
+    def holds(self, layer, name):
+        return isinstance(layer, EightBits) and name == "weight"
+
+    def read(self, layer, name):
+        return layer.weight * layer.scale
+
+    def refusal(self, layer, name):
+        return (
+            "is kept in eight bits, which would round the update away; export the adapter by adamss.to_lora"
+        )
+
+    def write(self, layer, name, value):
+        raise AssertionError("nobody asked")
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    own, store = (TurnedKind(), WindowKind(), EightBitsKind()), EightBitsStore()
+    with contextlib.ExitStack() as stack:
+        for kind in own:
+            kinds.register(kind)
+            stack.callback(kinds.unregister, kind)
+        stores.register(store)
+        stack.callback(stores.unregister, store)
+        yield
+
+
+def turned():
+    return nn.Sequential(Turned(12, 10), nn.Tanh()), torch.randn(3, 4, 12)
+
+
+def convolved():
+    return nn.Sequential(nn.Conv1d(6, 10, 3, padding=1, dilation=1), nn.Tanh()), torch.randn(3, 6, 9)
+
+
+def in_eight_bits():
+    return nn.Sequential(EightBits(12, 10), nn.Tanh()), torch.randn(3, 4, 12)
+
+
+MODELS = pytest.mark.parametrize("make", [turned, convolved, in_eight_bits])
+CONFIG = adamss.AdamssConfig(targets=["0"], rank=6, subspaces=4, subspace_rank=2)
+
+
+def trained(make, steps=3):
+    torch.manual_seed(0)
+    model, x = make()
+    adamss.attach(model, CONFIG)
+    adapters_of(model)["0"].active[1] = False
+    optimizer = torch.optim.SGD(adamss.trainable_parameters(model), lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    return model, x
+
+
+@MODELS
+def test_starts_equal_and_gives_the_base_back(make):
+    torch.manual_seed(0)
+    model, x = make()
+    before, expected = {n: t.clone() for n, t in model.state_dict().items()}, model(x)
+    adamss.attach(model, CONFIG)
+    assert torch.equal(model(x), expected)
+    adamss.detach(trained(make)[0])
+    adamss.detach(model)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@MODELS
+def test_computes_what_the_layer_computes_with_the_updated_weight(make):
+    model, x = trained(make)
+    y, factors = model(x), adapters_of(model)["0"].factors()
+    layer = adamss.detach(model)[0]
+    view = kinds.of(layer, "0").view(layer, "0")
+    weight = layer.weight * getattr(layer, "scale", 1.0)
+    delta = view.array(core.delta(factors), weight.shape)
+    assert delta.abs().max() > 0.01
+    if isinstance(layer, EightBits):
+        layer.weight, layer.scale = weight + delta, torch.ones(())
+    else:
+        layer.weight.data = weight + delta
+    torch.testing.assert_close(model(x), y)
+
+
+@MODELS
+def test_gradients_are_those_of_finite_differences_and_none_for_frozen_subspaces(make):
+    model, x = trained(make)
+    model, x = model.double(), x.double()
+    adapter = adapters_of(model)["0"]
+    model.zero_grad()
+    (model(x) ** 2).sum().backward()
+    for parameter, kept in zip((adapter.B, adapter.C), adapter.trained_elements(), strict=True):
+        assert torch.equal(parameter.grad, torch.where(kept, parameter.grad, 0))
+        direction = torch.where(kept, torch.randn_like(parameter), 0)
+        ends = []
+        for sign in (1, -1):
+            parameter.data += sign * 1e-5 * direction
+            ends.append((model(x) ** 2).sum())
+            parameter.data -= sign * 1e-5 * direction
+        slope = (ends[0] - ends[1]) / 2e-5
+        torch.testing.assert_close((parameter.grad * direction).sum(), slope, rtol=1e-5, atol=1e-7)
+
+
+@MODELS
+def test_goes_into_a_file_and_back(make, tmp_path):
+    model, x = trained(make)
+    adamss.save(model, tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    other = adamss.load(make()[0], tmp_path / "a.safetensors")
+    torch.testing.assert_close(other(x), model(x))
+
+
+@pytest.mark.parametrize("make", [turned, convolved])
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_merges_and_consolidates(make, keep_base):
+    model, x = trained(make)
+    y, weight = model(x), model[0].weight.clone()
+    adamss.consolidate(model)
+    torch.testing.assert_close(model(x), y)
+    adamss.merge(model, keep_base=keep_base)
+    torch.testing.assert_close(model(x), y)
+    if keep_base:
+        adamss.unmerge(model)
+        torch.testing.assert_close(model(x), y)
+    else:
+        weight = model[0].weight.clone()
+        adamss.merge_and_unload(model)
+    assert np.array_equal(model[0].weight.detach().numpy() == weight.detach().numpy(), np.ones(weight.shape))
+
+
+def test_what_cannot_be_written_is_refused_with_the_reason_of_its_store(tmp_path):
+    model, x = trained(in_eight_bits)
+    y, before = model(x), model[0].weight.clone()
+    for verb in (adamss.merge, adamss.consolidate, adamss.merge_and_unload):
+        with pytest.raises(errors.LayerError, match=r"^0: its weight is kept in eight bits.*adamss\.to_lora"):
+            verb(model)
+    assert torch.equal(model(x), y)
+    assert torch.equal(model[0].weight, before)
+    assert adamss.to_lora(model, tmp_path).rank == int(adapters_of(model)["0"].ranks.sum())
+
+
+def test_a_kind_may_refuse_a_layer():
+    model = nn.Sequential(nn.Conv1d(6, 6, 3, groups=2))
+    with pytest.raises(errors.LayerError, match="0 has groups"):
+        adamss.attach(model, CONFIG)
+
+
+def test_what_is_none_is_refused():
+    with pytest.raises(errors.BackendError, match="a kind of layer"):
+        kinds.register(nn.Conv2d)
+    with pytest.raises(errors.BackendError, match="a store must be"):
+        stores.register(EightBits)
