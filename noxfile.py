@@ -161,16 +161,16 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Fine-tune MiniLM-L6 with AdaMSS, LoRA, and the head alone; arguments go to benchmarks/demo.py."""
+    """Fine-tune MiniLM-L6 with AdaMSS, LoRA, and the head alone; arguments go to benchmarks/demo/in_torch.py."""
     install(session, "demo")
-    session.run("python", "benchmarks/demo.py", *session.posargs)
+    session.run("python", "benchmarks/demo/in_torch.py", *session.posargs)
 
 
 @nox.session
 def demo_jax(session: nox.Session) -> None:
-    """The same in JAX, and adapters that travel between the two; arguments go to benchmarks/demo_jax.py."""
+    """The same in JAX, and adapters that travel between the two; arguments go to it."""
     install(session, "demo", "flax")
-    session.run("python", "benchmarks/demo_jax.py", *session.posargs)
+    session.run("python", "benchmarks/demo/in_jax.py", *session.posargs)
 
 
 @nox.session

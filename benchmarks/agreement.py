@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from demo.sentences import bundled_model
 from paired import environment
 from safetensors.numpy import load_file
-from sentences import bundled_model
 from tabulate import tabulate
 from tqdm import tqdm
 

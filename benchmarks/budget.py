@@ -27,12 +27,12 @@ from typing import Any
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import demo
 import numpy as np
 import torch
+from demo import in_torch
+from demo.sentences import accuracy
 from methods import Encoder, kept_bytes
 from paired import environment, paired_times, ratio
-from sentences import accuracy
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -358,10 +358,10 @@ def accuracies(steps: int, seeds: int) -> list[dict[str, Any]]:
     """Print the third table."""
     outcomes = {name: Outcome() for name in SELECTIONS}
     for seed in range(seeds):
-        session = demo.Session.open(
-            demo.parse(["--steps", str(steps), "--seed", str(seed), "--device", "cpu"])
+        session = in_torch.Session.open(
+            in_torch.parse(["--steps", str(steps), "--seed", str(seed), "--device", "cpu"])
         )
-        runs = {name: session.start(demo.METHODS[demo.ADAMSS]) for name in SELECTIONS}
+        runs = {name: session.start(in_torch.METHODS[in_torch.ADAMSS]) for name in SELECTIONS}
         controllers = []
         for name, selection in SELECTIONS.items():
             total = adamss.summary(runs[name].model).total.K
@@ -490,7 +490,7 @@ class Case:
 
 def savings(repeats: int) -> list[dict[str, Any]]:
     """Print the fourth table."""
-    from sentences import bundled_model
+    from demo.sentences import bundled_model
     from transformers import AutoModel
 
     torch.manual_seed(0)

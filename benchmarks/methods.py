@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from demo.sentences import bundled_model
 from peft import AdamssConfig as PeftAdamssConfig
 from peft import LoraConfig, get_peft_model
-from sentences import bundled_model
 from torch import Tensor, nn
 from transformers import AutoModel
 

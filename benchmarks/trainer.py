@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; `demo` says why
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; demo/in_torch.py says why
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from demo.sentences import Corpus, bundled_model, load_tokenizer, quiet_transformers, scipy_sentences, split
 from paired import environment
-from sentences import Corpus, bundled_model, load_tokenizer, quiet_transformers, scipy_sentences, split
 from tabulate import tabulate
 from torch.utils.data import Dataset
 from transformers import (

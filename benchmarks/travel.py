@@ -24,17 +24,17 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; `demo` says why
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; demo/in_torch.py says why
 
-import demo
 import numpy as np
 import peft
 import torch
-from demo_jax import Method, Run, tokenize, train
+from demo import in_torch
+from demo.in_jax import Method, Run, tokenize, train
+from demo.minilm_nnx import SentenceClassifier, load_encoder
+from demo.sentences import Corpus, bundled_model, quiet_transformers, scipy_sentences, split
 from flax import nnx
-from minilm_nnx import SentenceClassifier, load_encoder
 from paired import environment
-from sentences import Corpus, bundled_model, quiet_transformers, scipy_sentences, split
 from tabulate import tabulate
 from transformers import AutoModel
 
@@ -137,10 +137,10 @@ def trained_by_peft(journey: Journey) -> torch.nn.Module:
     """Return PEFT's model, trained likewise."""
     model = peft.get_peft_model(journey.in_torch(), peft.AdamssConfig(**PEFT_CONFIG))
     torch.manual_seed(1)
-    classifier = demo.SentenceClassifier(model, len(journey.train.classes))
+    classifier = in_torch.SentenceClassifier(model, len(journey.train.classes))
     classifier.classifier.requires_grad_(False)
-    run = demo.Run.start(classifier, 1e-2, journey.steps)
-    demo.train([run], journey.tokenizer, journey.train, steps=journey.steps, seed=0, device="cpu")
+    run = in_torch.Run.start(classifier, 1e-2, journey.steps)
+    in_torch.train([run], journey.tokenizer, journey.train, steps=journey.steps, seed=0, device="cpu")
     return model
 
 
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         journey = Journey(
             model=model,
-            tokenizer=demo.Source(name=str(model), offline=True).tokenizer(),
+            tokenizer=in_torch.Source(name=str(model), offline=True).tokenizer(),
             train=train_part,
             test=test_part,
             folder=Path(folder),

@@ -20,12 +20,14 @@ settings.load_profile("adamss")
 @pytest.fixture(scope="session")
 def script() -> Iterator[Callable[[str], ModuleType]]:
     """Return a function that imports a script of benchmarks/, which find each other by plain name."""
-    folder = Path(__file__).parents[1] / "benchmarks"
+    folder, before = Path(__file__).parents[1] / "benchmarks", set(sys.modules)
+    names = {path.stem for path in folder.iterdir()}
     sys.path.insert(0, str(folder))
     yield importlib.import_module
     sys.path.remove(str(folder))
-    for path in folder.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in names:
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +36,7 @@ def tiny_tokenizer(script: Callable[[str], ModuleType]) -> Any:
     transformers = pytest.importorskip("transformers", reason="the demo extra brings transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    texts = script("sentences").scipy_sentences().texts[::10]
+    texts = script("demo.sentences").scipy_sentences().texts[::10]
     words = sorted({word.lower() for text in texts for word in text.split()})
     vocabulary = {token: index for index, token in enumerate(["[UNK]", "[PAD]", "[EOS]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

@@ -9,7 +9,7 @@ pytest.importorskip("scipy", reason="the demo extra brings SciPy, whose docstrin
 
 @pytest.fixture(scope="module")
 def sentences(script):
-    return script("sentences")
+    return script("demo.sentences")
 
 
 @pytest.fixture(scope="module")

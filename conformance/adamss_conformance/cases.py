@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -87,10 +88,14 @@ def config(**changes: Any) -> adamss.AdamssConfig:
     return adamss.AdamssConfig(**(CONFIG | changes))
 
 
+THOROUGH = bool(os.environ.get("ADAMSS_THOROUGH"))
+"""Whether every law tries its full number of examples; by default it tries a third, at least three."""
+
+
 def every(examples: int, **strategies: Any) -> Callable[[Any], Any]:
-    """Return a decorator: so many examples of the strategies, the same ones every time."""
+    """Return a decorator: examples of the strategies, the same ones every time, `examples` if thorough."""
     chosen = settings(
-        max_examples=examples,
+        max_examples=examples if THOROUGH else max(3, examples // 3),
         derandomize=True,
         deadline=None,
         database=None,

@@ -10,7 +10,7 @@ from typing import Any
 import adamss
 from adamss.backend.registry import using
 from adamss_conformance.cases import LAYERS
-from adamss_conformance.suite import single_steps
+from adamss_conformance.laws.helpers import single_steps
 
 
 def main(arguments: list[str]) -> None:

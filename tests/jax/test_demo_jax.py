@@ -16,7 +16,7 @@ pytest.importorskip("optax", reason="the demo trains with optax")
 
 @pytest.fixture(scope="module")
 def demo_jax(script):
-    return script("demo_jax")
+    return script("demo.in_jax")
 
 
 @pytest.fixture(scope="module")

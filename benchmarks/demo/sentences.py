@@ -2,7 +2,7 @@
 
 Tell from the first sentence of a docstring of SciPy which submodule it comes from. Here are the sentences
 and their split, the order of the batches, where the default model is, and the table in which each demo
-reports; `demo` has the PyTorch side, `demo_jax` the JAX side.
+reports; `in_torch` has the PyTorch side, `in_jax` the JAX side.
 """
 
 from __future__ import annotations

