@@ -1,6 +1,7 @@
 """Settings that all tests share."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +11,26 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Derandomised: a test that needs luck is a bug, and a failure must be the same on every machine.
+from adamss_conformance.cases import THOROUGH
+
+# Derandomised: a test that needs luck is a bug, and a failure must be the same on every machine. As for the laws,
+# ADAMSS_THOROUGH=1 tries all examples.
 settings.register_profile(
-    "adamss", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "adamss",
+    max_examples=100 if THOROUGH else 30,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
 )
 settings.load_profile("adamss")
+
+# Most of the time of the tests of JAX is compilation. The cache is shared by workers, by the processes that tests
+# start, and by the next run; JAX reads these when it is imported.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 @pytest.fixture(scope="session")

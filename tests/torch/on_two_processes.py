@@ -1,8 +1,9 @@
-"""What the processes of test_distributed.py run: ``python on_two_processes.py RANK PROCESSES FOLDER [SCENARIO ...]``.
+"""What the processes of test_distributed.py run: ``python on_two_processes.py RANK PROCESSES FOLDER``.
 
-Each process runs the same scenarios in the same order, and stops at the first that fails; what became of each is in
-``FOLDER/RANK.json``. Sums are in float64 unless a scenario says otherwise, so that a decision is a matter of
-arithmetic and not of luck: processes and shards add up in another order than one process does.
+Each process reads names of scenarios from its input, a line each, runs them, and answers each by a line of JSON: the
+traceback, or an empty string. It ends at the end of its input, or when a scenario has failed. Sums are in float64
+unless a scenario says otherwise, so that a decision is a matter of arithmetic and not of luck: processes and shards
+add up in another order than one process does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 import traceback
 import warnings
 import weakref
@@ -975,7 +975,9 @@ def folder() -> Path:
     return Path(sys.argv[3])
 
 
-def main(rank: int, processes: int, names: list[str]) -> None:
+def main(rank: int, processes: int) -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a scenario or a library prints is no answer
     torch.set_num_threads(1)
     warnings.filterwarnings("error", category=AdamssWarning)
     warnings.filterwarnings("error", message=".*returned a view tensor.*")
@@ -984,23 +986,17 @@ def main(rank: int, processes: int, names: list[str]) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=30)
     )
-    outcomes: dict[str, str] = {}
-    for name in names:
-        start = time.perf_counter()
+    for line in sys.stdin:
         try:
-            SCENARIOS[name]()
+            SCENARIOS[line.strip()]()
             dist.barrier()
         except BaseException:
-            outcomes[name] = traceback.format_exc()
-        else:
-            outcomes[name] = ""
-        (folder() / f"{rank}.json").write_text(json.dumps(outcomes))
-        print(f"{time.perf_counter() - start:5.1f} s  {name}", flush=True)
-        gc.collect()
-        if outcomes[name]:
+            print(json.dumps(traceback.format_exc()), file=answers)
             os._exit(1)  # without waiting for those that wait for this one
+        print(json.dumps(""), file=answers)
+        gc.collect()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[4:])
+    main(int(sys.argv[1]), int(sys.argv[2]))
