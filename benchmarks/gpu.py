@@ -47,7 +47,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from adamss.core import ORDERS
+from adamss.core.cost import ORDERS
 
 SUBSPACES = 32
 LORA_RANK = 32

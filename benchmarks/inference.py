@@ -34,7 +34,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import adamss
-from adamss.core import ORDERS
+from adamss.core.cost import ORDERS
 
 
 def forward(model: nn.Module, x: Tensor, inner: int) -> Callable[[], None]:

@@ -36,7 +36,7 @@ from paired import environment, paired_times, ratio
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from adamss.core import ORDERS
+from adamss.core.cost import ORDERS
 from adamss_torch import Adapter
 
 LORA_RANKS = (8, 32)

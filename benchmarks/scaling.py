@@ -2,7 +2,7 @@
 
 The cost is the time of a layer's step beyond that of the same layer frozen, from alternating runs. One quantity
 changes at a time; the exponent is the slope of log cost over log quantity (Theil and Sen), with its 95 % interval.
-Beside it is what the cost model of `adamss.core.update_cost` says of the same shapes. ::
+Beside it is what the cost model of `adamss.core.cost.update_cost` says of the same shapes. ::
 
     python benchmarks/scaling.py --json scaling.json
     python benchmarks/scaling.py --quick
@@ -26,7 +26,7 @@ from scipy import stats
 from tabulate import tabulate
 
 import adamss
-from adamss.core import update_cost
+from adamss.core.cost import update_cost
 
 
 @dataclass(frozen=True)

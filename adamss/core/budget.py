@@ -27,7 +27,8 @@ from adamss.core._array import (
     repeat_while,
 )
 from adamss.core.counting import subspace_costs
-from adamss.core.factors import Factors, basis_ranks, outline, subspace_sizes
+from adamss.core.factors import Factors, basis_ranks, outline
+from adamss.core.segmentation import subspace_sizes
 from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = [

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adamss.core._array import check_concrete, namespace
-from adamss.core.factors import Factors, basis_ranks, subspace_sizes
+import numpy as np
+
+from adamss.core._array import check_concrete
+from adamss.core.factors import Factors, basis_ranks, outline
+from adamss.core.segmentation import subspace_sizes
 from adamss.errors import ConfigError
 
 __all__ = [
@@ -13,7 +16,6 @@ __all__ = [
     "count_full",
     "count_lora",
     "count_trainable",
-    "count_trainable_bound",
     "subspace_costs",
 ]
 
@@ -84,29 +86,6 @@ def count_trainable(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Ite
     return sum(subspace_costs(sizes, ranks, basis_ranks))
 
 
-def count_trainable_bound(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iterable[int]) -> int:
-    """Return the bound ``q max_k (n_k + R_k)`` of the paper on `count_trainable` (its r is our q).
-
-    Parameters
-    ----------
-    sizes, ranks, basis_ranks
-        As for `count_trainable`.
-
-    Returns
-    -------
-    int
-        A number not below that of `count_trainable`.
-
-    Raises
-    ------
-    ConfigError
-        As for `count_trainable`.
-    """
-    sizes, ranks, basis_ranks = list(sizes), list(ranks), list(basis_ranks)
-    widths = subspace_costs(sizes, [1] * len(ranks), basis_ranks)
-    return sum(int(rank) for rank in ranks) * max(widths, default=0)
-
-
 def count_factors(factors: Factors, *, active_only: bool = False) -> int:
     """Return the trained parameters of the factors of one layer, padding left out.
 
@@ -122,13 +101,10 @@ def count_factors(factors: Factors, *, active_only: bool = False) -> int:
     int
         ``sum_k r_k (n_k + R_k)``.
     """
-    check_concrete(factors.labels, factors.ranks, name="labels and ranks")
-    xp = namespace(factors.labels)
-    sizes = subspace_sizes(factors.labels, factors.ranks.shape[0])
-    ranks = factors.ranks
-    if active_only:
-        ranks = xp.where(factors.active, ranks, xp.zeros_like(ranks))
-    return count_trainable(sizes, ranks, basis_ranks(factors))
+    layer = outline(factors)
+    ranks = np.where(layer.active, layer.ranks, 0) if active_only else layer.ranks
+    sizes = subspace_sizes(layer.labels, ranks.shape[0])
+    return int(np.sum(ranks * (sizes + basis_ranks(layer))))
 
 
 def count_lora(d: int, n: int, rank: int) -> int:

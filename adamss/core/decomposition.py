@@ -282,3 +282,25 @@ def _outlook(energies: list[tuple[int, float]]) -> tuple[float, int]:
     ratio = min((gain / before) ** (2 / (third - first)), 0.999) if before > 0.0 else 0.999
     missing = gain / most * max(1.0, ratio / (1.0 - ratio))
     return missing, max(1, int(math.log(MISSING_ENERGY / missing) / math.log(ratio) / 2))
+
+
+def effective_coordinates(decomposition: Decomposition) -> Array:
+    """Return V with the columns of null directions set to zero.
+
+    A singular value at or below ``eps max(d, n) S[0]`` is rounding. Its singular vector is arbitrary, and
+    as long as every other: left in, it would drown the structure of the columns.
+
+    Parameters
+    ----------
+    decomposition
+        As from `decompose`; its arrays may have leading axes.
+
+    Returns
+    -------
+    Array
+        Of shape (..., n, R).
+    """
+    U, S, V = decomposition
+    xp = namespace(V)
+    rounding = xp.finfo(S.dtype).eps * max(U.shape[-2], V.shape[-2]) * S[..., :1]
+    return V * xp.astype(rounding < S, V.dtype)[..., None, :]

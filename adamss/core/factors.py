@@ -1,9 +1,4 @@
-"""The factors A, B, C of the update: initial values, and what is computed with them.
-
-The update of a weight ``W: (d, n)`` is ``delta = M @ E`` with ``M = [A_1 B_1 ... A_K B_K]: (d, q)`` and
-``E: (q, n)`` the block-structured expansion of C. All K subspaces are stacked in the arrays of one
-`Factors`, so the cost is that of a few matrix products, whatever K is.
-"""
+"""The factors A, B, C of the update: their form, initial values, checks, and the selection of subspaces."""
 
 from __future__ import annotations
 
@@ -15,45 +10,29 @@ from adamss.config import BASES, INITIAL_B
 from adamss.core._array import (
     Array,
     as_numpy,
-    as_working_precision,
     check_concrete,
     device,
     namespace,
     one_hot,
 )
 from adamss.core.decomposition import Decomposition, check_count
+from adamss.core.segmentation import subspace_sizes
 from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = [
-    "HEADROOM",
     "Factors",
-    "Gradients",
-    "Merged",
-    "Restriction",
+    "Selection",
     "basis_ranks",
     "check_factors",
-    "contract",
-    "delta",
-    "expand",
-    "factor_gradients",
+    "column_index",
     "factors_from_directions",
     "hold_frozen",
     "initial_factors",
-    "linear",
-    "linear_vjp",
-    "merge",
     "only",
     "outline",
-    "restrict",
-    "subspace_sizes",
+    "select",
     "trained_elements",
 ]
-
-HEADROOM = 2.0**-12
-"""``x M`` is formed times this power of two, and E over it: exact, and no sum overflows that ``x W`` survives.
-
-Columns of M have a norm near 1, so that their entries sum to at most the root of d. Without it, infinity times C = 0
-would be NaN."""
 
 SMALLEST_BATCH = 16
 """Smaller subspaces than this are padded to it: eigenvectors of so few columns cost less than another call."""
@@ -92,52 +71,22 @@ class Factors(NamedTuple):
     active: Array
 
 
-class Gradients(NamedTuple):
-    """Gradients of a scalar with respect to x, B and C, each of the shape of its namesake."""
-
-    x: Array
-    B: Array
-    C: Array
-
-
-class Merged(NamedTuple):
-    """A weight with the update folded in.
+class Selection(NamedTuple):
+    """Some subspaces of a layer, and where they stand among all; NumPy arrays.
 
     Attributes
     ----------
-    W
-        Merged weight (d, n), in the dtype of the base weight.
-    b
-        Merged bias (n,), or None where there is none.
-    lost
-        ``|round(W0 + delta) - (W0 + delta)| / |delta|`` in Frobenius norm: the share of the update that
-        the rounding to the dtype of W0 destroyed. 0-d float array; 0 for a zero update.
-    """
-
-    W: Array
-    b: Array | None
-    lost: Array
-
-
-class Restriction(NamedTuple):
-    """The factors of some subspaces alone, and where they stand in the whole.
-
-    Attributes
-    ----------
-    factors
-        Of the chosen subspaces, renumbered, for their own columns: B (P, q') and C (r, n').
+    labels
+        (n,) integers: subspace of each column, numbered among the chosen ones; -1 where it is not chosen.
     subspaces
         Numbers of the chosen subspaces, (K',) integers, ascending.
     directions
         Their columns of B, (q',) integers, ascending.
-    columns
-        Their columns of W, (n',) integers, ascending.
     """
 
-    factors: Factors
-    subspaces: Array
-    directions: Array
-    columns: Array
+    labels: np.ndarray[Any, Any]
+    subspaces: np.ndarray[Any, Any]
+    directions: np.ndarray[Any, Any]
 
 
 def initial_factors(
@@ -214,8 +163,7 @@ def initial_factors(
 
     xp = namespace(decomposition.U, labels)
     subspaces = int(xp.max(labels)) + 1
-    members = one_hot(labels, subspaces, dtype=decomposition.V.dtype)
-    sizes = [int(size) for size in xp.sum(members, axis=0)]
+    sizes = [int(size) for size in subspace_sizes(labels, subspaces)]
     if int(xp.min(labels)) < 0 or min(sizes) < 1:
         raise ArrayValueError(
             f"labels must use every number 0 .. {subspaces - 1}; subspace sizes are {sizes}"
@@ -230,6 +178,7 @@ def initial_factors(
     A, stacked = decomposition.U[None, :, :], leading
     plain = basis == "shared" and initial_B == "orthonormal"
     if not plain or reconstruct:
+        members = one_hot(labels, subspaces, dtype=decomposition.V.dtype)
         principal = _principal_columns(decomposition.V, members, leading)
     if not plain:
         stacked = decomposition.S[:, None] * (xp.matrix_transpose(decomposition.V) @ principal)
@@ -282,6 +231,213 @@ def factors_from_directions(
     columns = M.shape[1] if U is None else max(M.shape[1], U.shape[1])
     A = xp.linalg.qr(spanning, mode="reduced")[0][:, :columns]
     return Factors(A[None, :, :], xp.matrix_transpose(A) @ M, C, labels, ranks, active)
+
+
+def column_index(factors: Factors) -> tuple[Array, Array]:
+    """Return subspace k(c) and place i(c) within it, both (q,), of each column c of M.
+
+    A column beyond the sum of the ranks is padding, as layers of one stack need it: its subspace is K, which
+    no column of W has, and its place any.
+    """
+    xp = namespace(factors.ranks)
+    q = factors.B.shape[1]
+    if factors.C.shape[0] == 1 and q == factors.ranks.shape[0]:
+        # No rank is above 1, and they sum to K: all are 1, and column k belongs to subspace k.
+        columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
+        return columns, xp.zeros_like(columns)
+    ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
+    columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
+    before = xp.astype(columns[:, None] >= ends[None, :], factors.ranks.dtype)
+    group = xp.sum(before, axis=1, dtype=factors.ranks.dtype)
+    last = xp.full_like(group, factors.ranks.shape[0] - 1)
+    place = columns - xp.take(ends - factors.ranks, xp.minimum(group, last))
+    return group, xp.minimum(place, xp.full_like(place, factors.C.shape[0] - 1))
+
+
+def outline(factors: Factors, *, name: str = "factors") -> Factors:
+    """Return copies of labels, ranks and mask in NumPy, and A, B, C of zeros that take no memory.
+
+    They are what counting, checking and planning need, whatever the framework and the device of the factors.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer. Of A, B and C only ``shape`` is read.
+    name
+        What the message calls them: the module path of the layer.
+
+    Returns
+    -------
+    Factors
+        With the shapes of `factors`.
+
+    Raises
+    ------
+    ArrayTypeError
+        If labels, ranks or mask are traced and so have no values.
+    """
+    A, B, C, *small = factors
+    check_concrete(*small, name=name)
+    zeros = (np.broadcast_to(np.float32(0), tuple(array.shape)) for array in (A, B, C))
+    return Factors(*zeros, *(np.array(as_numpy(array)) for array in small))
+
+
+def basis_ranks(factors: Factors) -> Array:
+    """Return R_k, the number of basis columns of each subspace that are not padding.
+
+    ``R_k = P`` for a shared basis and ``min(P, n_k)`` for a basis per subspace.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    Array
+        (K,) integers.
+    """
+    xp = namespace(factors.labels)
+    groups, _, P = factors.A.shape
+    if groups == 1:
+        return xp.full(factors.ranks.shape, P, dtype=factors.ranks.dtype, device=device(factors.ranks))
+    sizes = subspace_sizes(factors.labels, groups)
+    return xp.astype(xp.minimum(sizes, xp.full_like(sizes, P)), factors.ranks.dtype)
+
+
+def hold_frozen(before: Factors, after: Factors) -> Factors:
+    """Return factors whose frozen subspaces are those of `before`, to the bit, and the rest that of `after`.
+
+    What an optimiser does to a frozen element (weight decay, momentum) is undone by it.
+
+    Parameters
+    ----------
+    before, after
+        Factors of one layer before and after a step of an optimiser; the mask is that of `before`.
+
+    Returns
+    -------
+    Factors
+        B and C put together; all else as in `before`.
+    """
+    xp = namespace(before.B)
+    trained_B, trained_C = trained_elements(before)
+    return before._replace(B=xp.where(trained_B, after.B, before.B), C=xp.where(trained_C, after.C, before.C))
+
+
+def trained_elements(factors: Factors) -> tuple[Array, Array]:
+    """Return which columns of B, and of C, belong to a subspace that is active.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    tuple of Array
+        Booleans (1, q) and (1, n), which broadcast against B and C.
+    """
+    xp = namespace(factors.labels)
+    group, _ = column_index(factors)
+    last = xp.full_like(group, factors.ranks.shape[0] - 1)
+    trained_B = xp.take(factors.active, xp.minimum(group, last)) & (group <= last)
+    return trained_B[None, :], xp.take(factors.active, factors.labels)[None, :]
+
+
+def only(factors: Factors, chosen: Array) -> Factors:
+    """Return factors of which some subspaces alone have an update; the shapes stay.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+    chosen
+        (K,) booleans.
+
+    Returns
+    -------
+    Factors
+        With C zero in the columns of the other subspaces.
+    """
+    xp = namespace(factors.C)
+    own = xp.take(chosen, factors.labels)[None, :]
+    return factors._replace(C=xp.where(own, factors.C, xp.zeros_like(factors.C)))
+
+
+def select(labels: Any, ranks: Any, chosen: Any) -> Selection:
+    """Return where some of the subspaces of a layer stand.
+
+    Parameters
+    ----------
+    labels
+        Subspace of each column, (n,) signed integers; NumPy arrays, as `outline` makes them, all three.
+    ranks
+        Trained rank of each subspace, (K,) integers.
+    chosen
+        (K,) booleans. There may be none: the numbers are empty then.
+
+    Returns
+    -------
+    Selection
+        Labels in the dtype of `labels`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> part = select(np.asarray([0, 0, 1, 2]), np.asarray([2, 1, 1]), np.asarray([True, False, True]))
+    >>> part.labels.tolist(), part.subspaces.tolist(), part.directions.tolist()
+    ([0, 0, -1, 1], [0, 2], [0, 1, 3])
+    """
+    number = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(labels.dtype)
+    return Selection(number[labels], np.flatnonzero(chosen), np.flatnonzero(np.repeat(chosen, ranks)))
+
+
+def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, name: str = "factors") -> None:
+    """Check that the arrays of factors fit together (and the weight they are for).
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+    shape
+        Shape (d, n) of the weight, if known; A may have one input row more, for the bias.
+    name
+        What the message calls them: the module path of the layer.
+
+    Raises
+    ------
+    ArrayValueError
+        Naming the array that does not fit, what was found and what was expected.
+    """
+
+    def expect(condition: bool, what: str, found: Any) -> None:
+        if not condition:
+            raise ArrayValueError(f"{name}: {what}, found {found}")
+
+    A, B, C, labels, ranks, active = factors
+    check_concrete(labels, ranks, name=f"{name}: labels and ranks")
+    for array, axes in ((A, 3), (B, 2), (C, 2), (labels, 1), (ranks, 1), (active, 1)):
+        expect(array.ndim == axes, f"an array of {axes} axes is needed", tuple(array.shape))
+    xp = namespace(labels)
+    K, n = ranks.shape[0], labels.shape[0]
+    expect(
+        min(K, n, *A.shape, *B.shape, *C.shape) > 0, "no axis may be empty", [tuple(a.shape) for a in factors]
+    )
+    expect(A.shape[0] in (1, K), f"A must hold 1 or K = {K} bases", A.shape[0])
+    expect(B.shape[0] == A.shape[2], f"B must have P = {A.shape[2]} rows", B.shape[0])
+    expect(C.shape[1] == n, f"C must have n = {n} columns", C.shape[1])
+    expect(active.shape[0] == K, f"active must have K = {K} entries", active.shape[0])
+    lowest, highest = int(xp.min(labels)), int(xp.max(labels))
+    expect(lowest >= 0 and highest < K, f"labels must lie in 0 .. {K - 1}", f"{lowest} .. {highest}")
+    q, r = int(xp.sum(ranks)), int(xp.max(ranks))
+    expect(int(xp.min(ranks)) >= 0, "ranks must not be negative", int(xp.min(ranks)))
+    expect(q == B.shape[1], f"ranks must sum to the q = {B.shape[1]} columns of B", q)
+    expect(r <= C.shape[0], f"ranks must not exceed the r = {C.shape[0]} rows of C", r)
+    if shape is not None:
+        d, columns = shape
+        expect(A.shape[1] in (d, d + 1), f"A must have d = {d} rows (or one more, for the bias)", A.shape[1])
+        expect(n == columns, f"labels must have n = {columns} entries", n)
 
 
 def _leading_directions(V: Array, labels: Array, sizes: list[int], r: int) -> Array:
@@ -361,515 +517,3 @@ def _column_spaces(decomposition: Decomposition, labels: Array, sizes: list[int]
     limits = xp.asarray(np.minimum(sizes, P), device=on)
     used = xp.arange(Q.shape[-1], dtype=limits.dtype, device=on)[None, :] < limits[:, None]
     return xp.where(used[:, None, :], Q, xp.zeros_like(Q))[:, :, :P]
-
-
-def column_index(factors: Factors) -> tuple[Array, Array]:
-    """Return subspace k(c) and place i(c) within it, both (q,), of each column c of M.
-
-    A column beyond the sum of the ranks is padding, as layers of one stack need it: its subspace is K, which
-    no column of W has, and its place any.
-    """
-    xp = namespace(factors.ranks)
-    q = factors.B.shape[1]
-    if factors.C.shape[0] == 1 and q == factors.ranks.shape[0]:
-        # No rank is above 1, and they sum to K: all are 1, and column k belongs to subspace k.
-        columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
-        return columns, xp.zeros_like(columns)
-    ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
-    columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
-    before = xp.astype(columns[:, None] >= ends[None, :], factors.ranks.dtype)
-    group = xp.sum(before, axis=1, dtype=factors.ranks.dtype)
-    last = xp.full_like(group, factors.ranks.shape[0] - 1)
-    place = columns - xp.take(ends - factors.ranks, xp.minimum(group, last))
-    return group, xp.minimum(place, xp.full_like(place, factors.C.shape[0] - 1))
-
-
-def _own_columns(factors: Factors, group: Array) -> Array:
-    """Return (q, n) booleans: whether column c of M acts on column j of W."""
-    xp = namespace(factors.labels)
-    return group[:, None] == xp.astype(factors.labels, group.dtype)[None, :]
-
-
-def outline(factors: Factors, *, name: str = "factors") -> Factors:
-    """Return copies of labels, ranks and mask in NumPy, and A, B, C of zeros that take no memory.
-
-    They are what counting, checking and planning need, whatever the framework and the device of the factors.
-
-    Parameters
-    ----------
-    factors
-        Factors of one layer. Of A, B and C only ``shape`` is read.
-    name
-        What the message calls them: the module path of the layer.
-
-    Returns
-    -------
-    Factors
-        With the shapes of `factors`.
-
-    Raises
-    ------
-    ArrayTypeError
-        If labels, ranks or mask are traced and so have no values.
-    """
-    A, B, C, *small = factors
-    check_concrete(*small, name=name)
-    zeros = (np.broadcast_to(np.float32(0), tuple(array.shape)) for array in (A, B, C))
-    return Factors(*zeros, *(np.array(as_numpy(array)) for array in small))
-
-
-def basis_ranks(factors: Factors) -> Array:
-    """Return R_k, the number of basis columns of each subspace that are not padding.
-
-    ``R_k = P`` for a shared basis and ``min(P, n_k)`` for a basis per subspace.
-
-    Parameters
-    ----------
-    factors
-        Factors of one layer.
-
-    Returns
-    -------
-    Array
-        (K,) integers.
-    """
-    xp = namespace(factors.labels)
-    groups, _, P = factors.A.shape
-    if groups == 1:
-        return xp.full(factors.ranks.shape, P, dtype=factors.ranks.dtype, device=device(factors.ranks))
-    sizes = subspace_sizes(factors.labels, groups)
-    return xp.astype(xp.minimum(sizes, xp.full_like(sizes, P)), factors.ranks.dtype)
-
-
-def subspace_sizes(labels: Array, subspaces: int) -> Array:
-    """Return n_k, the number of columns of each subspace.
-
-    Parameters
-    ----------
-    labels
-        Subspace of each column, (n,) integers in 0 .. K - 1.
-    subspaces
-        K.
-
-    Returns
-    -------
-    Array
-        (K,) integers.
-    """
-    # Not by a one-hot matrix: (n, K) is as large as the square of what a file says.
-    xp = namespace(labels)
-    first = xp.arange(subspaces, dtype=labels.dtype, device=device(labels))
-    ordered = xp.sort(labels)
-    return xp.searchsorted(ordered, first, side="right") - xp.searchsorted(ordered, first, side="left")
-
-
-def expand(factors: Factors) -> Array:
-    """Return E, the block-structured form of C.
-
-    ``E[c, j] = C[i, j]`` where column c of M is the i-th of subspace ``labels[j]``, else 0.
-
-    Parameters
-    ----------
-    factors
-        Factors of one layer.
-
-    Returns
-    -------
-    Array
-        (q, n), dtype of C.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from adamss.core import Factors, expand
-    >>> expand(Factors(np.ones((1, 2, 2)), np.ones((2, 3)), np.asarray([[1., 2., 3.], [4., 5., 6.]]),
-    ...                np.asarray([0, 1, 0]), np.asarray([2, 1]), np.asarray([True, True])))
-    array([[1., 0., 3.],
-           [4., 0., 6.],
-           [0., 2., 0.]])
-    """
-    xp = namespace(factors.C)
-    group, place = column_index(factors)
-    rows = factors.C if factors.C.shape[0] == 1 else xp.take(factors.C, place, axis=0)
-    return xp.where(_own_columns(factors, group), rows, xp.zeros_like(rows))
-
-
-def _expand_vjp(dE: Array, factors: Factors) -> Array:
-    """Gradient (r, n) of C from the gradient (q, n) of E; zero at the padding of C."""
-    xp = namespace(dE)
-    group, place = column_index(factors)
-    own = xp.where(_own_columns(factors, group), dE, xp.zeros_like(dE))
-    if factors.C.shape[0] == 1:
-        return xp.sum(own, axis=0, keepdims=True)
-    return xp.matrix_transpose(one_hot(place, factors.C.shape[0], dtype=dE.dtype)) @ own
-
-
-def _per_subspace(columns: Array, factors: Factors) -> Array:
-    """Rearrange the q columns of an (m, q) array into (K, m, r), with zeros beyond each rank."""
-    xp = namespace(columns)
-    K, r, q = factors.ranks.shape[0], factors.C.shape[0], columns.shape[1]
-    ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
-    places = xp.arange(r, dtype=ends.dtype, device=device(ends))
-    index = (ends - factors.ranks)[:, None] + places[None, :]
-    index = xp.minimum(index, xp.full_like(index, q - 1))
-    stacked = xp.reshape(xp.take(columns, xp.reshape(index, (-1,)), axis=1), (columns.shape[0], K, r))
-    within = places[None, :] < factors.ranks[:, None]
-    return xp.permute_dims(xp.where(within[None, :, :], stacked, xp.zeros_like(stacked)), (1, 0, 2))
-
-
-def _from_subspaces(stacked: Array, factors: Factors) -> Array:
-    """Undo `_per_subspace`: (K, m, r) to (m, q), with zeros in columns that are padding."""
-    xp = namespace(stacked)
-    K, m, r = stacked.shape
-    group, place = column_index(factors)
-    index = group * r + place
-    index = xp.minimum(index, xp.full_like(index, K * r - 1))
-    columns = xp.take(xp.reshape(xp.permute_dims(stacked, (1, 0, 2)), (m, K * r)), index, axis=1)
-    return xp.where((group < K)[None, :], columns, xp.zeros_like(columns))
-
-
-def contract(factors: Factors) -> Array:
-    """Return ``M = [A_1 B_1 ... A_K B_K]``, the input directions of the update.
-
-    Parameters
-    ----------
-    factors
-        Factors of one layer.
-
-    Returns
-    -------
-    Array
-        (d, q), or (d + 1, q) where the bias is adapted too; dtype of B.
-    """
-    if factors.A.shape[0] == 1:
-        return factors.A[0, :, :] @ factors.B
-    return _from_subspaces(factors.A @ _per_subspace(factors.B, factors), factors)
-
-
-def _contract_vjp(dM: Array, factors: Factors) -> Array:
-    """Gradient (P, q) of B from the gradient (d, q) of M; zero at the padding of B."""
-    xp = namespace(dM)
-    if factors.A.shape[0] == 1:
-        return xp.matrix_transpose(factors.A[0, :, :]) @ dM
-    return _from_subspaces(xp.matrix_transpose(factors.A) @ _per_subspace(dM, factors), factors)
-
-
-def delta(factors: Factors) -> Array:
-    """Return the update ``sum_k A_k B_k C_k``, each term in the columns of its subspace.
-
-    Parameters
-    ----------
-    factors
-        Factors of one layer.
-
-    Returns
-    -------
-    Array
-        (d, n), or (d + 1, n) where the bias is adapted too (its update is the last row); dtype of B.
-    """
-    return contract(factors) @ expand(factors)
-
-
-def linear(x: Array, W: Array, b: Array | None, factors: Factors) -> Array:
-    """Return ``x @ (W + delta) + b`` without forming delta.
-
-    ``y = (x @ W + b) + (x @ M) @ E``, in the dtype of ``x @ W``. The base product is that of the frozen
-    layer, to the bit: the update is added to it.
-
-    Parameters
-    ----------
-    x
-        Inputs, (..., d).
-    W
-        Frozen weight, (d, n).
-    b
-        Bias (n,) or None.
-    factors
-        Factors of the layer; with d + 1 input rows, the last of them moves the bias.
-
-    Returns
-    -------
-    Array
-        (..., n).
-    """
-    xp = namespace(x, W)
-    base = x @ W if b is None else x @ W + b
-    wide = as_working_precision(base).dtype
-    M, E = xp.astype(contract(factors), wide), xp.astype(expand(factors), wide)
-    z = _directions(xp.astype(x, wide), M * HEADROOM)
-    return base + xp.astype(z @ (E * (1 / HEADROOM)), base.dtype)
-
-
-def _directions(x: Array, M: Array) -> Array:
-    """``z = x M``, the bias row of M added rather than a column of ones appended to x."""
-    d = x.shape[-1]
-    z = x @ M[:d, :]
-    return z if M.shape[0] == d else z + M[d, :]
-
-
-def linear_vjp(dy: Array, x: Array, W: Array, factors: Factors, *, revive: bool = False) -> Gradients:
-    """Return the closed-form gradients of `linear` with respect to x, B and C.
-
-    With ``z = x M``, ``dz = dy E^T``::
-
-        dx = dy W^T + dz M^T,   dB_k = A_k^T (x^T dz)_k,   dC = (z^T dy) restricted to the blocks of E
-
-    Parameters
-    ----------
-    dy
-        Gradient of the output, (..., n).
-    x
-        Inputs of the forward product, (..., d).
-    W
-        Frozen weight, (d, n).
-    factors
-        Factors of the layer.
-    revive
-        If False, the gradients of the subspaces that are not active are zero.
-
-    Returns
-    -------
-    Gradients
-        Of the shapes of x, B and C; those of B and C in their dtypes.
-    """
-    xp = namespace(dy, x, W)
-    d, n = W.shape
-    dy2, x2 = xp.reshape(dy, (-1, n)), xp.reshape(x, (-1, d))
-    M = xp.astype(contract(factors), dy.dtype)
-    E = xp.astype(expand(factors), dy.dtype)
-    z, dz = _directions(x2, M), dy2 @ xp.matrix_transpose(E)
-    dx = dy2 @ xp.matrix_transpose(W) + dz @ xp.matrix_transpose(M[:d, :])
-    dM = xp.matrix_transpose(x2) @ dz
-    if M.shape[0] > d:
-        dM = xp.concat([dM, xp.sum(dz, axis=0, keepdims=True)], axis=0)
-    dB, dC = factor_gradients(dM, xp.matrix_transpose(z) @ dy2, factors, revive=revive)
-    return Gradients(xp.reshape(dx, x.shape), dB, dC)
-
-
-def factor_gradients(
-    dM: Array, dE: Array, factors: Factors, *, revive: bool = False, projected: bool = False
-) -> tuple[Array, Array]:
-    """Gradients of B and C, in their dtypes, from those of M = [A_k B_k] and of E = expand(C).
-
-    Parameters
-    ----------
-    dM
-        (d, q), or (d + 1, q) where the bias is adapted too.
-    dE
-        (q, n).
-    factors
-        Factors of the layer.
-    revive
-        If False, the gradients of the subspaces that are not active are zero.
-    projected
-        Whether `dM` is the gradient (P, q) of B already.
-    """
-    xp = namespace(dM)
-    dB = xp.astype(dM, factors.B.dtype)
-    if not projected:
-        dB = _contract_vjp(dB, factors)
-    dC = _expand_vjp(xp.astype(dE, factors.C.dtype), factors)
-    if revive:
-        return dB, dC
-    trained_B, trained_C = trained_elements(factors)
-    return xp.where(trained_B, dB, xp.zeros_like(dB)), xp.where(trained_C, dC, xp.zeros_like(dC))
-
-
-def hold_frozen(before: Factors, after: Factors) -> Factors:
-    """Return factors whose frozen subspaces are those of `before`, to the bit, and the rest that of `after`.
-
-    What an optimiser does to a frozen element (weight decay, momentum) is undone by it.
-
-    Parameters
-    ----------
-    before, after
-        Factors of one layer before and after a step of an optimiser; the mask is that of `before`.
-
-    Returns
-    -------
-    Factors
-        B and C put together; all else as in `before`.
-    """
-    xp = namespace(before.B)
-    trained_B, trained_C = trained_elements(before)
-    return before._replace(B=xp.where(trained_B, after.B, before.B), C=xp.where(trained_C, after.C, before.C))
-
-
-def trained_elements(factors: Factors) -> tuple[Array, Array]:
-    """Return which columns of B, and of C, belong to a subspace that is active.
-
-    Parameters
-    ----------
-    factors
-        Factors of one layer.
-
-    Returns
-    -------
-    tuple of Array
-        Booleans (1, q) and (1, n), which broadcast against B and C.
-    """
-    xp = namespace(factors.labels)
-    group, _ = column_index(factors)
-    last = xp.full_like(group, factors.ranks.shape[0] - 1)
-    trained_B = xp.take(factors.active, xp.minimum(group, last)) & (group <= last)
-    return trained_B[None, :], xp.take(factors.active, factors.labels)[None, :]
-
-
-def only(factors: Factors, chosen: Array) -> Factors:
-    """Return factors of which some subspaces alone have an update; the shapes stay.
-
-    Parameters
-    ----------
-    factors
-        Factors of one layer.
-    chosen
-        (K,) booleans.
-
-    Returns
-    -------
-    Factors
-        With C zero in the columns of the other subspaces.
-    """
-    xp = namespace(factors.C)
-    own = xp.take(chosen, factors.labels)[None, :]
-    return factors._replace(C=xp.where(own, factors.C, xp.zeros_like(factors.C)))
-
-
-def restrict(factors: Factors, chosen: Array) -> Restriction:
-    """Return the factors of some subspaces alone: ``delta[:, columns]`` is the update of their own columns.
-
-    Parameters
-    ----------
-    factors
-        Factors of one layer.
-    chosen
-        (K,) booleans. There may be none: the arrays are empty then.
-
-    Returns
-    -------
-    Restriction
-        Views or copies of the arrays.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from adamss import core
-    >>> decomposition = core.decompose(np.eye(6), 4)
-    >>> factors = core.initial_factors(decomposition, core.segment(decomposition, 3, "contiguous"), 1)
-    >>> part = core.restrict(factors, np.asarray([True, False, True]))
-    >>> part.columns.tolist(), part.directions.tolist(), part.factors.labels.tolist()
-    ([0, 1, 4, 5], [0, 2], [0, 0, 1, 1])
-    """
-    check_concrete(chosen, factors.labels, factors.ranks, name="factors and chosen")
-    xp = namespace(factors.labels)
-    integer = factors.labels.dtype
-    group, _ = column_index(factors)
-    last = xp.full_like(group, factors.ranks.shape[0] - 1)
-    subspaces = xp.nonzero(chosen)[0]
-    directions = xp.nonzero(xp.take(chosen, xp.minimum(group, last)) & (group <= last))[0]
-    columns = xp.nonzero(xp.take(chosen, factors.labels))[0]
-    number = xp.cumulative_sum(xp.astype(chosen, integer)) - 1
-    A, B = factors.A, xp.take(factors.B, directions, axis=1)
-    if A.shape[0] > 1:
-        A = xp.take(A, subspaces, axis=0)
-        if A.shape[0] == 1:
-            # Alone, it looks like a basis that all share, of which no column is padding.
-            R = int(xp.take(basis_ranks(factors), subspaces)[0])
-            A, B = A[:, :, :R], B[:R, :]
-    part = Factors(
-        A,
-        B,
-        xp.take(factors.C, columns, axis=1),
-        xp.astype(xp.take(number, xp.take(factors.labels, columns)), integer),
-        xp.take(factors.ranks, subspaces),
-        xp.take(factors.active, subspaces),
-    )
-    return Restriction(part, subspaces, directions, columns)
-
-
-def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
-    """Return ``round(W + delta)`` and how much of delta the rounding to the dtype of W destroyed.
-
-    The sum is formed in float32, or in the wider of the dtypes of W and the factors.
-
-    Parameters
-    ----------
-    W
-        Base weight, (d, n).
-    b
-        Base bias (n,) or None.
-    factors
-        Factors of the layer.
-
-    Returns
-    -------
-    Merged
-        Merged weight and bias in the dtypes of W and b, and the lost share.
-
-    Raises
-    ------
-    ArrayValueError
-        If the merged weight or bias is not finite.
-    """
-    check_concrete(W, b, *factors, name="weight and factors")
-    xp = namespace(W)
-    d = W.shape[0]
-    update = delta(factors._replace(**{name: as_working_precision(getattr(factors, name)) for name in "ABC"}))
-    exact = as_working_precision(W) + update[:d, :]
-    merged = xp.astype(exact, W.dtype)
-    merged_b = b
-    if update.shape[0] > d and b is not None:
-        merged_b = xp.astype(as_working_precision(b) + update[d, :], b.dtype)
-    if not bool(xp.all(xp.isfinite(merged))) or not bool(merged_b is None or xp.all(xp.isfinite(merged_b))):
-        raise ArrayValueError("the update holds NaN or infinity, or overflows the weight's dtype: not merged")
-    size = xp.linalg.vector_norm(update[:d, :])
-    error = xp.linalg.vector_norm(xp.astype(merged, exact.dtype) - exact)
-    lost = xp.where(size > 0, error / xp.where(size > 0, size, xp.ones_like(size)), xp.zeros_like(size))
-    return Merged(merged, merged_b, lost)
-
-
-def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, name: str = "factors") -> None:
-    """Check that the arrays of factors fit together (and the weight they are for).
-
-    Parameters
-    ----------
-    factors
-        Factors of one layer.
-    shape
-        Shape (d, n) of the weight, if known; A may have one input row more, for the bias.
-    name
-        What the message calls them: the module path of the layer.
-
-    Raises
-    ------
-    ArrayValueError
-        Naming the array that does not fit, what was found and what was expected.
-    """
-
-    def expect(condition: bool, what: str, found: Any) -> None:
-        if not condition:
-            raise ArrayValueError(f"{name}: {what}, found {found}")
-
-    A, B, C, labels, ranks, active = factors
-    check_concrete(labels, ranks, name=f"{name}: labels and ranks")
-    for array, axes in ((A, 3), (B, 2), (C, 2), (labels, 1), (ranks, 1), (active, 1)):
-        expect(array.ndim == axes, f"an array of {axes} axes is needed", tuple(array.shape))
-    xp = namespace(labels)
-    K, n = ranks.shape[0], labels.shape[0]
-    expect(
-        min(K, n, *A.shape, *B.shape, *C.shape) > 0, "no axis may be empty", [tuple(a.shape) for a in factors]
-    )
-    expect(A.shape[0] in (1, K), f"A must hold 1 or K = {K} bases", A.shape[0])
-    expect(B.shape[0] == A.shape[2], f"B must have P = {A.shape[2]} rows", B.shape[0])
-    expect(C.shape[1] == n, f"C must have n = {n} columns", C.shape[1])
-    expect(active.shape[0] == K, f"active must have K = {K} entries", active.shape[0])
-    lowest, highest = int(xp.min(labels)), int(xp.max(labels))
-    expect(lowest >= 0 and highest < K, f"labels must lie in 0 .. {K - 1}", f"{lowest} .. {highest}")
-    q, r = int(xp.sum(ranks)), int(xp.max(ranks))
-    expect(int(xp.min(ranks)) >= 0, "ranks must not be negative", int(xp.min(ranks)))
-    expect(q == B.shape[1], f"ranks must sum to the q = {B.shape[1]} columns of B", q)
-    expect(r <= C.shape[0], f"ranks must not exceed the r = {C.shape[0]} rows of C", r)
-    if shape is not None:
-        d, columns = shape
-        expect(A.shape[1] in (d, d + 1), f"A must have d = {d} rows (or one more, for the bias)", A.shape[1])
-        expect(n == columns, f"labels must have n = {columns} entries", n)

@@ -8,12 +8,10 @@ import numpy as np
 
 from adamss.config import SEGMENTATIONS
 from adamss.core._array import Array, check_concrete, device, namespace, one_hot
-from adamss.core.decomposition import Decomposition, check_count
-from adamss.core.representation import effective_coordinates
+from adamss.core.decomposition import Decomposition, check_count, effective_coordinates
 from adamss.errors import ArrayValueError, ConfigError
 
-__all__ = ["group_sizes", "segment"]
-"""Ways to group the columns."""
+__all__ = ["segment", "subspace_sizes"]
 
 RESTARTS = 5
 TRIAL_ITERATIONS = 5
@@ -159,7 +157,7 @@ def _segment(
     return _renumber(labels, subspaces)
 
 
-def group_sizes(labels: Array, subspaces: int) -> Array:
+def subspace_sizes(labels: Array, subspaces: int) -> Array:
     """Count the columns of each subspace, ``n_k = |I_k|``.
 
     Parameters
@@ -177,11 +175,14 @@ def group_sizes(labels: Array, subspaces: int) -> Array:
     Examples
     --------
     >>> import numpy as np
-    >>> group_sizes(np.asarray([0, 1, 0]), 3).tolist()
+    >>> subspace_sizes(np.asarray([0, 1, 0]), 3).tolist()
     [2, 1, 0]
     """
+    # Not by a one-hot matrix: in a file K may be as large as n, and (n, K) is then the square of the file's size.
     xp = namespace(labels)
-    return xp.sum(one_hot(labels, subspaces, dtype=labels.dtype), axis=0)
+    numbers = xp.arange(subspaces, dtype=labels.dtype, device=device(labels))
+    ordered = xp.sort(labels)
+    return xp.searchsorted(ordered, numbers, side="right") - xp.searchsorted(ordered, numbers, side="left")
 
 
 def _spectral_embedding(coordinates: Array, subspaces: int) -> Array:
@@ -339,7 +340,7 @@ def _fill_empty(labels: Array, groups: int, misfits: Array) -> Array:
     """Give each empty group the column that fits worst where it is, among groups that can spare one."""
     xp = namespace(labels)
     columns = xp.arange(labels.shape[0], device=device(labels))
-    sizes = group_sizes(labels, groups)
+    sizes = subspace_sizes(labels, groups)
     if bool(xp.all(sizes > 0)):
         return labels
     for group in range(groups):
@@ -347,7 +348,7 @@ def _fill_empty(labels: Array, groups: int, misfits: Array) -> Array:
             spare = xp.take(sizes, labels, axis=0) > 1
             worst = xp.argmax(xp.where(spare, misfits, xp.full_like(misfits, -xp.inf)))
             labels = xp.where(columns == worst, xp.full_like(labels, group), labels)
-            sizes = group_sizes(labels, groups)
+            sizes = subspace_sizes(labels, groups)
     return labels
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from adamss.backend.tensors import EXPONENTS, StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
 from adamss.core import Factors, check_factors, contract
+from adamss.core.factors import outline
 from adamss.core.fingerprint import Fingerprint
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError
 from adamss.io import reader, writer
@@ -76,15 +77,13 @@ class StoredLayer:
 
         A file that lies about its sizes must not make its reader allocate them.
         """
+        A, B = self.A, self.B
         if self.M is not None:
-            shapes: tuple[tuple[int, ...], ...] = (1, *self.M.shape), 2 * self.M.shape[-1:]
-        elif self.A is not None and self.B is not None:
-            shapes = self.A.shape, self.B.shape
-        else:
+            shapes = (1, *self.M.shape), 2 * self.M.shape[-1:]
+            A, B = (replace(self.M, shape=shape) for shape in shapes)
+        if A is None or B is None:
             raise CheckpointError("a layer has neither M nor A and B")
-        nothing = np.zeros((), dtype=np.float32)
-        A, B, C = (np.broadcast_to(nothing, shape) for shape in (*shapes, self.C.shape))
-        return Factors(A, B, C, self.labels.numpy(), self.ranks.numpy(), self.active.numpy())
+        return outline(Factors(A, B, self.C, *self._integers()))
 
     def factors(self) -> Factors:
         """Return the factors as NumPy arrays; of a portable file with ``A = M`` and ``B = I``."""
@@ -95,8 +94,11 @@ class StoredLayer:
             A, B = self.A.numpy(), self.B.numpy()
         else:
             raise CheckpointError("a layer has neither M nor A and B")
+        return Factors(A, B, self.C.numpy(), *self._integers())
+
+    def _integers(self) -> tuple[np.ndarray[Any, Any], ...]:
         labels, ranks = self.labels.numpy().astype(np.int64), self.ranks.numpy().astype(np.int64)
-        return Factors(A, B, self.C.numpy(), labels, ranks, self.active.numpy().astype(np.bool_))
+        return labels, ranks, self.active.numpy().astype(np.bool_)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig, shown
-from adamss.core import Factors
+from adamss.core import Factors, subspace_sizes
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError, MissingBackendError
 from adamss.io.peft_folder import CONFIG_FILE, PREFIX, base_config, read_settings, read_weights
 from adamss.io.reader import MALFORMED, short
@@ -343,7 +343,7 @@ def why_not_the_same(layer: PeftLayer, found: Grouping) -> str | None:
     """
     if layer.basis.shape != found.basis.shape:
         return f"it has a basis of shape {layer.basis.shape}, and this weight one of {found.basis.shape}"
-    sizes = np.bincount(found.labels).tolist()
+    sizes = subspace_sizes(found.labels, int(found.labels.max()) + 1).tolist()
     stored = [B.shape[0] for B in layer.B]
     if sizes != stored:
         return f"it has subspaces of {shown(stored)} columns, and in this weight are found {shown(sizes)}"
@@ -468,7 +468,8 @@ def layer_of(factors: Factors, labels: Array, shape: tuple[int, int]) -> PeftLay
     if P > R:
         return f"its basis has {P} columns, and PEFT's would have {R}"
     # One of our subspaces for each of PEFT's, and no column in another.
-    _, first, sizes = np.unique(labels, return_index=True, return_counts=True)
+    numbers, first = np.unique(labels, return_index=True)
+    sizes = subspace_sizes(labels, len(numbers))
     own = factors.labels[first]
     if len(own) != len(factors.ranks) or not np.array_equal(own[labels], factors.labels):
         return "PEFT would group its columns in another way"

@@ -17,7 +17,7 @@ from adamss.backend.sites import BaseWeight
 from adamss.backend.targets import match
 from adamss.config import AdamssConfig
 from adamss.core import Factors
-from adamss.core._array import check_concrete, check_matrix, namespace
+from adamss.core._array import check_matrix, namespace
 from adamss.errors import (
     ConfigError,
     ConfigTypeError,
@@ -175,10 +175,7 @@ def summary(model: Model) -> Summary:
         If the model has no adapters.
     """
     backend, adaptation = adapted(model, "summary")
-    rows = [
-        summarise(path, adaptation.shapes[path], _outline(backend, factors, path))
-        for path, factors in adaptation.layers.items()
-    ]
+    rows = [summarise(path, adaptation.shapes[path], factors) for path, factors in adaptation.layers.items()]
     modules = backend.modules(model)
     saved = (array for path in adaptation.saved for array in backend.arrays(modules[path]).values())
     return Summary(tuple(rows), total(rows), sum(int(np.prod(array.shape)) for array in saved))
@@ -273,13 +270,3 @@ def _require_disjoint(targets: list[str], saved: list[str]) -> None:
                     f"{inner!r} is matched for adapting or saving and lies within {outer!r}, which "
                     "modules_to_save trains whole; leave one of them out"
                 )
-
-
-def _outline(backend: Backend, factors: Factors, path: str) -> Factors:
-    """Return labels, ranks and mask as NumPy arrays, and A, B, C that have shapes alone: enough to count."""
-    check_concrete(factors.labels, factors.ranks, factors.active, name=path)
-    small = {
-        name: backend.to_stored(getattr(factors, name)).numpy() for name in ("labels", "ranks", "active")
-    }
-    nothing = np.zeros(())
-    return Factors(*(np.broadcast_to(nothing, tuple(array.shape)) for array in factors))._replace(**small)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import tabulate
 
-from adamss.core import Factors
+from adamss.core import Factors, basis_ranks, count_factors
+from adamss.core.factors import outline
 
 __all__ = ["Summary", "SummaryRow", "summarise", "total"]
 
@@ -92,25 +92,17 @@ def summarise(path: str, shape: tuple[int, int], factors: Factors) -> SummaryRow
     shape
         (d, n) of its weight.
     factors
-        Its factors: labels, ranks and mask NumPy arrays, the others any with a shape.
+        Its factors, or their `adamss.core.factors.outline`.
     """
-    _, _, _, labels, ranks, active = factors
-    groups, _, P = factors.A.shape
-    # As `core.count_factors` does it, in little memory: there may be as many subspaces as columns.
-    trained, R = int(ranks[labels].sum()), P
-    if groups == 1:
-        trained += P * int(ranks.sum())
-    else:
-        basis = np.minimum(np.bincount(labels, minlength=groups), P)
-        trained, R = trained + int(basis @ ranks.astype(np.int64)), int(basis.max())
+    layer = outline(factors, name=path)
     return SummaryRow(
         path=path,
         shape=shape,
-        K=ranks.shape[0],
-        R=R,
-        q=factors.B.shape[1],
-        trained=trained,
-        active=int(active.sum()),
+        K=layer.ranks.shape[0],
+        R=int(basis_ranks(layer).max()),
+        q=layer.B.shape[1],
+        trained=count_factors(layer),
+        active=int(layer.active.sum()),
     )
 
 

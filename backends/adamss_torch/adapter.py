@@ -54,7 +54,7 @@ class Adapter(nn.Module):
     loads
         How often a state was loaded into it.
     order
-        In which order its products are taken, one of `adamss.core.ORDERS`; None for the one that costs less.
+        In which order its products are taken, one of `adamss.core.cost.ORDERS`; None for the one that costs less.
         With bases of their own the factors come first all the same.
     """
 

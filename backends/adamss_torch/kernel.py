@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adamss.core import cheapest_order
-from adamss.core.cost import check_order, device_balance
+from adamss.core.cost import cheapest_order, check_order, device_balance
 
 __all__ = ["Layout", "Plan", "make_layout", "products", "update"]
 
@@ -72,7 +71,7 @@ class Plan(NamedTuple):
     layout
         Of B and C.
     order
-        One of `adamss.core.ORDERS`; None for the one that costs less.
+        One of `adamss.core.cost.ORDERS`; None for the one that costs less.
     weight
         (n, d), frozen, if the base product is ``x weight^T`` and a frozen bias: the gradient of x is then that of
         the whole layer, in one sum, and the base product has none.

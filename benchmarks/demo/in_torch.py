@@ -357,7 +357,7 @@ def draw(runs: dict[str, Run], layer_name: str, layer: nn.Linear, path: Path) ->
 
     weight = layer.weight.detach().cpu().numpy().T  # paper orientation: inputs by outputs
     decomposition = adamss.core.decompose(weight, rank=min(100, *weight.shape))
-    representation = np.abs(adamss.core.lowest_rank_representation(decomposition))
+    representation = np.abs(adamss.core.analysis.lowest_rank_representation(decomposition))
 
     figure, axes = plt.subplots(1, 4, figsize=(19, 4.6), layout="constrained")
     for name, run in runs.items():
@@ -372,7 +372,7 @@ def draw(runs: dict[str, Run], layer_name: str, layer: nn.Linear, path: Path) ->
     axes[1].set_title(f"|Z*| of {layer_name}", fontsize=9)
     for axis, method in zip(axes[2:], ["kmeans", "spectral"], strict=True):
         labels = adamss.core.segment(decomposition, min(10, weight.shape[1]), method, seed=0)
-        order = adamss.core.ordering(labels)
+        order = adamss.core.analysis.ordering(labels)
         axis.imshow(representation[order][:, order], **style)
         axis.set_title(f"ordered by {method}: inside / between {contrast(representation, labels):.2f}")
         for edge in np.cumsum(np.bincount(labels))[:-1]:

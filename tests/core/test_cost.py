@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamss.core import ORDERS, cheapest_order, update_cost
+from adamss.core.cost import ORDERS, cheapest_order, update_cost
 from adamss.errors import ConfigError
 
 SHAPES = st.fixed_dictionaries(

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adamss import core
+from adamss.core.analysis import count_trainable_bound
 from adamss.errors import ConfigError
 
 SUBSPACES = st.lists(
@@ -25,14 +26,14 @@ def test_is_the_sum_and_below_the_bound(subspaces):
     sizes, ranks, bases = zip(*subspaces, strict=True)
     count = core.count_trainable(sizes, ranks, bases)
     assert count == sum(core.subspace_costs(sizes, ranks, bases)) == sum(r * (n + R) for n, r, R in subspaces)
-    assert count <= core.count_trainable_bound(sizes, ranks, bases)
-    assert core.count_trainable_bound(sizes, ranks, bases) == sum(ranks) * max(n + R for n, _, R in subspaces)
+    assert count <= count_trainable_bound(sizes, ranks, bases)
+    assert count_trainable_bound(sizes, ranks, bases) == sum(ranks) * max(n + R for n, _, R in subspaces)
 
 
 def test_arrays_and_iterators_count_alike():
     expected = core.count_trainable([3, 4], [1, 2], [5, 5])
     assert core.count_trainable(np.asarray([3, 4]), iter([1, 2]), np.asarray([5, 5])) == expected == 8 + 18
-    assert core.count_trainable_bound(iter([3, 4]), iter([1, 2]), iter([5, 5])) == 27
+    assert count_trainable_bound(iter([3, 4]), iter([1, 2]), iter([5, 5])) == 27
 
 
 def test_lora_and_full():

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from adamss import core
 from adamss.core import Factors
+from adamss.core.analysis import spectral_norms
+from adamss.core.factors import factors_from_directions, outline, select
 from adamss.errors import ArrayTypeError, ArrayValueError, ConfigError
 from adamss_conformance.tolerances import assert_agrees
 
@@ -239,11 +241,20 @@ class TestUpdate:
         assert np.linalg.matrix_rank(core.delta(f)) == 8
         assert trained < core.count_lora(96, 96, 2), "LoRA cannot even afford rank 2"
 
-    def test_half_precision_inputs_do_not_overflow_at_the_start(self):
-        W = np.eye(64, dtype=np.float16) * np.float16(0.001)
-        f = core.initial_factors(core.decompose(W, 8), core.segment(core.decompose(W, 8), 3), 1)
-        x = np.full((2, 64), 6e4, np.float16)
+    @pytest.mark.parametrize(("dtype", "value"), [("float16", 6e4), ("float32", 3e38), ("float64", 1.7e308)])
+    def test_inputs_that_overflow_the_update_give_the_output_of_the_base_at_the_start(self, dtype, value):
+        """Infinity times C = 0 would be NaN. A sum of both infinities is NaN already. A NaN of the input shows."""
+        W = np.eye(64, dtype=dtype) * 2.0**-10
+        W[:, 1] = -W[:, 0]
+        decomposition = core.decompose(W, 64)
+        f = core.initial_factors(decomposition, core.segment(decomposition, 3), 2)
+        f = f._replace(B=np.sign(f.B).astype(f.B.dtype) * 8)
+        x = np.full((2, 64), value, dtype)
+        x[0, ::2] *= -1
         assert np.array_equal(core.linear(x, W, None, f), x @ W)
+        assert np.isfinite(core.linear_vjp(np.ones((2, 64), dtype), x / 64, W, f).C).all()
+        x[1, 0] = np.nan
+        assert np.isnan(core.linear(x, W, None, f)[1]).all()
 
 
 class TestMerge:
@@ -282,7 +293,7 @@ class TestFromDirections:
         f = random_factors(decomposition, labels, r, basis)
         M = core.contract(f)
         U = decomposition.U if with_U else None
-        g = core.factors_from_directions(M, f.C, f.labels, f.ranks, f.active, U=U)
+        g = factors_from_directions(M, f.C, f.labels, f.ranks, f.active, U=U)
         core.check_factors(g)
         A = g.A[0]
         assert A.shape[1] == min(A.shape[0], max(M.shape[1], U.shape[1] if with_U else 0))
@@ -342,7 +353,7 @@ def test_every_framework_computes_the_same(xp, to_numpy, basis, initial_B):
             "y": core.linear(x, W, None, f),
             **core.linear_vjp(dy, x, W, f)._asdict(),
             "merged": core.merge(W, None, f).W,
-            "norms": core.spectral_norms(f),
+            "norms": spectral_norms(f),
         }
 
     C = np.ones((2, 12), np.float32)
@@ -415,96 +426,71 @@ def partitions(draw):
     return f, np.asarray(draw(some | st.sampled_from([[False] * K, [True] * K])))
 
 
-def assert_same_factors(actual, expected):
-    for name, a, b in zip(Factors._fields, actual, expected, strict=True):
-        assert a.dtype == b.dtype, name
-        assert np.array_equal(a, b), name
-
-
-class TestRestriction:
-    @given(partitions())
-    def test_holds_the_chosen_subspaces_as_they_are(self, partition):
-        """Their own A_k, B_k, C_k, ranks and masks, renumbered; and where they stand in the whole."""
+class TestSelection:
+    @given(partitions(), st.integers(0, 2))
+    def test_says_where_the_chosen_subspaces_stand(self, partition, padding):
+        """B of a layer in a stack may have more columns than ranks: they belong to no subspace."""
         f, chosen = partition
-        part = core.restrict(f, chosen)
+        layer = outline(f._replace(B=np.pad(f.B, ((0, 0), (0, padding)))))
+        part = select(layer.labels, layer.ranks, chosen)
         assert part.subspaces.tolist() == np.flatnonzero(chosen).tolist()
-        assert part.columns.tolist() == np.flatnonzero(chosen[f.labels]).tolist()
         assert part.directions.tolist() == np.flatnonzero(np.repeat(chosen, f.ranks)).tolist()
-        g = part.factors
-        assert part.subspaces[g.labels].tolist() == f.labels[part.columns].tolist()
-        assert g.ranks.tolist() == f.ranks[chosen].tolist()
-        assert g.active.tolist() == f.active[chosen].tolist()
-        # Alone, a basis of its own has no padding: it looks like one that all share.
-        R = core.basis_ranks(f)[chosen][0] if len(f.A) > 1 and chosen.sum() == 1 else f.A.shape[2]
-        assert np.array_equal(g.A, (f.A if len(f.A) == 1 else f.A[chosen])[:, :, :R])
-        assert np.array_equal(g.B, f.B[:R, part.directions])
-        assert np.array_equal(g.C, f.C[:, part.columns])
-        if chosen.any():
-            core.check_factors(g)
+        own = part.labels >= 0
+        assert own.tolist() == chosen[f.labels].tolist()
+        assert part.subspaces[part.labels[own]].tolist() == f.labels[own].tolist()
+        assert set(part.labels[~own].tolist()) <= {-1}
+        assert part.labels.dtype == f.labels.dtype
 
     @given(partitions())
-    def test_with_the_rest_it_has_every_place_once(self, partition):
+    def test_the_update_of_the_chosen_is_that_of_their_parts(self, partition):
+        """What the backends build on it: B and C of some subspaces, and labels of -1 for all other columns."""
         f, chosen = partition
-        parts = core.restrict(f, chosen), core.restrict(f, ~chosen)
-        for name, size in (
-            ("subspaces", len(f.ranks)),
-            ("directions", f.B.shape[1]),
-            ("columns", len(f.labels)),
-        ):
-            places = np.concatenate([getattr(part, name) for part in parts])
-            assert sorted(places.tolist()) == list(range(size))
-
-    @given(partitions())
-    def test_its_update_is_that_of_its_columns(self, partition):
-        f, chosen = partition
-        part = core.restrict(f, chosen)
-        expected = delta_by_loop(f)[:, part.columns]
-        # What rounding is relative to: the terms of the sums.
-        scale = delta_by_loop(f._replace(A=abs(f.A), B=abs(f.B), C=abs(f.C))).max()
-        assert_agrees(core.delta(part.factors), expected, dtype="float64", what="delta", scale=scale)
-
-    @given(partitions())
-    def test_parameters_of_the_parts_add_up(self, partition):
-        f, chosen = partition
-        parts = [core.restrict(f, mask).factors for mask in (chosen, ~chosen) if mask.any()]
-        assert sum(map(core.count_factors, parts)) == core.count_factors(f)
-
-    def test_one_subspace_with_a_basis_of_its_own_keeps_its_rank(self):
-        W = np.random.default_rng(0).standard_normal((6, 5))
-        f = core.initial_factors(core.decompose(W, 4), np.asarray([0, 0, 0, 1, 1]), 1, basis="per_subspace")
-        assert core.basis_ranks(f).tolist() == [3, 2]
-        assert core.basis_ranks(core.restrict(f, np.asarray([False, True])).factors).tolist() == [2]
-
-    @given(partitions(), st.integers(1, 2), st.integers(0, 2))
-    def test_padding_of_a_stack_is_left_behind(self, partition, columns, rows):
-        """B may have more columns than ranks, C more rows: no part has those columns."""
-        f, chosen = partition
-        padded = f._replace(B=np.pad(f.B, ((0, 0), (0, columns))), C=np.pad(f.C, ((0, rows), (0, 0))))
-        part, expected = core.restrict(padded, chosen), core.restrict(f, chosen)
-        assert part.directions.tolist() == expected.directions.tolist()
-        assert np.array_equal(part.factors.B, expected.factors.B)
-        assert np.array_equal(part.factors.C, padded.C[:, part.columns])
-
-    @pytest.mark.parametrize("basis", ["shared", "per_subspace"])
-    @pytest.mark.parametrize("chosen", [[True, False, True, False], [False] * 4])
-    def test_every_framework_restricts_alike(self, xp, to_numpy, basis, chosen):
-        W = np.random.default_rng(0).standard_normal((6, 10))
-        labels = np.asarray([0, 1, 2, 3, 2, 2, 0, 1, 2, 0])
-        f = random_factors(core.decompose(W, 4), labels, 3, basis)
-        f = Factors(*(a.astype({"f": "float32", "i": "int32", "b": bool}[a.dtype.kind]) for a in f))
-        arrays, mask = Factors(*map(xp.asarray, f)), xp.asarray(chosen)
-        expected, part = core.restrict(f, np.asarray(chosen)), core.restrict(arrays, mask)
-        assert_same_factors(map(to_numpy, part.factors), expected.factors)
-        for actual, places in zip(part[1:], expected[1:], strict=True):
-            assert to_numpy(actual).tolist() == places.tolist()
-
-    def test_tracers_are_refused(self):
-        jax = pytest.importorskip("jax")
-        f = Factors(
-            *map(
-                jax.numpy.asarray, (np.ones((1, 4, 2)), np.ones((2, 2)), np.ones((1, 3)), [0, 1, 0], [1, 1])
-            ),
-            active=jax.numpy.asarray([True, False]),
+        part = select(f.labels, f.ranks, chosen)
+        A = f.A if len(f.A) == 1 else f.A[part.subspaces]
+        own = part.labels >= 0
+        g = f._replace(
+            A=A,
+            B=f.B[:, part.directions],
+            C=f.C[:, own],
+            labels=part.labels[own],
+            ranks=f.ranks[part.subspaces],
         )
-        with pytest.raises(ArrayTypeError, match="factors and chosen: the values are needed here"):
-            jax.jit(lambda mask: core.restrict(f, mask).columns)(f.active)
+        if chosen.any():
+            expected = np.where(own, delta_by_loop(f), 0)[:, own]
+            # What rounding is relative to: the terms of the sums.
+            scale = delta_by_loop(f._replace(A=abs(f.A), B=abs(f.B), C=abs(f.C))).max()
+            assert_agrees(core.delta(g), expected, dtype="float64", what="delta", scale=scale)
+        assert_agrees(
+            core.delta(core.only(f, chosen)),
+            np.where(own, core.delta(f), 0),
+            dtype="float64",
+            what="the update of only these",
+        )
+
+
+def test_outline_is_in_numpy_whatever_the_framework(xp):
+    f = random_factors(core.decompose(np.eye(6), 4), np.asarray([0, 1, 2, 1, 0, 0]), 2, "shared")
+    arrays = as_float32(f)
+    layer = outline(Factors(*map(xp.asarray, arrays)))
+    for name, array, expected in zip(Factors._fields, layer, arrays, strict=True):
+        assert isinstance(array, np.ndarray), name
+        assert array.shape == expected.shape, name
+        if name in "ABC":
+            assert not array.any(), name
+            assert array.strides == (0,) * array.ndim, f"{name} takes memory"
+        else:
+            assert np.array_equal(array, expected), name
+            assert array.dtype == expected.dtype, name
+    layer.active[:] = False  # a copy: what becomes of it does not reach the factors
+    assert arrays.active.any()
+
+
+def as_float32(f):
+    return Factors(*(a.astype({"f": "float32", "i": "int32", "b": bool}[a.dtype.kind]) for a in f))
+
+
+def test_outline_of_a_tracer_is_refused():
+    jax = pytest.importorskip("jax")
+    f = random_factors(core.decompose(np.eye(6), 4), np.asarray([0, 1, 2, 1, 0, 0]), 2, "shared")
+    with pytest.raises(ArrayTypeError, match=r"^block\.q: the values are needed here"):
+        jax.jit(lambda f: outline(f, name="block.q").labels)(Factors(*map(jax.numpy.asarray, as_float32(f))))

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adamss.config import SEGMENTATIONS
-from adamss.core import Decomposition, decompose, group_sizes, segment
+from adamss.core import Decomposition, decompose, segment, subspace_sizes
 from adamss.errors import ArrayValueError, ConfigError
 
 
@@ -187,8 +187,8 @@ def test_one_seed_one_result_and_no_global_randomness(method):
     assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
 
 
-def test_group_sizes(xp, to_numpy):
-    assert to_numpy(group_sizes(xp.asarray([0, 2, 2, 0, 2]), 4)).tolist() == [2, 0, 3, 0]
+def test_subspace_sizes(xp, to_numpy):
+    assert to_numpy(subspace_sizes(xp.asarray([0, 2, 2, 0, 2]), 4)).tolist() == [2, 0, 3, 0]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 import adamss
 import adamss_jax
-from adamss.core import ORDERS, Factors
+from adamss.core import Factors
+from adamss.core.cost import ORDERS
 
 D, N, TOKENS, K = 8, 12, 16, 3
 SHARDINGS = {

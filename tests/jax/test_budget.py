@@ -21,6 +21,7 @@ import adamss_jax
 from adamss import AdamssConfig, BudgetConfig, core
 from adamss.backend import get_backend
 from adamss.core import Factors
+from adamss.core.cost import ORDERS
 from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, StateError
 from adamss_conformance.tolerances import RELATIVE_TOLERANCE
 from adamss_jax.stacks import split_path
@@ -646,7 +647,7 @@ def test_the_order_of_the_products_outlives_consolidating(kind, tmp_path):
     model = attached(kind, {"target": 3, "end_step": 1})
     adamss.save(model, tmp_path / "as attached")
     outputs = []
-    for order in core.ORDERS:
+    for order in ORDERS:
         model = ordered(attached(kind, {"target": 3, "end_step": 1}), order)
         adamss.save(model, tmp_path / order)
         assert same_file(tmp_path / order, tmp_path / "as attached")

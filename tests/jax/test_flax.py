@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import adamss
 from adamss import core, errors
+from adamss.core.cost import ORDERS
 from adamss_conformance.tolerances import assert_agrees
 from adamss_jax.flax import AdamssParam
 
@@ -374,7 +375,7 @@ def test_the_order_of_the_products_of_a_layer(net, config, inputs, filled):
         return model(x)
 
     y, programs = run(model, x), []
-    for number, order in enumerate(core.ORDERS):
+    for number, order in enumerate(ORDERS):
         for block in model.blocks:
             for layer in block.values():
                 layer.adamss.order = order

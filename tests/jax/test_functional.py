@@ -16,6 +16,7 @@ import pytest
 import adamss_jax
 from adamss import core
 from adamss.core import Factors
+from adamss.core.cost import ORDERS
 from adamss.errors import ConfigError
 from adamss_conformance.tolerances import RELATIVE_TOLERANCE, assert_agrees
 
@@ -89,7 +90,7 @@ CASES += [(variant, "input_first") for variant, (_, shared, _) in VARIANTS.items
 each_case = pytest.mark.parametrize(
     ("variant", "order"), CASES, ids=[f"{order}: {variant}" for variant, order in CASES]
 )
-each_order = pytest.mark.parametrize("order", core.ORDERS)
+each_order = pytest.mark.parametrize("order", ORDERS)
 
 
 @pytest.fixture

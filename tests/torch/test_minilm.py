@@ -7,6 +7,7 @@ import torch
 
 import adamss
 from adamss import core
+from adamss.core.cost import ORDERS
 from adamss_conformance.tolerances import assert_agrees
 
 CONFIG = adamss.AdamssConfig(targets=["query", "value"], rank=100, subspaces=10, subspace_rank=1)
@@ -60,7 +61,7 @@ def test_segmentation_of_real_weights_has_no_empty_subspace(minilm):
     for name, weight in minilm().state_dict().items():
         if name.endswith(("query.weight", "value.weight")):
             labels = core.segment(core.decompose(weight.T, 100), 32)
-            assert core.group_sizes(labels, 32).min() >= 1
+            assert core.subspace_sizes(labels, 32).min() >= 1
 
 
 def test_merge_of_the_whole_model(trained, tokens):
@@ -69,7 +70,7 @@ def test_merge_of_the_whole_model(trained, tokens):
     assert_agrees(embed(trained, tokens), expected, dtype="float32", what="embeddings")
 
 
-@pytest.mark.parametrize("order", core.ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_whole_transformer_block_compiles_without_a_graph_break(trained, order):
     block = trained.encoder.layer[0]
     adapters = [block.attention.self.query.adamss.default, block.attention.self.value.adamss.default]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import adamss
 from adamss import core
-from adamss.core import ORDERS
+from adamss.core.cost import ORDERS
 from adamss_conformance.tolerances import assert_agrees
 from adamss_torch.kernel import _cheapest_of
 

@@ -1,0 +1,318 @@
+"""The update of a weight as matrix products: with the factors, their gradients, and merged into the weight.
+
+The update of a weight ``W: (d, n)`` is ``delta = M @ E`` with ``M = [A_1 B_1 ... A_K B_K]: (d, q)`` and
+``E: (q, n)`` the block-structured expansion of C, so the cost is that of a few matrix products, whatever K is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from adamss.core._array import Array, as_working_precision, check_concrete, device, namespace, one_hot
+from adamss.core.factors import Factors, column_index, trained_elements
+from adamss.errors import ArrayValueError
+
+__all__ = [
+    "Gradients",
+    "Merged",
+    "contract",
+    "delta",
+    "expand",
+    "factor_gradients",
+    "linear",
+    "linear_vjp",
+    "merge",
+]
+
+
+class Gradients(NamedTuple):
+    """Gradients of a scalar with respect to x, B and C, each of the shape of its namesake."""
+
+    x: Array
+    B: Array
+    C: Array
+
+
+class Merged(NamedTuple):
+    """A weight with the update folded in.
+
+    Attributes
+    ----------
+    W
+        Merged weight (d, n), in the dtype of the base weight.
+    b
+        Merged bias (n,), or None where there is none.
+    lost
+        ``|round(W0 + delta) - (W0 + delta)| / |delta|`` in Frobenius norm: the share of the update that
+        the rounding to the dtype of W0 destroyed. 0-d float array; 0 for a zero update.
+    """
+
+    W: Array
+    b: Array | None
+    lost: Array
+
+
+def contract(factors: Factors) -> Array:
+    """Return ``M = [A_1 B_1 ... A_K B_K]``, the input directions of the update.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    Array
+        (d, q), or (d + 1, q) where the bias is adapted too; dtype of B.
+    """
+    if factors.A.shape[0] == 1:
+        return factors.A[0, :, :] @ factors.B
+    return _from_subspaces(factors.A @ _per_subspace(factors.B, factors), factors)
+
+
+def expand(factors: Factors) -> Array:
+    """Return E, the block-structured form of C.
+
+    ``E[c, j] = C[i, j]`` where column c of M is the i-th of subspace ``labels[j]``, else 0.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    Array
+        (q, n), dtype of C.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss.core import Factors, expand
+    >>> expand(Factors(np.ones((1, 2, 2)), np.ones((2, 3)), np.asarray([[1., 2., 3.], [4., 5., 6.]]),
+    ...                np.asarray([0, 1, 0]), np.asarray([2, 1]), np.asarray([True, True])))
+    array([[1., 0., 3.],
+           [4., 0., 6.],
+           [0., 2., 0.]])
+    """
+    xp = namespace(factors.C)
+    group, place = column_index(factors)
+    rows = factors.C if factors.C.shape[0] == 1 else xp.take(factors.C, place, axis=0)
+    return xp.where(_own_columns(factors, group), rows, xp.zeros_like(rows))
+
+
+def delta(factors: Factors) -> Array:
+    """Return the update ``sum_k A_k B_k C_k``, each term in the columns of its subspace.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer.
+
+    Returns
+    -------
+    Array
+        (d, n), or (d + 1, n) where the bias is adapted too (its update is the last row); dtype of B.
+    """
+    return contract(factors) @ expand(factors)
+
+
+def linear(x: Array, W: Array, b: Array | None, factors: Factors) -> Array:
+    """Return ``x @ (W + delta) + b`` without forming delta.
+
+    ``y = (x @ W + b) + (x @ M) @ E``, in the dtype of ``x @ W``. The base product is that of the frozen
+    layer, to the bit: the update is added to it.
+
+    Parameters
+    ----------
+    x
+        Inputs, (..., d).
+    W
+        Frozen weight, (d, n).
+    b
+        Bias (n,) or None.
+    factors
+        Factors of the layer; with d + 1 input rows, the last of them moves the bias.
+
+    Returns
+    -------
+    Array
+        (..., n).
+    """
+    xp = namespace(x, W)
+    base = x @ W if b is None else x @ W + b
+    wide = as_working_precision(base).dtype
+    M, E = xp.astype(contract(factors), wide), xp.astype(expand(factors), wide)
+    return base + xp.astype(_directions(xp.astype(x, wide), M) @ E, base.dtype)
+
+
+def linear_vjp(dy: Array, x: Array, W: Array, factors: Factors, *, revive: bool = False) -> Gradients:
+    """Return the closed-form gradients of `linear` with respect to x, B and C.
+
+    With ``z = x M``, ``dz = dy E^T``::
+
+        dx = dy W^T + dz M^T,   dB_k = A_k^T (x^T dz)_k,   dC = (z^T dy) restricted to the blocks of E
+
+    Parameters
+    ----------
+    dy
+        Gradient of the output, (..., n).
+    x
+        Inputs of the forward product, (..., d).
+    W
+        Frozen weight, (d, n).
+    factors
+        Factors of the layer.
+    revive
+        If False, the gradients of the subspaces that are not active are zero.
+
+    Returns
+    -------
+    Gradients
+        Of the shapes of x, B and C; those of B and C in their dtypes.
+    """
+    xp = namespace(dy, x, W)
+    d, n = W.shape
+    dy2, x2 = xp.reshape(dy, (-1, n)), xp.reshape(x, (-1, d))
+    M = xp.astype(contract(factors), dy.dtype)
+    E = xp.astype(expand(factors), dy.dtype)
+    z, dz = _directions(x2, M), dy2 @ xp.matrix_transpose(E)
+    dx = dy2 @ xp.matrix_transpose(W) + dz @ xp.matrix_transpose(M[:d, :])
+    dM = xp.matrix_transpose(x2) @ dz
+    if M.shape[0] > d:
+        dM = xp.concat([dM, xp.sum(dz, axis=0, keepdims=True)], axis=0)
+    dB, dC = factor_gradients(dM, xp.matrix_transpose(z) @ dy2, factors, revive=revive)
+    return Gradients(xp.reshape(dx, x.shape), dB, dC)
+
+
+def factor_gradients(
+    dM: Array, dE: Array, factors: Factors, *, revive: bool = False, projected: bool = False
+) -> tuple[Array, Array]:
+    """Gradients of B and C, in their dtypes, from those of M = [A_k B_k] and of E = expand(C).
+
+    Parameters
+    ----------
+    dM
+        (d, q), or (d + 1, q) where the bias is adapted too.
+    dE
+        (q, n).
+    factors
+        Factors of the layer.
+    revive
+        If False, the gradients of the subspaces that are not active are zero.
+    projected
+        Whether `dM` is the gradient (P, q) of B already.
+    """
+    xp = namespace(dM)
+    dB = xp.astype(dM, factors.B.dtype)
+    if not projected:
+        dB = _contract_vjp(dB, factors)
+    dC = _expand_vjp(xp.astype(dE, factors.C.dtype), factors)
+    if revive:
+        return dB, dC
+    trained_B, trained_C = trained_elements(factors)
+    return xp.where(trained_B, dB, xp.zeros_like(dB)), xp.where(trained_C, dC, xp.zeros_like(dC))
+
+
+def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
+    """Return ``round(W + delta)`` and how much of delta the rounding to the dtype of W destroyed.
+
+    The sum is formed in float32, or in the wider of the dtypes of W and the factors.
+
+    Parameters
+    ----------
+    W
+        Base weight, (d, n).
+    b
+        Base bias (n,) or None.
+    factors
+        Factors of the layer.
+
+    Returns
+    -------
+    Merged
+        Merged weight and bias in the dtypes of W and b, and the lost share.
+
+    Raises
+    ------
+    ArrayValueError
+        If the merged weight or bias is not finite.
+    """
+    check_concrete(W, b, *factors, name="weight and factors")
+    xp = namespace(W)
+    d = W.shape[0]
+    update = delta(factors._replace(**{name: as_working_precision(getattr(factors, name)) for name in "ABC"}))
+    exact = as_working_precision(W) + update[:d, :]
+    merged = xp.astype(exact, W.dtype)
+    merged_b = b
+    if update.shape[0] > d and b is not None:
+        merged_b = xp.astype(as_working_precision(b) + update[d, :], b.dtype)
+    if not bool(xp.all(xp.isfinite(merged))) or not bool(merged_b is None or xp.all(xp.isfinite(merged_b))):
+        raise ArrayValueError("the update holds NaN or infinity, or overflows the weight's dtype: not merged")
+    size = xp.linalg.vector_norm(update[:d, :])
+    error = xp.linalg.vector_norm(xp.astype(merged, exact.dtype) - exact)
+    lost = xp.where(size > 0, error / xp.where(size > 0, size, xp.ones_like(size)), xp.zeros_like(size))
+    return Merged(merged, merged_b, lost)
+
+
+def _directions(x: Array, M: Array) -> Array:
+    """``z = x M``, with zero where it is not finite; the bias row of M is added to it.
+
+    Where x M overflows, infinity times C = 0 would be NaN, and the output not that of the base. A NaN of the input
+    still shows: the base's product has it too.
+    """
+    xp, d = namespace(x), x.shape[-1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        z = x @ M[:d, :]
+    z = z if M.shape[0] == d else z + M[d, :]
+    return xp.where(xp.isfinite(z), z, xp.zeros_like(z))
+
+
+def _own_columns(factors: Factors, group: Array) -> Array:
+    """Return (q, n) booleans: whether column c of M acts on column j of W."""
+    xp = namespace(factors.labels)
+    return group[:, None] == xp.astype(factors.labels, group.dtype)[None, :]
+
+
+def _contract_vjp(dM: Array, factors: Factors) -> Array:
+    """Gradient (P, q) of B from the gradient (d, q) of M; zero at the padding of B."""
+    xp = namespace(dM)
+    if factors.A.shape[0] == 1:
+        return xp.matrix_transpose(factors.A[0, :, :]) @ dM
+    return _from_subspaces(xp.matrix_transpose(factors.A) @ _per_subspace(dM, factors), factors)
+
+
+def _expand_vjp(dE: Array, factors: Factors) -> Array:
+    """Gradient (r, n) of C from the gradient (q, n) of E; zero at the padding of C."""
+    xp = namespace(dE)
+    group, place = column_index(factors)
+    own = xp.where(_own_columns(factors, group), dE, xp.zeros_like(dE))
+    if factors.C.shape[0] == 1:
+        return xp.sum(own, axis=0, keepdims=True)
+    return xp.matrix_transpose(one_hot(place, factors.C.shape[0], dtype=dE.dtype)) @ own
+
+
+def _per_subspace(columns: Array, factors: Factors) -> Array:
+    """Rearrange the q columns of an (m, q) array into (K, m, r), with zeros beyond each rank."""
+    xp = namespace(columns)
+    K, r, q = factors.ranks.shape[0], factors.C.shape[0], columns.shape[1]
+    ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
+    places = xp.arange(r, dtype=ends.dtype, device=device(ends))
+    index = (ends - factors.ranks)[:, None] + places[None, :]
+    index = xp.minimum(index, xp.full_like(index, q - 1))
+    stacked = xp.reshape(xp.take(columns, xp.reshape(index, (-1,)), axis=1), (columns.shape[0], K, r))
+    within = places[None, :] < factors.ranks[:, None]
+    return xp.permute_dims(xp.where(within[None, :, :], stacked, xp.zeros_like(stacked)), (1, 0, 2))
+
+
+def _from_subspaces(stacked: Array, factors: Factors) -> Array:
+    """Undo `_per_subspace`: (K, m, r) to (m, q), with zeros in columns that are padding."""
+    xp = namespace(stacked)
+    K, m, r = stacked.shape
+    group, place = column_index(factors)
+    index = group * r + place
+    index = xp.minimum(index, xp.full_like(index, K * r - 1))
+    columns = xp.take(xp.reshape(xp.permute_dims(stacked, (1, 0, 2)), (m, K * r)), index, axis=1)
+    return xp.where((group < K)[None, :], columns, xp.zeros_like(columns))
