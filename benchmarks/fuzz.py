@@ -109,7 +109,7 @@ def base_model(weights: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> N
 
 def arrays_of(model: NumpyModel) -> dict[str, bytes]:
     """Return the bytes of all the arrays of a NumPy model without adapters."""
-    if model.config is not None or any(layer.factors is not None for layer in model.layers.values()):
+    if model.bank is not None or any(layer.factors is not None for layer in model.layers.values()):
         return {"adapted": b""}
     found = {}
     for path, layer in model.layers.items():
@@ -332,8 +332,8 @@ class NumpyTarget:
             layers = {
                 name: layer.factors for name, layer in model.layers.items() if layer.factors is not None
             }
-            saved = {name: {"weight": model[name].W.T, "bias": model[name].b} for name in model.saved}
-            check_loaded(content, layers, saved, model.config)
+            saved = {name: {"weight": model[name].W.T, "bias": model[name].b} for name in model.bank.only().saved}
+            check_loaded(content, layers, saved, model.bank.only().config)
             for name, (W, _) in origin.weights.items():
                 if name not in saved and model[name].W.tobytes() != W.tobytes():
                     raise WrongError(f"{name} has another weight")

@@ -163,7 +163,7 @@ class TestBadFiles:
         with pytest.raises(kind, match=match) as caught:
             adamss.load(model, path)
         assert isinstance(caught.value, AdamssError)
-        assert model.config is None
+        assert model.bank is None
 
     def test_missing(self, tmp_path):
         self.refused(tmp_path / "none.safetensors", "no adapter file.*none", CheckpointNotFoundError)

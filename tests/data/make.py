@@ -79,7 +79,7 @@ def held(model: NumpyModel) -> dict[str, Any]:
     head = {"weight": model["head"].W.T.tolist(), "bias": model["head"].b.tolist()}
     return {
         "dtype": str(model["head"].W.dtype),
-        "config": model.config.to_dict() if model.config else None,
+        "config": model.bank.only().config.to_dict(),
         "layers": layers,
         "modules_to_save": {"head": head},
     }
