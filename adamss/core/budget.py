@@ -442,7 +442,7 @@ def plan_budget(layers: Mapping[str, Factors], config: BudgetConfig) -> BudgetPl
     Parameters
     ----------
     layers
-        Factors by module path. Labels, ranks and masks are copied; of A, B and C only the shapes are read.
+        Factors by module path. The masks are copied; of A, B and C only the shapes are read.
     config
         The schedule.
 
@@ -470,6 +470,8 @@ def plan_budget(layers: Mapping[str, Factors], config: BudgetConfig) -> BudgetPl
     if not layers:
         raise ConfigError("a budget needs at least one adapted layer")
     outlines = {path: outline(layers[path], name=path) for path in sorted(layers)}
+    # A framework that trains in place would write its later masks into these.
+    outlines = {path: layer._replace(active=layer.active.copy()) for path, layer in outlines.items()}
     per_layer = []
     for layer in outlines.values():
         sizes = subspace_sizes(layer.labels, layer.ranks.shape[0])

@@ -255,7 +255,7 @@ def column_index(factors: Factors) -> tuple[Array, Array]:
 
 
 def outline(factors: Factors, *, name: str = "factors") -> Factors:
-    """Return copies of labels, ranks and mask in NumPy, and A, B, C of zeros that take no memory.
+    """Return labels, ranks and mask as NumPy arrays, and A, B, C of zeros that take no memory.
 
     They are what counting, checking and planning need, whatever the framework and the device of the factors.
 
@@ -269,7 +269,7 @@ def outline(factors: Factors, *, name: str = "factors") -> Factors:
     Returns
     -------
     Factors
-        With the shapes of `factors`.
+        With the shapes of `factors`. What is in NumPy's memory already is not copied.
 
     Raises
     ------
@@ -279,7 +279,7 @@ def outline(factors: Factors, *, name: str = "factors") -> Factors:
     A, B, C, *small = factors
     check_concrete(*small, name=name)
     zeros = (np.broadcast_to(np.float32(0), tuple(array.shape)) for array in (A, B, C))
-    return Factors(*zeros, *(np.array(as_numpy(array)) for array in small))
+    return Factors(*zeros, *map(as_numpy, small))
 
 
 def basis_ranks(factors: Factors) -> Array:

@@ -83,7 +83,7 @@ class StoredLayer:
             A, B = (replace(self.M, shape=shape) for shape in shapes)
         if A is None or B is None:
             raise CheckpointError("a layer has neither M nor A and B")
-        return outline(Factors(A, B, self.C, *self._integers()))
+        return outline(Factors(A, B, self.C, self.labels.numpy(), self.ranks.numpy(), self.active.numpy()))
 
     def factors(self) -> Factors:
         """Return the factors as NumPy arrays; of a portable file with ``A = M`` and ``B = I``."""
@@ -94,11 +94,8 @@ class StoredLayer:
             A, B = self.A.numpy(), self.B.numpy()
         else:
             raise CheckpointError("a layer has neither M nor A and B")
-        return Factors(A, B, self.C.numpy(), *self._integers())
-
-    def _integers(self) -> tuple[np.ndarray[Any, Any], ...]:
         labels, ranks = self.labels.numpy().astype(np.int64), self.ranks.numpy().astype(np.int64)
-        return labels, ranks, self.active.numpy().astype(np.bool_)
+        return Factors(A, B, self.C.numpy(), labels, ranks, self.active.numpy().astype(np.bool_))
 
 
 @dataclass(frozen=True)

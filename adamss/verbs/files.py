@@ -17,7 +17,6 @@ from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, check_matrix, namespace
-from adamss.core.factors import factors_from_directions
 from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, fingerprint
 from adamss.errors import (
     CheckpointError,
@@ -259,7 +258,7 @@ def _factors_in(
         W = with_bias_row(base) if M.shape[0] > base.W.shape[0] else base.W
         U = core.decompose(backend.decomposition_input(W), config.rank, seed=config.seed).U
         U = backend.cast(U, backend.dtype_name(M))
-    factors = factors_from_directions(M, C, labels, ranks, active, U=U)
+    factors = core.factors_from_directions(M, C, labels, ranks, active, U=U)
     return cast_factors(backend, factors, dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import tabulate
 
 from adamss.core import Factors, basis_ranks, count_factors
@@ -95,6 +96,8 @@ def summarise(path: str, shape: tuple[int, int], factors: Factors) -> SummaryRow
         Its factors, or their `adamss.core.factors.outline`.
     """
     layer = outline(factors, name=path)
+    # A file has the smallest integers that hold its numbers; sums and products of them need more.
+    layer = layer._replace(labels=layer.labels.astype(np.int64), ranks=layer.ranks.astype(np.int64))
     return SummaryRow(
         path=path,
         shape=shape,
