@@ -175,9 +175,9 @@ def demo_jax(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Load 100,000 spoiled adapter files; arguments go to benchmarks/fuzz.py (--files, --seed)."""
+    """Load 100,000 spoiled adapter files; arguments go to the campaign (--files, --seed)."""
     install(session, "torch", "equinox")
-    session.run("python", "benchmarks/fuzz.py", *session.posargs, env=ONE_THREAD)
+    session.run("python", "tests/hostile/campaign.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

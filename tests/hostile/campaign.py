@@ -11,8 +11,8 @@ and an Equinox model where those are installed, and into ``adamss show``. What f
 - a load that takes longer than `TIME_LIMIT`;
 - memory beyond twice the file, besides what the honest file takes in the same model and `HEADER`. ::
 
-    python benchmarks/fuzz.py --files 100000 --seed 0
-    python benchmarks/fuzz.py --seed 0 --only 4711 --keep here
+    python tests/hostile/campaign.py --files 100000 --seed 0
+    python tests/hostile/campaign.py --seed 0 --only 4711 --keep here
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import threading
 import time
 import tracemalloc
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,6 @@ import numpy as np
 from mutations import (
     FLOATS,
     TABLES,
-    Tensor,
     draft_of,
     mutated,
     pick,
@@ -53,7 +53,8 @@ from tqdm import tqdm
 
 import adamss
 from adamss import cli
-from adamss.backend import NumpyLinear, NumpyModel
+from adamss.backend import NumpyLinear, NumpyModel, get_backend
+from adamss.core import Factors
 from adamss.errors import AdamssError
 
 TIME_LIMIT = 10.0
@@ -77,61 +78,43 @@ BFLOAT16 = 2.0**-7
 # ---- valid files ---------------------------------------------------------------------------------------
 
 
+Weights = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
 @dataclass
 class Origin:
-    """A valid file, the weights it is for, and what its load takes.
+    """A valid file, the weights (W, b) by module path that it is for, and the memory that its load takes.
 
-    Attributes
-    ----------
-    name : str
-    content : bytes
-    weights : dict of str to (W, b)
-        By module path.
-    model : NumpyModel
-    before : dict of str to bytes
-        Of the arrays of the model.
-    memory : dict of bool to int
-        Peak of the honest load at its largest setting, by `trainable`, in bytes.
+    `memory` is the peak of the honest load at its largest setting, by `trainable`, in bytes.
     """
 
     name: str
     content: bytes
-    weights: dict[str, tuple[np.ndarray, np.ndarray | None]]
-    model: NumpyModel
-    before: dict[str, bytes]
+    weights: Weights
     memory: dict[bool, int] = field(default_factory=dict)
 
 
-def base_model(weights: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> NumpyModel:
-    """Return a NumPy model."""
+def base_model(weights: Weights) -> NumpyModel:
     return NumpyModel({path: NumpyLinear(W, b) for path, (W, b) in weights.items()})
-
-
-def arrays_of(model: NumpyModel) -> dict[str, bytes]:
-    """Return the bytes of all the arrays of a NumPy model without adapters."""
-    if model.bank is not None or any(layer.factors is not None for layer in model.layers.values()):
-        return {"adapted": b""}
-    found = {}
-    for path, layer in model.layers.items():
-        found[path] = layer.W.tobytes() + (b"" if layer.b is None else layer.b.tobytes())
-    return found
 
 
 def origins(folder: Path) -> list[Origin]:
     """Write the valid files that mutations start from."""
     common = {"rank": 5, "subspaces": 3, "subspace_rank": 2}
     budget = adamss.BudgetConfig(target=2, end_step=10)
+    per_subspace = {"basis": "per_subspace", "include_bias": True}
+    large = {"subspaces": 8, "rank": 16}
+    half = {"dtype": "float32", "training": True, "code": "BF16"}
+    chinese = ("编码.0.查询", "编码.1.查询", "head")
+    wide = {"shape": (192, 160), "dtype": "float32"}
+    head = {"modules_to_save": ["head"]}
     plan: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        ("portable, shared, float64, head, budget", {"modules_to_save": ["head"], "budget": budget}, {}),
+        ("portable, shared, float64, head, budget", head | {"budget": budget}, {}),
         ("training, shared, float32", {}, {"dtype": "float32", "training": True}),
-        (
-            "portable, per_subspace, bias, float32",
-            {"include_bias": True, "basis": "per_subspace"},
-            {"dtype": "float32"},
-        ),
+        ("portable, per_subspace, bias, float32", per_subspace, {"dtype": "float32"}),
         (
             "training, per_subspace, bias, head, float64",
-            {"include_bias": True, "basis": "per_subspace", "modules_to_save": ["head"], "subspaces": 4},
+            per_subspace | head | {"subspaces": 4},
             {"training": True},
         ),
         (
@@ -139,26 +122,10 @@ def origins(folder: Path) -> list[Origin]:
             {"factor_dtype": "float16", "targets": r"encoder\.\d\.query"},
             {"dtype": "float32"},
         ),
-        (
-            "training, bfloat16",
-            {"factor_dtype": "float32"},
-            {"dtype": "float32", "training": True, "code": "BF16"},
-        ),
-        (
-            "portable, names in Chinese",
-            {"targets": ["查询"]},
-            {"names": ("编码.0.查询", "编码.1.查询", "head")},
-        ),
-        (
-            "portable, large, head",
-            {"modules_to_save": ["head"], "subspaces": 8, "rank": 16},
-            {"shape": (192, 160), "dtype": "float32", "head": (160, 900)},
-        ),
-        (
-            "training, large, per_subspace, bias",
-            {"basis": "per_subspace", "include_bias": True, "subspaces": 8, "rank": 16},
-            {"shape": (192, 160), "dtype": "float32", "training": True},
-        ),
+        ("training, bfloat16", {"factor_dtype": "float32"}, half),
+        ("portable, names in Chinese", {"targets": ["查询"]}, {"names": chinese}),
+        ("portable, large, head", head | large, wide | {"head": (160, 900)}),
+        ("training, large, per_subspace, bias", per_subspace | large, wide | {"training": True}),
     ]
     found = []
     for number, (name, settings, options) in enumerate(plan):
@@ -166,7 +133,7 @@ def origins(folder: Path) -> list[Origin]:
         dtype = options.get("dtype", "float64")
         d, n = options.get("shape", (12, 10))
         names = options.get("names", ("encoder.0.query", "encoder.1.query", "head"))
-        weights: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
+        weights = {
             path: (rng.standard_normal((d, n)).astype(dtype), rng.standard_normal(n).astype(dtype))
             for path in names[:2]
         }
@@ -191,7 +158,7 @@ def origins(folder: Path) -> list[Origin]:
                     tensor.set(tensor.array(), options["code"])
             draft.metadata["config"]["factor_dtype"] = "bfloat16"
         base = base_model(weights)
-        origin = Origin(name, written(draft), weights, base, arrays_of(base))
+        origin = Origin(name, written(draft), weights)
         # A setting may ask for more than the file needs, and get what the model has: all directions, in float64.
         draft.metadata["config"] |= {"rank": 10**18, "factor_dtype": "float64"}
         path.write_bytes(written(draft))
@@ -231,14 +198,7 @@ class Outcome:
     """Bytes, without those that the honest file takes in the same model besides itself, and without `HEADER`."""
 
 
-def expected_update(tensors: Mapping[str, Tensor], path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the update (d, n) that a file's tensors say, and the size of what it is the sum of."""
-    values = {
-        name: tensors[f"{path}.{name}" if path else name].array()
-        for name in ("M", "A", "B", "C", "labels", "ranks")
-        if (f"{path}.{name}" if path else name) in tensors
-    }
-    return update_of(values)
+PARTS = ("M", "A", "B", "C", "labels", "ranks")
 
 
 def update_of(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -264,20 +224,9 @@ def update_of(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 def check_loaded(
     content: bytes, layers: Mapping[str, Any], saved: Mapping[str, Any], config: Any, *, eps: float = 0.0
 ) -> None:
-    """Compare what was loaded, as NumPy arrays, with what the file says.
+    """Compare what was loaded, as NumPy arrays in the dtype of the model, with what the file says.
 
-    Parameters
-    ----------
-    content : bytes
-        The file.
-    layers : mapping of str to Factors
-        Of NumPy arrays, in the dtype of the model.
-    saved : mapping of str to mapping of str to array
-        Of the model.
-    config : AdamssConfig
-        Of the model.
-    eps : float
-        Rounding unit of the factors, where it is more than that of the arrays.
+    `eps` is the rounding unit of the factors, where it is more than that of the arrays.
     """
     tensors, metadata = taken_apart(content)
     tables = {name: json.loads(metadata[name]) for name in TABLES}
@@ -289,7 +238,8 @@ def check_loaded(
                 raise WrongError(f"{path}: {name} is not that of the file")
         A, B, C = (np.asarray(array, dtype="f8") for array in factors[:3])
         with np.errstate(all="ignore"):
-            wanted, size = expected_update(tensors, path)
+            there = {name: tensors[f"{path}.{name}"].array() for name in PARTS if f"{path}.{name}" in tensors}
+            wanted, size = update_of(there)
             found, own = update_of({"A": A, "B": B, "C": C, "labels": factors.labels, "ranks": factors.ranks})
         eps = max(eps, *(float(np.finfo(array.dtype).eps) for array in factors[:3]))
         least = {"float16": 6e-8, "float64": 1e-300}.get(str(factors.C.dtype), 1e-37)
@@ -319,47 +269,97 @@ def check_loaded(
             raise WrongError(f"config.{name} is {mine!r}, the file says {value!r}"[:300])
 
 
-class NumpyTarget:
-    """The reference backend: a model per origin, which nothing may change."""
+class Target(ABC):
+    """What files are loaded into: a model per origin, which is given back as it was."""
 
-    name = "numpy"
+    name: str
+
+    def __init__(self) -> None:
+        self.backend = get_backend(self.name)
+        self.models: dict[int, tuple[Any, Any]] = {}
+
+    @abstractmethod
+    def build(self, weights: Weights) -> Any: ...
+
+    @abstractmethod
+    def state(self, model: Any) -> Any:
+        """Return all that a load could change."""
+
+    def model(self, origin: Origin) -> Any:
+        if id(origin) not in self.models:
+            model = self.build(origin.weights)
+            self.models[id(origin)] = model, self.state(model)
+        return self.models[id(origin)][0]
+
+    def unchanged(self, origin: Origin) -> bool:
+        model, before = self.models[id(origin)]
+        return bool(self.state(model) == before)
 
     def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
-        """Load, and return what checks the result."""
-        model = adamss.load(origin.model, path, **options)
+        """Load, and return what checks the result against the content of the file."""
+        model = adamss.load(self.model(origin), path, **options)
 
         def check(content: bytes) -> None:
-            layers = {
-                name: layer.factors for name, layer in model.layers.items() if layer.factors is not None
+            adaptation, modules = self.backend.adaptation(model), self.backend.modules(model)
+            layers = {name: Factors(*map(self.numpy, f)) for name, f in adaptation.layers.items()}
+            saved = {
+                name: {key: self.numpy(array) for key, array in self.backend.arrays(modules[name]).items()}
+                for name in adaptation.saved
             }
-            saved = {name: {"weight": model[name].W.T, "bias": model[name].b} for name in model.bank.only().saved}
-            check_loaded(content, layers, saved, model.bank.only().config)
-            for name, (W, _) in origin.weights.items():
-                if name not in saved and model[name].W.tobytes() != W.tobytes():
-                    raise WrongError(f"{name} has another weight")
-            if layers.keys() & saved.keys():
-                raise WrongError(f"{sorted(layers.keys() & saved.keys())} are adapted and saved whole")
+            half = any(self.backend.dtype_name(f.C) == "bfloat16" for f in adaptation.layers.values())
+            try:
+                check_loaded(content, layers, saved, adaptation.config, eps=BFLOAT16 if half else 0.0)
+                if layers.keys() & saved.keys():
+                    raise WrongError(f"{sorted(layers.keys() & saved.keys())} are adapted and saved whole")
+                if not half:
+                    self.check_more(origin, model, layers, saved)
+            finally:
+                self.give_back(model)
 
         return check
 
-    def unchanged(self, origin: Origin) -> bool:
-        """Return whether the model that was given is what it was."""
-        return arrays_of(origin.model) == origin.before
+    def numpy(self, array: Any) -> np.ndarray:
+        return self.backend.to_stored(array).numpy()
+
+    def check_more(self, origin: Origin, model: Any, layers: Mapping[str, Factors], saved: Any) -> None:  # noqa: B027
+        """Check what only this kind of model can show."""
+
+    def give_back(self, model: Any) -> None:  # noqa: B027
+        """Take off what was loaded, where models are changed in place."""
+
+
+class NumpyTarget(Target):
+    name = "numpy"
+
+    def build(self, weights: Weights) -> NumpyModel:
+        return base_model(weights)
+
+    def state(self, model: NumpyModel) -> Any:
+        adapted = model.config is not None or any(
+            layer.factors is not None for layer in model.layers.values()
+        )
+        return adapted, {
+            path: layer.W.tobytes() + (b"" if layer.b is None else layer.b.tobytes())
+            for path, layer in model.layers.items()
+        }
+
+    def check_more(self, origin: Origin, model: Any, layers: Mapping[str, Factors], saved: Any) -> None:
+        for name, (W, _) in origin.weights.items():
+            if name not in saved and model[name].W.tobytes() != W.tobytes():
+                raise WrongError(f"{name} has another weight")
 
 
 class ShowTarget(NumpyTarget):
     """The command, which prints a file or says why not."""
 
-    name = "show"
-
     def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
         """Print into the void, through an encoding that has only half of all characters."""
-        out, err = (io.TextIOWrapper(io.BytesIO(), "latin-1") for _ in range(2))
+        self.model(origin)
+        out = io.TextIOWrapper(io.BytesIO(), "latin-1")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
             status = cli.main(["show", str(path)])
         out.flush()
         text = out.buffer.getvalue().decode("latin-1")
-        err.close()
         if status:
             raise AdamssError(f"{str(path)!r}: not shown")
         if any(not (char.isprintable() or char == "\n") for char in text):
@@ -367,163 +367,85 @@ class ShowTarget(NumpyTarget):
         return lambda content: None
 
 
-class TorchTarget:
+def nested(layers: Mapping[str, Any], new: Callable[[], Any], put: Callable[[Any, str, Any], None]) -> Any:
+    """Return a tree of containers with layers at their module paths."""
+    root, made = new(), {}
+    for path, layer in layers.items():
+        place, above = root, ""
+        for name in path.split(".")[:-1]:
+            above += f"{name}."
+            if above not in made:
+                made[above] = new()
+                put(place, name, made[above])
+            place = made[above]
+        put(place, path.rpartition(".")[2], layer)
+    return root
+
+
+class TorchTarget(Target):
     """PyTorch: models are changed in place, and given back by `detach`."""
 
     name = "torch"
 
-    def __init__(self) -> None:
+    def build(self, weights: Weights) -> Any:
         import torch
 
-        self.torch = torch
-        self.models: dict[int, tuple[Any, Any]] = {}
-
-    def model(self, origin: Origin) -> Any:
-        """Return the model of an origin, in float32."""
-        torch = self.torch
-        if id(origin) not in self.models:
-            root = torch.nn.Module()
-            for path, (W, b) in origin.weights.items():
-                *above, last = path.split(".")
-                place = root
-                for name in above:
-                    if not hasattr(place, name):
-                        place.add_module(name, torch.nn.Module())
-                    place = getattr(place, name)
-                layer = torch.nn.Linear(*W.shape, bias=b is not None)
-                with torch.no_grad():
-                    layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(W.T)))
-                    layer.bias.copy_(torch.from_numpy(b))
-                place.add_module(last, layer)
-            self.models[id(origin)] = root, self.state(root)
-        return self.models[id(origin)][0]
+        layers = {}
+        for path, (W, b) in weights.items():
+            layers[path] = torch.nn.Linear(*W.shape)
+            with torch.no_grad():
+                layers[path].weight.copy_(torch.from_numpy(np.ascontiguousarray(W.T)))
+                layers[path].bias.copy_(torch.from_numpy(b))
+        return nested(layers, torch.nn.Module, torch.nn.Module.add_module)
 
     def state(self, model: Any) -> Any:
-        """Return all that a load could change."""
         return (
             {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()},
             {name: parameter.requires_grad for name, parameter in model.named_parameters()},
             {name: len(module._forward_hooks) for name, module in model.named_modules()},
         )
 
-    def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
-        """Load, and return what checks the result and takes it off again."""
-        model = adamss.load(self.model(origin), path, **options)
-
-        def check(content: bytes) -> None:
-            from adamss.backend import get_backend
-
-            backend = get_backend("torch")
-            adaptation = backend.adaptation(model)
-            modules = backend.modules(model)
-            layers = {
-                name: type(factors)(*(array.detach() for array in factors))
-                for name, factors in adaptation.layers.items()
-            }
-            half = any(factors.C.dtype == self.torch.bfloat16 for factors in layers.values())
-            layers = {
-                name: type(factors)(
-                    *(
-                        (array.float() if half and array.is_floating_point() else array).numpy()
-                        for array in factors
-                    )
-                )
-                for name, factors in layers.items()
-            }
-            saved = {
-                name: {key: array.detach().numpy() for key, array in backend.arrays(modules[name]).items()}
-                for name in adaptation.saved
-            }
-            try:
-                check_loaded(content, layers, saved, adaptation.config, eps=BFLOAT16 if half else 0.0)
-                if not half:
-                    self.check_outputs(origin, model, layers)
-            finally:
-                adamss.detach(model)
-
-        return check
-
-    def check_outputs(self, origin: Origin, model: Any, layers: Mapping[str, Any]) -> None:
+    def check_more(self, origin: Origin, model: Any, layers: Mapping[str, Factors], saved: Any) -> None:
         """Compare what the layers compute with ``x (W + delta)``, where numbers are of an ordinary size."""
+        import torch
+
         for path, factors in layers.items():
-            values = {name: np.asarray(getattr(factors, name)) for name in ("A", "B", "C", "labels", "ranks")}
-            delta, size = update_of(values)
+            delta, size = update_of(factors._asdict())
             W, b = origin.weights[path]
             if size.max() < 1e4 and factors.C.dtype == np.float32:
                 update = delta[: len(W)] + W
                 expected = update.sum(axis=0) + b + (delta[len(W)] if len(delta) > len(W) else 0)
-                with self.torch.no_grad():
-                    found = model.get_submodule(path)(self.torch.ones(1, len(W)))[0].numpy()
+                with torch.no_grad():
+                    found = model.get_submodule(path)(torch.ones(1, len(W)))[0].numpy()
                 bound = 1e-4 * (size.sum(axis=0) + np.abs(W).sum(axis=0) + 1)
                 if not (np.abs(found - expected) <= bound).all():
                     raise WrongError(f"{path}: the output is not x (W + delta)")
 
-    def unchanged(self, origin: Origin) -> bool:
-        """Return whether the model is what it was, hooks and flags too."""
-        model, before = self.models[id(origin)]
-        return bool(self.state(model) == before)
+    def give_back(self, model: Any) -> None:
+        adamss.detach(model)
 
 
-class EquinoxTarget:
+class EquinoxTarget(Target):
     """JAX: models are trees, which nothing may change."""
 
     name = "jax"
 
-    def __init__(self) -> None:
+    def build(self, weights: Weights) -> Any:
         import equinox
         import jax
 
-        self.equinox, self.jax = equinox, jax
-        self.models: dict[int, tuple[Any, Any]] = {}
-
-    def model(self, origin: Origin) -> Any:
-        """Return the model of an origin, in float32, as dictionaries of layers."""
-        if id(origin) not in self.models:
-            root: dict[str, Any] = {}
-            for path, (W, b) in origin.weights.items():
-                layer = self.equinox.nn.Linear(*W.shape, key=self.jax.random.key(0))
-                arrays = tuple(self.jax.numpy.asarray(array, dtype="float32") for array in (W.T, b))
-                layer = self.equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, arrays)
-                *above, last = path.split(".")
-                place = root
-                for name in above:
-                    place = place.setdefault(name, {})
-                place[last] = layer
-            self.models[id(origin)] = root, self.state(root)
-        return self.models[id(origin)][0]
+        layers = {}
+        for path, (W, b) in weights.items():
+            layer = equinox.nn.Linear(*W.shape, key=jax.random.key(0))
+            arrays = tuple(jax.numpy.asarray(array, dtype="float32") for array in (W.T, b))
+            layers[path] = equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, arrays)
+        return nested(layers, dict, dict.__setitem__)
 
     def state(self, model: Any) -> Any:
-        """Return structure and bytes."""
-        leaves, structure = self.jax.tree.flatten(model)
+        import jax
+
+        leaves, structure = jax.tree.flatten(model)
         return structure, [np.asarray(leaf).tobytes() for leaf in leaves]
-
-    def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
-        """Load, and return what checks the result."""
-        model = adamss.load(self.model(origin), path, **options)
-
-        def check(content: bytes) -> None:
-            from adamss.backend import get_backend
-
-            backend = get_backend("jax")
-            adaptation = backend.adaptation(model)
-            modules = backend.modules(model)
-            half = any(str(f.C.dtype) == "bfloat16" for f in adaptation.layers.values())
-            layers = {
-                name: type(f)(*(np.asarray(a, dtype="f4" if half and a.ndim > 1 else None) for a in f))
-                for name, f in adaptation.layers.items()
-            }
-            saved = {
-                name: {key: np.asarray(array) for key, array in backend.arrays(modules[name]).items()}
-                for name in adaptation.saved
-            }
-            check_loaded(content, layers, saved, adaptation.config, eps=BFLOAT16 if half else 0.0)
-
-        return check
-
-    def unchanged(self, origin: Origin) -> bool:
-        """Return whether the model is what it was."""
-        model, before = self.models[id(origin)]
-        return bool(self.state(model) == before)
 
 
 def stage_of(error: AdamssError, path: Path) -> str:
@@ -531,23 +453,20 @@ def stage_of(error: AdamssError, path: Path) -> str:
     text = str(error)
     if "checksum" in text:
         return "checksum"
-    if any(
-        words in text
-        for words in (
-            "truncated",
-            "damaged",
-            "no safetensors",
-            "not written by",
-            "format version",
-            "its header",
-        )
-    ):
+    container = ("truncated", "damaged", "no safetensors", "not written by", "format version", "its header")
+    if any(words in text for words in container):
         return "container"
     return "content" if text.startswith(repr(str(path))) else "model"
 
 
 def judge(
-    outcome: Outcome, target: Any, origin: Origin, path: Path, content: bytes, options: Mapping[str, Any]
+    outcome: Outcome,
+    name: str,
+    target: Target,
+    origin: Origin,
+    path: Path,
+    content: bytes,
+    options: Mapping[str, Any],
 ) -> None:
     """Load one file into one target, and write down what came of it."""
     check: Callable[[bytes], None] | None = None
@@ -568,7 +487,7 @@ def judge(
         except BaseException as error:
             outcome.failure = f"{type(error).__module__}.{type(error).__name__}: {error}"[:500]
         used = memory()
-    outcome.seconds[target.name] = time.perf_counter() - start
+    outcome.seconds[name] = time.perf_counter() - start
     grown = most_resident() - resident
     if check is not None:
         try:
@@ -580,19 +499,19 @@ def judge(
     if not target.unchanged(origin):
         outcome.changed = True
         outcome.failure = outcome.failure or "the model was changed"
-    if target.name in ("numpy", "show") and grown > RESIDENT:
+    if name in ("numpy", "show") and grown > RESIDENT:
         outcome.failure = outcome.failure or f"memory: {grown:,} bytes of resident memory"
-    if target.name == "numpy":
+    if name == "numpy":
         honest = max(0, origin.memory[options["trainable"]] - 2 * len(origin.content))
         outcome.memory = max(0, used - honest - HEADER)
         if outcome.memory > 2 * len(content):
             outcome.failure = outcome.failure or f"memory: {used:,} bytes for a file of {len(content):,}"
-    elif target.name == "show" and used > 2 * len(content) + SHOWN:
+    elif name == "show" and used > 2 * len(content) + SHOWN:
         outcome.failure = (
             outcome.failure or f"memory: show took {used:,} bytes for a file of {len(content):,}"
         )
     if outcome.failure:
-        outcome.failure = f"{target.name} {dict(options)}: {outcome.failure}"
+        outcome.failure = f"{name} {dict(options)}: {outcome.failure}"
 
 
 def most_resident() -> int:
@@ -653,9 +572,9 @@ def guarded() -> Iterator[None]:
             signal.signal(signal.SIGALRM, before)
 
 
-def targets_of(frameworks: Sequence[str]) -> dict[str, Any]:
+def targets_of(frameworks: Sequence[str]) -> dict[str, Target]:
     """Return what files are loaded into, by name."""
-    found: dict[str, Any] = {"numpy": NumpyTarget(), "show": ShowTarget()}
+    found: dict[str, Target] = {"numpy": NumpyTarget(), "show": ShowTarget()}
     if "torch" in frameworks and importlib.util.find_spec("torch"):
         found["torch"] = TorchTarget()
     if "jax" in frameworks and importlib.util.find_spec("equinox"):
@@ -679,22 +598,9 @@ def campaign(
 ) -> list[Outcome]:
     """Make files, load them, and return what came of each; the same for the same seed.
 
-    Parameters
-    ----------
-    files : int
-        How many.
-    seed : int
-        File i depends on the seed and i alone.
-    frameworks : sequence of str
-        ``"torch"``, ``"jax"``: for a share of the files, where installed.
-    shares : mapping of str to float
-        Which share, by the name of the target; NumPy gets all of them.
-    kinds : sequence of str
-        Mutations to choose from; all if there are none.
-    only : int, optional
-        The number of the one file to make.
-    keep : Path, optional
-        Folder for the files that fail.
+    File i depends on `seed` and i alone; `only` makes the one of this number. `kinds` names the mutations to choose
+    from, none for all. NumPy gets every file, the other targets their `shares`, and the `frameworks` only where they
+    are installed. Files that fail are kept in the folder `keep`.
     """
     targets = targets_of(frameworks)
     outcomes = []
@@ -725,7 +631,7 @@ def campaign(
             for name in outcome.targets:
                 if not outcome.failure:
                     first = outcome.result
-                    judge(outcome, targets[name], origin, path, content, options)
+                    judge(outcome, name, targets[name], origin, path, content, options)
                     outcome.result = first or outcome.result
             if only is not None or outcome.failure:
                 print(f"file {index}, {kind}, of {origin.name}: {outcome.failure or outcome.result}")
@@ -744,21 +650,12 @@ def table_of(outcomes: Sequence[Outcome]) -> str:
     """Return the table of outcomes by kind of mutation."""
     counts: dict[str, Counter[str]] = {}
     for outcome in outcomes:
-        counts.setdefault(outcome.kind, Counter())[outcome.result if not outcome.failure else "failed"] += 1
+        counts.setdefault(outcome.kind, Counter())["failed" if outcome.failure else outcome.result] += 1
+    columns = (*STAGES, "failed")
     rows = [
-        [kind, sum(found.values()), *(found[stage] for stage in (*STAGES, "failed"))]
-        for kind, found in sorted(counts.items())
+        [kind, found.total(), *(found[each] for each in columns)] for kind, found in sorted(counts.items())
     ]
-    headers = [
-        "(first) mutation",
-        "files",
-        "loaded",
-        "refused: container",
-        "checksum",
-        "content",
-        "model",
-        "failed",
-    ]
+    headers = ["(first) mutation", "files", "loaded", "refused: container", *columns[2:]]
     return tabulate(rows, headers, intfmt=",")
 
 
@@ -776,31 +673,26 @@ def last_line(outcomes: Sequence[Outcome], seed: int) -> str:
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the campaign and print its table; the exit status is 1 if a file did what none may do."""
     parser = argparse.ArgumentParser(description="Damaged and hostile adapter files.")
     parser.add_argument("--files", type=int, default=100_000, help="how many (default: 100,000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the campaign (default: 0)")
     parser.add_argument(
         "--only", type=int, metavar="INDEX", help="make and load this file of the campaign only"
     )
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where files that fail are kept")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", default="fuzz-failures", help="where files that fail are kept"
+    )
     parser.add_argument(
         "--frameworks", nargs="*", default=["torch", "jax"], help="besides NumPy (default: torch jax)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts to FILE as well")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the campaign and print its table; the exit status is 1 if a file did what none may do."""
-    arguments = parse(argv)
-    keep = arguments.keep or Path("fuzz-failures")
+    options = parser.parse_args(argv)
     outcomes = campaign(
-        arguments.files, arguments.seed, frameworks=arguments.frameworks, only=arguments.only, keep=keep
+        options.files, options.seed, frameworks=options.frameworks, only=options.only, keep=options.keep
     )
     print(table_of(outcomes))
-    for name in targets_of(arguments.frameworks):
+    for name in targets_of(options.frameworks):
         seconds = [outcome.seconds[name] for outcome in outcomes if name in outcome.seconds]
         if seconds:
             print(f"{name}: {len(seconds):,} files, the longest load {1e3 * max(seconds):.0f} ms")
@@ -808,11 +700,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "memory is that of the load into NumPy, less what the honest file takes in the same model besides itself and "
         f"{HEADER >> 10} KiB for the header"
     )
-    line = last_line(outcomes, arguments.seed)
-    if arguments.json:
-        results = [vars(outcome) for outcome in outcomes if outcome.failure]
-        arguments.json.write_text(json.dumps({"summary": line, "failures": results}, indent=2) + "\n")
-    print(line)
+    print(last_line(outcomes, options.seed))
     return 1 if any(outcome.failure for outcome in outcomes) else 0
 
 

@@ -1,10 +1,8 @@
 """Adapter files as others might write them: a reader and a writer of their own, and every way to spoil a file.
 
-A `Draft` is a safetensors file before it is written,
-in which every field may be a lie; the `MUTATIONS` change drafts,
-so that the checksum can be made right again behind them,
-and the `DAMAGES` change bytes. Nothing of the library's own
-reading and writing is used here. `fuzz.py` judges what comes of them.
+A `Draft` is a safetensors file before it is written, in which every field may be a lie. The `MUTATIONS` change
+drafts, so that the checksum can be made right again behind them; the `DAMAGES` change bytes. Nothing of the library's
+own reading and writing is used here. `campaign` judges what comes of them.
 """
 
 from __future__ import annotations
