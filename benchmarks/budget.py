@@ -189,13 +189,19 @@ def stepped(f: core.Factors, dB: np.ndarray, dC: np.ndarray) -> core.Factors:
 
 def with_numpy(config: BudgetConfig, layers: dict[str, core.Factors], gradients: list[Any]) -> list[bytes]:
     """Return the masks after every step, by the core's functions on NumPy arrays."""
-    plan, state = core.plan_budget(layers, config), core.initial_budget_state(layers)
-    masks = []
+    plan = core.plan_budget(layers, config)
+
+    def weights() -> np.ndarray:
+        return plan.join_elements({path: (f.B, f.C) for path, f in layers.items()})
+
+    state, masks = core.initial_budget_state(plan, weights()), []
     for each in gradients:
-        before = {path: f._replace(active=state.active[path]) for path, f in layers.items()}
-        state = core.advance_budget(plan, state, layers, each)
-        layers = {path: core.hold_frozen(f, stepped(f, *each[path])) for path, f in before.items()}
-        masks.append(np.concatenate([state.active[path] for path in plan.paths]).tobytes())
+        active = plan.split(state.active)
+        state = core.advance(plan, core.observe(plan, state, weights(), plan.join_elements(each)))
+        for path, f in layers.items():
+            before = f._replace(active=active[path])
+            layers = layers | {path: core.hold_frozen(before, stepped(before, *each[path]))}
+        masks.append(state.active.tobytes())
     return masks
 
 

@@ -5,11 +5,22 @@ framework, keeps state, or touches a global random generator. Weights are in pap
 with d inputs and n outputs, ``y = x @ W + b``.
 
 The order of use is that of the modules: `decompose` -> `segment` -> `initial_factors` -> `linear` ->
-`update_importance` and `scores` -> `budget_at` and `allocate`.
+`plan_budget`, `observe` and `advance`.
 """
 
 from adamss.core.bound import generalisation_bound, spectral_norms
-from adamss.core.budget import Schedule, allocate, allocates_at, budget_at
+from adamss.core.budget import (
+    BudgetPlan,
+    BudgetState,
+    Processes,
+    advance,
+    allocate,
+    allocates_at,
+    budget_at,
+    initial_budget_state,
+    observe,
+    plan_budget,
+)
 from adamss.core.cost import ORDERS, UpdateCost, cheapest_order, update_cost
 from adamss.core.counting import (
     count_factors,
@@ -38,17 +49,9 @@ from adamss.core.factors import (
     linear_vjp,
     merge,
     only,
+    outline,
     restrict,
     trained_elements,
-)
-from adamss.core.importance import Importance, initial_importance, scores, update_importance
-from adamss.core.reduction import (
-    BudgetPlan,
-    BudgetState,
-    Reduction,
-    advance_budget,
-    initial_budget_state,
-    plan_budget,
 )
 from adamss.core.representation import (
     block_diagonality,
@@ -65,13 +68,11 @@ __all__ = [
     "Decomposition",
     "Factors",
     "Gradients",
-    "Importance",
     "Merged",
-    "Reduction",
+    "Processes",
     "Restriction",
-    "Schedule",
     "UpdateCost",
-    "advance_budget",
+    "advance",
     "allocate",
     "allocates_at",
     "basis_ranks",
@@ -95,21 +96,20 @@ __all__ = [
     "hold_frozen",
     "initial_budget_state",
     "initial_factors",
-    "initial_importance",
     "linear",
     "linear_vjp",
     "lowest_rank_representation",
     "merge",
+    "observe",
     "only",
     "ordering",
+    "outline",
     "plan_budget",
     "restrict",
-    "scores",
     "segment",
     "spectral_norms",
     "subspace_costs",
     "subspace_energy",
     "trained_elements",
     "update_cost",
-    "update_importance",
 ]

@@ -15,6 +15,7 @@ __all__ = [
     "Array",
     "Namespace",
     "as_constant",
+    "as_numpy",
     "as_widest_precision",
     "as_working_precision",
     "check_concrete",
@@ -58,6 +59,17 @@ def namespace(*arrays: Array) -> Namespace:
 def as_constant(array: Array, /) -> Array:
     """Cut an array off from automatic differentiation that records as it goes: decompositions are constants."""
     return array.detach() if getattr(array, "requires_grad", False) else array
+
+
+def as_numpy(array: Array, /) -> np.ndarray[Any, Any]:
+    """Return the values of an array, on whatever device it is, as a NumPy array."""
+    if array_api_compat.is_torch_array(array):
+        values: np.ndarray[Any, Any] = array.numpy(force=True)
+        return values
+    if array_api_compat.is_numpy_array(array) or array_api_compat.is_jax_array(array):
+        return np.asarray(array)
+    host = namespace(array).__array_namespace_info__().default_device()
+    return np.from_dlpack(array_api_compat.to_device(array, host))
 
 
 def as_working_precision(array: Array, /) -> Array:

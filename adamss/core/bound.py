@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from adamss.core._array import Array, device, namespace
-from adamss.core.factors import Factors, _column_index, expand
+from adamss.core.factors import Factors, column_index, expand
 from adamss.errors import ConfigError
 
 __all__ = ["generalisation_bound", "spectral_norms"]
@@ -110,7 +110,7 @@ def spectral_norms(factors: Factors) -> Array:
         (K,) floating point.
     """
     xp = namespace(factors.B)
-    group, _ = _column_index(factors)
+    group, _ = column_index(factors)
     E = expand(factors)
     subspaces = xp.arange(factors.ranks.shape[0], dtype=group.dtype, device=device(factors.B))
     own = (group[None, :] == subspaces[:, None])[:, None, :]

@@ -159,9 +159,9 @@ def cheapest_order(
     --------
     >>> layer = {"d": 3072, "n": 3072, "rank": 100, "directions": 32}
     >>> cheapest_order(tokens=1, training=False, **layer)
-    'project'
+    'input_first'
     >>> cheapest_order(tokens=2048, **layer), cheapest_order(tokens=2048, balance=200.0, **layer)
-    ('contract', 'project')
+    ('factors_first', 'input_first')
     """
 
     def time(order: str) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from adamss.config import BASES, INITIAL_B
 from adamss.core._array import (
     Array,
+    as_numpy,
     as_working_precision,
     check_concrete,
     device,
@@ -42,6 +43,7 @@ __all__ = [
     "linear_vjp",
     "merge",
     "only",
+    "outline",
     "restrict",
     "subspace_sizes",
     "trained_elements",
@@ -361,7 +363,7 @@ def _column_spaces(decomposition: Decomposition, labels: Array, sizes: list[int]
     return xp.where(used[:, None, :], Q, xp.zeros_like(Q))[:, :, :P]
 
 
-def _column_index(factors: Factors) -> tuple[Array, Array]:
+def column_index(factors: Factors) -> tuple[Array, Array]:
     """Return subspace k(c) and place i(c) within it, both (q,), of each column c of M.
 
     A column beyond the sum of the ranks is padding, as layers of one stack need it: its subspace is K, which
@@ -386,6 +388,34 @@ def _own_columns(factors: Factors, group: Array) -> Array:
     """Return (q, n) booleans: whether column c of M acts on column j of W."""
     xp = namespace(factors.labels)
     return group[:, None] == xp.astype(factors.labels, group.dtype)[None, :]
+
+
+def outline(factors: Factors, *, name: str = "factors") -> Factors:
+    """Return copies of labels, ranks and mask in NumPy, and A, B, C of zeros that take no memory.
+
+    They are what counting, checking and planning need, whatever the framework and the device of the factors.
+
+    Parameters
+    ----------
+    factors
+        Factors of one layer. Of A, B and C only ``shape`` is read.
+    name
+        What the message calls them: the module path of the layer.
+
+    Returns
+    -------
+    Factors
+        With the shapes of `factors`.
+
+    Raises
+    ------
+    ArrayTypeError
+        If labels, ranks or mask are traced and so have no values.
+    """
+    A, B, C, *small = factors
+    check_concrete(*small, name=name)
+    zeros = (np.broadcast_to(np.float32(0), tuple(array.shape)) for array in (A, B, C))
+    return Factors(*zeros, *(np.array(as_numpy(array)) for array in small))
 
 
 def basis_ranks(factors: Factors) -> Array:
@@ -459,7 +489,7 @@ def expand(factors: Factors) -> Array:
            [0., 2., 0.]])
     """
     xp = namespace(factors.C)
-    group, place = _column_index(factors)
+    group, place = column_index(factors)
     rows = factors.C if factors.C.shape[0] == 1 else xp.take(factors.C, place, axis=0)
     return xp.where(_own_columns(factors, group), rows, xp.zeros_like(rows))
 
@@ -467,7 +497,7 @@ def expand(factors: Factors) -> Array:
 def _expand_vjp(dE: Array, factors: Factors) -> Array:
     """Gradient (r, n) of C from the gradient (q, n) of E; zero at the padding of C."""
     xp = namespace(dE)
-    group, place = _column_index(factors)
+    group, place = column_index(factors)
     own = xp.where(_own_columns(factors, group), dE, xp.zeros_like(dE))
     if factors.C.shape[0] == 1:
         return xp.sum(own, axis=0, keepdims=True)
@@ -491,7 +521,7 @@ def _from_subspaces(stacked: Array, factors: Factors) -> Array:
     """Undo `_per_subspace`: (K, m, r) to (m, q), with zeros in columns that are padding."""
     xp = namespace(stacked)
     K, m, r = stacked.shape
-    group, place = _column_index(factors)
+    group, place = column_index(factors)
     index = group * r + place
     index = xp.minimum(index, xp.full_like(index, K * r - 1))
     columns = xp.take(xp.reshape(xp.permute_dims(stacked, (1, 0, 2)), (m, K * r)), index, axis=1)
@@ -679,7 +709,7 @@ def trained_elements(factors: Factors) -> tuple[Array, Array]:
         Booleans (1, q) and (1, n), which broadcast against B and C.
     """
     xp = namespace(factors.labels)
-    group, _ = _column_index(factors)
+    group, _ = column_index(factors)
     last = xp.full_like(group, factors.ranks.shape[0] - 1)
     trained_B = xp.take(factors.active, xp.minimum(group, last)) & (group <= last)
     return trained_B[None, :], xp.take(factors.active, factors.labels)[None, :]
@@ -733,7 +763,7 @@ def restrict(factors: Factors, chosen: Array) -> Restriction:
     check_concrete(chosen, factors.labels, factors.ranks, name="factors and chosen")
     xp = namespace(factors.labels)
     integer = factors.labels.dtype
-    group, _ = _column_index(factors)
+    group, _ = column_index(factors)
     last = xp.full_like(group, factors.ranks.shape[0] - 1)
     subspaces = xp.nonzero(chosen)[0]
     directions = xp.nonzero(xp.take(chosen, xp.minimum(group, last)) & (group <= last))[0]

@@ -169,10 +169,10 @@ class ReducesTooFar(NumpyDriver):
 
     def decide(self, state, plan, *step):
         new = super().decide(state, plan, *step)
-        row = plan.join(new.active)
+        row = np.array(new.active)
         if not row.all():
             row[np.flatnonzero(row)[-1]] = False
-        return new._replace(active=plan.split(row))
+        return new._replace(active=row)
 
 
 class ChoosesTheWorst(NumpyDriver):
@@ -182,10 +182,10 @@ class ChoosesTheWorst(NumpyDriver):
 
     def decide(self, state, plan, *step):
         new = super().decide(state, plan, *step)
-        row = plan.join(new.active)
+        row = np.array(new.active)
         if not row.all():
             row = np.sort(row)
-        return new._replace(active=plan.split(row))
+        return new._replace(active=row)
 
 
 class ForgetsAverages(NumpyDriver):
@@ -199,8 +199,10 @@ class ForgetsAverages(NumpyDriver):
 
         def forgetful(folder):
             load(folder)
-            zero = core.initial_budget_state(self.backend.adaptation(training.model).layers)
-            training._state = training._state._replace(importance=zero.importance)
+            state = training._state
+            training._state = state._replace(
+                sensitivity=np.zeros_like(state.sensitivity), uncertainty=np.zeros_like(state.uncertainty)
+            )
 
         training.load = forgetful
         return training

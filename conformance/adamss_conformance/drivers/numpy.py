@@ -85,9 +85,11 @@ class NumpyDriver(Driver):
         """Undo what an optimiser did to frozen elements."""
         return core.hold_frozen(before, after)
 
-    def decide(self, state: core.BudgetState, plan: core.BudgetPlan, *step: Any) -> core.BudgetState:
+    def decide(
+        self, state: core.BudgetState, plan: core.BudgetPlan, weights: Array, gradients: Array
+    ) -> core.BudgetState:
         """Advance the state of a budget by one step."""
-        return core.advance_budget(plan, state, *step)
+        return core.advance(plan, core.observe(plan, state, weights, gradients))
 
 
 class NumpyTraining(Training):
@@ -109,7 +111,7 @@ class NumpyTraining(Training):
         self._state: core.BudgetState | None = None
         if budget is not None:
             self._plan = core.plan_budget(self._factors(), budget)
-            self._state = core.initial_budget_state(self._factors())
+            self._state = core.initial_budget_state(self._plan, self._weights())
 
     @property
     def model(self) -> NumpyModel:
@@ -118,7 +120,7 @@ class NumpyTraining(Training):
     def step(self) -> None:
         self._number += 1
         driver, layers = self._driver, dict(self._model.layers)
-        before, gradients, after = self._factors(), {}, {}
+        before, gradients, after = None if self._state is None else self._weights(), {}, {}
         for path, values in self._inputs.items():
             layer = layers[path]
             x = driver.array(values, driver.backend.dtype_name(layer.W))
@@ -140,8 +142,9 @@ class NumpyTraining(Training):
             after[path] = driver.hold_frozen(layer.factors, layer.factors._replace(**new))
         self._model = driver.backend.with_factors(replace(self._model, layers=layers), after)  # type: ignore[attr-defined]
         if self._state is not None:
-            self._state = driver.decide(self._state, self._plan, before, gradients)
-            self._model = driver.backend.set_active(self._model, self._state.active)
+            slopes = self._plan.join_elements(gradients)
+            self._state = driver.decide(self._state, self._plan, before, slopes)
+            self._model = driver.backend.set_active(self._model, self._plan.split(self._state.active))
 
     def save(self, folder: Path) -> None:
         (folder / "state").write_bytes(pickle.dumps((self._number, self._optimiser, self._state)))
@@ -156,6 +159,9 @@ class NumpyTraining(Training):
     def _factors(self) -> dict[str, Factors]:
         adaptation = self._driver.backend.adaptation(self._model)
         return {} if adaptation is None else dict(adaptation.layers)
+
+    def _weights(self) -> Array:
+        return self._plan.join_elements({path: (f.B, f.C) for path, f in self._factors().items()})
 
     def _updated(self, name: str, w: Array, g: Array) -> Array:
         new, self._optimiser[name] = self._update(w, g, self._optimiser.get(name), self._rate, self._number)
