@@ -206,14 +206,17 @@ def switched_off(backend: Backend, model: Model, adaptation: Adaptation) -> Iter
     """Give a model that computes what the base model computes, saved modules included, and undo that afterwards."""
     base, originals = _kept(adaptation), backend.originals(model)
     backend.check_writable(model, base, originals)
-    off, held = backend.exchange(backend.switched(model, on=False), base)
+    off, held = backend.exchange(model, base)
     off, trained = backend.exchange_saved(off, originals)
+    off = backend.switched(off, on=False)
     try:
         yield off
     finally:
-        on, _ = backend.exchange_saved(off, trained)
-        on, _ = backend.exchange(on, held)
-        backend.switched(on, on=True)
+        # A model that is a value needs no undoing: the one that is switched on is still there.
+        if off is model:
+            backend.switched(model, on=True)
+            backend.exchange_saved(model, trained)
+            backend.exchange(model, held)
 
 
 def _kept(adaptation: Adaptation) -> dict[str, Mapping[str, Any]]:

@@ -28,7 +28,8 @@ class _BuiltIn:
 _BUILT_IN = {
     "numpy": _BuiltIn("adamss.backend:NumpyBackend", "numpy"),
     "torch": _BuiltIn("adamss_torch:TorchBackend", "torch"),
-    "jax": _BuiltIn("adamss_jax:JaxBackend", "jax"),
+    "flax": _BuiltIn("adamss_jax.flax:NnxBackend", "flax.nnx"),
+    "equinox": _BuiltIn("adamss_jax.equinox:EquinoxBackend", "equinox"),
 }
 _registered: dict[str, type[Backend]] = {}
 _instances: dict[str, Backend] = {}

@@ -1,8 +1,8 @@
-"""The JAX backend of `adamss`: pure functions on pytrees, and thin shells for Flax NNX and Equinox.
+"""JAX for `adamss`: pure functions on pytrees, and the backends of Flax NNX and Equinox.
 
 `linear` is all that a model made of plain arrays needs; `Factors` are a pytree. `adamss.attach` and its sister
 verbs find the backend by themselves. `budgeted` brings the adaptive budget to any optax transformation, and
-`synchronise` and `allocation` belong to it. These, the shells `adamss_jax.flax` and `adamss_jax.equinox`,
+`synchronise` and `allocation` belong to it. These, the backends `adamss_jax.flax` and `adamss_jax.equinox`,
 and `adamss_jax.optax` are imported when they are first asked for: no library is needed for another, or for `linear`.
 """
 
@@ -16,10 +16,9 @@ try:
 except ImportError as error:
     raise MissingBackendError("adamss_jax needs JAX: pip install 'adamss[jax]'") from error
 
-from adamss_jax.backend import JaxBackend
 from adamss_jax.functional import linear, update
 
-__all__ = ["JaxBackend", "linear", "update"]
+__all__ = ["linear", "update"]
 
 if TYPE_CHECKING:
     from adamss_jax.budget import allocation as allocation

@@ -21,18 +21,11 @@ from jax import Array
 from adamss.backend import Adaptation
 from adamss.backend.training import adaptation_in_training, identity, same_subspaces, schedule_of
 from adamss.config import BudgetConfig
-from adamss.core import (
-    BudgetState,
-    Factors,
-    advance_budget,
-    initial_budget_state,
-    initial_importance,
-    plan_budget,
-)
-from adamss.core._array import as_working_precision, check_concrete
+from adamss.core import BudgetState, Factors, advance, initial_budget_state, observe, plan_budget
+from adamss.core._array import check_concrete
 from adamss.errors import AdamssWarning, ConfigError, StateError
-from adamss_jax.backend import JaxBackend
-from adamss_jax.shell import beside, placed_as
+from adamss_jax.arrays import beside, placed_as
+from adamss_jax.models import models_of
 
 __all__ = ["Allocation", "BudgetedState", "allocation", "budgeted", "synchronise"]
 
@@ -45,11 +38,13 @@ class BudgetedState(NamedTuple):
     inner
         State of the transformation within.
     budget
-        Averages, masks and step.
+        Averages, masks and step, of all layers in the order of their paths.
     limit
         Budget that the last allocation kept to, in the unit of the schedule, 0-d integer.
     revive
         Whether a frozen subspace may return, 0-d boolean.
+    sizes
+        Number K of subspaces by path, 0-d integers.
     identity
         What tells whose subspaces these are, (6,) float32 by path.
     """
@@ -58,6 +53,7 @@ class BudgetedState(NamedTuple):
     budget: BudgetState
     limit: Array
     revive: Array
+    sizes: dict[str, Array]
     identity: dict[str, Array]
 
 
@@ -152,53 +148,40 @@ def budgeted(
     >>> adamss.summary(adamss_jax.synchronise(model, optimizer)).total.active
     2
     """
-    backend = JaxBackend()
+    backend = models_of(model)
     adaptation = adaptation_in_training(backend, model, "budgeted")
     config = schedule_of(adaptation, config, "budgeted")
     _check_may_return(config, adaptation)
     leaves = backend.leaves(model)
-    outlines = leaves.outlines
-    plan = plan_budget(outlines, config)
+    plan = plan_budget(leaves.outlines, config)
+    sizes = {path: np.asarray(size, np.int32) for path, size in zip(plan.paths, plan.sizes, strict=True)}
     names = {path: np.asarray(_identity(f), np.float32) for path, f in adaptation.layers.items()}
     inner = optax.with_extra_args_support(tx)
 
-    def layers(tree: Any, where: Any) -> dict[str, tuple[Array, Array]]:
+    def elements(tree: Any, where: Any) -> Array:
+        """Return the elements of B and C of all layers, (N,), from a tree of parameters or gradients."""
         flat = jax.tree.leaves(tree)
         found: dict[str, tuple[Array, Array]] = {}
         for owner, (B, C) in where.items():
             found |= leaves.pairs[owner].layers(flat[B], flat[C])
-        return found
+        vector: Array = plan.join_elements(found)
+        return vector
 
     @jax.jit
-    def advanced(
-        state: BudgetState, weights: Any, gradients: Any, constants: Mapping[str, tuple[Any, Any]]
-    ) -> BudgetState:
-        # Of A the shape alone is read: it is no parameter.
-        factors = {
-            path: Factors(outlines[path].A, B, C, *constants[path], state.active[path])
-            for path, (B, C) in weights.items()
-        }
-        return advance_budget(plan, state, factors, gradients)
-
-    # Arguments, so that they are traced: as constants of a compiled step they would be tied to one device.
-    constants = {path: (outline.labels, outline.ranks) for path, outline in outlines.items()}
+    def advanced(state: BudgetState, weights: Array, gradients: Array) -> BudgetState:
+        return advance(plan, observe(plan, state, weights, gradients))
 
     def init(params: Any) -> BudgetedState:
         state = inner.init(params)
         if _states(state):
             raise StateError("budgeted: there is another budgeted inside; one of them is enough")
         where = leaves.positions(params, "budgeted")
-        weights = layers(params, where)
-        averages = {
-            path: (initial_importance(as_working_precision(B)), initial_importance(as_working_precision(C)))
-            for path, (B, C) in weights.items()
-        }
+        weights = elements(params, where)
+        start = initial_budget_state(plan, np.broadcast_to(np.zeros((), weights.dtype), weights.shape))
+        own = start, np.asarray(plan.budget_at(0), np.int32), np.asarray(config.revive), sizes, names
         # Beside the parameters, and no buffer of the model, which may be donated.
         like = jax.tree.leaves(params)[next(iter(where.values()))[0]]
-        start = initial_budget_state(outlines)._replace(importance={})
-        own = start, np.asarray(plan.budget_at(0), np.int32), np.asarray(config.revive), names
-        budget, *rest = jax.tree.map(lambda array: beside(np.array(array), like), own)
-        return BudgetedState(state, budget._replace(importance=averages), *rest)
+        return BudgetedState(state, *jax.tree.map(lambda array: beside(np.array(array), like), own))
 
     def update(
         updates: Any, state: BudgetedState, params: Any = None, **extra: Any
@@ -211,12 +194,11 @@ def budgeted(
         in_updates = leaves.positions(updates, "budgeted, in the gradients")
         masks = {
             in_updates[owner][number]: mask
-            for (owner, number), mask in leaves.masks(state.budget.active).items()
+            for (owner, number), mask in leaves.masks(plan.split(state.budget.active)).items()
         }
         if not config.revive:
             updates = _masked(updates, masks)
-        weights, gradients = layers(params, in_params), layers(updates, in_updates)
-        budget = advanced(state.budget, weights, gradients, constants)
+        budget = advanced(state.budget, elements(params, in_params), elements(updates, in_updates))
         due = plan.allocates_at(budget.step) | state.budget.waiting
         limit = jnp.where(due & ~budget.waiting, plan.budget_at(budget.step), state.limit)
         new, inner_state = inner.update(updates, state.inner, params, **extra)
@@ -253,10 +235,12 @@ def synchronise(model: Any, opt_state: Any) -> Any:
         If steps were left out of the averages, since a gradient held NaN or infinity. If frozen subspaces may return,
         but the model was attached without such a schedule, and so gives them no gradients.
     """
-    backend = JaxBackend()
+    backend = models_of(model)
     adaptation = adaptation_in_training(backend, model, "synchronise")
     state = budgeted_state(opt_state, adaptation, "synchronise")
-    active = {path: np.asarray(mask) for path, mask in state.budget.active.items()}
+    paths = sorted(state.sizes)
+    ends = np.cumsum([int(state.sizes[path]) for path in paths])
+    active = dict(zip(paths, np.split(np.asarray(state.budget.active), ends[:-1]), strict=True))
     left_out = int(state.budget.left_out)
     if left_out:
         warnings.warn(
@@ -291,9 +275,12 @@ def allocation(opt_state: Any) -> Allocation:
         If there is no state of `budgeted`.
     """
     state = budgeted_state(opt_state, None, "allocation")
-    active = {path: jnp.sum(mask) for path, mask in state.budget.active.items()}
-    step, waiting, left_out, *_ = state.budget
-    return Allocation(step, state.limit, active, sum(active.values(), jnp.zeros((), int)), waiting, left_out)
+    step, waiting, left_out, mask, *_ = state.budget
+    up_to, active, end = jnp.cumulative_sum(mask, dtype=int, include_initial=True), {}, jnp.zeros((), int)
+    for path in sorted(state.sizes):
+        start, end = end, end + state.sizes[path]
+        active[path] = up_to[end] - up_to[start]
+    return Allocation(step, state.limit, active, up_to[-1], waiting, left_out)
 
 
 def budgeted_state(opt_state: Any, adaptation: Adaptation | None, verb: str) -> BudgetedState:
@@ -319,8 +306,8 @@ def budgeted_state(opt_state: Any, adaptation: Adaptation | None, verb: str) -> 
     )
     if adaptation is not None:
         check_concrete(*jax.tree.leaves(state), name=f"{verb}: the state of budgeted")
-        sizes = {path: mask.shape for path, mask in state.budget.active.items()}
-        own = {path: factors.active.shape for path, factors in adaptation.layers.items()}
+        sizes = {path: int(size) for path, size in state.sizes.items()}
+        own = {path: factors.active.shape[0] for path, factors in adaptation.layers.items()}
         if sizes != own:
             differing = sorted(path for path in sizes | own if sizes.get(path) != own.get(path))
             raise StateError(
@@ -353,7 +340,7 @@ def _revives(adaptation: Adaptation) -> bool:
 
 
 def _check_may_return(config: BudgetConfig, adaptation: Adaptation) -> None:
-    if config.revive and adaptation.folded:
+    if config.revive and adaptation.ledger.held:
         raise StateError(
             "budgeted: revive = True, but adamss.consolidate has folded subspaces into the weights: none of them can "
             "return; load the adapter into the base model afresh"

@@ -1,14 +1,14 @@
 """Equinox: models are trees, and every verb returns a new one.
 
-Each `equinox.nn.Linear` that is adapted is replaced by an `AdaptedLinear` around it. `trainable_filter` says which
-leaves are trained, for ``eqx.partition(model, trainable_filter(model))``.
+Each layer that is adapted is replaced by an `AdaptedLayer` around it, with an `Adapter` by its name:
+``layer.adapters["default"]``. `trainable_filter` says which leaves are trained, for
+``eqx.partition(model, trainable_filter(model))``.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from adamss.errors import MissingBackendError
@@ -22,39 +22,104 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adamss.backend import Adaptation, BaseWeight
-from adamss.backend.interface import without_folded
+from adamss.backend import Adaptation, Kinds, StackedLayer, Store, Stores, View
+from adamss.backend.sites import stack_paths
 from adamss.backend.tensors import join_path
-from adamss.config import AdamssConfig
-from adamss.core import Factors, Merged
-from adamss.errors import LayerError, LayerTypeError, StateError
-from adamss_jax.parts import Part, added, part_of
-from adamss_jax.shell import (
-    HostCopies,
-    Record,
-    Shell,
-    beside,
-    check_values,
-    owner_prefix,
-    placed_as,
-    spelled,
-)
-from adamss_jax.stacks import (
-    StackedLayer,
-    by_owner,
-    factors_at,
-    split_path,
-    stack_paths,
-    stacked,
-    stacked_factors,
-)
+from adamss.core import Factors
+from adamss.errors import StateError
+from adamss_jax.arrays import HostCopies, placed_as
+from adamss_jax.kinds import MatrixKind, with_update
+from adamss_jax.leaves import spelled
+from adamss_jax.models import Attached, JaxModels, Record, owner_prefix, refuse_single
+from adamss_jax.parts import Part
 
-__all__ = ["AdaptedLinear", "EquinoxShell", "trainable_filter"]
+__all__ = ["AdaptedLayer", "Adapter", "EquinoxBackend", "kinds", "stores", "trainable_filter"]
 
 CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose)
 
 
-class AdaptedLinear(eqx.Module):
+# ---- kinds of layers, and how they keep their numbers -----------------------------------------------
+
+
+class Linear(MatrixKind):
+    """`equinox.nn.Linear`."""
+
+    classes = (eqx.nn.Linear,)
+
+    def view(self, layer: Any, path: str) -> View:
+        return View(rows=(1,), columns=(0,))
+
+    def leading(self, layer: Any) -> tuple[int, ...]:
+        return tuple(getattr(layer.weight, "shape", ())[:-2])
+
+    def inputs(self, layer: Any, x: Array, /, *args: Any, **kwargs: Any) -> Array:
+        return jnp.reshape(x, -1)
+
+    def outputs(self, layer: Any, u: Array, /, *args: Any, **kwargs: Any) -> Array:
+        return jnp.reshape(u, ()) if layer.out_features == "scalar" else u
+
+
+kinds = Kinds(Linear())
+"""Kinds of layers that can be adapted; `Kinds.register` adds one."""
+
+
+class LeafStore(Store):
+    """Fields of the layer. A layer that is written to is a copy, made for that, of the one in the tree."""
+
+    def holds(self, layer: Any, name: str) -> bool:
+        return True
+
+    def read(self, layer: Any, name: str) -> Array:
+        array: Array = getattr(layer, name)
+        return array
+
+    def refusal(self, layer: Any, name: str) -> str | None:
+        return None
+
+    def write(self, layer: Any, name: str, value: Array) -> None:
+        object.__setattr__(layer, name, placed_as(value, jnp.asarray(getattr(layer, name))))
+
+
+stores = Stores(LeafStore())
+"""Ways of keeping weights that adapters can sit on; `Stores.register` adds one."""
+
+
+# ---- what is attached to a layer --------------------------------------------------------------------
+
+
+class Adapter(eqx.Module):
+    """The factors of one adapter of one layer, or one stack of layers.
+
+    Attributes
+    ----------
+    part
+        Which subspaces the weight holds, and which are computed. It comes first, so that leaves that were stored one
+        after the other do not fit a layer in another form.
+    B, C
+        Trained, (P, q) and (r, n).
+    A, labels, ranks, active
+        As in `adamss.core.Factors`.
+    order
+        In which order its products are taken, one of `adamss.core.ORDERS`; None is ``"factors_first"``, the cheaper
+        one for the many inputs of a ``vmap``: see `adamss_jax.update`. It is in no file, and is part of the structure
+        of the tree: set it, by `dataclasses.replace` of the adapter, before the optimiser's state is made.
+    """
+
+    part: Part
+    A: Array
+    B: Array
+    C: Array
+    labels: Array
+    ranks: Array
+    active: Array
+    order: str | None = eqx.field(static=True, default=None)
+
+    def factors(self) -> Factors:
+        """Return the factors, canonical."""
+        return Factors(*(getattr(self, name) for name in Factors._fields))
+
+
+class AdaptedLayer(eqx.Module):
     """``y = base(x) + (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C.
 
     It has no ``weight`` of its own: code that multiplies by ``layer.weight`` itself would not see the adapter, and
@@ -62,46 +127,29 @@ class AdaptedLinear(eqx.Module):
 
     Attributes
     ----------
+    adapters
+        By name.
     base
         The frozen layer.
-    B, C
-        Trained, (P, q) and (r, n).
-    A, labels, ranks, active
-        As in `adamss.core.Factors`.
     record
-        What the adapters of a model share.
-    merged
-        Whether the weight of `base` holds the update already.
-    kept
-        While merged: copies of the weight and bias as they were, or None if they were dropped.
-    folded
-        (K,) booleans, the subspaces whose update the weight of `base` holds; None unless merged or consolidated. It
-        comes first, so that leaves that were stored one after the other do not fit a layer without it.
-    unfolded
-        While consolidated, what `kept` is while merged. A leaf that is no array, as Equinox's models have more of
-        (``eqx.filter_jit``): in the structure of the tree it would part it from that of the optimiser's state.
-    part
-        Which subspaces the product computes.
-    order
-        In which order its products are taken, one of `adamss.core.ORDERS`; None is ``"factors_first"``, the cheaper
-        one for the many inputs of a ``vmap``: see `adamss_jax.update`. It is in no file, and is part of the structure
-        of the tree: set it, by `dataclasses.replace` of the layer, before the optimiser's state is made.
+        What the adapted layers of a model share.
+    merged, consolidated
+        While the weight of `base` holds an update: copies of its arrays as they were, or None if they were dropped.
+        They are static where all updates of the model are held. Where some go on being trained, they are a leaf that
+        is no array, as Equinox's models have more of (``eqx.filter_jit``): a static field would change the tree's
+        structure, which would no longer match that of the optimiser's state.
     """
 
-    folded: Array | None
-    base: eqx.nn.Linear
-    A: Array
-    B: Array
-    C: Array
-    labels: Array
-    ranks: Array
-    active: Array
+    adapters: dict[str, Adapter]
+    base: Any
     record: Record = eqx.field(static=True)
-    merged: bool = eqx.field(static=True, default=False)
-    kept: HostCopies | None = eqx.field(static=True, default=None)
-    unfolded: HostCopies | None = None
-    part: Part = Part()
-    order: str | None = eqx.field(static=True, default=None)
+    merged: HostCopies | None = eqx.field(static=True, default=None)
+    consolidated: HostCopies | None = None
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter that is attached."""
+        return self.adapters[self.record.name]
 
     @property
     def in_features(self) -> Any:
@@ -116,20 +164,19 @@ class AdaptedLinear(eqx.Module):
     @property
     def use_bias(self) -> bool:
         """Whether the frozen layer has a bias."""
-        return self.base.use_bias
+        return bool(self.base.use_bias)
 
-    def __call__(self, x: Array, *, key: Any = None) -> Array:
-        """Return the output (out_features,) of an input (in_features,), as `equinox.nn.Linear` does."""
-        y = self.base(x, key=key)
-        if self.merged or self.part.empty:
-            return y
-        factors = self.record.computed(self.factors())
-        u = added(jnp.reshape(jnp.asarray(x, y.dtype), -1), factors, self.part, self.order)
-        return y + jnp.reshape(u, y.shape)
-
-    def factors(self) -> Factors:
-        """Return the factors, canonical."""
-        return Factors(*(getattr(self, name) for name in Factors._fields))
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        """Return the output for an input, as the frozen layer does."""
+        y, kind, adapter = (
+            self.base(x, *args, **kwargs),
+            kinds.of(self.base, "an adapted layer"),
+            self.adapter,
+        )
+        factors, part, revive = adapter.factors(), adapter.part, self.record.revives
+        return with_update(
+            kind, self.base, y, x, factors, part, (args, kwargs), order=adapter.order, revive=revive
+        )
 
 
 def trainable_filter(model: Any) -> Any:
@@ -162,23 +209,25 @@ def trainable_filter(model: Any) -> Any:
     if not adapted:
         raise StateError("trainable_filter: the model has no adapters; call adamss.attach first")
     prefix, record = _prefix(adapted), next(iter(adapted.values())).record
-    saved = [prefix + path for path in record.saved]
+    saved, factors = [prefix + path for path in record.saved], EquinoxBackend().leaf_names(model)
 
     def trained(path: str, leaf: Any) -> bool:
-        owner, _, name = path.rpartition(".")
-        if owner in adapted:
-            return name in ("B", "C")
-        within = any(f"{path}.".startswith(join_path(module, "")) for module in saved)
-        return within and eqx.is_inexact_array(leaf)
+        if path in factors:
+            return True
+        return eqx.is_inexact_array(leaf) and any(
+            f"{path}.".startswith(join_path(module, "")) for module in saved
+        )
 
     leaves, structure = _flattened(model)
     return structure.unflatten([trained(path, leaf) for path, leaf in leaves])
 
 
-class EquinoxShell(Shell):
-    """`equinox.Module`, and lists, tuples and dictionaries of modules; layers are `equinox.nn.Linear`."""
+class EquinoxBackend(JaxModels):
+    """`equinox.Module`, and lists, tuples and dictionaries of modules."""
 
-    library = "equinox"
+    name = "equinox"
+    kinds = kinds
+    stores = stores
 
     def handles(self, model: Any) -> bool:
         if isinstance(model, eqx.Module):
@@ -190,53 +239,25 @@ class EquinoxShell(Shell):
 
     def modules(self, model: Any) -> dict[str, Any]:
         found = dict(_walk(model))
-        prefix = _prefix({path: node for path, node in found.items() if isinstance(node, AdaptedLinear)})
+        prefix = _prefix(found)
         seen: set[int] = set()
         modules: dict[str, Any] = {}
         for path, node in found.items():
             if not f"{path}.".startswith(prefix):
                 continue
-            own = _within(path, prefix)
-            leading = _leading(node)
+            own, layer = _within(path, prefix), node.base if isinstance(node, AdaptedLayer) else node
+            kind = kinds.find(layer)
+            leading = () if kind is None else kind.leading(layer)
             if leading:
-                modules |= {place: StackedLayer(node, at) for place, at in stack_paths(own, leading).items()}
+                modules |= {place: StackedLayer(layer, at) for place, at in stack_paths(own, leading).items()}
                 continue
             # A tree has values and no identities: what stands in two places is two layers.
-            modules[own] = copy.copy(node) if id(node) in seen else node
-            seen.add(id(node))
+            modules[own] = copy.copy(layer) if id(layer) in seen else layer
+            seen.add(id(layer))
         return modules
 
-    def weight(self, module: Any, path: str) -> BaseWeight:
-        path = path or "the model itself"
-        module, index = (module.module, module.index) if isinstance(module, StackedLayer) else (module, ())
-        adapted = None
-        if isinstance(module, AdaptedLinear):
-            if module.merged and module.kept is None:
-                raise StateError(f"{path}: the base weight was dropped by merge(keep_base=False)")
-            adapted, module = module, _unmerged(module)
-        if not isinstance(module, eqx.nn.Linear):
-            raise LayerTypeError(
-                f"{path} is a {type(module).__name__}, which has no weight to adapt; targets must name "
-                "equinox.nn.Linear layers"
-            )
-        check_values(module.weight, path)
-        if not eqx.is_array_like(module.weight):
-            raise LayerTypeError(f"{path}: its weight is a {type(module.weight).__name__}, no array")
-        weight = jnp.asarray(module.weight)
-        bias = None if module.bias is None else jnp.asarray(module.bias)
-        if index:
-            weight, bias = weight[index], None if bias is None else bias[index]
-        if adapted is None or adapted.merged or adapted.folded is None or adapted.unfolded is not None:
-            return BaseWeight(weight.T, bias)
-        return without_folded(
-            BaseWeight(weight.T, bias), factors_at(adapted.factors(), index), adapted.folded[index]
-        )
-
     def arrays(self, module: Any) -> dict[str, Array]:
-        if isinstance(module, StackedLayer):
-            raise LayerError(
-                "modules_to_save names a single layer of a stack; name the module that holds the stack"
-            )
+        refuse_single(module)
         leaves, _ = _flattened(module)
         arrays = {path: jnp.asarray(leaf) for path, leaf in leaves if _is_stored(leaf)}
         # Equinox keeps the bias of a convolution as (outputs, 1, 1), PyTorch as (outputs,).
@@ -244,59 +265,32 @@ class EquinoxShell(Shell):
         biases = {join_path(path, "bias") for path in convolutions} & arrays.keys()
         return arrays | {path: jnp.reshape(arrays[path], -1) for path in biases}
 
+    def attached(self, model: Any) -> dict[str, Attached]:
+        found = {}
+        for path, layer in _by_owner(model).items():
+            base = layer.consolidated if layer.merged is None else layer.merged
+            found[path] = Attached(layer.record, layer.adapter.factors(), layer.adapter.part, base)
+        return found
+
     def insert(
         self,
         model: Any,
-        layers: Mapping[str, Factors],
+        adaptation: Adaptation,
         *,
-        config: AdamssConfig,
-        saved: Mapping[str, Mapping[str, Array] | None],
+        originals: Mapping[str, Mapping[str, Array]],
+        values: Mapping[str, Mapping[str, Array]],
     ) -> Any:
-        nodes = dict(_walk(model))
-        modules = self.modules(model)
-        before = {
-            join_path(path, name): array
-            for path in saved
-            for name, array in self.arrays(modules[path]).items()
-        }
-        record = Record(config, tuple(layers), tuple(saved), HostCopies(before) if saved else None)
+        record, placed = self.placed(model, adaptation, originals)
         adapted = {
-            path: AdaptedLinear(
-                folded=None,
-                base=nodes[path],
-                **stacked_factors(factors, _leading(nodes[path]), path)._asdict(),
-                record=record,
-            )
-            for path, factors in by_owner(layers).items()
+            path: AdaptedLayer({record.name: Adapter(Part(), **factors._asdict())}, site.layer, record)
+            for path, (site, factors) in placed.items()
         }
-        changed = {path: _with_arrays(modules[path], values or {}) for path, values in saved.items()}
+        modules = self.modules(model)
+        changed = {path: _with_arrays(modules[path], own) for path, own in values.items()}
         return _replaced(model, adapted | changed)
 
-    def adaptation(self, model: Any) -> Adaptation | None:
-        adapted = _adapted(model)
-        if not adapted:
-            return None
-        prefix, record = _prefix(adapted), next(iter(adapted.values())).record
-        places = {path: split_path(path) for path in record.paths}
-        layers = {owner: adapted[prefix + owner] for owner in record.owners}
-        return Adaptation(
-            config=record.config,
-            layers={
-                path: factors_at(layers[owner].factors(), index) for path, (owner, index) in places.items()
-            },
-            shapes={path: _shape(layers[owner]) for path, (owner, _) in places.items()},
-            saved=record.saved,
-            merged=any(layer.merged for layer in layers.values()),
-            base_kept=all(
-                layer.kept is not None if layer.merged else layer.unfolded is not None or layer.folded is None
-                for layer in layers.values()
-            ),
-            folded={
-                path: layers[owner].folded[index]  # type: ignore[index]
-                for path, (owner, index) in places.items()
-                if layers[owner].folded is not None and not layers[owner].merged
-            },
-        )
+    def remove(self, model: Any) -> Any:
+        return _mapped(model, lambda _, layer: layer.base)
 
     def parameters(self, model: Any) -> Any:
         """Return the tree of the trained leaves, None elsewhere: what an optimiser's ``init`` gets."""
@@ -306,76 +300,44 @@ class EquinoxShell(Shell):
         adapted = _adapted(model)
         prefix = _prefix(adapted)
         return {
-            join_path(path, name): (_within(path, prefix), number)
-            for path in adapted
+            join_path(path, f"adapters.{layer.record.name}.{name}"): (_within(path, prefix), number)
+            for path, layer in adapted.items()
             for number, name in enumerate("BC")
         }
 
-    def set_active(self, model: Any, active: Mapping[str, Array]) -> Any:
-        owners = by_owner(active)
+    def adapted_layers(self, model: Any) -> dict[str, Any]:
+        """Return copies of the frozen layers, by the keys of `attached`."""
+        return {path: _changed(layer.base) for path, layer in _by_owner(model).items()}
 
-        def masked(path: str, layer: AdaptedLinear) -> Any:
-            value = layer.active
-            for index, mask in owners.get(path, {}).items():
-                value = value.at[index].set(mask) if index else jnp.asarray(mask, bool)
-            return _changed(layer, active=value)
+    def with_layers(self, model: Any, layers: Mapping[str, Any]) -> Any:
+        return _mapped(model, lambda path, layer: _changed(layer, base=layers.get(path, layer.base)))
 
-        return _mapped(model, masked)
+    def with_active(self, model: Any, active: Mapping[str, Array]) -> Any:
+        return _mapped(
+            model,
+            lambda path, layer: _with_adapter(layer, active=active.get(path, layer.adapter.active)),
+        )
 
-    def remove(self, model: Any, *, restore: bool) -> Any:
-        if not restore:
-            return _mapped(model, lambda _, layer: layer.base)
-        adapted = _adapted(model)
-        prefix, record = _prefix(adapted), next(iter(adapted.values())).record
-        base = _mapped(model, lambda _, layer: _unmerged(layer))
-        modules = dict(_walk(base))
-        saved = {
-            prefix + path: _with_arrays(modules[(prefix + path).rstrip(".")], arrays)
-            for path, arrays in record.saved_originals().items()
-        }
-        return _replaced(base, saved)
+    def with_parts(self, model: Any, parts: Mapping[str, tuple[Part, HostCopies | None]]) -> Any:
+        field = "merged" if all(part.empty for part, _ in parts.values()) else "consolidated"
 
-    def fold(self, model: Any, merged: Mapping[str, Merged], *, keep_base: bool) -> Any:
-        new = by_owner(merged)
+        def changed(path: str, layer: AdaptedLayer) -> Any:
+            part, base = parts[path]
+            new = {"merged": None, "consolidated": None, field: base}
+            return _changed(_with_adapter(layer, part=part), **new)
 
-        def fold(path: str, layer: AdaptedLinear) -> Any:
-            kept = HostCopies(_arrays_of(layer.base)) if keep_base else None
-            # Leaves that hold the update in their weights are to fit no model that would add it once more.
-            folded = jnp.ones_like(layer.active)
-            base = _with_weights(layer, new[path])
-            return _changed(layer, base=base, merged=True, kept=kept, folded=folded)
+        return _mapped(model, changed)
 
-        return _mapped(model, fold)
+    def saved_exchanged(self, model: Any, arrays: Mapping[str, Mapping[str, Array]]) -> Any:
+        modules, prefix = self.modules(model), _prefix(_adapted(model))
+        return _replaced(
+            model,
+            {f"{prefix}{path}".rstrip("."): _with_arrays(modules[path], own) for path, own in arrays.items()},
+        )
 
-    def consolidate(
-        self, model: Any, merged: Mapping[str, Merged], folded: Mapping[str, Array], *, keep_base: bool
-    ) -> Any:
-        adaptation = self.adaptation(model)
-        assert adaptation is not None
-        new, masks, layers = by_owner(merged), by_owner(folded), by_owner(adaptation.layers)
-
-        def consolidate(path: str, layer: AdaptedLinear) -> Any:
-            leading = _leading(layer)
-            held = stacked(masks[path], leading)
-            part = part_of(layers[path], held, leading)
-            unfolded = layer.unfolded or HostCopies(_arrays_of(layer.base))
-            return _changed(
-                layer,
-                base=_with_weights(layer, new[path]),
-                folded=held,
-                unfolded=unfolded if keep_base else None,
-                part=Part(*(None if array is None else beside(array, layer.C) for array in part)),
-            )
-
-        return _mapped(model, consolidate)
-
-    def unfold(self, model: Any) -> Any:
-        attached = {"merged": False, "kept": None, "folded": None, "unfolded": None, "part": Part()}
-        return _mapped(model, lambda _, layer: _changed(layer, base=_unmerged(layer), **attached))
-
-    @contextmanager
-    def disabled(self, model: Any) -> Iterator[Any]:
-        yield self.remove(model, restore=True)
+    def switched(self, model: Any, *, on: bool) -> Any:
+        """Return the model; off, it is one without adapters, which needs no switching on: the other is still there."""
+        return model if on else self.remove(model)
 
 
 # ---- the tree of a model ---------------------------------------------------------------------------
@@ -396,9 +358,9 @@ def _is_inner(node: Any) -> bool:
 
 
 def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield modules and containers by path, parents first; what lies within an adapted layer is its own."""
+    """Yield modules and containers by path, parents first; what lies within an adapted layer is passed over."""
     yield path, node
-    if isinstance(node, AdaptedLinear):
+    if isinstance(node, AdaptedLayer):
         return
     for name, child in _children(node)[0]:
         if _is_inner(child):
@@ -423,8 +385,8 @@ def _mapped(model: Any, change: Any) -> Any:
     return _replaced(model, changed)
 
 
-def _adapted(model: Any) -> dict[str, AdaptedLinear]:
-    return {path: node for path, node in _walk(model) if isinstance(node, AdaptedLinear)}
+def _adapted(model: Any) -> dict[str, AdaptedLayer]:
+    return {path: node for path, node in _walk(model) if isinstance(node, AdaptedLayer)}
 
 
 def _within(path: str, prefix: str) -> str:
@@ -432,8 +394,16 @@ def _within(path: str, prefix: str) -> str:
     return f"{path}.".removeprefix(prefix).rstrip(".")
 
 
-def _prefix(adapted: Mapping[str, AdaptedLinear]) -> str:
-    return owner_prefix({path: layer.record for path, layer in adapted.items()}) if adapted else ""
+def _prefix(found: Mapping[str, Any]) -> str:
+    """Return `owner_prefix` from what `_walk` yields."""
+    return owner_prefix({path: node.record for path, node in found.items() if isinstance(node, AdaptedLayer)})
+
+
+def _by_owner(model: Any) -> dict[str, AdaptedLayer]:
+    """Return the adapted layers by the paths under which they were attached."""
+    adapted = _adapted(model)
+    prefix = _prefix(adapted)
+    return {_within(path, prefix): layer for path, layer in adapted.items()}
 
 
 # ---- layers ----------------------------------------------------------------------------------------
@@ -448,34 +418,9 @@ def _changed(module: Any, **values: Any) -> Any:
     return new
 
 
-def _leading(node: Any) -> tuple[int, ...]:
-    """Return the leading axes of a stack of layers, ``()`` for anything else."""
-    layer = node.base if isinstance(node, AdaptedLinear) else node
-    return tuple(getattr(layer.weight, "shape", ())[:-2]) if isinstance(layer, eqx.nn.Linear) else ()
-
-
-def _shape(layer: AdaptedLinear) -> tuple[int, int]:
-    n, d = layer.base.weight.shape[-2:]
-    return d, n
-
-
-def _unmerged(layer: AdaptedLinear) -> Any:
-    kept = layer.kept if layer.merged else layer.unfolded
-    return layer.base if kept is None else _changed(layer.base, **kept.restored())
-
-
-def _arrays_of(base: eqx.nn.Linear) -> dict[str, Array]:
-    return {"weight": base.weight} if base.bias is None else {"weight": base.weight, "bias": base.bias}
-
-
-def _with_weights(layer: AdaptedLinear, merged: Mapping[Any, Merged]) -> Any:
-    """Return the base of a layer, or stack of layers, with other weights."""
-    leading, bias = _leading(layer), layer.base.bias
-    return _changed(
-        layer.base,
-        weight=stacked({index: new.W.T for index, new in merged.items()}, leading),
-        bias=None if bias is None else stacked({index: new.b for index, new in merged.items()}, leading),
-    )
+def _with_adapter(layer: AdaptedLayer, **values: Any) -> Any:
+    """Return a layer with other values of some fields of its adapter."""
+    return _changed(layer, adapters={layer.record.name: _changed(layer.adapter, **values)})
 
 
 def _is_stored(leaf: Any) -> bool:

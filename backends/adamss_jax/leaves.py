@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from adamss.core import Factors, trained_elements
 from adamss.errors import StateError
 from adamss_jax.parts import Index
-from adamss_jax.shell import spelled
 
-__all__ = ["Leaves", "Pair"]
+__all__ = ["Leaves", "Pair", "spelled"]
 
 
 @dataclass(frozen=True)
@@ -151,3 +151,19 @@ class Leaves:
                         "another model, or not all that are trained"
                     )
         return {owner: (found[owner, 0][0], found[owner, 1][0]) for owner in self.pairs}
+
+
+def spelled(path: tuple[Any, ...]) -> str:
+    """Return a path in a pytree as ``targets`` spell it: names and numbers with dots between."""
+    names = []
+    for key in path:
+        match key:
+            case GetAttrKey():
+                names.append(key.name)
+            case SequenceKey():
+                names.append(str(key.idx))
+            case DictKey() | FlattenedIndexKey():
+                names.append(str(key.key))
+            case _:
+                names.append(str(key))
+    return ".".join(names)

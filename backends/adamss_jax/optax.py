@@ -14,7 +14,7 @@ except ImportError as error:
 import jax
 import jax.numpy as jnp
 
-from adamss_jax.backend import JaxBackend
+from adamss_jax.models import models_of
 
 __all__ = ["HoldFrozenState", "hold_frozen"]
 
@@ -39,9 +39,9 @@ def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientT
 
     Weight decay, and momentum from before an element was frozen, move it although its gradient is zero. The updates
     of frozen elements are zero here, so that `tx`, with all that is chained in it, belongs inside. The mask is that
-    of the model when this is called, and part of the state: after another one is set,
-    ``state._replace(trained=JaxBackend().trained_elements(model))`` takes it over and compiles nothing anew. Where a
-    schedule chooses the masks while training, `adamss_jax.budgeted` does this and that.
+    of the model when this is called, and part of the state. After another one is set, take it over with
+    ``state._replace(trained=adamss.backend.backend_for(model).trained_elements(model))``, which compiles nothing
+    anew. Where a schedule chooses the masks while training, use `adamss_jax.budgeted`.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientT
     StateError
         If the model has no adapters.
     """
-    backend = JaxBackend()
+    backend = models_of(model)
     if backend.adaptation(model) is None:
         raise StateError("hold_frozen: the model has no adapters; call adamss.attach first")
     trained = backend.trained_elements(model)

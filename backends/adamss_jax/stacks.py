@@ -1,15 +1,8 @@
-"""Layers whose arrays are stacked along leading axes, as ``scan`` over layers and ``vmap`` over experts want them.
-
-Each layer of a stack is one of its own to `adamss`: it has a path, ``layers.query[3]``, and factors. Only where they
-are kept do they share arrays, padded with zeros to the largest.
-"""
+"""Factors of layers whose arrays are stacked along leading axes: stacked too, padded with zeros to the largest."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,65 +11,12 @@ import numpy as np
 from adamss.core import Factors
 from adamss.errors import LayerError
 
-__all__ = [
-    "StackedLayer",
-    "by_owner",
-    "factors_at",
-    "over_axes",
-    "split_path",
-    "stack_paths",
-    "stacked",
-    "stacked_factors",
-]
+__all__ = ["factors_at", "stacked_factors"]
 
-T = TypeVar("T")
+Index = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class StackedLayer:
-    """One of the layers whose arrays share a module, as ``vmap`` and ``scan`` over layers (or experts) want them.
-
-    Attributes
-    ----------
-    module
-        Its arrays have leading axes.
-    index
-        Where in them this layer lies.
-    """
-
-    module: Any
-    index: tuple[int, ...]
-
-
-def stack_paths(path: str, leading: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Return the paths of the layers of a stack, ``path[i]`` or ``path[i,j]``, and where in it each lies."""
-    return {f"{path}[{','.join(map(str, index))}]": index for index in np.ndindex(leading)}
-
-
-def split_path(path: str) -> tuple[str, tuple[int, ...]]:
-    """Undo `stack_paths`: return the path of the module, and where in it a layer lies: ``()`` if not stacked."""
-    found = re.fullmatch(r"(.*)\[([\d,]+)\]", path)
-    return (path, ()) if found is None else (found[1], tuple(int(part) for part in found[2].split(",")))
-
-
-def by_owner(layers: Mapping[str, T]) -> dict[str, dict[tuple[int, ...], T]]:
-    """Return what belongs to each layer by the path of its module, then by its place in the stack."""
-    grouped: dict[str, dict[tuple[int, ...], T]] = {}
-    for path, value in layers.items():
-        owner, index = split_path(path)
-        grouped.setdefault(owner, {})[index] = value
-    return grouped
-
-
-def stacked(arrays: Mapping[tuple[int, ...], Any], leading: tuple[int, ...]) -> jax.Array:
-    """Stack an array of each layer, in the order of their places, to leading axes."""
-    whole = jnp.stack([arrays[index] for index in np.ndindex(leading)])
-    return jnp.reshape(whole, (*leading, *whole.shape[1:]))
-
-
-def stacked_factors(
-    factors: Mapping[tuple[int, ...], Factors], leading: tuple[int, ...], path: str
-) -> Factors:
+def stacked_factors(factors: Mapping[Index, Factors], leading: Index, path: str) -> Factors:
     """Stack the factors of all layers of a stack, each padded with zeros to the largest.
 
     Raises
@@ -99,12 +39,13 @@ def stacked_factors(
         for index, array in arrays.items():
             missing_entries = [(0, int(entries)) for entries in largest - np.asarray(array.shape)]
             arrays[index] = jnp.pad(array, missing_entries)
-        return stacked(arrays, leading)
+        whole = jnp.stack([arrays[index] for index in np.ndindex(leading)])
+        return jnp.reshape(whole, (*leading, *whole.shape[1:]))
 
     return Factors(*(padded(name) for name in Factors._fields))
 
 
-def factors_at(factors: Factors, index: tuple[int, ...]) -> Factors:
+def factors_at(factors: Factors, index: Index) -> Factors:
     """Return the factors of one layer of a stack, without padding; undoes `stacked_factors`."""
     if not index:
         return factors
@@ -116,10 +57,3 @@ def factors_at(factors: Factors, index: tuple[int, ...]) -> Factors:
     if A.shape[0] > 1:
         P = min(P, int(jnp.max(jnp.bincount(labels, length=ranks.shape[0]))))
     return Factors(A[:, :, :P], B[:P, :q], C[:r], labels, ranks, active)
-
-
-def over_axes(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
-    """Return a function of one layer as one of arrays with so many leading axes."""
-    for _ in range(axes):
-        function = jax.vmap(function)
-    return function

@@ -23,6 +23,7 @@ __all__ = ["Layout", "Plan", "make_layout", "products", "update"]
 
 NO_CONTEXT = nullcontext()
 
+
 class Layout(NamedTuple):
     """Where the entries of B and C stand among the rows of M and E.
 

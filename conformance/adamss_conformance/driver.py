@@ -40,6 +40,8 @@ BUILT_IN = {
         "adamss_conformance.drivers.strict:StaticDriver",
     ),
     "torch": ("adamss_conformance.drivers.torch:TorchDriver",),
+    "flax": ("adamss_conformance.drivers.nnx:NnxDriver",),
+    "equinox": ("adamss_conformance.drivers.equinox:EquinoxDriver",),
     "jax": ("adamss_conformance.drivers.nnx:NnxDriver", "adamss_conformance.drivers.equinox:EquinoxDriver"),
 }
 
@@ -266,7 +268,6 @@ def find_drivers(target: str) -> list[Driver]:
             classes = [found]
     else:
         classes = list(_classes(target))
-        backend = get_backend(classes[0].backend_name) if classes[0].backend_name != "strict" else None
     return [kind(backend, device) for kind in classes for device in kind.devices()]
 
 

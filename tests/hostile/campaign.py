@@ -335,9 +335,7 @@ class NumpyTarget(Target):
         return base_model(weights)
 
     def state(self, model: NumpyModel) -> Any:
-        adapted = model.config is not None or any(
-            layer.factors is not None for layer in model.layers.values()
-        )
+        adapted = model.bank is not None or any(layer.factors is not None for layer in model.layers.values())
         return adapted, {
             path: layer.W.tobytes() + (b"" if layer.b is None else layer.b.tobytes())
             for path, layer in model.layers.items()

@@ -131,7 +131,7 @@ def _attached(mesh, specs, inputs, hidden):
     base = run(model, x)
     adamss.attach(alone, config)
     adamss.attach(model, config)
-    f = model.query.adamss.factors()
+    f = model.query.adamss.default.factors()
     found = {
         "start equals the base": bool(jnp.array_equal(run(model, x), base)),
         "factors on every device": all(len(array.sharding.device_set) == 4 for array in f),
@@ -199,7 +199,10 @@ def trained(*, steps, specs=None, mesh=None, replicated=False):
         step(model, optimizer, x)
         adamss_jax.synchronise(model, optimizer)
         masks.append(
-            [np.asarray(layer.adamss.active.get_value()).tolist() for layer in (model.query, model.value)]
+            [
+                np.asarray(layer.adamss.default.active.get_value()).tolist()
+                for layer in (model.query, model.value)
+            ]
         )
     return model, masks, lambda: step(model, optimizer, x)
 
@@ -222,7 +225,7 @@ def budgets():
     report = {}
     for name, options in cases.items():
         model, found, step = trained(steps=8, mesh=mesh, **options)
-        B = model.query.adamss.B.get_value()
+        B = model.query.adamss.default.B.get_value()
         spread = NamedSharding(mesh, options["specs"].get("B", P()))
         report[name] = {
             "same masks": found == masks,

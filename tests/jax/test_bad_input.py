@@ -225,7 +225,7 @@ def test_the_factors_dtype_needs_64_bits(net, config, unchanged):
     )
     with jax.enable_x64(True):
         adamss.attach(model, config(factor_dtype="float64"))
-        assert model.blocks[0]["query"].adamss.B.dtype == jnp.float64
+        assert model.blocks[0]["query"].adamss.default.B.dtype == jnp.float64
 
 
 # ---- targets -----------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_tied_modules_in_a_file_of_a_model_that_has_two(config, tmp_path):
 
 def test_an_update_that_overflows_cannot_be_merged(net, config, unchanged):
     model = adamss.attach(net(dtype=jnp.float16), config())
-    C = model.blocks[1]["query"].adamss.C
+    C = model.blocks[1]["query"].adamss.default.C
     C.set_value(jnp.full_like(C.get_value(), 1e6))
     merge = lambda: adamss.merge(model)  # noqa: E731
     unchanged(model, merge, errors.ArrayValueError, ValueError, r"blocks\.1\.query: .*overflows")
@@ -410,7 +410,7 @@ def test_degenerate_weights_work(name, basis, inputs):
     expected = model(x)
     config = adamss.AdamssConfig(targets=["0"], subspaces=3, subspace_rank=2, basis=basis)
     adamss.attach(model, config)
-    f = model.layers[0].adamss.factors()
+    f = model.layers[0].adamss.default.factors()
     assert all(np.isfinite(array).all() for array in (f.A, f.B, f.C))
     for A, columns in zip(f.A, core.basis_ranks(f), strict=False):
         orthonormal = np.diag(np.arange(A.shape[1]) < columns)

@@ -231,7 +231,7 @@ def count(state):
 def numpy_layer(params, path, outline):
     """Return B and C of a layer from a tree of parameters, or of gradients, as NumPy arrays of its own size."""
     owner, index = split_path(path)
-    ends = (f"{owner}.adamss.B", f"{owner}.adamss.C", f"{owner}.B", f"{owner}.C")
+    ends = (f"{owner}.adamss.default.B", f"{owner}.adamss.default.C", f"{owner}.B", f"{owner}.C")
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = re.sub(r"[\[\].']+", ".", jax.tree_util.keystr(keys)).strip(".").removesuffix(".value")
@@ -628,7 +628,7 @@ def ordered(model, order):
     """Return a model whose adapted layers take their products in this order."""
     if isinstance(model, nnx.Module):
         for layer in (model.block.query, model.block.value):
-            layer.adamss.order = order
+            layer.adamss.default.order = order
         return model
     replaced = lambda layer: dataclasses.replace(layer, order=order)  # noqa: E731
     return eqx.tree_at(lambda model: list(model.block.values()), model, replace_fn=replaced)
@@ -637,7 +637,7 @@ def ordered(model, order):
 def orders(model):
     """Return the orders of the adapted layers."""
     if isinstance(model, nnx.Module):
-        return [layer.adamss.order for layer in (model.block.query, model.block.value)]
+        return [layer.adamss.default.order for layer in (model.block.query, model.block.value)]
     return [layer.order for layer in model.block.values()]
 
 

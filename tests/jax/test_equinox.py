@@ -19,7 +19,7 @@ import optax  # noqa: E402
 import adamss  # noqa: E402
 from adamss import core, errors  # noqa: E402
 from adamss_conformance.tolerances import assert_agrees  # noqa: E402
-from adamss_jax.equinox import AdaptedLinear, trainable_filter  # noqa: E402
+from adamss_jax.equinox import AdaptedLayer, trainable_filter  # noqa: E402
 from adamss_jax.optax import hold_frozen  # noqa: E402
 
 
@@ -63,14 +63,14 @@ def filled(model, seed=2):
     rng = np.random.default_rng(seed)
 
     def fill(node):
-        if not isinstance(node, AdaptedLinear):
+        if not isinstance(node, AdaptedLayer):
             return node
         f = node.factors()
         within = np.arange(f.C.shape[0])[:, None] < np.asarray(f.ranks)[np.asarray(f.labels)]
         C = jnp.where(within, rng.standard_normal(f.C.shape), 0).astype(f.C.dtype)
         return eqx.tree_at(lambda layer: layer.C, node, C)
 
-    return jax.tree.map(fill, model, is_leaf=lambda node: isinstance(node, AdaptedLinear))
+    return jax.tree.map(fill, model, is_leaf=lambda node: isinstance(node, AdaptedLayer))
 
 
 def adapted(config, **changes):
@@ -247,7 +247,7 @@ def test_a_model_within_a_larger_one_and_a_part_of_it(config, inputs):
 
 def test_training_changes_what_is_trained_and_nothing_else(config, inputs):
     model, x = adapted(config), inputs(4, 8)
-    model = adamss.backend.get_backend("jax").set_active(model, {PATHS[0]: np.asarray([True, False, True])})
+    model = adamss.backend.backend_for(model).set_active(model, {PATHS[0]: np.asarray([True, False, True])})
     trained, frozen = eqx.partition(model, trainable_filter(model))
     tx = hold_frozen(optax.adamw(0.05, weight_decay=0.1), model)
     state, traces = tx.init(trained), 0
@@ -292,7 +292,7 @@ def test_masks_and_training_do_not_compile_anew(config, inputs):
         return jax.vmap(model)(x)
 
     y = run(model, x)
-    backend = adamss.backend.get_backend("jax")
+    backend = adamss.backend.backend_for(model)
     masked = backend.set_active(model, {PATHS[1]: np.asarray([False, False, True])})
     assert jnp.array_equal(run(masked, x), y)
     moved = filled(model, seed=7)
@@ -320,7 +320,7 @@ def test_the_order_of_the_products_of_a_layer(config, inputs):
     projected = ordered(model, "input_first")
     assert program(ordered(model, "factors_first")) == program(model) != program(projected)
     agrees(run(projected, x), run(model, x), "outputs")
-    backend = adamss.backend.get_backend("jax")
+    backend = adamss.backend.backend_for(model)
     masked = backend.set_active(projected, {PATHS[0]: np.asarray([True, False, True])})
     for other in (masked, adamss.unmerge(adamss.merge(projected)), pickle.loads(pickle.dumps(projected))):
         assert other.blocks[1].query.order == "input_first"
@@ -389,7 +389,7 @@ def test_no_verb_touches_the_tree_it_is_given(config, tmp_path):
     assert leaves(merged) == merged_leaves
     adamss.detach(model)
     adamss.summary(model)
-    adamss.backend.get_backend("jax").set_active(model, {PATHS[0]: np.zeros(3, bool)})
+    adamss.backend.backend_for(model).set_active(model, {PATHS[0]: np.zeros(3, bool)})
     with adamss.disabled(model) as off:
         assert leaves(off) == base_leaves
     assert leaves(model) == before

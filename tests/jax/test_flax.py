@@ -119,7 +119,7 @@ def test_every_form_of_a_layer(name, config, inputs, filled, variables):
     assert jnp.array_equal(model(x), expected)
     y = filled(model)(x)
     assert float(jnp.abs(y - expected).max()) > 0.01
-    reference = add_delta(with_bias(make(nnx.Rngs(0))), model.layer.adamss.factors(), order, rows)
+    reference = add_delta(with_bias(make(nnx.Rngs(0))), model.layer.adamss.default.factors(), order, rows)
     scale = float(jnp.abs(y).max()) * 4
     agrees(y, reference(x), "outputs", scale)
     adamss.merge(model)
@@ -145,11 +145,16 @@ def test_gradients_of_every_form(name, config, inputs, filled):
     direction = inputs(*x.shape, seed=9)
     slope = value(model, x + direction) - value(model, x)
     agrees(jnp.sum(dx * direction), slope, "slope along x", 100.0)
-    C = model.layer.adamss.C
+    C = model.layer.adamss.default.C
     direction = inputs(*C.shape, seed=9)
     before = value(model, x)
     C.set_value(C.get_value() + direction)
-    agrees(jnp.sum(gradient.layer.adamss.C.get_value() * direction), value(model, x) - before, "slope", 100.0)
+    agrees(
+        jnp.sum(gradient.layer.adamss.default.C.get_value() * direction),
+        value(model, x) - before,
+        "slope",
+        100.0,
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [None, 1])
@@ -174,7 +179,7 @@ def test_multi_head_attention(config, inputs, filled, variables, kv_heads):
     for name in ("query", "key", "value", "out"):
         add_delta(
             getattr(reference, name),
-            getattr(model, name).adamss.factors(),
+            getattr(model, name).adamss.default.factors(),
             (0, 1, 2),
             2 if name == "out" else 1,
         )
@@ -233,7 +238,7 @@ def test_a_users_layer_keeps_its_signature_and_class(config, inputs, filled, var
     assert isinstance(model.layer, Shifted)
     assert jnp.array_equal(model.layer(x, 3.0, negate=True, out_sharding=None), expected)
     filled(model)
-    update = x @ core.delta(model.layer.adamss.factors())
+    update = x @ core.delta(model.layer.adamss.default.factors())
     agrees(model.layer(x, shift=3.0, negate=True) - expected, update, "update", 10.0)
     assert jnp.array_equal(model.layer(shift=3.0, x=x), model.layer(x, 3.0))
     assert variables(adamss.detach(model)) == before
@@ -258,7 +263,7 @@ def test_layers_with_a_decorated_or_generic_call(kind, config, inputs, filled):
     adamss.attach(model, config(targets=["layer"]))
     assert jnp.array_equal(model(x), expected)
     filled(model)
-    agrees(model(x) - expected, x @ core.delta(model.layer.adamss.factors()), "update", 10.0)
+    agrees(model(x) - expected, x @ core.delta(model.layer.adamss.default.factors()), "update", 10.0)
 
 
 def test_keyword_input(config, inputs, filled):
@@ -279,7 +284,9 @@ def test_computation_in_another_dtype_than_the_parameters(dtype, config, inputs,
     assert y.dtype == dtype
     assert jnp.array_equal(y, expected)
     filled(model)
-    exact = x @ (layer.kernel.get_value() + core.delta(layer.adamss.factors())) + layer.bias.get_value()
+    exact = (
+        x @ (layer.kernel.get_value() + core.delta(layer.adamss.default.factors())) + layer.bias.get_value()
+    )
     assert_agrees(model(x).astype("float32"), exact, dtype=jnp.dtype(dtype).name, what="outputs")
     gradient = nnx.grad(lambda m: m(x).sum().astype("float32"), argnums=nnx.DiffState(0, nnx.LoRAParam))(
         model
@@ -312,7 +319,7 @@ def test_a_module_that_appears_twice_is_adapted_once(targets, config, inputs, fi
     assert jnp.array_equal(model(x), expected)
     assert len(jax.tree.leaves(adamss.trainable_parameters(model))) == 2
     y = filled(model)(x)
-    kernel = model.first.kernel.get_value() + core.delta(model.first.adamss.factors())
+    kernel = model.first.kernel.get_value() + core.delta(model.first.adamss.default.factors())
     agrees(y, jnp.tanh(x @ kernel) @ kernel, "outputs", 10.0)
     adamss.save(model, tmp_path / "a.safetensors", training=True)
     assert jnp.array_equal(adamss.load(make(), tmp_path / "a.safetensors")(x), y)
@@ -378,7 +385,7 @@ def test_the_order_of_the_products_of_a_layer(net, config, inputs, filled):
     for number, order in enumerate(ORDERS):
         for block in model.blocks:
             for layer in block.values():
-                layer.adamss.order = order
+                layer.adamss.default.order = order
         for _ in range(2):
             agrees(run(model, x), y, f"outputs by {order}", 10.0)
         assert traces == number + 2
@@ -386,13 +393,13 @@ def test_the_order_of_the_products_of_a_layer(net, config, inputs, filled):
         programs.append(str(jax.make_jaxpr(lambda s, graph=graph: nnx.merge(graph, s)(x))(state)))
     assert programs[0] != programs[1]
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nnx.clone(model)):
-        assert twin.blocks[1]["value"].adamss.order == "input_first"
+        assert twin.blocks[1]["value"].adamss.default.order == "input_first"
         run(twin, x)
     assert traces == 3
     adamss.unmerge(adamss.merge(model))
     model, _ = trained(model, x)
-    assert model.blocks[1]["value"].adamss.order == "input_first"
-    model.blocks[0]["query"].adamss.order = "expand"
+    assert model.blocks[1]["value"].adamss.default.order == "input_first"
+    model.blocks[0]["query"].adamss.default.order = "expand"
     with pytest.raises(errors.ConfigError, match="'expand'"):
         run(model, x)
 
@@ -405,7 +412,7 @@ def test_an_optimiser_on_lora_parameters_trains_those_alone_and_compiles_once(ne
     assert list(after) == list(before)
     changed = {path for path in before if before[path] != after[path]}
     layers = [("blocks", i, name) for i in (0, 1) for name in ("query", "value")]
-    expected = {(*layer, "adamss", name) for layer in layers for name in "BC"}
+    expected = {(*layer, "adamss", "default", name) for layer in layers for name in "BC"}
     assert changed == expected | {("classifier", "kernel"), ("classifier", "bias")}
     assert {
         path for path, entry in after.items() if isinstance(entry, tuple) and entry[0] is AdamssParam
@@ -425,7 +432,7 @@ def test_masks_and_merges_do_and_do_not_compile_anew(net, config, inputs, filled
 
     y = run(model, x)
     run(model, x)
-    backend = adamss.backend.get_backend("jax")
+    backend = adamss.backend.backend_for(model)
     backend.set_active(model, {"blocks.0.query": np.asarray([True, False, False])})
     assert jnp.array_equal(run(model, x), y)
     assert traces == 1
@@ -437,12 +444,12 @@ def test_masks_and_merges_do_and_do_not_compile_anew(net, config, inputs, filled
 
 def test_inactive_subspaces_get_no_gradient_under_nnx_grad(net, config, inputs, filled):
     model = filled(adamss.attach(net(), config()))
-    adamss.backend.get_backend("jax").set_active(model, {"blocks.1.value": np.asarray([True, False, True])})
+    adamss.backend.backend_for(model).set_active(model, {"blocks.1.value": np.asarray([True, False, True])})
     x = inputs(4, 8)
     gradient = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
     adapter = model.blocks[1]["value"].adamss
     own = np.asarray(adapter.labels.get_value()) == 1
-    dC = np.asarray(gradient["blocks"][1]["value"]["adamss"]["C"].get_value())
+    dC = np.asarray(gradient["blocks"][1]["value"]["adamss"]["default"]["C"].get_value())
     assert np.all(dC[:, own] == 0)
     assert np.all(dC[0, ~own] != 0)
 
@@ -712,7 +719,7 @@ UNSORTED = adamss.AdamssConfig(
 @pytest.mark.parametrize("transform", [nnx.clone, copy.deepcopy, nnx.jit(lambda model: model)])
 def test_verbs_know_a_transformed_model(transform, tmp_path):
     model = adamss.attach(Unsorted(), UNSORTED)
-    model.query.adamss.C.set_value(jnp.full_like(model.query.adamss.C[...], 0.3))
+    model.query.adamss.default.C.set_value(jnp.full_like(model.query.adamss.default.C[...], 0.3))
     y = model(jnp.ones((2, 6)))
     model = transform(model)
     assert {row.path for row in adamss.summary(model).rows} == {"query", "value"}
@@ -755,7 +762,7 @@ def test_einsum_called_with_an_equation_of_its_own():
     layer = nnx.Einsum("bd,dn->bn", (6, 6), rngs=nnx.Rngs(0))
     model = nnx.Dict(layer=layer)
     adamss.attach(model, adamss.AdamssConfig(targets=["layer"], rank=4, subspaces=2))
-    layer.adamss.C.set_value(jnp.full_like(layer.adamss.C[...], 0.3))
+    layer.adamss.default.C.set_value(jnp.full_like(layer.adamss.default.C[...], 0.3))
     x = jax.random.normal(jax.random.key(0), (2, 3, 6))
     same = layer(x, "abd,dn->abn")
     for row, expected in zip(x, same, strict=True):

@@ -62,7 +62,7 @@ class Nnx:
 
     @staticmethod
     def with_nan(model):
-        C = model["value"].adamss.C
+        C = model["value"].adamss.default.C
         C.set_value(C.get_value().at[0, 0].set(jnp.nan))
         return model
 
@@ -284,7 +284,7 @@ def test_running_statistics_go_on_and_the_rest_of_a_frozen_norm_stays(config, in
     for seed in range(3):
         step(model, optimizer, inputs(6, 8, seed=seed))
     changed = {path for path, value in Nnx.arrays(model).items() if np.any(before[path] != np.asarray(value))}
-    factors = {("query", "adamss", name) for name in "BC"}
+    factors = {("query", "adamss", "default", name) for name in "BC"}
     assert changed == {
         str(path)
         for path in factors | {("head", "kernel"), ("head", "bias"), ("norm", "mean"), ("norm", "var")}
@@ -332,7 +332,7 @@ def test_pickled_models_in_a_process_that_has_not_imported_adamss(library, confi
     base = call(model)
     model = adamss.attach(model, config(targets=".*"))
     if library is Nnx:
-        model.adamss.C.set_value(model.adamss.C.get_value() + 0.1)
+        model.adamss.default.C.set_value(model.adamss.default.C.get_value() + 0.1)
     else:
         model = eqx.tree_at(lambda layer: layer.C, model, model.C + 0.1)
     forms = [(form, call(form)) for form in (model, adamss.merge(copy.deepcopy(model)))]

@@ -131,13 +131,13 @@ def test_scanned_models_start_equal_train_and_come_back(config, x, tmp_path):
 
 def test_masks_and_frozen_elements(x):
     model = step(adamss.attach(Scanned(), adamss.AdamssConfig(**SETTINGS)), x)
-    backend = get_backend("jax")
+    backend = backend_for(model)
     mask = jnp.asarray([True, False, True, False])
     backend.set_active(model, {"layers.query[1]": mask})
     before = backend.adaptation(model).layers
     assert [int(f.active.sum()) for f in before.values()] == [4, 2, 4, 4, 4, 4]
     shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(backend.trained_elements(model)))
-    q = model.layers.query.adamss.B.shape[-1]
+    q = model.layers.query.adamss.default.B.shape[-1]
     assert shapes["layers"]["query"]["adamss"] == {"B": (LAYERS, 1, q), "C": (LAYERS, 1, WIDTH)}
     after = backend.adaptation(step(model, x)).layers
     frozen = ~mask[before["layers.query[1]"].labels]
@@ -209,7 +209,7 @@ def test_experts_of_stacked_layers(tmp_path):
     model = nnx.Dict(expert=make(nnx.Rngs(0)))
     kernels = np.array(model.expert.kernel[...])
     adamss.attach(model, adamss.AdamssConfig(targets=["expert"], rank=4, subspaces=2))
-    assert model.expert.adamss.B.shape == (2, 3, 4, 2)
+    assert model.expert.adamss.default.B.shape == (2, 3, 4, 2)
     paths = [row.path for row in adamss.summary(model).rows]
     assert paths == [f"expert[{i},{j}]" for i in range(2) for j in range(3)]
     adamss.save(model, tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""Driver of the JAX backend with Equinox models."""
+"""Driver of Equinox models."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class EquinoxDriver(JaxDriver):
     """`equinox.nn.Linear` layers in nested dictionaries."""
 
     name = "jax-equinox"
+    backend_name = "equinox"
     capabilities = TABLE["jax-equinox"]
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,8 +22,6 @@ __all__ = ["JaxDriver"]
 class JaxDriver(Driver):
     """JAX on its CPU, and on the accelerator where there is one; 64-bit types for the cases in float64 alone."""
 
-    backend_name = "jax"
-
     @classmethod
     def has_device(cls, device: str) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Driver of the JAX backend with Flax NNX models."""
+"""Driver of Flax NNX models."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class NnxDriver(JaxDriver):
     """`nnx.Linear` layers."""
 
     name = "jax-nnx"
+    backend_name = "flax"
     capabilities = TABLE["jax-nnx"]
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,105 @@
+"""What a layer computes beside its frozen product, for every kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adamss.backend import Kind
+from adamss.core import Factors, contract, expand, trained_elements
+from adamss_jax.functional import update
+from adamss_jax.parts import Part, computed
+
+__all__ = ["NOTHING", "MatrixKind", "Rest", "with_update"]
+
+Rest: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and named arguments of a call."""
+
+NOTHING: Rest = ((), {})
+
+
+class MatrixKind(Kind):
+    """A layer that is a product with one matrix, but for where the axes of inputs and outputs lie.
+
+    Its update is computed by `adamss_jax.update`, whose gradient is written by hand.
+    """
+
+    def inputs(self, layer: Any, x: Array, /, *args: Any, **kwargs: Any) -> Array:
+        """Return the input of the layer as (..., d); the other arguments are those of the layer's call."""
+        return x
+
+    def outputs(self, layer: Any, u: Array, /, *args: Any, **kwargs: Any) -> Array:
+        """Return (..., n) in the axes of the layer's output."""
+        return u
+
+    def project(self, layer: Any, x: Array, M: Array) -> Array:
+        """See `Kind.project`."""
+        return self.inputs(layer, x) @ M
+
+    def spread(self, layer: Any, z: Array, E: Array) -> Array:
+        """See `Kind.spread`."""
+        return self.outputs(layer, z @ E)
+
+
+def with_update(
+    kind: Kind,
+    layer: Any,
+    y: Array,
+    x: Array,
+    factors: Factors,
+    part: Part,
+    rest: Rest = NOTHING,
+    *,
+    order: str | None,
+    revive: bool,
+) -> Array:
+    """Return the output of a layer: its frozen product y, and the update of its input x.
+
+    Parameters
+    ----------
+    kind, layer
+        The layer, and its kind.
+    y, x
+        Its output and input.
+    factors
+        Factors of all subspaces.
+    part
+        Which of the subspaces are computed.
+    rest
+        Positional and named arguments of the layer's call, without its input.
+    order
+        Order of the products: see `adamss_jax.update`.
+    revive
+        Whether frozen subspaces get gradients all the same, because they may return.
+    """
+    if part.empty:
+        return y
+    factors, x = computed(factors, part), jnp.asarray(x, y.dtype)
+    if revive:
+        factors = factors._replace(active=jnp.ones_like(factors.active))
+    if isinstance(kind, MatrixKind):
+        args, kwargs = rest
+        u = update(kind.inputs(layer, x, *args, **kwargs), factors, order=order)
+        return y + kind.outputs(layer, u, *args, **kwargs)
+    if kind.linear:
+        return y + update(x, factors, order=order)
+    M, E = _products(factors)
+    # Law 1: what overflows in z must be finite, or infinity times C = 0 would be NaN.
+    z = jnp.nan_to_num(kind.project(layer, x, M.astype(y.dtype)))
+    u: Array = kind.spread(layer, z, E.astype(y.dtype))
+    return y + u
+
+
+def _products(factors: Factors) -> tuple[Array, Array]:
+    """Return M: (d, q) and E: (q, n), through which gradients reach B and C of the active subspaces alone."""
+    trained = trained_elements(factors)
+    B, C = (
+        jnp.where(mask, array, jax.lax.stop_gradient(array))
+        for mask, array in zip(trained, (factors.B, factors.C), strict=True)
+    )
+    factors = factors._replace(A=jax.lax.stop_gradient(factors.A), B=B, C=C)
+    return contract(factors), expand(factors)

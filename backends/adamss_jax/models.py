@@ -1,0 +1,336 @@
+"""What the backends of all model libraries share. Adding one for another library means one module beside `flax.py`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adamss.backend import Adaptation, Backend, Ledger, Site, StackedLayer, backend_for
+from adamss.backend.interface import Model, Module
+from adamss.backend.sites import by_owner, owner_of, split_path
+from adamss.config import AdamssConfig
+from adamss.core import Factors, outline
+from adamss.errors import BackendError, LayerError, StateError
+from adamss_jax.arrays import HostCopies, JaxArrays, beside, check_values
+from adamss_jax.leaves import Leaves, Pair
+from adamss_jax.parts import Part, part_of
+from adamss_jax.stacks import factors_at, stacked_factors
+
+__all__ = ["Attached", "JaxModels", "Record", "models_of", "owner_prefix", "refuse_single"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What every adapted layer of a model remembers of the whole; a constant of compiled functions.
+
+    Attributes
+    ----------
+    config
+        The settings.
+    name
+        Of the adapter.
+    shapes
+        Path of each adapted layer, from the module that was adapted, and (d, n) of its weight.
+    originals
+        Path of each of ``modules_to_save``, and its base values.
+    """
+
+    config: AdamssConfig
+    name: str
+    shapes: tuple[tuple[str, tuple[int, int]], ...]
+    originals: tuple[tuple[str, HostCopies], ...]
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Paths of the modules that hold the adapters: a stack of layers has one."""
+        return tuple(dict.fromkeys(owner_of(path) for path, _ in self.shapes))
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Paths of ``modules_to_save``."""
+        return tuple(path for path, _ in self.originals)
+
+    @property
+    def revives(self) -> bool:
+        """Whether a frozen subspace may return, so that it must go on getting gradients."""
+        return self.config.budget is not None and self.config.budget.revive
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+
+class Attached(NamedTuple):
+    """What is attached to one layer, or one stack of layers.
+
+    Attributes
+    ----------
+    record
+        Of the model.
+    factors
+        Of all its layers, stacked.
+    part
+        What the weight holds.
+    base
+        While it holds an update: its arrays as they were; None if they were dropped.
+    off
+        Whether nothing is added to the output for now.
+    """
+
+    record: Record
+    factors: Factors
+    part: Part
+    base: HostCopies | None
+    off: bool = False
+
+
+class JaxModels(JaxArrays, Backend):
+    """Flax NNX's modules are changed in place; of Equinox's trees every verb returns a new one."""
+
+    # ---- what a library supplies --------------------------------------------------------------------
+
+    @abstractmethod
+    def attached(self, model: Model) -> dict[str, Attached]:
+        """Return what is attached, by the path of the module that holds the arrays, as `insert` was given it."""
+
+    @abstractmethod
+    def leaf_names(self, model: Model) -> dict[str, tuple[str, int]]:
+        """Return which leaves of `parameters` are factors: path of their module, and 0 for B or 1 for C.
+
+        By the `adamss_jax.leaves.spelled` path of the leaf; a module that appears twice may be listed twice.
+        """
+
+    @abstractmethod
+    def adapted_layers(self, model: Model) -> dict[str, Module]:
+        """Return the layers whose arrays are the frozen ones, by the keys of `attached`.
+
+        Each may be written to: it is the layer itself, or a copy that `with_layers` puts in its place.
+        """
+
+    @abstractmethod
+    def with_layers(self, model: Model, layers: Mapping[str, Module]) -> Model:
+        """Return the model with layers of `adapted_layers` that have been written to."""
+
+    @abstractmethod
+    def with_active(self, model: Model, active: Mapping[str, Array]) -> Model:
+        """Return the model with other masks, stacked, by the keys of `attached`."""
+
+    @abstractmethod
+    def with_parts(self, model: Model, parts: Mapping[str, tuple[Part, HostCopies | None]]) -> Model:
+        """Return the model with other `Attached.part` and `Attached.base`, by the keys of `attached`."""
+
+    @abstractmethod
+    def saved_exchanged(self, model: Model, arrays: Mapping[str, Mapping[str, Array]]) -> Model:
+        """Return the model with other arrays in modules to save."""
+
+    # ---- what follows from it -----------------------------------------------------------------------
+
+    def versions(self) -> Mapping[str, str]:
+        return {**super().versions(), self.name: version(self.name)}
+
+    def own_arrays(self, site: Site) -> dict[str, Array | None]:
+        arrays = super().own_arrays(site)
+        for name, array in arrays.items():
+            if array is not None:
+                check_values(array, site.path or "the model itself", name)
+        return {name: None if array is None else jnp.asarray(array) for name, array in arrays.items()}
+
+    def adaptation(self, model: Model) -> Adaptation | None:
+        found = self.attached(model)
+        if not found:
+            return None
+        record = next(iter(found.values())).record
+        places = {path: split_path(path) for path, _ in record.shapes}
+        held = {owner: _on_host(each.part) for owner, each in found.items() if each.part.held is not None}
+        return Adaptation(
+            config=record.config,
+            layers={path: factors_at(found[owner].factors, index) for path, (owner, index) in places.items()},
+            shapes=dict(record.shapes),
+            saved=record.saved,
+            ledger=Ledger(
+                {path: held[owner][index] for path, (owner, index) in places.items() if owner in held},
+                {owner: found[owner].base for owner in held},
+            ),
+            disabled=any(each.off for each in found.values()),
+            name=record.name,
+        )
+
+    def originals(self, model: Model) -> Mapping[str, Mapping[str, Array]]:
+        return dict(next((each.record.originals for each in self.attached(model).values()), ()))
+
+    def placed(
+        self, model: Model, adaptation: Adaptation, originals: Mapping[str, Mapping[str, Array]]
+    ) -> tuple[Record, dict[str, tuple[Site, Factors]]]:
+        """Return what `insert` attaches: the record, and by owner its site and its factors, beside its weight."""
+        modules, found = self.modules(model), {}
+        first = by_owner({path: path for path in adaptation.layers})
+        for owner, layers in by_owner(adaptation.layers).items():
+            path = next(iter(first[owner].values()))
+            site = self.site(modules[path], path)
+            weight = self.stores.read(site.layer, site.kind.weight)
+            near = {
+                index: Factors(*(beside(array, weight) for array in factors))
+                for index, factors in layers.items()
+            }
+            leading = site.kind.leading(site.layer)
+            found[owner] = site, stacked_factors(near, leading, owner)
+        kept = tuple((path, HostCopies(arrays)) for path, arrays in originals.items())
+        shapes = tuple(adaptation.shapes.items())
+        return Record(adaptation.config, adaptation.name, shapes, kept), found
+
+    def with_masks(self, model: Model, active: Mapping[str, Array]) -> Model:
+        found, stacked = self.attached(model), {}
+        for owner, masks in by_owner(active).items():
+            mask = found[owner].factors.active
+            for index, own in masks.items():
+                mask = mask.at[index].set(own) if index else jnp.asarray(own, bool)
+            stacked[owner] = mask
+        return self.with_active(model, stacked)
+
+    def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
+        adapted = self.adapted_layers(model)
+        for path in layers:
+            layer = adapted[path]
+            kind = self.kinds.of(layer, path)
+            for name in (kind.weight, kind.bias):
+                if getattr(layer, name, None) is not None:
+                    why = self.stores.of(layer, name).refusal(layer, name)
+                    if why is not None:
+                        raise LayerError(f"{path}: its {name} {why}")
+
+    def exchange(
+        self, model: Model, arrays: Mapping[str, Mapping[str, Array]]
+    ) -> tuple[Model, dict[str, dict[str, Array]]]:
+        layers = self.adapted_layers(model)
+        before = {
+            path: {
+                name: self.stores.of(layers[path], name).exchange(layers[path], name, value)
+                for name, value in own.items()
+            }
+            for path, own in arrays.items()
+        }
+        return self.with_layers(model, {path: layers[path] for path in arrays}), before
+
+    def exchange_saved(
+        self, model: Model, arrays: Mapping[str, Mapping[str, Array]]
+    ) -> tuple[Model, dict[str, dict[str, Array]]]:
+        modules = self.modules(model)
+        present = {path: self.arrays(modules[path]) for path in arrays}
+        before = {path: {name: present[path][name] for name in own} for path, own in arrays.items()}
+        return self.saved_exchanged(model, arrays), before
+
+    def enter(self, model: Model, ledger: Ledger) -> Model:
+        adaptation = self.adaptation(model)
+        assert adaptation is not None
+        found, parts = self.attached(model), {}
+        held = by_owner(ledger.held)
+        for owner, layers in by_owner(adaptation.layers).items():
+            factors, part = found[owner].factors, Part()
+            if owner in held:
+                part = part_of(layers, held[owner], factors.ranks.shape[:-1])
+                part = Part(*(None if array is None else beside(array, factors.C) for array in part))
+            parts[owner] = part, HostCopies.of(ledger.base.get(owner))
+        return self.with_parts(model, parts)
+
+    # ---- for optimisers ------------------------------------------------------------------------------
+
+    def leaves(self, model: Model) -> Leaves:
+        """Return where in `parameters` the factors of each layer are."""
+        adaptation = self.adaptation(model)
+        assert adaptation is not None
+        paths = by_owner({path: path for path in adaptation.layers})
+        outlines = by_owner({path: outline(f, name=path) for path, f in adaptation.layers.items()})
+        # A stack is adapted as a whole: the last of its layers says how long its axes are.
+        pairs = {
+            owner: Pair(tuple(axis + 1 for axis in max(own)), own, outlines[owner])
+            for owner, own in paths.items()
+        }
+        return Leaves(self.leaf_names(model), pairs)
+
+    def trained_elements(self, model: Model) -> Any:
+        """Return a tree of the structure of `parameters`, with booleans that broadcast: True where trained."""
+        leaves = self.leaves(model)
+        masks = leaves.masks({path: jnp.asarray(f.active) for path, f in leaves.outlines.items()})
+        everything = jnp.ones((), bool)
+
+        def trained(path: tuple[Any, ...], _: Any) -> Array:
+            name = leaves.name(path)
+            return everything if name is None else masks[name]
+
+        return jax.tree_util.tree_map_with_path(trained, self.parameters(model))
+
+
+def models_of(model: Model) -> JaxModels:
+    """Return the backend of a model of one of JAX's libraries.
+
+    Raises
+    ------
+    BackendError
+        If it is of another framework.
+    """
+    backend = backend_for(model)
+    if not isinstance(backend, JaxModels):
+        raise BackendError(f"{type(model).__name__} is no model of one of JAX's libraries")
+    return backend
+
+
+def refuse_single(module: Module) -> None:
+    """Refuse a layer of a stack among ``modules_to_save``.
+
+    Raises
+    ------
+    LayerError
+        If it is one.
+    """
+    if isinstance(module, StackedLayer):
+        raise LayerError(
+            "modules_to_save names a single layer of a stack; name the module that holds the stack"
+        )
+
+
+def owner_prefix(found: Mapping[str, Record]) -> str:
+    """Return where in a model the module lies that was adapted: ``""``, or a path that ends with a dot.
+
+    Parameters
+    ----------
+    found
+        Records by path of the adapted layer, all of one model, in its order.
+
+    Raises
+    ------
+    StateError
+        If several modules of the model were adapted one by one, or this is only a part of one.
+    """
+    if not found:
+        return ""
+    record = next(iter(found.values()))
+    first = record.owners[0]
+    # Not by position: attributes come in another order after a transformation, or in another model.
+    prefixes = [path.removesuffix(first) for path in found if f".{path}".endswith(f".{first}")]
+    whole = [prefix for prefix in prefixes if {prefix + path for path in record.owners} <= set(found)]
+    if any(other != record for other in found.values()) or (whole and len(record.owners) < len(found)):
+        raise StateError(
+            "parts of the model were adapted one by one; call adamss on each of them, not on the whole"
+        )
+    if not whole:
+        raise StateError(
+            "this is a part of a model that was adapted as a whole: adapters are attached already; "
+            "call adamss on the whole"
+        )
+    return whole[0]
+
+
+def _on_host(part: Part) -> np.ndarray[Any, Any]:
+    """Return the mask of what the weight holds."""
+    if part.empty:
+        return np.ones(part.held.shape, bool)
+    # A traced mask has no values. That it does not hold all is known, and is what `adamss.disabled` asks for.
+    traced = isinstance(part.held, jax.core.Tracer)
+    return np.zeros(part.held.shape, bool) if traced else np.asarray(part.held)
