@@ -173,5 +173,5 @@ def beside(array: Any, like: Array | None) -> Array:
     if isinstance(like.sharding, NamedSharding):
         everywhere = PartitionSpec()  # type: ignore[no-untyped-call]
         place = NamedSharding(like.sharding.mesh, everywhere)
-    placed = jax.device_put(placed, place)
-    return placed
+    result: jax.Array = jax.device_put(placed, place)
+    return result

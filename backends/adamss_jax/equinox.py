@@ -100,9 +100,9 @@ class Adapter(eqx.Module):
     A, labels, ranks, active
         As in `adamss.core.Factors`.
     order
-        In which order its products are taken, one of `adamss.core.ORDERS`; None is ``"factors_first"``, the cheaper
-        one for the many inputs of a ``vmap``: see `adamss_jax.update`. It is in no file, and is part of the structure
-        of the tree: set it, by `dataclasses.replace` of the adapter, before the optimiser's state is made.
+        In which order its products are taken, one of `adamss.core.cost.ORDERS`; None is ``"factors_first"``, the
+        cheaper one for the many inputs of a ``vmap``: see `adamss_jax.update`. It is in no file, and is part of the
+        structure of the tree: set it, by `dataclasses.replace` of the adapter, before the optimiser's state is made.
     """
 
     part: Part
@@ -336,7 +336,7 @@ class EquinoxBackend(JaxModels):
         )
 
     def switched(self, model: Any, *, on: bool) -> Any:
-        """Return the model; off, it is one without adapters, which needs no switching on: the other is still there."""
+        """Return the model; off, it is one without adapters, and the other is still there to be switched on."""
         return model if on else self.remove(model)
 
 

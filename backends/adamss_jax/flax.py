@@ -253,7 +253,7 @@ class Adapter(nnx.Module):
     A, labels, ranks, active
         `nnx.Variable`, as in `adamss.core.Factors`.
     order
-        In which order its products are taken, one of `adamss.core.ORDERS`; None for the one that costs less: see
+        In which order its products are taken, one of `adamss.core.cost.ORDERS`; None for the one that costs less: see
         `adamss_jax.update`. A constant of compiled functions: a change compiles them once more. It is in no file.
     in_weight
         While the kernel holds an update, variables by the fields of `Part`. A state with them is to fit no model that
@@ -386,7 +386,8 @@ class NnxBackend(JaxModels):
         site = super().site(module, path)
         if not isinstance(getattr(site.layer, CHILD, None), LayerBank | None):
             raise LayerError(
-                f"{path or 'the model itself'} has an attribute {CHILD!r} of its own, where the adapter goes; rename it"
+                f"{path or 'the model itself'} has an attribute {CHILD!r} of its own, where the adapter goes; "
+                "rename it"
             )
         return site
 

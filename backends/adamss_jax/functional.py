@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
-from adamss.core import Factors, cheapest_order, contract, expand, factor_gradients
-from adamss.core.cost import check_order, device_balance
+from adamss.core import Factors, contract, expand
+from adamss.core.cost import cheapest_order, check_order, device_balance
+from adamss.core.linear import factor_gradients
 
 __all__ = ["linear", "update"]
 
@@ -94,7 +95,7 @@ def update(x: Array, factors: Factors, *, order: str | None = None) -> Array:
     factors
         Factors of the layer, or of some of its subspaces, where a label of -1 marks the columns of the others.
     order
-        In which order the products are taken, one of `adamss.core.ORDERS`. None for the one that costs less, by
+        In which order the products are taken, one of `adamss.core.cost.ORDERS`. None for the one that costs less, by
         the shapes: ``"input_first"`` for few tokens, ``"factors_first"`` for many; an x of one axis counts as many,
         since under ``vmap`` nothing tells how many there are. Without a basis that all subspaces share it is always
         ``"factors_first"``. Like a shape it is a constant of compiled functions.

@@ -90,8 +90,8 @@ def with_update(
     M, E = _products(factors)
     # Law 1: what overflows in z must be finite, or infinity times C = 0 would be NaN.
     z = jnp.nan_to_num(kind.project(layer, x, M.astype(y.dtype)))
-    u: Array = kind.spread(layer, z, E.astype(y.dtype))
-    return y + u
+    result: Array = y + kind.spread(layer, z, E.astype(y.dtype))
+    return result
 
 
 def _products(factors: Factors) -> tuple[Array, Array]:

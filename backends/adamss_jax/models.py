@@ -1,4 +1,4 @@
-"""What the backends of all model libraries share. Adding one for another library means one module beside `flax.py`."""
+"""What the backends of all model libraries share: one for another library is a module beside `flax.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from adamss.backend import Adaptation, Backend, Ledger, Site, StackedLayer, back
 from adamss.backend.interface import Model, Module
 from adamss.backend.sites import by_owner, owner_of, split_path
 from adamss.config import AdamssConfig
-from adamss.core import Factors, outline
+from adamss.core import Factors
+from adamss.core.factors import outline
 from adamss.errors import BackendError, LayerError, StateError
 from adamss_jax.arrays import HostCopies, JaxArrays, beside, check_values
 from adamss_jax.leaves import Leaves, Pair

@@ -7,7 +7,7 @@ import pytest
 
 import adamss
 from adamss import core
-from adamss.backend import get_backend
+from adamss.backend import backend_for, get_backend
 from adamss.errors import LayerError, StateError
 from adamss_conformance import assert_agrees
 
