@@ -18,6 +18,12 @@ TRIAL_ITERATIONS = 5
 FINAL_ITERATIONS = 20
 SUBSPACE_ITERATIONS = 30
 
+ROUNDING = 10
+"""What a product of two points, or a sum over points, may be off by, in units of eps times the size of its terms.
+
+Differences below it must not decide: they change with the library, and with the weights that share a product. They
+arise wherever points coincide or are equally far, which duplicate and zero columns are."""
+
 WINNING_MARGIN = 1e-3
 """Relative inertia that a later restart must save to win: more than rounding can make up."""
 
@@ -211,23 +217,23 @@ def _kmeans(points: Array, clusters: int, rng: np.random.Generator) -> Array:
     points = points - xp.mean(points, axis=1, keepdims=True)
     squares = xp.sum(points**2, axis=2)
     centres = _kmeans_start(points, squares, clusters, rng)
-    centres = _lloyd(points, centres, TRIAL_ITERATIONS)
+    centres = _lloyd(points, squares, centres, TRIAL_ITERATIONS)
     _, distances = _nearest(points, squares, centres)
     best = _winners(xp.sum(distances, axis=1), xp.sum(squares, axis=1))
-    centres = _lloyd(points, _rows(centres, best[:, None]), FINAL_ITERATIONS)
+    centres = _lloyd(points, squares, _rows(centres, best[:, None]), FINAL_ITERATIONS)
     labels, distances = _nearest(points, squares, centres)
     labels, distances = labels[:, :, 0], distances[:, :, 0]
+    rounding = _rounding(squares)[:, 0]
     if bool(xp.all(xp.any(one_hot(labels, clusters, dtype=xp.bool), axis=1))):
         return labels
-    pairs = zip(xp.unstack(labels), xp.unstack(distances), strict=True)
-    return xp.stack([_fill_empty(own, clusters, misfits) for own, misfits in pairs])
+    each = zip(xp.unstack(labels), xp.unstack(distances), xp.unstack(rounding), strict=True)
+    return xp.stack([_fill_empty(own, clusters, misfits, error) for own, misfits, error in each])
 
 
 def _winners(inertias: Array, spreads: Array) -> Array:
     """Return for each set of points (L,) which restart has the least inertia, of (L, T); the first of equals."""
     xp = namespace(inertias)
-    # What is left of a distance after cancellation must not choose either.
-    rounding = 10 * xp.finfo(inertias.dtype).eps * spreads
+    rounding = ROUNDING * xp.finfo(inertias.dtype).eps * spreads
     best, least = 0 * xp.arange(inertias.shape[0], device=device(inertias)), inertias[:, 0]
     for restart in range(1, inertias.shape[1]):
         wins = inertias[:, restart] < (1 - WINNING_MARGIN) * least - rounding
@@ -236,14 +242,27 @@ def _winners(inertias: Array, spreads: Array) -> Array:
     return best
 
 
-def _lloyd(points: Array, centres: Array, iterations: int) -> Array:
+def _rounding(squares: Array) -> Array:
+    """Return what distances between points with squared lengths (L, n) may be off by: (L, 1)."""
+    xp = namespace(squares)
+    return ROUNDING * xp.finfo(squares.dtype).eps * xp.max(squares, axis=1, keepdims=True)
+
+
+def _largest(values: Array, rounding: Array) -> Array:
+    """Return where the last axis is largest; of values that differ by no more than the rounding, the first."""
+    xp = namespace(values)
+    candidates = values >= xp.max(values, axis=-1, keepdims=True) - rounding
+    return xp.argmax(xp.astype(candidates, xp.int8), axis=-1)
+
+
+def _lloyd(points: Array, squares: Array, centres: Array, iterations: int) -> Array:
     """Move (L, T, K) centres to the means of the points nearest to them, until nothing changes."""
     xp = namespace(points)
     count, restarts, clusters, _ = centres.shape
     classes = xp.arange(clusters, device=device(points))
     labels = xp.full((*points.shape[:2], restarts), -1, device=device(points))
     for _ in range(iterations):
-        labels, before = xp.argmax(_closeness(points, centres), axis=3), labels
+        labels, before = _nearest(points, squares, centres)[0], labels
         if bool(xp.all(labels == before)):
             break
         members = xp.astype(labels[..., None] == classes, points.dtype)
@@ -258,7 +277,10 @@ def _nearest(points: Array, squares: Array, centres: Array) -> tuple[Array, Arra
     """Return the labels (L, n, T) of the nearest of (L, T, K) centres, and the squared distances to them."""
     xp = namespace(points)
     closeness = _closeness(points, centres)
-    return xp.argmax(closeness, axis=3), squares[:, :, None] - 2 * xp.max(closeness, axis=3)
+    lengths = xp.max(xp.sum(centres**2, axis=3), axis=2)[:, None, :]
+    scale = xp.sqrt((squares[:, :, None] + lengths) * lengths)
+    labels = _largest(closeness, ROUNDING * xp.finfo(points.dtype).eps * scale[..., None])
+    return labels, squares[:, :, None] - 2 * xp.max(closeness, axis=3)
 
 
 def _closeness(points: Array, centres: Array) -> Array:
@@ -281,6 +303,8 @@ def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.G
     draws = rng.random((clusters, RESTARTS, trials))
     draws[0, :, 1:] = draws[0, :, :1]
     uniform = xp.asarray(draws, dtype=points.dtype, device=device(points))
+    rounding = _rounding(squares)
+    spread_rounding = ROUNDING * xp.finfo(squares.dtype).eps * xp.sum(squares, axis=1, keepdims=True)
     # |x - y|^2 is one product of (x, |x|^2, 1) with (-2 y, 1, |y|^2).
     one = xp.ones((count, n, 1), dtype=points.dtype, device=device(points))
     left_factors = xp.concat([points, squares[:, :, None], one], axis=2)
@@ -292,10 +316,11 @@ def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.G
         below = cumulative[:, :, None, :] <= (uniform[k, ...] * cumulative[:, :, -1:])[:, :, :, None]
         drawn = xp.clip(xp.sum(xp.astype(below, xp.int32), axis=3), max=n - 1)
         distances = _rows(left_factors, xp.reshape(drawn, (count, -1))) @ right_factors
-        left = xp.reshape(xp.clip(distances, min=0), (count, RESTARTS, trials, n))
+        distances = xp.where(distances > rounding[:, :, None], distances, xp.zeros_like(distances))
+        left = xp.reshape(distances, (count, RESTARTS, trials, n))
         if k:
             left = xp.minimum(nearest[:, :, None, :], left)
-        chosen = xp.argmin(xp.sum(left, axis=3), axis=2)
+        chosen = _largest(-xp.sum(left, axis=3), spread_rounding[:, :, None])
         chosen = chosen + trials * xp.arange(RESTARTS, device=device(points))
         nearest = _rows(xp.reshape(left, (count, -1, n)), chosen)
         centres.append(_rows(xp.reshape(drawn, (count, -1)), chosen))
@@ -319,7 +344,7 @@ def _ksubspaces(decomposition: Decomposition, labels: Array, subspaces: int, dim
     # In the basis U the columns of W_hat are the rows of V diag(S).
     points = V * (S / xp.where(S[0] > 0, S[0], xp.ones_like(S[0])))
     squares = xp.sum(points**2, axis=1)
-    rounding = 100 * xp.finfo(V.dtype).eps
+    rounding = 100 * xp.finfo(V.dtype).eps * squares
     for _ in range(SUBSPACE_ITERATIONS):
         members = one_hot(labels, subspaces, dtype=V.dtype)
         scatter = (members.T[:, None, :] * points.T) @ points
@@ -327,17 +352,20 @@ def _ksubspaces(decomposition: Decomposition, labels: Array, subspaces: int, dim
         bases = vectors[:, :, -min(dimension, V.shape[1]) :]
         kept = xp.sum((points @ bases) ** 2, axis=2).T
         own = xp.sum(kept * members, axis=1)
-        moves = xp.max(kept, axis=1) > own + rounding * squares
-        moved = xp.where(moves, xp.argmax(kept, axis=1), labels)
-        moved = _fill_empty(moved, subspaces, squares - xp.max(kept, axis=1))
+        best = xp.max(kept, axis=1)
+        moved = xp.where(best > own + rounding, _largest(kept, rounding[:, None]), labels)
+        moved = _fill_empty(moved, subspaces, squares - best, xp.max(rounding))
         if bool(xp.all(moved == labels)):
             break
         labels = moved
     return labels
 
 
-def _fill_empty(labels: Array, groups: int, misfits: Array) -> Array:
-    """Give each empty group the column that fits worst where it is, among groups that can spare one."""
+def _fill_empty(labels: Array, groups: int, misfits: Array, rounding: Array) -> Array:
+    """Give each empty group the column that fits worst where it is, among groups that can spare one.
+
+    Of columns whose misfits differ by no more than the rounding it is the first.
+    """
     xp = namespace(labels)
     columns = xp.arange(labels.shape[0], device=device(labels))
     sizes = subspace_sizes(labels, groups)
@@ -346,7 +374,7 @@ def _fill_empty(labels: Array, groups: int, misfits: Array) -> Array:
     for group in range(groups):
         if int(sizes[group]) == 0:
             spare = xp.take(sizes, labels, axis=0) > 1
-            worst = xp.argmax(xp.where(spare, misfits, xp.full_like(misfits, -xp.inf)))
+            worst = _largest(xp.where(spare, misfits, xp.full_like(misfits, -xp.inf)), rounding)
             labels = xp.where(columns == worst, xp.full_like(labels, group), labels)
             sizes = subspace_sizes(labels, groups)
     return labels

@@ -211,12 +211,13 @@ def test_settings_that_cannot_be_used(arguments, message):
 
 
 @pytest.mark.parametrize("method", SEGMENTATIONS)
-@pytest.mark.parametrize("subspaces", [1, 4, 25, 30])
+@pytest.mark.parametrize("subspaces", [1, 4, 25, 28, 30])
 def test_weights_together_are_grouped_as_each_alone(xp, to_numpy, method, subspaces):
     weights = [gaussian(12, 30, seed=seed) for seed in range(5)]
     weights[1][:] = 0.0
     weights[2] = planted(1, d=12, subspaces=3, dimension=2)[0][:, :30]
     weights[3][:, :20] = weights[3][:, :1]  # so few different columns that groups come out empty
+    weights[4][:, :15] = weights[4][:, 15:]
     each = [decompose(xp.asarray(W), 8) for W in weights]
     stacked = Decomposition(*map(xp.stack, zip(*each, strict=True)))
     together = to_numpy(segment(stacked, subspaces, **settings_for(method)))
