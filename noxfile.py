@@ -5,6 +5,7 @@ Every session uses `venv` and `pip`, with versions from constraints.txt.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nox
@@ -19,7 +20,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 FRAMEWORKS = ("demo", "peft", "flax", "equinox", "conformance")
 # xdist runs the laws in two processes; the test of a third party's backend builds a project of its own.
 TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers")
-STYLE_TOOLS = ("ruff", "mypy", "types-tabulate", "types-tqdm")
+STYLE_TOOLS = ("ruff", "import-linter", "mypy", "types-tabulate", "types-tqdm")
 
 
 def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> None:
@@ -50,34 +51,42 @@ BENCHMARKS = (
     "budget",
 )
 
-# Small products gain nothing from threads, tests from a second process.
-TWO_PROCESSES = ("-n", "2")
+# Small products gain nothing from threads, tests from a second process. A process that has run out of tests takes
+# some of the other's, from its end, so that few modules make their fixtures twice.
+TWO_PROCESSES = ("-n", "2", "--dist", "worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# The laws share the compilations of the tests, which tests/conftest.py keeps in the same place.
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
-    session.run("python", "-m", "pytest", *arguments, *session.posargs, env=ONE_THREAD)
+    command = ("python", "-m", "pytest", "-q", *TWO_PROCESSES, *arguments)
+    session.run(*command, *session.posargs, env=ONE_THREAD | COMPILED)
 
 
 def laws(session: nox.Session, *backends: str) -> None:
     """Hold backends to the laws."""
     wanted = [word for backend in backends for word in ("--adamss-backend", backend)]
-    command = ("-q", *TWO_PROCESSES, "-p", "adamss_conformance.plugin", "--pyargs", "adamss_conformance")
-    pytest(session, *command, *wanted)
+    pytest(session, "-p", "adamss_conformance.plugin", "--pyargs", "adamss_conformance", *wanted)
 
 
 def doctests(session: nox.Session) -> None:
-    """Run the examples in the docstrings of the installed packages, and those of the README."""
+    """Run the examples in the docstrings of the installed packages."""
     modules = ["adamss", "adamss_torch", "adamss_jax", "adamss_conformance"]
     # Not the laws, which want to know of which backend.
-    options = ["-q", "--doctest-modules", "--ignore-glob=*test_laws.py"]
-    session.run("python", "-m", "pytest", *options, "--pyargs", *modules)
-    session.run("python", "-m", "pytest", "-q", "tests/test_readme.py")
+    pytest(session, "--doctest-modules", "--ignore-glob=*test_laws.py", "--pyargs", *modules)
 
 
 def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    # It reads the source, which need not be installed.
+    sources = os.pathsep.join(str(ROOT / folder) for folder in (".", "backends", "conformance"))
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
 
 
 def types(session: nox.Session) -> None:
@@ -91,19 +100,29 @@ def tests(session: nox.Session) -> None:
     lint(session)
     types(session)
     doctests(session)
-    # By file: some launch processes of their own, once for all that they hold.
-    pytest(session, *TWO_PROCESSES, "--dist", "loadfile")
+    pytest(session)
     laws(session, "numpy", "strict", "torch", "jax")
     session.notify("core")
 
 
 @nox.session
+def thorough(session: nox.Session) -> None:
+    """The tests and the laws with all examples of Hypothesis, of which CI tries about a third."""
+    install(session, *FRAMEWORKS, tools=TEST_TOOLS)
+    session.env["ADAMSS_THOROUGH"] = "1"
+    pytest(session)
+    laws(session, "numpy", "strict", "torch", "jax")
+
+
+@nox.session
 def core(session: nox.Session) -> None:
     """The core, the NumPy backend and the file format, with no framework installed."""
-    install(session, "conformance")
+    install(session, "conformance", tools=("pytest-xdist",))
     absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'jax')))"
     session.run("python", "-c", absent)
-    pytest(session, "--ignore=tests/torch", "--ignore=tests/jax")
+    folders = ("tests/torch", "tests/jax", "tests/conformance")
+    pytest(session, "-m", "not slow", *(f"--ignore={folder}" for folder in folders))
+    laws(session, "numpy")
 
 
 @nox.session
@@ -135,13 +154,13 @@ def conformance(session: nox.Session) -> None:
     """The thirteen laws on every backend, with the summary; arguments go to pytest."""
     install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     laws(session, "numpy", "strict", "torch", "jax")
-    session.run("python", "-m", "pytest", "-q", "tests/conformance")
+    pytest(session, "tests/conformance")
 
 
 @nox.session(name="lint")
 def lint_session(session: nox.Session) -> None:
-    """Style."""
-    session.install("-q", "-c", str(CONSTRAINTS), "ruff")
+    """Style, and the direction of imports."""
+    session.install("-q", "-c", str(CONSTRAINTS), "ruff", "import-linter")
     lint(session)
 
 
@@ -155,8 +174,9 @@ def types_session(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Examples of docstrings and README."""
-    install(session, *FRAMEWORKS)
+    install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     doctests(session)
+    pytest(session, "tests/test_readme.py")
 
 
 @nox.session
