@@ -504,7 +504,7 @@ class EquinoxTarget:
         def check(content: bytes) -> None:
             from adamss.backend import get_backend
 
-            backend = get_backend("jax")
+            backend = get_backend("equinox")
             adaptation = backend.adaptation(model)
             modules = backend.modules(model)
             half = any(str(f.C.dtype) == "bfloat16" for f in adaptation.layers.values())
