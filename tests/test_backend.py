@@ -74,7 +74,7 @@ class TestRegistry:
         monkeypatch.setattr(registry, "_instances", {})
 
     def test_names(self):
-        assert {"jax", "numpy", "torch"} <= set(available_backends())
+        assert {"equinox", "flax", "numpy", "torch"} <= set(available_backends())
 
     def test_one_instance(self):
         assert get_backend("numpy") is get_backend("numpy")

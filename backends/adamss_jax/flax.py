@@ -278,8 +278,8 @@ class Adapter(nnx.Module):
         """Return what the kernel holds of it."""
         return Part(**{name: variable.get_value() for name, variable in (self.in_weight or {}).items()})
 
-    @part.setter
-    def part(self, part: Part) -> None:
+    def hold(self, part: Part) -> None:
+        """Say what the kernel holds of it."""
         if "in_weight" in vars(self):
             del self.in_weight  # NNX would not let it go from variables to none, or back
         variables = {name: nnx.Variable(a) for name, a in part._asdict().items() if a is not None}
@@ -496,7 +496,8 @@ class NnxBackend(JaxModels):
         self, model: nnx.Module, parts: Mapping[str, tuple[Part, HostCopies | None]]
     ) -> nnx.Module:
         for path, bank in _banks(model).items():
-            bank.adapter.part, bank.base = parts[path]
+            part, bank.base = parts[path]
+            bank.adapter.hold(part)
         return model
 
     def saved_exchanged(self, model: nnx.Module, arrays: Mapping[str, Mapping[str, Array]]) -> nnx.Module:

@@ -426,7 +426,7 @@ class TorchTarget(Target):
 class EquinoxTarget(Target):
     """JAX: models are trees, which nothing may change."""
 
-    name = "jax"
+    name = "equinox"
 
     def build(self, weights: Weights) -> Any:
         import equinox
@@ -576,11 +576,11 @@ def targets_of(frameworks: Sequence[str]) -> dict[str, Target]:
     if "torch" in frameworks and importlib.util.find_spec("torch"):
         found["torch"] = TorchTarget()
     if "jax" in frameworks and importlib.util.find_spec("equinox"):
-        found["jax"] = EquinoxTarget()
+        found["equinox"] = EquinoxTarget()
     return found
 
 
-SHARES = {"show": 0.1, "torch": 0.05, "jax": 0.005}
+SHARES = {"show": 0.1, "torch": 0.05, "equinox": 0.005}
 """Of the files, what is given to another target besides the NumPy model."""
 
 

@@ -138,7 +138,7 @@ def _attached(mesh, specs, inputs, hidden):
     }
     gradients = []
     for one in (alone, model):
-        adapter = one.query.adamss
+        adapter = one.query.adamss.default
         adapter.C.set_value(jnp.ones_like(adapter.C.get_value()))
         wanted = nnx.DiffState(0, nnx.LoRAParam)
         gradients.append(nnx.grad(lambda m: jnp.sum(jnp.square(run(m, x))), argnums=wanted)(one))

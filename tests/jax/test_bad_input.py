@@ -221,7 +221,7 @@ def test_the_factors_dtype_needs_64_bits(net, config, unchanged):
     model = net()
     attach = lambda: adamss.attach(model, config(factor_dtype="float64"))  # noqa: E731
     unchanged(
-        model, attach, errors.ConfigError, ValueError, "factor_dtype = 'float64': jax has no such dtype"
+        model, attach, errors.ConfigError, ValueError, "factor_dtype = 'float64': flax has no such dtype"
     )
     with jax.enable_x64(True):
         adamss.attach(model, config(factor_dtype="float64"))

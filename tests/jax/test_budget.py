@@ -19,12 +19,12 @@ from safetensors.numpy import load_file
 import adamss
 import adamss_jax
 from adamss import AdamssConfig, BudgetConfig, core
-from adamss.backend import get_backend
+from adamss.backend import backend_for
+from adamss.backend.sites import split_path
 from adamss.core import Factors
 from adamss.core.cost import ORDERS
 from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, StateError
 from adamss_conformance.tolerances import RELATIVE_TOLERANCE
-from adamss_jax.stacks import split_path
 
 nnx = pytest.importorskip("flax.nnx", reason="needs the extra flax")
 eqx = pytest.importorskip("equinox", reason="needs the extra equinox")
@@ -42,7 +42,6 @@ SCHEDULES = {
     "minimum": {"target": 4, "end_step": 8, "interval": 1, "minimum_per_layer": 1},
     "initial": {"target": 2, "initial": 7, "start_step": 3, "end_step": 7},
 }
-BACKEND = get_backend("jax")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -209,7 +208,7 @@ def trained(kind, tx, budget, *, steps=0, **changes):
 
 
 def factors(model):
-    return BACKEND.adaptation(model).layers
+    return backend_for(model).adaptation(model).layers
 
 
 def same_file(first, second):
@@ -218,7 +217,10 @@ def same_file(first, second):
 
 
 def masks(state):
-    return {path: np.asarray(mask) for path, mask in state.budget.active.items()}
+    """Return the mask of each layer, which lie one after the other by path."""
+    paths = sorted(state.sizes)
+    ends = np.cumsum([int(state.sizes[path]) for path in paths])
+    return dict(zip(paths, np.split(np.asarray(state.budget.active), ends[:-1]), strict=True))
 
 
 def count(state):
@@ -231,7 +233,12 @@ def count(state):
 def numpy_layer(params, path, outline):
     """Return B and C of a layer from a tree of parameters, or of gradients, as NumPy arrays of its own size."""
     owner, index = split_path(path)
-    ends = (f"{owner}.adamss.default.B", f"{owner}.adamss.default.C", f"{owner}.B", f"{owner}.C")
+    ends = (
+        f"{owner}.adamss.default.B",
+        f"{owner}.adamss.default.C",
+        f"{owner}.adapters.default.B",
+        f"{owner}.adapters.default.C",
+    )
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = re.sub(r"[\[\].']+", ".", jax.tree_util.keystr(keys)).strip(".").removesuffix(".value")
@@ -239,6 +246,10 @@ def numpy_layer(params, path, outline):
             found.append(np.asarray(leaf)[index])
     B, C = found
     return B[: outline.B.shape[0], : outline.B.shape[1]], C[: outline.C.shape[0]]
+
+
+def elements_of(layers):
+    return {path: (f.B, f.C) for path, f in layers.items()}
 
 
 def random_like(params, rng):
@@ -254,45 +265,40 @@ def test_it_decides_what_the_state_machine_in_numpy_decides(schedule, kind):
         model = attached(kind)
         layers = {path: Factors(*map(np.asarray, f)) for path, f in factors(model).items()}
         plan = core.plan_budget(layers, budget)
-        expected = core.initial_budget_state(layers)
+        expected = core.initial_budget_state(plan, plan.join_elements(elements_of(layers)))
         tx = adamss_jax.budgeted(optax.sgd(0.1), model, budget)
-        params = BACKEND.parameters(model)
+        params = backend_for(model).parameters(model)
         state = tx.init(params)
         update = jax.jit(tx.update)
         rng = np.random.default_rng(0)
         decisions = 0
         for step in range(1, budget.end_step + 2):
             gradients = random_like(params, rng)
-            before, slopes = {}, {}
+            active, before, slopes = plan.split(expected.active), {}, {}
             for path, f in layers.items():
-                B, C = numpy_layer(params, path, f)
-                before[path] = f._replace(B=B, C=C, active=expected.active[path])
-                slopes[path] = numpy_layer(gradients, path, f)
+                before[path], slopes[path] = (numpy_layer(tree, path, f) for tree in (params, gradients))
                 if not budget.revive:
-                    mask = core.trained_elements(before[path])
+                    mask = core.trained_elements(f._replace(active=active[path]))
                     slopes[path] = tuple(np.where(m, g, 0) for m, g in zip(mask, slopes[path], strict=True))
-            old, expected = expected, core.advance_budget(plan, expected, before, slopes)
+            old = expected
+            expected = core.observe(plan, old, *map(plan.join_elements, (before, slopes)))
+            expected = core.advance(plan, expected)
             updates, state = update(gradients, state, params)
             params = optax.apply_updates(params, updates)
             assert int(state.budget.step) == int(expected.step) == step
             assert bool(state.budget.waiting) == bool(expected.waiting)
-            for path, mask in masks(state).items():
-                np.testing.assert_array_equal(mask, expected.active[path], err_msg=f"step {step}, {path}")
-                decisions += int((mask != old.active[path]).sum())
-                for a, b in zip(
-                    jax.tree.leaves(state.budget.importance[path]),
-                    jax.tree.leaves(expected.importance[path]),
-                    strict=True,
-                ):
-                    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-300)
+            np.testing.assert_array_equal(state.budget.active, expected.active, err_msg=f"step {step}")
+            decisions += int((expected.active != old.active).sum())
+            for name in ("sensitivity", "uncertainty"):
+                actual = getattr(state.budget, name)
+                np.testing.assert_allclose(actual, getattr(expected, name), rtol=1e-12, atol=1e-300)
             if plan.allocates_at(step) and not expected.waiting:
                 limit = plan.budget_at(step)
                 assert int(state.limit) == limit
                 if budget.unit == "subspaces":
                     assert count(state) == limit
                 else:
-                    costs = np.asarray(plan.costs)[np.concatenate([masks(state)[p] for p in plan.paths])]
-                    assert costs.sum() <= limit
+                    assert np.asarray(plan.costs)[expected.active].sum() <= limit
                 assert min(mask.sum() for mask in masks(state).values()) >= budget.minimum_per_layer
     if budget.unit == "subspaces":
         assert count(state) == budget.target
@@ -333,9 +339,10 @@ def test_a_step_with_nan_is_left_out_of_the_averages_and_warned_of():
         {"target": 2, "end_step": 8, "interval": 8},
         steps=3,
     )
-    before = loop.state.budget.importance
+    before = loop.state.budget
     loop.step(inputs(3).at[0, 0].set(jnp.nan))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, loop.state.budget.importance))
+    for name in ("sensitivity", "uncertainty"):
+        np.testing.assert_array_equal(getattr(loop.state.budget, name), getattr(before, name))
     assert (int(loop.state.budget.step), int(loop.state.budget.left_out)) == (4, 1)
     loop.step(inputs(4))
     assert int(loop.state.budget.left_out) == 1
@@ -380,12 +387,12 @@ def test_no_optimiser_moves_a_frozen_element(optimiser, revive):
 def test_gradients_of_frozen_subspaces_count_in_no_norm_unless_they_may_return(kind, revive):
     model = attached(kind, {"target": 1, "end_step": 2, "revive": revive})
     mask = {path: jnp.arange(K) == 1 for path in factors(model)}
-    model = BACKEND.set_active(model, mask)
-    params = BACKEND.parameters(model)
+    model = backend_for(model).set_active(model, mask)
+    params = backend_for(model).parameters(model)
     gradients = random_like(params, np.random.default_rng(3))
     tx = adamss_jax.budgeted(optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0)), model)
     updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
-    elements = BACKEND.trained_elements(model)
+    elements = backend_for(model).trained_elements(model)
     seen = gradients if revive else jax.tree.map(lambda m, g: jnp.where(m, g, 0), elements, gradients)
     norm = np.sqrt(sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(seen)))
     for mask, update, gradient in zip(*map(jax.tree.leaves, (elements, updates, gradients)), strict=True):
@@ -396,7 +403,7 @@ def test_gradients_of_frozen_subspaces_count_in_no_norm_unless_they_may_return(k
 
 def test_saved_modules_train_as_without_a_budget():
     model = attached("nnx", modules_to_save=["head"])
-    params = BACKEND.parameters(model)
+    params = backend_for(model).parameters(model)
     gradients = random_like(params, np.random.default_rng(0))
     tx = adamss_jax.budgeted(optax.sgd(0.5), model, BudgetConfig(target=1, end_step=2))
     updates, _ = tx.update(gradients, tx.init(params), params)
@@ -413,7 +420,7 @@ def test_further_arguments_reach_the_transformation():
 
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     model = attached("equinox")
-    params = BACKEND.parameters(model)
+    params = backend_for(model).parameters(model)
     budget = adamss_jax.budgeted(tx, model, BudgetConfig(target=1, end_step=2))
     budget.update(params, budget.init(params), params, value=7)
     assert seen == [7]
@@ -421,7 +428,7 @@ def test_further_arguments_reach_the_transformation():
 
 def test_accumulated_gradients_are_one_step():
     model = attached("equinox")
-    params = BACKEND.parameters(model)
+    params = backend_for(model).parameters(model)
     tx = optax.MultiSteps(adamss_jax.budgeted(optax.sgd(0.1), model, BudgetConfig(target=1, end_step=9)), 3)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -491,7 +498,7 @@ def test_buffers_may_be_donated():
 def test_a_log_from_within_a_compiled_step():
     seen = []
     model = attached("equinox", {"target": 2, "end_step": 3})
-    params = BACKEND.parameters(model)
+    params = backend_for(model).parameters(model)
     tx = adamss_jax.budgeted(optax.sgd(0.1), model)
 
     @jax.jit
@@ -504,7 +511,7 @@ def test_a_log_from_within_a_compiled_step():
     for seed in range(4):
         params, state = step(random_like(params, np.random.default_rng(seed)), state, params)
     jax.effects_barrier()
-    plan = core.plan_budget(factors(model), BACKEND.adaptation(model).config.budget)
+    plan = core.plan_budget(factors(model), backend_for(model).adaptation(model).config.budget)
     assert seen == [plan.budget_at(step) for step in range(1, 5)]
     assert seen[-1] == 2 < seen[0]
 
@@ -533,7 +540,7 @@ def test_with_revive_frozen_subspaces_get_gradients_after_synchronise_too(kind, 
         loaded = adamss.load(MODELS[kind](), tmp_path / "a.safetensors")
         for name, model in (("in place", loop.model), ("loaded", loaded)):
             assert adamss.summary(model).total.active == 1
-            trained_elements = BACKEND.trained_elements(model)
+            trained_elements = backend_for(model).trained_elements(model)
             if kind == "equinox":
                 params, rest = eqx.partition(model, adamss_jax.equinox.trainable_filter(model))
                 gradients = jax.grad(lambda p, r: loss(eqx.combine(p, r), inputs()))(params, rest)
@@ -555,11 +562,11 @@ def test_a_frozen_subspace_returns():
             "equinox", {"target": 6, "end_step": 20, "interval": 2, "revive": revive, "power": 1}
         )
         tx = adamss_jax.budgeted(optax.sgd(0.01), model)
-        params = BACKEND.parameters(model)
+        params = backend_for(model).parameters(model)
         state, rng = tx.init(params), np.random.default_rng(0)
         update, seen = jax.jit(tx.update), []
         for _ in range(20):
-            frozen = BACKEND.trained_elements(adamss_jax.synchronise(model, state))
+            frozen = backend_for(model).trained_elements(adamss_jax.synchronise(model, state))
             gradients = jax.tree.map(lambda m, g: jnp.where(m, g, 9 * g), frozen, random_like(params, rng))
             updates, state = update(gradients, state, params)
             params = optax.apply_updates(params, updates)
@@ -582,15 +589,15 @@ def test_revive_without_its_budget_in_the_model_is_refused_or_warned_of():
         ConfigError, match=r"revive = True, but the model has frozen subspaces.*attach it with"
     ):
         adamss_jax.budgeted(optax.sgd(0.1), model, revive)
-    consolidated = adamss.consolidate(
-        BACKEND.set_active(attached("nnx"), {"block.query": jnp.arange(K) != 1})
-    )
+    model = attached("nnx")
+    backend_for(model).set_active(model, {"block.query": jnp.arange(K) != 1})
+    consolidated = adamss.consolidate(model)
     with pytest.raises(StateError, match=r"revive = True, but adamss\.consolidate has folded"):
         adamss_jax.budgeted(optax.sgd(0.1), consolidated, revive)
     # The other way round nothing is lost: `budgeted` masks the gradients itself.
     model = attached("nnx", {"target": 1, "end_step": 2, "revive": True})
     one_way = adamss_jax.budgeted(optax.sgd(0.1), model, BudgetConfig(target=1, end_step=2))
-    assert not one_way.init(BACKEND.parameters(model)).revive
+    assert not one_way.init(backend_for(model).parameters(model)).revive
 
 
 # ---- consolidate -----------------------------------------------------------------------------------
@@ -600,7 +607,7 @@ LONG = {"target": 2, "end_step": 9, "interval": 3, "power": 1}
 
 def kept_for_backward(model, x):
     """Return the shapes of what the backward of a model's parameters keeps that have a row per token."""
-    params = BACKEND.parameters(model)
+    params = backend_for(model).parameters(model)
     if isinstance(model, nnx.Module):
         graph, trained_variables, rest = nnx.split(model, nnx.LoRAParam, ...)
         run = lambda p: nnx.merge(graph, p, rest)(x)  # noqa: E731
@@ -630,15 +637,17 @@ def ordered(model, order):
         for layer in (model.block.query, model.block.value):
             layer.adamss.default.order = order
         return model
-    replaced = lambda layer: dataclasses.replace(layer, order=order)  # noqa: E731
-    return eqx.tree_at(lambda model: list(model.block.values()), model, replace_fn=replaced)
+    replaced = lambda adapter: dataclasses.replace(adapter, order=order)  # noqa: E731
+    return eqx.tree_at(
+        lambda model: [layer.adapter for layer in model.block.values()], model, replace_fn=replaced
+    )
 
 
 def orders(model):
     """Return the orders of the adapted layers."""
     if isinstance(model, nnx.Module):
         return [layer.adamss.default.order for layer in (model.block.query, model.block.value)]
-    return [layer.order for layer in model.block.values()]
+    return [layer.adapter.order for layer in model.block.values()]
 
 
 @pytest.mark.parametrize("kind", ["stack", "equinox"])
@@ -670,7 +679,9 @@ def test_projected_nothing_of_the_inputs_is_kept_but_their_coordinates():
     after = kept_for_backward(ordered(model, "input_first"), x)
     assert after.count((37, rank)) - before.count((37, rank)) == 2
     assert before.count((37, WIDTH)) - after.count((37, WIDTH)) == 1  # one x, of both layers
-    model = BACKEND.set_active(model, {path: jnp.arange(K) < 2 for path in ("block.query", "block.value")})
+    model = backend_for(model).set_active(
+        model, {path: jnp.arange(K) < 2 for path in ("block.query", "block.value")}
+    )
     model = adamss.consolidate(model)
     assert kept_for_backward(model, x).count((37, rank)) == 2
     assert kept_for_backward(model, x).count((37, 2)) == 2
@@ -707,10 +718,10 @@ def test_consolidate(kind, variant, tmp_path):
         model = loop.model = adamss.consolidate(loop.model)
         np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
         assert flops(model, x) < before
-        adaptation = BACKEND.adaptation(model)
+        adaptation = backend_for(model).adaptation(model)
         assert adaptation.base_kept
         for path, f in layers.items():
-            np.testing.assert_array_equal(adaptation.folded[path], ~f.active)
+            np.testing.assert_array_equal(adaptation.ledger.held[path], ~f.active)
             for a, b in zip(f, adaptation.layers[path], strict=True):
                 np.testing.assert_array_equal(a, b)
         adamss.save(model, tmp_path / "after.safetensors", training=True)
@@ -731,8 +742,8 @@ def test_consolidate(kind, variant, tmp_path):
         y = loop.model(x)
         model = adamss.consolidate(loop.model)
         np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
-        with pytest.raises(StateError, match=r"thaws subspace \d, which adamss.consolidate has folded"):
-            BACKEND.set_active(model, {path: jnp.ones(K, bool) for path in layers})
+        with pytest.raises(StateError, match=r"thaws subspace \d, whose update the weight holds"):
+            backend_for(model).set_active(model, {path: jnp.ones(K, bool) for path in layers})
         model = adamss.merge(model)
         np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
         model = adamss.unmerge(model)
@@ -747,8 +758,8 @@ def test_consolidate_without_the_base(kind):
         loop.synchronise()
         x, y = inputs(rows=9), loop.model(inputs(rows=9))
         loop.model = adamss.consolidate(loop.model, keep_base=False)
-        assert not BACKEND.adaptation(loop.model).base_kept
-        base, modules = BACKEND.modules(MODELS[kind]()), BACKEND.modules(loop.model)
+        assert not backend_for(loop.model).adaptation(loop.model).base_kept
+        base, modules = BACKEND.modules(MODELS[kind]()), backend_for(loop.model).modules(loop.model)
         for path in factors(loop.model):
             for a, b in zip(
                 BACKEND.weight(modules[path], path), BACKEND.weight(base[path], path), strict=True
@@ -768,7 +779,7 @@ def test_consolidate_without_the_base(kind):
 
 def test_a_layer_of_which_everything_is_folded_computes_its_base_alone():
     model = attached("nnx")
-    model = BACKEND.set_active(model, {path: jnp.zeros(K, bool) for path in factors(model)})
+    model = backend_for(model).set_active(model, {path: jnp.zeros(K, bool) for path in factors(model)})
     base = flops(MODELS["nnx"](), inputs(rows=64))
     assert flops(model, inputs(rows=64)) > base
     assert flops(adamss.consolidate(model), inputs(rows=64)) == base
@@ -778,7 +789,7 @@ def test_a_kernel_that_is_shared_is_not_consolidated():
     model = NnxNet()
     model.block.value.kernel = model.block.query.kernel
     adamss.attach(model, config(targets=[r"block.query"]))
-    BACKEND.set_active(model, {"block.query": jnp.arange(K) != 1})
+    backend_for(model).set_active(model, {"block.query": jnp.arange(K) != 1})
     with pytest.raises(adamss.errors.LayerError, match=r"block\.query: its kernel is shared"):
         adamss.consolidate(model)
 
@@ -799,7 +810,7 @@ def test_budgeted_refuses():
         adamss_jax.budgeted(sgd, model, BudgetConfig(target=9, end_step=4))
     with pytest.raises(StateError, match="the updates are merged"):
         adamss_jax.budgeted(sgd, adamss.merge(attached("nnx")), budget)
-    params, tx = BACKEND.parameters(model), adamss_jax.budgeted(sgd, model, budget)
+    params, tx = backend_for(model).parameters(model), adamss_jax.budgeted(sgd, model, budget)
     with pytest.raises(
         ConfigError, match=r"needs the parameters, as in tx\.update\(gradients, state, params\)"
     ):
@@ -807,9 +818,9 @@ def test_budgeted_refuses():
     with pytest.raises(StateError, match="another budgeted inside"):
         adamss_jax.budgeted(optax.chain(tx), model, budget).init(params)
     with pytest.raises(StateError, match=r"B of block\.query should have shape .*no such leaf"):
-        tx.init(BACKEND.parameters(adamss.attach(NnxNet(), config(targets=["value"]))))
+        tx.init(nnx.state(adamss.attach(NnxNet(), config(targets=["value"])), nnx.LoRAParam))
     with pytest.raises(StateError, match=r"shape \(5, 8\), found \(4, 8\)"):
-        tx.init(BACKEND.parameters(attached("nnx", rank=4)))
+        tx.init(nnx.state(attached("nnx", rank=4), nnx.LoRAParam))
     with pytest.raises(StateError, match="in the gradients: B of"):
         tx.update(jax.tree.map(lambda leaf: None, params), tx.init(params), params)
 
@@ -836,7 +847,7 @@ def test_synchronise_and_allocation_refuse():
 
 def test_the_state_is_found_where_it_is():
     model = attached("equinox")
-    params = BACKEND.parameters(model)
+    params = backend_for(model).parameters(model)
     budget = adamss_jax.budgeted(optax.sgd(0.1), model, BudgetConfig(target=2, end_step=4))
     tx = optax.chain(
         optax.identity(), optax.inject_hyperparams(lambda rate: optax.chain(budget, optax.scale(rate)))(1.0)

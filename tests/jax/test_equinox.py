@@ -65,10 +65,10 @@ def filled(model, seed=2):
     def fill(node):
         if not isinstance(node, AdaptedLayer):
             return node
-        f = node.factors()
+        f = node.adapter.factors()
         within = np.arange(f.C.shape[0])[:, None] < np.asarray(f.ranks)[np.asarray(f.labels)]
         C = jnp.where(within, rng.standard_normal(f.C.shape), 0).astype(f.C.dtype)
-        return eqx.tree_at(lambda layer: layer.C, node, C)
+        return eqx.tree_at(lambda layer: layer.adapter.C, node, C)
 
     return jax.tree.map(fill, model, is_leaf=lambda node: isinstance(node, AdaptedLayer))
 
@@ -105,7 +105,7 @@ def test_modules_lists_and_dictionaries(config, inputs):
         for name in ("query", "value"):
             layer, delta = (
                 getattr(model.blocks[i], name),
-                core.delta(getattr(attached.blocks[i], name).factors()),
+                core.delta(getattr(attached.blocks[i], name).adapter.factors()),
             )
             where = lambda m, i=i, name=name: getattr(m.blocks[i], name).weight  # noqa: E731
             reference = eqx.tree_at(where, reference, layer.weight + delta[:8].T)
@@ -151,7 +151,7 @@ def test_scalar_features(d, n, use_bias, config, inputs):
     assert attached[0](x).shape == expected.shape
     attached = filled(attached)
     assert (attached[0].in_features, attached[0].out_features, attached[0].use_bias) == (d, n, use_bias)
-    delta = core.delta(attached[0].factors())
+    delta = core.delta(attached[0].adapter.factors())
     row = jnp.concatenate([jnp.reshape(x, -1), jnp.ones(1 if use_bias else 0)])
     agrees(attached[0](x), expected + jnp.reshape(row @ delta, expected.shape), "outputs")
     agrees(adamss.merge(attached)[0](x), attached[0](x), "merged outputs")
@@ -274,9 +274,9 @@ def test_training_changes_what_is_trained_and_nothing_else(config, inputs):
         for (path, a), (_, b) in zip(before, after_leaves, strict=True)
         if eqx.is_array(a) and not jnp.array_equal(a, b)
     }
-    expected = {f"{path}.{name}" for path in PATHS for name in "BC"}
+    expected = {f"{path}.adapters.default.{name}" for path in PATHS for name in "BC"}
     assert changed == expected | {"heads.classifier.weight", "heads.classifier.bias"}
-    layer, was = after.blocks[0].query, model.blocks[0].query
+    layer, was = (tree.blocks[0].query.adapter for tree in (after, model))
     own = np.asarray(layer.labels) == 1
     assert jnp.array_equal(layer.C[:, own], was.C[:, own])
     assert not np.any(layer.C[0, ~own] == was.C[0, ~own])
@@ -306,8 +306,9 @@ def test_the_order_of_the_products_of_a_layer(config, inputs):
     """Many inputs of a vmap, each a vector, are contracted with M unless the layer says otherwise."""
 
     def ordered(model, order):
-        replaced = lambda layer: dataclasses.replace(layer, order=order)  # noqa: E731
-        return eqx.tree_at(lambda m: [block.query for block in m.blocks], model, replace_fn=replaced)
+        replaced = lambda adapter: dataclasses.replace(adapter, order=order)  # noqa: E731
+        where = lambda m: [block.query.adapter for block in m.blocks]  # noqa: E731
+        return eqx.tree_at(where, model, replace_fn=replaced)
 
     @eqx.filter_jit
     def run(model, x):
@@ -323,7 +324,7 @@ def test_the_order_of_the_products_of_a_layer(config, inputs):
     backend = adamss.backend.backend_for(model)
     masked = backend.set_active(projected, {PATHS[0]: np.asarray([True, False, True])})
     for other in (masked, adamss.unmerge(adamss.merge(projected)), pickle.loads(pickle.dumps(projected))):
-        assert other.blocks[1].query.order == "input_first"
+        assert other.blocks[1].query.adapter.order == "input_first"
         assert jax.tree.structure(other) == jax.tree.structure(projected)
     with pytest.raises(errors.ConfigError, match="'expand'"):
         ordered(model, "expand")(x[0])

@@ -447,7 +447,7 @@ def test_inactive_subspaces_get_no_gradient_under_nnx_grad(net, config, inputs, 
     adamss.backend.backend_for(model).set_active(model, {"blocks.1.value": np.asarray([True, False, True])})
     x = inputs(4, 8)
     gradient = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-    adapter = model.blocks[1]["value"].adamss
+    adapter = model.blocks[1]["value"].adamss.default
     own = np.asarray(adapter.labels.get_value()) == 1
     dC = np.asarray(gradient["blocks"][1]["value"]["adamss"]["default"]["C"].get_value())
     assert np.all(dC[:, own] == 0)
@@ -694,7 +694,7 @@ def test_what_is_trained_of_a_saved_module(config):
     """Its parameters; no statistics, no random state, and nothing of the layers around it."""
     model = adamss.attach(heads(), config(targets=["query"], modules_to_save=["batch", "conv"]))
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
-    adapters = {f"{layer}.adamss.{name}" for layer in ("query", "attention.query") for name in "BC"}
+    adapters = {f"{layer}.adamss.default.{name}" for layer in ("query", "attention.query") for name in "BC"}
     assert paths == adapters | {"batch.scale", "batch.bias", "conv.kernel", "conv.bias"}
     assert type(model.batch.mean) is nnx.BatchStat
 

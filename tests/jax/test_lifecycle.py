@@ -114,7 +114,9 @@ class Equinox:
 
     @staticmethod
     def with_nan(model):
-        return eqx.tree_at(lambda m: m["value"].C, model, model["value"].C.at[0, 0].set(jnp.nan))
+        return eqx.tree_at(
+            lambda m: m["value"].adapter.C, model, model["value"].adapter.C.at[0, 0].set(jnp.nan)
+        )
 
     @staticmethod
     def with_values(abstract, values, folder):
@@ -247,7 +249,7 @@ def test_states_whose_weights_hold_the_update_fit_no_other_model(library, config
     x = inputs(4, 8)
     trained = with_frozen(library.train(adamss.attach(library.make(), config()), x))
     y, model = library.call(trained, x), verb(trained)
-    with pytest.raises((ValueError, RuntimeError), match=r"in_weight|part|has changed shape"):
+    with pytest.raises((ValueError, RuntimeError), match=r"in_weight|has changed shape"):
         library.with_values(adamss.attach(library.make(), config()), model, tmp_path)
     same = library.with_values(verb(trained) if library is Equinox else copy.deepcopy(model), model, tmp_path)
     assert_agrees(library.call(same, x), y, dtype="float32", what="outputs", scale=10)
@@ -295,7 +297,7 @@ def test_running_statistics_go_on_and_the_rest_of_a_frozen_norm_stays(config, in
 def test_checkpointing_of_equinox_models_gives_the_same_gradients(config, inputs, checkpoint):
     x = inputs(4, 8)
     model = adamss.attach(Equinox.make(), config(modules_to_save=SAVED))
-    model = eqx.tree_at(lambda m: m["value"].C, model, model["value"].C + 0.1)
+    model = eqx.tree_at(lambda m: m["value"].adapter.C, model, model["value"].adapter.C + 0.1)
     trained, frozen = eqx.partition(model, trainable_filter(model))
 
     def gradient(wrap):
@@ -334,7 +336,7 @@ def test_pickled_models_in_a_process_that_has_not_imported_adamss(library, confi
     if library is Nnx:
         model.adamss.default.C.set_value(model.adamss.default.C.get_value() + 0.1)
     else:
-        model = eqx.tree_at(lambda layer: layer.C, model, model.C + 0.1)
+        model = eqx.tree_at(lambda layer: layer.adapter.C, model, model.adapter.C + 0.1)
     forms = [(form, call(form)) for form in (model, adamss.merge(copy.deepcopy(model)))]
     assert not any(jnp.array_equal(y, base) for _, y in forms)
     (tmp_path / "models.pickle").write_bytes(pickle.dumps((library.__name__, base, forms)))

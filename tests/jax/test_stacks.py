@@ -7,7 +7,8 @@ import pytest
 
 import adamss
 from adamss import core
-from adamss.backend import backend_for, get_backend
+from adamss.backend import backend_for
+from adamss.backend.ledger import put
 from adamss.errors import LayerError, StateError
 from adamss_conformance import assert_agrees
 
@@ -99,7 +100,7 @@ def test_every_layer_of_a_stack_has_factors_of_its_own(config):
         if config.include_bias:
             W = np.concatenate([W, np.zeros((1, WIDTH), np.float32)])  # the bias starts at zero
         expected = core.segment(core.decompose(W, 6), 4)
-        factors = get_backend("jax").adaptation(model).layers[row.path]
+        factors = backend_for(model).adaptation(model).layers[row.path]
         np.testing.assert_array_equal(factors.labels, expected)
         assert row.trained == core.count_factors(factors)
         core.check_factors(factors, shape=(WIDTH, WIDTH))
@@ -138,7 +139,7 @@ def test_masks_and_frozen_elements(x):
     assert [int(f.active.sum()) for f in before.values()] == [4, 2, 4, 4, 4, 4]
     shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(backend.trained_elements(model)))
     q = model.layers.query.adamss.default.B.shape[-1]
-    assert shapes["layers"]["query"]["adamss"] == {"B": (LAYERS, 1, q), "C": (LAYERS, 1, WIDTH)}
+    assert shapes["layers"]["query"]["adamss"]["default"] == {"B": (LAYERS, 1, q), "C": (LAYERS, 1, WIDTH)}
     after = backend.adaptation(step(model, x)).layers
     frozen = ~mask[before["layers.query[1]"].labels]
     old, new = (layers["layers.query[1]"].C for layers in (before, after))
@@ -148,7 +149,7 @@ def test_masks_and_frozen_elements(x):
 
 def test_padding_of_a_stack_is_never_trained(x):
     model = step(adamss.attach(Scanned(), adamss.AdamssConfig(**(SETTINGS | {"subspaces": 5}))), x)
-    adapter = model.layers.query.adamss
+    adapter = model.layers.query.adamss.default
     ranks = adapter.ranks[...]
     padding = jnp.arange(adapter.B.shape[-1])[None, :] >= ranks.sum(1)[:, None]
     assert int(padding.sum()) > 0, "the layers have equal ranks, and the case tests nothing"
@@ -179,14 +180,14 @@ def test_scanned_equinox_models(config, x, tmp_path):
     adapted = adamss.attach(model, settings)
     assert jnp.array_equal(run(adapted)(x), start)
     assert [row.path for row in adamss.summary(adapted).rows] == [f"layers.query[{i}]" for i in range(LAYERS)]
-    shell = get_backend("jax")
-    layers = shell.adaptation(adapted).layers
+    backend = backend_for(model)
+    layers = backend.adaptation(adapted).layers
     rng = np.random.default_rng(0)
     moved = {}
     for path, f in layers.items():
         within = np.arange(f.C.shape[0])[:, None] < np.asarray(f.ranks)[np.asarray(f.labels)]
         moved[path] = f._replace(C=jnp.asarray(within * rng.standard_normal(f.C.shape), f.C.dtype))
-    adapted = shell.insert(model, moved, config=settings, saved={})
+    adapted = put(backend, model, moved, config=settings, saved={})
     trained = run(adapted)(x)
     assert float(jnp.abs(trained - start).max()) > 0.1
     merged = adamss.merge(adapted)
