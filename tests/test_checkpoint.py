@@ -421,7 +421,7 @@ class TestBadFiles:
         with safe_open(path, framework="numpy") as file:
             config = json.loads(file.metadata()["config"])
         rewrite_with_checksum(path, metadata={"config": json.dumps(config | {"targets": pattern})})
-        assert adamss.load(base(), path).config.targets == pattern
+        assert adamss.load(base(), path).bank.only().config.targets == pattern
         rewrite_with_checksum(path, metadata={"config": json.dumps(config | {"targets": ""})})
         self.refused(path, "targets is an empty pattern")
 

@@ -121,10 +121,13 @@ class Bank:
         return adaptation
 
     def computed(self, path: str) -> Factors | None:
-        """Return the factors whose update is added to the product of a layer: without what its weight holds."""
+        """Return the factors whose update is added to the product of a layer: without what its weight holds.
+
+        None where nothing is added: in other layers, and while all is merged or switched off.
+        """
         adaptation = self.only()
         factors, held = adaptation.layers.get(path), adaptation.ledger.held.get(path)
-        if factors is None or adaptation.disabled or (held is not None and held.all()):
+        if factors is None or adaptation.disabled or adaptation.merged:
             return None
         if held is None:
             return factors

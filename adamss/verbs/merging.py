@@ -121,8 +121,8 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
 
     Each weight becomes ``W0 + sum of A_k B_k C_k over the frozen k``. Outputs and gradients of the trained subspaces
     are the same, up to rounding; `save` goes on writing every subspace, `detach` gives W0 back. Training goes on as
-    before, and what is frozen later is folded by the next call, which else changes nothing.
-    `adamss_torch.BudgetController.compact` and `adamss_jax.compact` do the same for parameters and optimiser.
+    before, and what is frozen later is folded by the next call, which else changes nothing. With no subspace left to
+    train it is what `merge` does.
 
     Parameters
     ----------
