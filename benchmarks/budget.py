@@ -3,7 +3,7 @@
 Four tables. (1) Step, budget and active count under several schedules in both units, and PEFT's count beside them.
 (2) NumPy, PyTorch and JAX, given the same gradients. (3) The demo's task at a third of the subspaces, chosen by the
 score, at random, and by the smallest score, beside all of them, over several seeds. (4) Step time and optimiser
-memory before and after the schedule has ended, after ``compact`` and after ``consolidate``. ::
+memory before and after the schedule has ended, and after ``consolidate``. ::
 
     python benchmarks/budget.py --json budget.json
     python benchmarks/budget.py --quick
@@ -450,12 +450,10 @@ class Case:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5)
         self.step()
 
-    def end_the_schedule(self, *, compact: bool, consolidate: bool) -> Case:
-        """Reduce to a third, and shrink what can be shrunk."""
+    def end_the_schedule(self, *, consolidate: bool) -> Case:
+        """Reduce to a third, and fold the rest into the weights if asked."""
         total = adamss.summary(self.model).total.K
-        budget = BudgetController(
-            self.model, self.optimizer, BudgetConfig(target=total // 3, end_step=2), compact_at_end=compact
-        )
+        budget = BudgetController(self.model, self.optimizer, BudgetConfig(target=total // 3, end_step=2))
         self.step()
         self.step()
         if consolidate:
@@ -521,9 +519,8 @@ def _savings_of(
     cases = {
         "no budget": case(),
         "before the end, scored": case().start_the_schedule(),
-        "ended, a third trained": case().end_the_schedule(compact=False, consolidate=False),
-        "compacted": case().end_the_schedule(compact=True, consolidate=False),
-        "compacted and consolidated": case().end_the_schedule(compact=True, consolidate=True),
+        "ended, a third trained": case().end_the_schedule(consolidate=False),
+        "consolidated": case().end_the_schedule(consolidate=True),
     }
     calls: dict[str, Callable[[], None]] = {what: each.step for what, each in cases.items()}
     seconds = paired_times(calls, repeats=repeats)

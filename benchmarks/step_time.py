@@ -1,8 +1,9 @@
 """Step time of AdaMSS, of LoRA and of PEFT's AdaMSS, side by side in one process.
 
 First one linear layer in the middle of a network: forward, and backward with the gradients of the input and of
-the trained values, over the same layer frozen. Then the whole training step, AdamW included, of MiniLM-L6 (real
-weights) and of a model of RoBERTa-base's shape (random weights) with query and value adapted. ::
+the trained values, over the same layer frozen, and beside a sketch of AdaMSS, which is the practical limit. Then the
+whole training step, AdamW included, of MiniLM-L6 (real weights) and of a model of RoBERTa-base's shape (random
+weights) with query and value adapted. ::
 
     python benchmarks/step_time.py --json step_time.json
     python benchmarks/step_time.py --quick
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +36,49 @@ from methods import (
     methods,
     minilm,
     training_step,
+    with_adamss,
 )
 from paired import environment, paired_times, ratio
 from parameters import SIZES
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
+
+
+class _SketchStep(torch.autograd.Function):
+    """``y = x W^T + b + (M x^T)^T E``, ``M = B A^T``, ``E = C * mask``; one function owns all products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, B: Tensor, C: Tensor, W: Tensor, b: Tensor, A: Tensor, mask: Tensor
+    ) -> Tensor:
+        M, E = B @ A.t(), C * mask
+        z = M @ x.t()
+        ctx.save_for_backward(x, z, M, E, W, A, mask)
+        return torch.addmm(b, x, W.t()).addmm_(z.t(), E)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, M, E, W, A, mask = ctx.saved_tensors
+        dz = E @ dy.t()
+        dx = (dy @ W).addmm_(dz.t(), M)
+        return dx, (dz @ x) @ A, ((z @ dy) * mask).sum(0, keepdim=True), None, None, None, None
+
+
+class Sketch(nn.Module):
+    """The practical limit of an adapted layer: no frozen subspaces, other dtypes, shapes, or states of the layer."""
+
+    def __init__(self, base: OneLayer, subspaces: int) -> None:
+        super().__init__()
+        layer = with_adamss(base, ["query"], subspaces).query
+        f = layer.adamss.factors()
+        self.B, self.C = nn.Parameter(f.B.t().clone()), nn.Parameter(f.C.clone())
+        mask = (f.labels == torch.arange(subspaces)[:, None]).to(f.C.dtype)
+        self.frozen = layer.weight, layer.bias, f.A[0], mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the layer with its update."""
+        return _SketchStep.apply(x, self.B, self.C, *self.frozen)
+
 
 LORA = lora_name(8)
 LORA_RANKS = (8, 1, 32)
@@ -50,7 +90,8 @@ def time_layer(width: int, tokens: int, subspaces: Sequence[int], repeats: int) 
     torch.manual_seed(0)
     base = OneLayer(width).requires_grad_(False)
     x, gradient = torch.randn(tokens, width), torch.randn(tokens, width)
-    makers = {BASE: duplicate, **methods(["query"], subspaces, LORA_RANKS)}
+    sketches = {f"sketch K={K}": partial(Sketch, subspaces=K) for K in subspaces}
+    makers = {BASE: duplicate, **methods(["query"], subspaces, LORA_RANKS), **sketches}
     calls = {name: layer_step(make(base), x, gradient) for name, make in makers.items()}
     return paired_times(calls, repeats=repeats, label=f"d = {width}")
 

@@ -227,7 +227,7 @@ class Adapter(nn.Module):
             if tensor.shape != getattr(self, name).shape
         ]
         inside = int(labels.min()) >= 0 and int(labels.max()) < len(ranks) and int(ranks.min()) >= 0
-        if misfits or (inside and int(ranks.sum()) == int(self.ranks.sum())):
+        if misfits or (inside and int(ranks.sum()) == self.B.shape[0]):
             return misfits
         return [f"{prefix}labels, {prefix}ranks: they are none of subspaces of this layer."]
 

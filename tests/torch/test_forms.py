@@ -350,6 +350,23 @@ class TestCompiledBeforeAndAfter:
         self.assert_follows(compiled, model, x, training)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"subspace_rank": 2}, {"basis": "per_subspace"}], ids=str)
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported(net, config, train, inputs, options, strict):
+    model, x = train(adamss.attach(net(), config(**options))), inputs(40, 16)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_the_layout_follows_where_other_libraries_move_buffers(net, config, train, inputs):
+    """They know nothing of it: FSDP2 and accelerate move Parameters and buffers one by one."""
+    model, x = train(adamss.attach(net(), config())), inputs(4, 16)
+    expected, adapter = model(x), model.layers[0].query.adamss
+    adapter.layout = adapter.layout._replace(rows=adapter.layout.rows.to("meta"))
+    assert torch.equal(model(x), expected)
+
+
 class TestStatesWhoseWeightsHoldTheUpdate:
     """A merged or consolidated state in a model that is neither would count the update twice."""
 
@@ -443,6 +460,12 @@ class TestStatesThatDoNotFit:
         model, x = train(adamss.attach(net(), config())), inputs(4, 16)
         empty = copy.deepcopy(model).to("meta")
         empty.load_state_dict(model.state_dict(), assign=True)
+        assert torch.equal(empty(x), model(x))
+
+    def test_into_memory_without_values(self, net, config, inputs, train):
+        model, x = train(adamss.attach(net(), config(subspace_rank=2))), inputs(4, 16)
+        empty = copy.deepcopy(model).to("meta").to_empty(device="cpu")
+        empty.load_state_dict(model.state_dict())
         assert torch.equal(empty(x), model(x))
 
     def test_trained_numbers_alone(self, net, config, inputs, train):
