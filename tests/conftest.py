@@ -32,6 +32,26 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+SLOW = (
+    "tests/conformance/test_suite.py",
+    "tests/conformance/test_third_party.py",
+    "tests/core/test_decomposition.py::test_frameworks_agree",
+    "tests/hostile/",
+    "tests/jax/",
+    "tests/torch/test_demo.py",
+    "tests/torch/test_distributed.py",
+    "tests/torch/test_trainer.py",
+    "[jax.numpy",
+)
+"""Parts of the names of tests that a contributor's loop leaves out: they start processes or compile."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests."""
+    for item in items:
+        if any(part in item.nodeid for part in SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def script() -> Iterator[Callable[[str], ModuleType]]:

@@ -204,7 +204,7 @@ class TestLaw9Travel:
 
 
 class TestLaw11Compilation:
-    @pytest.mark.parametrize("options", [{}, {"basis": "per_subspace"}, {"include_bias": True}], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"basis": "per_subspace", "include_bias": True}], ids=str)
     def test_fullgraph_gives_the_eager_results(self, net, config, inputs, train, options):
         model = train(adamss.attach(net(), config(subspaces=12, subspace_rank=3, **options)))
         x = inputs(4, 16)
