@@ -20,6 +20,7 @@ import adamss
 import adamss_jax
 from adamss import AdamssConfig, BudgetConfig, core
 from adamss.backend import backend_for
+from adamss.backend.ledger import base_weight, sites_of
 from adamss.backend.sites import split_path
 from adamss.core import Factors
 from adamss.core.cost import ORDERS
@@ -759,11 +760,11 @@ def test_consolidate_without_the_base(kind):
         x, y = inputs(rows=9), loop.model(inputs(rows=9))
         loop.model = adamss.consolidate(loop.model, keep_base=False)
         assert not backend_for(loop.model).adaptation(loop.model).base_kept
-        base, modules = BACKEND.modules(MODELS[kind]()), backend_for(loop.model).modules(loop.model)
-        for path in factors(loop.model):
-            for a, b in zip(
-                BACKEND.weight(modules[path], path), BACKEND.weight(base[path], path), strict=True
-            ):
+        backend, base = backend_for(loop.model), backend_for(loop.model).modules(MODELS[kind]())
+        adaptation = backend.adaptation(loop.model)
+        for path, site in sites_of(backend, loop.model, adaptation).items():
+            own = base_weight(backend, backend.site(base[path], path))
+            for a, b in zip(base_weight(backend, site, adaptation), own, strict=True):
                 if b is not None:
                     np.testing.assert_allclose(a, b, atol=1e-14)
         for number in range(6, 11):
