@@ -35,8 +35,6 @@ from adamss_jax.parts import Part
 
 __all__ = ["AdaptedLayer", "Adapter", "EquinoxBackend", "kinds", "stores", "trainable_filter"]
 
-CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose)
-
 
 # ---- kinds of layers, and how they keep their numbers -----------------------------------------------
 
@@ -254,7 +252,9 @@ class EquinoxBackend(JaxModels):
         leaves, _ = _flattened(module)
         arrays = {path: jnp.asarray(leaf) for path, leaf in leaves if _is_stored(leaf)}
         # Equinox keeps the bias of a convolution as (outputs, 1, 1), PyTorch as (outputs,).
-        convolutions = [path for path, node in _walk(module) if isinstance(node, CONVOLUTIONS)]
+        convolutions = [
+            path for path, node in _walk(module) if isinstance(node, eqx.nn.Conv | eqx.nn.ConvTranspose)
+        ]
         biases = {join_path(path, "bias") for path in convolutions} & arrays.keys()
         return arrays | {path: jnp.reshape(arrays[path], -1) for path in biases}
 
