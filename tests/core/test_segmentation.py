@@ -211,7 +211,7 @@ def test_settings_that_cannot_be_used(arguments, message):
 
 
 @pytest.mark.parametrize("method", SEGMENTATIONS)
-@pytest.mark.parametrize("subspaces", [1, 4, 25, 28, 30])
+@pytest.mark.parametrize("subspaces", [1, 4, 28, 30])
 def test_weights_together_are_grouped_as_each_alone(xp, to_numpy, method, subspaces):
     weights = [gaussian(12, 30, seed=seed) for seed in range(5)]
     weights[1][:] = 0.0
