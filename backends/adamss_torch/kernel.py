@@ -24,6 +24,7 @@ __all__ = ["Layout", "Plan", "make_layout", "update"]
 
 NO_CONTEXT = nullcontext()
 
+
 class Layout(NamedTuple):
     """Where the entries of B and C stand among the rows of M and E.
 
