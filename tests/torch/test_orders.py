@@ -250,7 +250,9 @@ def test_one_token_is_not_worth_contracting():
 
 def test_an_unknown_order_is_refused():
     model = adapted_layer("expand")
-    with pytest.raises(adamss.errors.ConfigError, match="order must be one of 'factors_first', 'input_first'"):
+    with pytest.raises(
+        adamss.errors.ConfigError, match="order must be one of 'factors_first', 'input_first'"
+    ):
         model(data(2)[0])
 
 
