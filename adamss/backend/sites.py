@@ -19,6 +19,7 @@ from adamss.errors import BackendError, LayerTypeError
 
 __all__ = [
     "BaseWeight",
+    "Index",
     "Kind",
     "Kinds",
     "LinearKind",
@@ -33,6 +34,7 @@ __all__ = [
 
 T = TypeVar("T")
 Index = tuple[int, ...]
+"""Where in a stack a layer lies; ``()`` if there is no stack."""
 
 
 class BaseWeight(NamedTuple):

@@ -163,7 +163,7 @@ def budgeted(
         flat = jax.tree.leaves(tree)
         found: dict[str, tuple[Array, Array]] = {}
         for owner, (B, C) in where.items():
-            found |= leaves.pairs[owner].layers(flat[B], flat[C])
+            found |= leaves.pairs[owner].split(flat[B], flat[C])
         vector: Array = plan.join_elements(found)
         return vector
 

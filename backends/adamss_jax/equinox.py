@@ -30,7 +30,7 @@ from adamss.errors import StateError
 from adamss_jax.arrays import HostCopies, placed_as
 from adamss_jax.kinds import MatrixKind, with_update
 from adamss_jax.leaves import spelled
-from adamss_jax.models import Attached, JaxModels, Record, owner_prefix, refuse_single
+from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
 from adamss_jax.parts import Part
 
 __all__ = ["AdaptedLayer", "Adapter", "EquinoxBackend", "kinds", "stores", "trainable_filter"]
@@ -168,15 +168,9 @@ class AdaptedLayer(eqx.Module):
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         """Return the output for an input, as the frozen layer does."""
-        y, kind, adapter = (
-            self.base(x, *args, **kwargs),
-            kinds.of(self.base, "an adapted layer"),
-            self.adapter,
-        )
-        factors, part, revive = adapter.factors(), adapter.part, self.record.revives
-        return with_update(
-            kind, self.base, y, x, factors, part, (args, kwargs), order=adapter.order, revive=revive
-        )
+        y, kind = self.base(x, *args, **kwargs), kinds.of(self.base, "an adapted layer")
+        rest, revive = (args, kwargs), self.record.revives
+        return with_update(kind, self.base, y, x, self.adapter, revive=revive, rest=rest)
 
 
 def trainable_filter(model: Any) -> Any:
@@ -256,8 +250,7 @@ class EquinoxBackend(JaxModels):
             seen.add(id(layer))
         return modules
 
-    def arrays(self, module: Any) -> dict[str, Array]:
-        refuse_single(module)
+    def named_arrays(self, module: Any) -> dict[str, Array]:
         leaves, _ = _flattened(module)
         arrays = {path: jnp.asarray(leaf) for path, leaf in leaves if _is_stored(leaf)}
         # Equinox keeps the bias of a convolution as (outputs, 1, 1), PyTorch as (outputs,).

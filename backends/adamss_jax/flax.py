@@ -32,8 +32,8 @@ from adamss.backend.tensors import join_path
 from adamss.core import Factors
 from adamss.errors import LayerError, TargetError
 from adamss_jax.arrays import HostCopies, placed_as
-from adamss_jax.kinds import NOTHING, MatrixKind, Rest, with_update
-from adamss_jax.models import Attached, JaxModels, Record, owner_prefix, refuse_single
+from adamss_jax.kinds import MatrixKind, Rest, with_update
+from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
 from adamss_jax.parts import Part
 
 __all__ = ["AdamssParam", "Adapter", "LayerBank", "NnxBackend", "kinds", "stores"]
@@ -316,13 +316,12 @@ class LayerBank(nnx.Module):
         adapter: Adapter = getattr(self, self.record.name)
         return adapter
 
-    def __call__(self, layer: Any, y: Array, x: Array, rest: Rest = NOTHING) -> Array:
+    def __call__(self, layer: Any, y: Array, x: Array, rest: Rest) -> Array:
         """Return the output of the layer: its frozen product y, and the update of its input x; see `with_update`."""
         if self.off:
             return y
-        kind, adapter, revive = kinds.of(layer, "an adapted layer"), self.adapter, self.record.revives
-        factors, part, order = adapter.factors(), adapter.part, adapter.order
-        return with_update(kind, layer, y, x, factors, part, rest, order=order, revive=revive)
+        kind = kinds.of(layer, "an adapted layer")
+        return with_update(kind, layer, y, x, self.adapter, revive=self.record.revives, rest=rest)
 
 
 _CLASSES: dict[Any, Any] = {}
@@ -391,8 +390,7 @@ class NnxBackend(JaxModels):
             )
         return site
 
-    def arrays(self, module: Any) -> dict[str, Array]:
-        refuse_single(module)
+    def named_arrays(self, module: Any) -> dict[str, Array]:
         return {name: as_stored(variable.get_value()) for name, variable, as_stored, _ in _stored(module)}
 
     def shared(self, model: nnx.Module, saved: Iterable[str]) -> dict[str, frozenset[str]]:

@@ -12,14 +12,12 @@ from jax import Array
 from adamss.backend import Kind
 from adamss.core import Factors, contract, expand, trained_elements
 from adamss_jax.functional import update
-from adamss_jax.parts import Part, computed
+from adamss_jax.parts import computed
 
-__all__ = ["NOTHING", "MatrixKind", "Rest", "with_update"]
+__all__ = ["MatrixKind", "Rest", "with_update"]
 
 Rest: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and named arguments of a call."""
-
-NOTHING: Rest = ((), {})
 
 
 class MatrixKind(Kind):
@@ -46,16 +44,7 @@ class MatrixKind(Kind):
 
 
 def with_update(
-    kind: Kind,
-    layer: Any,
-    y: Array,
-    x: Array,
-    factors: Factors,
-    part: Part,
-    rest: Rest = NOTHING,
-    *,
-    order: str | None,
-    revive: bool,
+    kind: Kind, layer: Any, y: Array, x: Array, adapter: Any, *, revive: bool, rest: Rest
 ) -> Array:
     """Return the output of a layer: its frozen product y, and the update of its input x.
 
@@ -65,20 +54,17 @@ def with_update(
         The layer, and its kind.
     y, x
         Its output and input.
-    factors
-        Factors of all subspaces.
-    part
-        Which of the subspaces are computed.
-    rest
-        Positional and named arguments of the layer's call, without its input.
-    order
-        Order of the products: see `adamss_jax.update`.
+    adapter
+        With `factors()`, the `part` of them that is computed, and the `order` of `adamss_jax.update`.
     revive
         Whether frozen subspaces get gradients all the same, because they may return.
+    rest
+        Positional and named arguments of the layer's call, without its input.
     """
+    part, order = adapter.part, adapter.order
     if part.empty:
         return y
-    factors, x = computed(factors, part), jnp.asarray(x, y.dtype)
+    factors, x = computed(adapter.factors(), part), jnp.asarray(x, y.dtype)
     if revive:
         factors = factors._replace(active=jnp.ones_like(factors.active))
     if isinstance(kind, MatrixKind):

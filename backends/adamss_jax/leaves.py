@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from adamss.backend.sites import Index
 from adamss.core import Factors, trained_elements
 from adamss.errors import StateError
-from adamss_jax.parts import Index
 
 __all__ = ["Leaves", "Pair", "spelled"]
 
@@ -28,26 +27,18 @@ class Pair:
     ----------
     leading
         Axes of the stack.
-    paths
-        Path of each of its layers.
-    outlines
-        Their factors: labels, ranks and mask as NumPy arrays, of the rest shapes alone.
+    layers
+        Place in the stack of each of its layers, by path, and an `adamss.core.factors.outline` of its factors.
     """
 
     leading: Index
-    paths: Mapping[Index, str]
-    outlines: Mapping[Index, Factors]
+    layers: Mapping[str, tuple[Index, Factors]]
 
-    def layers(self, B: Array, C: Array) -> dict[str, tuple[Array, Array]]:
+    def split(self, B: Array, C: Array) -> dict[str, tuple[Array, Array]]:
         """Return B and C of each layer without padding, by its path, from the leaves or from gradients of them."""
-
-        def own(leaf: Array, index: Index, shape: Index) -> Array:
-            return leaf[index][: shape[0], : shape[1]]
-
-        outlines = {path: (index, self.outlines[index]) for index, path in self.paths.items()}
         return {
-            path: (own(B, index, outline.B.shape), own(C, index, outline.C.shape))
-            for path, (index, outline) in outlines.items()
+            path: (B[index][: f.B.shape[0], : f.B.shape[1]], C[index][: f.C.shape[0]])
+            for path, (index, f) in self.layers.items()
         }
 
     def masks(self, active: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -59,9 +50,8 @@ class Pair:
             (K,) booleans by path.
         """
         found: tuple[list[Array], list[Array]] = ([], [])
-        for index, path in self.paths.items():
-            _, B, C, labels, ranks, _ = self.outlines[index]
-            of_layer = _trained_elements((B.shape, C.shape), labels, ranks, active[path])
+        for path, (_, f) in self.layers.items():
+            of_layer = _trained_elements((f.B.shape, f.C.shape), f.labels, f.ranks, active[path])
             for masks, mask, shape in zip(found, of_layer, self.shapes, strict=True):
                 masks.append(jnp.pad(mask, ((0, 0), (0, shape[-1] - mask.shape[-1]))))
         B, C = (jnp.reshape(jnp.stack(m), (*self.leading, 1, m[0].shape[-1])) for m in found)
@@ -71,10 +61,10 @@ class Pair:
     def shapes(self) -> tuple[Index, Index]:
         """Shapes of the leaves."""
         B, C = (
-            np.max([getattr(factors, name).shape for factors in self.outlines.values()], axis=0)
+            np.max([getattr(f, name).shape for _, f in self.layers.values()], axis=0).tolist()
             for name in "BC"
         )
-        return (*self.leading, *map(int, B)), (*self.leading, *map(int, C))
+        return (*self.leading, *B), (*self.leading, *C)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -105,9 +95,7 @@ class Leaves:
     @property
     def outlines(self) -> dict[str, Factors]:
         """Outline of each layer by its path."""
-        return {
-            path: pair.outlines[index] for pair in self.pairs.values() for index, path in pair.paths.items()
-        }
+        return {path: f for pair in self.pairs.values() for path, (_, f) in pair.layers.items()}
 
     def masks(self, active: Mapping[str, Array]) -> dict[tuple[str, int], Array]:
         """Return `Pair.masks` of all modules, by what `name` says."""
@@ -155,15 +143,4 @@ class Leaves:
 
 def spelled(path: tuple[Any, ...]) -> str:
     """Return a path in a pytree as ``targets`` spell it: names and numbers with dots between."""
-    names = []
-    for key in path:
-        match key:
-            case GetAttrKey():
-                names.append(key.name)
-            case SequenceKey():
-                names.append(str(key.idx))
-            case DictKey() | FlattenedIndexKey():
-                names.append(str(key.key))
-            case _:
-                names.append(str(key))
-    return ".".join(names)
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -15,7 +15,7 @@ from jax import Array
 
 from adamss.backend import Adaptation, Backend, Ledger, Site, StackedLayer, backend_for
 from adamss.backend.interface import Model, Module
-from adamss.backend.sites import by_owner, owner_of, split_path
+from adamss.backend.sites import Index, by_owner, owner_of, split_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core.factors import outline
@@ -25,7 +25,7 @@ from adamss_jax.leaves import Leaves, Pair
 from adamss_jax.parts import Part, part_of
 from adamss_jax.stacks import factors_at, stacked_factors
 
-__all__ = ["Attached", "JaxModels", "Record", "models_of", "owner_prefix", "refuse_single"]
+__all__ = ["Attached", "JaxModels", "Record", "models_of", "owner_prefix"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,10 @@ class JaxModels(JaxArrays, Backend):
         """Return what is attached, by the path of the module that holds the arrays, as `insert` was given it."""
 
     @abstractmethod
+    def named_arrays(self, module: Module) -> dict[str, Array]:
+        """Return `arrays` of anything but a layer of a stack."""
+
+    @abstractmethod
     def leaf_names(self, model: Model) -> dict[str, tuple[str, int]]:
         """Return which leaves of `parameters` are factors: path of their module, and 0 for B or 1 for C.
 
@@ -142,6 +146,13 @@ class JaxModels(JaxArrays, Backend):
             if array is not None:
                 check_values(array, site.path or "the model itself", name)
         return {name: None if array is None else jnp.asarray(array) for name, array in arrays.items()}
+
+    def arrays(self, module: Module) -> dict[str, Array]:
+        if isinstance(module, StackedLayer):
+            raise LayerError(
+                "modules_to_save names a single layer of a stack; name the module that holds the stack"
+            )
+        return self.named_arrays(module)
 
     def adaptation(self, model: Model) -> Adaptation | None:
         found = self.attached(model)
@@ -246,12 +257,14 @@ class JaxModels(JaxArrays, Backend):
         """Return where in `parameters` the factors of each layer are."""
         adaptation = self.adaptation(model)
         assert adaptation is not None
-        paths = by_owner({path: path for path in adaptation.layers})
-        outlines = by_owner({path: outline(f, name=path) for path, f in adaptation.layers.items()})
+        layers: dict[str, dict[str, tuple[Index, Factors]]] = {}
+        for path, factors in adaptation.layers.items():
+            owner, index = split_path(path)
+            layers.setdefault(owner, {})[path] = index, outline(factors, name=path)
         # A stack is adapted as a whole: the last of its layers says how long its axes are.
         pairs = {
-            owner: Pair(tuple(axis + 1 for axis in max(own)), own, outlines[owner])
-            for owner, own in paths.items()
+            owner: Pair(tuple(axis + 1 for axis in max(index for index, _ in own.values())), own)
+            for owner, own in layers.items()
         }
         return Leaves(self.leaf_names(model), pairs)
 
@@ -280,20 +293,6 @@ def models_of(model: Model) -> JaxModels:
     if not isinstance(backend, JaxModels):
         raise BackendError(f"{type(model).__name__} is no model of one of JAX's libraries")
     return backend
-
-
-def refuse_single(module: Module) -> None:
-    """Refuse a layer of a stack among ``modules_to_save``.
-
-    Raises
-    ------
-    LayerError
-        If it is one.
-    """
-    if isinstance(module, StackedLayer):
-        raise LayerError(
-            "modules_to_save names a single layer of a stack; name the module that holds the stack"
-        )
 
 
 def owner_prefix(found: Mapping[str, Record]) -> str:

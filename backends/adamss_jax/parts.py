@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from adamss.backend.sites import Index
 from adamss.core import Factors
 
-__all__ = ["Index", "Part", "computed", "part_of"]
-
-Index = tuple[int, ...]
-"""Where in a stack a layer lies; ``()`` if there is no stack."""
+__all__ = ["Part", "computed", "part_of"]
 
 
 class Part(NamedTuple):

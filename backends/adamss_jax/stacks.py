@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamss.backend.sites import Index
 from adamss.core import Factors
 from adamss.errors import LayerError
 
 __all__ = ["factors_at", "stacked_factors"]
-
-Index = tuple[int, ...]
 
 
 def stacked_factors(factors: Mapping[Index, Factors], leading: Index, path: str) -> Factors:
