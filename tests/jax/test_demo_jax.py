@@ -25,7 +25,7 @@ def folder(tiny_tokenizer, tmp_path_factory):
     config = transformers.BertConfig(
         vocab_size=len(tiny_tokenizer),
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=48,
         max_position_embeddings=64,
@@ -56,8 +56,8 @@ def test_table_has_the_three_methods(demo_jax, trained):
     cells = [re.split(r"\s{2,}", line.strip()) for line in trained[1].splitlines()]
     rows = {row[0]: row[1:] for row in cells if row[0] in demo_jax.METHODS}
     assert list(rows) == list(demo_jax.METHODS)
-    # Of four layers (32, 32): B (32, 10) and C (1, 32) of AdaMSS; A (32, 8) and B (8, 32) of LoRA. Head (32, 12).
-    assert [row[1:3] for row in rows.values()] == [["0", "396"], ["1,408", "396"], ["2,048", "396"]]
+    # Of two layers (32, 32): B (32, 10) and C (1, 32) of AdaMSS; A (32, 8) and B (8, 32) of LoRA. Head (32, 12).
+    assert [row[1:3] for row in rows.values()] == [["0", "396"], ["704", "396"], ["1,024", "396"]]
     assert all(0 <= float(row[0]) <= 1 for row in rows.values())
 
 
@@ -116,7 +116,7 @@ def test_every_station_of_the_journey_has_the_same_embeddings(script, folder, tm
     pytest.importorskip("peft", reason="the journey goes by PEFT")
     pytest.importorskip("sklearn", reason="PEFT's AdaMSS needs it")
     figures = tmp_path / "travel.json"
-    assert script("travel").main(["--model", str(folder), "--steps", "2", "--json", str(figures)]) == 0
+    assert script("travel").main(["--model", str(folder), "--steps", "6", "--json", str(figures)]) == 0
     results = json.loads(figures.read_text())["results"]
     assert [len(rows) for rows in results.values()] == [7, 4]
     for rows in results.values():

@@ -1,4 +1,4 @@
-"""Layers and ways of keeping weights that the backends do not know, registered from outside, with no other edit."""
+"""Layers and ways of keeping weights that NNX and Equinox do not have, registered from outside: no other edit."""
 
 import contextlib
 

@@ -132,10 +132,8 @@ def outputs_of(
     driver: Driver, model: Any, dtype: str = "float32", mode: str = EAGER
 ) -> dict[str, np.ndarray]:
     """Return the output of each layer for its inputs, by path."""
-    return {
-        path: driver.numpy(runner_of(driver, mode, path)(model, driver.array(x, dtype)))
-        for path, x in INPUTS.items()
-    }
+    inputs = {path: driver.array(x, dtype) for path, x in INPUTS.items()}
+    return {path: driver.numpy(y) for path, y in layers_run(driver, model, inputs, mode).items()}
 
 
 def weights_of(driver: Driver, model: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -216,16 +214,16 @@ def partly_frozen(driver: Driver, model: Any) -> tuple[Any, dict[str, np.ndarray
     return driver.backend.set_active(model, arrays), masks
 
 
-def runner_of(driver: Driver, mode: str, path: str) -> Callable[[Any, Any], Any]:
-    """Return a function of a model and an input that runs one layer, eagerly or compiled."""
+def layers_run(driver: Driver, model: Any, inputs: Mapping[str, Any], mode: str = EAGER) -> dict[str, Any]:
+    """Run the layers at these paths on the framework's arrays, eagerly or compiled together."""
 
-    def run(model: Any, x: Any) -> Any:
-        return driver.call(model, path, x)
+    def run(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: driver.call(model, path, x) for path, x in inputs.items()}
 
     if mode == COMPILED:
         require(driver, "compiles")
-        return driver.compile(run)
-    return run
+        run = driver.compile(run)
+    return run(model, inputs)
 
 
 def linear_of(driver: Driver, mode: str) -> Callable[..., Any]:

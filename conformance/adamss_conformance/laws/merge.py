@@ -23,9 +23,9 @@ from adamss_conformance.laws.helpers import (
     each_dtype,
     each_mode,
     factors_of,
+    layers_run,
     outputs_of,
     partly_frozen,
-    runner_of,
     trained_model,
     weights_of,
     with_random_C,
@@ -48,9 +48,9 @@ class MergeLaws:
             deltas = {path: core.delta(f) for path, f in factors_of(driver, model).items()}
             before, base = outputs_of(driver, model, dtype, mode), weights_of(driver, model)
             merged = adamss.merge(model)
-            for path, delta in deltas.items():
-                W0 = base[path]["W"].astype(np.float64)
-                seen = runner_of(driver, mode, path)(merged, driver.array(np.eye(16), dtype))
+            identity = dict.fromkeys(deltas, driver.array(np.eye(16), dtype))
+            for path, seen in layers_run(driver, merged, identity, mode).items():
+                W0, delta = base[path]["W"].astype(np.float64), deltas[path]
                 assert driver.backend.dtype_name(seen) == dtype
                 error = np.abs(driver.numpy(seen).astype(np.float64) - (W0 + delta))
                 slack = RELATIVE_TOLERANCE["float64" if dtype == "float64" else "float32"]

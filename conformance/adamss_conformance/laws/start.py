@@ -20,8 +20,8 @@ from adamss_conformance.laws.helpers import (
     each_mode,
     each_variant,
     everything_of,
+    layers_run,
     outputs_of,
-    runner_of,
     trained_model,
     weights_of,
 )
@@ -105,11 +105,10 @@ class StartLaws:
 def _assert_starts_equal(
     driver: Driver, dtype: str, mode: str, x: Any, changes: Any = None, layers: Any = LAYERS
 ) -> None:
-    model = driver.model(layers, dtype)
-    expected = {path: driver.numpy(runner_of(driver, mode, path)(model, x)).copy() for path in LAYERS}
+    model, inputs = driver.model(layers, dtype), dict.fromkeys(LAYERS, x)
+    expected = {path: driver.numpy(y).copy() for path, y in layers_run(driver, model, inputs, mode).items()}
     model = adamss.attach(model, config(**(changes or {})))
-    for path in LAYERS:
-        y = runner_of(driver, mode, path)(model, x)
+    for path, y in layers_run(driver, model, inputs, mode).items():
         found = driver.backend.dtype_name(y)
         assert found == dtype, f"{path}: {found}, expected {dtype}"
         assert np.isfinite(expected[path]).all(), f"{path}: the base overflows, and the case tests nothing"
