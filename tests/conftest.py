@@ -50,6 +50,9 @@ SLOW = (
     "tests/torch/test_distributed.py",
     "tests/torch/test_trainer.py",
     "[jax.numpy",
+    "in_a_new_process",
+    "compiles_without_a_graph_break",
+    "test_fullgraph",
 )
 """Parts of the names of tests that a contributor's loop leaves out: they start processes or compile."""
 

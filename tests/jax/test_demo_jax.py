@@ -116,7 +116,7 @@ def test_every_station_of_the_journey_has_the_same_embeddings(script, folder, tm
     pytest.importorskip("peft", reason="the journey goes by PEFT")
     pytest.importorskip("sklearn", reason="PEFT's AdaMSS needs it")
     figures = tmp_path / "travel.json"
-    assert script("travel").main(["--model", str(folder), "--steps", "6", "--json", str(figures)]) == 0
+    assert script("travel").main(["--model", str(folder), "--steps", "20", "--json", str(figures)]) == 0
     results = json.loads(figures.read_text())["results"]
     assert [len(rows) for rows in results.values()] == [7, 4]
     for rows in results.values():
