@@ -117,7 +117,7 @@ def test_a_device_that_is_absent_is_named():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("mlx", "no driver for a backend called 'mlx' (there are jax, numpy, strict, torch)"),
+        ("mlx", "no driver for a backend called 'mlx' (there are equinox, flax, jax, numpy, strict, torch)"),
         ("no_such_module:Backend", "No module named 'no_such_module'"),
         ("wrong:np", "wrong:np is neither a Backend nor an adamss_conformance.Driver"),
         ("wrong:Missing", "wrong:Missing is neither a Backend nor"),

@@ -575,7 +575,7 @@ def targets_of(frameworks: Sequence[str]) -> dict[str, Target]:
     found: dict[str, Target] = {"numpy": NumpyTarget(), "show": ShowTarget()}
     if "torch" in frameworks and importlib.util.find_spec("torch"):
         found["torch"] = TorchTarget()
-    if "jax" in frameworks and importlib.util.find_spec("equinox"):
+    if "equinox" in frameworks and importlib.util.find_spec("equinox"):
         found["equinox"] = EquinoxTarget()
     return found
 
@@ -683,7 +683,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--keep", type=Path, metavar="FOLDER", default="fuzz-failures", help="where files that fail are kept"
     )
     parser.add_argument(
-        "--frameworks", nargs="*", default=["torch", "jax"], help="besides NumPy (default: torch jax)"
+        "--frameworks", nargs="*", default=["torch", "equinox"], help="besides NumPy (default: torch equinox)"
     )
     options = parser.parse_args(argv)
     outcomes = campaign(

@@ -362,7 +362,7 @@ def test_exported(net, config, train, inputs, options, strict):
 def test_the_layout_follows_where_other_libraries_move_buffers(net, config, train, inputs):
     """They know nothing of it: FSDP2 and accelerate move Parameters and buffers one by one."""
     model, x = train(adamss.attach(net(), config())), inputs(4, 16)
-    expected, adapter = model(x), model.layers[0].query.adamss
+    expected, adapter = model(x), model.layers[0].query.adamss.default
     adapter.layout = adapter.layout._replace(rows=adapter.layout.rows.to("meta"))
     assert torch.equal(model(x), expected)
 
