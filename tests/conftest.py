@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Before NumPy and PyTorch are imported, which read these then. The products of the tests are small: they gain nothing
+# from threads, and two workers of two threads each take three times as long as of one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from adamss_conformance.cases import THOROUGH
 
 # Derandomised: a test that needs luck is a bug, and a failure must be the same on every machine. As for the laws,

@@ -143,6 +143,20 @@ def test_starts_equal_and_gives_the_base_back(make):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+def test_an_input_whose_projection_overflows_still_starts_equal():
+    """Law 1: infinity in ``x M`` times C = 0 is no NaN."""
+    torch.manual_seed(0)
+    model, x = convolved()
+    model[0].weight.data *= 1e-3
+    x = torch.full_like(x, 3e38)
+    expected = model(x)
+    adamss.attach(model, CONFIG)
+    adapter = adapters_of(model)["0"]
+    adapter.B.data *= 1e3
+    assert not WindowKind().project(model[0], x, adapter.products()[0]).isfinite().all()
+    assert torch.equal(model(x), expected)
+
+
 @MODELS
 def test_computes_what_the_layer_computes_with_the_updated_weight(make):
     model, x = trained(make)
@@ -195,6 +209,7 @@ def test_merges_and_consolidates(make, keep_base):
     adamss.consolidate(model)
     torch.testing.assert_close(model(x), y)
     adamss.merge(model, keep_base=keep_base)
+    assert model[0].adamss.computed == ()  # inference at the cost of the base model
     torch.testing.assert_close(model(x), y)
     if keep_base:
         adamss.unmerge(model)
