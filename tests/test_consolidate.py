@@ -348,3 +348,12 @@ class TestErrors:
         f = model[PATHS[1]].factors
         f.C[:, f.labels != 0] = np.nan
         assert np.isfinite(adamss.consolidate(model)[PATHS[1]].W).all()
+
+
+def test_what_a_weight_holds_cannot_be_thawed():
+    model = adamss.consolidate(some_frozen(trained(base_model())))
+    with pytest.raises(
+        StateError, match=r"^block\.query: the mask thaws subspace 1, whose update the weight holds"
+    ):
+        frozen(model, {PATHS[0]: [False, False, True]})
+    frozen(model, {PATHS[0]: [True, True, True]})
