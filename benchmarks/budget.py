@@ -212,7 +212,7 @@ def with_torch(config: BudgetConfig, gradients: list[Any]) -> list[bytes]:
     budget, masks = BudgetController(model, optimizer, config), []
     for each in gradients:
         for path, (dB, dC) in each.items():
-            adapter = model.get_submodule(path).adamss
+            adapter = model.get_submodule(path).adamss.default
             adapter.B.grad, adapter.C.grad = torch.from_numpy(dB.T.copy()), torch.from_numpy(dC.copy())
         optimizer.step()
         masks.append(np.concatenate([budget.masks[path].numpy() for path in budget.plan.paths]).tobytes())
@@ -244,7 +244,7 @@ def with_jax(config: BudgetConfig, gradients: list[Any], file: Path) -> list[byt
     def step(model: nnx.Module, optimizer: nnx.Optimizer, dB: list[Any], dC: list[Any]) -> None:
         slope = nnx.state(model, nnx.LoRAParam)
         for number in range(LAYERS):
-            adapter = slope["layers"][number]["adamss"]
+            adapter = slope["layers"][number]["adamss"]["default"]
             adapter["B"], adapter["C"] = (adapter[n].replace(g[number]) for n, g in (("B", dB), ("C", dC)))
         optimizer.update(model, slope)
 

@@ -70,7 +70,7 @@ class Sketch(nn.Module):
     def __init__(self, base: OneLayer, subspaces: int) -> None:
         super().__init__()
         layer = with_adamss(base, ["query"], subspaces).query
-        f = layer.adamss.factors()
+        f = layer.adamss.default.factors()
         self.B, self.C = nn.Parameter(f.B.t().clone()), nn.Parameter(f.C.clone())
         mask = (f.labels == torch.arange(subspaces)[:, None]).to(f.C.dtype)
         self.frozen = layer.weight, layer.bias, f.A[0], mask

@@ -219,10 +219,11 @@ def _kmeans(points: Array, clusters: int, rng: np.random.Generator) -> Array:
     centres = _kmeans_start(points, squares, clusters, rng)
     centres = _lloyd(points, squares, centres, TRIAL_ITERATIONS)
     _, distances = _nearest(points, squares, centres)
-    best = _winners(xp.sum(distances, axis=1), xp.sum(squares, axis=1))
+    best = _winners(xp.sum(distances, axis=2), xp.sum(squares, axis=1))
     centres = _lloyd(points, squares, _rows(centres, best[:, None]), FINAL_ITERATIONS)
     labels, distances = _nearest(points, squares, centres)
-    labels, distances = labels[:, :, 0], distances[:, :, 0]
+    labels = xp.astype(labels[:, 0, :], xp.arange(1).dtype)
+    distances = distances[:, 0, :]
     rounding = _rounding(squares)[:, 0]
     if bool(xp.all(xp.any(one_hot(labels, clusters, dtype=xp.bool), axis=1))):
         return labels
@@ -259,36 +260,39 @@ def _lloyd(points: Array, squares: Array, centres: Array, iterations: int) -> Ar
     """Move (L, T, K) centres to the means of the points nearest to them, until nothing changes."""
     xp = namespace(points)
     count, restarts, clusters, _ = centres.shape
-    classes = xp.arange(clusters, device=device(points))
-    labels = xp.full((*points.shape[:2], restarts), -1, device=device(points))
+    classes = xp.arange(clusters, dtype=xp.int32, device=device(points))[:, None]
+    labels = xp.full((count, restarts, points.shape[1]), -1, dtype=xp.int32, device=device(points))
     for _ in range(iterations):
         labels, before = _nearest(points, squares, centres)[0], labels
         if bool(xp.all(labels == before)):
             break
-        members = xp.astype(labels[..., None] == classes, points.dtype)
-        members = xp.reshape(members, (count, -1, restarts * clusters))
-        sizes = xp.reshape(xp.sum(members, axis=1), (count, restarts, clusters, 1))
-        sums = xp.reshape(xp.matrix_transpose(members) @ points, centres.shape)
+        members = xp.astype(labels[:, :, None, :] == classes, points.dtype)
+        sizes = xp.sum(members, axis=3)[..., None]
+        sums = xp.reshape(xp.reshape(members, (count, restarts * clusters, -1)) @ points, centres.shape)
         centres = xp.where(sizes > 0, sums / xp.clip(sizes, min=1), centres)
     return centres
 
 
 def _nearest(points: Array, squares: Array, centres: Array) -> tuple[Array, Array]:
-    """Return the labels (L, n, T) of the nearest of (L, T, K) centres, and the squared distances to them."""
-    xp = namespace(points)
-    closeness = _closeness(points, centres)
-    lengths = xp.max(xp.sum(centres**2, axis=3), axis=2)[:, None, :]
-    scale = xp.sqrt((squares[:, :, None] + lengths) * lengths)
-    labels = _largest(closeness, ROUNDING * xp.finfo(points.dtype).eps * scale[..., None])
-    return labels, squares[:, :, None] - 2 * xp.max(closeness, axis=3)
+    """Return the labels (L, T, n) int32 of the nearest of (L, T, K) centres, and the squared distances to them.
 
-
-def _closeness(points: Array, centres: Array) -> Array:
-    """Return ``(|x|^2 - |x - c|^2) / 2`` for (L, n) points and (L, T, K) centres: (L, n, T, K)."""
+    Of centres that are equally near, up to rounding, it is the first.
+    """
     xp = namespace(points)
-    flat = xp.reshape(centres, (points.shape[0], -1, points.shape[2]))
-    closeness = points @ xp.matrix_transpose(flat) - xp.sum(flat**2, axis=2)[:, None, :] / 2
-    return xp.reshape(closeness, (*points.shape[:2], *centres.shape[1:3]))
+    count, restarts, clusters, _ = centres.shape
+    flat = xp.reshape(centres, (count, restarts * clusters, -1))
+    lengths = xp.sum(flat**2, axis=2)
+    # (|x|^2 - |x - c|^2) / 2, with the points along the last axis: reductions over K then go through memory in order.
+    closeness = flat @ xp.matrix_transpose(points) - lengths[..., None] / 2
+    closeness = xp.reshape(closeness, (count, restarts, clusters, -1))
+    largest = xp.max(closeness, axis=2)
+    longest = xp.max(xp.reshape(lengths, (count, restarts, clusters)), axis=2)[..., None]
+    rounding = ROUNDING * xp.finfo(points.dtype).eps * xp.sqrt((squares[:, None, :] + longest) * longest)
+    candidates = closeness >= (largest - rounding)[:, :, None, :]
+    # 32 bits: reductions of 64-bit integers are a hundred times slower in PyTorch.
+    classes = xp.arange(clusters, dtype=xp.int32, device=device(points))[:, None]
+    labels = xp.min(xp.where(candidates, classes, xp.full_like(classes, clusters)), axis=2)
+    return labels, squares[:, None, :] - 2 * largest
 
 
 def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.Generator) -> Array:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adamss.core import Factors
-from adamss_torch.kernel import Layout, Plan, make_layout, products, update
+from adamss_torch.kernel import Layout, Plan, frozen_rows, make_layout, products, update
 from adamss_torch.stores import present
 
 __all__ = ["BUFFERS", "HELD", "Adapter"]
@@ -71,6 +71,7 @@ class Adapter(nn.Module):
         self.revive = False
         self.loads = 0
         self.held: Tensor | None = None
+        self._rows_of: tuple[Tensor | None, int, Tensor | None, Tensor | None] = (None, 0, None, None)
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
         for name in ("A", "labels", "ranks", "active"):
@@ -104,8 +105,8 @@ class Adapter(nn.Module):
         if layout.rows.device != A.device:
             # accelerate and FSDP2 move buffers, and know of no attributes.
             layout = self._derive()
-        active = None if self.revive else buffers["active"]
-        return update(base, x, B, C, Plan(A, active, layout, self.order, weight, overwrite, input_kept))
+        frozen = None if self.revive else self._frozen_rows(buffers["active"], layout)  # type: ignore[arg-type]
+        return update(base, x, B, C, Plan(A, frozen, layout, self.order, weight, overwrite, input_kept))
 
     def factors(self) -> Factors:
         """Return the factors, canonical, of all subspaces; views where they can be."""
@@ -119,6 +120,21 @@ class Adapter(nn.Module):
     def _groups(self) -> Tensor:
         """Return the subspace of each row of B, (q,) int64."""
         return torch.repeat_interleave(self.ranks.to(torch.int64))
+
+    def _frozen_rows(self, active: Tensor, layout: Layout) -> Tensor | None:
+        """Return the rows of M and E that get no gradient, (q', 1) booleans; None where nothing is frozen.
+
+        A compiled or recorded graph must mask at every call, since masks change under it; and a look at the mask would
+        wait for another device.
+        """
+        if torch.compiler.is_compiling() or active.device.type != "cpu" or active.is_inference():
+            return frozen_rows(active, layout)
+        of, version, groups, rows = self._rows_of
+        if of is not active or version != active._version or groups is not layout.groups:
+            every = frozen_rows(active, layout)
+            rows = every if bool(every.any()) else None
+            self._rows_of = active, active._version, layout.groups, rows
+        return rows
 
     def hold(self, held: Tensor | None) -> None:
         """Leave these subspaces, (K,) booleans on the CPU, out of the update, or none."""

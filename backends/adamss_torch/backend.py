@@ -23,7 +23,7 @@ from adamss_torch import sharding
 from adamss_torch.adapter import BUFFERS, Adapter
 from adamss_torch.bank import CHILD, LayerBank, OnLoan, refuse_compacted
 from adamss_torch.division import divided
-from adamss_torch.kernel import Plan, make_layout, update
+from adamss_torch.kernel import Plan, frozen_rows, make_layout, update
 from adamss_torch.sharding import is_sharded, local, rebuilt
 from adamss_torch.stores import exchanged, execution_device, stores, writing_refused
 
@@ -103,7 +103,7 @@ class TorchBackend(Backend):
         base = F.linear(x, weight.t(), bias)
         A, B, C, labels, ranks, active = factors
         layout = make_layout(labels, ranks, C.shape[0], B.shape[1], dtype=C.dtype)
-        return update(base, x, B.t(), C, Plan(A, active, layout))
+        return update(base, x, B.t(), C, Plan(A, frozen_rows(active, layout), layout))
 
     def to_stored(self, array: Tensor) -> StoredTensor:
         flat = array.detach().cpu().contiguous().view(-1)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from adamss.core.cost import cheapest_order, check_order, device_balance
 
-__all__ = ["Layout", "Plan", "make_layout", "products", "update"]
+__all__ = ["Layout", "Plan", "frozen_rows", "make_layout", "products", "update"]
 
 NO_CONTEXT = nullcontext()
 
@@ -63,8 +63,8 @@ class Plan(NamedTuple):
     ----------
     A
         Frozen basis, (G, d, P), or (G, d + 1, P) where the bias is adapted too.
-    active
-        (K,) booleans; the gradients of the other subspaces are zero. None for the gradients of all.
+    frozen
+        (q', 1) booleans: rows of M and E whose gradients are zero; None for no row.
     layout
         Of B and C.
     order
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
     """
 
     A: Tensor
-    active: Tensor | None
+    frozen: Tensor | None
     layout: Layout
     order: str | None = None
     weight: Tensor | None = None
@@ -111,6 +111,11 @@ def make_layout(
     numbers[directions] = torch.arange(rest, device=labels.device)
     rows = numbers[rows]
     return Layout(rows, groups[directions], slots[directions], _mask(rows, rest, dtype), directions, True)
+
+
+def frozen_rows(active: Tensor, layout: Layout) -> Tensor:
+    """Return (q', 1) booleans: which rows of M and E belong to subspaces that are not among the active (K,)."""
+    return active.logical_not()[layout.groups][:, None]
 
 
 def _mask(rows: Tensor, q: int, dtype: torch.dtype) -> Tensor | None:
@@ -255,16 +260,14 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         inputs, z, M, E, weight = ctx.saved_tensors
         _, x_wanted, rows_wanted, C_wanted, _ = ctx.needs_input_grad
-        A, active, layout = ctx.plan.A, ctx.plan.active, ctx.plan.layout
+        A, frozen, layout = ctx.plan.A, ctx.plan.frozen, ctx.plan.layout
         d = ctx.x_shape[-1]
-        dx = d_rows = dC = frozen = None
+        dx = d_rows = dC = None
         dy2 = dy.reshape(-1, dy.shape[-1])
         with _without_autocast(dy):
             if ctx.plan.order == "input_first":
                 M = None if M is None else _directions(A, M, layout.slots, ctx.r, dy.dtype)
                 E = None if E is None else _expand(E, layout, dy.dtype)
-            if active is not None and (rows_wanted or C_wanted):
-                frozen = active.logical_not()[layout.groups][:, None]
             if x_wanted or rows_wanted:
                 dz = F.linear(E, dy2)
             if x_wanted:
