@@ -7,6 +7,7 @@ imports no framework.
 """
 
 from adamss import core, errors
+from adamss._version import __version__ as __version__
 from adamss.config import AdamssConfig, BudgetConfig
 from adamss.errors import AdamssError, AdamssWarning
 from adamss.verbs import (
@@ -26,8 +27,6 @@ from adamss.verbs import (
     unmerge,
 )
 from adamss.verbs.table import Summary, SummaryRow
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdamssConfig",

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from adamss import __version__
+from adamss._version import __version__
 from adamss.errors import AdamssError
 from adamss.io import checkpoint
 from adamss.verbs.table import Summary, summarise, total

@@ -9,20 +9,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from operator import index
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from adamss.errors import ConfigError, ConfigTypeError
 
-__all__ = ["BASES", "INITIAL_B", "SEGMENTATIONS", "AdamssConfig", "BudgetConfig", "shown"]
+__all__ = [
+    "BASES",
+    "INITIAL_B",
+    "SEGMENTATIONS",
+    "AdamssConfig",
+    "Basis",
+    "BudgetConfig",
+    "InitialB",
+    "shown",
+]
 
-SEGMENTATIONS = ("kmeans", "spectral", "ksubspaces", "contiguous", "random")
-BASES = ("shared", "per_subspace")
-INITIAL_B = ("orthonormal", "weighted")
+Segmentation = Literal["kmeans", "spectral", "ksubspaces", "contiguous", "random"]
+Basis = Literal["shared", "per_subspace"]
+InitialB = Literal["orthonormal", "weighted"]
+Unit = Literal["subspaces", "parameters"]
+Window = Literal["reset", "running"]
+FactorDtype = Literal["float64", "float32", "bfloat16", "float16"]
 
-UNITS = ("subspaces", "parameters")
+SEGMENTATIONS, BASES, INITIAL_B, UNITS, WINDOWS, FACTOR_DTYPES = map(
+    get_args, (Segmentation, Basis, InitialB, Unit, Window, FactorDtype)
+)
 LARGEST_POWER = 100
-WINDOWS = ("reset", "running")
-FACTOR_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 T = TypeVar("T")
 
@@ -77,14 +89,14 @@ class BudgetConfig:
     """
 
     target: int
-    unit: Literal["subspaces", "parameters"] = "subspaces"
+    unit: Unit = "subspaces"
     start_step: int = 0
     end_step: int
     interval: int = 1
     power: float = 3.0
     initial: int | None = None
     minimum_per_layer: int = 0
-    window: Literal["reset", "running"] = "reset"
+    window: Window = "reset"
     revive: bool = False
     sensitivity_decay: float = 0.85
     uncertainty_decay: float = 0.85
@@ -187,12 +199,12 @@ class AdamssConfig:
     subspaces: int = 10
     subspace_rank: int = 1
     modules_to_save: Iterable[str] = ()
-    segmentation: Literal["kmeans", "spectral", "ksubspaces", "contiguous", "random"] = "kmeans"
+    segmentation: Segmentation = "kmeans"
     segmentation_dimension: int | None = None
-    basis: Literal["shared", "per_subspace"] = "shared"
-    initial_B: Literal["orthonormal", "weighted"] = "orthonormal"
+    basis: Basis = "shared"
+    initial_B: InitialB = "orthonormal"
     include_bias: bool = False
-    factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+    factor_dtype: FactorDtype | None = None
     seed: int = 0
     budget: BudgetConfig | None = None
 
@@ -256,8 +268,7 @@ class AdamssConfig:
     def from_file(cls, settings: Mapping[str, Any]) -> Self:
         """Make a config of what a file says `to_dict` returned.
 
-        A regular expression in ``targets`` is taken as it stands. It did its work when the model was attached, `load`
-        does not match it, and to compile one that was made for it can take hours.
+        Targets were resolved at attach. They are not compiled on load: a hostile regular expression can take hours.
 
         Raises
         ------

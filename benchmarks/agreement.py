@@ -96,7 +96,7 @@ def devices() -> Iterator[tuple[str, str, Callable[[np.ndarray], Any]]]:
         import jax
 
         for device in {device.platform: device for device in jax.devices()}.values():
-            yield "jax", device.platform, lambda array, device=device: jax.device_put(array, device)
+            yield "flax", device.platform, lambda array, device=device: jax.device_put(array, device)
 
 
 def reference_of(W: np.ndarray, K: int) -> tuple[core.Decomposition, np.ndarray, Factors]:

@@ -1,8 +1,8 @@
 """What a fine-tuned layer keeps from the forward to the backward, and the time of the same step.
 
 Bytes are counted through the hooks on saved tensors, each storage once and the values of the model left out. For one
-layer they are given as numbers for each token, beside what the formula says: contract x and z (d + q), project u and
-z (R + q), LoRA d + r. On a CUDA device the peak of the whole step is printed as well. ::
+layer they are given as numbers for each token, beside what the formula says: factors first, x and z (d + q); input
+first, x A and z (R + q); LoRA, d + r. On a CUDA device the peak of the whole step is printed as well. ::
 
     python benchmarks/memory.py --json memory.json
     python benchmarks/memory.py --quick

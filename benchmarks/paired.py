@@ -94,8 +94,9 @@ def paired_times(
 def keep_memory() -> None:
     """Have glibc keep the memory that is freed, rather than give it back to the system and ask for it anew.
 
-    Whether a program gives it back depends on where a tensor happens to end up, and pages that are asked for anew cost
-    up to a tenth of a layer's step: without this, the ratio of two programs that do the same shifts from run to run.
+    Whether a program gives it back depends on where a tensor happens to end up, and pages that are asked for anew
+    cost up to a tenth of a layer's step: without this, the ratio of two programs that do the same shifts from run to
+    run.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -56,6 +56,18 @@ def some_frozen(model):
     return frozen(model, {PATHS[0]: [False, True, True], PATHS[1]: [True, False, False]})
 
 
+@pytest.mark.parametrize(
+    ("path", "mask", "error", "message"),
+    [
+        ("nowhere", [True], StateError, "'nowhere' is no adapted layer"),
+        (PATHS[0], [True], ArrayValueError, rf"{PATHS[0]}: the mask has shape \(1,\), not \(3,\)"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(path, mask, error, message):
+    with pytest.raises(error, match=message):
+        frozen(trained(base_model()), {path: mask})
+
+
 def inputs(model, seed=5):
     W = model[PATHS[0]].W
     return np.random.default_rng(seed).standard_normal((4, W.shape[0])).astype(W.dtype)

@@ -5,7 +5,7 @@ Plain values, the same for every framework. A backend says how they lie in its m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +46,10 @@ class Ledger:
         """Whether every W0 can be given back."""
         return all(arrays is not None for arrays in self.base.values())
 
+    def holds_all(self, paths: Iterable[str]) -> bool:
+        """Whether the weights of these layers hold the update of every subspace."""
+        return all(path in self.held and bool(self.held[path].all()) for path in paths)
+
 
 @dataclass(frozen=True)
 class Adaptation:
@@ -83,13 +87,7 @@ class Adaptation:
     @property
     def merged(self) -> bool:
         """Whether the weights hold the update of every subspace."""
-        held = self.ledger.held
-        return all(path in held and bool(held[path].all()) for path in self.layers)
-
-    @property
-    def base_kept(self) -> bool:
-        """Whether the base weights can be given back."""
-        return self.ledger.keeps_base
+        return self.ledger.holds_all(self.layers)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ import numpy as np
 
 from adamss.backend.bank import Adaptation, Bank, Ledger
 from adamss.backend.sites import BaseWeight, Kinds, Site, StackedLayer
-from adamss.backend.stores import PlainStore, Stores
+from adamss.backend.stores import Stores
 from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors
 from adamss.core._array import Array, device
-from adamss.errors import LayerError, StateError
+from adamss.errors import ArrayValueError, LayerError, StateError
 
 __all__ = [
     "Array",
@@ -39,6 +39,7 @@ __all__ = [
     "Module",
     "Processes",
     "ValueModels",
+    "Weights",
     "batches",
 ]
 
@@ -69,17 +70,18 @@ class Division:
         layers = division.gather(layers)
     """
 
-    def share(self, weights: Mapping[str, BaseWeight], settings: str) -> Iterator[tuple[str, BaseWeight]]:
+    def share(self, weights: Weights, settings: str) -> Iterator[tuple[str, BaseWeight]]:
         """Yield the layers that this process is to compute, with all entries of their weights, in `by_shape` order.
 
         Parameters
         ----------
         weights
-            Base weight of each layer by module path.
+            Of all layers.
         settings
             All that the results depend on beside the weights.
         """
-        yield from by_shape(weights)
+        for path in by_shape(weights):
+            yield path, weights[path]
 
     def gather(self, layers: Mapping[str, Factors]) -> dict[str, Factors]:
         """Return the factors of all layers from what each process has computed; raise on all what failed on one."""
@@ -95,12 +97,48 @@ class Division:
         return list(map(function, batch))
 
 
-def by_shape(weights: Mapping[str, BaseWeight]) -> list[tuple[str, BaseWeight]]:
-    """Return layers in the order of the model, but those of one shape, dtype and device next to each other."""
-    kinds: dict[Any, list[tuple[str, BaseWeight]]] = {}
-    for path, base in weights.items():
-        kinds.setdefault(_shape_of(base), []).append((path, base))
-    return [layer for alike in kinds.values() for layer in alike]
+class Weights(Mapping[str, BaseWeight]):
+    """Base weights by path, each read when it is looked up: a store may have to compute it, or to fetch it.
+
+    Parameters
+    ----------
+    paths
+        In the order of the model.
+    read
+        Reads one.
+    """
+
+    def __init__(self, paths: Iterable[str], read: Callable[[str], BaseWeight]) -> None:
+        self._read = read
+        self._forms: dict[str, Any] = dict.fromkeys(paths)
+
+    def __getitem__(self, path: str) -> BaseWeight:
+        base = self._read(path)
+        self._forms[path] = _form(base)
+        return base
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._forms)
+
+    def __len__(self) -> int:
+        return len(self._forms)
+
+    def form(self, path: str) -> Any:
+        """Return what weights must have in common to be computed together; it reads each weight once at most."""
+        return self._forms[path] or _form(self[path])
+
+    def shape(self, path: str) -> tuple[int, int]:
+        """Return (d, n)."""
+        d, n = self.form(path)[0]
+        return d, n
+
+
+def by_shape(weights: Weights) -> list[str]:
+    """Return paths in the order of the model, but those of one shape, dtype and device next to each other."""
+    alike: dict[Any, list[str]] = {}
+    for path in weights:
+        alike.setdefault(weights.form(path), []).append(path)
+    return [path for paths in alike.values() for path in paths]
 
 
 def batches(layers: Iterable[tuple[str, BaseWeight]]) -> Iterator[dict[str, BaseWeight]]:
@@ -109,7 +147,7 @@ def batches(layers: Iterable[tuple[str, BaseWeight]]) -> Iterator[dict[str, Base
     for path, base in layers:
         if batch:
             first = next(iter(batch.values()))
-            if _shape_of(first) != _shape_of(base) or (len(batch) + 1) * base.W.shape[1] > COLUMNS:
+            if _form(first) != _form(base) or (len(batch) + 1) * base.W.shape[1] > COLUMNS:
                 yield batch
                 batch = {}
         batch[path] = base
@@ -117,8 +155,8 @@ def batches(layers: Iterable[tuple[str, BaseWeight]]) -> Iterator[dict[str, Base
         yield batch
 
 
-def _shape_of(base: BaseWeight) -> tuple[Any, ...]:
-    return tuple(base.W.shape), base.W.dtype, str(device(base.W)), base.b is None
+def _form(base: BaseWeight) -> tuple[Any, ...]:
+    return tuple(map(int, base.W.shape)), base.W.dtype, str(device(base.W)), base.b is None
 
 
 # ---- roles -----------------------------------------------------------------------------------------
@@ -258,7 +296,7 @@ class Models(ABC):
     kinds: Kinds
     """Kinds of layers that can be adapted."""
 
-    stores: Stores = Stores(PlainStore())
+    stores: Stores
     """Ways in which weights are kept."""
 
     @abstractmethod
@@ -301,9 +339,9 @@ class Models(ABC):
     def shared(self, model: Model, saved: Iterable[str]) -> Mapping[str, frozenset[str]]:
         """Return by what other names the tensors of these modules are known in the model (tied embeddings).
 
-        Names are as in a file: path of the module and name within it. An empty set: there is no other, in a model of
-        any framework. A tensor that is missing has no other name here, where models may tie by what they compute.
-        The default is for frameworks in which two modules never hold one tensor.
+        Names are as in a file: path of the module and name within it. Empty: known to be untied. Missing: unknown,
+        since the model may tie weights by computation. The default is for frameworks in which two modules never hold
+        one tensor.
 
         Parameters
         ----------
@@ -384,10 +422,7 @@ class Models(ABC):
         for path in layers:
             site = self.site(modules[path], path)
             for name in site.names:
-                why = None
-                if getattr(site.layer, name, None) is not None:
-                    why = self.stores.of(site.layer, name).refusal(site.layer, name)
-                if why is not None:
+                if (why := self.stores.refusal(site.layer, name)) is not None:
                     raise LayerError(f"{path}: its {name} {why}")
 
     @abstractmethod
@@ -530,15 +565,26 @@ class Backend(Arrays, Processes, Models):
         Raises
         ------
         StateError
-            If one does; the message names the layer.
+            If one does, or a layer is none that is adapted.
+        ArrayValueError
+            If a mask is of another shape. Messages name the layer.
         """
         adaptation = self.adaptation(model)
-        held = {} if adaptation is None else adaptation.ledger.held
-        for path in held.keys() & active.keys():
-            thawed = held[path] & np.asarray(self.to_stored(active[path]).numpy())
-            if thawed.any():
+        assert adaptation is not None
+        for path, mask in active.items():
+            if path not in adaptation.layers:
+                raise StateError(f"{path!r} is no adapted layer of the model")
+            ranks = adaptation.layers[path].ranks
+            if tuple(mask.shape) != tuple(ranks.shape):
+                raise ArrayValueError(
+                    f"{path}: the mask has shape {tuple(mask.shape)}, not {tuple(ranks.shape)}"
+                )
+            held = adaptation.ledger.held.get(path)
+            thawed = None if held is None else held & np.asarray(self.to_stored(mask).numpy())
+            if thawed is not None and thawed.any():
+                remedy = "adamss.unmerge(model)" if adaptation.merged else "adamss.merge and adamss.unmerge"
                 raise StateError(
                     f"{path}: the mask thaws subspace {int(thawed.argmax())}, whose update the weight holds; keep it "
-                    "frozen, or call adamss.unmerge(model) first"
+                    f"frozen, or call {remedy} first"
                 )
         return self.with_masks(model, active)

@@ -7,10 +7,11 @@ consolidating those that are frozen, unmerging and detaching none; each is one c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+from array_api_compat import to_device
 
 from adamss import core
 from adamss.backend.bank import Adaptation, Ledger
@@ -32,7 +33,7 @@ def require_kept_base(adaptation: Adaptation, verb: str) -> None:
     StateError
         If they were dropped.
     """
-    if not adaptation.base_kept:
+    if not adaptation.ledger.keeps_base:
         raise StateError(
             f"{verb}: the base weights were dropped (keep_base=False); load the base model afresh"
         )
@@ -75,8 +76,10 @@ def base_weight(
         If W0 was dropped by ``merge(keep_base=False)``.
     """
     ledger = Ledger() if adaptation is None else adaptation.ledger
-    kept = ledger.base.get(owner_of(site.path))
-    base = site.weight({**backend.own_arrays(site), **(kept or {})})
+    kept, arrays = ledger.base.get(owner_of(site.path)), backend.own_arrays(site)
+    # Kept in the host's memory, and wanted where the layer is.
+    arrays |= {name: to_device(array, device(arrays[name])) for name, array in (kept or {}).items()}
+    base = site.weight(arrays)
     if values and not backend.has_values(base.W):
         raise LayerError(
             f"{site.path} is on the meta device: its weight has no values; load the weights first"
@@ -98,6 +101,7 @@ def put(
     backend: Backend,
     model: Model,
     layers: Mapping[str, Factors],
+    shapes: Mapping[str, tuple[int, int]],
     *,
     config: AdamssConfig,
     saved: Mapping[str, Mapping[str, Any] | None],
@@ -108,17 +112,14 @@ def put(
     ----------
     backend, model
         A model without adapters.
-    layers
-        Factors by module path.
+    layers, shapes
+        Factors, and (d, n) of the weight, by module path.
     config
         The settings.
     saved
         Paths of ``modules_to_save``, and the values that they get, as from `Models.arrays` (None: as they are).
     """
     modules = backend.modules(model)
-    sites = {path: backend.site(modules[path], path) for path in layers}
-    weights = {path: site.weight(backend.own_arrays(site)).W for path, site in sites.items()}
-    shapes = {path: (int(W.shape[0]), int(W.shape[1])) for path, W in weights.items()}
     return backend.insert(
         model,
         Adaptation(config, layers, shapes, tuple(saved)),
@@ -176,13 +177,13 @@ def hold(
         b = backend.spread(merged.b, like=base.b) if moved else None
         weights[path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
         lost[path] = float(merged.lost)
-    arrays = arrays_of(weights, sites, backend.own_arrays)
-    model, before = backend.exchange(model, arrays)
-    kept = adaptation.ledger.base
-    base_of: dict[str, Any] = {
-        owner: kept.get(owner, before[owner]) if keep_base else None for owner in owners
-    }
-    return backend.enter(model, Ledger(dict(subspaces), base_of)), lost
+    arrays, kept = arrays_of(weights, sites, backend.own_arrays), adaptation.ledger.base
+    with ExitStack() as undo:
+        model, before = _exchanged(undo, backend.exchange, model, arrays)
+        former = {owner: kept.get(owner, before[owner]) if keep_base else None for owner in owners}
+        model = _entered(undo, backend, model, adaptation.ledger, Ledger(dict(subspaces), former))
+        undo.pop_all()
+    return model, lost
 
 
 def release(backend: Backend, model: Model, adaptation: Adaptation, *, saved: bool = False) -> Model:
@@ -195,10 +196,14 @@ def release(backend: Backend, model: Model, adaptation: Adaptation, *, saved: bo
     """
     base, originals = _kept(adaptation), backend.originals(model) if saved else {}
     backend.check_writable(model, base, originals)
-    if base:
-        model, _ = backend.exchange(model, base)
-        model = backend.enter(model, Ledger())
-    return backend.exchange_saved(model, originals)[0] if originals else model
+    with ExitStack() as undo:
+        if base:
+            model, _ = _exchanged(undo, backend.exchange, model, base)
+            model = _entered(undo, backend, model, adaptation.ledger, Ledger())
+        if originals:
+            model, _ = _exchanged(undo, backend.exchange_saved, model, originals)
+        undo.pop_all()
+    return model
 
 
 @contextmanager
@@ -206,17 +211,29 @@ def switched_off(backend: Backend, model: Model, adaptation: Adaptation) -> Iter
     """Give a model that computes what the base model computes, saved modules included, and undo that afterwards."""
     base, originals = _kept(adaptation), backend.originals(model)
     backend.check_writable(model, base, originals)
-    off, held = backend.exchange(model, base)
-    off, trained = backend.exchange_saved(off, originals)
-    off = backend.switched(off, on=False)
-    try:
-        yield off
-    finally:
-        # A model that is a value needs no undoing: the one that is switched on is still there.
+    with ExitStack() as undo:
+        off, _ = _exchanged(undo, backend.exchange, model, base)
+        off, _ = _exchanged(undo, backend.exchange_saved, off, originals)
         if off is model:
-            backend.switched(model, on=True)
-            backend.exchange_saved(model, trained)
-            backend.exchange(model, held)
+            undo.callback(backend.switched, model, on=True)
+        yield backend.switched(off, on=False)
+
+
+def _exchanged(undo: ExitStack, exchange: Any, model: Model, arrays: Any) -> tuple[Model, Any]:
+    """Return what `exchange` does, and have it undone.
+
+    A model that is a value needs no undoing: the one from before is still there.
+    """
+    changed, before = exchange(model, arrays)
+    if changed is model:
+        undo.callback(exchange, model, before)
+    return changed, before
+
+
+def _entered(undo: ExitStack, backend: Backend, model: Model, former: Ledger, ledger: Ledger) -> Model:
+    """Return the model with another ledger, and have that undone if the model is changed in place."""
+    undo.callback(backend.enter, model, former)
+    return backend.enter(model, ledger)
 
 
 def _kept(adaptation: Adaptation) -> dict[str, Mapping[str, Any]]:

@@ -69,7 +69,11 @@ class Kind(ABC):
     """Name of the bias, which may be None."""
 
     linear: ClassVar[bool] = True
-    """Whether `project` and `spread` are as they stand here, so that the backend's kernel can compute them faster."""
+    """Whether `project` and `spread` are those of this class, which the backend's kernel computes faster."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.linear = cls.project is Kind.project and cls.spread is Kind.spread
 
     @abstractmethod
     def view(self, layer: Any, path: str) -> View:
@@ -119,7 +123,7 @@ class Kinds:
     """
 
     def __init__(self, *kinds: Kind) -> None:
-        self._kinds: dict[type, Kind] = {}
+        self._kinds: list[Kind] = []
         for kind in kinds:
             self.register(kind)
 
@@ -133,16 +137,17 @@ class Kinds:
         """
         if not isinstance(kind, Kind) or not getattr(kind, "classes", ()):
             raise BackendError(f"a kind of layer must be an adamss.backend.Kind with classes, found {kind!r}")
-        self._kinds |= dict.fromkeys(kind.classes, kind)
+        self._kinds.append(kind)
         return kind
 
     def unregister(self, kind: Kind) -> None:
-        """Take a kind out again."""
-        self._kinds = {key: value for key, value in self._kinds.items() if value is not kind}
+        """Take a kind out again; its classes are then of the kind that they were of before."""
+        self._kinds = [other for other in self._kinds if other is not kind]
 
     def find(self, layer: Any) -> Kind | None:
         """Return the kind of the nearest class of a layer; None if there is none."""
-        return next((self._kinds[one] for one in type(layer).__mro__ if one in self._kinds), None)
+        last = {one: kind for kind in self._kinds for one in kind.classes}
+        return next((last[one] for one in type(layer).__mro__ if one in last), None)
 
     def of(self, layer: Any, path: str) -> Kind:
         """Return the kind of a layer.
@@ -154,7 +159,7 @@ class Kinds:
         """
         kind = self.find(layer)
         if kind is None:
-            names = ", ".join(dict.fromkeys(self._named(one) for one in self._kinds))
+            names = ", ".join(dict.fromkeys(self._named(one) for kind in self._kinds for one in kind.classes))
             raise LayerTypeError(
                 f"{path or 'the model itself'} is a {type(layer).__name__}, which has no weight to adapt; targets "
                 f"must name layers of {names}"

@@ -7,12 +7,13 @@ file, on another machine) registers a `Store` there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from adamss.core._array import Array
+from adamss.core._array import Array, namespace
 from adamss.errors import BackendError
 
-__all__ = ["PlainStore", "Store", "Stores"]
+__all__ = ["PlainStore", "Store", "Stores", "exchange_all"]
 
 
 class Store(ABC):
@@ -43,6 +44,9 @@ class Store(ABC):
     def exchange(self, layer: Any, name: str, value: Array) -> Array:
         """Give the layer another array, and return the one that it had, which nobody writes over."""
         before = self.read(layer, name)
+        before = namespace(before).asarray(
+            before, copy=True
+        )  # `write` may write into the memory that `read` returns
         self.write(layer, name, value)
         return before
 
@@ -74,23 +78,36 @@ class Stores:
 
     def unregister(self, store: Store) -> None:
         """Take a store out again."""
-        self._stores.remove(store)
+        self._stores = [other for other in self._stores if other is not store]
 
-    def of(self, layer: Any, name: str) -> Store:
-        """Return the store that holds an array of a layer."""
-        return next(store for store in reversed(self._stores) if store.holds(layer, name))
+    def of(self, layer: Any, name: str) -> Store | None:
+        """Return the store that holds an array of a layer; None where the layer has no such array."""
+        return next((store for store in reversed(self._stores) if store.holds(layer, name)), None)
 
     def read(self, layer: Any, name: str) -> Array | None:
-        """Return an array of a layer as floating point, or None where the layer has None."""
-        return None if getattr(layer, name, None) is None else self.of(layer, name).read(layer, name)
+        """Return an array of a layer as floating point; None where the layer has no such array."""
+        store = self.of(layer, name)
+        return None if store is None else store.read(layer, name)
+
+    def refusal(self, layer: Any, name: str) -> str | None:
+        """Return why an array of a layer cannot be written, as a clause; None if it can, or there is none."""
+        store = self.of(layer, name)
+        return None if store is None else store.refusal(layer, name)
+
+    def exchange(self, layer: Any, name: str, value: Array) -> Array:
+        """See `Store.exchange`."""
+        store = self.of(layer, name)
+        if store is None:
+            raise BackendError(f"no store holds {name!r} of a {type(layer).__name__}")
+        return store.exchange(layer, name, value)
 
 
 class PlainStore(Store):
     """Attributes that are arrays, on layers that are changed in place."""
 
     def holds(self, layer: Any, name: str) -> bool:
-        """Return True."""
-        return True
+        """Return whether the layer has such an attribute."""
+        return getattr(layer, name, None) is not None
 
     def read(self, layer: Any, name: str) -> Array:
         """Return the attribute."""
@@ -103,3 +120,33 @@ class PlainStore(Store):
     def write(self, layer: Any, name: str, value: Array) -> None:
         """Set the attribute."""
         setattr(layer, name, value)
+
+
+def exchange_all(
+    arrays: Mapping[str, Mapping[str, Array]], exchange: Callable[[str, str, Array], Array]
+) -> dict[str, dict[str, Array]]:
+    """Exchange arrays one after the other, or none of them: if one fails, those before it are given back.
+
+    Parameters
+    ----------
+    arrays
+        By path of the module and name.
+    exchange
+        Puts an array in its place, and returns the one that was there.
+
+    Returns
+    -------
+    dict
+        What was there, in the form of `arrays`.
+    """
+    before: dict[str, dict[str, Array]] = {path: {} for path in arrays}
+    try:
+        for path, own in arrays.items():
+            for name, value in own.items():
+                before[path][name] = exchange(path, name, value)
+    except BaseException:
+        for path, own in before.items():
+            for name, value in own.items():
+                exchange(path, name, value)
+        raise
+    return before

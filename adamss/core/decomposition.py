@@ -196,7 +196,7 @@ def _leading_span(W: Array, wide: Array, rank: int) -> Array | None:
     outer = d - width
     if float(eigenvalues[-rank] - eigenvalues[outer - 1]) <= xp.finfo(W.dtype).eps * float(eigenvalues[-1]):
         return None
-    # The guards between need no correction: what they lack counts only times the little that they are mixed in.
+    # The guards between need no correction: their error enters only scaled by the small mixing coefficients.
     inner, outside = xp.astype(eigenvectors[:, outer:], wide.dtype), eigenvectors[:, :outer]
     guards, kept = inner[:, :GUARDS], inner[:, GUARDS:]
     residual = wide @ (wide.T @ kept) - kept * xp.astype(eigenvalues[-rank:], wide.dtype)
@@ -229,8 +229,8 @@ def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array
     basis, _ = xp.linalg.qr(W @ noise[:n, :])
     images = [W.T @ basis]
     gram = images[0].T @ images[0]
-    # Where the space is exhausted, nothing but rounding is left of the next block, and that lies in the basis.
-    # Noise just above the rounding gives fresh directions instead, and is lost in any block that counts.
+    # Once the Krylov space is exhausted, the next block is rounding error. Noise just above that level supplies fresh
+    # directions, and is negligible otherwise.
     largest = xp.max(gram)
     noise = noise[:d, :] * xp.finfo(W.dtype).eps * xp.where(largest > 0, largest, xp.ones_like(largest))
     energies: list[tuple[int, float]] = []
@@ -264,9 +264,9 @@ def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array
 def _outlook(energies: list[tuple[int, float]]) -> tuple[float, int]:
     """Estimate the share of energy still to come, and after how many blocks it is worth looking again.
 
-    As much as the last block brought, or more if that is slow: were the gains to go on in geometric progression, they
-    would sum to ``gain ratio / (1 - ratio)``. A Krylov space converges faster, so that this errs on the safe side; of
-    the blocks that it says are still needed half are added before the next look, which takes eigenvectors.
+    The gains are extrapolated geometrically, to ``gain ratio / (1 - ratio)``; a Krylov space converges faster, so
+    this is an over-estimate. The next look comes after half of the predicted blocks, since each costs an
+    eigendecomposition.
 
     Parameters
     ----------

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from adamss.config import BASES, INITIAL_B
+from adamss.config import BASES, INITIAL_B, Basis, InitialB
 from adamss.core._array import (
     Array,
     as_numpy,
@@ -94,8 +94,8 @@ def initial_factors(
     labels: Array,
     subspace_rank: int,
     *,
-    basis: Literal["shared", "per_subspace"] = "shared",
-    initial_B: Literal["orthonormal", "weighted"] = "orthonormal",
+    basis: Basis = "shared",
+    initial_B: InitialB = "orthonormal",
     reconstruct: bool = False,
 ) -> Factors:
     """Return the factors at the start of training: C = 0, so that the update is zero.

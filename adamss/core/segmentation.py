@@ -142,24 +142,23 @@ def _segment(
     check_concrete(columns, name="decomposition")  # under jax.jit, whatever is computed is traced
     if subspaces == n or method == "contiguous":
         return xp.stack([columns * subspaces // n] * count)
-    if method == "random":
-        labels = xp.asarray(rng.permutation(n), device=device(V)) % subspaces
-        return _renumber(xp.stack([labels] * count), subspaces)
     coordinates = effective_coordinates(each)
-    if method == "ksubspaces" and dimension is not None:
-        # K subspaces of that dimension fill no more than K times as many directions; the rest is noise.
-        coordinates = coordinates[:, :, : min(subspaces * dimension, coordinates.shape[2])]
-    if method != "kmeans":
-        coordinates = xp.stack([_spectral_embedding(one, subspaces) for one in xp.unstack(coordinates)])
-    labels = _kmeans(coordinates, subspaces, rng)
-    if method == "ksubspaces" and dimension is not None:
-        alone = map(Decomposition, *map(xp.unstack, each))
-        labels = xp.stack(
-            [
-                _ksubspaces(one, start, subspaces, dimension)
-                for one, start in zip(alone, xp.unstack(labels), strict=True)
-            ]
-        )
+    match method:
+        case "random":
+            labels = xp.stack([xp.asarray(rng.permutation(n), device=device(V)) % subspaces] * count)
+        case "kmeans":
+            labels = _kmeans(coordinates, subspaces, rng)
+        case "spectral":
+            labels = _spectral(coordinates, subspaces, rng)
+        case "ksubspaces":
+            assert dimension is not None
+            # K subspaces of that dimension fill no more than K times as many directions; the rest is noise.
+            leading = min(subspaces * dimension, coordinates.shape[2])
+            starts = _spectral(coordinates[:, :, :leading], subspaces, rng)
+            layers = zip(map(Decomposition, *map(xp.unstack, each)), xp.unstack(starts), strict=True)
+            labels = xp.stack([_ksubspaces(one, start, subspaces, dimension) for one, start in layers])
+        case _:
+            raise NotImplementedError(method)
     return _renumber(labels, subspaces)
 
 
@@ -189,6 +188,13 @@ def subspace_sizes(labels: Array, subspaces: int) -> Array:
     numbers = xp.arange(subspaces, dtype=labels.dtype, device=device(labels))
     ordered = xp.sort(labels)
     return xp.searchsorted(ordered, numbers, side="right") - xp.searchsorted(ordered, numbers, side="left")
+
+
+def _spectral(coordinates: Array, subspaces: int, rng: np.random.Generator) -> Array:
+    """Return labels (L, n) by spectral clustering of ``|V V^T|``, for coordinates V: (L, n, R)."""
+    xp = namespace(coordinates)
+    points = xp.stack([_spectral_embedding(one, subspaces) for one in xp.unstack(coordinates)])
+    return _kmeans(points, subspaces, rng)
 
 
 def _spectral_embedding(coordinates: Array, subspaces: int) -> Array:

@@ -133,8 +133,8 @@ def parse(text: bytes, room: int) -> Any:
 def check_json(text: bytes, room: int) -> None:
     """Check that JSON in UTF-8 takes no more than so many bytes as Python objects.
 
-    Three bytes of it can become a list of 56. So what it takes is estimated: the text, once as it is, once
-    decoded and once again in strings, in which one character may make all of them four bytes wide; and the values.
+    ``[],`` is 3 bytes of JSON and 56 in memory, so the text, the decoded strings (in which one wide character makes
+    all of them four bytes wide) and the values are bounded together.
     """
     width = 1 if text.isascii() else 4
     values = BYTES_OF_VALUE * sum(map(text.count, (b"[", b"{", b",", b":")))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adamss import core
-from adamss.backend.interface import Backend, Division, Model, batches
+from adamss.backend.interface import Backend, Division, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, release, require_kept_base, switched_off
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight
@@ -87,7 +87,7 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
             saved = _once(match(config.modules_to_save, modules, name="modules_to_save"), modules)
         _require_disjoint(paths, saved)
         sites = {path: backend.site(modules[path], path) for path in paths}
-        weights = {path: base_weight(backend, site) for path, site in sites.items()}
+        weights = Weights(paths, lambda path: base_weight(backend, sites[path]))
         layers: dict[str, Factors] = {}
         with progress(len(weights)) as count:
             for batch in batches(division.share(weights, json.dumps(config.to_dict()))):
@@ -97,7 +97,8 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         if config.budget is not None:
             core.plan_budget(layers, config.budget)  # complains of what cannot be kept to
         ordered = {path: layers[path] for path in paths}
-        return put(backend, model, ordered, config=config, saved=dict.fromkeys(saved))
+        shapes = {path: weights.shape(path) for path in paths}
+        return put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved))
 
 
 def detach(model: Model) -> Model:

@@ -158,8 +158,7 @@ def require_shared(
 ) -> None:
     """Check that modules to save share tensors as they did where they were trained.
 
-    One that is tied to another here would change both, and one that was tied there would change one of two. Of a
-    tensor that is not in `shared`, it is not known.
+    Tied only here: loading overwrites both. Tied only in the file: one is missed. Not in `shared`: unknown.
     """
     here = backend.shared(model, saved)
     stored = {join_path(path, name): tensor for path, own in saved.items() for name, tensor in own.items()}

@@ -15,7 +15,7 @@ from array_api_compat import is_torch_array
 from adamss.backend.interface import Backend, Model
 from adamss.backend.ledger import base_weight, put, sites_of, whole
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight
+from adamss.backend.sites import BaseWeight, Site
 from adamss.backend.targets import match
 from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
@@ -25,6 +25,7 @@ from adamss.errors import (
     AdamssWarning,
     ArrayValueError,
     CheckpointError,
+    LayerTypeError,
     StateError,
 )
 from adamss.io import peft
@@ -74,7 +75,7 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     Raises
     ------
     LayerError
-        If a layer appears in the model twice.
+        If a layer appears in the model twice, or is no linear one.
     StateError
         If the model has no adapters; if the update of a bias is not zero; if q is above 512, the most that servers
         take (the message says which K and r_k would fit); if a layer is one of a stack.
@@ -91,6 +92,7 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     backend, adaptation = adapted(model, "to_lora")
     modules = backend.modules(model)
     require_one_path(adaptation.layers, modules, "to_lora")
+    _require_linear(sites_of(backend, model, adaptation), "to_lora")
     with backend.exact():
         layers = lora_layers(backend, adaptation)
         saved = {
@@ -163,9 +165,10 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
                 f"to_peft: {name} of modules_to_save is tied to {', '.join(sorted(others))}, and PEFT would give it "
                 "weights of its own; adamss.save the adapter, or merge and save the model"
             )
-    layers = {}
+    layers, sites = {}, sites_of(backend, model, adaptation)
+    _require_linear(sites, "to_peft")
     with backend.exact():
-        for layer_path, site in sites_of(backend, model, adaptation).items():
+        for layer_path, site in sites.items():
             check_layer_name(layer_path, "to_peft")
             base, factors = (
                 whole(backend, base_weight(backend, site, adaptation)),
@@ -264,11 +267,17 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
         }
         for module_path, tensors in adapter.base.items():
             _require_base(backend, modules, module_path, tensors)
-        layers = {}
-        with progress(len(adapter.layers)) as count:
-            for layer_path in filter(adapter.layers.__contains__, modules):
-                base = base_weight(backend, backend.site(modules[layer_path], layer_path))
+        layers: dict[str, Factors] = {}
+        sites = {
+            path: backend.site(module, path) for path, module in modules.items() if path in adapter.layers
+        }
+        _require_linear(sites, "from_peft")
+        shapes = {}
+        with progress(len(sites)) as count:
+            for layer_path, site in sites.items():
+                base = base_weight(backend, site)
                 check_matrix(base.W, name=f"{layer_path}: weight")
+                shapes[layer_path] = int(base.W.shape[0]), int(base.W.shape[1])
                 layers[layer_path] = _factors_from_peft(backend, adapter, layer_path, base)
                 count()
         config = AdamssConfig(
@@ -280,7 +289,17 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
             include_bias=True,
             seed=adapter.seed,
         )
-        return put(backend, base_model, layers, config=config, saved=saved)
+        return put(backend, base_model, layers, shapes, config=config, saved=saved)
+
+
+def _require_linear(sites: Mapping[str, Site], verb: str) -> None:
+    """Check that every layer is a linear one, which a LoRA or PEFT's AdaMSS takes it for."""
+    for path, site in sites.items():
+        if not site.kind.linear:
+            raise LayerTypeError(
+                f"{verb}: {path} is a {type(site.layer).__name__}, whose update is none of a linear layer; "
+                "adamss.save takes it, or merge the model and save that"
+            )
 
 
 def _require_base(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from adamss import core
-from adamss.backend.interface import Backend, Model, batches
+from adamss._version import __version__
+from adamss.backend.interface import Backend, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, require_kept_base, sites_of, whole
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight
@@ -85,8 +86,6 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
             saved[module_path] = {
                 name: backend.to_stored(backend.whole(array)) for name, array in arrays.items()
             }
-    from adamss import __version__
-
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
     shared = backend.shared(model, saved)
     checkpoint = Checkpoint(adaptation.config, layers, saved, writer, shared)
@@ -151,14 +150,13 @@ def load(
         require_modules([*stored.layers, *stored.saved], modules)
         require_distinct([*stored.layers, *stored.saved], modules)
         require_shared(backend, base_model, stored.saved, stored.shared, modules)
-        weights = {
-            layer_path: base_weight(backend, backend.site(modules[layer_path], layer_path), values=False)
-            for layer_path in stored.layers
-        }
+        sites = {path: backend.site(modules[path], path) for path in stored.layers}
+        weights = Weights(sites, lambda path: base_weight(backend, sites[path], values=False))
         for layer_path, layer in stored.layers.items():
-            _check_base_shape(layer_path, layer, weights[layer_path])
+            base = weights[layer_path]
+            _check_base_shape(layer_path, layer, base)
             decompose = trainable and layer.M is not None
-            _check_base_present(backend, layer_path, weights[layer_path], needed=check_base or decompose)
+            _check_base_present(backend, layer_path, base, needed=check_base or decompose)
         saved = {
             module_path: saved_arrays(backend, module_path, tensors, backend.arrays(modules[module_path]))
             for module_path, tensors in stored.saved.items()
@@ -186,7 +184,8 @@ def load(
                     layers |= zip(batch, division.each(loaded, batch), strict=True) if go else {}
             layers = division.gather(layers)
         ordered = {path: layers[path] for path in stored.layers}
-        return put(backend, base_model, ordered, config=stored.config, saved=saved)
+        shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
+        return put(backend, base_model, ordered, shapes, config=stored.config, saved=saved)
 
 
 def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, training: bool) -> StoredLayer:

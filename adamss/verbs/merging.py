@@ -151,8 +151,8 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
         raise StateError("consolidate: the updates are merged; call adamss.unmerge(model) first")
     if adaptation.revives:
         raise StateError(
-            "consolidate: the model has a budget with revive=True, under which frozen subspaces may return; call "
-            "remove() on its controller first"
+            "consolidate: the model has a budget with revive=True, under which frozen subspaces may return; merge at "
+            "the end instead (in PyTorch, remove() of its controller makes them stay frozen)"
         )
     masks = {path: backend.to_stored(factors.active).numpy() for path, factors in adaptation.layers.items()}
     frozen = {path: ~mask for path, mask in masks.items()}
@@ -169,7 +169,9 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
                     f"{path}: consolidating into {dtype} would round the update away; leave the model as it is, and "
                     "merge at the end"
                 )
-        model, _ = hold(backend, model, adaptation, frozen, keep_base=keep_base and adaptation.base_kept)
+        model, _ = hold(
+            backend, model, adaptation, frozen, keep_base=keep_base and adaptation.ledger.keeps_base
+        )
     return model
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from adamss.backend import PlainStore
 from adamss.backend.interface import Arrays
 from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors
 from adamss.errors import ArrayTypeError, LayerTypeError
 from adamss_jax.functional import linear
 
-__all__ = ["HostCopies", "JaxArrays", "beside", "check_values", "placed_as"]
+__all__ = ["HostCopies", "JaxArrays", "LeafStore", "beside", "check_values", "placed_as"]
 
 
 class JaxArrays(Arrays):
@@ -115,6 +116,19 @@ class HostCopies(Mapping[str, Array]):
 
     def __getstate__(self) -> Any:
         return None, {"_arrays": self._arrays, "_shardings": {}}  # devices are those of the process
+
+
+class LeafStore(PlainStore):
+    """Fields of the layer. A frozen layer that is written to is a copy, made for that, of the one in the model."""
+
+    def write(self, layer: Any, name: str, value: Array) -> None:
+        object.__setattr__(layer, name, placed_as(value, jnp.asarray(self.read(layer, name))))
+
+    def exchange(self, layer: Any, name: str, value: Array) -> Array:
+        """Do the same, and return the former array, which nobody can write over."""
+        before: Array = self.read(layer, name)
+        self.write(layer, name, value)
+        return before
 
 
 def check_values(array: Any, path: str, name: str) -> None:

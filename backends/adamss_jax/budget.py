@@ -249,7 +249,7 @@ def synchronise(model: Any, opt_state: Any) -> Any:
             AdamssWarning,
             stacklevel=2,
         )
-    if bool(state.revive) and not _revives(adaptation) and not all(mask.all() for mask in active.values()):
+    if bool(state.revive) and not adaptation.revives and not all(mask.all() for mask in active.values()):
         warnings.warn(
             "the model was attached without a budget that revives, so that its frozen subspaces get no gradients "
             "from here on; to train further, attach it with AdamssConfig(budget=...) of this schedule",
@@ -335,10 +335,6 @@ def _states(opt_state: Any) -> list[BudgetedState]:
     return [node for node in nodes if isinstance(node, BudgetedState)]
 
 
-def _revives(adaptation: Adaptation) -> bool:
-    return adaptation.config.budget is not None and adaptation.config.budget.revive
-
-
 def _check_may_return(config: BudgetConfig, adaptation: Adaptation) -> None:
     if config.revive and adaptation.ledger.held:
         raise StateError(
@@ -346,7 +342,7 @@ def _check_may_return(config: BudgetConfig, adaptation: Adaptation) -> None:
             "return; load the adapter into the base model afresh"
         )
     frozen = any(not bool(factors.active.all()) for factors in adaptation.layers.values())
-    if config.revive and frozen and not _revives(adaptation):
+    if config.revive and frozen and not adaptation.revives:
         raise ConfigError(
             "budgeted: revive = True, but the model has frozen subspaces and was attached without a budget that "
             "revives, so that they get no gradients; attach it with AdamssConfig(budget=...) of this schedule"

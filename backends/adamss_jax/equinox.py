@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adamss.backend import Adaptation, Kinds, StackedLayer, Store, Stores, View
+from adamss.backend import Adaptation, Kinds, StackedLayer, Stores, View
 from adamss.backend.sites import stack_paths
 from adamss.backend.tensors import join_path
 from adamss.core import Factors
 from adamss.errors import StateError
-from adamss_jax.arrays import HostCopies, placed_as
+from adamss_jax.arrays import HostCopies, LeafStore, placed_as
 from adamss_jax.kinds import MatrixKind, with_update
 from adamss_jax.leaves import spelled
 from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
@@ -59,23 +59,6 @@ class Linear(MatrixKind):
 
 kinds = Kinds(Linear())
 """Kinds of layers that can be adapted; `Kinds.register` adds one."""
-
-
-class LeafStore(Store):
-    """Fields of the layer. A layer that is written to is a copy, made for that, of the one in the tree."""
-
-    def holds(self, layer: Any, name: str) -> bool:
-        return True
-
-    def read(self, layer: Any, name: str) -> Array:
-        array: Array = getattr(layer, name)
-        return array
-
-    def refusal(self, layer: Any, name: str) -> str | None:
-        return None
-
-    def write(self, layer: Any, name: str, value: Array) -> None:
-        object.__setattr__(layer, name, placed_as(value, jnp.asarray(getattr(layer, name))))
 
 
 stores = Stores(LeafStore())
@@ -166,7 +149,8 @@ class AdaptedLayer(eqx.Module):
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         """Return the output for an input, as the frozen layer does."""
-        y, kind = self.base(x, *args, **kwargs), kinds.of(self.base, "an adapted layer")
+        y: Array = self.base(x, *args, **kwargs)
+        kind = kinds.of(self.base, "an adapted layer")
         rest, revive = (args, kwargs), self.record.revives
         return with_update(kind, self.base, y, x, self.adapter, revive=revive, rest=rest)
 
@@ -329,7 +313,7 @@ class EquinoxBackend(JaxModels):
         )
 
     def switched(self, model: Any, *, on: bool) -> Any:
-        """Return the model; off, it is one without adapters, and the other is still there to be switched on."""
+        """Return the model; off, it is the base model, and the other is still there to be switched on."""
         return model if on else self.remove(model)
 
 

@@ -26,12 +26,12 @@ except ImportError as error:
 import jax.numpy as jnp
 from jax import Array
 
-from adamss.backend import Adaptation, Kinds, Site, StackedLayer, Store, Stores, View
+from adamss.backend import Adaptation, Kinds, Site, StackedLayer, Stores, View
 from adamss.backend.sites import stack_paths
 from adamss.backend.tensors import join_path
 from adamss.core import Factors
 from adamss.errors import LayerError, TargetError
-from adamss_jax.arrays import HostCopies, placed_as
+from adamss_jax.arrays import HostCopies, LeafStore, placed_as
 from adamss_jax.kinds import MatrixKind, Rest, with_update
 from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
 from adamss_jax.parts import Part
@@ -209,18 +209,12 @@ kinds = Kinds(Linear(), LinearGeneral(), Einsum())
 """Kinds of layers that can be adapted; `Kinds.register` adds one."""
 
 
-class VariableStore(Store):
+class VariableStore(LeafStore):
     """Variables of the layer, each of which stays the object that it is."""
-
-    def holds(self, layer: Any, name: str) -> bool:
-        return True
 
     def read(self, layer: Any, name: str) -> Array:
         array: Array = getattr(layer, name).get_value()
         return array
-
-    def refusal(self, layer: Any, name: str) -> str | None:
-        return None
 
     def write(self, layer: Any, name: str, value: Array) -> None:
         variable = getattr(layer, name)

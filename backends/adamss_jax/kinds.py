@@ -34,14 +34,6 @@ class MatrixKind(Kind):
         """Return (..., n) in the axes of the layer's output."""
         return u
 
-    def project(self, layer: Any, x: Array, M: Array) -> Array:
-        """See `Kind.project`."""
-        return self.inputs(layer, x) @ M
-
-    def spread(self, layer: Any, z: Array, E: Array) -> Array:
-        """See `Kind.spread`."""
-        return self.outputs(layer, z @ E)
-
 
 def with_update(
     kind: Kind, layer: Any, y: Array, x: Array, adapter: Any, *, revive: bool, rest: Rest

@@ -16,6 +16,7 @@ from jax import Array
 from adamss.backend import Adaptation, Backend, Ledger, Site, StackedLayer, backend_for
 from adamss.backend.interface import Model, Module
 from adamss.backend.sites import Index, by_owner, owner_of, split_path
+from adamss.backend.stores import exchange_all
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core.factors import outline
@@ -171,6 +172,7 @@ class JaxModels(JaxArrays, Backend):
                 {owner: found[owner].base for owner in held},
             ),
             disabled=any(each.off for each in found.values()),
+            revives=record.revives,
             name=record.name,
         )
 
@@ -212,22 +214,16 @@ class JaxModels(JaxArrays, Backend):
             layer = adapted[path]
             kind = self.kinds.of(layer, path)
             for name in (kind.weight, kind.bias):
-                if getattr(layer, name, None) is not None:
-                    why = self.stores.of(layer, name).refusal(layer, name)
-                    if why is not None:
-                        raise LayerError(f"{path}: its {name} {why}")
+                if (why := self.stores.refusal(layer, name)) is not None:
+                    raise LayerError(f"{path}: its {name} {why}")
 
     def exchange(
         self, model: Model, arrays: Mapping[str, Mapping[str, Array]]
     ) -> tuple[Model, dict[str, dict[str, Array]]]:
         layers = self.adapted_layers(model)
-        before = {
-            path: {
-                name: self.stores.of(layers[path], name).exchange(layers[path], name, value)
-                for name, value in own.items()
-            }
-            for path, own in arrays.items()
-        }
+        before = exchange_all(
+            arrays, lambda path, name, value: self.stores.exchange(layers[path], name, value)
+        )
         return self.with_layers(model, {path: layers[path] for path in arrays}), before
 
     def exchange_saved(

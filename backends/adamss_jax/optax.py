@@ -34,7 +34,7 @@ class HoldFrozenState(NamedTuple):
     trained: Any
 
 
-def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientTransformation:
+def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientTransformationExtraArgs:
     """Keep the frozen elements of an adapted model where they are, whatever the optimiser does.
 
     Weight decay, and momentum from before an element was frozen, move it although its gradient is zero. The updates
@@ -52,8 +52,8 @@ def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientT
 
     Returns
     -------
-    optax.GradientTransformation
-        Its state is a `HoldFrozenState`.
+    optax.GradientTransformationExtraArgs
+        Its state is a `HoldFrozenState`; more arguments of its ``update`` go to `tx`.
 
     Raises
     ------
@@ -63,16 +63,18 @@ def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientT
     backend = models_of(model)
     if backend.adaptation(model) is None:
         raise StateError("hold_frozen: the model has no adapters; call adamss.attach first")
-    trained = backend.trained_elements(model)
+    trained, tx = backend.trained_elements(model), optax.with_extra_args_support(tx)
 
     def init(params: Any) -> HoldFrozenState:
         return HoldFrozenState(tx.init(params), trained)
 
-    def update(updates: Any, state: HoldFrozenState, params: Any = None) -> tuple[Any, HoldFrozenState]:
-        updates, inner = tx.update(updates, state.inner, params)
+    def update(
+        updates: Any, state: HoldFrozenState, params: Any = None, **extra: Any
+    ) -> tuple[Any, HoldFrozenState]:
+        updates, inner = tx.update(updates, state.inner, params, **extra)
         held = jax.tree.map(
             lambda mask, step: jnp.where(mask, step, jnp.zeros_like(step)), state.trained, updates
         )
         return held, HoldFrozenState(inner, state.trained)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

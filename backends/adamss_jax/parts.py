@@ -11,6 +11,7 @@ from jax import Array
 
 from adamss.backend.sites import Index
 from adamss.core import Factors
+from adamss.core.factors import select
 
 __all__ = ["Part", "computed", "part_of"]
 
@@ -69,10 +70,8 @@ def part_of(
     """
     labels, subspaces, directions = {}, {}, {}
     for index, factors in layers.items():
-        own, kept = np.asarray(factors.labels), ~held[index]
-        labels[index] = np.where(kept[own], np.cumsum(kept, dtype=own.dtype)[own] - 1, -1).astype(own.dtype)
-        subspaces[index] = np.nonzero(kept)[0]
-        directions[index] = np.nonzero(np.repeat(kept, factors.ranks))[0]
+        on_host = np.asarray(factors.labels), np.asarray(factors.ranks)
+        labels[index], subspaces[index], directions[index] = select(*on_host, ~held[index])
     K, q = (max(f[axis].shape[-1] for f in layers.values()) for axis in (4, 1))
     return Part(
         _padded(held, leading),

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamss.core import Factors
+from adamss.core import Factors, trained_elements
+from adamss.errors import StateError
 from adamss_torch.kernel import Layout, Plan, frozen_rows, make_layout, products, update
 from adamss_torch.stores import present
 
@@ -74,7 +75,7 @@ class Adapter(nn.Module):
         self._rows_of: tuple[Tensor | None, int, Tensor | None, Tensor | None] = (None, 0, None, None)
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
-        for name in ("A", "labels", "ranks", "active"):
+        for name in BUFFERS:
             # In one layout whatever they come from: products of another may round otherwise, and a resumed training
             # is to give the same bits.
             self.register_buffer(name, _alone(getattr(factors, name).detach().contiguous()))
@@ -115,7 +116,8 @@ class Adapter(nn.Module):
 
     def trained_elements(self) -> tuple[Tensor, Tensor]:
         """Return which rows of B, (q, 1), and which columns of C, (1, n), belong to active subspaces; booleans."""
-        return self.active[self._groups()][:, None], self.active[self.labels.to(torch.int64)][None, :]
+        B, C = trained_elements(self.factors())
+        return B.t(), C
 
     def _groups(self) -> Tensor:
         """Return the subspace of each row of B, (q,) int64."""
@@ -124,8 +126,8 @@ class Adapter(nn.Module):
     def _frozen_rows(self, active: Tensor, layout: Layout) -> Tensor | None:
         """Return the rows of M and E that get no gradient, (q', 1) booleans; None where nothing is frozen.
 
-        A compiled or recorded graph must mask at every call, since masks change under it; and a look at the mask would
-        wait for another device.
+        A compiled or recorded graph must mask at every call, since masks change under it; and to look at a mask on
+        another device is to wait for it.
         """
         if torch.compiler.is_compiling() or active.device.type != "cpu" or active.is_inference():
             return frozen_rows(active, layout)
@@ -149,6 +151,10 @@ class Adapter(nn.Module):
             trained_B, trained_C = self.trained_elements()
             B, C = torch.where(trained_B, B, B.detach()), torch.where(trained_C, C, C.detach())
         return products(self.A, B, C, self.layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no controller that would let a subspace return.
+        return {**self.__dict__, "revive": False}
 
     def _derive(self) -> Layout:
         """Make the layout anew, which follows from labels, ranks, and what the weight holds."""
@@ -187,15 +193,7 @@ class Adapter(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given = f"{prefix}B" in state_dict
-        if given and not self._fits_weight(state_dict, prefix):
-            # Not loaded: who goes on in spite of the error would count the update twice.
-            error_msgs.append(
-                f"{prefix}: the weight of the layer holds other subspaces in the state than in this model (one of "
-                "them was merged or consolidated). Bring the model into the same form first, or take adamss.save and "
-                "adamss.load, which take any."
-            )
-            return
+        self.check_fits_weight(state_dict, prefix)
         misfits = self._misfits(state_dict, prefix)
         if misfits:
             # Not loaded either: B and C of one grouping and labels of another would compute something else.
@@ -208,6 +206,21 @@ class Adapter(nn.Module):
             unexpected_keys.remove(f"{prefix}{HELD}")
         self.loads += 1
         self._derive()
+
+    def check_fits_weight(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Check that the factors in a state, if it has any, go with the weight that the layer has once it is loaded.
+
+        Raises
+        ------
+        StateError
+            If not: to go on would be to count the update twice, or not at all.
+        """
+        if f"{prefix}B" in state_dict and not self._fits_weight(state_dict, prefix):
+            raise StateError(
+                f"{prefix.removesuffix('.')}: the weight of the layer holds other subspaces in the state than in "
+                "this model (one of them was merged or consolidated). Bring the model into the same form first, or "
+                "take adamss.save and adamss.load, which take any."
+            )
 
     def _fits_weight(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
         """Whether the factors in a state go with the weight that the layer has when it is loaded."""

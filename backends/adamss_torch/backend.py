@@ -15,13 +15,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from adamss.backend import Adaptation, Backend, Division, Kinds, Ledger, LinearKind, Site, View
+from adamss.backend.stores import exchange_all
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.errors import LayerError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.adapter import BUFFERS, Adapter
-from adamss_torch.bank import CHILD, LayerBank, OnLoan, refuse_compacted
+from adamss_torch.bank import CHILD, LayerBank, OnLoan, check_state
 from adamss_torch.division import divided
 from adamss_torch.kernel import Plan, frozen_rows, make_layout, update
 from adamss_torch.sharding import is_sharded, local, rebuilt
@@ -51,8 +52,6 @@ class _Record:
         Which parameters required gradients before.
     guard
         Of the hook that looks at a state before it is loaded.
-    guard
-        Of the hook that refuses states of a form that is gone.
     unsynchronised
         The names that were added to `UNSYNCHRONISED`.
     name
@@ -171,9 +170,13 @@ class TorchBackend(Backend):
 
     def site(self, module: nn.Module, path: str) -> Site:
         site, name = super().site(module, path), path or "the model itself"
-        weight: Any = getattr(module, site.kind.weight)
+        weight: Any = getattr(module, site.kind.weight, None)
         if is_lazy(weight):
             raise LayerError(f"{name} is a lazy layer without weights; run the model once, then attach")
+        if isinstance(weight, Tensor) and weight.is_inference():
+            raise LayerError(
+                f"{name} was made under torch.inference_mode, and nothing can be trained through it; make it outside"
+            )
         if not isinstance(getattr(module, CHILD, None), LayerBank | None):
             raise LayerError(
                 f"{name} has an attribute {CHILD!r} of its own, where the adapter goes; rename it"
@@ -247,7 +250,7 @@ class TorchBackend(Backend):
         banks = {}
         for path, layer in adapted.items():
             site = self.site(layer, path)
-            sharding.check_spread(model, layer, getattr(layer, site.kind.weight), path)
+            sharding.check_spread(model, layer, getattr(layer, site.kind.weight, None), path)
             adapter = Adapter(adaptation.layers[path], adaptation.shapes[path][0])
             banks[path] = LayerBank(site.kind)
             banks[path].add(adaptation.name, adapter.to(execution_device(layer)))
@@ -264,11 +267,11 @@ class TorchBackend(Backend):
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for path, bank in banks.items():
             bank.install(adapted[path])
-            weight = getattr(adapted[path], bank.kind.weight)
+            weight = getattr(adapted[path], bank.kind.weight, None)
             if is_sharded(weight):
                 sharding.shard_adapter(bank.adapters[adaptation.name], weight)
         names = _leave_unsynchronised(owner, adapted, adaptation.name)
-        guard = owner.register_load_state_dict_pre_hook(refuse_compacted)  # type: ignore[no-untyped-call]
+        guard = owner.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
         paths = tuple(adapted)
         record = _Record(adaptation.config, paths, kept, required_grad, guard, names, adaptation.name)
         setattr(owner, RECORD, record)
@@ -336,55 +339,49 @@ class TorchBackend(Backend):
         sharding.reshard(model)
         owner, _ = _owner(model)
         counts = _parameter_counts(owner)
-        before: dict[str, dict[str, Tensor]] = {}
+
+        def exchange(path: str, name: str, value: Tensor) -> Tensor:
+            layer = owner.get_submodule(path)
+            former: Any = getattr(layer, name, None)
+            if not isinstance(value, nn.Parameter) and counts[id(former)] < 2:
+                former = self.stores.exchange(layer, name, value)
+            else:
+                # Other modules go on with the base weight: this layer gets a Parameter of its own, and at last the
+                # shared one back.
+                own = isinstance(value, nn.Parameter)
+                setattr(layer, name, value if own else nn.Parameter(value.contiguous(), requires_grad=False))
+            result: Tensor = former
+            return result
+
         with torch.no_grad():
-            for path, own in arrays.items():
-                layer = owner.get_submodule(path)
-                before[path] = {}
-                for name, value in own.items():
-                    parameter = getattr(layer, name)
-                    if isinstance(value, nn.Parameter) or counts[id(parameter)] > 1:
-                        # Other modules go on with the base weight: this layer gets a Parameter of its own, and at
-                        # last the shared one back.
-                        new = value
-                        if not isinstance(value, nn.Parameter):
-                            new = nn.Parameter(value.contiguous(), requires_grad=False)
-                        setattr(layer, name, new)
-                        before[path][name] = parameter
-                    else:
-                        store = self.stores.of(layer, name)
-                        before[path][name] = store.exchange(layer, name, value)
-        return model, before
+            return model, exchange_all(arrays, exchange)
 
     def exchange_saved(
         self, model: nn.Module, arrays: Mapping[str, Mapping[str, Tensor]]
     ) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
         sharding.reshard(model)
         owner, _ = _owner(model)
-        before: dict[str, dict[str, Tensor]] = {}
-        done: dict[int, Tensor] = {}
+        tensors = {path: _tensors(owner.get_submodule(path)) for path in arrays}
+        former: dict[int, Tensor] = {}
+
+        def exchange(path: str, name: str, value: Tensor) -> Tensor:
+            tensor = tensors[path][name]
+            # A copy: the module may write into its own, as batch normalisation does into its statistics.
+            before = exchanged(tensor, value.clone())
+            return former.setdefault(id(tensor), before)  # one that two saved modules share has these twice
+
         with torch.no_grad():
-            for path, own in arrays.items():
-                tensors = _tensors(owner.get_submodule(path))
-                before[path] = {}
-                for name, value in own.items():
-                    tensor = tensors[name]
-                    # One that two saved modules share is given other values once.
-                    if id(tensor) not in done:
-                        done[id(tensor)] = exchanged(tensor, value)
-                    before[path][name] = done[id(tensor)]
-        return model, before
+            return model, exchange_all(arrays, exchange)
 
     def enter(self, model: nn.Module, ledger: Ledger) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
-        merged = all(path in ledger.held and ledger.held[path].all() for path in record.paths)
+        kept = {path: None if own is None else _on_host(own) for path, own in ledger.base.items()}
         for path, bank in _banks(owner, record).items():
-            bank.merged = merged
             mask = ledger.held.get(path)
             bank.adapters[record.name].hold(None if mask is None else torch.from_numpy(mask.copy()))
-            base = ledger.base.get(path)
-            bank.base = None if base is None else {name: _on_host(tensor) for name, tensor in base.items()}
+            bank.base = kept.get(path)
+            bank.merged = ledger.holds_all(record.paths)
             bank.look()
         return model
 
@@ -530,6 +527,9 @@ def _parameter_counts(owner: nn.Module) -> Counter[int]:
     return Counter(id(parameter) for _, parameter in owner.named_parameters(remove_duplicate=False))
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """Return a tensor in the host's memory; a Parameter that other modules use stays where it is."""
-    return tensor if isinstance(tensor, nn.Parameter) else rebuilt(local(tensor).cpu(), tensor)
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in the host's memory; a Parameter that other modules use stays where it is."""
+    return {
+        name: tensor if isinstance(tensor, nn.Parameter) else rebuilt(local(tensor).cpu(), tensor)
+        for name, tensor in tensors.items()
+    }

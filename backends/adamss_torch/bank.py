@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from adamss.backend.bank import DEFAULT
 from adamss.errors import StateError
 from adamss_torch.adapter import HELD, Adapter
 
-__all__ = ["CHILD", "LayerBank", "OnLoan", "refuse_compacted", "without_weights"]
+__all__ = ["CHILD", "LayerBank", "OnLoan", "check_state", "without_weights"]
 
 CHILD = "adamss"
 """Name of the bank among the children of its layer."""
@@ -57,6 +58,7 @@ class LayerBank(nn.Module):
         self.base: dict[str, Tensor] | None = None
         self.off = self.merged = False
         self.computed: tuple[str, ...] = ()
+        self._input = "input"
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -75,6 +77,7 @@ class LayerBank(nn.Module):
     def install(self, layer: nn.Module) -> None:
         """Become a child of the layer, and hook its forward."""
         _let_compilers_see_hooks()
+        self._input = next(iter(signature(layer.forward).parameters), self._input)
         layer.register_module(CHILD, self)
         # As `register_forward_hook` does, but for the key: PyTorch counts its own from zero in each process, and the
         # hook of an unpickled model is not to be displaced by the first that is registered there.
@@ -95,8 +98,10 @@ class LayerBank(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # States of version 0.1 have no name of the adapter in their keys.
-        for name in [name for name in state_dict if "." not in name.removeprefix(prefix)]:
-            state_dict[f"{prefix}{DEFAULT}.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            own = name.removeprefix(prefix)
+            if "." not in own:
+                state_dict[f"{prefix}{DEFAULT}.{own}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -109,7 +114,7 @@ def _add_updates(
     # It stays on a merged layer rather than come and go: others hook in before and behind it.
     if not bank.computed:
         return None
-    x = args[0] if args else kwargs["input"]
+    x = args[0] if args else kwargs[bank._input]
     if not bank.kind.linear:
         for name in bank.computed:
             M, E = bank._modules[name].products()  # type: ignore[union-attr,operator]
@@ -161,13 +166,14 @@ class OnLoan:
                     (own[name],) = value.former
 
 
-def refuse_compacted(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
-    """Refuse a state in the compacted form of version 0.1, before any of it is loaded.
+def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: Any) -> None:
+    """Check a state before any of it is loaded.
 
     Raises
     ------
     StateError
-        If it is one; the message names a layer.
+        If it is in the compacted form of version 0.1, or does not fit what the weights of the model hold; the message
+        names a layer.
     """
     mark = f".{CHILD}.owned"
     found = [name.removesuffix(mark) for name in state_dict if f".{name}".endswith(mark)]
@@ -176,6 +182,11 @@ def refuse_compacted(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) 
             f"{found[0]}: the state is of an adapter that compact() had shrunk, a form that is gone; write it with "
             "adamss.save in the version that it comes from, and adamss.load that file"
         )
+    for path, bank in module.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(bank, LayerBank):
+            for name, adapter in bank.adapters.items():
+                named = f"{path}.{name}." if f"{path}.{name}.B" in state_dict else f"{path}."  # version 0.1
+                adapter.check_fits_weight(state_dict, named)
 
 
 def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

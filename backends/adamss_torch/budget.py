@@ -23,7 +23,7 @@ from adamss.errors import (
     ConfigTypeError,
     StateError,
 )
-from adamss_torch.adapter import Adapter
+from adamss_torch.adapter import BUFFERS, Adapter
 from adamss_torch.backend import TorchBackend, adapters_of
 from adamss_torch.frozen import FrozenElements
 from adamss_torch.sharding import (
@@ -259,7 +259,7 @@ class BudgetController:
             self._optimizer.register_step_pre_hook(self._before),
             self._optimizer.register_step_post_hook(self._after),
         )
-        self._at_end = weakref.finalize(self, self._progress.tell)
+        self._at_end = weakref.finalize(self, _ended, self._progress, list(self._adapters.values()))
 
     # ---- what a user reads ----------------------------------------------------------------------------
 
@@ -349,13 +349,14 @@ class BudgetController:
         if loads == self._loads:
             return
         self._loads = loads
-        before = self.active_count
+        before = self._state.active
         self._state = self._state._replace(active=self._masks_of_model())
         self._frozen.look()
-        if before != self.active_count:
+        if not torch.equal(before, self._state.active):
             warnings.warn(
-                f"budget: a state was loaded into the model, with {self.active_count} subspaces trained where there "
-                f"were {before}; load the controller's own state too, or it goes on from step {self.step}",
+                f"budget: a state was loaded into the model, with other masks ({self.active_count} subspaces are "
+                f"trained, {int(before.sum())} before); load the controller's own state too, or it goes on from step "
+                f"{self.step}",
                 AdamssWarning,
                 stacklevel=4,
             )
@@ -524,10 +525,14 @@ class BudgetController:
             handle.remove()
         for thing in (self._optimizer, *self._adapters.values()):
             _CONTROLLED.pop(thing, None)
-        for adapter in self._adapters.values():
-            adapter.revive = False
-        self._at_end.detach()
-        self._progress.tell()
+        self._at_end()
+
+
+def _ended(progress: _Progress, adapters: list[Adapter]) -> None:
+    """Do what is left to do when a controller is removed, or collected."""
+    for adapter in adapters:
+        adapter.revive = False
+    progress.tell()
 
 
 # ---- scores ----------------------------------------------------------------------------------------------
@@ -634,9 +639,7 @@ def _synchronised_over(adapters: Mapping[str, Adapter]) -> dist.ProcessGroup | N
             AdamssWarning,
             stacklevel=3,
         )
-    fixed = [
-        getattr(adapter, name) for adapter in adapters.values() for name in ("A", "labels", "ranks", "active")
-    ]
+    fixed = [getattr(adapter, name) for adapter in adapters.values() for name in BUFFERS]
     group: dist.ProcessGroup = wrappers[0].process_group
     if not same_everywhere(fixed, group):
         raise StateError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adamss import errors
 from adamss.backend import BaseWeight, Division
-from adamss.backend.interface import by_shape
+from adamss.backend.interface import Weights, by_shape
 from adamss.core import Factors
 from adamss.core.decomposition import EXACT_SIDE
 from adamss.core.fingerprint import fingerprint
@@ -76,22 +76,23 @@ class TorchDivision(Division):
         self._owners: dict[str, int] = {}
         self._devices: dict[str, torch.device] = {}
 
-    def share(self, weights: Mapping[str, BaseWeight], settings: str) -> Iterator[tuple[str, BaseWeight]]:
+    def share(self, weights: Weights, settings: str) -> Iterator[tuple[str, BaseWeight]]:
         """Yield this process's layers: all of them where no other process has the same layers and weights."""
-        ordered = dict(by_shape(weights))
+        paths = by_shape(weights)
         if self._group is None or not self._agree(_plan(weights, settings, self._group)):
-            for path, base in ordered.items():
-                yield path, _whole(base)
+            for path in paths:
+                yield path, _whole(weights[path])
             return
         size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         # The large ones first, so that those of one round take about as long.
-        paths = sorted(ordered, key=lambda path: -weights[path].W.numel())
+        paths.sort(key=lambda path: -math.prod(weights.shape(path)))
         self._owners = {path: number % size for number, path in enumerate(paths)}
-        self._devices = {path: local(weights[path].W).device for path in paths}
         for start in range(0, len(paths), size):
             mine = None
             for path in paths[start : start + size]:
-                base = _whole(weights[path])  # all take part in the gathering, one keeps it
+                base = weights[path]
+                self._devices[path] = local(base.W).device
+                base = _whole(base)  # all take part in the gathering, one keeps it
                 mine = (path, base) if self._owners[path] == rank else mine
                 del base
             if mine is not None:

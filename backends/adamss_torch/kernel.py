@@ -231,8 +231,8 @@ class _Update(torch.autograd.Function):
     `rows` is M, made of B outside, by products that autograd knows: it then finds the gradient of B without Python,
     which takes longer than the arithmetic. With the order ``"input_first"``, `rows` is B.
 
-    Kept for the backward are x and z, and M and E; none that no gradient wants. Projecting is for those who are
-    short of memory: it keeps ``x A`` for x, and forms M and E anew.
+    Kept for the backward are x and z, and M and E; none that no gradient wants. The order ``"input_first"`` is for
+    those who are short of memory: it keeps ``x A`` for x, and forms M and E anew.
     """
 
     @staticmethod

@@ -12,18 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamss.backend import Store, Stores
+from adamss.backend import PlainStore, Stores
 from adamss_torch.sharding import copy_into, is_sharded
 
 __all__ = ["exchanged", "execution_device", "present", "stores", "writing_refused"]
 
 
-class ParameterStore(Store):
-    """Parameters of the layer."""
-
-    def holds(self, layer: nn.Module, name: str) -> bool:
-        """Return True: whatever no other store holds."""
-        return True
+class ParameterStore(PlainStore):
+    """Parameters of the layer, and tensors that it has as buffers or plain attributes."""
 
     def read(self, layer: nn.Module, name: str) -> Tensor:
         """Return the values of the Parameter."""
@@ -47,8 +43,8 @@ class ComputedStore(ParameterStore):
     """Weights that `torch.nn.utils.parametrize` computes whenever they are looked at."""
 
     def holds(self, layer: nn.Module, name: str) -> bool:
-        """Return whether the tensor is none of the layer's own Parameters."""
-        return name not in layer._parameters
+        """Return whether a class that `torch.nn.utils.parametrize` made computes the tensor."""
+        return isinstance(getattr(type(layer), name, None), property)
 
     def refusal(self, layer: nn.Module, name: str) -> str | None:
         """Refuse: the next look would compute it anew."""
@@ -63,7 +59,7 @@ class OffloadedStore(ParameterStore):
 
     def holds(self, layer: nn.Module, name: str) -> bool:
         """Return whether the tensor is on the meta device and accelerate has its values."""
-        return getattr(layer, name).is_meta and _offloading(layer) is not None
+        return super().holds(layer, name) and getattr(layer, name).is_meta and _offloading(layer) is not None
 
     def read(self, layer: nn.Module, name: str) -> Tensor:
         """Return the values from the map."""

@@ -720,7 +720,7 @@ def test_consolidate(kind, variant, tmp_path):
         np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
         assert flops(model, x) < before
         adaptation = backend_for(model).adaptation(model)
-        assert adaptation.base_kept
+        assert adaptation.ledger.keeps_base
         for path, f in layers.items():
             np.testing.assert_array_equal(adaptation.ledger.held[path], ~f.active)
             for a, b in zip(f, adaptation.layers[path], strict=True):
@@ -753,13 +753,21 @@ def test_consolidate(kind, variant, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_consolidate_where_frozen_subspaces_may_return(kind):
+    model = attached(kind, {"target": 1, "end_step": 2, "revive": True})
+    model = backend_for(model).set_active(model, {path: jnp.arange(K) != 1 for path in factors(model)})
+    with pytest.raises(StateError, match="under which frozen subspaces may return"):
+        adamss.consolidate(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_consolidate_without_the_base(kind):
     with jax.enable_x64(True):
         loop = trained(kind, optax.adamw(0.05), LONG, steps=6, include_bias=True)
         loop.synchronise()
         x, y = inputs(rows=9), loop.model(inputs(rows=9))
         loop.model = adamss.consolidate(loop.model, keep_base=False)
-        assert not backend_for(loop.model).adaptation(loop.model).base_kept
+        assert not backend_for(loop.model).adaptation(loop.model).ledger.keeps_base
         backend, base = backend_for(loop.model), backend_for(loop.model).modules(MODELS[kind]())
         adaptation = backend.adaptation(loop.model)
         for path, site in sites_of(backend, loop.model, adaptation).items():

@@ -28,7 +28,6 @@ class NnxWindow(Kind):
 
     classes = (nnx.Conv,)
     weight = "kernel"
-    linear = False
 
     def view(self, layer, path):
         if layer.feature_group_count != 1:
@@ -45,7 +44,6 @@ class NnxWindow(Kind):
 
 class EquinoxWindow(Kind):
     classes = (eqx.nn.Conv1d,)
-    linear = False
 
     def view(self, layer, path):
         return View(rows=(1, 2), columns=(0,))
@@ -129,10 +127,11 @@ def filled(model, config=CONFIG, mask=(True, False, True, True)):
     """Return the model, adapted, with other values of C than zero and a frozen subspace."""
     backend = backend_for(model)
     model = adamss.attach(model, config)
-    f = backend.adaptation(model).layers["0"]
+    adaptation = backend.adaptation(model)
+    f = adaptation.layers["0"]
     within = jnp.arange(f.C.shape[0])[:, None] < f.ranks[f.labels]
     f = f._replace(C=jnp.where(within, 0.3 * inputs(*f.C.shape), 0), active=jnp.asarray(mask))
-    return put(backend, adamss.detach(model), {"0": f}, config=config, saved={})
+    return put(backend, adamss.detach(model), {"0": f}, adaptation.shapes, config=config, saved={})
 
 
 def test_starts_equal_computes_the_update_and_travels(case, tmp_path):

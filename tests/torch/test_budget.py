@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import subprocess
@@ -555,10 +556,39 @@ def test_masks_that_are_loaded_into_the_model_are_taken_over_and_told():
         for x in batches(5):
             step(model, optimizer, x)
         assert budget.active_count == 10
+        late = copy.deepcopy(model.state_dict())
         model.load_state_dict(early)
-        with pytest.warns(adamss.AdamssWarning, match="with 40 subspaces trained where there were 10"):
+        with pytest.warns(adamss.AdamssWarning, match=r"other masks \(40 subspaces are trained, 10 before\)"):
             step(model, optimizer, batches()[1])
         assert budget.active_count == adamss.summary(model).total.active == 40
+        others = {name: t.flip(0) if name.endswith("active") else t for name, t in late.items()}
+        for state, told in (
+            (late, "10 subspaces are trained, 40 before"),
+            (others, "10 subspaces are trained, 10"),
+        ):
+            model.load_state_dict(state)
+            with pytest.warns(adamss.AdamssWarning, match=told):
+                step(model, optimizer, batches()[1])
+
+
+@pytest.mark.parametrize("end", ["copied", "collected"])
+def test_frozen_subspaces_of_a_model_without_a_controller_do_not_return(end):
+    model, revive = build(), BudgetConfig(target=10, end_step=4, revive=True)
+    optimizer = OPTIMISERS["adamw"](trainable(model))
+    budget = BudgetController(model, optimizer, revive)
+    for x in batches(5):
+        step(model, optimizer, x)
+    twin = copy.deepcopy(model)
+    if end == "collected":
+        del budget, optimizer
+        gc.collect()
+        twin = model
+    twin.zero_grad()
+    twin(batches()[0]).square().mean().backward()
+    for adapter in adapters_of(twin).values():
+        for parameter, trained in zip((adapter.B, adapter.C), adapter.trained_elements(), strict=True):
+            assert not parameter.grad[~trained.expand_as(parameter)].any()
+    adamss.consolidate(twin)
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])

@@ -11,7 +11,7 @@ from torch import nn
 import adamss
 from adamss import AdamssConfig
 from adamss.backend import BaseWeight
-from adamss.backend.interface import batches
+from adamss.backend.interface import Weights, batches
 from adamss.core.decomposition import EXACT_SIDE
 from adamss_torch import TorchBackend
 from adamss_torch.division import TorchDivision
@@ -34,7 +34,11 @@ SIZES = {"q": (160, 160), "k": (160, 160), "v": (160, 144), "large": (LARGE, LAR
 
 
 def layers(count, side=8):
-    return {str(number): BaseWeight(torch.zeros(side, 1024), None) for number in range(count)}
+    return weights({str(number): torch.zeros(side, 1024) for number in range(count)})
+
+
+def weights(tensors):
+    return Weights(tensors, lambda path: BaseWeight(tensors[path], None))
 
 
 def computed(one, weights):
@@ -85,8 +89,8 @@ def test_large_ones_one_by_one_where_all_threads_work_on_them():
 
 
 def test_layers_of_one_shape_are_computed_together_and_their_order_is_that_of_the_model():
-    mixed = {"b": layers(1)["0"], "a": layers(1, EXACT_SIDE + 1)["0"], "c": layers(1)["0"]}
-    assert list(computed(str, mixed)) == ["b", "c", "a"]
+    mixed = {name: torch.zeros(side, 1024) for name, side in {"b": 8, "a": EXACT_SIDE + 1, "c": 8}.items()}
+    assert list(computed(str, weights(mixed))) == ["b", "c", "a"]
     assert list(TorchBackend().adaptation(adamss.attach(net(), config())).layers) == list(SIZES)
 
 

@@ -1,6 +1,7 @@
 """Layers and ways of keeping weights that `adamss` does not know, registered from outside: nothing else is edited."""
 
 import contextlib
+import weakref
 
 import numpy as np
 import pytest
@@ -36,7 +37,6 @@ class WindowKind(Kind):
     """A convolution over one axis: every window of the input is a row of (channels x window) numbers."""
 
     classes = (nn.Conv1d,)
-    linear = False
 
     def view(self, layer, path):
         if layer.groups != 1:
@@ -242,3 +242,96 @@ def test_what_is_none_is_refused():
         kinds.register(nn.Conv2d)
     with pytest.raises(errors.BackendError, match="a store must be"):
         stores.register(EightBits)
+
+
+# ---- what a kind or a store of one's own may do ------------------------------------------------------------
+
+
+IN_FILE = weakref.WeakKeyDictionary()
+
+
+class InFile(nn.Module):
+    """A linear layer of one's own, whose weight is none of its attributes."""
+
+    def __init__(self, d, n):
+        super().__init__()
+        IN_FILE[self] = torch.randn(n, d)
+
+    def forward(self, features):
+        return features @ IN_FILE[self].t()
+
+
+class InFileKind(Kind):
+    classes = (InFile,)
+
+    def view(self, layer, path):
+        return View(rows=(1,), columns=(0,))
+
+
+class InFileStore(Store):
+    """It writes into the memory that it reads from, as a file that is mapped does."""
+
+    reading = 0
+
+    def holds(self, layer, name):
+        return isinstance(layer, InFile) and name == "weight"
+
+    def read(self, layer, name):
+        self.reading += 1
+        return IN_FILE[layer]
+
+    def refusal(self, layer, name):
+        return None
+
+    def write(self, layer, name, value):
+        IN_FILE[layer].copy_(value)
+
+
+@pytest.fixture
+def in_file():
+    kind, store = kinds.register(InFileKind()), stores.register(InFileStore())
+    yield store
+    kinds.unregister(kind)
+    stores.unregister(store)
+
+
+def test_a_store_of_what_is_no_attribute_that_writes_in_place(in_file):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(InFile(12, 10)), torch.randn(3, 12)
+    base, W0 = model(x), IN_FILE[model[0]].clone()
+    adamss.attach(model, CONFIG)
+    assert in_file.reading == 2, "once for its shape, once to be decomposed"
+    adapter = adapters_of(model)["0"]
+    adapter.C.data.normal_()
+    adapter.active[1] = False
+    adapted = model[0](features=x)
+    assert not torch.allclose(adapted, base)
+    for verb in (adamss.consolidate, adamss.merge):
+        torch.testing.assert_close(verb(model)(x), adapted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(adamss.unmerge(model)(x), adapted)
+    adamss.merge(model)
+    assert torch.equal(adamss.detach(model)(x), base)
+    assert torch.equal(IN_FILE[model[0]], W0)
+
+
+def test_a_kind_is_linear_where_it_projects_and_spreads_as_all_do():
+    assert TurnedKind.linear
+    assert not WindowKind.linear
+
+
+@pytest.mark.parametrize("export", [adamss.to_lora, adamss.to_peft])
+def test_what_is_no_linear_layer_is_no_lora(export, tmp_path):
+    model, _ = trained(convolved)
+    with pytest.raises(errors.LayerTypeError, match=r"0 is a Conv1d, whose update is none of a linear layer"):
+        export(model, tmp_path / "lora")
+
+
+def test_a_kind_that_is_taken_out_gives_way_to_the_one_before():
+    class Mine(TurnedKind):
+        classes = (nn.Linear,)
+
+    before = kinds.find(nn.Linear(2, 2))
+    mine = kinds.register(Mine())
+    assert kinds.find(nn.Linear(2, 2)) is mine
+    kinds.unregister(mine)
+    assert kinds.find(nn.Linear(2, 2)) is before

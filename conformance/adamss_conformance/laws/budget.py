@@ -213,4 +213,6 @@ def _with_factors(driver: Driver, factors: dict[str, Factors], schedule: str, dt
 
     layers = {path: made(f) for path, f in factors.items()}
     settings = config(budget=SCHEDULES[schedule])
-    return put(driver.backend, driver.model(LAYERS, dtype), layers, config=settings, saved={"head": None})
+    shapes = {path: (f.A.shape[1], f.labels.shape[0]) for path, f in factors.items()}
+    base = driver.model(LAYERS, dtype)
+    return put(driver.backend, base, layers, shapes, config=settings, saved={"head": None})

@@ -196,7 +196,9 @@ def with_random_C(
             C *= relative * np.linalg.norm(layers[path][0]) / size
         new[path] = factors._replace(C=driver.array(C, driver.backend.dtype_name(factors.C)))
     base = driver.model(layers, dtype)
-    return put(driver.backend, base, new, config=settings, saved=dict.fromkeys(attached.saved))
+    return put(
+        driver.backend, base, new, attached.shapes, config=settings, saved=dict.fromkeys(attached.saved)
+    )
 
 
 def trained_model(driver: Driver, dtype: str, changes: Any, layers: Any = LAYERS) -> Any:
