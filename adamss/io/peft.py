@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from adamss.backend.registry import get_backend
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig, shown
 from adamss.core import Factors, subspace_sizes
@@ -312,7 +313,7 @@ def rows_of(W: Array, b: Array | None) -> Array:
 
 
 def grouping_of(rows: Array, rank: int, subspaces: int, seed: int, *, device: str = "cpu") -> Grouping:
-    """Return what PEFT finds in a base weight: see `adamss_torch.peft`.
+    """Return what PEFT finds in a base weight, as PyTorch's backend finds it.
 
     Raises
     ------
@@ -320,15 +321,14 @@ def grouping_of(rows: Array, rank: int, subspaces: int, seed: int, *, device: st
         If PyTorch or scikit-learn, of which its procedure consists, is not installed.
     """
     try:
-        import sklearn.cluster  # noqa: F401
-
-        from adamss_torch.peft import find_grouping
-    except ImportError as error:
+        torch: Any = get_backend("torch")
+        labels, basis = torch.peft_grouping(rows, rank, subspaces, seed, device=device)
+    except (ImportError, MissingBackendError) as error:
         raise MissingBackendError(
             "PEFT does not store which columns make a subspace; to find them again as it does takes PyTorch and "
             'scikit-learn: pip install "adamss[peft]"'
         ) from error
-    return Grouping(*find_grouping(rows, rank, subspaces, seed, device=device), rows)
+    return Grouping(labels, basis, rows)
 
 
 def why_not_the_same(layer: PeftLayer, found: Grouping) -> str | None:

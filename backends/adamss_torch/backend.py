@@ -144,6 +144,12 @@ class TorchBackend(Backend):
     def has_values(self, array: Tensor) -> bool:
         return not array.is_meta
 
+    def peft_grouping(self, *arguments: Any, device: str) -> tuple[Any, Any]:
+        """See `adamss_torch.peft.find_grouping`, which takes scikit-learn."""
+        from adamss_torch.peft import find_grouping
+
+        return find_grouping(*arguments, device=device)
+
     # ---- several processes ----------------------------------------------------------------------------
 
     def whole(self, array: Tensor) -> Tensor:

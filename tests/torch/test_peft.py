@@ -358,6 +358,7 @@ class TestRefusals:
         import sys
 
         monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+        monkeypatch.delitem(sys.modules, "adamss_torch.peft", raising=False)
         self.refused(net(), folder, r"adamss\[peft\]", errors.MissingBackendError)
 
 
