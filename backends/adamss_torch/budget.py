@@ -432,7 +432,7 @@ class BudgetController:
         """
         parts = iter(self._split(self._state.sensitivity * self._state.uncertainty))
         wholes = {
-            path: tuple(_whole(next(parts), parameter) for parameter in pair)
+            path: tuple(_in_whole(next(parts), parameter) for parameter in pair)
             for path, pair in self._trained.items()
         }
         elements = self.plan.join_elements({path: (B.t(), C) for path, (B, C) in wholes.items()})
@@ -538,7 +538,7 @@ def _ended(progress: _Progress, adapters: list[Adapter]) -> None:
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
-def _whole(part: Tensor, parameter: nn.Parameter) -> Tensor:
+def _in_whole(part: Tensor, parameter: nn.Parameter) -> Tensor:
     """Return an array of a Parameter's part on this process in the shape of the whole, zero elsewhere."""
     if not is_sharded(parameter):
         return part

@@ -81,7 +81,7 @@ class TorchDivision(Division):
         paths = by_shape(weights)
         if self._group is None or not self._agree(_plan(weights, settings, self._group)):
             for path in paths:
-                yield path, _whole(weights[path])
+                yield path, _gathered(weights[path])
             return
         size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         # The large ones first, so that those of one round take about as long.
@@ -92,7 +92,7 @@ class TorchDivision(Division):
             for path in paths[start : start + size]:
                 base = weights[path]
                 self._devices[path] = local(base.W).device
-                base = _whole(base)  # all take part in the gathering, one keeps it
+                base = _gathered(base)  # all take part in the gathering, one keeps it
                 mine = (path, base) if self._owners[path] == rank else mine
                 del base
             if mine is not None:
@@ -234,7 +234,7 @@ class _Form(NamedTuple):
         return array.copy_(part.clone().view(self.dtype).view(self.shape))
 
 
-def _whole(base: BaseWeight) -> BaseWeight:
+def _gathered(base: BaseWeight) -> BaseWeight:
     return BaseWeight(unshard(base.W), None if base.b is None else unshard(base.b))
 
 
