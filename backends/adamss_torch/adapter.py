@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamss.core import Factors, trained_elements
+from adamss.core import Factors
 from adamss.errors import StateError
-from adamss_torch.kernel import Layout, Plan, frozen_rows, make_layout, products, update
+from adamss_torch.kernel import Layout, Plan, make_layout, products, trained_elements, update
 from adamss_torch.stores import present
 
-__all__ = ["BUFFERS", "HELD", "Adapter"]
+__all__ = ["HELD", "STRUCTURE", "Adapter"]
 
 HELD = "in_weight"
 """Key in a state of the mask of the subspaces whose update the weight holds, where it holds any.
@@ -24,7 +24,7 @@ Of length 0 in a state without the weights.
 PERSISTENT = ("A", "B", "C", "labels", "ranks", "active")
 """What a state has of an adapter, where there is one of the name."""
 
-BUFFERS = ("A", "labels", "ranks", "active")
+STRUCTURE = ("labels", "ranks", "active")
 
 
 class Adapter(nn.Module):
@@ -43,11 +43,16 @@ class Adapter(nn.Module):
     ----------
     B, C
         Trained Parameters, (q, P) and (r, n).
-    A, labels, ranks, active
-        Buffers, as in `adamss.core.Factors`.
+    A
+        Buffer, as in `adamss.core.Factors`.
+    labels, ranks, active
+        As in `adamss.core.Factors`, on the device of A. They are part of a state but no buffers, and neither are
+        `held`, `kept` and `layout`: other libraries average and broadcast buffers as if all of them were numbers.
     held
-        (K,) booleans on the CPU: whose update the weight of the layer holds; None for none. It is no buffer, and
-        neither is `layout`, since other libraries store, send and average these.
+        (K,) booleans on the CPU: whose update the weight of the layer holds; None for none.
+    kept
+        What frozen elements of B and C are, whatever an optimiser has written to these, in the shapes of both; None
+        where nobody holds them (`adamss_torch.frozen`).
     layout
         Where B and C stand, as it follows from labels, ranks and `held`.
     revive
@@ -72,13 +77,15 @@ class Adapter(nn.Module):
         self.revive = False
         self.loads = 0
         self.held: Tensor | None = None
-        self._rows_of: tuple[Tensor | None, int, Tensor | None, Tensor | None] = (None, 0, None, None)
+        self.kept: tuple[Tensor, Tensor] | None = None
+        self._seen: tuple[Tensor | None, int, tuple[Tensor, Tensor] | None] = (None, 0, None)
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
-        for name in BUFFERS:
-            # In one layout whatever they come from: products of another may round otherwise, and a resumed training
-            # is to give the same bits.
-            self.register_buffer(name, _alone(getattr(factors, name).detach().contiguous()))
+        # In one layout whatever it comes from: products of another may round otherwise, and a resumed training is to
+        # give the same bits.
+        self.register_buffer("A", _alone(factors.A.detach().contiguous()))
+        for name in STRUCTURE:
+            setattr(self, name, _alone(getattr(factors, name).detach().contiguous()))
         self._derive()
 
     def forward(
@@ -95,8 +102,8 @@ class Adapter(nn.Module):
         The other arguments are as for `adamss_torch.kernel.Plan`.
         """
         # Buffers and Parameters are looked up once each: `Module.__getattr__` takes as long as a small product.
-        buffers, parameters = self._buffers, self._parameters
-        A: Tensor = buffers["A"]  # type: ignore[assignment]
+        parameters = self._parameters
+        A: Tensor = self._buffers["A"]  # type: ignore[assignment]
         B: Tensor = parameters["B"]  # type: ignore[assignment]
         C: Tensor = parameters["C"]  # type: ignore[assignment]
         if B.dtype != A.dtype:
@@ -106,69 +113,82 @@ class Adapter(nn.Module):
         if layout.rows.device != A.device:
             # accelerate and FSDP2 move buffers, and know of no attributes.
             layout = self._derive()
-        frozen = None if self.revive else self._frozen_rows(buffers["active"], layout)  # type: ignore[arg-type]
-        return update(base, x, B, C, Plan(A, frozen, layout, self.order, weight, overwrite, input_kept))
+        if not self.revive:
+            B, C = self._frozen_in(B, C)
+        return update(base, x, B, C, Plan(A, layout, self.order, weight, overwrite, input_kept))
+
+    def products(self) -> tuple[Tensor, Tensor]:
+        """Return M: (d, q) and E: (q, n), through which gradients reach the active subspaces, and no others."""
+        B, C = (self.B, self.C) if self.revive else self._frozen_in(self.B, self.C)
+        return products(self.A, B, C, self.layout)
 
     def factors(self) -> Factors:
         """Return the factors, canonical, of all subspaces; views where they can be."""
-        B, C = present(self, "B").detach(), present(self, "C").detach()
+        B, C = self._frozen_in(present(self, "B").detach(), present(self, "C").detach())
+        if self.layout.rows.device != self.A.device and not self.A.is_meta:
+            self._derive()
         return Factors(self.A, B.t(), C, self.labels, self.ranks, self.active)
 
     def trained_elements(self) -> tuple[Tensor, Tensor]:
         """Return which rows of B, (q, 1), and which columns of C, (1, n), belong to active subspaces; booleans."""
-        B, C = trained_elements(self.factors())
-        return B.t(), C
+        return trained_elements(self.active, self.labels, self._groups)
 
-    def _groups(self) -> Tensor:
-        """Return the subspace of each row of B, (q,) int64."""
-        return torch.repeat_interleave(self.ranks.to(torch.int64))
+    def _frozen_in(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """Return B and C with the values that frozen elements have, which get no gradients."""
+        trained = self._trained_if_not_all()
+        if trained is None:
+            return B, C
+        kept = (B.detach(), C.detach()) if self.kept is None else self.kept
+        return torch.where(trained[0], B, kept[0]), torch.where(trained[1], C, kept[1])
 
-    def _frozen_rows(self, active: Tensor, layout: Layout) -> Tensor | None:
-        """Return the rows of M and E that get no gradient, (q', 1) booleans; None where nothing is frozen.
+    def _trained_if_not_all(self) -> tuple[Tensor, Tensor] | None:
+        """Return `trained_elements`, or None if all elements are.
 
-        A compiled or recorded graph must mask at every call, since masks change under it; and to look at a mask on
-        another device is to wait for it.
+        A compiled or recorded graph must look anew at every call, since masks change under it; and to look at a mask
+        on another device is to wait for it.
         """
+        active = self.active
         if torch.compiler.is_compiling() or active.device.type != "cpu" or active.is_inference():
-            return frozen_rows(active, layout)
-        of, version, groups, rows = self._rows_of
-        if of is not active or version != active._version or groups is not layout.groups:
-            every = frozen_rows(active, layout)
-            rows = every if bool(every.any()) else None
-            self._rows_of = active, active._version, layout.groups, rows
-        return rows
+            return self.trained_elements()
+        seen, version, trained = self._seen
+        if seen is not active or version != active._version:
+            trained = None if bool(active.all()) else self.trained_elements()
+            self._seen = active, active._version, trained
+        return trained
+
+    def keep_now(self) -> None:
+        """Keep what the trained elements are now, before a mask freezes some of them."""
+        if self.kept is not None:
+            for kept, now in zip(self.kept, self._frozen_in(self.B.detach(), self.C.detach()), strict=True):
+                kept.copy_(now)
 
     def hold(self, held: Tensor | None) -> None:
         """Leave these subspaces, (K,) booleans on the CPU, out of the update, or none."""
         self.held = held
         self._derive()
 
-    def products(self) -> tuple[Tensor, Tensor]:
-        """Return M: (d, q) and E: (q, n), through which gradients reach the active subspaces, and no others."""
-        B: Tensor = self.B
-        C: Tensor = self.C
-        if not self.revive:
-            trained_B, trained_C = self.trained_elements()
-            B, C = torch.where(trained_B, B, B.detach()), torch.where(trained_C, C, C.detach())
-        return products(self.A, B, C, self.layout)
-
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no controller that would let a subspace return.
         return {**self.__dict__, "revive": False}
 
     def _derive(self) -> Layout:
-        """Make the layout anew, which follows from labels, ranks, and what the weight holds."""
+        """Make the layout anew, which follows from labels, ranks, and what the weight holds; all of it beside A."""
+        if not self.A.is_meta:
+            for name in STRUCTURE:
+                setattr(self, name, getattr(self, name).to(self.A.device))
+            self.kept = None if self.kept is None else tuple(each.to(self.A.device) for each in self.kept)  # type: ignore[assignment]
         held = None if self.held is None else self.held.to(self.labels.device)
         (q, _), (r, _) = self.B.shape, self.C.shape
+        self._groups = torch.repeat_interleave(self.ranks.to(torch.int64), output_size=q)
         with torch.inference_mode(False):  # or no backward could keep it
             self.layout = make_layout(self.labels, self.ranks, r, q, held, dtype=self.C.dtype)
         return self.layout
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Not made anew: the labels may have no values now (`to_empty`, the meta device).
-        parts = {name: fn(part) for name, part in self.layout._asdict().items() if isinstance(part, Tensor)}
-        self.layout = self.layout._replace(**parts)
+        self.kept = None if self.kept is None else tuple(map(fn, self.kept))
+        # labels, ranks and mask keep their values whatever happens to A (`to_empty`, the meta device).
+        self._derive()
         return self
 
     def extra_repr(self) -> str:
@@ -179,6 +199,12 @@ class Adapter(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in STRUCTURE:
+            # A copy: those who average a state write into its tensors.
+            destination[f"{prefix}{name}"] = getattr(self, name).clone()
+        if self.kept is not None and not keep_vars:
+            B, C = self._frozen_in(destination[f"{prefix}B"], destination[f"{prefix}C"])
+            destination |= {f"{prefix}B": B, f"{prefix}C": C}
         if self.held is not None:
             # Who loads it must know, or counts the update twice.
             destination[f"{prefix}{HELD}"] = self.held.to(self.labels.device)
@@ -202,8 +228,20 @@ class Adapter(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if f"{prefix}{HELD}" in unexpected_keys:
-            unexpected_keys.remove(f"{prefix}{HELD}")
+        for name in (*STRUCTURE, HELD):
+            if f"{prefix}{name}" in unexpected_keys:
+                unexpected_keys.remove(f"{prefix}{name}")
+        for name in STRUCTURE:
+            if f"{prefix}{name}" in state_dict:
+                own = getattr(self, name)
+                setattr(
+                    self, name, state_dict[f"{prefix}{name}"].detach().to(own.device, own.dtype, copy=True)
+                )
+            elif strict:
+                missing_keys.append(f"{prefix}{name}")
+        if self.kept is not None:
+            for kept, parameter in zip(self.kept, (self.B, self.C), strict=True):
+                kept.copy_(parameter.detach())
         self.loads += 1
         self._derive()
 
@@ -234,7 +272,8 @@ class Adapter(nn.Module):
         if there is None or not all(map(_equal, (there.labels, there.ranks), (here.labels, here.ranks))):
             return False
         ours = ours.to(self.labels.device)
-        rows, columns = ours[self._groups()], ours[self.labels.to(torch.int64)]
+        rows = ours[self._groups]
+        columns = ours[self.labels.to(torch.int64)]
         return (
             _equal(there.A, here.A)
             and _equal(there.B[:, rows], here.B[:, rows])

@@ -21,10 +21,10 @@ from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.errors import LayerError, StateError, TargetError
 from adamss_torch import sharding
-from adamss_torch.adapter import BUFFERS, Adapter
+from adamss_torch.adapter import Adapter
 from adamss_torch.bank import CHILD, LayerBank, OnLoan, check_state
 from adamss_torch.division import divided
-from adamss_torch.kernel import Plan, frozen_rows, make_layout, update
+from adamss_torch.kernel import Plan, make_layout, trained_elements, update
 from adamss_torch.sharding import is_sharded, local, rebuilt
 from adamss_torch.stores import exchanged, execution_device, stores, writing_refused
 
@@ -102,7 +102,9 @@ class TorchBackend(Backend):
         base = F.linear(x, weight.t(), bias)
         A, B, C, labels, ranks, active = factors
         layout = make_layout(labels, ranks, C.shape[0], B.shape[1], dtype=C.dtype)
-        return update(base, x, B.t(), C, Plan(A, frozen_rows(active, layout), layout))
+        rows, columns = trained_elements(active, labels, layout.groups)
+        B, C = torch.where(rows, B.t(), B.t().detach()), torch.where(columns, C, C.detach())
+        return update(base, x, B, C, Plan(A, layout))
 
     def to_stored(self, array: Tensor) -> StoredTensor:
         flat = array.detach().cpu().contiguous().view(-1)
@@ -321,6 +323,7 @@ class TorchBackend(Backend):
     def with_masks(self, model: nn.Module, active: Mapping[str, Tensor]) -> nn.Module:
         adapters = adapters_of(model)
         for path, mask in active.items():
+            adapters[path].keep_now()
             adapters[path].active.copy_(mask)
         return model
 
@@ -509,17 +512,16 @@ def _check_wrappers(model: nn.Module) -> None:
 
 
 def _leave_unsynchronised(owner: nn.Module, paths: Iterable[str], adapter: str) -> frozenset[str]:
-    """Ask DistributedDataParallel not to send the buffers of adapters with every forward; return their names.
+    """Ask DistributedDataParallel not to send the bases of adapters with every forward; return their names.
 
-    They never change but by what all processes decide alike. Sending A would cost more than all gradients, and make
-    tensors that are saved for the backward out of date.
+    They never change. Sending them would cost more than all gradients, and make tensors that are saved for the
+    backward out of date.
     """
     present = getattr(owner, UNSYNCHRONISED, ())
     names = {
-        f"{prefix}{path}.{CHILD}.{adapter}.{name}"
+        f"{prefix}{path}.{CHILD}.{adapter}.A"
         for prefix in ("", "_orig_mod.")  # within a compiled module
         for path in paths
-        for name in BUFFERS
     } - set(present)
     setattr(owner, UNSYNCHRONISED, [*present, *sorted(names)])
     return frozenset(names)

@@ -23,7 +23,7 @@ from adamss.errors import (
     ConfigTypeError,
     StateError,
 )
-from adamss_torch.adapter import BUFFERS, Adapter
+from adamss_torch.adapter import STRUCTURE, Adapter
 from adamss_torch.backend import TorchBackend, adapters_of
 from adamss_torch.frozen import FrozenElements
 from adamss_torch.sharding import (
@@ -259,7 +259,7 @@ class BudgetController:
             self._optimizer.register_step_pre_hook(self._before),
             self._optimizer.register_step_post_hook(self._after),
         )
-        self._at_end = weakref.finalize(self, _ended, self._progress, list(self._adapters.values()))
+        self._at_end = weakref.finalize(self, _ended, self._progress, self._frozen)
 
     # ---- what a user reads ----------------------------------------------------------------------------
 
@@ -293,8 +293,6 @@ class BudgetController:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         self._look_for_loaded_masks()
-        if self._any_frozen:
-            self._frozen.remember()
         self._observed = None
         if not self._scoring:
             return None
@@ -351,7 +349,7 @@ class BudgetController:
         self._loads = loads
         before = self._state.active
         self._state = self._state._replace(active=self._masks_of_model())
-        self._frozen.look()
+        self._frozen.look(afresh=True)
         if not torch.equal(before, self._state.active):
             warnings.warn(
                 f"budget: a state was loaded into the model, with other masks ({self.active_count} subspaces are "
@@ -528,9 +526,10 @@ class BudgetController:
         self._at_end()
 
 
-def _ended(progress: _Progress, adapters: list[Adapter]) -> None:
+def _ended(progress: _Progress, frozen: FrozenElements) -> None:
     """Do what is left to do when a controller is removed, or collected."""
-    for adapter in adapters:
+    frozen.release()
+    for adapter in frozen.adapters:
         adapter.revive = False
     progress.tell()
 
@@ -639,7 +638,7 @@ def _synchronised_over(adapters: Mapping[str, Adapter]) -> dist.ProcessGroup | N
             AdamssWarning,
             stacklevel=3,
         )
-    fixed = [getattr(adapter, name) for adapter in adapters.values() for name in BUFFERS]
+    fixed = [getattr(adapter, name) for adapter in adapters.values() for name in ("A", *STRUCTURE)]
     group: dist.ProcessGroup = wrappers[0].process_group
     if not same_everywhere(fixed, group):
         raise StateError(

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adamss_torch.adapter import Adapter
-from adamss_torch.sharding import local, reshard, shard_like
+from adamss_torch.sharding import is_sharded, local, reshard, shard_like
 
 __all__ = ["FrozenElements", "hold_frozen"]
 
 
 class FrozenElements:
-    """The elements of frozen subspaces, remembered before a step of an optimiser and given back after it.
+    """The values of frozen elements, which they have whatever an optimiser writes, in its step or outside of it.
+
+    They are given back after a step. Some optimisers write at other times too (schedule-free ones between training
+    and evaluation, lookahead when it synchronises): so the adapters compute and save these values rather than those
+    of the Parameters. Adapters that FSDP2 has spread do not, and rely on the step alone.
 
     Parameters
     ----------
@@ -25,40 +29,75 @@ class FrozenElements:
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self._adapters = adapters
+        self.adapters = adapters
         # FSDP2 may have others in their places at times, which no optimiser knows.
         self._parameters = [p for adapter in adapters for p in (adapter.B, adapter.C)]
-        self._before: list[Tensor] = []
         self._trained: list[Tensor] = []
-        self.look()
+        self._kept = [tensor.clone() for tensor in self._tensors()]
+        for number, adapter in enumerate(adapters):
+            B, C = self._kept[2 * number : 2 * number + 2]
+            adapter.kept = None if is_sharded(adapter.B) else (B, C)
+        self.look(afresh=True)
 
-    def look(self) -> None:
-        """Take the masks of the adapters over, after an allocation."""
-        trained = [mask for adapter in self._adapters for mask in adapter.trained_elements()]
+    @torch.no_grad()
+    def look(self, *, afresh: bool = False) -> None:
+        """Take over the masks of the adapters, and the values of the elements that were trained until now.
+
+        Parameters
+        ----------
+        afresh
+            Take over those of all elements, as after a state was loaded.
+        """
+        now = self._tensors()
+        if not afresh:
+            now = [torch.where(*three) for three in zip(self._trained, now, self._kept, strict=True)]
+        torch._foreach_copy_(self._kept, now)
+        trained = [mask for adapter in self.adapters for mask in adapter.trained_elements()]
         self._trained = [
             shard_like(mask.expand(p.shape), p) for mask, p in zip(trained, self._parameters, strict=True)
         ]
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """Keep the values from before a step."""
-        self._before = [tensor.clone() for tensor in self._tensors()]
-
-    @torch.no_grad()
     def restore(self) -> None:
-        """Give frozen elements their values from before the step, to the bit."""
+        """Give frozen elements their values, to the bit."""
         now = self._tensors()
-        kept = [torch.where(*three) for three in zip(self._trained, now, self._before, strict=True)]
-        torch._foreach_copy_(now, kept)
-        self._before = []
+        torch._foreach_copy_(
+            now, [torch.where(*three) for three in zip(self._trained, now, self._kept, strict=True)]
+        )
+
+    def release(self) -> None:
+        """Give frozen elements their values once more; from then on the adapters compute those of the Parameters."""
+        self.restore()
+        for number, adapter in enumerate(self.adapters):
+            if adapter.kept is not None and adapter.kept[0] is self._kept[2 * number]:
+                adapter.kept = None
 
     def _tensors(self) -> list[Tensor]:
         return [local(p.detach()) for p in self._parameters]
 
 
-def hold_frozen(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[RemovableHandle, RemovableHandle]:
+class Hold:
+    """What `hold_frozen` returns.
+
+    Parameters
+    ----------
+    elements
+        What is held.
+    handles
+        Of the hooks.
+    """
+
+    def __init__(self, elements: FrozenElements, *handles: RemovableHandle) -> None:
+        self._elements, self._handles = elements, handles
+
+    def remove(self) -> None:
+        """Take the hooks off: optimisers may move frozen elements again."""
+        for handle in self._handles:
+            handle.remove()
+        self._elements.release()
+
+
+def hold_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> Hold:
     """Keep the frozen elements of an adapted model where they are, whatever the optimiser does.
 
     Weight decay, and momentum from before an element was frozen, move it although its gradient is zero. Hooks on
@@ -74,17 +113,17 @@ def hold_frozen(
 
     Returns
     -------
-    tuple of RemovableHandle
-        Their ``remove`` takes the hooks off.
+    Hold
+        Its ``remove`` takes the hooks off.
     """
     reshard(model)
     elements = FrozenElements([module for module in model.modules() if isinstance(module, Adapter)])
 
     def before(*_: Any) -> None:
         elements.look()  # whoever sets masks by hand does not tell
-        elements.remember()
 
     def after(*_: Any) -> None:
         elements.restore()
+        elements.look()
 
-    return optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+    return Hold(elements, optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))

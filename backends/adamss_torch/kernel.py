@@ -15,13 +15,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from adamss.core.cost import cheapest_order, check_order, device_balance
 
-__all__ = ["Layout", "Plan", "frozen_rows", "make_layout", "products", "update"]
+__all__ = ["Layout", "Plan", "make_layout", "products", "trained_elements", "update"]
 
 NO_CONTEXT = nullcontext()
+NO_SECOND_DERIVATIVES = (
+    "the input of an adapted layer, of which second derivatives are made, was not kept for them: compute in one "
+    "dtype, and leave the order of its products to adamss (layer.adamss.default.order = None)"
+)
 
 
 class Layout(NamedTuple):
@@ -63,8 +67,6 @@ class Plan(NamedTuple):
     ----------
     A
         Frozen basis, (G, d, P), or (G, d + 1, P) where the bias is adapted too.
-    frozen
-        (q', 1) booleans: rows of M and E whose gradients are zero; None for no row.
     layout
         Of B and C.
     order
@@ -79,7 +81,6 @@ class Plan(NamedTuple):
     """
 
     A: Tensor
-    frozen: Tensor | None
     layout: Layout
     order: str | None = None
     weight: Tensor | None = None
@@ -113,9 +114,17 @@ def make_layout(
     return Layout(rows, groups[directions], slots[directions], _mask(rows, rest, dtype), directions, True)
 
 
-def frozen_rows(active: Tensor, layout: Layout) -> Tensor:
-    """Return (q', 1) booleans: which rows of M and E belong to subspaces that are not among the active (K,)."""
-    return active.logical_not()[layout.groups][:, None]
+def trained_elements(active: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which rows of B, (q, 1), and which columns of C, (1, n), belong to active subspaces; booleans.
+
+    Parameters
+    ----------
+    active, labels
+        As in `adamss.core.Factors`.
+    groups
+        (q,) int64: subspace of each row of B.
+    """
+    return active[groups][:, None], active[labels.to(torch.int64)][None, :]
 
 
 def _mask(rows: Tensor, q: int, dtype: torch.dtype) -> Tensor | None:
@@ -144,7 +153,7 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
     Returns
     -------
     Tensor
-        (..., n), differentiable once in base, x, B and C.
+        (..., n), differentiable in base, x, B and C, as often as anyone wants.
 
     Raises
     ------
@@ -159,18 +168,28 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
         plan = plan._replace(order="factors_first")
     elif plan.order is None:
         plan = plan._replace(order=_cheapest(base, x, B, C, plan))
-    if plan.weight is not None:
-        base = base.detach()
-    training = torch.is_grad_enabled()
     # Autocast would round A B to half precision; it is to be rounded once, as M.
     with _without_autocast(base):
         rows = B
         if plan.order == "factors_first":
             rows = _directions(plan.A, B, layout.slots, C.shape[0], base.dtype)
-        if training:
+        if _is_transformed():
+            _, _, z = _projected(x, rows, plan, base.dtype)
+            return base + (z.t() @ _expand(C, layout, base.dtype)).view(base.shape)
+        if plan.weight is not None:
+            base = base.detach()
+        if torch.is_grad_enabled():
             result: Tensor = _Update.apply(base, x, rows, C, plan)  # type: ignore[no-untyped-call]
             return result
         return _forward(base, x, rows, C, plan)[0]
+
+
+def _is_transformed() -> bool:
+    """Whether a transformation of `torch.func`, or forward-mode differentiation, is going on.
+
+    They take plain products, and know no autograd function whose backward is written by hand.
+    """
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def _cheapest(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> str:
@@ -206,17 +225,22 @@ def _cheapest_of(
     )
 
 
+def _projected(x: Tensor, rows: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``z = rows inputs^T``, (q', N), and its operands: `rows` are M, or B where the inputs are x A."""
+    inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
+    if plan.order == "input_first":
+        inputs = _in_basis(inputs, _in(plan.A[0], dtype)).nan_to_num()
+        rows = _in(rows, dtype)
+    return inputs, rows, _transposed_z(rows, inputs).nan_to_num()
+
+
 def _forward(
     base: Tensor, x: Tensor, rows: Tensor, C: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the result for `rows`, which are M, or B if it is projected; the inputs of that product, z and E."""
-    n, dtype = base.shape[-1], base.dtype
-    inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
-    E = _expand(C, plan.layout, dtype)
-    if plan.order == "input_first":
-        inputs = _in_basis(inputs, _in(plan.A[0], dtype)).nan_to_num()
-        rows = _in(rows, dtype)
-    z = _transposed_z(rows, inputs).nan_to_num()
+    n = base.shape[-1]
+    E = _expand(C, plan.layout, base.dtype)
+    inputs, _, z = _projected(x, rows, plan, base.dtype)
     if plan.overwrite:
         base.view(-1, n).addmm_(z.t(), E)
         return base, inputs, z, E
@@ -232,60 +256,70 @@ class _Update(torch.autograd.Function):
     which takes longer than the arithmetic. With the order ``"input_first"``, `rows` is B.
 
     Kept for the backward are x and z, and M and E; none that no gradient wants. The order ``"input_first"`` is for
-    those who are short of memory: it keeps ``x A`` for x, and forms M and E anew.
+    those who are short of memory: it keeps ``x A`` for x, and forms M and E anew. Who differentiates the gradients
+    once more needs x, from which all else is computed again: it is at hand but where another dtype or ``x A`` is kept
+    in its place.
     """
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, x: Tensor, rows: Tensor, C: Tensor, plan: Plan) -> Tensor:
         y, inputs, z, E = _forward(base, x, rows, C, plan)
         _, x_wanted, rows_wanted, C_wanted, _ = ctx.needs_input_grad
+        first = plan.order == "factors_first"
+        as_it_is = first and x.dtype == base.dtype
+        # No more than M takes.
+        few = x.numel() <= rows.shape[0] * x.shape[-1]
         ctx.save_for_backward(
-            inputs if rows_wanted else None,
+            x if rows_wanted and (as_it_is or few) else None,
+            inputs if rows_wanted and not as_it_is else None,
             z if C_wanted else None,
-            rows if x_wanted else None,
-            (C if plan.order == "input_first" else E) if x_wanted or rows_wanted else None,
+            rows,
+            E if first and (x_wanted or rows_wanted) else None,
+            C,
             plan.weight if x_wanted else None,
         )
         # What is left of the plan is not trained, and never changed in place: no need of what `save_for_backward`
         # watches over.
         ctx.plan, ctx.whole = plan._replace(weight=None), plan.weight is not None
-        ctx.x_shape, ctx.rows_shape, ctx.r = x.shape, rows.shape, C.shape[0]
-        ctx.x_dtype, ctx.rows_dtype, ctx.C_dtype = x.dtype, rows.dtype, C.dtype
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         if plan.overwrite:
             ctx.mark_dirty(base)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, z, M, E, weight = ctx.saved_tensors
+        x, inputs, z, rows, E, C, weight = ctx.saved_tensors
         _, x_wanted, rows_wanted, C_wanted, _ = ctx.needs_input_grad
-        A, frozen, layout = ctx.plan.A, ctx.plan.frozen, ctx.plan.layout
-        d = ctx.x_shape[-1]
+        plan, layout, d = ctx.plan, ctx.plan.layout, ctx.x_shape[-1]
         dx = d_rows = dC = None
         dy2 = dy.reshape(-1, dy.shape[-1])
         with _without_autocast(dy):
-            if ctx.plan.order == "input_first":
-                M = None if M is None else _directions(A, M, layout.slots, ctx.r, dy.dtype)
-                E = None if E is None else _expand(E, layout, dy.dtype)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # Somebody differentiates what comes out of here: everything must hang on x, rows and C.
+                if x is None:
+                    raise RuntimeError(NO_SECOND_DERIVATIVES)
+                inputs, _, z = _projected(x, rows, plan, dy.dtype)
+                E = _expand(C, layout, dy.dtype)
+            elif inputs is None and x is not None:
+                inputs = x.reshape(-1, d)
+            if E is None and (x_wanted or rows_wanted):
+                E = _expand(C, layout, dy.dtype)
             if x_wanted or rows_wanted:
                 dz = F.linear(E, dy2)
             if x_wanted:
+                M = rows
+                if plan.order == "input_first":
+                    M = _directions(plan.A, rows, layout.slots, C.shape[0], dy.dtype)
                 M = M if M.shape[1] == d else M[:, :d]
                 dx = dz.t() @ M if weight is None else (dy2 @ weight).addmm_(dz.t(), M)
                 dx = _in(dx, ctx.x_dtype).view(ctx.x_shape)
             if rows_wanted:
                 d_rows = dz @ inputs
-                if d_rows.shape[1] != ctx.rows_shape[1]:
+                if d_rows.shape[1] != rows.shape[1]:
                     d_rows = torch.cat([d_rows, dz.sum(1, keepdim=True)], dim=1)
-                if frozen is not None:
-                    d_rows.masked_fill_(frozen, 0.0)
-                d_rows = _in(d_rows, ctx.rows_dtype)
+                d_rows = _in(d_rows, rows.dtype)
             if C_wanted:
-                dE = z @ dy2
-                if frozen is not None:
-                    dE.masked_fill_(frozen, 0.0)
-                dC = _expand_vjp(_in(dE, ctx.C_dtype), layout)
+                dC = _expand_vjp(_in(z @ dy2, C.dtype), layout)
         return (None if ctx.whole else dy), dx, d_rows, dC, None
 
 
