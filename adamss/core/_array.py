@@ -205,4 +205,5 @@ def one_hot(indices: Array, size: int, /, *, dtype: Any) -> Array:
     """
     xp = namespace(indices)
     classes = xp.arange(size, dtype=indices.dtype, device=device(indices))
+    classes = xp.reshape(classes, (1,) * indices.ndim + (-1,))
     return xp.astype(indices[..., None] == classes, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ from adamss.core import Factors
 from adamss.errors import ArrayTypeError, LayerTypeError
 from adamss_jax.functional import linear
 
-__all__ = ["HostCopies", "JaxArrays", "LeafStore", "beside", "check_values", "placed_as"]
+__all__ = ["HostCopies", "JaxArrays", "LeafStore", "beside", "check_values", "placed_as", "restored"]
+
+
+N = TypeVar("N", bound=Any)
 
 
 class JaxArrays(Arrays):
@@ -129,6 +132,25 @@ class LeafStore(PlainStore):
         before: Array = self.read(layer, name)
         self.write(layer, name, value)
         return before
+
+
+KINDS = {"labels": int, "ranks": int, "subspaces": int, "directions": int, "active": bool, "held": bool}
+"""Of the arrays, by name, that are no floating-point numbers."""
+
+
+def restored(arrays: N) -> N:
+    """Return a named tuple of arrays in which integers and booleans are such again.
+
+    Some average all arrays of a model, over steps or processes, as if they were weights. An average of equal integers
+    is that integer, up to rounding.
+    """
+    averaged = {
+        name: jnp.round(array).astype(KINDS[name])
+        for name, array in arrays._asdict().items()
+        if name in KINDS and array is not None and jnp.issubdtype(array.dtype, jnp.inexact)
+    }
+    result: N = arrays._replace(**averaged)
+    return result
 
 
 def check_values(array: Any, path: str, name: str) -> None:

@@ -27,7 +27,7 @@ from adamss.backend.sites import stack_paths
 from adamss.backend.tensors import join_path
 from adamss.core import Factors
 from adamss.errors import StateError
-from adamss_jax.arrays import HostCopies, LeafStore, placed_as
+from adamss_jax.arrays import HostCopies, LeafStore, placed_as, restored
 from adamss_jax.kinds import MatrixKind, with_update
 from adamss_jax.leaves import spelled
 from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
@@ -97,7 +97,7 @@ class Adapter(eqx.Module):
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""
-        return Factors(*(getattr(self, name) for name in Factors._fields))
+        return restored(Factors(*(getattr(self, name) for name in Factors._fields)))
 
 
 class AdaptedLayer(eqx.Module):

@@ -31,7 +31,7 @@ from adamss.backend.sites import stack_paths
 from adamss.backend.tensors import join_path
 from adamss.core import Factors
 from adamss.errors import LayerError, TargetError
-from adamss_jax.arrays import HostCopies, LeafStore, placed_as
+from adamss_jax.arrays import HostCopies, LeafStore, placed_as, restored
 from adamss_jax.kinds import MatrixKind, Rest, with_update
 from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
 from adamss_jax.parts import Part
@@ -265,12 +265,12 @@ class Adapter(nnx.Module):
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""
-        return Factors(*(getattr(self, name).get_value() for name in Factors._fields))
+        return restored(Factors(*(getattr(self, name).get_value() for name in Factors._fields)))
 
     @property
     def part(self) -> Part:
         """Return what the kernel holds of it."""
-        return Part(**{name: variable.get_value() for name, variable in (self.in_weight or {}).items()})
+        return restored(Part(**{name: v.get_value() for name, v in (self.in_weight or {}).items()}))
 
     def hold(self, part: Part) -> None:
         """Say what the kernel holds of it."""

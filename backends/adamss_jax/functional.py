@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
-from adamss.core import Factors, contract, expand
+from adamss.core import Factors, contract, expand, trained_elements
 from adamss.core.cost import cheapest_order, check_order, device_balance
 from adamss.core.linear import factor_gradients
 
-__all__ = ["linear", "update"]
+__all__ = ["linear", "update", "with_constants"]
 
 
 def linear(
@@ -78,7 +78,9 @@ def linear(
     >>> gradients["B"].shape, gradients["C"].shape
     ((4, 3), (1, 8))
     """
-    y = x @ kernel if bias is None else x @ kernel + bias
+    y = x @ kernel
+    if bias is not None:
+        y = y + jnp.expand_dims(bias, range(y.ndim - 1))
     return y + update(x.astype(y.dtype), factors, order=order)
 
 
@@ -116,13 +118,23 @@ def update(x: Array, factors: Factors, *, order: str | None = None) -> Array:
         order = "factors_first"
     elif order is None:
         order = _cheapest(x, factors)
-    result: Array = _update(x, factors, order == "input_first")
+    result: Array = _update(x, with_constants(factors), order == "input_first")
     return result
 
 
+def with_constants(factors: Factors) -> Factors:
+    """Return factors through which gradients of any order reach B and C of the active subspaces alone."""
+    masks = trained_elements(factors)
+    B, C = (
+        jnp.where(mask, array, jax.lax.stop_gradient(array))
+        for mask, array in zip(masks, (factors.B, factors.C), strict=True)
+    )
+    return factors._replace(A=jax.lax.stop_gradient(factors.A), B=B, C=C)
+
+
 def _cheapest(x: Array, factors: Factors) -> str:
-    if x.ndim == 1:
-        return "factors_first"
+    if x.ndim == 1 or not all(isinstance(size, int) for size in x.shape):
+        return "factors_first"  # also for any number of tokens, as `jax.export` has it
     # Whether there will be a backward JAX does not say. For the few tokens of decoding it makes no difference.
     return cheapest_order(
         tokens=math.prod(x.shape[:-1]),
@@ -194,7 +206,7 @@ def _product(x: Array, M: Array) -> Array:
     d = x.shape[-1]
     z = jnp.matmul(x, M[:d], preferred_element_type=_accumulator(x))
     if M.shape[0] > d:
-        z = z + M[d]
+        z = z + jnp.expand_dims(M[d], range(z.ndim - 1))
     return jnp.nan_to_num(z.astype(x.dtype))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from adamss.backend import Kind
-from adamss.core import Factors, contract, expand, trained_elements
-from adamss_jax.functional import update
+from adamss.core import contract, expand
+from adamss_jax.arrays import restored
+from adamss_jax.functional import update, with_constants
 from adamss_jax.parts import computed
 
 __all__ = ["MatrixKind", "Rest", "with_update"]
@@ -53,7 +53,7 @@ def with_update(
     rest
         Positional and named arguments of the layer's call, without its input.
     """
-    part, order = adapter.part, adapter.order
+    part, order = restored(adapter.part), adapter.order
     if part.empty:
         return y
     factors, x = computed(adapter.factors(), part), jnp.asarray(x, y.dtype)
@@ -65,19 +65,9 @@ def with_update(
         return y + kind.outputs(layer, u, *args, **kwargs)
     if kind.linear:
         return y + update(x, factors, order=order)
-    M, E = _products(factors)
+    factors = with_constants(factors)
+    M, E = contract(factors), expand(factors)
     # Law 1: what overflows in z must be finite, or infinity times C = 0 would be NaN.
     z = jnp.nan_to_num(kind.project(layer, x, M.astype(y.dtype)))
     result: Array = y + kind.spread(layer, z, E.astype(y.dtype))
     return result
-
-
-def _products(factors: Factors) -> tuple[Array, Array]:
-    """Return M: (d, q) and E: (q, n), through which gradients reach B and C of the active subspaces alone."""
-    trained = trained_elements(factors)
-    B, C = (
-        jnp.where(mask, array, jax.lax.stop_gradient(array))
-        for mask, array in zip(trained, (factors.B, factors.C), strict=True)
-    )
-    factors = factors._replace(A=jax.lax.stop_gradient(factors.A), B=B, C=C)
-    return contract(factors), expand(factors)

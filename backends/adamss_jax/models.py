@@ -21,7 +21,7 @@ from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core.factors import outline
 from adamss.errors import BackendError, LayerError, StateError
-from adamss_jax.arrays import HostCopies, JaxArrays, beside, check_values
+from adamss_jax.arrays import HostCopies, JaxArrays, beside, check_values, restored
 from adamss_jax.leaves import Leaves, Pair
 from adamss_jax.parts import Part, part_of
 from adamss_jax.stacks import factors_at, stacked_factors
@@ -329,4 +329,4 @@ def _on_host(part: Part) -> np.ndarray[Any, Any]:
         return np.ones(part.held.shape, bool)
     # A traced mask has no values. That it does not hold all is known, and is what `adamss.disabled` asks for.
     traced = isinstance(part.held, jax.core.Tracer)
-    return np.zeros(part.held.shape, bool) if traced else np.asarray(part.held)
+    return np.zeros(part.held.shape, bool) if traced else np.asarray(restored(part).held)

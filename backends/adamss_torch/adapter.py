@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adamss.core import Factors
 from adamss.errors import StateError
-from adamss_torch.kernel import Layout, Plan, make_layout, products, trained_elements, update
+from adamss_torch.kernel import Layout, Plan, is_transformed, make_layout, products, trained_elements, update
 from adamss_torch.stores import present
 
 __all__ = ["HELD", "STRUCTURE", "Adapter"]
@@ -144,11 +144,12 @@ class Adapter(nn.Module):
     def _trained_if_not_all(self) -> tuple[Tensor, Tensor] | None:
         """Return `trained_elements`, or None if all elements are.
 
-        A compiled or recorded graph must look anew at every call, since masks change under it; and to look at a mask
-        on another device is to wait for it.
+        A compiled or recorded graph must look anew at every call, since masks change under it; what is made within a
+        transformation is of no use outside; and to look at a mask on another device is to wait for it.
         """
         active = self.active
-        if torch.compiler.is_compiling() or active.device.type != "cpu" or active.is_inference():
+        anew = torch.compiler.is_compiling() or is_transformed()
+        if anew or active.device.type != "cpu" or active.is_inference():
             return self.trained_elements()
         seen, version, trained = self._seen
         if seen is not active or version != active._version:

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from adamss.core.cost import cheapest_order, check_order, device_balance
 
-__all__ = ["Layout", "Plan", "make_layout", "products", "trained_elements", "update"]
+__all__ = ["Layout", "Plan", "is_transformed", "make_layout", "products", "trained_elements", "update"]
 
 NO_CONTEXT = nullcontext()
 NO_SECOND_DERIVATIVES = (
@@ -173,7 +173,7 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
         rows = B
         if plan.order == "factors_first":
             rows = _directions(plan.A, B, layout.slots, C.shape[0], base.dtype)
-        if _is_transformed():
+        if is_transformed():
             _, _, z = _projected(x, rows, plan, base.dtype)
             return base + (z.t() @ _expand(C, layout, base.dtype)).view(base.shape)
         if plan.weight is not None:
@@ -184,15 +184,21 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
         return _forward(base, x, rows, C, plan)[0]
 
 
-def _is_transformed() -> bool:
-    """Whether a transformation of `torch.func`, or forward-mode differentiation, is going on.
+def is_transformed() -> bool:
+    """Whether a transformation of `torch.func`, forward-mode differentiation, or `torch.jit.trace` is going on.
 
     They take plain products, and know no autograd function whose backward is written by hand.
     """
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    return (
+        bool(torch._C._are_functorch_transforms_active())
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
 
 
 def _cheapest(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> str:
+    if torch.compiler.is_exporting() or torch._C._is_tracing():
+        return "factors_first"  # what is exported is for any number of tokens
     training = torch.is_grad_enabled() and (B.requires_grad or C.requires_grad)
     find = _cheapest_of.__wrapped__ if torch.compiler.is_compiling() else _cheapest_of
     on_cpu = base.device.type == "cpu"

@@ -129,7 +129,7 @@ def filled(model, config=CONFIG, mask=(True, False, True, True)):
     model = adamss.attach(model, config)
     adaptation = backend.adaptation(model)
     f = adaptation.layers["0"]
-    within = jnp.arange(f.C.shape[0])[:, None] < f.ranks[f.labels]
+    within = jnp.arange(f.C.shape[0])[:, None] < f.ranks[f.labels][None]
     f = f._replace(C=jnp.where(within, 0.3 * inputs(*f.C.shape), 0), active=jnp.asarray(mask))
     return put(backend, adamss.detach(model), {"0": f}, adaptation.shapes, config=config, saved={})
 
@@ -189,7 +189,7 @@ def test_gradients_are_those_of_the_updated_weight(name, config):
         found = jax.grad(lambda t: jnp.sum(jnp.square(eqx.combine(t, rest)[0](x))))(trained)
     masks = core.trained_elements(f) if config is CONFIG else (True, True)
     expected = jax.grad(by_hand, argnums=(0, 1))(f.B, f.C)
-    within = jnp.arange(f.C.shape[0])[:, None] < f.ranks[f.labels]
+    within = jnp.arange(f.C.shape[0])[:, None] < f.ranks[f.labels][None]
     for actual, gradient, mask, real in zip(
         jax.tree.leaves(found), expected, masks, (True, within), strict=True
     ):

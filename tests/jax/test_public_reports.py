@@ -1,0 +1,128 @@
+"""Situations that users of adapters, averaging and transformations have reported as bugs elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+eqx, nnx, optax = (pytest.importorskip(name) for name in ("equinox", "flax.nnx", "optax"))
+
+import adamss  # noqa: E402
+import adamss_jax  # noqa: E402
+from adamss import AdamssConfig, BudgetConfig, core  # noqa: E402
+from adamss.backend import backend_for  # noqa: E402
+
+MODELS = {
+    "nnx": (lambda: nnx.List([nnx.Linear(16, 24, rngs=nnx.Rngs(0))]), lambda model: model[0]),
+    "equinox": (
+        lambda: [eqx.nn.Linear(16, 24, key=jax.random.key(0))],
+        lambda model: jax.vmap(model[0]),
+    ),
+}
+EACH = pytest.mark.parametrize("kind", MODELS)
+X = jax.random.normal(jax.random.key(1), (5, 16))
+
+
+def attached(kind, *, seed=2, consolidated=False, **settings):
+    """An adapted model with an update, the second subspace of it frozen, or held by the weight."""
+    model = adamss.attach(
+        MODELS[kind][0](), AdamssConfig(**{"targets": ["0"], "rank": 8, "subspaces": 4, **settings})
+    )
+    backend = backend_for(model)
+    model = backend.set_active(model, {"0": jnp.arange(4) != 1})
+    C = jax.random.normal(jax.random.key(seed), backend.adaptation(model).layers["0"].C.shape)
+    if kind == "nnx":
+        model[0].adamss.default.C.set_value(C)
+    else:
+        model = eqx.tree_at(lambda m: m[0].adapters["default"].C, model, C)
+    return adamss.consolidate(model) if consolidated else model
+
+
+def averaged(kind, first, second):
+    """The mean of all arrays of two models, as if all were weights."""
+    if kind == "equinox":
+        return jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b if eqx.is_array(a) else a, first, second)
+    structure, state = nnx.split(first)
+    return nnx.merge(structure, jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, state, nnx.state(second)))
+
+
+@EACH
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_an_average_of_all_arrays(kind, consolidated, tmp_path):
+    first, second = attached(kind), attached(kind, seed=3)
+    expected = 0.9 * MODELS[kind][1](first)(X) + 0.1 * MODELS[kind][1](second)(X)
+    if consolidated:
+        first, second = adamss.consolidate(first), adamss.consolidate(second)
+    mean = averaged(kind, first, second)
+    np.testing.assert_allclose(MODELS[kind][1](mean)(X), expected, rtol=1e-5, atol=1e-5)
+    if not consolidated:  # a mean of merged weights is no weight that any mask describes
+        adamss.save(mean, tmp_path / "a")
+        again = adamss.load(MODELS[kind][0](), tmp_path / "a")
+        np.testing.assert_allclose(MODELS[kind][1](again)(X), expected, rtol=1e-5, atol=1e-5)
+        merged = adamss.merge(mean)
+        np.testing.assert_allclose(MODELS[kind][1](merged)(X), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", core.cost.ORDERS)
+@pytest.mark.parametrize("hessian", [jax.hessian, lambda f, n: jax.jacrev(jax.jacrev(f, n), n)])
+def test_second_derivatives(hessian, order):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        kernel, x = jnp.asarray(rng.standard_normal((6, 8))), jnp.asarray(rng.standard_normal((4, 6)))
+        decomposition = core.decompose(kernel, 5)
+        f = core.initial_factors(decomposition, core.segment(decomposition, 3), 2)
+        f = f._replace(C=jnp.asarray(rng.standard_normal(f.C.shape)), active=jnp.asarray([True, False, True]))
+        masks = core.trained_elements(f)
+
+        def adapted(x, B, C):
+            return jnp.square(
+                jnp.tanh(adamss_jax.linear(x, kernel, None, f._replace(B=B, C=C), order=order))
+            ).sum()
+
+        def plain(x, B, C):
+            B, C = (jnp.where(m, a, jax.lax.stop_gradient(a)) for m, a in zip(masks, (B, C), strict=True))
+            return jnp.square(jnp.tanh(x @ (kernel + core.delta(f._replace(B=B, C=C))))).sum()
+
+        found, expected = (hessian(g, (0, 1, 2))(x, f.B, f.C) for g in (adapted, plain))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@EACH
+@pytest.mark.parametrize("form", ["adapted", "consolidated", "merged"])
+def test_exported_for_any_number_of_inputs(kind, form):
+    model = attached(kind, consolidated=form == "consolidated")
+    model = adamss.merge(model) if form == "merged" else model
+    (rows,) = jax.export.symbolic_shape("rows")
+    call = jax.jit(lambda x: MODELS[kind][1](model)(x))
+    exported = jax.export.export(call)(jax.ShapeDtypeStruct((rows, 16), jnp.float32))
+    for x in (X, X[:1], jnp.tile(X, (40, 1))):
+        np.testing.assert_allclose(exported.call(x), MODELS[kind][1](model)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_where_no_rank_is_promoted():
+    schedule = BudgetConfig(target=2, end_step=3)
+    with jax.numpy_rank_promotion("raise"):
+        model = adamss.attach(
+            MODELS["nnx"][0](),
+            AdamssConfig(targets=["0"], rank=8, subspaces=4, include_bias=True, budget=schedule),
+        )
+        optimizer = nnx.Optimizer(model, adamss_jax.budgeted(optax.adamw(1e-2), model), wrt=nnx.LoRAParam)
+
+        @nnx.jit
+        def step(model, optimizer, x):
+            of = nnx.DiffState(0, nnx.LoRAParam)
+            optimizer.update(model, nnx.grad(lambda m: jnp.square(m[0](x)).mean(), argnums=of)(model))
+
+        for _ in range(4):
+            step(model, optimizer, X)
+        model = adamss_jax.synchronise(model, optimizer)
+        assert adamss.summary(model).total.active == 2
+        y = model[0](X)
+        for verb in (adamss.consolidate, adamss.merge, adamss.unmerge):
+            model = verb(model)
+            np.testing.assert_allclose(model[0](X), y, rtol=1e-4, atol=1e-5)
+        f = backend_for(model).adaptation(model).layers["0"]
+        base = adamss.detach(model)
+        kernel, bias = base[0].kernel.get_value(), base[0].bias.get_value()
+        np.testing.assert_allclose(adamss_jax.linear(X, kernel, bias, f), y, rtol=1e-4, atol=1e-5)
