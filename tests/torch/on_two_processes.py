@@ -19,16 +19,18 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch_support
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch_support import assert_same_state, controlled, loss_of, step
 
 import adamss
 from adamss import AdamssConfig, AdamssWarning, BudgetConfig, core, errors
@@ -39,22 +41,17 @@ from adamss_torch.backend import adapters_of
 SCENARIOS: dict[str, Callable[[], None]] = {}
 FOUR_PROCESSES = ("hybrid_sharding_over_four",)
 STEPS = 8
-SCHEDULES = {
-    "reset": {"interval": 3},
-    "running": {"interval": 2, "window": "running"},
-    "revive": {"interval": 2, "revive": True},
-    "running, revive": {"interval": 2, "window": "running", "revive": True},
-    "parameters": {"interval": 3, "unit": "parameters", "target": 150},
-    "parameters, running": {"interval": 2, "unit": "parameters", "target": 150, "window": "running"},
-    "parameters, revive": {"interval": 2, "unit": "parameters", "target": 150, "revive": True},
-    "parameters, running, revive": {
-        "interval": 2,
-        "unit": "parameters",
-        "target": 150,
-        "window": "running",
-        "revive": True,
-    },
-}
+PARAMETERS = {"interval": 2, "unit": "parameters", "target": 150}
+SCHEDULES = (
+    {"interval": 3},
+    {"interval": 2, "window": "running"},
+    {"interval": 2, "revive": True},
+    {"interval": 2, "window": "running", "revive": True},
+    PARAMETERS | {"interval": 3},
+    PARAMETERS | {"window": "running"},
+    PARAMETERS | {"revive": True},
+    PARAMETERS | {"window": "running", "revive": True},
+)
 
 
 def scenario(run: Callable[[], None]) -> Callable[[], None]:
@@ -65,30 +62,15 @@ def scenario(run: Callable[[], None]) -> Callable[[], None]:
 # ---- models and training -------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """Two layers side by side, of sizes that two processes cannot halve."""
+class Net(torch_support.Net):
+    """A model with a buffer of its own, too."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width + 3)
-        self.value = nn.Linear(width, width + 3)
-        self.dense = nn.Linear(width + 3, width)
-        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("shift", torch.zeros(16))
 
     def forward(self, x):
-        return self.dense(torch.tanh(self.query(x)) * self.value(x)) + self.shift.to(x.dtype)
-
-
-class Net(nn.Module):
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Block(width) for _ in range(2)])
-        self.classifier = nn.Linear(width, 5)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.classifier(x)
+        return super().forward(x + self.shift.to(x.dtype))
 
 
 def net(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> Net:
@@ -120,10 +102,6 @@ def mine(x: torch.Tensor) -> torch.Tensor:
 
 def everything(x: torch.Tensor) -> torch.Tensor:
     return x
-
-
-def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return model(x).square().mean()
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -168,29 +146,10 @@ def trained_values(model: nn.Module) -> list[torch.Tensor]:
     return [whole(p.detach()).clone() for a in adapters_of(model).values() for p in (a.B, a.C)]
 
 
-@contextmanager
-def controlled(model, optimizer, config, **options) -> Iterator[BudgetController]:
-    controller = BudgetController(model, optimizer, config, **options)
-    del model  # a wrapper may be deleted within the block
-    try:
-        yield controller
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AdamssWarning)
-            controller.remove()
-
-
 class Run:
-    """A whole training with a budget, and what it decided.
+    """A whole training of a model, wrapped or not, with a budget, and what it decided.
 
-    Parameters
-    ----------
-    model
-        Adapted, wrapped or not.
-    data
-        Returns what this process sees of a batch.
-    config
-        The schedule.
+    `data` returns what this process sees of a batch.
     """
 
     def __init__(
@@ -210,9 +169,7 @@ class Run:
             values = trained_values(model)
             for number in range(STEPS):
                 frozen, before = frozen_elements(model), values
-                optimizer.zero_grad()
-                loss_of(model, data(batch(number)).to(next(model.parameters()).dtype)).backward()
-                optimizer.step()
+                step(model, optimizer, data(batch(number)).to(next(model.parameters()).dtype))
                 values = trained_values(model)
                 for where, old, new in zip(frozen, before, values, strict=True):
                     assert torch.equal(old[where], new[where]), "a frozen element has moved"
@@ -225,14 +182,20 @@ class Run:
             assert torch.equal(adapter.active.cpu(), allocation.masks[path])
         self.masks.append(allocation.masks)
 
-    def equals(self, other: Run, *, tolerance: float = 1e-12) -> None:
-        assert len(self.masks) == len(other.masks) > 1
-        for ours, theirs in zip(self.masks, other.masks, strict=True):
-            for path in ours:
-                assert torch.equal(ours[path], theirs[path]), f"another decision at {path}"
+    def equals(self, other: Run) -> None:
+        assert len(self.masks) > 1
+        assert_same_training(self.model, self.masks, other.model, other.masks)
         assert sum(int(mask.sum()) for mask in self.masks[-1].values()) < 20
-        for a, b in zip(trained(self.model), trained(other.model), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def assert_same_training(model, masks, other, expected) -> None:
+    """Compare the decisions, and what was trained up to rounding."""
+    assert len(masks) == len(expected)
+    for ours, theirs in zip(masks, expected, strict=True):
+        for path, mask in theirs.items():
+            assert torch.equal(ours[path], mask), f"another decision at {path}"
+    for a, b in zip(trained(model), trained(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 @functools.cache
@@ -276,19 +239,13 @@ def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
 
 
-def assert_same_numbers(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), f"{name} differs"
-
-
 # ---- DistributedDataParallel ---------------------------------------------------------------------------------
 
 
 @scenario
 def ddp_takes_the_decisions_of_one_process():
     options = [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}]
-    for number, settings in enumerate(SCHEDULES.values()):
+    for number, settings in enumerate(SCHEDULES):
         config = schedule(**settings)
         model = adapted()
         wrapper = DistributedDataParallel(model, **options[number % 3])
@@ -297,30 +254,31 @@ def ddp_takes_the_decisions_of_one_process():
         same_on_all(*trained(model))
 
 
-@scenario
-def ddp_accumulates_without_synchronising():
-    config = schedule(interval=2)
-    model, alone = adapted(), adapted()
-    wrapper = DistributedDataParallel(model)
-    decisions = []
-    for each, context, data in ((wrapper, wrapper.no_sync, mine), (alone, nullcontext, everything)):
+def accumulates(model: nn.Module, context: Callable[[nn.Module, bool], AbstractContextManager]) -> None:
+    """Compare a training by two batches a step with one process that sees everything."""
+    alone, decisions = adapted(), []
+    for each, data in ((model, mine), (alone, everything)):
         optimizer, masks = adamw(each), []
         with controlled(
-            each, optimizer, config, on_allocation=lambda a, m=masks: m.append(a.masks)
+            each, optimizer, schedule(interval=2), on_allocation=lambda a, m=masks: m.append(a.masks)
         ) as budget:
             for number in range(6):
                 optimizer.zero_grad()
-                with context():
-                    loss_of(each, data(batch(2 * number))).backward()
-                loss_of(each, data(batch(2 * number + 1))).backward()
+                for last in (False, True):
+                    with context(each, last) if each is model else nullcontext():
+                        loss_of(each, data(batch(2 * number + last))).backward()
                 optimizer.step()
             assert budget.step == 6
         decisions.append(masks)
-    for ours, theirs in zip(*decisions, strict=True):
-        assert all(torch.equal(ours[path], theirs[path]) for path in theirs)
-        same_on_all(*ours.values())
-    for a, b in zip(trained(model), trained(alone), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    for masks in decisions[0]:
+        same_on_all(*masks.values())
+    assert_same_training(model, decisions[0], alone, decisions[1])
+
+
+@scenario
+def ddp_accumulates_without_synchronising():
+    wrapper = DistributedDataParallel(adapted())
+    accumulates(wrapper, lambda model, last: nullcontext() if last else model.no_sync())
 
 
 @scenario
@@ -357,14 +315,14 @@ def ddp_does_not_send_the_buffers_of_adapters():
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.numel()}
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
         with torch.no_grad():
-            model.layers[0].shift += rank
+            model.shift += rank
             for name, buffer in buffers.items():
                 if rank and name.endswith(".A"):
                     buffer.mul_(2)
         x = mine(batch(0))
         # What is kept for the backward must not change in between, or autograd raises.
         (loss_of(wrapper, x) + loss_of(wrapper, 2 * x)).backward()
-        assert not model.layers[0].shift.any(), "a buffer of the model's own was not synchronised"
+        assert not model.shift.any(), "a buffer of the model's own was not synchronised"
         for name, buffer in buffers.items():
             if rank and name.endswith(".A"):
                 assert torch.equal(buffer, 2 * kept[name]), f"{name} was sent"
@@ -458,7 +416,7 @@ def counted(name: str = "decompose") -> Iterator[list[tuple[int, ...]]]:
 
 
 def assert_same_adapters(ours: nn.Module, theirs: nn.Module) -> None:
-    assert_same_numbers(numbers(ours), numbers(theirs))
+    assert_same_state(numbers(ours), numbers(theirs))
     for path, adapter in adapters_of(ours).items():
         other = adapters_of(theirs)[path]
         for name in ("A", "B", "C"):
@@ -579,19 +537,13 @@ def attached_last(**options) -> nn.Module:
 
 @scenario
 def fsdp_takes_the_decisions_of_one_process():
-    for number, (build, options) in enumerate(
-        (
-            (attached_first, {"by": "root"}),
-            (attached_first, {}),
-            (attached_first, {"reshard_after_forward": False}),
-            (attached_first, {"reshard_after_forward": True, "by": "linear"}),
-            (attached_last, {"by": "root"}),
-            (attached_last, {"reshard_after_forward": False}),
-            (attached_last, {"reshard_after_forward": True}),
-            (attached_last, {"by": "linear"}),
-        )
-    ):
-        config = schedule(**list(SCHEDULES.values())[number])
+    cases = [(attached_first, options) for options in ({"by": "root"}, {}, {"reshard_after_forward": False})]
+    cases += [(attached_first, {"reshard_after_forward": True, "by": "linear"})]
+    cases += [(attached_last, {"reshard_after_forward": kept}) for kept in (False, True)]
+    cases += [(attached_last, {"by": by}) for by in ("root", "linear")]
+    replicas = [(build, {"shape": s}) for s in ((2, 1), (1, 2)) for build in (attached_first, attached_last)]
+    for number, (build, options) in enumerate(cases + replicas):
+        config = schedule(**SCHEDULES[number % len(SCHEDULES)])
         model = build(**options)
         assert all(hasattr(p, "full_tensor") for p in adamss.trainable_parameters(model))
         sharing = Run(model, mine, config)
@@ -610,7 +562,7 @@ def fsdp_is_attached_to_layer_by_layer():
             assert len(calls) == (2 if divide else 4)
             # Its own, and the one that is on its way to another.
             assert most[0] <= 2, f"{most[0]} weights were whole at the same time"
-            assert_same_numbers(numbers(model), numbers(alone))
+            assert_same_state(numbers(model), numbers(alone))
             assert all(hasattr(p, "full_tensor") for p in adamss.trainable_parameters(model))
 
 
@@ -633,14 +585,6 @@ def gathered() -> Iterator[list[int]]:
         yield most
     finally:
         sharding.unshard = original
-
-
-@scenario
-def fsdp_with_replicas():
-    for shape in ((2, 1), (1, 2)):
-        for build in (attached_first, attached_last):
-            sharing = Run(build(shape=shape), mine, schedule())
-            sharing.equals(alone_with(schedule()))
 
 
 @scenario
@@ -680,26 +624,13 @@ def fsdp_in_bfloat16():
 
 @scenario
 def fsdp_accumulates_gradients():
-    config = schedule(interval=2)
-    model, alone = attached_first(), adapted()
-    decisions = []
-    for each, data in ((model, mine), (alone, everything)):
-        optimizer, masks = adamw(each), []
-        with controlled(each, optimizer, config, on_allocation=lambda a, m=masks: m.append(a.masks)):
-            for number in range(6):
-                optimizer.zero_grad()
-                for last in (False, True):
-                    if each is model:
-                        model.set_requires_gradient_sync(last)
-                        model.set_is_last_backward(last)
-                        model.set_reshard_after_backward(last)
-                    loss_of(each, data(batch(2 * number + last))).backward()
-                optimizer.step()
-        decisions.append(masks)
-    for ours, theirs in zip(*decisions, strict=True):
-        assert all(torch.equal(ours[path], theirs[path]) for path in theirs)
-    for a, b in zip(trained(model), trained(alone), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    def synchronised(model, last):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+        model.set_reshard_after_backward(last)
+        return nullcontext()
+
+    accumulates(attached_first(), synchronised)
 
 
 @scenario
@@ -779,9 +710,7 @@ def fsdp_resumes():
 
     def train(model, optimizer, numbers, data=mine):
         for number in numbers:
-            optimizer.zero_grad()
-            loss_of(model, data(batch(number))).backward()
-            optimizer.step()
+            step(model, optimizer, data(batch(number)))
 
     def state_of(model, optimizer, budget):
         weights, moments = get_state_dict(model, optimizer)
@@ -901,23 +830,23 @@ def fsdp_merges_and_detaches():
             close()
             with adamss.disabled(model):
                 assert torch.equal(model(x), base(x)), "switched off, it is not the base model"
-            assert_same_numbers(numbers(model), start)
+            assert_same_state(numbers(model), start)
             close()
             adamss.merge(model)
             adamss.merge(alone)
             close()
             merged = numbers(model)
             assert not torch.equal(merged["layers.0.query.weight"], start["layers.0.query.weight"])
-            assert_same_numbers(
+            assert_same_state(
                 {n: v for n, v in merged.items() if n.endswith("weight")},
                 {n: v for n, v in numbers(alone).items() if n.endswith("weight")},
             )
             with adamss.disabled(model):
                 assert torch.equal(model(x), base(x))
-            assert_same_numbers(numbers(model), merged)
+            assert_same_state(numbers(model), merged)
             adamss.unmerge(model)
             adamss.unmerge(alone)
-            assert_same_numbers(numbers(model), start)
+            assert_same_state(numbers(model), start)
             close()
             adamss.consolidate(model)
             adamss.consolidate(alone)
@@ -926,7 +855,7 @@ def fsdp_merges_and_detaches():
             close()
             adamss.detach(model)
             assert torch.equal(model(x), base(x))
-            assert_same_numbers(numbers(model), numbers(base))
+            assert_same_state(numbers(model), numbers(base))
             assert all(p.requires_grad for p in model.parameters())
             loss_of(model, mine(x)).backward()
             assert all(p.grad is not None for p in model.parameters())
@@ -953,7 +882,7 @@ def fsdp_refuses_what_it_cannot_do():
     before = numbers(tied)
     with raising(errors.LayerError, "shared"):
         adamss.merge(tied)
-    assert_same_numbers(before, numbers(tied))
+    assert_same_state(before, numbers(tied))
 
 
 @scenario

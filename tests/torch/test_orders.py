@@ -1,7 +1,6 @@
 """Both orders of the products of the update; what is kept for the backward; when the base product is written over."""
 
 import copy
-import dataclasses
 import math
 import warnings
 
@@ -50,12 +49,23 @@ def data(*shape, dtype=torch.float32):
     return [torch.randn(*shape, size, generator=generator).to(dtype) for size in (D, N_OUT)]
 
 
-def step(model, x, dy):
+def step(model, x, dy, forward=None):
+    """Return the output, and the gradients of the input, B and C."""
     x = x.clone().requires_grad_()
     model.zero_grad()
-    y = model(x)
-    y.backward(dy)
+    y = (forward or model)(x)
+    y.backward(dy.to(y.dtype))
     return y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad
+
+
+def assert_agree(actual, expected, dtype, what, scale=None):
+    """Compare each pair; `scale` is a multiple of the largest expected number."""
+    for ours, wanted in zip(actual, expected, strict=True):
+        wanted = torch.as_tensor(wanted)
+        size = {} if scale is None else {"scale": scale * float(wanted.abs().max())}
+        assert_agrees(
+            ours.to(wanted.dtype), wanted, dtype=str(dtype).removeprefix("torch."), what=what, **size
+        )
 
 
 def reference(model, x, dy):
@@ -74,8 +84,7 @@ def reference(model, x, dy):
 def test_outputs_and_gradients_are_the_reference(order, tokens, options):
     model = adapted_layer(order, dtype=torch.float64, **options)
     x, dy = data(*tokens, dtype=torch.float64)
-    for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
-        assert_agrees(actual, torch.from_numpy(expected), dtype="float64", what=f"{order} {tokens}")
+    assert_agree(step(model, x, dy), reference(model, x, dy), "float64", f"{order} {tokens}")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -83,18 +92,15 @@ def test_outputs_and_gradients_are_the_reference(order, tokens, options):
 @pytest.mark.parametrize("tokens", [(), (1,), (2, 4), (16,), (17,)], ids=str)
 @pytest.mark.parametrize("order", [*ORDERS, None])
 def test_generation_is_the_reference(order, tokens, dtype, options):
-    model = adapted_layer(
-        order, dtype=dtype if dtype == torch.float64 else torch.float32, base_dtype=dtype, **options
-    )
+    working = dtype if dtype == torch.float64 else torch.float32
+    model = adapted_layer(order, dtype=working, base_dtype=dtype, **options)
     x, dy = data(*tokens, dtype=dtype)
-    expected = torch.from_numpy(reference(model, x, dy)[0])
-    name = str(dtype).removeprefix("torch.")
-    scale = 4 * float(expected.abs().max())
+    expected = reference(model, x, dy)[0]
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             y = model(x)
         assert y.shape == expected.shape
-        assert_agrees(y.double(), expected, dtype=name, what=f"{order} {tokens}", scale=scale)
+        assert_agree([y], [expected], dtype, f"{order} {tokens}", scale=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,11 +108,7 @@ def test_generation_is_the_reference(order, tokens, dtype, options):
 def test_in_other_dtypes(order, dtype):
     model = adapted_layer(order, base_dtype=dtype)
     x, dy = data(TOKENS, dtype=dtype)
-    name = str(dtype).removeprefix("torch.")
-    for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
-        expected = torch.from_numpy(expected)
-        scale = 4 * float(expected.abs().max())
-        assert_agrees(actual.float(), expected, dtype=name, what=order, scale=scale)
+    assert_agree(step(model, x, dy), reference(model, x, dy), dtype, order, scale=4)
 
 
 @pytest.mark.parametrize("options", [{}, {"subspace_rank": 3}, {"basis": "per_subspace"}], ids=str)
@@ -118,11 +120,8 @@ def test_factors_in_float16_neither_overflow_nor_vanish(order, base_dtype, optio
     model[0].adamss.default.C.data.mul_(50.0)
     x, dy = data(TOKENS, dtype=base_dtype)
     x, dy = x / 8, dy / 8
-    for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
-        expected = torch.from_numpy(expected)
-        scale = 4 * float(expected.abs().max())
-        name = "bfloat16" if base_dtype == torch.bfloat16 else "float16"
-        assert_agrees(actual.float(), expected, dtype=name, what=order, scale=scale)
+    dtype = torch.bfloat16 if base_dtype == torch.bfloat16 else torch.float16
+    assert_agree(step(model, x, dy), reference(model, x, dy), dtype, order, scale=4)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -130,16 +129,14 @@ def test_under_autocast_as_without_it(order):
     model = adapted_layer(order)
     x, dy = data(TOKENS)
     expected = step(model, x, dy)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        x = x.clone().requires_grad_()
-        y = model(x)
-    assert y.dtype == torch.bfloat16
-    model.zero_grad()
-    y.backward(dy.bfloat16())
-    actual = (y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad)
-    for ours, whole in zip(actual, expected, strict=True):
-        scale = 4 * float(whole.abs().max())
-        assert_agrees(ours.float(), whole, dtype="bfloat16", what=order, scale=scale)
+
+    def forward(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x)
+
+    actual = step(model, x, dy, forward)
+    assert actual[0].dtype == torch.bfloat16
+    assert_agree(actual, expected, "bfloat16", order, scale=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -150,10 +147,8 @@ def test_start_equals_the_base_for_the_largest_inputs(order, dtype):
     with torch.no_grad():
         model[0].weight.mul_(2.0**-8)  # so that the base itself does not overflow
     A = model[0].adamss.default.A[0].float()
-    x = torch.finfo(dtype).max * torch.cat(
-        [A.sign().t(), torch.tensor([[1.0], [-1.0], [1e-3], [0.0]]).expand(4, D)]
-    )
-    x = x.to(dtype)
+    signs = torch.cat([A.sign().t(), torch.tensor([[1.0], [-1.0], [1e-3], [0.0]]).expand(4, D)])
+    x = (torch.finfo(dtype).max * signs).to(dtype)
     with adamss.disabled(model):
         expected = model(x)
     assert expected.isfinite().all()
@@ -407,25 +402,20 @@ def test_selective_checkpointing_hands_out_what_it_kept():
     def contexts():
         return create_selective_checkpoint_contexts(policy)
 
-    x = x.clone().requires_grad_()
-    model.zero_grad()
-    y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
-    y.backward(dy)
-    for actual, reference in zip(
-        (y.detach(), x.grad, model[0].adamss.default.B.grad), expected, strict=False
-    ):
-        assert_agrees(actual, reference, dtype="float32", what="selective checkpointing")
+    def checkpointed(x):
+        return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+    assert_agree(step(model, x, dy, checkpointed), expected, "float32", "selective checkpointing")
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_gradient_of_a_base_that_is_trained_too(order):
     model = adapted_layer(order, dtype=torch.float64)
     x, dy = data(TOKENS, dtype=torch.float64)
-    y, dx, dB, dC = step(model, x, dy)
+    expected = step(model, x, dy)
     model[0].weight.requires_grad_(True)
     model[0].bias.requires_grad_(True)
-    for actual, expected in zip(step(model, x, dy), (y, dx, dB, dC), strict=True):
-        assert_agrees(actual, expected, dtype="float64", what="with a trained base")
+    assert_agree(step(model, x, dy), expected, "float64", "with a trained base")
     assert_agrees(model[0].weight.grad, dy.T @ x, dtype="float64", what="weight")
     assert_agrees(model[0].bias.grad, dy.sum(0), dtype="float64", what="bias")
 
@@ -442,12 +432,15 @@ def test_backward_hooks_see_the_gradients_of_the_whole_layer(order):
     assert_agrees(inputs, expected, dtype="float32", what="gradient of the input")
 
 
-def test_the_result_may_be_changed_in_place():
+@pytest.mark.parametrize("tokens", [(TOKENS,), (2, TOKENS)], ids=str)
+def test_the_result_may_be_changed_in_place(tokens):
     model = adapted_layer()
-    x, dy = data(TOKENS)
-    x.requires_grad_()
-    torch.autograd.grad(torch.relu_(model(x)), x, dy)
-    torch.autograd.grad(model(x).mul_(2.0), x, dy)
+    x, dy = data(*tokens)
+    for change in (torch.relu, lambda y: y.mul(2.0)):
+        expected = step(model, x, dy, lambda x, change=change: change(model(x)))
+        in_place = torch.relu_ if change is torch.relu else lambda y: y.mul_(2.0)
+        actual = step(model, x, dy, lambda x, change=in_place: change(model(x)))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -464,12 +457,8 @@ def test_a_layer_used_twice_in_one_forward(order):
     y = layer(pad(layer(x)))
     assert_agrees(y.detach(), expected.detach(), dtype="float64", what="y")
     layer.adamss.default.active.fill_(True)
-    for actual, reference in zip(
-        torch.autograd.grad(layer(pad(layer(x))), leaves, dy),
-        torch.autograd.grad(expected, leaves, dy),
-        strict=True,
-    ):
-        assert_agrees(actual, reference, dtype="float64", what="gradient")
+    actual, expected = (torch.autograd.grad(each, leaves, dy) for each in (layer(pad(layer(x))), expected))
+    assert_agree(actual, expected, "float64", "gradient")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -479,17 +468,6 @@ def test_compiled_without_a_graph_break(order):
     expected = step(model, x, dy)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = x.clone().requires_grad_()
-    model.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the compiler's own imports
-        y = compiled(x)
-    y.backward(dy)
-    actual = (y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad)
-    for ours, reference in zip(actual, expected, strict=True):
-        assert_agrees(ours, reference, dtype="float32", what=order)
-
-
-def test_the_config_holds_no_schedule():
-    """It depends on the machine: a file must not carry it to another."""
-    assert "order" not in {field.name for field in dataclasses.fields(adamss.AdamssConfig)}
+        assert_agree(step(model, x, dy, compiled), expected, "float32", order)
