@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch_support import assert_same_state
 
 import adamss
 from adamss import core
@@ -78,7 +79,7 @@ def test_autocast_and_tf32_leave_attach_alone(net, config, dtype):
             actual = adamss.attach(net().cuda(), config()).state_dict()
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
+    assert_same_state(actual, expected)
 
 
 def test_compiles(net, config, inputs):
