@@ -58,6 +58,7 @@ def test_a_file_loads_and_holds_what_it_held(make, path, trainable):
     head = wanted["modules_to_save"]["head"]
     assert model["head"].W.T.tolist() == head["weight"]
     assert model["head"].b.tolist() == head["bias"]
+    assert np.array_equal(adamss.detach(model)["head"].W, base["head"].W)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
