@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch_support import assert_same_state, controlled, loss_of, step
+from torch_support import assert_same_state, controlled, loss_of, state, step, train
 
 import adamss
 from adamss import BudgetConfig, core, errors
@@ -79,8 +79,7 @@ def trained_with(config, *, steps, optimiser="adamw", **changes):
     model = build(**changes)
     optimizer = OPTIMISERS[optimiser](trainable(model))
     with controlled(model, optimizer, config) as budget:
-        for x in batches(steps, next(model.parameters()).dtype):
-            step(model, optimizer, x)
+        train(model, optimizer, batches(steps, next(model.parameters()).dtype))
     return model, optimizer, budget
 
 
@@ -165,8 +164,7 @@ def test_several_groups_and_a_trained_head():
     optimizer = torch.optim.AdamW([{"params": B, "lr": 0.01}, {"params": head}, {"params": C, "lr": 0.1}])
     before = [p.clone() for p in head]
     with controlled(model, optimizer, BudgetConfig(target=10, end_step=5)) as budget:
-        for x in batches(6):
-            step(model, optimizer, x)
+        train(model, optimizer, batches(6))
         assert budget.active_count == 10
     assert not any(torch.equal(a, b) for a, b in zip(before, head, strict=True))
 
@@ -185,11 +183,6 @@ def decisions(run, **options):
         return [(a.step, *(m.tolist() for m in a.masks.values())) for a in seen]
 
 
-def plainly(model, optimizer, data):
-    for x in data:
-        step(model, optimizer, x)
-
-
 def test_gradient_accumulation_is_one_step():
     def accumulated(model, optimizer, data):
         for x in data:
@@ -198,7 +191,7 @@ def test_gradient_accumulation_is_one_step():
                 (loss_of(model, half) / 2).backward()
             optimizer.step()
 
-    assert decisions(accumulated) == decisions(plainly)
+    assert decisions(accumulated) == decisions(train)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -225,8 +218,8 @@ def test_a_closure(foreach, nesterov):
     def sgd(p):
         return OPTIMISERS["sgd"](p, foreach=foreach, nesterov=nesterov)
 
-    assert decisions(keyword, optimizer=sgd) == decisions(plainly, optimizer=sgd)
-    assert decisions(closed, optimizer=sgd) == decisions(plainly, optimizer=sgd)
+    assert decisions(keyword, optimizer=sgd) == decisions(train, optimizer=sgd)
+    assert decisions(closed, optimizer=sgd) == decisions(train, optimizer=sgd)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "adamw fused"])
@@ -250,7 +243,7 @@ def test_a_step_that_the_scaler_skips_is_no_step_and_no_score(optimiser, unscale
     make = OPTIMISERS[optimiser]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decisions(scaled, optimizer=make) == decisions(plainly, optimizer=make)
+        assert decisions(scaled, optimizer=make) == decisions(train, optimizer=make)
 
 
 def test_accelerate_on_one_process():
@@ -266,7 +259,7 @@ def test_accelerate_on_one_process():
                     wrapped.step()
                     wrapped.zero_grad()
 
-    assert decisions(accelerated) == decisions(plainly)
+    assert decisions(accelerated) == decisions(train)
 
 
 @pytest.mark.parametrize("factor_dtype", ["bfloat16", "float16"])
@@ -294,13 +287,11 @@ def test_an_allocation_does_not_compile_anew_and_consolidate_does_once():
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # those of the compiler about itself
-        for x in batches(8, torch.float32):
-            step(compiled, optimizer, x)
+        train(compiled, optimizer, batches(8, torch.float32))
         assert budget.active_count == 10
         assert len(counts) == 1
         adamss.consolidate(compiled)
-        for x in batches(3, torch.float32):
-            step(compiled, optimizer, x)
+        train(compiled, optimizer, batches(3, torch.float32))
         assert len(counts) == 2
     torch.compiler.reset()
 
@@ -349,8 +340,7 @@ def test_a_training_shorter_than_the_schedule_is_told():
     model = build()
     optimizer = OPTIMISERS["sgd"](trainable(model))
     budget = BudgetController(model, optimizer, BudgetConfig(target=10, end_step=100))
-    for x in batches(7):
-        step(model, optimizer, x)
+    train(model, optimizer, batches(7))
     left = budget.active_count
     match = rf"not reached: training ended after 7 .* the schedule ends at 100; {left} of 40"
     with pytest.warns(adamss.AdamssWarning, match=match):
@@ -403,11 +393,10 @@ def test_a_merge_that_fails_leaves_a_consolidated_model_as_it_was():
     model, *_ = trained_with(BudgetConfig(target=3, end_step=4), steps=5)
     adamss.consolidate(model)
     model[0][0].adamss.default.C.data.fill_(float("inf"))
-    weights = [layer.weight.clone() for layer in model.modules() if isinstance(layer, nn.Linear)]
+    before = state(model)
     with pytest.raises(errors.ArrayValueError, match=r"0\.0"):
         adamss.merge(model)
-    for layer, weight in zip((m for m in model.modules() if isinstance(m, nn.Linear)), weights, strict=True):
-        assert torch.equal(layer.weight, weight)
+    assert_same_state(model, before)
     assert model[0][0].adamss.default.held is not None
 
 
@@ -418,8 +407,7 @@ def test_what_cannot_return_is_not_promised_to():
     optimizer = OPTIMISERS["adamw"](trainable(model))
     with controlled(model, optimizer, config) as budget:
         early = budget.state_dict()
-        for x in batches(5):
-            step(model, optimizer, x)
+        train(model, optimizer, batches(5))
         adamss.consolidate(model)
         with pytest.raises(errors.StateError, match="consolidated into its weight"):
             budget.load_state_dict(early)
@@ -428,8 +416,7 @@ def test_what_cannot_return_is_not_promised_to():
     model = build()
     optimizer = OPTIMISERS["adamw"](trainable(model))
     with controlled(model, optimizer, revive):
-        for x in batches(5):
-            step(model, optimizer, x)
+        train(model, optimizer, batches(5))
         with pytest.raises(errors.StateError, match="may return"):
             adamss.consolidate(model)
 
@@ -440,8 +427,7 @@ def test_masks_that_are_loaded_into_the_model_are_taken_over_and_told():
     with controlled(model, optimizer, BudgetConfig(target=10, end_step=4)) as budget:
         step(model, optimizer, batches()[0])
         early = copy.deepcopy(model.state_dict())
-        for x in batches(5):
-            step(model, optimizer, x)
+        train(model, optimizer, batches(5))
         assert budget.active_count == 10
         model.load_state_dict(early)
         with pytest.warns(adamss.AdamssWarning, match="with 40 subspaces trained where there were 10"):
@@ -476,8 +462,7 @@ def test_resumed_whichever_state_is_loaded_first(optimiser, budget_first, tmp_pa
         pairs = list(zip((optimizer, budget), states, strict=True))
         for target, source in reversed(pairs) if budget_first else pairs:
             target.load_state_dict(source.state_dict())
-        for x in batches(10)[5:]:
-            step(model, optimizer, x)
+        train(model, optimizer, batches(10)[5:])
     assert_same_state(model, whole)
 
 
@@ -527,8 +512,7 @@ def test_two_controllers():
         with pytest.raises(errors.StateError, match="the model has a controller already"):
             BudgetController(model, OPTIMISERS["sgd"](trainable(model)), config)
     with controlled(model, optimizer, config) as budget:
-        for x in batches(6):
-            step(model, optimizer, x)
+        train(model, optimizer, batches(6))
         assert budget.active_count == 10
 
 
@@ -537,9 +521,8 @@ def test_states_that_do_not_fit():
     model = build()
     optimizer = OPTIMISERS["adamw"](trainable(model))
     with controlled(model, optimizer, config) as budget:
-        for x in batches(3):
-            step(model, optimizer, x)
-        state = budget.state_dict()
+        train(model, optimizer, batches(3))
+        saved = budget.state_dict()
         for other, match in (
             (build(subspaces=4), "0.0 has other subspaces there"),
             (build(rank=5), "0.0 has other subspaces there"),
@@ -550,10 +533,10 @@ def test_states_that_do_not_fit():
             before = active(other)
             with controlled(other, OPTIMISERS["adamw"](trainable(other)), config) as second:
                 with pytest.raises(errors.StateError, match=match):
-                    second.load_state_dict(state)
+                    second.load_state_dict(saved)
                 assert second.step == 0
             assert all(np.array_equal(mask, before[path]) for path, mask in active(other).items())
-        empty = state | {"layers": {p: {} for p in state["layers"]}}
+        empty = saved | {"layers": {p: {} for p in saved["layers"]}}
         for wrong in ({}, {"layers": 3}, empty, optimizer.state_dict()):
             with pytest.raises(errors.StateError, match="no state of a controller"):
                 budget.load_state_dict(wrong)
@@ -561,4 +544,4 @@ def test_states_that_do_not_fit():
         longer = BudgetConfig(target=1, end_step=9)
         warned = pytest.warns(adamss.AdamssWarning, match="goes on with its own target = 1, end_step = 9")
         with controlled(other, OPTIMISERS["adamw"](trainable(other)), longer) as second, warned:
-            second.load_state_dict(state)
+            second.load_state_dict(saved)

@@ -31,22 +31,6 @@ def test_activation_checkpointing_gives_the_same_gradients(net, config, inputs, 
         assert_agrees(ours, reference, dtype="float32", what="gradient")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_rounds_like_the_base_and_keeps_float32_gradients(net, config, inputs, train, dtype):
-    model, x = train(adamss.attach(net(), config())), inputs(4, 16)
-    exact = model(x)
-    expected = gradients(model, exact.square().sum())
-    with torch.autocast("cpu", dtype=dtype):
-        y = model(x)
-        loss = y.float().square().sum()
-    assert y.dtype == dtype
-    name = str(dtype).removeprefix("torch.")
-    assert_agrees(y.detach().float(), exact.detach(), dtype=name, what="outputs")
-    for actual, reference in zip(gradients(model, loss), expected, strict=True):
-        assert actual.dtype == torch.float32
-        assert_agrees(actual, reference, dtype=name, what="gradient", scale=4 * float(reference.abs().max()))
-
-
 def test_start_under_autocast_equals_the_base(net, config, inputs):
     model, x = net(), inputs(4, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -158,23 +142,19 @@ def test_wrappers_are_seen_through(net, config, tmp_path):
     model = adamss.attach(net(), config())
     wrapped = nn.DataParallel(model)
     adamss.save(wrapped, tmp_path / "a.safetensors")
-    assert [row.path for row in adamss.summary(wrapped).rows] == [
-        row.path for row in adamss.summary(model).rows
-    ]
+    assert str(adamss.summary(wrapped)) == str(adamss.summary(model))
     fresh = nn.DataParallel(net())
     assert adamss.load(fresh, tmp_path / "a.safetensors") is fresh
     assert adamss.summary(fresh).rows[0].path == "layers.0.query"
 
 
-@pytest.mark.parametrize(
-    "copy_of",
-    [
-        copy.deepcopy,
-        lambda model: pickle.loads(pickle.dumps(model)),
-        lambda model: torch.load(_saved(model), weights_only=False),
-    ],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
+def _saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved])
 def test_copies_keep_adapters_merges_and_saved_modules(net, config, train, inputs, copy_of):
     model, x = train(adamss.attach(net(), config(modules_to_save=["classifier"]))), inputs(5, 16)
     base, adapted = net()(x), model(x)
@@ -189,20 +169,12 @@ def test_copies_keep_adapters_merges_and_saved_modules(net, config, train, input
     assert torch.equal(model(x), adapted)
 
 
-def _saved(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return buffer
-
-
 def test_state_dict_round_trip_rebuilds_what_it_does_not_hold(net, config, train, inputs):
     """The layout of C follows from the labels: loading other labels must change it too."""
     model = train(adamss.attach(net(), config(segmentation="random", seed=3, subspace_rank=1)))
     other = adamss.attach(net(), config(segmentation="random", seed=4, subspace_rank=1))
-    assert not torch.equal(
-        other.layers[0].query.adamss.default.labels, model.layers[0].query.adamss.default.labels
-    )
+    labels = [each.layers[0].query.adamss.default.labels for each in (model, other)]
+    assert not torch.equal(*labels)
     other.load_state_dict(model.state_dict())
     x = inputs(3, 16)
     assert torch.equal(other(x), model(x))
@@ -235,9 +207,7 @@ def test_hooks_of_a_new_process_do_not_displace_the_adapter(net, config, train, 
     expected = model(x)
     monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)  # as at the start of a process
     query = model.layers[0].query
-    handles = [
-        query.register_forward_hook(lambda *arguments: None, with_kwargs=kind) for kind in (False, True)
-    ]
+    handles = [query.register_forward_hook(lambda *_: None, with_kwargs=kind) for kind in (False, True)]
     assert torch.equal(model(x), expected)
     for handle in handles:
         handle.remove()

@@ -124,19 +124,20 @@ def test_factors_in_float16_neither_overflow_nor_vanish(order, base_dtype, optio
     assert_agree(step(model, x, dy), reference(model, x, dy), dtype, order, scale=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ORDERS)
-def test_under_autocast_as_without_it(order):
+def test_under_autocast_as_without_it(order, dtype):
     model = adapted_layer(order)
     x, dy = data(TOKENS)
     expected = step(model, x, dy)
 
     def forward(x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
             return model(x)
 
     actual = step(model, x, dy, forward)
-    assert actual[0].dtype == torch.bfloat16
-    assert_agree(actual, expected, "bfloat16", order, scale=4)
+    assert [array.dtype for array in actual] == [dtype, *[torch.float32] * 3]
+    assert_agree(actual, expected, dtype, order, scale=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -256,10 +257,8 @@ def test_the_choice_goes_with_copies_and_not_into_files(tmp_path):
     assert copy.deepcopy(model)[0].adamss.default.order == "input_first"
     adamss.save(model, tmp_path / "a.safetensors")
     torch.manual_seed(0)
-    assert (
-        adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")[0].adamss.default.order
-        is None
-    )
+    loaded = adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")
+    assert loaded[0].adamss.default.order is None
 
 
 # ---- the base product ---------------------------------------------------------------------------------
@@ -278,47 +277,36 @@ def test_the_update_is_written_into_the_base_product():
     assert seen == [(y.data_ptr(), True, True)]
 
 
-def exotic_layers():
-    """Give models that do something to the base product which writing over it would spoil."""
-
-    class Activated(nn.Linear):
-        def forward(self, x):
-            return torch.sigmoid(super().forward(x))  # whose backward reads what it returned
-
-    class Named(nn.Linear):
-        pass
-
-    yield "subclass", Activated, lambda layer: None
-    yield "plain subclass", Named, lambda layer: None
-
-    def patched(layer):
-        inner = layer.forward
-        layer.forward = lambda x: torch.sigmoid(inner(x))
-
-    yield "patched forward", nn.Linear, patched
+class Activated(nn.Linear):
+    def forward(self, x):
+        return torch.sigmoid(super().forward(x))  # whose backward reads what it returned
 
 
-@pytest.mark.parametrize(
-    ("kind", "change"), [e[1:] for e in exotic_layers()], ids=[e[0] for e in exotic_layers()]
-)
-def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind, change):
-    torch.manual_seed(0)
-    model = nn.Sequential(kind(D, N_OUT))
-    plain = nn.Sequential(kind(D, N_OUT))
+class Named(nn.Linear):
+    pass
+
+
+def patched(*sizes):
+    layer = nn.Linear(*sizes)
+    inner = layer.forward
+    layer.forward = lambda x: torch.sigmoid(inner(x))
+    return layer
+
+
+@pytest.mark.parametrize("kind", [Activated, Named, patched])
+def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind):
+    """Writing over the base product would spoil what it does to it."""
+    model, plain = (nn.Sequential(kind(D, N_OUT)) for _ in range(2))
     plain.load_state_dict(model.state_dict())
-    change(model[0])
-    change(plain[0])
     adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
     model[0].adamss.default.C.data.normal_()
     x, dy = data(TOKENS)
     x.requires_grad_()
     f = model[0].adamss.default.factors()
     M, E = core.contract(f), core.expand(f)
-    expected = plain(x) + (x @ M) @ E
-    y = model(x)
-    assert_agrees(y.detach(), expected.detach(), dtype="float32", what="y")
-    (actual,), (reference,) = (torch.autograd.grad(out, x, dy) for out in (y, expected))
-    assert_agrees(actual, reference, dtype="float32", what="dx")
+    both = model(x), plain(x) + (x @ M) @ E
+    assert_agrees(both[0].detach(), both[1].detach(), dtype="float32", what="y")
+    assert_agrees(*(torch.autograd.grad(out, x, dy)[0] for out in both), dtype="float32", what="dx")
 
 
 def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
@@ -361,16 +349,15 @@ def test_hooks_before_ours_keep_what_they_saw():
 
 
 def test_global_hooks_keep_what_they_saw():
-    model, seen = adapted_layer(), []
+    seen = []
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, args, output: seen.append(output) if isinstance(module, nn.Linear) else None
     )
     try:
-        x = data(TOKENS)[0]
-        y = model(x)
-        assert not torch.equal(seen[0], y)
+        y = adapted_layer()(data(TOKENS)[0])
     finally:
         handle.remove()
+    assert not torch.equal(seen[0], y)
 
 
 def test_function_modes_keep_what_they_saw():

@@ -77,6 +77,11 @@ def step(model, optimizer, x):
     optimizer.step()
 
 
+def train(model, optimizer, batches):
+    for x in batches:
+        step(model, optimizer, x)
+
+
 @contextmanager
 def controlled(model, optimizer, config, **options) -> Iterator[BudgetController]:
     """Enter with a controller, which comes off again; a target that is not reached is fine."""
