@@ -441,9 +441,8 @@ class TestBadFiles:
             checkpoint.read(path, modules=3)
 
     def test_layers_that_the_model_lacks(self, path):
-        with pytest.raises(
-            CheckpointError, match=r"no layer 'layer\.1\.query'.*near matches: layer\.0\.query"
-        ):
+        match = r"no layer 'layer\.1\.query'.*near matches: layer\.0\.query"
+        with pytest.raises(CheckpointError, match=match):
             adamss.load(NumpyModel({"layer.0.query": base()["layer.0.query"]}), path)
 
     def test_another_base(self, path):
@@ -490,7 +489,7 @@ class TestDtypes:
     def test_saved_modules(self, tmp_path):
         path = self.saved(tmp_path, "float64", head=1e300)
         with pytest.raises(
-            CheckpointError, match=r"head\.weight: the file has float64, .*float32 cannot hold all"
+            CheckpointError, match=r"head\.weight: the file has float64, .*float32 cannot hold"
         ):
             adamss.load(self.narrow(), path)
         path = self.saved(tmp_path, "float64", head=1 / 3)
@@ -507,9 +506,7 @@ class TestDtypes:
     def test_integers_where_the_model_has_none(self, tmp_path, dtype, value):
         path = self.saved(tmp_path, "float64", head=1.0)
         rewrite_with_checksum(path, tensors={"head.weight": np.full((2, 4), value, dtype)})
-        with pytest.raises(
-            CheckpointError, match=f"the file has {dtype}, of which the model's float32 cannot"
-        ):
+        with pytest.raises(CheckpointError, match=f"file has {dtype}, of which the model's float32 cannot"):
             adamss.load(self.narrow(), path)
 
     def test_padding_of_C_is_never_read(self, tmp_path):

@@ -13,23 +13,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
-from torch_support import assert_same_state, gradients, required, state
+from torch_support import assert_agree, assert_same_state, checkpointed, gradients, required, state
 
 import adamss
 from adamss import errors
 from adamss_conformance.tolerances import assert_agrees
-
-
-def with_frozen(model):
-    """Freeze every second subspace."""
-    backend = adamss.backend.backend_for(model)
-    masks = {
-        path: torch.arange(len(factors.active)) % 2 == 0
-        for path, factors in backend.adaptation(model).layers.items()
-    }
-    return backend.set_active(model, masks)
-
+from adamss_torch.backend import adapters_of
 
 # ---- the whole cycle -----------------------------------------------------------------------------------
 
@@ -92,7 +81,9 @@ def test_merge_and_unload(net, config, inputs, train, before):
     keys, trainable = model.state_dict().keys(), required(model)
     train(adamss.attach(model, config(modules_to_save=["classifier"])))
     if before == "consolidated":
-        adamss.consolidate(with_frozen(model))
+        for adapter in adapters_of(model).values():
+            adapter.active.copy_(torch.arange(3) % 2 == 0)
+        adamss.consolidate(model)
     merged = adamss.merge(copy.deepcopy(model))(x)
     if before.startswith("merged"):
         adamss.merge(model, keep_base=before == "merged")
@@ -130,10 +121,8 @@ def test_merge_and_unload_refuses_what_it_cannot_fold(net, config, train):
 def test_one_adapter_after_the_other_on_one_base(net, config, inputs, train, tmp_path):
     model, x = net(), inputs(4, 16)
     y_base, outputs = model(x), {}
-    for path, changes in (
-        ("a", {}),
-        ("b", {"targets": ["dense"], "rank": 4, "modules_to_save": ["classifier"]}),
-    ):
+    other = {"targets": ["dense"], "rank": 4, "modules_to_save": ["classifier"]}
+    for path, changes in (("a", {}), ("b", other)):
         train(adamss.attach(model, config(**changes)))
         outputs[path] = model(x)
         adamss.save(model, tmp_path / path, training=True)
@@ -161,10 +150,9 @@ def test_modes_change_neither_the_update_nor_what_is_trained(net, config, inputs
 
 def test_weight_decay_over_all_parameters_changes_only_what_is_trained(config, inputs):
     """What users do who give the optimiser the whole model."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers = [nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 5), nn.Linear(5, 2)]
-        model = nn.Sequential(*layers)
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 5), nn.Linear(5, 2)]
+    model = nn.Sequential(*layers)
     adamss.attach(model, config(targets=["0", "3"], modules_to_save=["4"]))
     before = state(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.5)
@@ -187,20 +175,12 @@ def test_reentrant_checkpointing_needs_an_input_that_requires_gradients(net, con
     model, x = train(adamss.attach(net(), config())), inputs(4, 16)
     expected = gradients(model, model(x).square().sum())
 
-    def checkpointed(x, *, reentrant):
-        for layer in model.layers:
-            x = x + checkpoint(layer, x, use_reentrant=reentrant)
-        return model.classifier(x).square().sum()
-
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
-        loss = checkpointed(x, reentrant=True)
-    assert not loss.requires_grad, "and with it the gradients of all that is trained are lost"
+        y = checkpointed(model, x, reentrant=True)
+    assert not y.requires_grad, "and with it the gradients of all that is trained are lost"
     for reentrant, remedied in ((False, x), (True, x.clone().requires_grad_())):
-        actual = gradients(model, checkpointed(remedied, reentrant=reentrant))
-        for ours, reference in zip(actual, expected, strict=True):
-            assert_agrees(
-                ours, reference, dtype="float32", what="gradient", scale=float(reference.abs().max())
-            )
+        actual = gradients(model, checkpointed(model, remedied, reentrant=reentrant).square().sum())
+        assert_agree(actual, expected, "float32", "gradient", scale=1)
 
 
 # ---- copies and files of PyTorch -------------------------------------------------------------------------
@@ -216,17 +196,14 @@ for form in ("adapted", "merged", "consolidated"):
 """
 
 
-def test_pickled_models_in_a_process_that_has_not_imported_adamss(config, inputs, tmp_path):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5))
+def test_pickled_models_in_a_process_that_has_not_imported_adamss(config, inputs, train, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5))
     x = inputs(4, 16)
     base = model(x).detach()
     adamss.attach(model, config(targets=["0"], modules_to_save=["2"]))
     model[0].adamss.default.active[1] = False
-    optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.05)
-    model(x).square().sum().backward()
-    optimizer.step()
+    train(model, steps=1)
     model[0].adamss.default.C.data.add_(0.1)
     adapted, merged = copy.deepcopy(model), adamss.merge(copy.deepcopy(model))
     consolidated = adamss.consolidate(model)
@@ -312,7 +289,7 @@ def test_modules_to_save_need_a_place_for_their_values(net, config, inputs, trai
     adamss.save(model, path, training=True)
     other = on_meta(net)
     with pytest.raises(
-        errors.LayerError, match=r"modules_to_save: classifier: its weight is on the meta device"
+        errors.LayerError, match="modules_to_save: classifier: its weight is on the meta device"
     ):
         adamss.load(other, path, check_base=False)
     assert "adamss" not in str(other)
@@ -347,9 +324,8 @@ def test_load_leaves_a_memory_mapped_base_where_it_is(config, tmp_path):
     def make():
         return nn.Sequential(*[nn.Linear(640, 640, bias=False) for _ in range(3)])
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = make()
+    torch.manual_seed(0)
+    model = make()
     adamss.attach(model, config(targets=[r"0", "1", "2"], segmentation="contiguous"))
     for parameter in adamss.trainable_parameters(model):
         parameter.data.add_(0.01)
@@ -396,9 +372,8 @@ def test_generate_and_embeddings(causal_lm, config, name):
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     text = model.generate(WORDS, **settings)
     assert text.shape == (2, 20)
-    assert (
-        torch.equal(model.generate(input_ids=WORDS, use_cache=False, **settings), text) or name != "float32"
-    )
+    if name == "float32":
+        assert torch.equal(model.generate(input_ids=WORDS, use_cache=False, **settings), text)
     with adamss.disabled(model):
         base = model.generate(WORDS, **settings)
     assert torch.equal(base, causal_lm(getattr(torch, name)).generate(WORDS, **settings))
@@ -438,8 +413,7 @@ def test_gradient_checkpointing_of_transformers(causal_lm, config, reentrant):
     actual = gradients(model, model(input_ids=WORDS, labels=WORDS).loss)
     handle.remove()
     assert len(calls) == 2, "once in the forward, once more in the backward"
-    for ours, reference in zip(actual, expected, strict=True):
-        assert_agrees(ours, reference, dtype="float32", what="gradient", scale=float(reference.abs().max()))
+    assert_agree(actual, expected, "float32", "gradient", scale=1)
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
@@ -474,9 +448,8 @@ def test_weights_that_accelerate_keeps_elsewhere(causal_lm, config, tmp_path, fi
         assert torch.equal(model(WORDS).logits, y_base)
     adamss.save(model, tmp_path / "b.safetensors", training=True)
     assert torch.equal(adamss.load(causal_lm(), tmp_path / "b.safetensors")(WORDS).logits, y)
-    with pytest.raises(
-        errors.LayerError, match=r"q_proj: its weight is on the meta.*remove_hook_from_submodules"
-    ):
+    remedy = r"q_proj: its weight is on the meta.*remove_hook_from_submodules"
+    with pytest.raises(errors.LayerError, match=remedy):
         adamss.merge(model)
     assert torch.equal(model(WORDS).logits, y)
     remove_hook_from_submodules(model)

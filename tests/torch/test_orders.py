@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch_support import assert_agree
 
 import adamss
 from adamss import core
@@ -56,16 +57,6 @@ def step(model, x, dy, forward=None):
     y = (forward or model)(x)
     y.backward(dy.to(y.dtype))
     return y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad
-
-
-def assert_agree(actual, expected, dtype, what, scale=None):
-    """Compare each pair; `scale` is a multiple of the largest expected number."""
-    for ours, wanted in zip(actual, expected, strict=True):
-        wanted = torch.as_tensor(wanted)
-        size = {} if scale is None else {"scale": scale * float(wanted.abs().max())}
-        assert_agrees(
-            ours.to(wanted.dtype), wanted, dtype=str(dtype).removeprefix("torch."), what=what, **size
-        )
 
 
 def reference(model, x, dy):

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import adamss
+from adamss_conformance.tolerances import assert_agrees
 from adamss_torch import BudgetController
 
 
@@ -64,6 +66,23 @@ def gradients(model, loss):
     found = [parameter.grad.clone() for parameter in adamss.trainable_parameters(model)]
     model.zero_grad()
     return found
+
+
+def checkpointed(model, x, *, reentrant):
+    """Run a network, each layer recomputed in the backward."""
+    for layer in model.layers:
+        x = x + checkpoint(layer, x, use_reentrant=reentrant)
+    return model.classifier(x)
+
+
+def assert_agree(actual, expected, dtype, what, scale=None):
+    """Compare each pair; `scale` is a multiple of the largest expected number."""
+    for ours, wanted in zip(actual, expected, strict=True):
+        wanted = torch.as_tensor(wanted)
+        size = {} if scale is None else {"scale": scale * float(wanted.abs().max())}
+        assert_agrees(
+            ours.to(wanted.dtype), wanted, dtype=str(dtype).removeprefix("torch."), what=what, **size
+        )
 
 
 def loss_of(model, x):
