@@ -8,7 +8,6 @@ add up in another order than one process does.
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import hashlib
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch_support import assert_same_state, controlled, loss_of, step
+from torch_support import assert_same_state, controlled, loss_of, state, step
 
 import adamss
 from adamss import AdamssConfig, AdamssWarning, BudgetConfig, core, errors
@@ -146,6 +146,13 @@ def trained_values(model: nn.Module) -> list[torch.Tensor]:
     return [whole(p.detach()).clone() for a in adapters_of(model).values() for p in (a.B, a.C)]
 
 
+def assert_kept(frozen: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+    """Check that no frozen element has moved, and that something has where not all are frozen."""
+    for where, old, new in zip(frozen, before, after, strict=True):
+        assert torch.equal(old[where], new[where]), "a frozen element has moved"
+        assert where.all() or not torch.equal(old, new)
+
+
 class Run:
     """A whole training of a model, wrapped or not, with a budget, and what it decided.
 
@@ -171,8 +178,7 @@ class Run:
                 frozen, before = frozen_elements(model), values
                 step(model, optimizer, data(batch(number)).to(next(model.parameters()).dtype))
                 values = trained_values(model)
-                for where, old, new in zip(frozen, before, values, strict=True):
-                    assert torch.equal(old[where], new[where]), "a frozen element has moved"
+                assert_kept(frozen, before, values)
             assert controller.reached
             assert controller.step == STEPS
 
@@ -312,21 +318,19 @@ def ddp_does_not_send_the_buffers_of_adapters():
 
     def check(wrapper, model):
         """Change every buffer on the second process: what is sent comes back as on the first."""
-        buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.numel()}
-        kept = {name: buffer.clone() for name, buffer in buffers.items()}
+        own = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".A")}
+        kept = {name: buffer.clone() for name, buffer in own.items()}
         with torch.no_grad():
             model.shift += rank
-            for name, buffer in buffers.items():
-                if rank and name.endswith(".A"):
-                    buffer.mul_(2)
+            for buffer in own.values():
+                buffer.mul_(1 + rank)
         x = mine(batch(0))
         # What is kept for the backward must not change in between, or autograd raises.
         (loss_of(wrapper, x) + loss_of(wrapper, 2 * x)).backward()
         assert not model.shift.any(), "a buffer of the model's own was not synchronised"
-        for name, buffer in buffers.items():
-            if rank and name.endswith(".A"):
-                assert torch.equal(buffer, 2 * kept[name]), f"{name} was sent"
-                buffer.copy_(kept[name])
+        for name, buffer in own.items():
+            assert torch.equal(buffer, (1 + rank) * kept[name]), f"{name} was sent"
+            buffer.copy_(kept[name])
 
     model = adapted()
     check(DistributedDataParallel(model), model)
@@ -345,15 +349,7 @@ def ddp_does_not_send_the_buffers_of_adapters():
 
 @scenario
 def ddp_of_a_model_of_which_a_part_was_adapted():
-    class Outer(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x)
-
-    outer = Outer(adapted())
+    outer = nn.Sequential(adapted())
     wrapper = DistributedDataParallel(outer)
     with warning("broadcast_buffers=False"), controlled(wrapper, adamw(outer), schedule()):
         pass
@@ -398,21 +394,9 @@ def ddp_with_the_zero_redundancy_optimizer():
 # ---- attach on several processes -----------------------------------------------------------------------------
 
 
-@contextmanager
-def counted(name: str = "decompose") -> Iterator[list[tuple[int, ...]]]:
+def counted() -> AbstractContextManager[mock.Mock]:
     """Count what this process decomposes."""
-
-    calls, original = [], getattr(core, name)
-
-    def counting(W, *args, **kwargs):
-        calls.append(tuple(W.shape))
-        return original(W, *args, **kwargs)
-
-    setattr(core, name, counting)
-    try:
-        yield calls
-    finally:
-        setattr(core, name, original)
+    return mock.patch.object(core, "decompose", wraps=core.decompose)
 
 
 def assert_same_adapters(ours: nn.Module, theirs: nn.Module) -> None:
@@ -437,7 +421,9 @@ def attach_decomposes_each_layer_once():
             model = adamss.attach(net(), config(**changes))
         alone = adamss.attach(net(), config(**changes), divide=False)
         layers, rank = len(adapters_of(alone)), dist.get_rank()
-        assert len(calls) == (layers + 1 - rank) // 2, f"{len(calls)} of {layers} layers were decomposed here"
+        assert calls.call_count == (layers + 1 - rank) // 2, (
+            f"{calls.call_count} of {layers} layers were decomposed here"
+        )
         assert list(adapters_of(model)) == list(adapters_of(alone))
         assert_same_adapters(model, alone)
         same_on_all(*numbers(model).values())
@@ -450,11 +436,11 @@ def attach_of_different_models_is_not_divided():
     for changes in ({"targets": rf"layers\.{rank}\..*(query|value)"}, {"rank": 4 + rank}):
         with counted() as calls:
             model = adamss.attach(net(), config(**changes))
-        assert len(calls) == len(adapters_of(model))
+        assert calls.call_count == len(adapters_of(model))
         assert_same_adapters(model, adamss.attach(net(), config(**changes), divide=False))
     with warning("base weights that differ"), counted() as calls:
         model = adamss.attach(net(seed=rank), config())
-    assert len(calls) == 4
+    assert calls.call_count == 4
     assert_same_adapters(model, adamss.attach(net(seed=rank), config(), divide=False))
     if rank == 0:  # waits for nobody
         adamss.attach(net(), config(), divide=False)
@@ -465,13 +451,10 @@ def attach_fails_on_all_or_none():
     rank = dist.get_rank()
 
     def fails(kind, *words, model, **changes):
-        before = copy.deepcopy(model.state_dict())
+        before = state(model)
         with raising(kind, *words):
             adamss.attach(model, config(**changes))
-        assert all(
-            torch.equal(value, before[name]) or value.isnan().any()
-            for name, value in model.state_dict().items()
-        )
+        assert_same_state(model, before)
         assert all(p.requires_grad for p in model.parameters())
 
     spoilt = net()
@@ -491,15 +474,12 @@ def attach_fails_on_all_or_none():
 
 @scenario
 def load_is_divided_if_asked():
-    model = adapted()
-    with torch.no_grad():
-        for p in adamss.trainable_parameters(model):
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype))
+    model = moved(adapted())
     path = folder() / f"portable{dist.get_rank()}"
     adamss.save(model, path)
     with counted() as calls:
         loaded = adamss.load(net(), path, divide=True)
-    assert len(calls) == 2
+    assert calls.call_count == 2
     assert_same_adapters(loaded, adamss.load(net(), path))
     with raising(errors.CheckpointError, "base weight"):
         adamss.load(net(seed=dist.get_rank()), path, divide=True)
@@ -559,7 +539,7 @@ def fsdp_is_attached_to_layer_by_layer():
             model = sharded(net(), **options)
             with counted() as calls, gathered() as most:
                 adamss.attach(model, config(), divide=divide)
-            assert len(calls) == (2 if divide else 4)
+            assert calls.call_count == (2 if divide else 4)
             # Its own, and the one that is on its way to another.
             assert most[0] <= 2, f"{most[0]} weights were whole at the same time"
             assert_same_state(numbers(model), numbers(alone))
@@ -647,9 +627,7 @@ def fsdp_keeps_frozen_elements_while_others_stand_in_their_places():
                     model(mine(batch(9)))  # leaves whole Parameters in the places of shards
                 optimizer.step()
                 adamss.summary(model)  # puts the shards back, if only to read them
-                for where, old, new in zip(frozen, before, trained_values(model), strict=True):
-                    assert torch.equal(old[where], new[where]), "a frozen element has moved"
-                    assert where.all() or not torch.equal(old, new)
+                assert_kept(frozen, before, trained_values(model))
 
 
 @scenario
@@ -728,15 +706,13 @@ def fsdp_resumes():
         resumed = build()
         optimizer = adamw(resumed)
         with controlled(resumed, optimizer, config) as budget:
-            state = state_of(resumed, optimizer, budget)
-            dcp.load(state, checkpoint_id=folder() / "dcp")
-            set_state_dict(
-                resumed, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
-            budget.load_state_dict(state["budget"])
-            assert budget.step == 5 and budget.active_count == sum(
-                int(layer["active"].sum()) for layer in middle["layers"].values()
-            )
+            found = state_of(resumed, optimizer, budget)
+            dcp.load(found, checkpoint_id=folder() / "dcp")
+            weights = {"model_state_dict": found["model"], "optim_state_dict": found["optimizer"]}
+            set_state_dict(resumed, optimizer, **weights)
+            budget.load_state_dict(found["budget"])
+            kept = sum(int(layer["active"].sum()) for layer in middle["layers"].values())
+            assert (budget.step, budget.active_count) == (5, kept)
             train(resumed, optimizer, range(5, 9))
             assert all(torch.equal(budget.masks[path], mask) for path, mask in masks.items())
         for a, b in zip(trained(resumed), trained(straight), strict=True):
@@ -747,16 +723,16 @@ def fsdp_resumes():
     optimizer = adamw(alone)
     with controlled(alone, optimizer, config) as budget:
         train(alone, optimizer, range(5), everything)
-        state = budget.state_dict()
+        saved = budget.state_dict()
     model = attached_first()
     with controlled(model, adamw(model), config) as budget:
-        budget.load_state_dict(state)
+        budget.load_state_dict(saved)
         spread = budget.state_dict()
     other = adapted()
     with controlled(other, adamw(other), config) as budget:
         budget.load_state_dict(spread)
         back = budget.state_dict()
-    for path, layer in state["layers"].items():
+    for path, layer in saved["layers"].items():
         for name in "BC":
             for kind, value in layer[name].items():
                 assert torch.equal(spread["layers"][path][name][kind].full_tensor(), value)
@@ -774,16 +750,13 @@ def fsdp_saves_what_one_process_saves():
             for training in (True, False):
                 ours = folder() / f"sharded-{build.__name__}-{training}-{len(options)}"
                 theirs = folder() / f"alone-{training}-{rank}"
-                written, write = [], files.write
-                files.write = lambda *args, w=write, n=written, **kwargs: (n.append(args), w(*args, **kwargs))
-                adamss.save(model, ours, training=training)
-                files.write = write
-                assert len(written) == (rank == 0), "one process, the first, is to write"
+                with mock.patch.object(files, "write", wraps=files.write) as write:
+                    adamss.save(model, ours, training=training)
+                assert write.call_count == (rank == 0), "one process, the first, is to write"
                 adamss.save(alone, theirs, training=training)
                 assert files.read(ours) == files.read(theirs), f"{build.__name__} {options} {training}"
-            lora = [
-                folder() / f"{name}-lora-{build.__name__}-{len(options)}" for name in ("sharded", str(rank))
-            ]
+            names = (f"{name}-lora-{build.__name__}-{len(options)}" for name in ("sharded", rank))
+            lora = [folder() / name for name in names]
             with warnings.catch_warnings():  # of modules_to_save, which are put beside it
                 warnings.simplefilter("ignore")
                 for exported, where in zip((model, alone), lora, strict=True):
