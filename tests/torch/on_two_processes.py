@@ -421,9 +421,7 @@ def attach_decomposes_each_layer_once():
             model = adamss.attach(net(), config(**changes))
         alone = adamss.attach(net(), config(**changes), divide=False)
         layers, rank = len(adapters_of(alone)), dist.get_rank()
-        assert calls.call_count == (layers + 1 - rank) // 2, (
-            f"{calls.call_count} of {layers} layers were decomposed here"
-        )
+        assert calls.call_count == (layers + 1 - rank) // 2, f"of {layers} layers"
         assert list(adapters_of(model)) == list(adapters_of(alone))
         assert_same_adapters(model, alone)
         same_on_all(*numbers(model).values())
