@@ -191,28 +191,3 @@ def test_weights_that_deepspeed_has_partitioned_are_refused(net, config):
     model.layers[1].value.weight.ds_id = 3
     with pytest.raises(errors.LayerError, match=r"layers\.1\.value: DeepSpeed ZeRO-3"):
         adamss.attach(model, config())
-
-
-def test_importance_is_of_the_gradient_that_the_optimiser_was_given(net, config):
-    model = adamss.attach(net(dtype=torch.float64), config())
-    parameter = model.layers[0].query.adamss.default.B
-    with torch.no_grad():
-        model.layers[0].query.adamss.default.C.fill_(0.1)
-    # It adds the momentum to the gradients in place.
-    optimizer = torch.optim.SGD(
-        adamss.trainable_parameters(model), lr=0.01, momentum=0.9, nesterov=True, foreach=True
-    )
-    schedule = BudgetConfig(target=4, end_step=9, interval=9)
-    controller = BudgetController(model, optimizer, schedule)
-    expected = torch.zeros_like(parameter)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.ones(3, 16, dtype=torch.float64)).square().sum().backward()
-        decay = schedule.sensitivity_decay
-        expected = decay * expected + (1 - decay) * (parameter.detach() * parameter.grad).abs()
-        optimizer.step()
-    found = controller.state_dict()["layers"]["layers.0.query"]["B"]["sensitivity"]
-    with pytest.warns(adamss.AdamssWarning, match="not reached"):
-        controller.remove()
-    assert expected.any()
-    assert torch.equal(found, expected)
