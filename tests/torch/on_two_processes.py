@@ -35,7 +35,7 @@ from torch_support import assert_same_state, controlled, loss_of, state, step
 import adamss
 from adamss import AdamssConfig, AdamssWarning, BudgetConfig, core, errors
 from adamss.io import checkpoint as files
-from adamss_torch import BudgetController
+from adamss_torch import BudgetController, sharding
 from adamss_torch.backend import adapters_of
 
 SCENARIOS: dict[str, Callable[[], None]] = {}
@@ -547,8 +547,6 @@ def fsdp_is_attached_to_layer_by_layer():
 @contextmanager
 def gathered() -> Iterator[list[int]]:
     """Count how many weights are whole on this process at the same time."""
-    from adamss_torch import sharding
-
     original, alive, most = sharding.unshard, [], [0]
 
     def watching(tensor):
@@ -558,11 +556,8 @@ def gathered() -> Iterator[list[int]]:
             most[0] = max(most[0], sum(each() is not None for each in alive))
         return full
 
-    sharding.unshard = watching
-    try:
+    with mock.patch.object(sharding, "unshard", watching):
         yield most
-    finally:
-        sharding.unshard = original
 
 
 @scenario
@@ -794,36 +789,33 @@ def fsdp_merges_and_detaches():
             model, alone = partly_frozen(moved(build(**options))), partly_frozen(moved(adapted()))
             start = numbers(model)
 
-            def close(a=model, b=alone):
+            def both(verb=adamss.summary, pair=(model, alone)):
+                """Call a verb on what is sharded and on what is not, and compare their outputs."""
+                for each in pair:
+                    verb(each)
                 with torch.no_grad():
-                    torch.testing.assert_close(a(x), b(x), rtol=0, atol=1e-12)
+                    torch.testing.assert_close(pair[0](x), pair[1](x), rtol=0, atol=1e-12)
 
-            close()
+            both()
             with adamss.disabled(model):
                 assert torch.equal(model(x), base(x)), "switched off, it is not the base model"
             assert_same_state(numbers(model), start)
-            close()
-            adamss.merge(model)
-            adamss.merge(alone)
-            close()
-            merged = numbers(model)
-            assert not torch.equal(merged["layers.0.query.weight"], start["layers.0.query.weight"])
-            assert_same_state(
-                {n: v for n, v in merged.items() if n.endswith("weight")},
-                {n: v for n, v in numbers(alone).items() if n.endswith("weight")},
+            both(adamss.merge)
+            merged, expected = (
+                {name: value for name, value in numbers(each).items() if name.endswith("weight")}
+                for each in (model, alone)
             )
+            assert not torch.equal(merged["layers.0.query.weight"], start["layers.0.query.weight"])
+            assert_same_state(merged, expected)
+            before = numbers(model)
             with adamss.disabled(model):
                 assert torch.equal(model(x), base(x))
-            assert_same_state(numbers(model), merged)
-            adamss.unmerge(model)
-            adamss.unmerge(alone)
+            assert_same_state(numbers(model), before)
+            both(adamss.unmerge)
             assert_same_state(numbers(model), start)
-            close()
-            adamss.consolidate(model)
-            adamss.consolidate(alone)
-            close()
+            both(adamss.consolidate)
             Run(model, mine, schedule(target=2)).equals(Run(alone, everything, schedule(target=2)))
-            close()
+            both()
             adamss.detach(model)
             assert torch.equal(model(x), base(x))
             assert_same_state(numbers(model), numbers(base))
