@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
@@ -121,12 +120,6 @@ class TestRegistry:
         assert isinstance(backend_for("mine"), Mine)
         with pytest.raises(StateError, match="no adapters"):
             adamss.summary("mine")
-
-    def test_a_third_party_registers_an_entry_point(self, monkeypatch):
-        point = EntryPoint("third", "adamss.backend:NumpyBackend", "adamss.backends")
-        monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-        assert "third" in available_backends()
-        assert isinstance(get_backend("third"), NumpyBackend)
 
     def test_an_incomplete_backend_is_refused(self):
         class Half(Backend):

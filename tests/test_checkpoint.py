@@ -21,6 +21,7 @@ from adamss.backend.tensors import StoredTensor
 from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError, ConfigError
 from adamss.io import checkpoint, reader, writer
+from adamss_conformance.cases import random_C
 
 
 def base(seed=0, d=12, n=10):
@@ -35,9 +36,7 @@ def adapted(seed=1, **changes):
     model = adamss.attach(base(), adamss.AdamssConfig(**settings))
     rng = np.random.default_rng(seed)
     for layer in model.layers.values():
-        _, _, C, labels, ranks, _ = layer.factors
-        within = np.arange(C.shape[0])[:, None] < ranks[labels]
-        C[...] = np.where(within, rng.standard_normal(C.shape), 0.0)
+        layer.factors.C[...] = random_C(layer.factors, rng)
     return model
 
 

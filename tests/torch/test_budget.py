@@ -83,9 +83,6 @@ def trained_with(config, *, steps, optimiser="adamw", **changes):
     return model, optimizer, budget
 
 
-# ---- the schedule ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("basis", ["shared", "per_subspace"])
 def test_active_equals_the_budget_and_decisions_are_those_of_the_core(schedule, basis):
@@ -138,9 +135,6 @@ def test_active_equals_the_budget_and_decisions_are_those_of_the_core(schedule, 
     assert any((~a & b).any() for a, b in itertools.pairwise(history)) == config.revive
 
 
-# ---- frozen means frozen -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_frozen_values_survive_every_optimiser_to_the_bit(optimiser):
     model, optimizer = with_optimiser(optimiser, subspace_rank=2, modules_to_save=())
@@ -167,9 +161,6 @@ def test_several_groups_and_a_trained_head():
         train(model, optimizer, batches(6))
         assert budget.active_count == 10
     assert not any(torch.equal(a, b) for a, b in zip(before, head, strict=True))
-
-
-# ---- loops ------------------------------------------------------------------------------------------------
 
 
 def decisions(run, **options):
@@ -296,9 +287,6 @@ def test_an_allocation_does_not_compile_anew_and_consolidate_does_once():
     torch.compiler.reset()
 
 
-# ---- gradients that say nothing -------------------------------------------------------------------------
-
-
 def test_a_step_with_nan_is_left_out_with_one_warning():
     def poisoned(model, optimizer, data):
         for number, x in enumerate(data):
@@ -358,9 +346,6 @@ def test_at_the_exit_of_the_process_the_end_is_told():
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "training ended after 1 optimiser steps, the schedule ends at 9" in done.stderr
-
-
-# ---- consolidate -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"subspace_rank": 2}, {"basis": "per_subspace"}], ids=str)
@@ -437,9 +422,6 @@ def test_a_copy_would_be_on_no_hooks(duplicate):
         duplicate(budget)
 
 
-# ---- resume -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 @pytest.mark.parametrize("budget_first", [True, False])
 def test_resumed_whichever_state_is_loaded_first(optimiser, budget_first, tmp_path):
@@ -456,9 +438,6 @@ def test_resumed_whichever_state_is_loaded_first(optimiser, budget_first, tmp_pa
             target.load_state_dict(source.state_dict())
         train(model, optimizer, batches(10)[5:])
     assert_same_state(model, whole)
-
-
-# ---- bad input --------------------------------------------------------------------------------------------
 
 
 def test_bad_schedules_and_models():

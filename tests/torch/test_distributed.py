@@ -144,9 +144,6 @@ def test_under_accelerate(tmp_path, on_two_processes):
     assert {path.name for path in tmp_path.iterdir()} == {"accelerate-0", "accelerate-1"}, output[-3000:]
 
 
-# ---- what one process can tell -----------------------------------------------------------------------------
-
-
 def test_ddp_is_told_to_leave_the_buffers_alone_until_detach(net, config):
     model = adamss.attach(net(), config())
     names = {name for name, _ in model.named_buffers()}

@@ -16,11 +16,6 @@ from adamss_conformance.cases import VARIANTS
 from adamss_conformance.tolerances import assert_agrees
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
-def variant(request, config):
-    return config(**request.param)
-
-
 class TestLaw2BaseUntouched:
     def test_detach_restores_a_partly_frozen_model(self, net, config):
         model = net()
@@ -61,10 +56,11 @@ class TestLaw2BaseUntouched:
 
 
 class TestLaw5Merge:
-    def test_merged_outputs_and_exact_unmerge(self, net, variant, inputs, train):
+    @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+    def test_merged_outputs_and_exact_unmerge(self, net, config, variant, inputs, train):
         model, x = net(), inputs(6, 16)
         before = state(model)
-        train(adamss.attach(model, variant))
+        train(adamss.attach(model, config(**variant)))
         adapted, whole = model(x), state(model)
         assert adamss.merge(model) is model
         assert_agrees(model(x).detach(), adapted.detach(), dtype="float32", what="merged outputs")

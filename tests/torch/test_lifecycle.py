@@ -20,8 +20,6 @@ from adamss import errors
 from adamss_conformance.tolerances import assert_agrees
 from adamss_torch.backend import adapters_of
 
-# ---- the whole cycle -----------------------------------------------------------------------------------
-
 
 @pytest.mark.filterwarnings("ignore:rounding to:adamss.AdamssWarning")
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16"])
@@ -145,9 +143,6 @@ def test_modes_change_neither_the_update_nor_what_is_trained(net, config, inputs
     assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} == trained
 
 
-# ---- training ------------------------------------------------------------------------------------------
-
-
 def test_weight_decay_over_all_parameters_changes_only_what_is_trained(config, inputs):
     """What users do who give the optimiser the whole model."""
     torch.manual_seed(0)
@@ -182,8 +177,6 @@ def test_reentrant_checkpointing_needs_an_input_that_requires_gradients(net, con
         actual = gradients(model, checkpointed(model, remedied, reentrant=reentrant).square().sum())
         assert_agree(actual, expected, "float32", "gradient", scale=1)
 
-
-# ---- copies and files of PyTorch -------------------------------------------------------------------------
 
 IN_A_NEW_PROCESS = """
 import sys, torch
@@ -226,9 +219,6 @@ def test_state_as_a_safetensors_model(net, config, inputs, train, tmp_path):
     assert load_model(other, tmp_path / "model.safetensors") == (set(), [])
     assert_same_state(other, state(model))
     assert torch.equal(other(x), model(x))
-
-
-# ---- little memory ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -346,9 +336,6 @@ def test_load_leaves_a_memory_mapped_base_where_it_is(config, tmp_path):
     torch.testing.assert_close(lazy(torch.ones(1, 640)), expected, atol=1e-4, rtol=1e-4)
     adamss.attach(adamss.detach(lazy), config(targets=["0", "1", "2"]))
     assert [lazy[i].weight.data_ptr() for i in range(3)] == weights
-
-
-# ---- models of transformers ------------------------------------------------------------------------------
 
 
 WORDS = torch.arange(24).reshape(2, 12)

@@ -149,9 +149,6 @@ def test_start_equals_the_base_for_the_largest_inputs(order, dtype):
         assert torch.equal(model(x), expected)
 
 
-# ---- what is kept -------------------------------------------------------------------------------------
-
-
 def kept_numbers(model, x):
     """Return the shapes of what one forward keeps, the values of the model itself left out."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -204,9 +201,6 @@ def test_equal_ranks_make_no_product_wider():
     assert {(16, D), (16, N_OUT)} <= set(kept)
 
 
-# ---- the choice ---------------------------------------------------------------------------------------
-
-
 def test_the_choice_follows_the_cost_and_can_be_overridden(monkeypatch):
     model = adapted_layer()
     asked = []
@@ -250,9 +244,6 @@ def test_the_choice_goes_with_copies_and_not_into_files(tmp_path):
     torch.manual_seed(0)
     loaded = adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")
     assert loaded[0].adamss.default.order is None
-
-
-# ---- the base product ---------------------------------------------------------------------------------
 
 
 def test_the_update_is_written_into_the_base_product():
