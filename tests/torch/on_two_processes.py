@@ -1,9 +1,7 @@
 """What the processes of test_distributed.py run: ``python on_two_processes.py RANK PROCESSES FOLDER``.
 
-Each process reads names of scenarios from its input, a line each, runs them, and answers each by a line of JSON: the
-traceback, or an empty string. It ends at the end of its input, or when a scenario has failed. Sums are in float64
-unless a scenario says otherwise, so that a decision is a matter of arithmetic and not of luck: processes and shards
-add up in another order than one process does.
+Each reads names of scenarios, a line each, runs them, and answers each by a line of JSON: the traceback, or an empty
+string. Sums are in float64 unless a scenario says otherwise, since processes and shards add up in another order.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch_support import assert_same_state, controlled, loss_of, state, step, train
 
 import adamss
@@ -262,28 +263,20 @@ def test_half_precision_factors(factor_dtype):
     assert budget.state_dict()["layers"]["0.0"]["B"]["sensitivity"].dtype == torch.float32
 
 
-def test_an_allocation_does_not_compile_anew_and_consolidate_does_once():
-    counts = []
-
-    def counting(graph, inputs):
-        counts.append(1)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
+def test_consolidate_compiles_once_more():
+    """That an allocation compiles nothing is law 11."""
     torch.compiler.reset()
-    model = build(dtype=torch.float32)
-    compiled = torch.compile(model, backend=counting, fullgraph=True)
-    optimizer = OPTIMISERS["adamw"](trainable(model))
-    with (
-        controlled(compiled, optimizer, BudgetConfig(target=10, end_step=6)) as budget,
-        warnings.catch_warnings(),
-    ):
+    compilations = CompileCounterWithBackend("aot_eager")
+    schedule = BudgetConfig(target=10, end_step=6)
+    model, optimizer, _ = trained_with(schedule, steps=8, dtype=torch.float32)
+    compiled = torch.compile(model, backend=compilations, fullgraph=True)
+    hold_frozen(model, optimizer)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the compiler about itself
-        train(compiled, optimizer, batches(8, torch.float32))
-        assert budget.active_count == 10
-        assert len(counts) == 1
-        adamss.consolidate(compiled)
-        train(compiled, optimizer, batches(3, torch.float32))
-        assert len(counts) == 2
+        for count in (1, 2):
+            train(compiled, optimizer, batches(3, torch.float32))
+            assert compilations.frame_count == count
+            adamss.consolidate(compiled)
     torch.compiler.reset()
 
 
