@@ -71,6 +71,10 @@ def rewrite_with_checksum(path, **changes):
     rewrite(path, metadata={"checksum": checkpoint._checksum(tensors, metadata_of(path))})
 
 
+def rewrite_first_layer(path, tensors):
+    rewrite_with_checksum(path, tensors={f"layer.0.query.{name}": tensor for name, tensor in tensors.items()})
+
+
 @contextmanager
 def memory_below(limit):
     tracemalloc.start()
@@ -256,9 +260,7 @@ class TestBadFiles:
         ],
     )
     def test_tensors_that_lie(self, path, tensors, match):
-        rewrite_with_checksum(
-            path, tensors={f"layer.0.query.{name}": array for name, array in tensors.items()}
-        )
+        rewrite_first_layer(path, tensors)
         self.refused(path, match)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -387,9 +389,7 @@ class TestBadFiles:
             "active": np.ones(n, bool),
             "C": np.zeros((1, n), np.float16),
         }
-        rewrite_with_checksum(
-            path, tensors={f"layer.0.query.{name}": array for name, array in tensors.items()}
-        )
+        rewrite_first_layer(path, tensors)
         with memory_below(2 * path.stat().st_size + 200_000):
             self.refused(path, "C must have n = 10 columns")
 

@@ -16,8 +16,9 @@ torch = pytest.importorskip("torch", reason="the torch session has PyTorch; the 
 
 import adamss  # noqa: E402
 
-# The test modules, and the scripts of this folder, find it by plain name.
-sys.path.insert(0, str(Path(__file__).parent))
+# The test modules find it by plain name, as the scripts of this folder do.
+sys.path.append(str(Path(__file__).parent))
+pytest.register_assert_rewrite("torch_support")
 from torch_support import Net  # noqa: E402
 
 
