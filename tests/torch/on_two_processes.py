@@ -262,10 +262,8 @@ def accumulates(model: nn.Module, context: Callable[[nn.Module, bool], AbstractC
     """Compare a training by two batches a step with one process that sees everything."""
     alone, decisions = adapted(), []
     for each, data in ((model, mine), (alone, everything)):
-        optimizer, masks = adamw(each), []
-        with controlled(
-            each, optimizer, schedule(interval=2), on_allocation=lambda a, m=masks: m.append(a.masks)
-        ) as budget:
+        optimizer, seen = adamw(each), []
+        with controlled(each, optimizer, schedule(interval=2), on_allocation=seen.append) as budget:
             for number in range(6):
                 optimizer.zero_grad()
                 for last in (False, True):
@@ -273,7 +271,7 @@ def accumulates(model: nn.Module, context: Callable[[nn.Module, bool], AbstractC
                         loss_of(each, data(batch(2 * number + last))).backward()
                 optimizer.step()
             assert budget.step == 6
-        decisions.append(masks)
+        decisions.append([allocation.masks for allocation in seen])
     for masks in decisions[0]:
         same_on_all(*masks.values())
     assert_same_training(model, decisions[0], alone, decisions[1])
@@ -290,14 +288,10 @@ def ddp_decides_alike_even_if_gradients_are_not_synchronised():
     for give_the_wrapper in (True, False):
         model = adapted()
         wrapper = DistributedDataParallel(model)
-        optimizer, masks = adamw(model), []
+        optimizer, seen, config = adamw(model), [], schedule(end_step=4, interval=4)
+        watched = wrapper if give_the_wrapper else model
         with (
-            controlled(
-                wrapper if give_the_wrapper else model,
-                optimizer,
-                schedule(end_step=4, interval=4),
-                on_allocation=lambda a, m=masks: m.append(a.masks),
-            ),
+            controlled(watched, optimizer, config, on_allocation=seen.append),
             warnings.catch_warnings(record=True) as caught,
             wrapper.no_sync(),
         ):
@@ -305,7 +299,7 @@ def ddp_decides_alike_even_if_gradients_are_not_synchronised():
             for number in range(4):
                 loss_of(wrapper, mine(batch(number))).backward()
                 optimizer.step()
-        same_on_all(*masks[0].values())
+        same_on_all(*seen[0].masks.values())
         told = any("scored the subspaces otherwise" in str(each.message) for each in caught)
         assert told == (dist.get_rank() == 1), [str(each.message) for each in caught]
 
@@ -374,15 +368,13 @@ def ddp_with_the_zero_redundancy_optimizer():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     def zero(model, **options):
-        return ZeroRedundancyOptimizer(
-            adamss.trainable_parameters(model), torch.optim.AdamW, lr=0.02, weight_decay=0.1, **options
-        )
+        settings = {"optimizer_class": torch.optim.AdamW, "lr": 0.02, "weight_decay": 0.1} | options
+        return ZeroRedundancyOptimizer(adamss.trainable_parameters(model), **settings)
 
     for options in ({}, {"parameters_as_bucket_view": True}):
         model = adapted()
-        sharing = Run(
-            DistributedDataParallel(model), mine, schedule(), make_optimizer=lambda m, o=options: zero(m, **o)
-        )
+        wrapper, make = DistributedDataParallel(model), functools.partial(zero, **options)
+        sharing = Run(wrapper, mine, schedule(), make_optimizer=make)
         sharing.equals(alone_with(schedule()))
         same_on_all(*trained(model))
     with raising(errors.ConfigTypeError, "overlap_with_ddp"):

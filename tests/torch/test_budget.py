@@ -150,14 +150,14 @@ def test_frozen_values_survive_every_optimiser_to_the_bit(optimiser):
         assert budget.active_count == 10
 
 
-def test_several_groups_and_a_trained_head():
-    model = build()
+def test_several_groups_a_trained_head_and_the_schedule_of_the_config():
+    model = build(budget=BudgetConfig(target=10, end_step=5))
     adapters = [p for n, p in model.named_parameters() if p.requires_grad and ".adamss." in n]
     head = [p for n, p in model.named_parameters() if p.requires_grad and ".adamss." not in n]
     B, C = ([p for p in adapters if p.shape[0] != 1], [p for p in adapters if p.shape[0] == 1])
     optimizer = torch.optim.AdamW([{"params": B, "lr": 0.01}, {"params": head}, {"params": C, "lr": 0.1}])
     before = [p.clone() for p in head]
-    with controlled(model, optimizer, BudgetConfig(target=10, end_step=5)) as budget:
+    with controlled(model, optimizer, None) as budget:
         train(model, optimizer, batches(6))
         assert budget.active_count == 10
     assert not any(torch.equal(a, b) for a, b in zip(before, head, strict=True))

@@ -338,7 +338,7 @@ class TestStatesThatDoNotFit:
         return {name: tensor for name, tensor in state(model).items() if "adamss" in name}
 
     @pytest.mark.parametrize(
-        "changes", [{"subspaces": 5}, {"subspaces": 2}, {"subspace_rank": 1}, {"rank": 4}, {"seed": 5}]
+        "changes", [{"subspaces": 5}, {"subspaces": 2}, {"subspace_rank": 1}, {"rank": 4}]
     )
     @pytest.mark.parametrize("strict", [True, False])
     def test_other_settings(self, net, config, inputs, changes, strict):
@@ -347,9 +347,6 @@ class TestStatesThatDoNotFit:
         x = inputs(4, 16)
         expected = model(x)
         whole = model.state_dict() | self.adapter_state(other)
-        if all(tensor.shape == whole[name].shape for name, tensor in before.items()):
-            model.load_state_dict(whole, strict=strict)
-            return
         with pytest.raises(RuntimeError, match="size mismatch for layers"):
             model.load_state_dict(whole, strict=strict)
         assert_same_state(self.adapter_state(model), before)

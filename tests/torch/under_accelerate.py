@@ -38,14 +38,14 @@ def train_together(accelerator: Accelerator, config) -> tuple[torch.nn.Module, l
 
 
 def train_alone(config) -> tuple[torch.nn.Module, list]:
-    model, masks = adapted(), []
+    model, seen = adapted(), []
     optimizer = adamw(model)
-    with controlled(model, optimizer, config, on_allocation=lambda a: masks.append(a.masks)):
+    with controlled(model, optimizer, config, on_allocation=seen.append):
         for number in range(0, MICRO_BATCHES - 1, 2):
             optimizer.zero_grad()
             ((loss_of(model, batch(number)) + loss_of(model, batch(number + 1))) / 2).backward()
             optimizer.step()
-    return model, masks
+    return model, [allocation.masks for allocation in seen]
 
 
 def main(folder: Path) -> None:
