@@ -28,10 +28,10 @@ OPTIONS = {
 }
 
 
-def adapted_layer(order=None, *, dtype=torch.float32, base_dtype=None, **options):
+def adapted_layer(order=None, *, layer=None, dtype=torch.float32, base_dtype=None, **options):
     """Return an adapted layer of which no factor is zero and one subspace is frozen."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(D, N_OUT)).to(base_dtype or dtype)
+    model = nn.Sequential(layer or nn.Linear(D, N_OUT)).to(base_dtype or dtype)
     settings = {"targets": ["0"], "rank": 8, "subspaces": 3, "factor_dtype": str(dtype).split(".")[1]}
     adamss.attach(model, adamss.AdamssConfig(**(settings | options)))
     layer = model[0]
@@ -278,10 +278,9 @@ def patched(*sizes):
 @pytest.mark.parametrize("kind", [Activated, Named, patched])
 def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind):
     """Writing over the base product would spoil what it does to it."""
-    model, plain = (nn.Sequential(kind(D, N_OUT)) for _ in range(2))
-    plain.load_state_dict(model.state_dict())
-    adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
-    model[0].adamss.default.C.data.normal_()
+    layer, plain = kind(D, N_OUT), kind(D, N_OUT)
+    plain.load_state_dict(layer.state_dict())
+    model = adapted_layer(layer=layer)
     x, dy = data(TOKENS)
     x.requires_grad_()
     f = model[0].adamss.default.factors()
@@ -293,12 +292,8 @@ def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind):
 
 def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
     """Spectral normalisation takes another step of its power iteration whenever somebody looks at the weight."""
-    torch.manual_seed(0)
-    layer = nn.Linear(D, N_OUT)
-    model = adamss.attach(nn.Sequential(layer), adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
-    layer.adamss.default.C.data.normal_()
-    layer.adamss.default.order = "factors_first"
-    looked = []
+    model, looked = adapted_layer("factors_first"), []
+    layer = model[0]
 
     class Doubled(nn.Module):
         def forward(self, weight):
@@ -317,12 +312,9 @@ def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
 
 
 def test_hooks_before_ours_keep_what_they_saw():
-    torch.manual_seed(0)
     layer, seen = nn.Linear(D, N_OUT), []
     layer.register_forward_hook(lambda module, args, output: seen.append(output))
-    model = nn.Sequential(layer)
-    adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
-    layer.adamss.default.C.data.normal_()
+    model = adapted_layer(layer=layer)
     x = data(TOKENS)[0].requires_grad_()
     y = model(x)
     with adamss.disabled(model):
