@@ -48,6 +48,14 @@ def test_autocast_and_tf32_leave_attach_alone(net, config, dtype):
     assert_same_state(actual, expected)
 
 
+def test_compiles(net, config, inputs):
+    """By the default compiler; law 11 has another."""
+    model, x = adamss.attach(net().cuda(), config()), inputs(4, 16).cuda()
+    model.layers[0].query.adamss.default.C.data.fill_(0.1)
+    y = torch.compile(model, fullgraph=True)(x)
+    assert_agrees(y.detach().cpu(), model(x).detach().cpu(), dtype="float32", what="compiled")
+
+
 def trained_with_a_budget(net, config, inputs, device, *, fused, scaler=None, steps=9):
     model = adamss.attach(net(dtype=torch.float64), config(rank=8, subspaces=5, subspace_rank=1)).to(device)
     optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.01, fused=fused)
