@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
 
 import adamss
-from adamss import core
 from adamss.backend import (
     Backend,
     NumpyBackend,
@@ -42,26 +40,22 @@ def model(dtype=np.float64):
 CONFIG = adamss.AdamssConfig(targets=["query", "value"], rank=4, subspaces=3, modules_to_save=["head"])
 
 
+IN_NUMPY = """
+import numpy as np, adamss
+from adamss.backend import NumpyLinear, NumpyModel
+m = adamss.attach(NumpyModel({'q': NumpyLinear(np.eye(4))}), adamss.AdamssConfig(targets=['q']))
+assert m['q'](np.ones(4)).tolist() == [1, 1, 1, 1]
+"""
+
+
 @pytest.mark.parametrize(
-    "module", ["adamss", "adamss.core", "adamss.backend", "adamss.io.checkpoint", "adamss.cli"]
+    "code", ["import adamss, adamss.core, adamss.backend, adamss.io.checkpoint, adamss.cli", IN_NUMPY]
 )
-def test_importing_imports_no_framework(module):
-    code = (
-        f"import sys, {module}; "
+def test_no_framework_is_imported(code):
+    code += (
+        "\nimport sys; "
         "found = {'torch', 'jax', 'flax', 'equinox', 'optax', 'transformers', 'peft', 'cupy'} & set(sys.modules); "
         "assert not found, found"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_using_numpy_imports_no_framework():
-    code = (
-        "import sys, numpy as np, adamss\n"
-        "from adamss.backend import NumpyLinear, NumpyModel\n"
-        "m = adamss.attach(NumpyModel({'q': NumpyLinear(np.eye(4))}), adamss.AdamssConfig(targets=['q']))\n"
-        "assert m['q'](np.ones(4)).tolist() == [1, 1, 1, 1]\n"
-        "assert not {'torch', 'jax'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -127,12 +121,6 @@ class TestRegistry:
         with pytest.raises(StateError, match="no adapters"):
             adamss.summary("mine")
 
-    def test_a_third_party_registers_an_entry_point(self, monkeypatch):
-        point = EntryPoint("third", "adamss.backend:NumpyBackend", "adamss.backends")
-        monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-        assert "third" in available_backends()
-        assert isinstance(get_backend("third"), NumpyBackend)
-
     def test_an_incomplete_backend_is_refused(self):
         class Half(Backend):
             name = "half"
@@ -144,32 +132,22 @@ class TestRegistry:
 
 
 class TestNumpyModel:
-    def test_every_verb(self):
+    def test_every_verb_leaves_the_model_it_was_given(self):
         base, x = model(), np.random.default_rng(1).standard_normal((3, 6))
         expected = {path: base[path](x) for path in base.layers}
         adapted = adamss.attach(base, CONFIG)
         assert base.bank is None
-        assert all(np.array_equal(adapted[path](x), expected[path]) for path in expected)
-        assert adamss.summary(adapted).total.trained == 2 * (8 + 3 * 4)
-        assert adamss.summary(adapted).saved == 6 * 8 + 8
-        parameters = adamss.trainable_parameters(adapted)
-        assert set(parameters) == {"encoder.query", "encoder.value", "head"}
         for path in CONFIG.targets:
-            parameters[f"encoder.{path}"]["C"][...] = 0.5
+            adamss.trainable_parameters(adapted)[f"encoder.{path}"]["C"][...] = 0.5
         y = adapted["encoder.query"](x)
         assert not np.allclose(y, expected["encoder.query"])
         merged = adamss.merge(adapted)
-        np.testing.assert_allclose(merged["encoder.query"](x), y, atol=1e-12)
         for same in (adamss.unmerge(merged), adapted):
             assert np.array_equal(same["encoder.query"](x), y)
-        for back in (adamss.detach(merged), adamss.detach(adapted)):
+        for back in (adamss.detach(merged), adamss.detach(adapted), base):
             assert all(np.array_equal(back[path](x), expected[path]) for path in expected)
         with adamss.disabled(adapted) as plain:
             assert np.array_equal(plain["encoder.query"](x), expected["encoder.query"])
-        dropped = adamss.merge(adapted, keep_base=False)
-        np.testing.assert_allclose(dropped["encoder.query"](x), y, atol=1e-12)
-        with pytest.raises(StateError, match="keep_base=False"):
-            adamss.detach(dropped)
 
     def test_half_precision_gets_float32_factors(self):
         layer = adamss.attach(model(np.float16), CONFIG)["encoder.query"]
@@ -191,13 +169,6 @@ class TestNumpyModel:
         assert lines[2].split() == ["encoder.query", "6", "x", "8", "3", "4", "3", "20", "3/3"]
         assert lines[4].split() == ["total", "6", "6", "40", "6/6"]
         assert lines[5] == "modules_to_save: 56 trained parameters"
-
-
-def test_the_reference_computes_what_core_does():
-    layer = adamss.attach(model(), CONFIG)["encoder.query"]
-    x = np.random.default_rng(1).standard_normal((3, 6))
-    reference = NumpyBackend().linear(x, layer.W, layer.b, layer.factors)
-    assert np.array_equal(reference, core.linear(x, layer.W, layer.b, layer.factors))
 
 
 def test_attach_and_load_count_their_layers_on_a_bar_that_a_log_never_sees(monkeypatch, tmp_path, capfd):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from adamss.backend.tensors import StoredTensor
 from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError, ConfigError
 from adamss.io import checkpoint, reader, writer
+from adamss_conformance.cases import random_C
 
 
 def base(seed=0, d=12, n=10):
@@ -34,9 +36,7 @@ def adapted(seed=1, **changes):
     model = adamss.attach(base(), adamss.AdamssConfig(**settings))
     rng = np.random.default_rng(seed)
     for layer in model.layers.values():
-        _, _, C, labels, ranks, _ = layer.factors
-        within = np.arange(C.shape[0])[:, None] < ranks[labels]
-        C[...] = np.where(within, rng.standard_normal(C.shape), 0.0)
+        layer.factors.C[...] = random_C(layer.factors, rng)
     return model
 
 
@@ -46,43 +46,63 @@ def path(tmp_path):
     return tmp_path / "adapter.safetensors"
 
 
+def metadata_of(path):
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata()
+
+
+def tensor_of(path, name):
+    with safe_open(path, framework="numpy") as file:
+        return file.get_tensor(name).copy()
+
+
 def rewrite(path, *, metadata=None, tensors=None, rename=None):
     """Change a file as someone without this library would; the checksum is left as it was."""
-    with safe_open(path, framework="numpy") as file:
-        old = file.metadata()
-        content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    content = safetensors.numpy.load_file(path)
+    merged = {k: v for k, v in (metadata_of(path) | (metadata or {})).items() if v is not None}
     content = {(rename or {}).get(name, name): tensor for name, tensor in content.items()}
     content = {name: tensor for name, tensor in (content | (tensors or {})).items() if tensor is not None}
-    merged = {k: v for k, v in (old | (metadata or {})).items() if v is not None}
     safetensors.numpy.save_file(content, path, metadata=merged)
 
 
 def rewrite_with_checksum(path, **changes):
     rewrite(path, **changes)
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata()
     tensors = dict(reader.stored_tensors(reader.deserialize(path.read_bytes())))
-    rewrite(path, metadata={"checksum": checkpoint._checksum(tensors, metadata)})
+    rewrite(path, metadata={"checksum": checkpoint._checksum(tensors, metadata_of(path))})
+
+
+def rewrite_first_layer(path, tensors):
+    rewrite_with_checksum(path, tensors={f"layer.0.query.{name}": tensor for name, tensor in tensors.items()})
+
+
+@contextmanager
+def memory_below(limit):
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
 
 
 class TestContent:
     @pytest.mark.parametrize("training", [False, True])
     def test_tensors_and_metadata_are_those_of_the_design(self, tmp_path, training):
         model = adapted()
-        adamss.save(model, tmp_path / "a.safetensors", training=training)
-        with safe_open(tmp_path / "a.safetensors", framework="numpy") as file:
-            metadata, names = file.metadata(), set(file.keys())
-            labels, C = file.get_tensor("layer.0.query.labels"), file.get_tensor("layer.0.query.C")
+        path = tmp_path / "a.safetensors"
+        adamss.save(model, path, training=training)
+        content, metadata = safetensors.numpy.load_file(path), metadata_of(path)
         kinds = ["A", "B"] if training else ["M"]
         kinds += ["C", "labels", "ranks", "active"]
-        assert names == {f"layer.{i}.query.{kind}" for i in range(2) for kind in kinds}
+        assert set(content) == {f"layer.{i}.query.{kind}" for i in range(2) for kind in kinds}
         assert metadata["format"] == "adamss"
         assert metadata["format_version"] == "1"
         assert json.loads(metadata["config"])["rank"] == 5
         assert json.loads(metadata["writer"])["numpy"] == np.__version__
-        assert labels.dtype == np.uint8
-        assert np.array_equal(labels, model["layer.0.query"].factors.labels)
-        assert np.array_equal(C, model["layer.0.query"].factors.C)
+        assert content["layer.0.query.labels"].dtype == np.uint8
+        factors = model["layer.0.query"].factors
+        assert np.array_equal(content["layer.0.query.labels"], factors.labels)
+        assert np.array_equal(content["layer.0.query.C"], factors.C)
 
     @pytest.mark.parametrize(("K", "dtype"), [(256, "uint8"), (257, "uint16")])
     def test_labels_take_the_smallest_integer_that_fits(self, tmp_path, K, dtype):
@@ -93,35 +113,10 @@ class TestContent:
         assert (stored.labels.dtype, stored.ranks.dtype) == (dtype, "uint8")
         assert stored.labels.numpy().max() == K - 1
 
-    @pytest.mark.parametrize("training", [False, True])
-    @pytest.mark.parametrize("options", [{}, {"basis": "per_subspace"}, {"include_bias": True}], ids=str)
-    def test_the_update_comes_back(self, tmp_path, training, options):
-        model = adapted(**options)
-        adamss.save(model, tmp_path / "a.safetensors", training=training)
-        for layer_path, stored in checkpoint.read(tmp_path / "a.safetensors").layers.items():
-            expected = core.delta(model[layer_path].factors)
-            np.testing.assert_allclose(core.delta(stored.factors()), expected, atol=1e-12)
-            np.testing.assert_allclose(
-                stored.directions(), core.contract(model[layer_path].factors), atol=1e-12
-            )
-
     def test_bfloat16_is_widened_without_loss(self):
         values = np.asarray([1.0, -2.5, 3.140625], dtype=np.float32)
         bits = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
         assert np.array_equal(StoredTensor("bfloat16", (3,), bits).numpy(), values)
-
-    def test_a_saved_module_travels(self, tmp_path):
-        config = adamss.AdamssConfig(targets=["query"], modules_to_save=["head"], rank=3)
-        layers = {"query": NumpyLinear(np.eye(4)), "head": NumpyLinear(np.ones((4, 2)), np.ones(2))}
-        model = adamss.attach(NumpyModel(layers), config)
-        model["head"].W[...] = 7.0
-        adamss.save(model, tmp_path / "a.safetensors")
-        fresh = NumpyModel(
-            {"query": NumpyLinear(np.eye(4)), "head": NumpyLinear(np.zeros((4, 2)), np.zeros(2))}
-        )
-        loaded = adamss.load(fresh, tmp_path / "a.safetensors")
-        assert np.array_equal(loaded["head"].W, np.full((4, 2), 7.0))
-        assert np.array_equal(adamss.detach(loaded)["head"].W, np.zeros((4, 2)))
 
 
 class TestFingerprint:
@@ -139,15 +134,8 @@ class TestFingerprint:
 
     @pytest.mark.parametrize(
         "changes",
-        [
-            {"projections": (1.0, float("nan"), 3.0)},
-            {"projections": (1.0, 2.0, float("inf"))},
-            {"norm": float("nan")},
-            {"norm": float("inf")},
-            {"norm": -10.0},
-            {"norm": 0.0},
-            {"projections": ()},
-        ],
+        [{"projections": numbers} for numbers in ((1.0, np.nan, 3.0), (1.0, 2.0, np.inf), ())]
+        + [{"norm": number} for number in (np.nan, np.inf, -10.0, 0.0)],
         ids=str,
     )
     def test_numbers_that_compare_with_nothing_are_no_match(self, changes):
@@ -157,6 +145,10 @@ class TestFingerprint:
         assert lie.difference(mark) > FINGERPRINT_TOLERANCE
 
 
+def small(*numbers):
+    return np.asarray(numbers, np.uint8)
+
+
 class TestBadFiles:
     def refused(self, path, match, kind=CheckpointError):
         model = base()
@@ -164,10 +156,6 @@ class TestBadFiles:
             adamss.load(model, path)
         assert isinstance(caught.value, AdamssError)
         assert model.bank is None
-
-    def test_missing(self, tmp_path):
-        self.refused(tmp_path / "none.safetensors", "no adapter file.*none", CheckpointNotFoundError)
-        assert issubclass(CheckpointNotFoundError, FileNotFoundError)
 
     def test_truncated_anywhere(self, path):
         content = path.read_bytes()
@@ -190,12 +178,8 @@ class TestBadFiles:
         for start in (content, content[:8], (1 << 33).to_bytes(8, "little"), b""):
             path.write_bytes(start)
             os.truncate(path, 1 << 34)
-            tracemalloc.start()
-            try:
+            with memory_below(1 << 22):
                 self.refused(path, "its length is not|longer than|no safetensors file")
-                assert tracemalloc.get_traced_memory()[1] < 1 << 22
-            finally:
-                tracemalloc.stop()
 
     @pytest.mark.skipif(os.name != "posix", reason="needs sparse files")
     def test_sparse_files_whose_header_accounts_for_their_length(self, path):
@@ -216,7 +200,9 @@ class TestBadFiles:
         monkeypatch.setattr(reader, "open", lambda path, mode: Large(path, mode), raising=False)
         self.refused(path, "there is no memory for its")
 
-    def test_other_peoples_files(self, path, tmp_path):
+    def test_missing_and_other_peoples_files(self, tmp_path):
+        self.refused(tmp_path / "none.safetensors", "no adapter file.*none", CheckpointNotFoundError)
+        assert issubclass(CheckpointNotFoundError, FileNotFoundError)
         safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "other.safetensors")
         self.refused(tmp_path / "other.safetensors", "not written by adamss")
         (tmp_path / "text").write_text("hello, this is no adapter at all")
@@ -228,42 +214,53 @@ class TestBadFiles:
         self.refused(path, "version '2'; this adamss reads 1: install a newer adamss")
 
     @pytest.mark.parametrize(
-        ("changes", "match"),
+        ("entry", "text", "match"),
         [
-            ({"metadata": {"config": "{"}}, "not a valid adapter file"),
-            ({"metadata": {"config": None}}, "not a valid adapter file"),
-            ({"metadata": {"config": "[]"}}, "config is no dictionary"),
-            ({"metadata": {"config": '{"targets": ["query"], "evil": 1}'}}, "no setting evil"),
-            ({"metadata": {"layers": "[" * 100_000}}, "its header is longer than"),
-            ({"metadata": {"layers": "[" * 2_000}}, "not a valid adapter file"),
-            ({"metadata": {"layers": "{}"}}, "belong to no layer"),
-            ({"metadata": {"layers": "[]"}}, "layers is no dictionary"),
-            ({"metadata": {"modules_to_save": "null"}}, "modules_to_save is no dictionary"),
-            ({"metadata": {"writer": "[]"}}, "writer is no dictionary"),
-            (
-                {"metadata": {"layers": '{"layer.0.query": {"shape": [Infinity, 1]}}'}},
-                "not a valid adapter file",
-            ),
-            (
-                {"tensors": {"layer.0.query.M": np.zeros((1, 2_000_000), np.float32)}},
-                "not a valid adapter file",
-            ),
-            ({"tensors": {"layer.0.query.C": None}}, "'layer.0.query' lacks tensors"),
-            ({"tensors": {"layer.0.query.M": None}}, "'layer.0.query' lacks tensors"),
-            ({"tensors": {"layer.0.query.labels": np.full(10, 3, np.uint8)}}, r"labels must lie in 0 \.\. 2"),
-            ({"tensors": {"layer.0.query.labels": np.full(10, 0, np.int64)}}, "labels has dtype int64"),
-            ({"tensors": {"layer.0.query.labels": np.full(9, 0, np.uint8)}}, "C must have n = 9"),
-            ({"tensors": {"layer.0.query.ranks": np.full(3, 255, np.uint8)}}, "ranks must sum to"),
-            ({"tensors": {"layer.0.query.active": np.full(2, True)}}, "active must have K = 3"),
-            ({"tensors": {"layer.0.query.C": np.zeros((2, 10), np.int32)}}, "C has dtype int32"),
-            ({"tensors": {"layer.0.query.C": np.zeros((1, 2, 10))}}, "2 axes"),
-            ({"tensors": {"layer.0.query.M": np.zeros((9, 5))}}, "A must have d = 12 rows"),
-            ({"tensors": {"extra": np.zeros(2)}}, "belong to no layer: 'extra'"),
-            ({"rename": {"layer.0.query.C": "layer.0.query.c"}}, "lacks tensors"),
+            ("config", "{", "not a valid adapter file"),
+            ("config", None, "not a valid adapter file"),
+            ("config", "[]", "config is no dictionary"),
+            ("config", '{"targets": ["query"], "evil": 1}', "no setting evil"),
+            ("layers", "[" * 100_000, "its header is longer than"),
+            ("layers", "[" * 2_000, "not a valid adapter file"),
+            ("layers", "{}", "belong to no layer"),
+            ("layers", "[]", "layers is no dictionary"),
+            ("layers", '{"layer.0.query": {"shape": [Infinity, 1]}}', "not a valid adapter file"),
+            ("modules_to_save", "null", "modules_to_save is no dictionary"),
+            ("writer", "[]", "writer is no dictionary"),
         ],
     )
-    def test_well_formed_lies(self, path, changes, match):
-        rewrite_with_checksum(path, **changes)
+    def test_metadata_that_lie(self, path, entry, text, match):
+        rewrite_with_checksum(path, metadata={entry: text})
+        self.refused(path, match)
+
+    @pytest.mark.parametrize(
+        ("tensors", "match"),
+        [
+            ({"M": np.zeros((1, 2_000_000), np.float32)}, "not a valid adapter file"),
+            ({"C": None}, "'layer.0.query' lacks tensors"),
+            ({"M": None}, "'layer.0.query' lacks tensors"),
+            ({"C": None, "c": np.zeros((2, 10))}, "lacks tensors"),
+            ({"extra": np.zeros(2)}, "belong to no layer: 'layer.0.query.extra'"),
+            ({"labels": np.full(10, 3, np.uint8)}, r"labels must lie in 0 \.\. 2"),
+            ({"labels": np.full(10, 0, np.int64)}, "labels has dtype int64"),
+            ({"labels": np.full(9, 0, np.uint8)}, "C must have n = 9"),
+            ({"ranks": np.full(3, 255, np.uint8)}, "ranks must sum to"),
+            ({"active": np.full(2, True)}, "active must have K = 3"),
+            ({"C": np.zeros((2, 10), np.int32)}, "C has dtype int32"),
+            ({"C": np.zeros((1, 2, 10))}, "2 axes"),
+            ({"M": np.zeros((9, 5))}, "A must have d = 12 rows"),
+            ({"M": np.zeros((12, 11)), "ranks": small(9, 1, 1), "C": np.zeros((9, 10))}, "q = 11"),
+            ({"ranks": small(2, 2, 1, *[0] * 8), "active": np.ones(11, bool)}, "K = 11"),
+            ({"C": np.zeros((11, 10))}, "r = 11"),
+            ({"labels": np.full(10, 2**64 - 1, np.uint64)}, "labels must lie in"),
+            ({"labels": np.full(10, 2**63, np.uint64)}, "labels must lie in"),
+            ({"ranks": np.asarray([2**63, 2**63, 5], np.uint64)}, "ranks must not exceed"),
+            ({"ranks": small(0, 0, 0)}, "ranks must sum to"),
+            ({"C": np.zeros((0, 10))}, "no axis may be empty"),
+        ],
+    )
+    def test_tensors_that_lie(self, path, tensors, match):
+        rewrite_first_layer(path, tensors)
         self.refused(path, match)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -273,8 +270,7 @@ class TestBadFiles:
     def test_a_training_that_diverged(self, tmp_path, training, kind, value):
         path, name = tmp_path / "a.safetensors", f"layer.1.query.{kind}"
         adamss.save(adapted(), path, training=training)
-        with safe_open(path, framework="numpy") as file:
-            tensor = file.get_tensor(name).copy()
+        tensor = tensor_of(path, name)
         tensor.reshape(-1)[3] = value
         rewrite_with_checksum(path, tensors={name: tensor})
         self.refused(path, rf"'layer\.1\.query': {kind} holds NaN or infinity: the training diverged")
@@ -283,8 +279,7 @@ class TestBadFiles:
         model = adapted()
         model["layer.0.query"].factors.C[0, 0] = np.nan
         adamss.save(model, tmp_path / "a.safetensors")
-        with safe_open(tmp_path / "a.safetensors", framework="numpy") as file:
-            assert np.isnan(file.get_tensor("layer.0.query.C")[0, 0])
+        assert np.isnan(tensor_of(tmp_path / "a.safetensors", "layer.0.query.C")[0, 0])
         self.refused(tmp_path / "a.safetensors", r"layer\.0\.query.*C holds NaN")
 
     @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -307,30 +302,17 @@ class TestBadFiles:
         assert not np.isfinite(tensor().numpy()[-1])
         assert StoredTensor("uint8", (1,), b"\xff").is_finite()
 
-    def base_of(self, path, **changes):
-        with safe_open(path, framework="numpy") as file:
-            layers = json.loads(file.metadata()["layers"])
-        layers["layer.0.query"] |= changes
-        return {"metadata": {"layers": json.dumps(layers)}}
-
     @pytest.mark.parametrize(
-        ("changes", "match"),
-        [
-            ({"projections": [float("nan")] * 4}, "fingerprint holds"),
-            ({"projections": [0.0, 0.0, 0.0, float("inf")]}, "fingerprint holds"),
-            ({"norm": -1.0}, "fingerprint holds"),
-            ({"norm": True}, "fingerprint holds"),
-            ({"norm": "1"}, "fingerprint holds"),
-            ({"norm": 10**400}, "not a valid adapter file"),
-            ({"shape": [12.0, 10]}, r"no shape \(d, n\)"),
-            ({"shape": [True, 10]}, r"no shape \(d, n\)"),
-            ({"shape": [12, 10, 1]}, r"no shape \(d, n\)"),
-            ({"shape": "12"}, r"no shape \(d, n\)"),
-        ],
-        ids=str,
+        ("key", "value", "match"),
+        [("projections", numbers, "fingerprint holds") for numbers in ([np.nan] * 4, [0.0, 0.0, 0.0, np.inf])]
+        + [("norm", number, "fingerprint holds") for number in (-1.0, True, "1")]
+        + [("norm", 10**400, "not a valid adapter file")]
+        + [("shape", s, r"no shape \(d, n\)") for s in ([12.0, 10], [True, 10], [12, 10, 1], "12")],
     )
-    def test_fingerprints_that_lie(self, path, changes, match):
-        rewrite_with_checksum(path, **self.base_of(path, **changes))
+    def test_fingerprints_that_lie(self, path, key, value, match):
+        layers = json.loads(metadata_of(path)["layers"])
+        layers["layer.0.query"][key] = value
+        rewrite_with_checksum(path, metadata={"layers": json.dumps(layers)})
         self.refused(path, match)
 
     @pytest.mark.parametrize(
@@ -352,59 +334,19 @@ class TestBadFiles:
         rewrite_with_checksum(path, tensors=content, metadata={"modules_to_save": json.dumps(saved)})
         self.refused(path, match)
 
-    @pytest.mark.parametrize(
-        ("tensors", "match"),
-        [
-            (
-                {"M": np.zeros((12, 11)), "ranks": np.asarray([9, 1, 1], np.uint8), "C": np.zeros((9, 10))},
-                "q = 11",
-            ),
-            ({"ranks": np.asarray([2, 2, 1, *[0] * 8], np.uint8), "active": np.ones(11, bool)}, "K = 11"),
-            ({"C": np.zeros((11, 10))}, "r = 11"),
-            ({"labels": np.full(10, 2**64 - 1, np.uint64)}, "labels must lie in"),
-            ({"labels": np.full(10, 2**63, np.uint64)}, "labels must lie in"),
-            ({"ranks": np.asarray([2**63, 2**63, 5], np.uint64)}, "ranks must not exceed"),
-            ({"ranks": np.zeros(3, np.uint8)}, "ranks must sum to"),
-            ({"C": np.zeros((0, 10))}, "no axis may be empty"),
-        ],
-        ids=[
-            "many directions",
-            "many subspaces",
-            "many rows",
-            "2^64 - 1",
-            "2^63",
-            "sum that wraps",
-            "zeros",
-            "empty",
-        ],
-    )
-    def test_numbers_out_of_range(self, path, tensors, match):
-        rewrite_with_checksum(
-            path, tensors={f"layer.0.query.{name}": array for name, array in tensors.items()}
-        )
-        self.refused(path, match)
-
     def test_a_path_of_very_many_parts(self, path):
         long = "a." * 5_000
-        names = {
-            f"layer.1.query.{kind}": f"{long}.{kind}" for kind in ("M", "C", "labels", "ranks", "active")
-        }
-        with safe_open(path, framework="numpy") as file:
-            layers = json.loads(file.metadata()["layers"])
+        kinds = ("M", "C", "labels", "ranks", "active")
+        names = {f"layer.1.query.{kind}": f"{long}.{kind}" for kind in kinds}
+        layers = json.loads(metadata_of(path)["layers"])
         layers[long] = layers.pop("layer.1.query")
         rewrite_with_checksum(path, rename=names, metadata={"layers": json.dumps(layers)})
-        size = path.stat().st_size
-        tracemalloc.start()
-        try:
+        with memory_below(2 * path.stat().st_size + 500_000):
             self.refused(path, r"the model has no layer 'a\.a\.a\..*', which the file adapts")
-            assert tracemalloc.get_traced_memory()[1] < 2 * size + 500_000
-        finally:
-            tracemalloc.stop()
 
     def test_booleans_that_are_none(self, path):
         tensors = dict(reader.stored_tensors(reader.deserialize(path.read_bytes())))
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata()
+        metadata = metadata_of(path)
         tensors["layer.0.query.active"] = StoredTensor("bool", (3,), b"\x01\x02\x00")
         metadata["checksum"] = checkpoint._checksum(tensors, metadata)
         writer.write_tensors(path, tensors, metadata)
@@ -418,8 +360,7 @@ class TestBadFiles:
 
     @pytest.mark.parametrize("pattern", [r"(?i)[" + "\x00-\uffff" * 1000 + "]", "(" * 5000, "(a+)+$", "[[a]"])
     def test_a_regular_expression_of_a_file_is_not_compiled(self, path, pattern):
-        with safe_open(path, framework="numpy") as file:
-            config = json.loads(file.metadata()["config"])
+        config = json.loads(metadata_of(path)["config"])
         rewrite_with_checksum(path, metadata={"config": json.dumps(config | {"targets": pattern})})
         assert adamss.load(base(), path).bank.only().config.targets == pattern
         rewrite_with_checksum(path, metadata={"config": json.dumps(config | {"targets": ""})})
@@ -428,9 +369,9 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         "bomb",
         [
-            "[" + "[]," * 100_000 + "[]]",
+            "[" + "[]," * 10**5 + "[]]",
             "[" * 300_000,
-            '"' + "\U0001d518" * 75_000 + '"',
+            f'"{chr(0x1D518) * 75_000}"',
             "{" + '"a":{},' * 40_000 + "}",
         ],
         ids=["wide", "deep", "wide characters", "dictionaries"],
@@ -438,13 +379,8 @@ class TestBadFiles:
     @pytest.mark.parametrize("entry", ["config", "layers", "extra"])
     def test_json_that_would_fill_the_memory(self, path, bomb, entry):
         rewrite_with_checksum(path, metadata={entry: bomb})
-        size = path.stat().st_size
-        tracemalloc.start()
-        try:
+        with memory_below(2 * path.stat().st_size + 200_000):
             self.refused(path, "its header is longer than that of any adapter of this size")
-            assert tracemalloc.get_traced_memory()[1] < 2 * size + 200_000
-        finally:
-            tracemalloc.stop()
 
     def test_a_file_takes_twice_its_size_while_it_is_read(self, path):
         n = 1 << 19
@@ -453,24 +389,15 @@ class TestBadFiles:
             "active": np.ones(n, bool),
             "C": np.zeros((1, n), np.float16),
         }
-        rewrite_with_checksum(
-            path, tensors={f"layer.0.query.{name}": array for name, array in tensors.items()}
-        )
-        size = path.stat().st_size
-        tracemalloc.start()
-        try:
+        rewrite_first_layer(path, tensors)
+        with memory_below(2 * path.stat().st_size + 200_000):
             self.refused(path, "C must have n = 10 columns")
-            assert tracemalloc.get_traced_memory()[1] < 2 * size + 200_000
-        finally:
-            tracemalloc.stop()
 
     def test_what_a_file_says_is_shortened_in_messages(self, path):
-        rewrite_with_checksum(
-            path, metadata={"config": json.dumps({"targets": ["q"], "basis": "x" * 50_000})}
-        )
-        with pytest.raises(
-            CheckpointError, match="basis must be one of shared, per_subspace; found 'xxx"
-        ) as caught:
+        text = json.dumps({"targets": ["q"], "basis": "x" * 50_000})
+        rewrite_with_checksum(path, metadata={"config": text})
+        match = "basis must be one of shared, per_subspace; found 'xxx"
+        with pytest.raises(CheckpointError, match=match) as caught:
             adamss.load(base(), path)
         assert len(str(caught.value)) < 1000
 
@@ -486,9 +413,8 @@ class TestBadFiles:
             checkpoint.read(path, modules=3)
 
     def test_layers_that_the_model_lacks(self, path):
-        with pytest.raises(
-            CheckpointError, match=r"no layer 'layer\.1\.query'.*near matches: layer\.0\.query"
-        ):
+        match = r"no layer 'layer\.1\.query'.*near matches: layer\.0\.query"
+        with pytest.raises(CheckpointError, match=match):
             adamss.load(NumpyModel({"layer.0.query": base()["layer.0.query"]}), path)
 
     def test_another_base(self, path):
@@ -499,13 +425,14 @@ class TestBadFiles:
 class TestDtypes:
     """A number that does not fit into the model's dtype is an error, not infinity."""
 
-    def saved(self, tmp_path, dtype, change, **settings):
+    def saved(self, tmp_path, dtype, *, C=0.0, head=1.0, **settings):
         layers = {"query": NumpyLinear(np.eye(4, dtype=dtype)), "head": NumpyLinear(np.ones((4, 2), dtype))}
         config = adamss.AdamssConfig(
             targets=["query"], modules_to_save=["head"], rank=3, subspaces=2, **settings
         )
         model = adamss.attach(NumpyModel(layers), config)
-        change(model)
+        model["query"].factors.C[0, 0] = C
+        model["head"].W[0, 0] = head
         adamss.save(model, tmp_path / "a.safetensors")
         return tmp_path / "a.safetensors"
 
@@ -514,59 +441,44 @@ class TestDtypes:
             {"query": NumpyLinear(np.eye(4, dtype=dtype)), "head": NumpyLinear(np.zeros((4, 2), dtype))}
         )
 
-    def set_C(self, value):
-        def change(model):
-            model["query"].factors.C[0, 0] = value
-
-        return change
-
-    def set_head(self, value):
-        def change(model):
-            model["head"].W[0, 0] = value
-
-        return change
-
     @pytest.mark.parametrize("trainable", [True, False])
     def test_factors(self, tmp_path, trainable):
-        path = self.saved(tmp_path, "float64", self.set_C(1e300))
+        path = self.saved(tmp_path, "float64", C=1e300)
         with pytest.raises(CheckpointError, match="query: the file holds numbers too large for float32"):
             adamss.load(self.narrow(), path, trainable=trainable)
         wide = adamss.load(self.narrow("float64"), path, trainable=trainable)
         assert wide["query"].factors.C[0, 0] == 1e300
 
     def test_factors_in_half_precision(self, tmp_path):
-        path = self.saved(tmp_path, "float32", self.set_C(6e4), factor_dtype="float16")
+        path = self.saved(tmp_path, "float32", C=6e4, factor_dtype="float16")
         assert adamss.load(self.narrow(), path)["query"].factors.C[0, 0] == np.float16(6e4)
-        with safe_open(path, framework="numpy") as file:
-            C = file.get_tensor("query.C").astype(np.float32)
+        C = tensor_of(path, "query.C").astype(np.float32)
         C[0, 0] = 7e4
         rewrite_with_checksum(path, tensors={"query.C": C})
         with pytest.raises(CheckpointError, match="query: the file holds numbers too large for float16"):
             adamss.load(self.narrow(), path)
 
     def test_saved_modules(self, tmp_path):
-        path = self.saved(tmp_path, "float64", self.set_head(1e300))
+        path = self.saved(tmp_path, "float64", head=1e300)
         with pytest.raises(
-            CheckpointError, match=r"head\.weight: the file has float64, .*float32 cannot hold all"
+            CheckpointError, match=r"head\.weight: the file has float64, .*float32 cannot hold"
         ):
             adamss.load(self.narrow(), path)
-        path = self.saved(tmp_path, "float64", self.set_head(1 / 3))
+        path = self.saved(tmp_path, "float64", head=1 / 3)
         assert adamss.load(self.narrow(), path)["head"].W[0, 0] == np.float32(1 / 3)
 
     @pytest.mark.parametrize("value", [np.nan, -np.inf])
     def test_saved_modules_may_hold_any_number(self, tmp_path, value):
-        path = self.saved(tmp_path, "float64", self.set_head(value))
+        path = self.saved(tmp_path, "float64", head=value)
         for dtype in ("float32", "float64"):
             found = adamss.load(self.narrow(dtype), path)["head"].W[0, 0]
             np.testing.assert_equal(found, np.dtype(dtype).type(value))
 
     @pytest.mark.parametrize(("dtype", "value"), [("int64", 3), ("uint64", 2**53 + 1), ("bool", True)])
     def test_integers_where_the_model_has_none(self, tmp_path, dtype, value):
-        path = self.saved(tmp_path, "float64", self.set_head(1.0))
+        path = self.saved(tmp_path, "float64", head=1.0)
         rewrite_with_checksum(path, tensors={"head.weight": np.full((2, 4), value, dtype)})
-        with pytest.raises(
-            CheckpointError, match=f"the file has {dtype}, of which the model's float32 cannot"
-        ):
+        with pytest.raises(CheckpointError, match=f"file has {dtype}, of which the model's float32 cannot"):
             adamss.load(self.narrow(), path)
 
     def test_padding_of_C_is_never_read(self, tmp_path):

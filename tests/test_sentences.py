@@ -25,11 +25,8 @@ def test_corpus_has_about_a_thousand_sentences_of_many_classes(corpus):
     assert counts.max() <= 150
 
 
-def test_no_sentence_occurs_twice(corpus):
+def test_sentences_are_all_different_and_name_no_submodule(corpus):
     assert len(set(corpus.texts)) == len(corpus)
-
-
-def test_no_sentence_names_a_submodule(corpus):
     words = {word.lower() for text in corpus.texts for word in text.split()}
     assert words.isdisjoint({*corpus.classes, "scipy"})
 

@@ -16,30 +16,10 @@ torch = pytest.importorskip("torch", reason="the torch session has PyTorch; the 
 
 import adamss  # noqa: E402
 
-
-class Block(torch.nn.Module):
-    """Two layers side by side, as in attention, and a nonlinearity."""
-
-    def __init__(self, width: int, *, bias: bool) -> None:
-        super().__init__()
-        self.query = torch.nn.Linear(width, width + 3, bias=bias)
-        self.value = torch.nn.Linear(width, width + 3, bias=bias)
-        self.dense = torch.nn.Linear(width + 3, width)
-
-    def forward(self, x):
-        return self.dense(torch.tanh(self.query(x)) * self.value(x))
-
-
-class Net(torch.nn.Module):
-    def __init__(self, width: int = 16, *, bias: bool = True) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList([Block(width, bias=bias) for _ in range(2)])
-        self.classifier = torch.nn.Linear(width, 5)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.classifier(x)
+# The test modules find it by plain name, as the scripts of this folder do.
+sys.path.append(str(Path(__file__).parent))
+pytest.register_assert_rewrite("torch_support")
+from torch_support import Net  # noqa: E402
 
 
 @pytest.fixture
@@ -57,15 +37,15 @@ def net() -> Callable[..., Net]:
 @pytest.fixture
 def causal_lm() -> Callable[..., torch.nn.Module]:
     """Return a maker of small language models with the same weights every time, their head tied or not."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers = pytest.importorskip("transformers", reason="needs the demo extra")
+    sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
-    def make(*, tied: bool) -> torch.nn.Module:
+    def make(dtype: torch.dtype = torch.float32, *, tied: bool = False) -> torch.nn.Module:
+        config = transformers.LlamaConfig(**sizes, tie_word_embeddings=tied)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return transformers.LlamaForCausalLM(
-                transformers.LlamaConfig(vocab_size=32, tie_word_embeddings=tied, **sizes)
-            )
+            return transformers.LlamaForCausalLM(config).to(dtype).eval()
 
     return make
 
@@ -136,20 +116,11 @@ def on_two_processes() -> Callable[..., str]:
             taken.bind(("127.0.0.1", 0))
             port = str(taken.getsockname()[1])
         # Without `--multi_gpu` it starts one process, however many are asked for; the script asks for the CPU.
-        launch = [
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-        ]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+        launch += " --mixed_precision no --dynamo_backend no --main_process_ip 127.0.0.1 --main_process_port"
         on_loopback = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, *launch, Path(__file__).with_name(script), *arguments],
+            [sys.executable, *launch.split(), port, Path(__file__).with_name(script), *arguments],
             env=os.environ | on_loopback | {"HF_HUB_OFFLINE": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

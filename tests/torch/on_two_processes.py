@@ -1,14 +1,11 @@
 """What the processes of test_distributed.py run: ``python on_two_processes.py RANK PROCESSES FOLDER``.
 
-Each process reads names of scenarios from its input, a line each, runs them, and answers each by a line of JSON: the
-traceback, or an empty string. It ends at the end of its input, or when a scenario has failed. Sums are in float64
-unless a scenario says otherwise, so that a decision is a matter of arithmetic and not of luck: processes and shards
-add up in another order than one process does.
+Each reads names of scenarios, a line each, runs them, and answers each by a line of JSON: the traceback, or an empty
+string. Sums are in float64 unless a scenario says otherwise, since processes and shards add up in another order.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import hashlib
@@ -19,42 +16,40 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch_support
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch_support import assert_same_state, controlled, loss_of, state, step
 
 import adamss
 from adamss import AdamssConfig, AdamssWarning, BudgetConfig, core, errors
 from adamss.io import checkpoint as files
-from adamss_torch import BudgetController
+from adamss_torch import BudgetController, sharding
 from adamss_torch.backend import adapters_of
 
 SCENARIOS: dict[str, Callable[[], None]] = {}
 FOUR_PROCESSES = ("hybrid_sharding_over_four",)
 STEPS = 8
-SCHEDULES = {
-    "reset": {"interval": 3},
-    "running": {"interval": 2, "window": "running"},
-    "revive": {"interval": 2, "revive": True},
-    "running, revive": {"interval": 2, "window": "running", "revive": True},
-    "parameters": {"interval": 3, "unit": "parameters", "target": 150},
-    "parameters, running": {"interval": 2, "unit": "parameters", "target": 150, "window": "running"},
-    "parameters, revive": {"interval": 2, "unit": "parameters", "target": 150, "revive": True},
-    "parameters, running, revive": {
-        "interval": 2,
-        "unit": "parameters",
-        "target": 150,
-        "window": "running",
-        "revive": True,
-    },
-}
+PARAMETERS = {"interval": 2, "unit": "parameters", "target": 150}
+SCHEDULES = (
+    {"interval": 3},
+    {"interval": 2, "window": "running"},
+    {"interval": 2, "revive": True},
+    {"interval": 2, "window": "running", "revive": True},
+    PARAMETERS | {"interval": 3},
+    PARAMETERS | {"window": "running"},
+    PARAMETERS | {"revive": True},
+    PARAMETERS | {"window": "running", "revive": True},
+)
 
 
 def scenario(run: Callable[[], None]) -> Callable[[], None]:
@@ -65,30 +60,15 @@ def scenario(run: Callable[[], None]) -> Callable[[], None]:
 # ---- models and training -------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """Two layers side by side, of sizes that two processes cannot halve."""
+class Net(torch_support.Net):
+    """A model with a buffer of its own, too."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width + 3)
-        self.value = nn.Linear(width, width + 3)
-        self.dense = nn.Linear(width + 3, width)
-        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("shift", torch.zeros(16))
 
     def forward(self, x):
-        return self.dense(torch.tanh(self.query(x)) * self.value(x)) + self.shift.to(x.dtype)
-
-
-class Net(nn.Module):
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Block(width) for _ in range(2)])
-        self.classifier = nn.Linear(width, 5)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.classifier(x)
+        return super().forward(x + self.shift.to(x.dtype))
 
 
 def net(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> Net:
@@ -120,10 +100,6 @@ def mine(x: torch.Tensor) -> torch.Tensor:
 
 def everything(x: torch.Tensor) -> torch.Tensor:
     return x
-
-
-def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return model(x).square().mean()
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -168,29 +144,17 @@ def trained_values(model: nn.Module) -> list[torch.Tensor]:
     return [whole(p.detach()).clone() for a in adapters_of(model).values() for p in (a.B, a.C)]
 
 
-@contextmanager
-def controlled(model, optimizer, config, **options) -> Iterator[BudgetController]:
-    controller = BudgetController(model, optimizer, config, **options)
-    del model  # a wrapper may be deleted within the block
-    try:
-        yield controller
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AdamssWarning)
-            controller.remove()
+def assert_kept(frozen: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+    """Check that no frozen element has moved, and that something has where not all are frozen."""
+    for where, old, new in zip(frozen, before, after, strict=True):
+        assert torch.equal(old[where], new[where]), "a frozen element has moved"
+        assert where.all() or not torch.equal(old, new)
 
 
 class Run:
-    """A whole training with a budget, and what it decided.
+    """A whole training of a model, wrapped or not, with a budget, and what it decided.
 
-    Parameters
-    ----------
-    model
-        Adapted, wrapped or not.
-    data
-        Returns what this process sees of a batch.
-    config
-        The schedule.
+    `data` returns what this process sees of a batch.
     """
 
     def __init__(
@@ -210,12 +174,9 @@ class Run:
             values = trained_values(model)
             for number in range(STEPS):
                 frozen, before = frozen_elements(model), values
-                optimizer.zero_grad()
-                loss_of(model, data(batch(number)).to(next(model.parameters()).dtype)).backward()
-                optimizer.step()
+                step(model, optimizer, data(batch(number)).to(next(model.parameters()).dtype))
                 values = trained_values(model)
-                for where, old, new in zip(frozen, before, values, strict=True):
-                    assert torch.equal(old[where], new[where]), "a frozen element has moved"
+                assert_kept(frozen, before, values)
             assert controller.reached
             assert controller.step == STEPS
 
@@ -225,14 +186,20 @@ class Run:
             assert torch.equal(adapter.active.cpu(), allocation.masks[path])
         self.masks.append(allocation.masks)
 
-    def equals(self, other: Run, *, tolerance: float = 1e-12) -> None:
-        assert len(self.masks) == len(other.masks) > 1
-        for ours, theirs in zip(self.masks, other.masks, strict=True):
-            for path in ours:
-                assert torch.equal(ours[path], theirs[path]), f"another decision at {path}"
+    def equals(self, other: Run) -> None:
+        assert len(self.masks) > 1
+        assert_same_training(self.model, self.masks, other.model, other.masks)
         assert sum(int(mask.sum()) for mask in self.masks[-1].values()) < 20
-        for a, b in zip(trained(self.model), trained(other.model), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def assert_same_training(model, masks, other, expected) -> None:
+    """Compare the decisions, and what was trained up to rounding."""
+    assert len(masks) == len(expected)
+    for ours, theirs in zip(masks, expected, strict=True):
+        for path, mask in theirs.items():
+            assert torch.equal(ours[path], mask), f"another decision at {path}"
+    for a, b in zip(trained(model), trained(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 @functools.cache
@@ -276,19 +243,13 @@ def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
 
 
-def assert_same_numbers(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), f"{name} differs"
-
-
 # ---- DistributedDataParallel ---------------------------------------------------------------------------------
 
 
 @scenario
 def ddp_takes_the_decisions_of_one_process():
     options = [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}]
-    for number, settings in enumerate(SCHEDULES.values()):
+    for number, settings in enumerate(SCHEDULES):
         config = schedule(**settings)
         model = adapted()
         wrapper = DistributedDataParallel(model, **options[number % 3])
@@ -297,30 +258,29 @@ def ddp_takes_the_decisions_of_one_process():
         same_on_all(*trained(model))
 
 
-@scenario
-def ddp_accumulates_without_synchronising():
-    config = schedule(interval=2)
-    model, alone = adapted(), adapted()
-    wrapper = DistributedDataParallel(model)
-    decisions = []
-    for each, context, data in ((wrapper, wrapper.no_sync, mine), (alone, nullcontext, everything)):
-        optimizer, masks = adamw(each), []
-        with controlled(
-            each, optimizer, config, on_allocation=lambda a, m=masks: m.append(a.masks)
-        ) as budget:
+def accumulates(model: nn.Module, context: Callable[[nn.Module, bool], AbstractContextManager]) -> None:
+    """Compare a training by two batches a step with one process that sees everything."""
+    alone, decisions = adapted(), []
+    for each, data in ((model, mine), (alone, everything)):
+        optimizer, seen = adamw(each), []
+        with controlled(each, optimizer, schedule(interval=2), on_allocation=seen.append) as budget:
             for number in range(6):
                 optimizer.zero_grad()
-                with context():
-                    loss_of(each, data(batch(2 * number))).backward()
-                loss_of(each, data(batch(2 * number + 1))).backward()
+                for last in (False, True):
+                    with context(each, last) if each is model else nullcontext():
+                        loss_of(each, data(batch(2 * number + last))).backward()
                 optimizer.step()
             assert budget.step == 6
-        decisions.append(masks)
-    for ours, theirs in zip(*decisions, strict=True):
-        assert all(torch.equal(ours[path], theirs[path]) for path in theirs)
-        same_on_all(*ours.values())
-    for a, b in zip(trained(model), trained(alone), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        decisions.append([allocation.masks for allocation in seen])
+    for masks in decisions[0]:
+        same_on_all(*masks.values())
+    assert_same_training(model, decisions[0], alone, decisions[1])
+
+
+@scenario
+def ddp_accumulates_without_synchronising():
+    wrapper = DistributedDataParallel(adapted())
+    accumulates(wrapper, lambda model, last: nullcontext() if last else model.no_sync())
 
 
 @scenario
@@ -328,14 +288,10 @@ def ddp_decides_alike_even_if_gradients_are_not_synchronised():
     for give_the_wrapper in (True, False):
         model = adapted()
         wrapper = DistributedDataParallel(model)
-        optimizer, masks = adamw(model), []
+        optimizer, seen, config = adamw(model), [], schedule(end_step=4, interval=4)
+        watched = wrapper if give_the_wrapper else model
         with (
-            controlled(
-                wrapper if give_the_wrapper else model,
-                optimizer,
-                schedule(end_step=4, interval=4),
-                on_allocation=lambda a, m=masks: m.append(a.masks),
-            ),
+            controlled(watched, optimizer, config, on_allocation=seen.append),
             warnings.catch_warnings(record=True) as caught,
             wrapper.no_sync(),
         ):
@@ -343,7 +299,7 @@ def ddp_decides_alike_even_if_gradients_are_not_synchronised():
             for number in range(4):
                 loss_of(wrapper, mine(batch(number))).backward()
                 optimizer.step()
-        same_on_all(*masks[0].values())
+        same_on_all(*seen[0].masks.values())
         told = any("scored the subspaces otherwise" in str(each.message) for each in caught)
         assert told == (dist.get_rank() == 1), [str(each.message) for each in caught]
 
@@ -354,21 +310,19 @@ def ddp_does_not_send_the_buffers_of_adapters():
 
     def check(wrapper, model):
         """Change every buffer on the second process: what is sent comes back as on the first."""
-        buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.numel()}
-        kept = {name: buffer.clone() for name, buffer in buffers.items()}
+        own = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".A")}
+        kept = {name: buffer.clone() for name, buffer in own.items()}
         with torch.no_grad():
-            model.layers[0].shift += rank
-            for name, buffer in buffers.items():
-                if rank and name.endswith(".A"):
-                    buffer.mul_(2)
+            model.shift += rank
+            for buffer in own.values():
+                buffer.mul_(1 + rank)
         x = mine(batch(0))
         # What is kept for the backward must not change in between, or autograd raises.
         (loss_of(wrapper, x) + loss_of(wrapper, 2 * x)).backward()
-        assert not model.layers[0].shift.any(), "a buffer of the model's own was not synchronised"
-        for name, buffer in buffers.items():
-            if rank and name.endswith(".A"):
-                assert torch.equal(buffer, 2 * kept[name]), f"{name} was sent"
-                buffer.copy_(kept[name])
+        assert not model.shift.any(), "a buffer of the model's own was not synchronised"
+        for name, buffer in own.items():
+            assert torch.equal(buffer, (1 + rank) * kept[name]), f"{name} was sent"
+            buffer.copy_(kept[name])
 
     model = adapted()
     check(DistributedDataParallel(model), model)
@@ -387,15 +341,7 @@ def ddp_does_not_send_the_buffers_of_adapters():
 
 @scenario
 def ddp_of_a_model_of_which_a_part_was_adapted():
-    class Outer(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x)
-
-    outer = Outer(adapted())
+    outer = nn.Sequential(adapted())
     wrapper = DistributedDataParallel(outer)
     with warning("broadcast_buffers=False"), controlled(wrapper, adamw(outer), schedule()):
         pass
@@ -422,15 +368,13 @@ def ddp_with_the_zero_redundancy_optimizer():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     def zero(model, **options):
-        return ZeroRedundancyOptimizer(
-            adamss.trainable_parameters(model), torch.optim.AdamW, lr=0.02, weight_decay=0.1, **options
-        )
+        settings = {"optimizer_class": torch.optim.AdamW, "lr": 0.02, "weight_decay": 0.1} | options
+        return ZeroRedundancyOptimizer(adamss.trainable_parameters(model), **settings)
 
     for options in ({}, {"parameters_as_bucket_view": True}):
         model = adapted()
-        sharing = Run(
-            DistributedDataParallel(model), mine, schedule(), make_optimizer=lambda m, o=options: zero(m, **o)
-        )
+        wrapper, make = DistributedDataParallel(model), functools.partial(zero, **options)
+        sharing = Run(wrapper, mine, schedule(), make_optimizer=make)
         sharing.equals(alone_with(schedule()))
         same_on_all(*trained(model))
     with raising(errors.ConfigTypeError, "overlap_with_ddp"):
@@ -440,25 +384,13 @@ def ddp_with_the_zero_redundancy_optimizer():
 # ---- attach on several processes -----------------------------------------------------------------------------
 
 
-@contextmanager
-def counted(name: str = "decompose") -> Iterator[list[tuple[int, ...]]]:
+def counted() -> AbstractContextManager[mock.Mock]:
     """Count what this process decomposes."""
-
-    calls, original = [], getattr(core, name)
-
-    def counting(W, *args, **kwargs):
-        calls.append(tuple(W.shape))
-        return original(W, *args, **kwargs)
-
-    setattr(core, name, counting)
-    try:
-        yield calls
-    finally:
-        setattr(core, name, original)
+    return mock.patch.object(core, "decompose", wraps=core.decompose)
 
 
 def assert_same_adapters(ours: nn.Module, theirs: nn.Module) -> None:
-    assert_same_numbers(numbers(ours), numbers(theirs))
+    assert_same_state(numbers(ours), numbers(theirs))
     for path, adapter in adapters_of(ours).items():
         other = adapters_of(theirs)[path]
         for name in ("A", "B", "C"):
@@ -479,7 +411,7 @@ def attach_decomposes_each_layer_once():
             model = adamss.attach(net(), config(**changes))
         alone = adamss.attach(net(), config(**changes), divide=False)
         layers, rank = len(adapters_of(alone)), dist.get_rank()
-        assert len(calls) == (layers + 1 - rank) // 2, f"{len(calls)} of {layers} layers were decomposed here"
+        assert calls.call_count == (layers + 1 - rank) // 2, f"of {layers} layers"
         assert list(adapters_of(model)) == list(adapters_of(alone))
         assert_same_adapters(model, alone)
         same_on_all(*numbers(model).values())
@@ -492,11 +424,11 @@ def attach_of_different_models_is_not_divided():
     for changes in ({"targets": rf"layers\.{rank}\..*(query|value)"}, {"rank": 4 + rank}):
         with counted() as calls:
             model = adamss.attach(net(), config(**changes))
-        assert len(calls) == len(adapters_of(model))
+        assert calls.call_count == len(adapters_of(model))
         assert_same_adapters(model, adamss.attach(net(), config(**changes), divide=False))
     with warning("base weights that differ"), counted() as calls:
         model = adamss.attach(net(seed=rank), config())
-    assert len(calls) == 4
+    assert calls.call_count == 4
     assert_same_adapters(model, adamss.attach(net(seed=rank), config(), divide=False))
     if rank == 0:  # waits for nobody
         adamss.attach(net(), config(), divide=False)
@@ -507,13 +439,10 @@ def attach_fails_on_all_or_none():
     rank = dist.get_rank()
 
     def fails(kind, *words, model, **changes):
-        before = copy.deepcopy(model.state_dict())
+        before = state(model)
         with raising(kind, *words):
             adamss.attach(model, config(**changes))
-        assert all(
-            torch.equal(value, before[name]) or value.isnan().any()
-            for name, value in model.state_dict().items()
-        )
+        assert_same_state(model, before)
         assert all(p.requires_grad for p in model.parameters())
 
     spoilt = net()
@@ -533,15 +462,12 @@ def attach_fails_on_all_or_none():
 
 @scenario
 def load_is_divided_if_asked():
-    model = adapted()
-    with torch.no_grad():
-        for p in adamss.trainable_parameters(model):
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype))
+    model = moved(adapted())
     path = folder() / f"portable{dist.get_rank()}"
     adamss.save(model, path)
     with counted() as calls:
         loaded = adamss.load(net(), path, divide=True)
-    assert len(calls) == 2
+    assert calls.call_count == 2
     assert_same_adapters(loaded, adamss.load(net(), path))
     with raising(errors.CheckpointError, "base weight"):
         adamss.load(net(seed=dist.get_rank()), path, divide=True)
@@ -579,19 +505,13 @@ def attached_last(**options) -> nn.Module:
 
 @scenario
 def fsdp_takes_the_decisions_of_one_process():
-    for number, (build, options) in enumerate(
-        (
-            (attached_first, {"by": "root"}),
-            (attached_first, {}),
-            (attached_first, {"reshard_after_forward": False}),
-            (attached_first, {"reshard_after_forward": True, "by": "linear"}),
-            (attached_last, {"by": "root"}),
-            (attached_last, {"reshard_after_forward": False}),
-            (attached_last, {"reshard_after_forward": True}),
-            (attached_last, {"by": "linear"}),
-        )
-    ):
-        config = schedule(**list(SCHEDULES.values())[number])
+    cases = [(attached_first, options) for options in ({"by": "root"}, {}, {"reshard_after_forward": False})]
+    cases += [(attached_first, {"reshard_after_forward": True, "by": "linear"})]
+    cases += [(attached_last, {"reshard_after_forward": kept}) for kept in (False, True)]
+    cases += [(attached_last, {"by": by}) for by in ("root", "linear")]
+    replicas = [(build, {"shape": s}) for s in ((2, 1), (1, 2)) for build in (attached_first, attached_last)]
+    for number, (build, options) in enumerate(cases + replicas):
+        config = schedule(**SCHEDULES[number % len(SCHEDULES)])
         model = build(**options)
         assert all(hasattr(p, "full_tensor") for p in adamss.trainable_parameters(model))
         sharing = Run(model, mine, config)
@@ -607,18 +527,16 @@ def fsdp_is_attached_to_layer_by_layer():
             model = sharded(net(), **options)
             with counted() as calls, gathered() as most:
                 adamss.attach(model, config(), divide=divide)
-            assert len(calls) == (2 if divide else 4)
+            assert calls.call_count == (2 if divide else 4)
             # Its own, and the one that is on its way to another.
             assert most[0] <= 2, f"{most[0]} weights were whole at the same time"
-            assert_same_numbers(numbers(model), numbers(alone))
+            assert_same_state(numbers(model), numbers(alone))
             assert all(hasattr(p, "full_tensor") for p in adamss.trainable_parameters(model))
 
 
 @contextmanager
 def gathered() -> Iterator[list[int]]:
     """Count how many weights are whole on this process at the same time."""
-    from adamss_torch import sharding
-
     original, alive, most = sharding.unshard, [], [0]
 
     def watching(tensor):
@@ -628,19 +546,8 @@ def gathered() -> Iterator[list[int]]:
             most[0] = max(most[0], sum(each() is not None for each in alive))
         return full
 
-    sharding.unshard = watching
-    try:
+    with mock.patch.object(sharding, "unshard", watching):
         yield most
-    finally:
-        sharding.unshard = original
-
-
-@scenario
-def fsdp_with_replicas():
-    for shape in ((2, 1), (1, 2)):
-        for build in (attached_first, attached_last):
-            sharing = Run(build(shape=shape), mine, schedule())
-            sharing.equals(alone_with(schedule()))
 
 
 @scenario
@@ -680,26 +587,13 @@ def fsdp_in_bfloat16():
 
 @scenario
 def fsdp_accumulates_gradients():
-    config = schedule(interval=2)
-    model, alone = attached_first(), adapted()
-    decisions = []
-    for each, data in ((model, mine), (alone, everything)):
-        optimizer, masks = adamw(each), []
-        with controlled(each, optimizer, config, on_allocation=lambda a, m=masks: m.append(a.masks)):
-            for number in range(6):
-                optimizer.zero_grad()
-                for last in (False, True):
-                    if each is model:
-                        model.set_requires_gradient_sync(last)
-                        model.set_is_last_backward(last)
-                        model.set_reshard_after_backward(last)
-                    loss_of(each, data(batch(2 * number + last))).backward()
-                optimizer.step()
-        decisions.append(masks)
-    for ours, theirs in zip(*decisions, strict=True):
-        assert all(torch.equal(ours[path], theirs[path]) for path in theirs)
-    for a, b in zip(trained(model), trained(alone), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    def synchronised(model, last):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+        model.set_reshard_after_backward(last)
+        return nullcontext()
+
+    accumulates(attached_first(), synchronised)
 
 
 @scenario
@@ -716,9 +610,7 @@ def fsdp_keeps_frozen_elements_while_others_stand_in_their_places():
                     model(mine(batch(9)))  # leaves whole Parameters in the places of shards
                 optimizer.step()
                 adamss.summary(model)  # puts the shards back, if only to read them
-                for where, old, new in zip(frozen, before, trained_values(model), strict=True):
-                    assert torch.equal(old[where], new[where]), "a frozen element has moved"
-                    assert where.all() or not torch.equal(old, new)
+                assert_kept(frozen, before, trained_values(model))
 
 
 @scenario
@@ -779,9 +671,7 @@ def fsdp_resumes():
 
     def train(model, optimizer, numbers, data=mine):
         for number in numbers:
-            optimizer.zero_grad()
-            loss_of(model, data(batch(number))).backward()
-            optimizer.step()
+            step(model, optimizer, data(batch(number)))
 
     def state_of(model, optimizer, budget):
         weights, moments = get_state_dict(model, optimizer)
@@ -799,15 +689,13 @@ def fsdp_resumes():
         resumed = build()
         optimizer = adamw(resumed)
         with controlled(resumed, optimizer, config) as budget:
-            state = state_of(resumed, optimizer, budget)
-            dcp.load(state, checkpoint_id=folder() / "dcp")
-            set_state_dict(
-                resumed, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
-            budget.load_state_dict(state["budget"])
-            assert budget.step == 5 and budget.active_count == sum(
-                int(layer["active"].sum()) for layer in middle["layers"].values()
-            )
+            found = state_of(resumed, optimizer, budget)
+            dcp.load(found, checkpoint_id=folder() / "dcp")
+            weights = {"model_state_dict": found["model"], "optim_state_dict": found["optimizer"]}
+            set_state_dict(resumed, optimizer, **weights)
+            budget.load_state_dict(found["budget"])
+            kept = sum(int(layer["active"].sum()) for layer in middle["layers"].values())
+            assert (budget.step, budget.active_count) == (5, kept)
             train(resumed, optimizer, range(5, 9))
             assert all(torch.equal(budget.masks[path], mask) for path, mask in masks.items())
         for a, b in zip(trained(resumed), trained(straight), strict=True):
@@ -818,16 +706,16 @@ def fsdp_resumes():
     optimizer = adamw(alone)
     with controlled(alone, optimizer, config) as budget:
         train(alone, optimizer, range(5), everything)
-        state = budget.state_dict()
+        saved = budget.state_dict()
     model = attached_first()
     with controlled(model, adamw(model), config) as budget:
-        budget.load_state_dict(state)
+        budget.load_state_dict(saved)
         spread = budget.state_dict()
     other = adapted()
     with controlled(other, adamw(other), config) as budget:
         budget.load_state_dict(spread)
         back = budget.state_dict()
-    for path, layer in state["layers"].items():
+    for path, layer in saved["layers"].items():
         for name in "BC":
             for kind, value in layer[name].items():
                 assert torch.equal(spread["layers"][path][name][kind].full_tensor(), value)
@@ -845,16 +733,13 @@ def fsdp_saves_what_one_process_saves():
             for training in (True, False):
                 ours = folder() / f"sharded-{build.__name__}-{training}-{len(options)}"
                 theirs = folder() / f"alone-{training}-{rank}"
-                written, write = [], files.write
-                files.write = lambda *args, w=write, n=written, **kwargs: (n.append(args), w(*args, **kwargs))
-                adamss.save(model, ours, training=training)
-                files.write = write
-                assert len(written) == (rank == 0), "one process, the first, is to write"
+                with mock.patch.object(files, "write", wraps=files.write) as write:
+                    adamss.save(model, ours, training=training)
+                assert write.call_count == (rank == 0), "one process, the first, is to write"
                 adamss.save(alone, theirs, training=training)
                 assert files.read(ours) == files.read(theirs), f"{build.__name__} {options} {training}"
-            lora = [
-                folder() / f"{name}-lora-{build.__name__}-{len(options)}" for name in ("sharded", str(rank))
-            ]
+            names = (f"{name}-lora-{build.__name__}-{len(options)}" for name in ("sharded", rank))
+            lora = [folder() / name for name in names]
             with warnings.catch_warnings():  # of modules_to_save, which are put beside it
                 warnings.simplefilter("ignore")
                 for exported, where in zip((model, alone), lora, strict=True):
@@ -894,39 +779,36 @@ def fsdp_merges_and_detaches():
             model, alone = partly_frozen(moved(build(**options))), partly_frozen(moved(adapted()))
             start = numbers(model)
 
-            def close(a=model, b=alone):
+            def both(verb=adamss.summary, pair=(model, alone)):
+                """Call a verb on what is sharded and on what is not, and compare their outputs."""
+                for each in pair:
+                    verb(each)
                 with torch.no_grad():
-                    torch.testing.assert_close(a(x), b(x), rtol=0, atol=1e-12)
+                    torch.testing.assert_close(pair[0](x), pair[1](x), rtol=0, atol=1e-12)
 
-            close()
+            both()
             with adamss.disabled(model):
                 assert torch.equal(model(x), base(x)), "switched off, it is not the base model"
-            assert_same_numbers(numbers(model), start)
-            close()
-            adamss.merge(model)
-            adamss.merge(alone)
-            close()
-            merged = numbers(model)
-            assert not torch.equal(merged["layers.0.query.weight"], start["layers.0.query.weight"])
-            assert_same_numbers(
-                {n: v for n, v in merged.items() if n.endswith("weight")},
-                {n: v for n, v in numbers(alone).items() if n.endswith("weight")},
+            assert_same_state(numbers(model), start)
+            both(adamss.merge)
+            merged, expected = (
+                {name: value for name, value in numbers(each).items() if name.endswith("weight")}
+                for each in (model, alone)
             )
+            assert not torch.equal(merged["layers.0.query.weight"], start["layers.0.query.weight"])
+            assert_same_state(merged, expected)
+            before = numbers(model)
             with adamss.disabled(model):
                 assert torch.equal(model(x), base(x))
-            assert_same_numbers(numbers(model), merged)
-            adamss.unmerge(model)
-            adamss.unmerge(alone)
-            assert_same_numbers(numbers(model), start)
-            close()
-            adamss.consolidate(model)
-            adamss.consolidate(alone)
-            close()
+            assert_same_state(numbers(model), before)
+            both(adamss.unmerge)
+            assert_same_state(numbers(model), start)
+            both(adamss.consolidate)
             Run(model, mine, schedule(target=2)).equals(Run(alone, everything, schedule(target=2)))
-            close()
+            both()
             adamss.detach(model)
             assert torch.equal(model(x), base(x))
-            assert_same_numbers(numbers(model), numbers(base))
+            assert_same_state(numbers(model), numbers(base))
             assert all(p.requires_grad for p in model.parameters())
             loss_of(model, mine(x)).backward()
             assert all(p.grad is not None for p in model.parameters())
@@ -953,7 +835,7 @@ def fsdp_refuses_what_it_cannot_do():
     before = numbers(tied)
     with raising(errors.LayerError, "shared"):
         adamss.merge(tied)
-    assert_same_numbers(before, numbers(tied))
+    assert_same_state(before, numbers(tied))
 
 
 @scenario

@@ -26,13 +26,8 @@ def demo(script):
 def model_folder(request, tiny_tokenizer, tmp_path_factory):
     """Return a folder with a tiny random encoder; its tokenizer has no padding token, as many decoders'."""
     words = len(tiny_tokenizer)
-    sizes = {
-        "vocab_size": words,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-    }
+    sizes = {"vocab_size": words, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4}
     if request.param == "roberta":
         config = transformers.RobertaConfig(**sizes, max_position_embeddings=80)
     elif request.param == "distilbert":
@@ -46,13 +41,13 @@ def model_folder(request, tiny_tokenizer, tmp_path_factory):
     return folder
 
 
+def bert():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    return transformers.BertModel(transformers.BertConfig(vocab_size=8, **sizes))
+
+
 def test_copies_share_the_base_and_not_the_head(demo):
-    encoder = transformers.AutoModel.from_config(
-        transformers.BertConfig(
-            vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-        )
-    )
-    model = demo.SentenceClassifier(encoder, classes=3)
+    model = demo.SentenceClassifier(bert(), classes=3)
     copied = demo.copy_on_shared_base(model)
     pairs = zip(model.encoder.parameters(), copied.encoder.parameters(), strict=True)
     assert all(first is second for first, second in pairs)
@@ -63,12 +58,9 @@ def test_copies_share_the_base_and_not_the_head(demo):
 def test_demo_runs_and_the_reloaded_adapter_agrees(demo, model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     output = tmp_path / "results"
-    status = demo.main(
-        ["--model", str(model_folder), "--steps", "3", "--output", str(output), "--device", "cpu"]
-    )
+    arguments = ["--model", str(model_folder), "--steps", "3", "--output", str(output), "--device", "cpu"]
+    assert demo.main(arguments) == 0
     printed = capsys.readouterr().out
-
-    assert status == 0
     lines = printed.splitlines()
     for name in demo.METHODS:
         assert sum(line.strip().startswith(name) for line in lines) == 1, printed
@@ -79,12 +71,7 @@ def test_demo_runs_and_the_reloaded_adapter_agrees(demo, model_folder, tmp_path,
 
 
 def test_demo_notices_an_adapter_that_answers_otherwise(demo, tmp_path):
-    encoder = transformers.AutoModel.from_config(
-        transformers.BertConfig(
-            vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-        )
-    )
-    model = demo.prepare_adamss(demo.SentenceClassifier(encoder, classes=3), ["query", "value"]).eval()
+    model = demo.prepare_adamss(demo.SentenceClassifier(bert(), classes=3), ["query", "value"]).eval()
     path = demo.save_adamss(model, tmp_path)
     ids = torch.arange(8)[None]
 

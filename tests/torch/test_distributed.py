@@ -6,7 +6,6 @@ failure: to start Python and import torch takes longer than most scenarios.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import select
@@ -16,14 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
+import on_two_processes as worker
 import pytest
 import torch
-from torch import nn
 
 import adamss
-from adamss import AdamssConfig, BudgetConfig, errors
+from adamss import BudgetConfig, errors
 from adamss_torch import BudgetController
 from adamss_torch.backend import UNSYNCHRONISED
 
@@ -34,24 +32,10 @@ SECONDS = 120
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="needs gloo"
 )
-
-
-def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = loaded("on_two_processes")
 # FSDP2 has run on the CPU since PyTorch 2.7.
 FSDP_RUNS = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 7)
 ON_FOUR = [name for name in worker.FOUR_PROCESSES if FSDP_RUNS]
-ON_TWO = [
-    name
-    for name in worker.SCENARIOS
-    if name not in worker.FOUR_PROCESSES and (FSDP_RUNS or "fsdp_" not in name)
-]
+ON_TWO = [n for n in worker.SCENARIOS if n not in worker.FOUR_PROCESSES and (FSDP_RUNS or "fsdp_" not in n)]
 
 
 def environment() -> dict[str, str]:
@@ -79,15 +63,9 @@ class Processes:
                 str(self.count),
                 str(self.here),
             ]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             with open(self.here / f"{rank}.log", "w") as log:
-                process = subprocess.Popen(
-                    command,
-                    env=environment(),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                )
+                process = subprocess.Popen(command, env=environment(), stderr=log, **pipes)
             self.running.append(process)
 
     def end(self) -> list[int]:
@@ -165,9 +143,6 @@ def test_under_accelerate(tmp_path, on_two_processes):
     assert {path.name for path in tmp_path.iterdir()} == {"accelerate-0", "accelerate-1"}, output[-3000:]
 
 
-# ---- what one process can tell -----------------------------------------------------------------------------
-
-
 def test_ddp_is_told_to_leave_the_buffers_alone_until_detach(net, config):
     model = adamss.attach(net(), config())
     names = {name for name, _ in model.named_buffers()}
@@ -212,50 +187,3 @@ def test_weights_that_deepspeed_has_partitioned_are_refused(net, config):
     model.layers[1].value.weight.ds_id = 3
     with pytest.raises(errors.LayerError, match=r"layers\.1\.value: DeepSpeed ZeRO-3"):
         adamss.attach(model, config())
-
-
-@pytest.mark.parametrize("shape", [(3, 16), (2, 3, 16)])
-def test_output_may_be_changed_in_place(config, shape):
-    def build():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=True))
-
-    model = adamss.attach(build(), AdamssConfig(targets=["0"], rank=4, subspaces=2))
-    with torch.no_grad():
-        model[0].adamss.default.C.fill_(0.1)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    model(x).sum().backward()
-    grads = model[0].adamss.default.B.grad.clone(), model[0].adamss.default.C.grad.clone(), x.grad.clone()
-    model[1].inplace = False
-    model.zero_grad()
-    x.grad = None
-    model(x).sum().backward()
-    for ours, theirs in zip(
-        grads, (model[0].adamss.default.B.grad, model[0].adamss.default.C.grad, x.grad), strict=True
-    ):
-        assert torch.equal(ours, theirs)
-
-
-def test_importance_is_of_the_gradient_that_the_optimiser_was_given(net, config):
-    model = adamss.attach(net(dtype=torch.float64), config())
-    parameter = model.layers[0].query.adamss.default.B
-    with torch.no_grad():
-        model.layers[0].query.adamss.default.C.fill_(0.1)
-    # It adds the momentum to the gradients in place.
-    optimizer = torch.optim.SGD(
-        adamss.trainable_parameters(model), lr=0.01, momentum=0.9, nesterov=True, foreach=True
-    )
-    schedule = BudgetConfig(target=4, end_step=9, interval=9)
-    controller = BudgetController(model, optimizer, schedule)
-    expected = torch.zeros_like(parameter)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.ones(3, 16, dtype=torch.float64)).square().sum().backward()
-        decay = schedule.sensitivity_decay
-        expected = decay * expected + (1 - decay) * (parameter.detach() * parameter.grad).abs()
-        optimizer.step()
-    found = controller.state_dict()["layers"]["layers.0.query"]["B"]["sensitivity"]
-    with pytest.warns(adamss.AdamssWarning, match="not reached"):
-        controller.remove()
-    assert expected.any()
-    assert torch.equal(found, expected)

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch_support import assert_same_state, required, state
 
 import adamss
 from adamss import AdamssConfig
@@ -109,8 +110,7 @@ def test_a_layer_has_the_same_factors_alone_and_among_others(include_bias):
     among = adamss.attach(net(), config(include_bias=include_bias))
     for name in SIZES:
         alone = adamss.attach(net(), config(name, include_bias=include_bias))[name].adamss
-        for key, value in alone.state_dict().items():
-            assert torch.equal(value, among[name].adamss.state_dict()[key]), (name, key)
+        assert_same_state(among[name].adamss, alone)
 
 
 def test_the_error_is_that_of_the_first_layer_and_the_model_is_unchanged():
@@ -118,11 +118,9 @@ def test_the_error_is_that_of_the_first_layer_and_the_model_is_unchanged():
     with torch.no_grad():
         model["q"].weight[0, 0] = torch.nan
         model["v"].weight[0, 0] = torch.inf
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = state(model)
     with pytest.raises(adamss.errors.ArrayValueError, match=r"^q: weight"):
         adamss.attach(model, config())
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(before[name], after[name]) or not before[name].isfinite().all() for name in before)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_same_state(model, before)
+    assert all(required(model).values())
     assert torch.get_num_threads() == 3

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch_support import assert_same_state, state
 
 import adamss
 from adamss import errors
@@ -28,16 +29,16 @@ def training():
 
 
 def test_a_training_goes_on(states, training):
-    state = states["plain"]
+    saved = states["plain"]
     model, optimizer, controller = training
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    controller.load_state_dict(state["controller"])
-    torch.testing.assert_close(model(MAKER["inputs"]()), state["outputs"], rtol=1e-5, atol=1e-5)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    controller.load_state_dict(saved["controller"])
+    torch.testing.assert_close(model(MAKER["inputs"]()), saved["outputs"], rtol=1e-5, atol=1e-5)
     for _ in range(2):
         MAKER["step"](model, optimizer)
-    torch.testing.assert_close(model(MAKER["inputs"]()), state["outputs at the end"], rtol=1e-5, atol=1e-5)
-    for path, mask in state["masks at the end"].items():
+    torch.testing.assert_close(model(MAKER["inputs"]()), saved["outputs at the end"], rtol=1e-5, atol=1e-5)
+    for path, mask in saved["masks at the end"].items():
         assert torch.equal(controller.masks[path], mask)
 
 
@@ -59,16 +60,16 @@ def test_what_the_weights_hold_goes_into_a_model_of_the_same_form(states, traini
 @pytest.mark.parametrize("strict", [True, False])
 def test_the_compacted_form_is_refused_whole(states, training, strict):
     model, _, _ = training
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = state(model)
     with pytest.raises(errors.StateError, match=r"^0: .*compact.*adamss\.save"):
         model.load_state_dict(states["compacted"]["model"], strict=strict)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert_same_state(model, before)
 
 
 def test_the_state_of_a_controller_of_the_compacted_form_is_refused(states, training):
     _, _, controller = training
-    state = states["plain"]["controller"]
-    state["layers"]["0"]["owned"] = state["layers"]["0"]["active"]
+    saved = states["plain"]["controller"]
+    saved["layers"]["0"]["owned"] = saved["layers"]["0"]["active"]
     with pytest.raises(errors.StateError, match=r"0 had been shrunk by compact.*adamss\.save"):
-        controller.load_state_dict(state)
+        controller.load_state_dict(saved)
     assert controller.step == 0

@@ -1,7 +1,6 @@
 """Both orders of the products of the update; what is kept for the backward; when the base product is written over."""
 
 import copy
-import dataclasses
 import math
 import warnings
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch_support import assert_agree
 
 import adamss
 from adamss import core
@@ -28,10 +28,10 @@ OPTIONS = {
 }
 
 
-def adapted_layer(order=None, *, dtype=torch.float32, base_dtype=None, **options):
+def adapted_layer(order=None, *, layer=None, dtype=torch.float32, base_dtype=None, **options):
     """Return an adapted layer of which no factor is zero and one subspace is frozen."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(D, N_OUT)).to(base_dtype or dtype)
+    model = nn.Sequential(layer or nn.Linear(D, N_OUT)).to(base_dtype or dtype)
     settings = {"targets": ["0"], "rank": 8, "subspaces": 3, "factor_dtype": str(dtype).split(".")[1]}
     adamss.attach(model, adamss.AdamssConfig(**(settings | options)))
     layer = model[0]
@@ -50,11 +50,12 @@ def data(*shape, dtype=torch.float32):
     return [torch.randn(*shape, size, generator=generator).to(dtype) for size in (D, N_OUT)]
 
 
-def step(model, x, dy):
+def step(model, x, dy, forward=None):
+    """Return the output, and the gradients of the input, B and C."""
     x = x.clone().requires_grad_()
     model.zero_grad()
-    y = model(x)
-    y.backward(dy)
+    y = (forward or model)(x)
+    y.backward(dy.to(y.dtype))
     return y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad
 
 
@@ -74,8 +75,7 @@ def reference(model, x, dy):
 def test_outputs_and_gradients_are_the_reference(order, tokens, options):
     model = adapted_layer(order, dtype=torch.float64, **options)
     x, dy = data(*tokens, dtype=torch.float64)
-    for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
-        assert_agrees(actual, torch.from_numpy(expected), dtype="float64", what=f"{order} {tokens}")
+    assert_agree(step(model, x, dy), reference(model, x, dy), "float64", f"{order} {tokens}")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -83,18 +83,15 @@ def test_outputs_and_gradients_are_the_reference(order, tokens, options):
 @pytest.mark.parametrize("tokens", [(), (1,), (2, 4), (16,), (17,)], ids=str)
 @pytest.mark.parametrize("order", [*ORDERS, None])
 def test_generation_is_the_reference(order, tokens, dtype, options):
-    model = adapted_layer(
-        order, dtype=dtype if dtype == torch.float64 else torch.float32, base_dtype=dtype, **options
-    )
+    working = dtype if dtype == torch.float64 else torch.float32
+    model = adapted_layer(order, dtype=working, base_dtype=dtype, **options)
     x, dy = data(*tokens, dtype=dtype)
-    expected = torch.from_numpy(reference(model, x, dy)[0])
-    name = str(dtype).removeprefix("torch.")
-    scale = 4 * float(expected.abs().max())
+    expected = reference(model, x, dy)[0]
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             y = model(x)
         assert y.shape == expected.shape
-        assert_agrees(y.double(), expected, dtype=name, what=f"{order} {tokens}", scale=scale)
+        assert_agree([y], [expected], dtype, f"{order} {tokens}", scale=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,11 +99,7 @@ def test_generation_is_the_reference(order, tokens, dtype, options):
 def test_in_other_dtypes(order, dtype):
     model = adapted_layer(order, base_dtype=dtype)
     x, dy = data(TOKENS, dtype=dtype)
-    name = str(dtype).removeprefix("torch.")
-    for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
-        expected = torch.from_numpy(expected)
-        scale = 4 * float(expected.abs().max())
-        assert_agrees(actual.float(), expected, dtype=name, what=order, scale=scale)
+    assert_agree(step(model, x, dy), reference(model, x, dy), dtype, order, scale=4)
 
 
 @pytest.mark.parametrize("options", [{}, {"subspace_rank": 3}, {"basis": "per_subspace"}], ids=str)
@@ -118,28 +111,24 @@ def test_factors_in_float16_neither_overflow_nor_vanish(order, base_dtype, optio
     model[0].adamss.default.C.data.mul_(50.0)
     x, dy = data(TOKENS, dtype=base_dtype)
     x, dy = x / 8, dy / 8
-    for actual, expected in zip(step(model, x, dy), reference(model, x, dy), strict=True):
-        expected = torch.from_numpy(expected)
-        scale = 4 * float(expected.abs().max())
-        name = "bfloat16" if base_dtype == torch.bfloat16 else "float16"
-        assert_agrees(actual.float(), expected, dtype=name, what=order, scale=scale)
+    dtype = torch.bfloat16 if base_dtype == torch.bfloat16 else torch.float16
+    assert_agree(step(model, x, dy), reference(model, x, dy), dtype, order, scale=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ORDERS)
-def test_under_autocast_as_without_it(order):
+def test_under_autocast_as_without_it(order, dtype):
     model = adapted_layer(order)
     x, dy = data(TOKENS)
     expected = step(model, x, dy)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        x = x.clone().requires_grad_()
-        y = model(x)
-    assert y.dtype == torch.bfloat16
-    model.zero_grad()
-    y.backward(dy.bfloat16())
-    actual = (y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad)
-    for ours, whole in zip(actual, expected, strict=True):
-        scale = 4 * float(whole.abs().max())
-        assert_agrees(ours.float(), whole, dtype="bfloat16", what=order, scale=scale)
+
+    def forward(x):
+        with torch.autocast("cpu", dtype=dtype):
+            return model(x)
+
+    actual = step(model, x, dy, forward)
+    assert [array.dtype for array in actual] == [dtype, *[torch.float32] * 3]
+    assert_agree(actual, expected, dtype, order, scale=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -150,19 +139,14 @@ def test_start_equals_the_base_for_the_largest_inputs(order, dtype):
     with torch.no_grad():
         model[0].weight.mul_(2.0**-8)  # so that the base itself does not overflow
     A = model[0].adamss.default.A[0].float()
-    x = torch.finfo(dtype).max * torch.cat(
-        [A.sign().t(), torch.tensor([[1.0], [-1.0], [1e-3], [0.0]]).expand(4, D)]
-    )
-    x = x.to(dtype)
+    signs = torch.cat([A.sign().t(), torch.tensor([[1.0], [-1.0], [1e-3], [0.0]]).expand(4, D)])
+    x = (torch.finfo(dtype).max * signs).to(dtype)
     with adamss.disabled(model):
         expected = model(x)
     assert expected.isfinite().all()
     assert torch.equal(model(x), expected)
     with torch.no_grad():
         assert torch.equal(model(x), expected)
-
-
-# ---- what is kept -------------------------------------------------------------------------------------
 
 
 def kept_numbers(model, x):
@@ -219,9 +203,6 @@ def test_equal_ranks_make_no_product_wider():
     assert {(16, D), (16, N_OUT)} <= set(kept)
 
 
-# ---- the choice ---------------------------------------------------------------------------------------
-
-
 def test_the_choice_follows_the_cost_and_can_be_overridden(monkeypatch):
     model = adapted_layer()
     asked = []
@@ -263,13 +244,8 @@ def test_the_choice_goes_with_copies_and_not_into_files(tmp_path):
     assert copy.deepcopy(model)[0].adamss.default.order == "input_first"
     adamss.save(model, tmp_path / "a.safetensors")
     torch.manual_seed(0)
-    assert (
-        adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")[0].adamss.default.order
-        is None
-    )
-
-
-# ---- the base product ---------------------------------------------------------------------------------
+    loaded = adamss.load(nn.Sequential(nn.Linear(D, N_OUT)), tmp_path / "a.safetensors")
+    assert loaded[0].adamss.default.order is None
 
 
 def test_the_update_is_written_into_the_base_product():
@@ -285,57 +261,41 @@ def test_the_update_is_written_into_the_base_product():
     assert seen == [(y.data_ptr(), True, True)]
 
 
-def exotic_layers():
-    """Give models that do something to the base product which writing over it would spoil."""
-
-    class Activated(nn.Linear):
-        def forward(self, x):
-            return torch.sigmoid(super().forward(x))  # whose backward reads what it returned
-
-    class Named(nn.Linear):
-        pass
-
-    yield "subclass", Activated, lambda layer: None
-    yield "plain subclass", Named, lambda layer: None
-
-    def patched(layer):
-        inner = layer.forward
-        layer.forward = lambda x: torch.sigmoid(inner(x))
-
-    yield "patched forward", nn.Linear, patched
+class Activated(nn.Linear):
+    def forward(self, x):
+        return torch.sigmoid(super().forward(x))  # whose backward reads what it returned
 
 
-@pytest.mark.parametrize(
-    ("kind", "change"), [e[1:] for e in exotic_layers()], ids=[e[0] for e in exotic_layers()]
-)
-def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind, change):
-    torch.manual_seed(0)
-    model = nn.Sequential(kind(D, N_OUT))
-    plain = nn.Sequential(kind(D, N_OUT))
-    plain.load_state_dict(model.state_dict())
-    change(model[0])
-    change(plain[0])
-    adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
-    model[0].adamss.default.C.data.normal_()
+class Named(nn.Linear):
+    pass
+
+
+def patched(*sizes):
+    layer = nn.Linear(*sizes)
+    inner = layer.forward
+    layer.forward = lambda x: torch.sigmoid(inner(x))
+    return layer
+
+
+@pytest.mark.parametrize("kind", [Activated, Named, patched])
+def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind):
+    """Writing over the base product would spoil what it does to it."""
+    layer, plain = kind(D, N_OUT), kind(D, N_OUT)
+    plain.load_state_dict(layer.state_dict())
+    model = adapted_layer(layer=layer)
     x, dy = data(TOKENS)
     x.requires_grad_()
     f = model[0].adamss.default.factors()
     M, E = core.contract(f), core.expand(f)
-    expected = plain(x) + (x @ M) @ E
-    y = model(x)
-    assert_agrees(y.detach(), expected.detach(), dtype="float32", what="y")
-    (actual,), (reference,) = (torch.autograd.grad(out, x, dy) for out in (y, expected))
-    assert_agrees(actual, reference, dtype="float32", what="dx")
+    both = model(x), plain(x) + (x @ M) @ E
+    assert_agrees(both[0].detach(), both[1].detach(), dtype="float32", what="y")
+    assert_agrees(*(torch.autograd.grad(out, x, dy)[0] for out in both), dtype="float32", what="dx")
 
 
 def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
     """Spectral normalisation takes another step of its power iteration whenever somebody looks at the weight."""
-    torch.manual_seed(0)
-    layer = nn.Linear(D, N_OUT)
-    model = adamss.attach(nn.Sequential(layer), adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
-    layer.adamss.default.C.data.normal_()
-    layer.adamss.default.order = "factors_first"
-    looked = []
+    model, looked = adapted_layer("factors_first"), []
+    layer = model[0]
 
     class Doubled(nn.Module):
         def forward(self, weight):
@@ -354,12 +314,9 @@ def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
 
 
 def test_hooks_before_ours_keep_what_they_saw():
-    torch.manual_seed(0)
     layer, seen = nn.Linear(D, N_OUT), []
     layer.register_forward_hook(lambda module, args, output: seen.append(output))
-    model = nn.Sequential(layer)
-    adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=8, subspaces=3))
-    layer.adamss.default.C.data.normal_()
+    model = adapted_layer(layer=layer)
     x = data(TOKENS)[0].requires_grad_()
     y = model(x)
     with adamss.disabled(model):
@@ -368,16 +325,15 @@ def test_hooks_before_ours_keep_what_they_saw():
 
 
 def test_global_hooks_keep_what_they_saw():
-    model, seen = adapted_layer(), []
+    seen = []
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, args, output: seen.append(output) if isinstance(module, nn.Linear) else None
     )
     try:
-        x = data(TOKENS)[0]
-        y = model(x)
-        assert not torch.equal(seen[0], y)
+        y = adapted_layer()(data(TOKENS)[0])
     finally:
         handle.remove()
+    assert not torch.equal(seen[0], y)
 
 
 def test_function_modes_keep_what_they_saw():
@@ -409,25 +365,20 @@ def test_selective_checkpointing_hands_out_what_it_kept():
     def contexts():
         return create_selective_checkpoint_contexts(policy)
 
-    x = x.clone().requires_grad_()
-    model.zero_grad()
-    y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
-    y.backward(dy)
-    for actual, reference in zip(
-        (y.detach(), x.grad, model[0].adamss.default.B.grad), expected, strict=False
-    ):
-        assert_agrees(actual, reference, dtype="float32", what="selective checkpointing")
+    def checkpointed(x):
+        return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+    assert_agree(step(model, x, dy, checkpointed), expected, "float32", "selective checkpointing")
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_gradient_of_a_base_that_is_trained_too(order):
     model = adapted_layer(order, dtype=torch.float64)
     x, dy = data(TOKENS, dtype=torch.float64)
-    y, dx, dB, dC = step(model, x, dy)
+    expected = step(model, x, dy)
     model[0].weight.requires_grad_(True)
     model[0].bias.requires_grad_(True)
-    for actual, expected in zip(step(model, x, dy), (y, dx, dB, dC), strict=True):
-        assert_agrees(actual, expected, dtype="float64", what="with a trained base")
+    assert_agree(step(model, x, dy), expected, "float64", "with a trained base")
     assert_agrees(model[0].weight.grad, dy.T @ x, dtype="float64", what="weight")
     assert_agrees(model[0].bias.grad, dy.sum(0), dtype="float64", what="bias")
 
@@ -444,12 +395,15 @@ def test_backward_hooks_see_the_gradients_of_the_whole_layer(order):
     assert_agrees(inputs, expected, dtype="float32", what="gradient of the input")
 
 
-def test_the_result_may_be_changed_in_place():
+@pytest.mark.parametrize("tokens", [(TOKENS,), (2, TOKENS)], ids=str)
+def test_the_result_may_be_changed_in_place(tokens):
     model = adapted_layer()
-    x, dy = data(TOKENS)
-    x.requires_grad_()
-    torch.autograd.grad(torch.relu_(model(x)), x, dy)
-    torch.autograd.grad(model(x).mul_(2.0), x, dy)
+    x, dy = data(*tokens)
+    for change in (torch.relu, lambda y: y.mul(2.0)):
+        expected = step(model, x, dy, lambda x, change=change: change(model(x)))
+        in_place = torch.relu_ if change is torch.relu else lambda y: y.mul_(2.0)
+        actual = step(model, x, dy, lambda x, change=in_place: change(model(x)))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -466,12 +420,8 @@ def test_a_layer_used_twice_in_one_forward(order):
     y = layer(pad(layer(x)))
     assert_agrees(y.detach(), expected.detach(), dtype="float64", what="y")
     layer.adamss.default.active.fill_(True)
-    for actual, reference in zip(
-        torch.autograd.grad(layer(pad(layer(x))), leaves, dy),
-        torch.autograd.grad(expected, leaves, dy),
-        strict=True,
-    ):
-        assert_agrees(actual, reference, dtype="float64", what="gradient")
+    actual, expected = (torch.autograd.grad(each, leaves, dy) for each in (layer(pad(layer(x))), expected))
+    assert_agree(actual, expected, "float64", "gradient")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -481,17 +431,6 @@ def test_compiled_without_a_graph_break(order):
     expected = step(model, x, dy)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = x.clone().requires_grad_()
-    model.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the compiler's own imports
-        y = compiled(x)
-    y.backward(dy)
-    actual = (y.detach(), x.grad, model[0].adamss.default.B.grad, model[0].adamss.default.C.grad)
-    for ours, reference in zip(actual, expected, strict=True):
-        assert_agrees(ours, reference, dtype="float32", what=order)
-
-
-def test_the_config_holds_no_schedule():
-    """It depends on the machine: a file must not carry it to another."""
-    assert "order" not in {field.name for field in dataclasses.fields(adamss.AdamssConfig)}
+        assert_agree(step(model, x, dy, compiled), expected, "float32", order)

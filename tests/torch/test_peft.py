@@ -3,17 +3,21 @@
 import copy
 import json
 import shutil
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch_support import assert_same_state, required, state
 
 import adamss
 import adamss_torch
 from adamss import errors
 from adamss.backend import BaseWeight, NumpyLinear, NumpyModel
+from adamss.io import peft as ours
+from adamss.verbs.exchange import _why_uncertain
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("sklearn")
@@ -28,14 +32,14 @@ def _peft_reads_what_transformers_has_deprecated():
         yield
 
 
-def trained_by_peft(base, folder, call, *, dtype=None, **options):
+def trained_by_peft(base, folder, x, *, read=lambda y: y, **options):
     """Save an adapter that PEFT has trained for a few steps, and return its model."""
     settings = {"r": 24, "num_subspaces": 4, "subspace_rank": 1, "target_modules": TARGETS} | options
     model = peft.get_peft_model(base, peft.AdamssConfig(**settings))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     for _ in range(4):
         optimizer.zero_grad()
-        call(model).float().square().mean().backward()
+        read(model(x)).float().square().mean().backward()
         optimizer.step()
     model.save_pretrained(folder)
     return model.eval()
@@ -45,13 +49,12 @@ def _arrays(layer):
     return layer.weight.detach().numpy().T, layer.bias.detach().numpy()
 
 
-def value_of(model, call):
-    with torch.no_grad():
-        return call(model)
-
-
 def loaded_by_peft(base, folder):
     return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+def assert_close(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 @pytest.fixture
@@ -75,12 +78,11 @@ class TestFromPeft:
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("name", CASES)
     def test_outputs_are_those_of_peft(self, net, x, tmp_path, name, bias):
-        theirs = trained_by_peft(net(bias=bias), tmp_path, lambda m: m(x), **CASES[name])
-        expected = value_of(theirs, lambda m: m(x))
-        start = value_of(net(bias=bias), lambda m: m(x))
-        assert float((expected - start).abs().max()) > 1e-2
+        theirs = trained_by_peft(net(bias=bias), tmp_path, x, **CASES[name])
+        expected = theirs(x)
+        assert (expected - net(bias=bias)(x)).abs().max() > 1e-2
         model = adamss.from_peft(net(bias=bias), tmp_path)
-        torch.testing.assert_close(value_of(model, lambda m: m(x)), expected, rtol=0, atol=1e-5)
+        assert_close(model(x), expected)
         row = adamss.summary(model).rows[0]
         lists = theirs.base_model.model.layers[0].query
         assert len(lists.adamss_A["default"]) == row.K
@@ -89,82 +91,77 @@ class TestFromPeft:
     @pytest.mark.parametrize("subspace_rank", [1, 3])
     def test_minilm(self, minilm, tmp_path, subspace_rank):
         tokens = torch.randint(5, 3000, (3, 12), generator=torch.Generator().manual_seed(0))
-        call = lambda model: model(tokens).last_hidden_state  # noqa: E731
+        read = lambda y: y.last_hidden_state  # noqa: E731
         options = {"r": 100, "num_subspaces": 10, "subspace_rank": subspace_rank}
-        expected = value_of(trained_by_peft(minilm(), tmp_path, call, **options), call)
+        expected = read(trained_by_peft(minilm(), tmp_path, tokens, read=read, **options)(tokens))
         model = adamss.from_peft(minilm(), tmp_path)
-        torch.testing.assert_close(value_of(model, call), expected, rtol=0, atol=1e-5)
+        assert_close(read(model(tokens)), expected)
         # In another dtype the columns stay where they are, which PEFT cannot promise.
         adamss.save(model, tmp_path / "ours.safetensors")
         half = adamss.load(minilm(torch.bfloat16), tmp_path / "ours.safetensors")
         adamss.merge(adamss.load(minilm(), tmp_path / "ours.safetensors"))
-        rounded = value_of(minilm(torch.bfloat16), call).float() - value_of(minilm(), call)
-        moved = value_of(half, call).float() - expected
-        assert float(moved.norm()) < 2 * float(rounded.norm())
+        rounded = read(minilm(torch.bfloat16)(tokens)).float() - read(minilm()(tokens))
+        moved = read(half(tokens)).float() - expected
+        assert moved.norm() < 2 * rounded.norm()
 
     def test_half_precision_and_float64_bases(self, net, inputs, tmp_path):
         for dtype, atol in ((torch.bfloat16, 0.05), (torch.float64, 1e-9)):
             x, folder = inputs(6, 16, dtype=dtype), tmp_path / str(dtype)
-            theirs = trained_by_peft(net(dtype=dtype), folder, lambda m, x=x: m(x))
-            expected = value_of(theirs, lambda m, x=x: m(x))
+            theirs = trained_by_peft(net(dtype=dtype), folder, x)
+            expected = theirs(x)
             model = adamss.from_peft(net(dtype=dtype), folder)
-            torch.testing.assert_close(value_of(model, lambda m, x=x: m(x)), expected, rtol=0, atol=atol)
+            assert_close(model(x), expected, atol=atol)
 
     def test_it_trains_on_and_goes_back(self, net, x, train, tmp_path):
-        trained_by_peft(
-            net(), tmp_path / "theirs", lambda m: m(x), subspace_rank=2, modules_to_save=["classifier"]
-        )
+        trained_by_peft(net(), tmp_path / "theirs", x, subspace_rank=2, modules_to_save=["classifier"])
         model = train(adamss.from_peft(net(), tmp_path / "theirs"))
-        expected = value_of(model, lambda m: m(x))
+        expected = model(x)
         written = adamss.to_peft(model, tmp_path / "ours")
         assert str(written) == f"AdaMSS of PEFT on 4 layers in {str(tmp_path / 'ours')!r}, with classifier"
         theirs = loaded_by_peft(net(), tmp_path / "ours")
-        torch.testing.assert_close(value_of(theirs, lambda m: m(x)), expected, rtol=0, atol=1e-5)
+        assert_close(theirs(x), expected)
         again = adamss.from_peft(net(), tmp_path / "ours")
-        torch.testing.assert_close(value_of(again, lambda m: m(x)), expected, rtol=0, atol=1e-6)
+        assert_close(again(x), expected, atol=1e-6)
 
     def test_the_random_state_is_left_alone(self, net, x, tmp_path):
-        trained_by_peft(net(), tmp_path, lambda m: m(x))
+        trained_by_peft(net(), tmp_path, x)
         state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
         adamss.from_peft(net(), tmp_path)
         assert torch.equal(torch.get_rng_state(), state)
         np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
 
     def test_numbering_is_by_the_lowest_column(self, net, x, tmp_path):
-        trained_by_peft(net(), tmp_path, lambda m: m(x))
+        trained_by_peft(net(), tmp_path, x)
         labels = adamss.from_peft(net(), tmp_path).layers[0].query.adamss.default.labels
         _, first = np.unique(labels.numpy(), return_index=True)
         assert (np.diff(first) > 0).all()
 
     def test_a_model_of_another_framework(self, net, x, tmp_path):
-        theirs = trained_by_peft(net(), tmp_path, lambda m: m(x), subspace_rank=2)
+        theirs = trained_by_peft(net(), tmp_path, x, subspace_rank=2)
         weight, bias = _arrays(net().layers[1].query)
         names = [f"layers.{i}.{name}" for i in (0, 1) for name in TARGETS]
         layers = {name: NumpyLinear(*_arrays(net().get_submodule(name))) for name in names}
         model = adamss.from_peft(NumpyModel(layers), tmp_path)
-        expected = value_of(theirs.base_model.model.layers[1].query, lambda layer: layer(x)).numpy()
+        expected = theirs.base_model.model.layers[1].query(x).detach().numpy()
         assert np.abs(expected - (x.numpy() @ weight + bias)).max() > 1e-2
         np.testing.assert_allclose(model["layers.1.query"](x.numpy()), expected, rtol=0, atol=1e-5)
         adamss.to_peft(model, tmp_path / "back")
-        back = loaded_by_peft(net(), tmp_path / "back")
-        torch.testing.assert_close(back(x), theirs(x), rtol=0, atol=1e-5)
+        assert_close(loaded_by_peft(net(), tmp_path / "back")(x), theirs(x))
 
 
 class TestRefusals:
     @pytest.fixture
     def folder(self, net, x, tmp_path):
-        trained_by_peft(net(), tmp_path / "theirs", lambda m: m(x), r=12, modules_to_save=["classifier"])
+        trained_by_peft(net(), tmp_path / "theirs", x, r=12, modules_to_save=["classifier"])
         return tmp_path / "theirs"
 
     def refused(self, model, folder, match, kind=errors.CheckpointError):
-        before = {name: value.clone() for name, value in model.state_dict().items()}
+        before = state(model)
         with pytest.raises(kind, match=match) as caught:
             adamss.from_peft(model, folder)
         assert isinstance(caught.value, errors.AdamssError)
-        after = model.state_dict()
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        assert all(p.requires_grad for p in model.parameters())
+        assert_same_state(model, before)
+        assert all(required(model).values())
 
     def test_another_base(self, net, folder):
         self.refused(net(seed=1), folder, r"layers\.0\.query: the adapter was trained on another base")
@@ -172,17 +169,13 @@ class TestRefusals:
     @pytest.mark.parametrize("r", [12, 100])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_the_base_in_another_dtype(self, net, x, tmp_path, dtype, r):
-        trained_by_peft(net(), tmp_path, lambda m: m(x), r=r)
+        trained_by_peft(net(), tmp_path, x, r=r)
         rounded = net().to(dtype).float()
         self.refused(rounded, tmp_path, r"in another dtype.*adamss\.save it from there")
 
     def test_a_base_with_other_names(self, net, folder):
-        class Outer(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.body = net()
-
-        self.refused(Outer(), folder, r"no layer 'layers\.0\.query'.*near matches: body\.layers\.0\.query")
+        outer = torch.nn.ModuleDict({"body": net()})
+        self.refused(outer, folder, r"no layer 'layers\.0\.query'.*near matches: body\.layers\.0\.query")
 
     @pytest.mark.parametrize("method", ["LORA", "IA3"])
     def test_another_method(self, net, config, folder, method):
@@ -194,17 +187,17 @@ class TestRefusals:
         self.refused(net(), folder, f"of the method {method}, and from_peft reads ADAMSS")
 
     def test_missing_files(self, net, folder, tmp_path):
-        self.refused(net(), tmp_path / "none", "no folder", errors.CheckpointNotFoundError)
+        missing = errors.CheckpointNotFoundError
+        self.refused(net(), tmp_path / "none", "no folder", missing)
+        self.refused(net(), "", "empty name", missing)
         shutil.copytree(folder, tmp_path / "named" / "default")
-        self.refused(
-            net(), tmp_path / "named", "its folder 'default' has one", errors.CheckpointNotFoundError
-        )
+        self.refused(net(), tmp_path / "named", "its folder 'default' has one", missing)
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
         self.refused(net(), folder, "pickled")
         (folder / "adapter_model.bin").unlink()
-        self.refused(net(), folder, "no adapter_model.safetensors", errors.CheckpointNotFoundError)
+        self.refused(net(), folder, "no adapter_model.safetensors", missing)
         (folder / "adapter_config.json").unlink()
-        self.refused(net(), folder, "no adapter_config.json", errors.CheckpointNotFoundError)
+        self.refused(net(), folder, "no adapter_config.json", missing)
 
     def test_a_file_of_adamss(self, net, config, tmp_path):
         adamss.save(adamss.attach(net(), config()), tmp_path / "a.safetensors")
@@ -253,12 +246,16 @@ class TestRefusals:
             ({"layers.0.query.adamss_newB": torch.eye(12, 17)}, "its basis is in bfloat16"),
             ({"layers.0.query.adamss_newB": torch.eye(12, 17) / 3}, "its basis lies outside"),
             ({"layers.0.query.adamss_B.1": torch.zeros(2, 1)}, "it has subspaces of"),
+            ({"layers.0.query.adamss_A.00": torch.zeros(1, 12)}, "none that PEFT's AdaMSS"),
             ({"classifier.weight": torch.zeros(2, 2)}, "classifier"),
+            ({"query.weight": torch.zeros(2)}, "not named as PEFT does"),
+            ({".".join("a" * 60_000): torch.zeros(2)}, "a name longer than that of any module"),
         ],
     )
     def test_tensors(self, net, folder, changes, match):
         path = folder / "adapter_model.safetensors"
-        tensors = load_file(path) | {f"base_model.model.{name}": tensor for name, tensor in changes.items()}
+        prefix = "" if "query.weight" in changes else "base_model.model."
+        tensors = load_file(path) | {f"{prefix}{name}": tensor for name, tensor in changes.items()}
         save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
         self.refused(net(), folder, match)
 
@@ -271,22 +268,13 @@ class TestRefusals:
             for _ in range(rng.integers(1, 4)):
                 spoiled[rng.integers(len(spoiled) if rng.random() < 0.5 else 200)] = rng.integers(256)
             (folder / name).write_bytes(spoiled)
-            model = net()
-            before = {key: value.clone() for key, value in model.state_dict().items()}
+            model, before = net(), state(net())
             try:
                 adamss.from_peft(model, folder)
             except errors.AdamssError:
                 refused += 1
-                after = model.state_dict()
-                assert before.keys() == after.keys()
-                assert all(torch.equal(before[key], after[key]) for key in before)
+                assert_same_state(model, before)
         assert 50 < refused < 200
-
-    def test_a_name_that_never_ends(self, net, folder):
-        path = folder / "adapter_model.safetensors"
-        endless = "base_model.model." + ".".join("a" * 60_000)
-        save_file(load_file(path) | {endless: torch.zeros(2)}, path)
-        self.refused(net(), folder, "a name longer than that of any module")
 
     def test_what_a_file_says_is_shown_short_and_without_commands(self, net, folder):
         path = folder / "adapter_config.json"
@@ -303,19 +291,9 @@ class TestRefusals:
             file.truncate(1 << 34)
         self.refused(net(), folder, "its length is not what its header says|longer than")
 
-    def test_another_spelling_of_a_number(self, net, folder):
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path)
-        extra = {"base_model.model.layers.0.query.adamss_A.00": torch.zeros(1, 12)}
-        save_file(tensors | extra, path)
-        self.refused(net(), folder, "none that PEFT's AdaMSS")
-
     def test_the_meta_device(self, net, folder):
         with pytest.raises(errors.LayerError, match="meta device"):
             adamss.from_peft(net().to("meta"), folder)
-
-    def test_no_name_at_all(self, net):
-        self.refused(net(), "", "empty name", errors.CheckpointNotFoundError)
 
     def test_a_grouping_that_rounding_decides(self, net, folder, monkeypatch):
         """Where the basis is not that of the file to the bit, the grouping has to withstand other roundings."""
@@ -324,8 +302,6 @@ class TestRefusals:
         tensors = load_file(path)
         save_file(tensors | {name: tensors[name] * (1 + 1e-7)}, path)
         adamss.from_peft(net(), folder)
-        from adamss.io import peft as ours
-
         real = ours.grouping_of
 
         def wavering(rows, *args, **kwargs):
@@ -336,11 +312,6 @@ class TestRefusals:
 
         monkeypatch.setattr(ours, "grouping_of", wavering)
         self.refused(net(), folder, "rounding decides")
-
-    def test_foreign_names(self, net, folder):
-        path = folder / "adapter_model.safetensors"
-        save_file(load_file(path) | {"query.weight": torch.zeros(2)}, path)
-        self.refused(net(), folder, "not named as PEFT does")
 
     def test_truncated(self, net, folder):
         path = folder / "adapter_model.safetensors"
@@ -355,8 +326,6 @@ class TestRefusals:
             adamss.from_peft(model, folder)
 
     def test_without_scikit_learn(self, net, folder, monkeypatch):
-        import sys
-
         monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
         monkeypatch.delitem(sys.modules, "adamss_torch.peft", raising=False)
         self.refused(net(), folder, r"adamss\[peft\]", errors.MissingBackendError)
@@ -365,9 +334,6 @@ class TestRefusals:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_other_grouping_gets_through(dtype):
     """Random layers, whose grouping a breath changes: each is let through as it was grouped, or not at all."""
-    from adamss.io import peft as ours
-    from adamss.verbs.exchange import _why_uncertain
-
     changes = {
         "nothing": lambda W, noise: W,
         "rounding": lambda W, noise: W * (1 + 1e-7 * noise),
@@ -398,16 +364,19 @@ def test_no_other_grouping_gets_through(dtype):
     assert through["noise"] < 5
 
 
+WORDS = torch.arange(9)
+
+
 class Tied(torch.nn.Module):
-    """Embeddings and a head that are one tensor, or two."""
+    """Embeddings and a head that are one tensor, or two alike."""
 
     def __init__(self, *, tied=True):
         super().__init__()
         self.embed = torch.nn.Embedding(9, 16)
         self.query = torch.nn.Linear(16, 16)
         self.head = torch.nn.Linear(16, 9, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
+        weight = self.embed.weight
+        self.head.weight = weight if tied else torch.nn.Parameter(weight.detach().clone())
 
     def forward(self, tokens):
         return self.head(self.query(self.embed(tokens)))
@@ -425,46 +394,31 @@ class TestTiedWeights:
 
         return make
 
-    def config(self):
-        return adamss.AdamssConfig(targets=["query"], rank=8, subspaces=1, modules_to_save=["head"])
+    def config(self, *saved):
+        saved = saved or ("head",)
+        return adamss.AdamssConfig(targets=["query"], rank=8, subspaces=1, modules_to_save=saved)
 
-    @pytest.mark.parametrize("saved", ["head", "embed"])
+    @pytest.mark.parametrize("saved", [["head"], ["embed"], ["embed", "head"]], ids=str)
     def test_from_peft(self, tied, tmp_path, saved):
-        tokens = torch.arange(9)
-        options = {"target_modules": ["query"], "modules_to_save": [saved], "r": 8}
-        theirs = trained_by_peft(tied(), tmp_path, lambda m: m(tokens), **options)
+        """PEFT trains a copy of each, of which one tensor could hold the last alone."""
+        options = {"target_modules": ["query"], "modules_to_save": saved, "r": 8}
+        theirs = trained_by_peft(tied(), tmp_path, WORDS, **options)
         with pytest.raises(errors.CheckpointError, match="are one tensor in this model, and were two"):
             adamss.from_peft(tied(), tmp_path)
-        untied = tied()
-        untied.head.weight = torch.nn.Parameter(untied.embed.weight.detach().clone())
-        model = adamss.from_peft(untied, tmp_path)
-        torch.testing.assert_close(model(tokens), theirs(tokens), rtol=0, atol=1e-5)
-
-    def test_both_saved(self, tied, tmp_path):
-        """PEFT trains two copies, of which one tensor could hold the last alone."""
-        tokens, both = torch.arange(9), ["embed", "head"]
-        options = {"target_modules": ["query"], "modules_to_save": both, "r": 8}
-        theirs = trained_by_peft(tied(), tmp_path, lambda m: m(tokens), **options)
-        with pytest.raises(errors.CheckpointError, match="are one tensor in this model, and were two"):
-            adamss.from_peft(tied(), tmp_path)
-        untied = tied()
-        untied.head.weight = torch.nn.Parameter(untied.embed.weight.detach().clone())
-        model = adamss.from_peft(untied, tmp_path)
-        torch.testing.assert_close(model(tokens), theirs(tokens), rtol=0, atol=1e-5)
-
+        model = adamss.from_peft(tied(tied=False), tmp_path)
+        assert_close(model(WORDS), theirs(WORDS))
         adamss.save(model, tmp_path / "a.safetensors")
         with pytest.raises(errors.CheckpointError, match="are one tensor in this model, and were two"):
             adamss.load(tied(), tmp_path / "a.safetensors")
-        config = adamss.AdamssConfig(targets=["query"], rank=8, subspaces=1, modules_to_save=both)
-        model = adamss.attach(tied(), config)
+
+    def test_both_saved(self, tied, tmp_path):
+        model = adamss.attach(tied(), self.config("embed", "head"))
         with pytest.raises(errors.StateError, match="is tied to"):
             adamss.to_peft(model, tmp_path / "out")
         with torch.no_grad():
             model.embed.weight.add_(1)
         adamss.save(model, tmp_path / "b.safetensors")
-        torch.testing.assert_close(
-            adamss.load(tied(), tmp_path / "b.safetensors")(tokens), model(tokens), rtol=0, atol=1e-5
-        )
+        assert_close(adamss.load(tied(), tmp_path / "b.safetensors")(WORDS), model(WORDS))
 
     def test_a_file_that_does_not_say(self, tied, tmp_path, monkeypatch):
         """A JAX model may tie by what it computes, which no backend sees."""
@@ -473,51 +427,43 @@ class TestTiedWeights:
         with torch.no_grad():
             model.head.weight.add_(1)
         adamss.save(model, tmp_path / "one.safetensors")
-        config = adamss.AdamssConfig(
-            targets=["query"], rank=8, subspaces=1, modules_to_save=["embed", "head"]
-        )
-        adamss.save(adamss.attach(tied(), config), tmp_path / "alike.safetensors")
-        untied = tied()
-        untied.head.weight = torch.nn.Parameter(untied.head.weight.detach() + 1)
-        adamss.save(adamss.attach(untied, config), tmp_path / "two.safetensors")
+        both = self.config("embed", "head")
+        adamss.save(adamss.attach(tied(), both), tmp_path / "alike.safetensors")
+        untied = tied(tied=False)
+        untied.head.weight.data.add_(1)
+        adamss.save(adamss.attach(untied, both), tmp_path / "two.safetensors")
         monkeypatch.undo()
-
-        tokens = torch.arange(9)
         with pytest.warns(adamss.AdamssWarning, match="the file does not say") as warned:
             loaded = adamss.load(tied(), tmp_path / "one.safetensors")
         assert warned[0].filename == __file__
-        torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=1e-5)
+        assert_close(loaded(WORDS), model(WORDS))
         adamss.load(tied(), tmp_path / "alike.safetensors")
         with pytest.raises(errors.CheckpointError, match="of different values in the file"):
             adamss.load(tied(), tmp_path / "two.safetensors")
 
     def test_to_peft(self, tied, tmp_path):
         model = adamss.attach(tied(), self.config())
-        with pytest.raises(
-            errors.StateError, match=r"head\.weight of modules_to_save is tied to embed\.weight"
-        ):
+        match = r"head\.weight of modules_to_save is tied to embed\.weight"
+        with pytest.raises(errors.StateError, match=match):
             adamss.to_peft(model, tmp_path / "out")
         adamss.to_peft(adamss.attach(tied(tied=False), self.config()), tmp_path / "out")
 
     def test_files(self, tied, tmp_path):
         for there, here, what in ((True, False, "two tensors"), (False, True, "one tensor")):
             adamss.save(adamss.attach(tied(tied=there), self.config()), tmp_path / "a.safetensors")
-            base = tied(tied=there)
-            adamss.load(base, tmp_path / "a.safetensors")
-            other = tied(tied=here)
-            other.query.load_state_dict(tied(tied=there).query.state_dict())
+            adamss.load(tied(tied=there), tmp_path / "a.safetensors")
             with pytest.raises(errors.CheckpointError, match=f"head.weight' and 'embed.weight' are {what}"):
-                adamss.load(other, tmp_path / "a.safetensors")
+                adamss.load(tied(tied=here), tmp_path / "a.safetensors")
 
 
 def test_a_head_that_peft_writes_whole_besides(causal_lm, tmp_path):
-    tokens = torch.arange(9)[None]
+    tokens = WORDS[None]
     options = {"target_modules": ["q_proj", "lm_head"], "r": 8}
-    theirs = trained_by_peft(causal_lm(tied=False), tmp_path, lambda m: m(tokens).logits, **options)
+    theirs = trained_by_peft(causal_lm(), tmp_path, tokens, read=lambda y: y.logits, **options)
     assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
-    model = adamss.from_peft(causal_lm(tied=False), tmp_path)
-    torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-5)
-    other = causal_lm(tied=False)
+    model = adamss.from_peft(causal_lm(), tmp_path)
+    assert_close(model(tokens).logits, theirs(tokens).logits)
+    other = causal_lm()
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1
     with pytest.raises(errors.CheckpointError, match=r"'lm_head\.weight'.*another than in this base"):
@@ -546,19 +492,15 @@ def test_a_layer_that_appears_twice(tmp_path):
 class TestToPeft:
     def test_a_layer_whose_path_is_the_end_of_another(self, tmp_path):
         torch.manual_seed(0)
-        model = torch.nn.ModuleDict(
-            {"a": torch.nn.Linear(8, 8), "x": torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})}
-        )
+        linear = torch.nn.Linear
+        model = torch.nn.ModuleDict({"a": linear(8, 8), "x": torch.nn.ModuleDict({"a": linear(8, 8)})})
         base = copy.deepcopy(model)
         config = adamss.AdamssConfig(targets="a", rank=4, subspaces=1)
         adamss.attach(model, config)
         for write in (adamss.to_peft, adamss.to_lora):
             write(model, tmp_path)
-            adapted = [
-                name
-                for name, module in loaded_by_peft(copy.deepcopy(base), tmp_path).named_modules()
-                if hasattr(module, "base_layer")
-            ]
+            theirs = loaded_by_peft(copy.deepcopy(base), tmp_path)
+            adapted = [name for name, module in theirs.named_modules() if hasattr(module, "base_layer")]
             assert adapted == ["base_model.model.a"]
 
     def test_what_an_earlier_export_left_beside_it(self, net, config, tmp_path):
@@ -572,23 +514,20 @@ class TestToPeft:
         for options in ({}, {"include_bias": True}, {"rank": 3}):
             model = train(adamss.attach(net(), config(subspaces=1, subspace_rank=3, **options)))
             adamss.to_peft(model, tmp_path)
-            theirs = loaded_by_peft(net(), tmp_path)
-            torch.testing.assert_close(theirs(x), model(x), rtol=0, atol=1e-5)
+            assert_close(loaded_by_peft(net(), tmp_path)(x), model(x))
 
     def test_a_portable_file_in_between(self, net, x, tmp_path):
-        theirs = trained_by_peft(net(), tmp_path / "theirs", lambda m: m(x), subspace_rank=2)
+        theirs = trained_by_peft(net(), tmp_path / "theirs", x, subspace_rank=2)
         adamss.save(adamss.from_peft(net(), tmp_path / "theirs"), tmp_path / "a.safetensors")
         for trainable in (True, False):
-            adamss.to_peft(
-                adamss.load(net(), tmp_path / "a.safetensors", trainable=trainable), tmp_path / "back"
-            )
-            back = loaded_by_peft(net(), tmp_path / "back")
-            torch.testing.assert_close(back(x), theirs(x), rtol=0, atol=1e-5)
+            model = adamss.load(net(), tmp_path / "a.safetensors", trainable=trainable)
+            adamss.to_peft(model, tmp_path / "back")
+            assert_close(loaded_by_peft(net(), tmp_path / "back")(x), theirs(x))
 
     def test_a_merged_model(self, net, x, tmp_path):
-        theirs = trained_by_peft(net(), tmp_path / "theirs", lambda m: m(x))
+        theirs = trained_by_peft(net(), tmp_path / "theirs", x)
         adamss.to_peft(adamss.merge(adamss.from_peft(net(), tmp_path / "theirs")), tmp_path / "ours")
-        torch.testing.assert_close(loaded_by_peft(net(), tmp_path / "ours")(x), theirs(x), rtol=0, atol=1e-5)
+        assert_close(loaded_by_peft(net(), tmp_path / "ours")(x), theirs(x))
 
     @pytest.mark.parametrize(
         ("changes", "match"),
@@ -604,7 +543,7 @@ class TestToPeft:
         assert not (tmp_path / "out").exists()
 
     def test_frozen_subspaces_are_told_of(self, net, x, tmp_path):
-        trained_by_peft(net(), tmp_path, lambda m: m(x))
+        trained_by_peft(net(), tmp_path, x)
         model = adamss.from_peft(net(), tmp_path)
         model.layers[0].query.adamss.default.active[1] = False
         with pytest.warns(adamss.AdamssWarning, match="no mask; 1 frozen"):
@@ -612,7 +551,7 @@ class TestToPeft:
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
     def test_factors_that_are_not_finite(self, net, x, tmp_path):
-        trained_by_peft(net(), tmp_path, lambda m: m(x))
+        trained_by_peft(net(), tmp_path, x)
         model = adamss.from_peft(net(), tmp_path)
         model.layers[0].query.adamss.default.C.data[0, 0] = torch.inf
         with pytest.raises(errors.ArrayValueError, match=r"layers\.0\.query"):

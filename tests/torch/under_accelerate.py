@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from on_two_processes import adamw, adapted, batch, controlled, loss_of, same_on_all, schedule, trained
+from on_two_processes import adamw, adapted, assert_same_training, batch, same_on_all, schedule
+from torch_support import controlled, loss_of
 
 from adamss import AdamssWarning
 
@@ -37,14 +38,14 @@ def train_together(accelerator: Accelerator, config) -> tuple[torch.nn.Module, l
 
 
 def train_alone(config) -> tuple[torch.nn.Module, list]:
-    model, masks = adapted(), []
+    model, seen = adapted(), []
     optimizer = adamw(model)
-    with controlled(model, optimizer, config, on_allocation=lambda a: masks.append(a.masks)):
+    with controlled(model, optimizer, config, on_allocation=seen.append):
         for number in range(0, MICRO_BATCHES - 1, 2):
             optimizer.zero_grad()
             ((loss_of(model, batch(number)) + loss_of(model, batch(number + 1))) / 2).backward()
             optimizer.step()
-    return model, masks
+    return model, [allocation.masks for allocation in seen]
 
 
 def main(folder: Path) -> None:
@@ -54,11 +55,8 @@ def main(folder: Path) -> None:
     config = schedule(interval=2)
     model, masks = train_together(accelerator, config)
     alone, expected = train_alone(config)
-    assert len(masks) == len(expected) == 3
-    for ours, theirs in zip(masks, expected, strict=True):
-        assert all(torch.equal(ours[path], theirs[path]) for path in theirs)
-    for a, b in zip(trained(model), trained(alone), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert len(masks) == 3
+    assert_same_training(model, masks, alone, expected)
     (folder / f"accelerate-{accelerator.process_index}").touch()
     accelerator.end_training()
 
