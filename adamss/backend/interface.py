@@ -356,6 +356,20 @@ class Models(ABC):
     def adaptation(self, model: Model) -> Adaptation | None:
         """Return what is attached to the model, or None; arrays as they are, not copies."""
 
+    def probed(self, model: Model, path: str) -> Array | None:
+        """Return what an adapted layer makes of some input, the same at each call.
+
+        None where its forward is known to be that of its kind, or no input can be made for it.
+        """
+        return None
+
+    def lost(self, model: Model) -> Mapping[str, str]:
+        """Return the adapted layers that somebody has replaced or resized since, and what happened, as a clause.
+
+        They are not among those of `adaptation`.
+        """
+        return {}
+
     @abstractmethod
     def originals(self, model: Model) -> Mapping[str, Mapping[str, Array]]:
         """Return the base values of ``modules_to_save`` that `insert` was given, by module path and name."""

@@ -6,6 +6,7 @@ consolidating those that are frozen, unmerging and detaching none; each is one c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,9 +21,19 @@ from adamss.backend.sites import BaseWeight, Site, arrays_of, owner_of
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, device, namespace
-from adamss.errors import ArrayValueError, LayerError, StateError
+from adamss.errors import AdamssWarning, ArrayValueError, LayerError, StateError
 
-__all__ = ["base_weight", "hold", "put", "release", "require_kept_base", "sites_of", "switched_off", "whole"]
+__all__ = [
+    "base_weight",
+    "hold",
+    "put",
+    "release",
+    "require_kept_base",
+    "require_unchanged",
+    "sites_of",
+    "switched_off",
+    "whole",
+]
 
 
 def require_kept_base(adaptation: Adaptation, verb: str) -> None:
@@ -37,6 +48,22 @@ def require_kept_base(adaptation: Adaptation, verb: str) -> None:
         raise StateError(
             f"{verb}: the base weights were dropped (keep_base=False); load the base model afresh"
         )
+
+
+def require_unchanged(backend: Backend, model: Model, verb: str) -> None:
+    """Check that no adapted layer was replaced or resized; `save` is told of it, so that no work is lost."""
+    lost = backend.lost(model)
+    if not lost:
+        return
+    path, why = next(iter(lost.items()))
+    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+    if verb == "save":
+        warnings.warn(f"save: {path} {why}{more}: the file is without it", AdamssWarning, stacklevel=4)
+        return
+    raise StateError(
+        f"{verb}: {path} {why}{more}; put the layer back, or save what is left by adamss.save and load it into a "
+        "model of the new form (adamss.load)"
+    )
 
 
 def sites_of(backend: Backend, model: Model, adaptation: Adaptation) -> dict[str, Site]:
@@ -79,7 +106,14 @@ def base_weight(
     kept, arrays = ledger.base.get(owner_of(site.path)), backend.own_arrays(site)
     # Kept in the host's memory, and wanted where the layer is.
     arrays |= {name: to_device(array, device(arrays[name])) for name, array in (kept or {}).items()}
-    base = site.weight(arrays)
+    try:
+        base = site.weight(arrays)
+    except NotImplementedError as error:
+        kind = type(arrays[site.kind.weight]).__name__
+        raise LayerError(
+            f"{site.path}: its weight is a {kind}, which nobody here can read ({str(error)[:80]}...); dequantise it "
+            "first, or register an adamss.backend.Store that reads it"
+        ) from error
     if values and not backend.has_values(base.W):
         raise LayerError(
             f"{site.path} is on the meta device: its weight has no values; load the weights first"
@@ -178,12 +212,27 @@ def hold(
         weights[path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
         lost[path] = float(merged.lost)
     arrays, kept = arrays_of(weights, sites, backend.own_arrays), adaptation.ledger.base
+    outputs = {path: backend.probed(model, path) for path in sites}
     with ExitStack() as undo:
         model, before = _exchanged(undo, backend.exchange, model, arrays)
         former = {owner: kept.get(owner, before[owner]) if keep_base else None for owner in owners}
         model = _entered(undo, backend, model, adaptation.ledger, Ledger(dict(subspaces), former))
+        for path, output in outputs.items():
+            if output is not None:
+                _check_output(path, output, backend.probed(model, path), weights[path].W)
         undo.pop_all()
     return model, lost
+
+
+def _check_output(path: str, before: Any, after: Any, W: Any) -> None:
+    """Check that a layer of another forward than its kind has computes with the update in its weight what it did."""
+    xp = namespace(before)
+    size, difference = float(xp.max(xp.abs(before))), float(xp.max(xp.abs(after - before)))
+    if difference > (0.05 if xp.finfo(W.dtype).bits < 32 else 1e-3) * size:
+        raise LayerError(
+            f"{path}: its forward is not that of its weight alone: with the update in the weight, the output for a "
+            f"random input differs by {difference:.3g} of {size:.3g}; leave the adapter unmerged"
+        )
 
 
 def release(backend: Backend, model: Model, adaptation: Adaptation, *, saved: bool = False) -> Model:
@@ -195,6 +244,7 @@ def release(backend: Backend, model: Model, adaptation: Adaptation, *, saved: bo
         If one cannot be written.
     """
     base, originals = _kept(adaptation), backend.originals(model) if saved else {}
+    _check_saved(backend, model, originals)
     backend.check_writable(model, base, originals)
     with ExitStack() as undo:
         if base:
@@ -210,6 +260,7 @@ def release(backend: Backend, model: Model, adaptation: Adaptation, *, saved: bo
 def switched_off(backend: Backend, model: Model, adaptation: Adaptation) -> Iterator[Model]:
     """Give a model that computes what the base model computes, saved modules included, and undo that afterwards."""
     base, originals = _kept(adaptation), backend.originals(model)
+    _check_saved(backend, model, originals)
     backend.check_writable(model, base, originals)
     with ExitStack() as undo:
         off, _ = _exchanged(undo, backend.exchange, model, base)
@@ -217,6 +268,20 @@ def switched_off(backend: Backend, model: Model, adaptation: Adaptation) -> Iter
         if off is model:
             undo.callback(backend.switched, model, on=True)
         yield backend.switched(off, on=False)
+
+
+def _check_saved(backend: Backend, model: Model, originals: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that modules to save have the arrays that they had."""
+    modules = backend.modules(model)
+    for path, own in originals.items():
+        present = backend.arrays(modules[path]) if path in modules else {}
+        shapes, now = ({name: tuple(a.shape) for name, a in arrays.items()} for arrays in (own, present))
+        if shapes != now:
+            raise StateError(
+                f"{path} of modules_to_save has been replaced or resized since adamss.attach: it had the arrays "
+                f"{shapes}, and has {now or 'none'}; put the module back, or keep what is trained by adamss.save or "
+                "adamss.merge_and_unload"
+            )
 
 
 def _exchanged(undo: ExitStack, exchange: Any, model: Model, arrays: Any) -> tuple[Model, Any]:

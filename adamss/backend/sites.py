@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from adamss.backend.views import View
 from adamss.core._array import Array, namespace
-from adamss.errors import BackendError, LayerTypeError
+from adamss.errors import BackendError, LayerError, LayerTypeError
 
 __all__ = [
     "BaseWeight",
@@ -220,6 +220,10 @@ class Site:
         """Return what the layer's own arrays, by name, are in paper orientation; the bias only of a linear layer."""
         W, b = (arrays.get(name) for name in self.names)
         b = b if self.kind.linear else None
+        if W.ndim != len(self.view.axes) + len(self.index):
+            raise LayerError(
+                f"{self.path}: its weight has shape {tuple(W.shape)}, where {len(self.view.axes)} axes are expected"
+            )
         if self.index:
             W, b = W[self.index], None if b is None else b[self.index]  # type: ignore[index]
         return BaseWeight(

@@ -10,6 +10,7 @@ import numpy as np
 
 from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend, Model
+from adamss.backend.ledger import require_unchanged
 from adamss.config import BudgetConfig
 from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import ConfigError, ConfigTypeError, StateError
@@ -35,6 +36,7 @@ def adaptation_in_training(backend: Backend, model: Model, who: str) -> Adaptati
     adaptation = backend.adaptation(model)
     if adaptation is None:
         raise StateError(f"{who}: the model has no adapters; call adamss.attach first")
+    require_unchanged(backend, model, who)
     if adaptation.merged:
         raise StateError(f"{who}: the updates are merged; call adamss.unmerge(model) first")
     return adaptation

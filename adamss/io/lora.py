@@ -104,6 +104,7 @@ def write_lora(
     *,
     targets: list[str] | str,
     saved: Mapping[str, StoredTensor],
+    base: str | None = None,
 ) -> None:
     """Write a folder that PEFT, and whoever reads its LoRA, loads.
 
@@ -117,6 +118,8 @@ def write_lora(
         What the config calls the layers.
     saved
         Tensors of ``modules_to_save``, by their names in the model.
+    base
+        Name of the base model.
     """
     rank = max(A.shape[0] for A, _ in layers.values())
     tensors = {}
@@ -124,7 +127,7 @@ def write_lora(
         missing = rank - A.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = StoredTensor.of(np.pad(A, ((0, missing), (0, 0))))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = StoredTensor.of(np.pad(B, ((0, 0), (0, missing))))
-    config = base_config("LORA", targets) | {
+    config = base_config("LORA", targets, base=base) | {
         "r": rank,
         # The scale is their quotient.
         "lora_alpha": rank,

@@ -401,10 +401,14 @@ def _relative(difference: Array, whole: Array) -> float:
 
 
 def adamss_config(
-    config: AdamssConfig, subspace_rank: int, targets: list[str] | str, saved: tuple[str, ...]
+    config: AdamssConfig,
+    subspace_rank: int,
+    targets: list[str] | str,
+    saved: tuple[str, ...],
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Return the settings of PEFT's AdaMSS."""
-    return base_config(METHOD, targets, saved) | {
+    return base_config(METHOD, targets, saved, base=base) | {
         "r": config.rank,
         "num_subspaces": config.subspaces,
         "subspace_rank": subspace_rank,

@@ -65,12 +65,14 @@ def write_folder(
     write_text(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
-def base_config(method: str, targets: list[str] | str, saved: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the settings that PEFT's configs of all methods have."""
+def base_config(
+    method: str, targets: list[str] | str, saved: tuple[str, ...] = (), *, base: str | None
+) -> dict[str, Any]:
+    """Return the settings that PEFT's configs of all methods have; `base` is the name of the base model."""
     return {
         "peft_type": method,
         "task_type": None,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "revision": None,
         "inference_mode": True,
         "target_modules": targets,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,9 @@ except ImportError:  # Windows, where an open file can neither be renamed nor re
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["replace", "serialize", "write_tensors", "write_text"]
+
+LONGEST_NAME = 200
+"""Bytes of a name to which process and random digits can be added: file systems allow 255."""
 
 
 def write_tensors(
@@ -67,10 +71,10 @@ def _in_order(content: bytes) -> bytes:
 def replace(path: Path, content: bytes) -> None:
     """Write a file: to a temporary one in the same folder, then renamed, so that a crash leaves the old one.
 
-    The temporary file of a process that was killed is left in the folder, as ``.NAME.PID-HEX.tmp`` with eight digits,
-    and the next write of NAME removes it. Writers hold a lock on theirs, so that those of the living stay, whatever
-    host they run on. Where the file system has no locks (and on Windows) none is removed. Of a symbolic link, what it
-    leads to is replaced.
+    The temporary file of a process that was killed is left in the folder, as ``.NAME.PID-HEX.tmp`` with eight digits
+    (a long name by its digest), and the next write of NAME removes it. Writers hold a lock on theirs, so that those
+    of the living stay, whatever host they run on. Where the file system has no locks (and on Windows) none is
+    removed. Of a symbolic link, what it leads to is replaced.
 
     Raises
     ------
@@ -99,7 +103,7 @@ def replace(path: Path, content: bytes) -> None:
 def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Make a new file beside the path, locked as long as it is open, and remove it if writing fails."""
     while True:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with open(temporary, "xb") as file:
                 # Between opening and locking, another writer may have taken it for one of the dead.
@@ -112,11 +116,19 @@ def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         return
 
 
+def _prefix(path: Path) -> str:
+    """Return how the names of a path's temporary files begin: they must not be longer than the system allows."""
+    name = path.name
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f".{name}."
+
+
 def _remove_stale(path: Path) -> None:
     """Remove temporary files of this path whose writers are dead: nobody holds the lock any more."""
     if fcntl is None:
         return
-    ours = re.compile(re.escape(f".{path.name}.") + r"\d+-[0-9a-f]{8}\.tmp")
+    ours = re.compile(re.escape(_prefix(path)) + r"\d+-[0-9a-f]{8}\.tmp")
     # A clean folder is not worth a failed save.
     with suppress(OSError), os.scandir(path.parent) as entries:
         for name in [entry.name for entry in entries if ours.fullmatch(entry.name)]:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend, Model
+from adamss.backend.ledger import require_unchanged
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight
 from adamss.backend.targets import near_matches
@@ -59,6 +60,7 @@ def adapted(model: Model, verb: str) -> tuple[Backend, Adaptation]:
     adaptation = backend.adaptation(model)
     if adaptation is None:
         raise StateError(f"{verb}: the model has no adapters; call adamss.attach or adamss.load first")
+    require_unchanged(backend, model, verb)
     if adaptation.disabled and verb not in READ_ONLY:
         raise StateError(f"{verb}: the model is switched off by adamss.disabled; leave its with block first")
     return backend, adaptation

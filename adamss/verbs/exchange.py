@@ -100,8 +100,8 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
             for path in adaptation.saved
             for name, array in backend.arrays(modules[path]).items()
         }
-    targets = _shortest_targets(layers, modules)
-    backend.once(model, lambda: write_lora(path, layers, targets=targets, saved=saved))
+    targets, base = _shortest_targets(layers, modules), _name_of(modules)
+    backend.once(model, lambda: write_lora(path, layers, targets=targets, saved=saved, base=base))
     written = LoraFolder.of(path, layers, saved)
     if saved:
         warnings.warn(f"to_lora: {written}", AdamssWarning, stacklevel=2)
@@ -203,6 +203,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
         subspace_rank=max(A.shape[0] for layer in layers.values() for A in layer.A),
         targets=_shortest_targets(layers, modules),
         saved=adaptation.saved,
+        base=_name_of(modules),
     )
     tensors = peft.adamss_tensors(layers) | {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
     backend.once(model, lambda: write_folder(path, settings, tensors))
@@ -290,6 +291,12 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
             seed=adapter.seed,
         )
         return put(backend, base_model, layers, shapes, config=config, saved=saved)
+
+
+def _name_of(modules: Mapping[str, Any]) -> str | None:
+    """Return the name of the base model, which those of transformers and diffusers know."""
+    name = getattr(modules.get(""), "name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _require_linear(sites: Mapping[str, Site], verb: str) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from typing import Any
 
 import numpy as np
 
 from adamss import core
 from adamss._version import __version__
+from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, require_kept_base, sites_of, whole
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight
+from adamss.backend.sites import BaseWeight, Site
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, check_matrix, namespace
-from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, fingerprint
+from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint, unknown
 from adamss.errors import (
+    AdamssWarning,
     CheckpointError,
     LayerError,
 )
@@ -75,12 +78,19 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     layers = {}
     with backend.exact():
         for layer_path, site in sites_of(backend, model, adaptation).items():
-            base, factors = base_weight(backend, site, adaptation), adaptation.layers[layer_path]
+            factors = adaptation.layers[layer_path]
             check_concrete(*factors, name=layer_path)
-            factors, base = whole(backend, factors), whole(backend, base)
-            layers[layer_path] = _stored_layer(backend, factors, base, training=training)
+            mark = _fingerprint_of(backend, site, adaptation)
+            layers[layer_path] = _stored_layer(backend, whole(backend, factors), mark, training=training)
         saved = {}
         for module_path in adaptation.saved:
+            if module_path not in modules:
+                warnings.warn(
+                    f"save: {module_path} of modules_to_save is not in the model any more: the file is without it",
+                    AdamssWarning,
+                    stacklevel=2,
+                )
+                continue
             arrays = backend.arrays(modules[module_path])
             check_concrete(*arrays.values(), name=module_path)
             saved[module_path] = {
@@ -188,7 +198,21 @@ def load(
         return put(backend, base_model, ordered, shapes, config=stored.config, saved=saved)
 
 
-def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, training: bool) -> StoredLayer:
+def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fingerprint:
+    """Return the fingerprint of a base weight; of one that nobody can read any more, one that fits no weight."""
+    try:
+        return fingerprint(whole(backend, base_weight(backend, site, adaptation)).W)
+    except (LayerError, NotImplementedError) as error:
+        warnings.warn(
+            f"save: the base weight of {site.path} cannot be read ({error}), so that the file cannot be compared "
+            "with it: load it with check_base=False",
+            AdamssWarning,
+            stacklevel=3,
+        )
+        return unknown(adaptation.shapes[site.path])
+
+
+def _stored_layer(backend: Backend, factors: Factors, mark: Fingerprint, *, training: bool) -> StoredLayer:
     if training:
         basis = {"A": backend.to_stored(factors.A), "B": backend.to_stored(factors.B)}
     else:
@@ -200,7 +224,7 @@ def _stored_layer(backend: Backend, factors: Factors, base: BaseWeight, *, train
         labels=_smallest(labels),
         ranks=_smallest(ranks),
         active=backend.to_stored(factors.active),
-        base=fingerprint(base.W),
+        base=mark,
         **basis,
     )
 

@@ -582,13 +582,18 @@ def _prefix(found: Mapping[str, Any]) -> str:
 
 
 def _adapted(model: Any) -> dict[str, Any]:
-    """Return the adapted modules by the paths under which they were attached; a stack of layers is one."""
+    """Return the adapted modules that are still there, by the paths under which they were attached."""
     found = dict(_walk(model))
     record = next((node.record for node in found.values() if isinstance(node, LayerBank)), None)
     if record is None:
         return {}
     prefix = _prefix(found)
-    return {path: found[f"{prefix}{path}".rstrip(".")] for path in record.owners}
+    places = {path: f"{prefix}{path}".rstrip(".") for path in record.owners}
+    return {
+        path: found[place]
+        for path, place in places.items()
+        if isinstance(found.get(join_path(place, CHILD)), LayerBank)
+    }
 
 
 def _banks(model: Any) -> dict[str, LayerBank]:

@@ -161,11 +161,12 @@ class JaxModels(JaxArrays, Backend):
             return None
         record = next(iter(found.values())).record
         places = {path: split_path(path) for path, _ in record.shapes}
+        places = {path: place for path, place in places.items() if place[0] in found}
         held = {owner: _on_host(each.part) for owner, each in found.items() if each.part.held is not None}
         return Adaptation(
             config=record.config,
             layers={path: factors_at(found[owner].factors, index) for path, (owner, index) in places.items()},
-            shapes=dict(record.shapes),
+            shapes={path: shape for path, shape in record.shapes if path in places},
             saved=record.saved,
             ledger=Ledger(
                 {path: held[owner][index] for path, (owner, index) in places.items() if owner in held},
@@ -175,6 +176,15 @@ class JaxModels(JaxArrays, Backend):
             revives=record.revives,
             name=record.name,
         )
+
+    def lost(self, model: Model) -> Mapping[str, str]:
+        found = self.attached(model)
+        owners = next(iter(found.values())).record.owners if found else ()
+        return {
+            path: "has been replaced by another module, without its adapter"
+            for path in owners
+            if path not in found
+        }
 
     def originals(self, model: Model) -> Mapping[str, Mapping[str, Array]]:
         return dict(next((each.record.originals for each in self.attached(model).values()), ()))
@@ -307,20 +317,21 @@ def owner_prefix(found: Mapping[str, Record]) -> str:
     if not found:
         return ""
     record = next(iter(found.values()))
-    first = record.owners[0]
-    # Not by position: attributes come in another order after a transformation, or in another model.
-    prefixes = [path.removesuffix(first) for path in found if f".{path}".endswith(f".{first}")]
-    whole = [prefix for prefix in prefixes if {prefix + path for path in record.owners} <= set(found)]
-    if any(other != record for other in found.values()) or (whole and len(record.owners) < len(found)):
+    if any(other != record for other in found.values()) or len(found) > len(record.owners):
         raise StateError(
             "parts of the model were adapted one by one; call adamss on each of them, not on the whole"
         )
-    if not whole:
-        raise StateError(
-            "this is a part of a model that was adapted as a whole: adapters are attached already; "
-            "call adamss on the whole"
-        )
-    return whole[0]
+    # Not by position: attributes come in another order after a transformation, or in another model. And not by one
+    # layer: somebody may have replaced it since.
+    first = next(iter(found))
+    for owner in record.owners:
+        prefix = first.removesuffix(owner)
+        if f".{first}".endswith(f".{owner}") and set(found) <= {prefix + path for path in record.owners}:
+            return prefix
+    raise StateError(
+        "this is a part of a model that was adapted as a whole: adapters are attached already; "
+        "call adamss on the whole"
+    )
 
 
 def _on_host(part: Part) -> np.ndarray[Any, Any]:

@@ -25,6 +25,7 @@ from adamss_torch.adapter import Adapter
 from adamss_torch.bank import CHILD, LayerBank, OnLoan, check_state
 from adamss_torch.division import divided
 from adamss_torch.kernel import Plan, make_layout, trained_elements, update
+from adamss_torch.paths import named_parameters, unwrapped, walk
 from adamss_torch.sharding import is_sharded, local, rebuilt
 from adamss_torch.stores import exchanged, execution_device, stores, writing_refused
 
@@ -173,8 +174,7 @@ class TorchBackend(Backend):
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
         owner, _ = _owner(model)
-        every = owner.named_modules(remove_duplicate=False)
-        return {path: module for path, module in every if not isinstance(module, Adapter | LayerBank)}
+        return {path: module for path, module in walk(owner) if not isinstance(module, Adapter | LayerBank)}
 
     def site(self, module: nn.Module, path: str) -> Site:
         site, name = super().site(module, path), path or "the model itself"
@@ -207,7 +207,7 @@ class TorchBackend(Backend):
         owner, _ = _owner(model)
         inside = tuple(f"{path}." if path else "" for path in saved)
         names: dict[int, list[str]] = {}
-        for name, parameter in owner.named_parameters(remove_duplicate=False):
+        for name, parameter in named_parameters(owner):
             names.setdefault(id(parameter), []).append(name)
         return {
             name: frozenset(every) - {name}
@@ -222,8 +222,9 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         if record is None:
             return None
-        banks = _banks(owner, record)
-        adapters = adapters_of(model)
+        lost = self.lost(model)
+        banks = {path: bank for path, bank in _banks(owner, record).items() if path not in lost}
+        adapters = {path: bank.adapters[record.name] for path, bank in banks.items()}
         return Adaptation(
             config=record.config,
             layers={path: adapter.factors() for path, adapter in adapters.items()},
@@ -237,6 +238,52 @@ class TorchBackend(Backend):
             revives=any(adapter.revive for adapter in adapters.values()),
             name=record.name,
         )
+
+    def probed(self, model: nn.Module, path: str) -> Tensor | None:
+        layer = self.modules(model)[path]
+        kind = self.kinds.of(layer, path)
+        forwards = [getattr(one, "forward", None) for one in kind.classes]
+        own = "forward" not in vars(layer) and type(layer).forward in forwards
+        weight: Any = getattr(layer, kind.weight, None)
+        hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)
+        if (
+            (own and hooks == 1)
+            or not kind.linear
+            or type(weight) not in (Tensor, nn.Parameter)
+            or weight.is_meta
+        ):
+            return None
+        d, _ = kind.view(layer, path).shape(weight.shape)
+        x = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+        training = layer.training
+        try:
+            result: Tensor = layer.eval()(x)
+        except Exception:
+            return None  # it takes something else
+        finally:
+            layer.train(training)
+        return result if isinstance(result, Tensor) and result.is_floating_point() else None
+
+    def lost(self, model: nn.Module) -> dict[str, str]:
+        owner, record = _owner(model)
+        if record is None:
+            return {}
+        modules, banks, found = self.modules(owner), _banks(owner, record), {}
+        for path in record.paths:
+            if path not in modules:
+                found[path] = "is not in the model any more"
+            elif path not in banks:
+                found[path] = "has been replaced by another module, without its adapter"
+            else:
+                adapter, weight = (
+                    banks[path].adapters[record.name],
+                    getattr(modules[path], banks[path].kind.weight, None),
+                )
+                if isinstance(weight, Tensor) and weight.numel() != adapter.d * adapter.labels.numel():
+                    found[path] = (
+                        f"has a weight of shape {tuple(weight.shape)} now, which its adapter does not fit"
+                    )
+        return found
 
     def originals(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
         _, record = _owner(model)
@@ -264,8 +311,7 @@ class TorchBackend(Backend):
             banks[path].add(adaptation.name, adapter.to(execution_device(layer)))
         kept = {path: {name: array.clone() for name, array in own.items()} for path, own in originals.items()}
         # By every name: merging gives a layer that shares its weight one of its own.
-        named = owner.named_parameters(remove_duplicate=False)
-        required_grad = {name: parameter.requires_grad for name, parameter in named}
+        required_grad = {name: parameter.requires_grad for name, parameter in named_parameters(owner)}
         # From here on nothing can fail.
         owner.requires_grad_(False)
         for path in originals:
@@ -278,7 +324,7 @@ class TorchBackend(Backend):
             weight = getattr(adapted[path], bank.kind.weight, None)
             if is_sharded(weight):
                 sharding.shard_adapter(bank.adapters[adaptation.name], weight)
-        names = _leave_unsynchronised(owner, adapted, adaptation.name)
+        names = _leave_unsynchronised(owner)
         guard = owner.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
         paths = tuple(adapted)
         record = _Record(adaptation.config, paths, kept, required_grad, guard, names, adaptation.name)
@@ -288,13 +334,14 @@ class TorchBackend(Backend):
     def remove(self, model: nn.Module) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
+        modules = self.modules(owner)
         for path, bank in _banks(owner, record).items():
-            bank.uninstall(owner.get_submodule(path))
+            bank.uninstall(modules[path])
             # FSDP2 goes on managing them, and is not to wait for their gradients.
             bank.requires_grad_(False)
         for path in record.originals:
-            owner.get_submodule(path).zero_grad(set_to_none=True)
-        for name, parameter in owner.named_parameters():
+            modules[path].zero_grad(set_to_none=True)
+        for name, parameter in named_parameters(owner):
             if name in record.required_grad:
                 parameter.requires_grad_(record.required_grad[name])
         left = [name for name in getattr(owner, UNSYNCHRONISED) if name not in record.unsynchronised]
@@ -315,8 +362,9 @@ class TorchBackend(Backend):
         trained = [
             parameter for adapter in adapters_of(owner).values() for parameter in (adapter.B, adapter.C)
         ]
+        modules = self.modules(owner)
         for path in record.originals:
-            trained += [p for p in owner.get_submodule(path).parameters() if p.requires_grad]
+            trained += [p for p in modules[path].parameters() if p.requires_grad]
         # A parameter shared by two saved modules is handed out once: an optimiser refuses duplicates.
         return list({id(parameter): parameter for parameter in trained}.values())
 
@@ -331,26 +379,26 @@ class TorchBackend(Backend):
         layers = list(layers)
         super().check_writable(model, layers, saved)
         owner, _ = _owner(model)
-        counts = _parameter_counts(owner)
+        counts, modules = _parameter_counts(owner), self.modules(owner)
         for path in layers:
-            for name, parameter in owner.get_submodule(path).named_parameters(recurse=False):
+            for name, parameter in modules[path].named_parameters(recurse=False):
                 if is_sharded(parameter) and counts[id(parameter)] > 1:
                     raise LayerError(
                         f"{path}: its {name} is shared with another layer and spread by fully_shard, which cannot "
                         "give it one of its own; leave the adapter unmerged"
                     )
         for path in saved:
-            _check_saved_writable(path, owner.get_submodule(path))
+            _check_saved_writable(path, modules[path])
 
     def exchange(
         self, model: nn.Module, arrays: Mapping[str, Mapping[str, Tensor]]
     ) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
         sharding.reshard(model)
         owner, _ = _owner(model)
-        counts = _parameter_counts(owner)
+        counts, modules = _parameter_counts(owner), self.modules(owner)
 
         def exchange(path: str, name: str, value: Tensor) -> Tensor:
-            layer = owner.get_submodule(path)
+            layer = modules[path]
             former: Any = getattr(layer, name, None)
             if not isinstance(value, nn.Parameter) and counts[id(former)] < 2:
                 former = self.stores.exchange(layer, name, value)
@@ -369,8 +417,8 @@ class TorchBackend(Backend):
         self, model: nn.Module, arrays: Mapping[str, Mapping[str, Tensor]]
     ) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
         sharding.reshard(model)
-        owner, _ = _owner(model)
-        tensors = {path: _tensors(owner.get_submodule(path)) for path in arrays}
+        modules = self.modules(model)
+        tensors = {path: _tensors(modules[path]) for path in arrays}
         former: dict[int, Tensor] = {}
 
         def exchange(path: str, name: str, value: Tensor) -> Tensor:
@@ -434,13 +482,7 @@ def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
             "this is a part of a model that was adapted as a whole: adapters are attached already; "
             "call adamss on the whole"
         )
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # a compiled module
-            model = inner
-        else:
-            return model, None
+    return unwrapped(model), None
 
 
 @contextmanager
@@ -511,28 +553,30 @@ def _check_wrappers(model: nn.Module) -> None:
         )
 
 
-def _leave_unsynchronised(owner: nn.Module, paths: Iterable[str], adapter: str) -> frozenset[str]:
+def _leave_unsynchronised(owner: nn.Module) -> frozenset[str]:
     """Ask DistributedDataParallel not to send the bases of adapters with every forward; return their names.
 
     They never change. Sending them would cost more than all gradients, and make tensors that are saved for the
     backward out of date.
     """
     present = getattr(owner, UNSYNCHRONISED, ())
-    names = {
-        f"{prefix}{path}.{CHILD}.{adapter}.A"
-        for prefix in ("", "_orig_mod.")  # within a compiled module
-        for path in paths
-    } - set(present)
+    own = [
+        path for path, module in owner.named_modules(remove_duplicate=False) if isinstance(module, Adapter)
+    ]
+    # As they are named now, and within a compiled module.
+    names = {f"{prefix}{path}.A" for prefix in ("", "_orig_mod.") for path in own} - set(present)
     setattr(owner, UNSYNCHRONISED, [*present, *sorted(names)])
     return frozenset(names)
 
 
 def _banks(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
-    return {path: getattr(owner.get_submodule(path), CHILD) for path in record.paths}
+    """Return the banks of the adapted layers that are still there."""
+    found = {path: module._modules.get(CHILD) for path, module in walk(owner)}
+    return {path: bank for path in record.paths if isinstance(bank := found.get(path), LayerBank)}
 
 
 def _parameter_counts(owner: nn.Module) -> Counter[int]:
-    return Counter(id(parameter) for _, parameter in owner.named_parameters(remove_duplicate=False))
+    return Counter(id(parameter) for _, parameter in named_parameters(owner))
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from adamss.backend import Kind
 from adamss.backend.bank import DEFAULT
 from adamss.errors import StateError
 from adamss_torch.adapter import HELD, Adapter
+from adamss_torch.paths import plain
 
 __all__ = ["CHILD", "LayerBank", "OnLoan", "check_state", "without_weights"]
 
@@ -185,8 +186,9 @@ def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = 
     for path, bank in module.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(bank, LayerBank):
             for name, adapter in bank.adapters.items():
-                named = f"{path}.{name}." if f"{path}.{name}.B" in state_dict else f"{path}."  # version 0.1
-                adapter.check_fits_weight(state_dict, named)
+                # By its name here, in a state from before its block was wrapped, and in one of version 0.1.
+                for prefix in (f"{path}.{name}.", f"{plain(path)}.{name}.", f"{path}."):
+                    adapter.check_fits_weight(state_dict, prefix)
 
 
 def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

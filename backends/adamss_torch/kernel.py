@@ -189,7 +189,7 @@ def is_transformed() -> bool:
 
     They take plain products, and know no autograd function whose backward is written by hand.
     """
-    return (
+    return not torch.compiler.is_compiling() and (
         bool(torch._C._are_functorch_transforms_active())
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()

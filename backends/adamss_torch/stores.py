@@ -54,6 +54,26 @@ class ComputedStore(ParameterStore):
         )
 
 
+class QuantisedStore(ParameterStore):
+    """Tensors of a class of their own that can be dequantised, such as those of torchao."""
+
+    def holds(self, layer: nn.Module, name: str) -> bool:
+        """Return whether the tensor is one."""
+        tensor: Any = layer._parameters.get(name)
+        own = tensor is not None and type(tensor) not in (Tensor, nn.Parameter) and not is_sharded(tensor)
+        return own and getattr(type(tensor), "dequantize", None) is not Tensor.dequantize
+
+    def read(self, layer: nn.Module, name: str) -> Tensor:
+        """Return the values."""
+        values: Tensor = getattr(layer, name).detach().dequantize()
+        return values
+
+    def refusal(self, layer: nn.Module, name: str) -> str | None:
+        """Refuse: an update would be rounded away."""
+        kind = type(getattr(layer, name)).__name__
+        return f"is a {kind}, whose quantisation would round the update away; export the adapter by adamss.to_lora"
+
+
 class OffloadedStore(ParameterStore):
     """Weights in a map of `accelerate`."""
 
@@ -67,7 +87,7 @@ class OffloadedStore(ParameterStore):
         return tensor.detach()
 
 
-stores = Stores(ParameterStore(), ComputedStore(), OffloadedStore())
+stores = Stores(ParameterStore(), QuantisedStore(), ComputedStore(), OffloadedStore())
 """Ways of keeping weights that adapters can sit on; `Stores.register` adds one."""
 
 
