@@ -218,14 +218,15 @@ class Site:
 
     def weight(self, arrays: Mapping[str, Array | None]) -> BaseWeight:
         """Return what the layer's own arrays, by name, are in paper orientation; the bias only of a linear layer."""
-        W, b = (arrays.get(name) for name in self.names)
+        W: Any = arrays.get(self.kind.weight)
+        b = arrays.get(self.kind.bias)
         b = b if self.kind.linear else None
         if W.ndim != len(self.view.axes) + len(self.index):
             raise LayerError(
                 f"{self.path}: its weight has shape {tuple(W.shape)}, where {len(self.view.axes)} axes are expected"
             )
         if self.index:
-            W, b = W[self.index], None if b is None else b[self.index]  # type: ignore[index]
+            W, b = W[self.index], None if b is None else b[self.index]
         return BaseWeight(
             self.view.matrix(W), b if b is None or b.ndim == 1 else namespace(b).reshape(b, (-1,))
         )

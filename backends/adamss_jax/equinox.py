@@ -286,6 +286,9 @@ class EquinoxBackend(JaxModels):
         """Return copies of the frozen layers, by the keys of `attached`."""
         return {path: _changed(layer.base) for path, layer in _by_owner(model).items()}
 
+    def called_layers(self, model: Any) -> dict[str, tuple[Any, Any]]:
+        return {path: (layer, type(layer.base)) for path, layer in _by_owner(model).items()}
+
     def with_layers(self, model: Any, layers: Mapping[str, Any]) -> Any:
         return _mapped(model, lambda path, layer: _changed(layer, base=layers.get(path, layer.base)))
 

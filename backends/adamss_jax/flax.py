@@ -463,6 +463,9 @@ class NnxBackend(JaxModels):
         """Return the adapted modules by the paths under which they were attached; a stack of layers is one."""
         return _adapted(model)
 
+    def called_layers(self, model: nnx.Module) -> dict[str, tuple[Any, Any]]:
+        return {path: (layer, type(layer).__bases__[0]) for path, layer in _adapted(model).items()}
+
     def check_writable(self, model: nnx.Module, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
         layers = list(layers)
         super().check_writable(model, layers, saved)

@@ -121,6 +121,10 @@ class JaxModels(JaxArrays, Backend):
         """
 
     @abstractmethod
+    def called_layers(self, model: Model) -> dict[str, tuple[Any, Any]]:
+        """Return what is called in the place of each layer, and the layer's class, by the keys of `attached`."""
+
+    @abstractmethod
     def with_layers(self, model: Model, layers: Mapping[str, Module]) -> Model:
         """Return the model with layers of `adapted_layers` that have been written to."""
 
@@ -176,6 +180,21 @@ class JaxModels(JaxArrays, Backend):
             revives=record.revives,
             name=record.name,
         )
+
+    def probed(self, model: Model, path: str) -> Array | None:
+        adaptation = self.adaptation(model)
+        assert adaptation is not None
+        owner, index = split_path(path)
+        layer, called = self.called_layers(model)[owner]
+        kind = self.kinds.of(self.adapted_layers(model)[owner], path)
+        if index or not kind.linear or called.__call__ in [one.__call__ for one in kind.classes]:
+            return None
+        x = jax.random.normal(jax.random.key(0), adaptation.shapes[path][:1])
+        try:
+            y: Array = layer(x)
+        except Exception:
+            return None  # it takes something else
+        return y if isinstance(y, jax.Array) and jnp.issubdtype(y.dtype, jnp.inexact) else None
 
     def lost(self, model: Model) -> Mapping[str, str]:
         found = self.attached(model)

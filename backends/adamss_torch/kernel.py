@@ -197,10 +197,11 @@ def is_transformed() -> bool:
 
 
 def _cheapest(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> str:
-    if torch.compiler.is_exporting() or torch._C._is_tracing():
+    compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() or (not compiling and torch._C._is_tracing()):
         return "factors_first"  # what is exported is for any number of tokens
     training = torch.is_grad_enabled() and (B.requires_grad or C.requires_grad)
-    find = _cheapest_of.__wrapped__ if torch.compiler.is_compiling() else _cheapest_of
+    find = _cheapest_of.__wrapped__ if compiling else _cheapest_of
     on_cpu = base.device.type == "cpu"
     shapes = x.shape, base.shape[-1], plan.A.shape[-1], B.shape[0]
     return find(*shapes, training, plan.input_kept, base.element_size(), on_cpu)

@@ -11,6 +11,7 @@ import adamss  # noqa: E402
 import adamss_jax  # noqa: E402
 from adamss import AdamssConfig, BudgetConfig, core  # noqa: E402
 from adamss.backend import backend_for  # noqa: E402
+from adamss.errors import LayerError, StateError  # noqa: E402
 
 MODELS = {
     "nnx": (lambda: nnx.List([nnx.Linear(16, 24, rngs=nnx.Rngs(0))]), lambda model: model[0]),
@@ -126,3 +127,53 @@ def test_where_no_rank_is_promoted():
         base = adamss.detach(model)
         kernel, bias = base[0].kernel.get_value(), base[0].bias.get_value()
         np.testing.assert_allclose(adamss_jax.linear(X, kernel, bias, f), y, rtol=1e-4, atol=1e-5)
+
+
+class Half(nnx.Linear):
+    def __call__(self, x):
+        return super().__call__(x) / 2
+
+
+class HalfOfEquinox(eqx.nn.Linear):
+    def __call__(self, x, *, key=None):
+        return super().__call__(x) / 2
+
+
+@EACH
+@pytest.mark.parametrize("verb", [adamss.merge, adamss.consolidate])
+def test_a_layer_that_is_not_linear_in_its_weight_is_not_merged(kind, verb, monkeypatch):
+    make = {
+        "nnx": lambda: nnx.List([Half(16, 24, rngs=nnx.Rngs(0))]),
+        "equinox": lambda: [HalfOfEquinox(16, 24, key=jax.random.key(0))],
+    }[kind]
+    monkeypatch.setitem(MODELS, kind, (make, MODELS[kind][1]))
+    model = attached(kind)
+    y = MODELS[kind][1](model)(X)
+    with pytest.raises(LayerError, match="0: its forward is not that of its weight alone"):
+        verb(model)
+    np.testing.assert_array_equal(MODELS[kind][1](model)(X), y)
+    base = adamss.detach(model)
+    np.testing.assert_array_equal(MODELS[kind][1](base)(X), MODELS[kind][1](make())(X))
+
+
+class Two(nnx.Module):
+    def __init__(self):
+        self.first, self.second = (nnx.Linear(16, 16, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+
+
+def test_a_layer_that_was_replaced_is_named(tmp_path):
+    settings = AdamssConfig(targets=["first", "second"], rank=8, subspaces=4)
+    nnx_model = adamss.attach(Two(), settings)
+    nnx_model.second = nnx.Linear(16, 16, rngs=nnx.Rngs(2))
+    keys = jax.random.split(jax.random.key(0), 3)
+    tree = {
+        name: eqx.nn.Linear(16, 16, key=key) for name, key in zip(("first", "second"), keys, strict=False)
+    }
+    equinox_model = adamss.attach(tree, settings) | {"second": eqx.nn.Linear(16, 16, key=keys[2])}
+    for model, fresh in ((nnx_model, Two()), (equinox_model, tree)):
+        for verb in (adamss.merge, adamss.detach, adamss.summary, adamss.trainable_parameters):
+            with pytest.raises(StateError, match="second has been replaced by another module"):
+                verb(model)
+        with pytest.warns(adamss.AdamssWarning, match="second has been replaced .* the file is without it"):
+            adamss.save(model, tmp_path / "a")
+        assert [row.path for row in adamss.summary(adamss.load(fresh, tmp_path / "a")).rows] == ["first"]
