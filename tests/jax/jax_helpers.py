@@ -49,6 +49,33 @@ def net(*, use_bias=True, dtype=jnp.float32, seed=0) -> Net:
     return model
 
 
+class Block(nnx.Module):
+    """Two layers side by side, of 64 bits where those are enabled; one has heads."""
+
+    def __init__(self, rngs):
+        dtype = jnp.zeros(()).dtype
+        self.query = nnx.Linear(8, 8, param_dtype=dtype, rngs=rngs)
+        self.value = nnx.LinearGeneral(8, (2, 4), use_bias=False, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return x + jnp.tanh(self.query(x)) * self.value(x).reshape(x.shape)
+
+
+class Stack(nnx.Module):
+    """Blocks whose arrays are stacked for `scan`, and a head."""
+
+    def __init__(self, layers, seed=0):
+        self.block = nnx.split_rngs(splits=layers)(nnx.vmap(Block))(nnx.Rngs(seed))
+        self.head = nnx.Linear(8, 3, param_dtype=jnp.zeros(()).dtype, rngs=nnx.Rngs(seed + 9))
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def run(block, x):
+            return block(x)
+
+        return self.head(run(self.block, x))
+
+
 def config(**changes) -> adamss.AdamssConfig:
     settings = {"targets": ["query", "value"], "rank": 5, "subspaces": 3, "subspace_rank": 2}
     return adamss.AdamssConfig(**(settings | changes))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -17,7 +18,7 @@ import optax
 import orbax.checkpoint as orbax
 import pytest
 from flax import nnx
-from jax_helpers import gradient, loop_of
+from jax_helpers import Block, Stack, gradient, loop_of
 from safetensors.numpy import load_file
 
 import adamss
@@ -58,44 +59,13 @@ def quickly_compiled():
 # ---- the same small model in both libraries, and as a stack of layers --------------------------------
 
 
-def linear(columns, rngs, **options):
-    return nnx.Linear(WIDTH, columns, param_dtype=jnp.zeros(()).dtype, rngs=rngs, **options)
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.query = linear(WIDTH, rngs)
-        self.value = linear(WIDTH, rngs, use_bias=False)
-
-    def __call__(self, x):
-        return x + jnp.tanh(self.query(x)) * self.value(x)
-
-
 class NnxNet(nnx.Module):
     def __init__(self, seed=0):
         self.block = Block(nnx.Rngs(seed))
-        self.head = linear(3, nnx.Rngs(seed + 9))
+        self.head = nnx.Linear(WIDTH, 3, param_dtype=jnp.zeros(()).dtype, rngs=nnx.Rngs(seed + 9))
 
     def __call__(self, x):
         return self.head(self.block(x))
-
-
-class Stack(nnx.Module):
-    def __init__(self, seed=0):
-        @nnx.split_rngs(splits=LAYERS)
-        @nnx.vmap
-        def make(rngs):
-            return Block(rngs)
-
-        self.block = make(nnx.Rngs(seed))
-        self.head = linear(3, nnx.Rngs(seed + 9))
-
-    def __call__(self, x):
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def run(block, x):
-            return block(x)
-
-        return self.head(run(self.block, x))
 
 
 class EquinoxNet(eqx.Module):
@@ -114,7 +84,7 @@ class EquinoxNet(eqx.Module):
         return jax.vmap(lambda x: self.head(x + jnp.tanh(self.block["query"](x)) * self.block["value"](x)))(x)
 
 
-MODELS = {"nnx": NnxNet, "equinox": EquinoxNet, "stack": Stack}
+MODELS = {"nnx": NnxNet, "equinox": EquinoxNet, "stack": partial(Stack, LAYERS)}
 KINDS = list(MODELS)
 
 
@@ -329,8 +299,8 @@ def test_gradients_of_frozen_subspaces_count_in_no_norm_unless_they_may_return(k
     elements = backend_for(model).trained_elements(model)
     seen = gradients if revive else jax.tree.map(lambda m, g: jnp.where(m, g, 0), elements, gradients)
     norm = np.sqrt(sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(seen)))
-    for mask, update, gradient in zip(*map(jax.tree.leaves, (elements, updates, gradients)), strict=True):
-        expected = jnp.where(mask, -gradient * (0.5 / norm), 0)
+    for mask, update, slope in zip(*map(jax.tree.leaves, (elements, updates, gradients)), strict=True):
+        expected = jnp.where(mask, -slope * (0.5 / norm), 0)
         np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-7)
         assert np.all(np.asarray(update)[~np.broadcast_to(mask, update.shape)] == 0)
 

@@ -37,7 +37,7 @@ class LinearLaws:
     def test_law_03_update(self, driver: Driver, dtype: str, mode: str, problem: Problem) -> None:
         """``linear(x, W, b, f)`` is ``x @ (W + delta) + b``, in the dtype and on the device of its input."""
         with case(driver, dtype, "arrays"):
-            _assert_update(driver, linear_of(driver, mode), problem, dtype)
+            assert_update(driver, linear_of(driver, mode), problem, dtype)
 
     @each_variant
     @each_mode
@@ -61,7 +61,7 @@ class LinearLaws:
     def test_law_04_gradients(self, driver: Driver, dtype: str, mode: str, problem: Problem) -> None:
         """Of x, B and C: the closed form; those of frozen subspaces are zero."""
         with case(driver, dtype, "arrays", "gradients"):
-            _assert_gradients(driver, linear_of(driver, mode), problem, dtype)
+            assert_gradients(driver, linear_of(driver, mode), problem, dtype)
 
     @every(8, problem=problems(empty=False))
     def test_law_04_gradients_by_finite_differences(self, driver: Driver, problem: Problem) -> None:
@@ -70,7 +70,8 @@ class LinearLaws:
             _assert_finite_differences(driver, problem)
 
 
-def _assert_update(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
+def assert_update(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
+    """Assert law 3 of a function like `Backend.linear` on a problem."""
     arrays = arrays_of(driver, problem, dtype)
     y = linear(*arrays[:4])
     x, W, b, f, _ = exactly(driver, arrays)
@@ -89,7 +90,8 @@ def _assert_update(driver: Driver, linear: Callable[..., Any], problem: Problem,
     assert_agrees(start, base, dtype=dtype, what="y with C = 0 against the base", scale=scale)
 
 
-def _assert_gradients(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
+def assert_gradients(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
+    """Assert law 4 of a function like `Backend.linear` on a problem."""
     arrays = arrays_of(driver, problem, dtype)
     gradients = driver.gradients(linear, *arrays)
     x, W, _, f, dy = exactly(driver, arrays)
