@@ -133,17 +133,6 @@ def test_every_framework_allocates_alike_also_compiled(xp, to_numpy, T):
     assert len(traces) <= 4, "one trace with costs and one without, for each minimum"
 
 
-def test_of_every_layer_its_best_candidates_are_taken_first():
-    """A layer with fewer than the minimum keeps all it has, and a budget too small goes to the best of them."""
-    scores, layers = np.asarray([9.0, 8.0, 7.0, 1.0, 2.0, 0.5, 9.0]), np.asarray([0, 0, 0, 1, 1, 2, 2])
-    candidates = np.arange(7) < 6
-    kept = [
-        core.allocate(scores, budget, candidates=candidates, layers=layers, minimum=2).nonzero()[0].tolist()
-        for budget in range(7)
-    ]
-    assert kept == [[], [0], [0, 1], [0, 1, 4], [0, 1, 3, 4], [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
-
-
 def test_costs_may_be_the_list_that_counting_returns():
     costs = core.subspace_costs([3, 2], [1, 1], [2, 2])
     assert core.allocate(np.asarray([1.0, 1.0]), 4, costs).tolist() == [False, True]
@@ -517,37 +506,6 @@ def test_every_step_is_that_of_the_loop(model, data):
         state = step_of(plan, state, layers, gradients)
         reference.advance(layers, gradients)
         reference.check(plan, state, layers)
-
-
-@given(models(), UNITS, st.data())
-def test_the_budget_is_kept_to_and_nothing_changes_between_allocations(model, unit, data):
-    """Exactly so many subspaces as the budget says, or never more parameters; the minimum of every layer is kept."""
-    rng, layers = model
-    config = data.draw(schedules(layers, unit=unit, initial=None))
-    plan, state = started(layers, config)
-    price = np.asarray(plan.costs) if unit == "parameters" else np.ones(len(plan.costs), int)
-    for step in range(1, config.end_step + 4):
-        before = state.active
-        # Every subspace is in use, so that every step is informative.
-        full = {p: f._replace(B=np.ones_like(f.B), C=np.ones_like(f.C)) for p, f in layers.items()}
-        gradients = {
-            path: tuple(rng.standard_normal(array.shape) for array in (f.B, f.C)) for path, f in full.items()
-        }
-        state = step_of(plan, state, full, gradients)
-        assert not state.waiting
-        if plan.allocates_at(step):
-            spent, budget = price[state.active].sum(), core.budget_at(step, config, plan.total)
-            assert spent <= budget
-            assert unit == "parameters" or spent == budget
-        else:
-            assert np.array_equal(state.active, before), f"step {step} is no allocation"
-        for path, active in plan.split(state.active).items():
-            assert active.sum() >= min(config.minimum_per_layer, layers[path].ranks.size)
-        assert config.revive or not (state.active & ~before).any(), "a frozen subspace has come back"
-    # After the end not even the averages change, whatever the gradients.
-    after = step_of(plan, state, layers, gradients_of(rng, layers, "nan"))
-    assert after.step == state.step + 1
-    assert all(np.array_equal(a, b) for a, b in zip(after[1:], state[1:], strict=True))
 
 
 def one_layer(K=3, columns=2, P=2):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from adamss.config import SEGMENTATIONS
 from adamss.core import Decomposition, decompose, segment, subspace_sizes
 from adamss.errors import ArrayValueError, ConfigError
+from adamss_conformance.cases import adjusted_rand_index
 
 
 def gaussian(*shape, seed=0):
@@ -32,20 +33,6 @@ def renumbered(labels):
     """Number the groups by their lowest column."""
     order = list(dict.fromkeys(labels.tolist()))
     return np.asarray([order.index(label) for label in labels])
-
-
-def adjusted_rand_index(first, second):
-    """Return the agreement of two partitions: 1 for the same, about 0 for chance (Hubert and Arabie, 1985)."""
-
-    def pairs(count):
-        return np.sum(count * (count - 1) / 2)
-
-    table = np.zeros((np.max(first) + 1, np.max(second) + 1))
-    np.add.at(table, (first, second), 1)
-    both, left, right = pairs(table), pairs(table.sum(axis=1)), pairs(table.sum(axis=0))
-    chance = left * right / pairs(np.asarray([first.size]))
-    mean = (left + right) / 2
-    return 1.0 if mean == chance else (both - chance) / (mean - chance)
 
 
 def assert_partition(labels, n, subspaces):

@@ -67,7 +67,7 @@ class LinearLaws:
     def test_law_04_gradients_by_finite_differences(self, driver: Driver, problem: Problem) -> None:
         """The update is linear in each of x, B and C alone, so that a difference has no error but rounding."""
         with case(driver, "float64", "arrays", "gradients"):
-            _assert_finite_differences(driver, problem)
+            assert_finite_differences(driver, problem)
 
 
 def assert_update(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
@@ -106,7 +106,8 @@ def assert_gradients(driver: Driver, linear: Callable[..., Any], problem: Proble
         assert_agrees(driver.numpy(actual), getattr(expected, name), dtype=dtype, what=what, scale=scale)
 
 
-def _assert_finite_differences(driver: Driver, problem: Problem) -> None:
+def assert_finite_differences(driver: Driver, problem: Problem) -> None:
+    """Assert that the gradients of `Backend.linear` are its slopes along x, B and C."""
     x, W, b, factors, dy = arrays_of(driver, problem, "float64")
     gradients = driver.gradients(driver.backend.linear, x, W, b, factors, dy)
     f, rng = problem.factors, np.random.default_rng(0)
