@@ -70,18 +70,10 @@ class EquinoxDriver(JaxDriver):
         compiled: bool = False,
     ) -> Any:
         tx = hold_frozen(self.optimiser(optimiser, rate), model)
-        trained, frozen = eqx.partition(model, trainable_filter(model))
-        state = tx.init(trained)
-
-        def step(trained: Any, state: Any) -> Any:
-            gradients = jax.grad(lambda trained: self.loss(eqx.combine(trained, frozen), inputs))(trained)
-            updates, state = tx.update(gradients, state, trained)
-            return eqx.apply_updates(trained, updates), state
-
-        run = eqx.filter_jit(step) if compiled else step
+        training = EquinoxTraining(self, model, inputs, tx, compiled=compiled)
         for _ in range(steps):
-            trained, state = run(trained, state)
-        return eqx.combine(trained, frozen)
+            training.step()
+        return training.unsynchronised
 
     def training(
         self,
@@ -93,9 +85,8 @@ class EquinoxDriver(JaxDriver):
         budget: BudgetConfig,
         compiled: bool = False,
     ) -> EquinoxTraining:
-        return EquinoxTraining(
-            self, model, inputs, self.optimiser(optimiser, rate), budget, compiled=compiled
-        )
+        tx = adamss_jax.budgeted(self.optimiser(optimiser, rate), model, budget)
+        return EquinoxTraining(self, model, inputs, tx, compiled=compiled)
 
     def _layer(self, model: Any, path: str) -> Any:
         layer = model
@@ -105,7 +96,7 @@ class EquinoxDriver(JaxDriver):
 
 
 class EquinoxTraining(Training):
-    """A loop around a transformation that is `adamss_jax.budgeted`."""
+    """A loop around a transformation; with a budget, it is `adamss_jax.budgeted`."""
 
     def __init__(
         self,
@@ -113,11 +104,9 @@ class EquinoxTraining(Training):
         model: Any,
         inputs: Mapping[str, np.ndarray],
         tx: optax.GradientTransformation,
-        budget: BudgetConfig,
         *,
         compiled: bool,
     ) -> None:
-        tx = adamss_jax.budgeted(tx, model, budget)
         self._trained, self._frozen = eqx.partition(model, trainable_filter(model))
         self._state = tx.init(self._trained)
 
@@ -129,8 +118,13 @@ class EquinoxTraining(Training):
         self._step: Any = driver.compile(step) if compiled else step
 
     @property
+    def unsynchronised(self) -> Any:
+        """Return the model with the masks that it began with."""
+        return eqx.combine(self._trained, self._frozen)
+
+    @property
     def model(self) -> Any:
-        return adamss_jax.synchronise(eqx.combine(self._trained, self._frozen), self._state)
+        return adamss_jax.synchronise(self.unsynchronised, self._state)
 
     def step(self) -> None:
         self._trained, self._state = self._step(self._trained, self._frozen, self._state)

@@ -69,15 +69,9 @@ class NnxDriver(JaxDriver):
         compiled: bool = False,
     ) -> nnx.Module:
         tx = hold_frozen(self.optimiser(optimiser, rate), model)
-        optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
-
-        def step(model: Any, optimizer: Any) -> None:
-            slope = nnx.grad(self.loss, argnums=nnx.DiffState(0, nnx.LoRAParam))
-            optimizer.update(model, slope(model, inputs))
-
-        run = nnx.jit(step) if compiled else step
+        training = NnxTraining(self, model, inputs, tx, compiled=compiled)
         for _ in range(steps):
-            run(model, optimizer)
+            training.step()
         return model
 
     def training(
@@ -90,7 +84,8 @@ class NnxDriver(JaxDriver):
         budget: BudgetConfig,
         compiled: bool = False,
     ) -> NnxTraining:
-        return NnxTraining(self, model, inputs, self.optimiser(optimiser, rate), budget, compiled=compiled)
+        tx = adamss_jax.budgeted(self.optimiser(optimiser, rate), model, budget)
+        return NnxTraining(self, model, inputs, tx, compiled=compiled)
 
     def _layer(self, model: nnx.Module, path: str) -> Any:
         layer: Any = model
@@ -100,7 +95,7 @@ class NnxDriver(JaxDriver):
 
 
 class NnxTraining(Training):
-    """A loop around an `nnx.Optimizer` whose transformation is `adamss_jax.budgeted`."""
+    """A loop around an `nnx.Optimizer`; with a budget, its transformation is `adamss_jax.budgeted`."""
 
     def __init__(
         self,
@@ -108,12 +103,11 @@ class NnxTraining(Training):
         model: nnx.Module,
         inputs: Mapping[str, np.ndarray],
         tx: optax.GradientTransformation,
-        budget: BudgetConfig,
         *,
         compiled: bool,
     ) -> None:
         self._model = model
-        self._optimizer = nnx.Optimizer(model, adamss_jax.budgeted(tx, model, budget), wrt=nnx.LoRAParam)
+        self._optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
 
         def step(model: Any, optimizer: Any) -> None:
             slope = nnx.grad(driver.loss, argnums=nnx.DiffState(0, nnx.LoRAParam))

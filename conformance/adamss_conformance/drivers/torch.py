@@ -113,12 +113,9 @@ class TorchDriver(Driver):
     ) -> nn.Module:
         optimizer = _optimizer(model, optimiser, rate)
         hold_frozen(model, optimizer)
-        forward = self._forward(model, inputs)
-        forward = self.compile(forward) if compiled else forward
+        training = TorchTraining(model, self._forward(model, inputs, compiled), optimizer)
         for _ in range(steps):
-            optimizer.zero_grad()
-            forward().backward()
-            optimizer.step()
+            training.step()
         return model
 
     def training(
@@ -131,12 +128,12 @@ class TorchDriver(Driver):
         budget: BudgetConfig,
         compiled: bool = False,
     ) -> TorchTraining:
-        forward = self._forward(model, inputs)
-        return TorchTraining(
-            model, self.compile(forward) if compiled else forward, _optimizer(model, optimiser, rate), budget
-        )
+        forward = self._forward(model, inputs, compiled)
+        return TorchTraining(model, forward, _optimizer(model, optimiser, rate), budget)
 
-    def _forward(self, model: nn.Module, inputs: Mapping[str, np.ndarray]) -> Callable[[], Tensor]:
+    def _forward(
+        self, model: nn.Module, inputs: Mapping[str, np.ndarray], compiled: bool
+    ) -> Callable[[], Tensor]:
         x = {path: self.array(values) for path, values in inputs.items()}
 
         def loss() -> Tensor:
@@ -146,7 +143,7 @@ class TorchDriver(Driver):
                 total = total + self.call(model, path, values.to(weight.dtype)).square().mean()
             return total
 
-        return loss
+        return self.compile(loss) if compiled else loss
 
     def random_state(self) -> Any:
         state = [torch.get_rng_state()]
@@ -156,17 +153,18 @@ class TorchDriver(Driver):
 
 
 class TorchTraining(Training):
-    """A loop around an optimiser that has a `BudgetController`."""
+    """A loop around an optimiser, which has a `BudgetController` where there is a budget."""
 
     def __init__(
         self,
         model: nn.Module,
         forward: Callable[[], Tensor],
         optimizer: torch.optim.Optimizer,
-        budget: BudgetConfig,
+        budget: BudgetConfig | None = None,
     ) -> None:
         self._model, self._forward, self._optimizer = model, forward, optimizer
-        self._budget = BudgetController(model, optimizer, budget)
+        if budget is not None:
+            self._budget = BudgetController(model, optimizer, budget)
 
     @property
     def model(self) -> nn.Module:
