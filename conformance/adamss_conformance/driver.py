@@ -159,13 +159,7 @@ class Driver(ABC):
     # ---- what the capabilities promise ------------------------------------------------------------------
 
     def gradients(
-        self,
-        linear: Callable[..., Array],
-        x: Array,
-        W: Array,
-        b: Array | None,
-        factors: Factors,
-        dy: Array,
+        self, linear: Callable[..., Array], x: Array, W: Array, b: Array | None, factors: Factors, dy: Array
     ) -> Gradients:
         """Return the gradients of ``sum(dy * linear(x, W, b, factors))`` for x, B and C. Capability ``gradients``."""
         self._broke_its_promise("gradients", "gradients")

@@ -60,11 +60,7 @@ def test_adamss_itself_needs_no_framework():
     [
         # Flax imports Optax itself.
         ("from flax import nnx", "nnx.Linear(6, 8, rngs=nnx.Rngs(0))", ("equinox", "torch")),
-        (
-            "import equinox, jax",
-            "equinox.nn.Linear(6, 8, key=jax.random.key(0))",
-            ("flax", "optax", "torch"),
-        ),
+        ("import equinox, jax", "equinox.nn.Linear(6, 8, key=jax.random.key(0))", ("flax", "optax", "torch")),
     ],
     ids=["flax", "equinox"],
 )

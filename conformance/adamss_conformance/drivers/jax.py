@@ -47,13 +47,7 @@ class JaxDriver(Driver):
         return sum(leaf.size for leaf in jax.tree.leaves(parameters))
 
     def gradients(
-        self,
-        linear: Callable[..., Array],
-        x: Array,
-        W: Array,
-        b: Array | None,
-        factors: Factors,
-        dy: Array,
+        self, linear: Callable[..., Array], x: Array, W: Array, b: Array | None, factors: Factors, dy: Array
     ) -> Gradients:
         def run(x: Array, B: Array, C: Array) -> Array:
             return linear(x, W, b, factors._replace(B=B, C=C))

@@ -44,13 +44,7 @@ class NumpyDriver(Driver):
         return self.backend.linear(x, layer.W, layer.b, factors)
 
     def gradients(
-        self,
-        linear: Callable[..., Array],
-        x: Array,
-        W: Array,
-        b: Array | None,
-        factors: Factors,
-        dy: Array,
+        self, linear: Callable[..., Array], x: Array, W: Array, b: Array | None, factors: Factors, dy: Array
     ) -> Gradients:
         return self.backend.linear_vjp(dy, x, W, factors)  # type: ignore[attr-defined,no-any-return]
 
