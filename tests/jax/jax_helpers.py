@@ -1,5 +1,9 @@
 """What the tests of JAX share: small models and their values, and gradients and training in both libraries."""
 
+import os
+import subprocess
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -203,3 +207,12 @@ def train(model, loss, *batch, tx=None, steps=3):
     for _ in range(steps):
         loop.step(*batch)
     return loop
+
+
+def run_python(*arguments):
+    """Return what an interpreter of its own prints, on the CPU."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -18,7 +15,7 @@ import optax
 import orbax.checkpoint as orbax
 import pytest
 from flax import nnx
-from jax_helpers import Block, Stack, gradient, loop_of
+from jax_helpers import Block, Stack, gradient, loop_of, run_python
 from safetensors.numpy import load_file
 
 import adamss
@@ -62,7 +59,12 @@ def quickly_compiled():
 class NnxNet(nnx.Module):
     def __init__(self, seed=0):
         self.block = Block(nnx.Rngs(seed))
-        self.head = nnx.Linear(WIDTH, 3, param_dtype=jnp.zeros(()).dtype, rngs=nnx.Rngs(seed + 9))
+        # Without heads, both layers have one input, which the backward keeps once.
+        dtype = jnp.zeros(()).dtype
+        self.block.value = nnx.Linear(
+            WIDTH, WIDTH, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(seed + 1)
+        )
+        self.head = nnx.Linear(WIDTH, 3, param_dtype=dtype, rngs=nnx.Rngs(seed + 9))
 
     def __call__(self, x):
         return self.head(self.block(x))
@@ -549,38 +551,45 @@ def flops(model, x):
     return jax.jit(run).lower(arrays, x).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "variant"),
-    [
-        ("nnx", {}),
-        ("nnx", {"basis": "per_subspace", "include_bias": True}),
-        ("equinox", {"basis": "per_subspace", "include_bias": True}),
-        ("stack", {}),
-    ],
-)
-def test_consolidate(kind, variant, tmp_path):
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_after_consolidating(kind, keep_base, tmp_path):
     with jax.enable_x64(True):
-        loop = trained(kind, optax.adamw(0.05), LONG, steps=6, **variant)
-        plain = trained(kind, optax.adamw(0.05), LONG, steps=6, **variant)
-        loop.synchronise()
-        x, layers = inputs(rows=64), factors(loop.model)
-        before, y = flops(loop.model, x), loop.model(x)
+        loop, plain = (trained(kind, optax.adamw(0.05), LONG, steps=6, include_bias=True) for _ in range(2))
+        x, base, backend = inputs(rows=64), MODELS[kind](), backend_for(loop.model)
+
+        def consolidated():
+            """Consolidate, and check that the outputs stay and cost less."""
+            model = loop.synchronise()
+            before, y = flops(model, x), model(x)
+            loop.model = adamss.consolidate(model, keep_base=keep_base)
+            assert flops(loop.model, x) < before
+            same_outputs(loop.model, y)
+            return y
+
+        def same_outputs(model, y):
+            np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
+
+        layers = factors(loop.synchronise())
         adamss.save(loop.model, tmp_path / "before.safetensors", training=True)
-        model = loop.model = adamss.consolidate(loop.model)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
-        assert flops(model, x) < before
-        adaptation = backend_for(model).adaptation(model)
-        assert adaptation.base_kept
+        y = consolidated()
+        adaptation = backend.adaptation(loop.model)
+        assert adaptation.base_kept == keep_base
         for path, f in layers.items():
             np.testing.assert_array_equal(adaptation.ledger.held[path], ~f.active)
             for a, b in zip(f, adaptation.layers[path], strict=True):
                 np.testing.assert_array_equal(a, b)
-        adamss.save(model, tmp_path / "after.safetensors", training=True)
-        assert same_file(tmp_path / "before.safetensors", tmp_path / "after.safetensors")
-        with adamss.disabled(model) as base:
-            np.testing.assert_array_equal(base(x), MODELS[kind]()(x))
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
-        # Training goes on, with the same state.
+        for path, site in sites_of(backend, loop.model, adaptation).items():
+            own = base_weight(backend, backend.site(backend.modules(base)[path], path))
+            for a, b in zip(base_weight(backend, site, adaptation), own, strict=True):
+                if b is not None:
+                    np.testing.assert_allclose(a, b, atol=1e-14)
+        if keep_base:
+            adamss.save(loop.model, tmp_path / "after.safetensors", training=True)
+            assert same_file(tmp_path / "before.safetensors", tmp_path / "after.safetensors")
+            with adamss.disabled(loop.model) as off:
+                np.testing.assert_array_equal(off(x), base(x))
+            same_outputs(loop.model, y)
         steps_of(loop, range(6, 12))
         steps_of(plain, range(6, 12))
         assert count(loop.state) == 2
@@ -588,41 +597,19 @@ def test_consolidate(kind, variant, tmp_path):
             np.testing.assert_array_equal(masks(loop.state)[path], masks(plain.state)[path])
             np.testing.assert_allclose(factors(loop.model)[path].C, f.C, rtol=1e-8, atol=1e-10)
             np.testing.assert_allclose(factors(loop.model)[path].B, f.B, rtol=1e-8, atol=1e-10)
-        loop.synchronise()
-        y = loop.model(x)
-        model = adamss.consolidate(loop.model)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
+        y = consolidated()
         with pytest.raises(StateError, match=r"thaws subspace \d, whose update the weight holds"):
-            backend_for(model).set_active(model, {path: jnp.ones(K, bool) for path in layers})
-        model = adamss.merge(model)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
+            backend.set_active(loop.model, {path: jnp.ones(K, bool) for path in layers})
+        if not keep_base:
+            for verb in (adamss.detach, adamss.merge):
+                with pytest.raises(StateError, match="keep_base=False"):
+                    verb(loop.model)
+            return
+        model = adamss.merge(loop.model)
+        same_outputs(model, y)
         model = adamss.unmerge(model)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
-        np.testing.assert_array_equal(adamss.detach(model)(x), MODELS[kind]()(x))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_consolidate_without_the_base(kind):
-    with jax.enable_x64(True):
-        loop = trained(kind, optax.adamw(0.05), LONG, steps=6, include_bias=True)
-        loop.synchronise()
-        x, y = inputs(rows=9), loop.model(inputs(rows=9))
-        loop.model = adamss.consolidate(loop.model, keep_base=False)
-        assert not backend_for(loop.model).adaptation(loop.model).base_kept
-        backend, base = backend_for(loop.model), backend_for(loop.model).modules(MODELS[kind]())
-        adaptation = backend.adaptation(loop.model)
-        for path, site in sites_of(backend, loop.model, adaptation).items():
-            own = base_weight(backend, backend.site(base[path], path))
-            for a, b in zip(base_weight(backend, site, adaptation), own, strict=True):
-                if b is not None:
-                    np.testing.assert_allclose(a, b, atol=1e-14)
-        steps_of(loop, range(6, 11)).synchronise()
-        y = loop.model(x)
-        model = adamss.consolidate(loop.model, keep_base=False)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
-        for verb in (adamss.detach, adamss.merge):
-            with pytest.raises(StateError, match="keep_base=False"):
-                verb(model)
+        same_outputs(model, y)
+        np.testing.assert_array_equal(adamss.detach(model)(x), base(x))
 
 
 def test_a_layer_of_which_everything_is_folded_computes_its_base_alone():
@@ -742,7 +729,7 @@ def test_resumed_in_another_process(tmp_path):
         np.savez(folder / (sys.argv[1] + ".npz"), *test_budget.everything(getattr(test_budget, sys.argv[1])(folder)))
     """
     for half in ("uninterrupted", "resumed"):
-        run_python(["-c", textwrap.dedent(script), half])
+        run_python("-c", textwrap.dedent(script), half)
     with np.load(tmp_path / "uninterrupted.npz") as whole, np.load(tmp_path / "resumed.npz") as resumed:
         for expected, actual in zip(whole.values(), resumed.values(), strict=True):
             np.testing.assert_array_equal(actual, expected)
@@ -751,24 +738,10 @@ def test_resumed_in_another_process(tmp_path):
 # ---- on a mesh -------------------------------------------------------------------------------------
 
 
-def run_python(arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def on_a_mesh():
     """Return what `on_a_mesh.py` found: four devices need a process of their own."""
-    return json.loads(run_python([str(Path(__file__).with_name("on_a_mesh.py")), "budget"]))
+    return json.loads(run_python(str(Path(__file__).with_name("on_a_mesh.py")), "budget"))
 
 
 @pytest.mark.parametrize("case", ["data parallel", "fully sharded", "fully sharded, state replicated"])

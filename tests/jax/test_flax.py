@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,62 +18,30 @@ from adamss.core.cost import ORDERS
 from adamss_conformance.tolerances import assert_agrees
 from adamss_jax.flax import AdamssParam
 
+general, einsum = partial(partial, nnx.LinearGeneral), partial(partial, nnx.Einsum)
 FORMS = {
     # name: (layer, shape of its input, axes of its kernel in the order of the rows and columns of W, rows)
-    "linear": (lambda rngs: nnx.Linear(6, 8, rngs=rngs), (2, 6), (0, 1), 1),
-    "linear of one vector": (lambda rngs: nnx.Linear(6, 8, use_bias=False, rngs=rngs), (6,), (0, 1), 1),
-    "heads": (lambda rngs: nnx.LinearGeneral(6, (2, 4), rngs=rngs), (2, 3, 6), (0, 1, 2), 1),
-    "three output axes": (lambda rngs: nnx.LinearGeneral(6, (2, 1, 4), rngs=rngs), (3, 6), (0, 1, 2, 3), 1),
-    "two contracted axes": (
-        lambda rngs: nnx.LinearGeneral((2, 3), 8, axis=(-2, -1), rngs=rngs),
-        (2, 5, 2, 3),
-        (0, 1, 2),
-        2,
-    ),
-    "positive axis": (lambda rngs: nnx.LinearGeneral(6, 8, axis=1, rngs=rngs), (3, 6, 4), (0, 1), 1),
+    "linear": (partial(nnx.Linear, 6, 8), (2, 6), (0, 1), 1),
+    "linear of one vector": (partial(nnx.Linear, 6, 8, use_bias=False), (6,), (0, 1), 1),
+    "heads": (general(6, (2, 4)), (2, 3, 6), (0, 1, 2), 1),
+    "three output axes": (general(6, (2, 1, 4)), (3, 6), (0, 1, 2, 3), 1),
+    "two contracted axes": (general((2, 3), 8, axis=(-2, -1)), (2, 5, 2, 3), (0, 1, 2), 2),
+    "positive axis": (general(6, 8, axis=1), (3, 6, 4), (0, 1), 1),
     "axes of both signs": (
-        lambda rngs: nnx.LinearGeneral((2, 3), (4, 2), axis=(0, -1), use_bias=False, rngs=rngs),
+        general((2, 3), (4, 2), axis=(0, -1), use_bias=False),
         (2, 5, 3),
         (0, 1, 2, 3),
         2,
     ),
-    "axes out of order": (  # Flax sorts them: the first axis of the kernel goes with the first of the input
-        lambda rngs: nnx.LinearGeneral((2, 3), 8, axis=(-1, -2), rngs=rngs),
-        (5, 2, 3),
-        (0, 1, 2),
-        2,
-    ),
-    "BTD,NDH->BTNH": (
-        lambda rngs: nnx.Einsum("BTD,NDH->BTNH", (2, 6, 4), (2, 4), rngs=rngs),
-        (2, 3, 6),
-        (1, 0, 2),
-        1,
-    ),
-    "BTD,NDH->BTHN": (  # a bias is in the order of the output, whatever shape it was given
-        lambda rngs: nnx.Einsum("BTD,NDH->BTHN", (2, 6, 4), (2, 4), rngs=rngs),
-        (2, 3, 6),
-        (1, 2, 0),
-        1,
-    ),
-    "...d,df->...f": (
-        lambda rngs: nnx.Einsum("...d, df -> ...f", (6, 8), (8,), rngs=rngs),
-        (2, 3, 6),
-        (0, 1),
-        1,
-    ),
-    "d...,df->f...": (lambda rngs: nnx.Einsum("d...,df->f...", (6, 8), rngs=rngs), (6, 2, 3), (0, 1), 1),
-    "BSD,CKDH->CBSKH": (
-        lambda rngs: nnx.Einsum("BSD,CKDH->CBSKH", (2, 1, 6, 4), rngs=rngs),
-        (3, 2, 6),
-        (2, 0, 1, 3),
-        1,
-    ),
-    "bthd,hdo->bto": (
-        lambda rngs: nnx.Einsum("bthd,hdo->bto", (2, 3, 8), rngs=rngs),
-        (2, 4, 2, 3),
-        (0, 1, 2),
-        2,
-    ),
+    # Flax sorts them: the first axis of the kernel goes with the first of the input.
+    "axes out of order": (general((2, 3), 8, axis=(-1, -2)), (5, 2, 3), (0, 1, 2), 2),
+    "BTD,NDH->BTNH": (einsum("BTD,NDH->BTNH", (2, 6, 4), (2, 4)), (2, 3, 6), (1, 0, 2), 1),
+    # A bias is in the order of the output, whatever shape it was given.
+    "BTD,NDH->BTHN": (einsum("BTD,NDH->BTHN", (2, 6, 4), (2, 4)), (2, 3, 6), (1, 2, 0), 1),
+    "...d,df->...f": (einsum("...d, df -> ...f", (6, 8), (8,)), (2, 3, 6), (0, 1), 1),
+    "d...,df->f...": (einsum("d...,df->f...", (6, 8)), (6, 2, 3), (0, 1), 1),
+    "BSD,CKDH->CBSKH": (einsum("BSD,CKDH->CBSKH", (2, 1, 6, 4)), (3, 2, 6), (2, 0, 1, 3), 1),
+    "bthd,hdo->bto": (einsum("bthd,hdo->bto", (2, 3, 8)), (2, 4, 2, 3), (0, 1, 2), 2),
 }
 
 
@@ -109,13 +78,15 @@ def add_delta(layer, factors, order, rows):
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_of_a_layer(name):
     make, shape, order, rows = FORMS[name]
-    model, x = Holder(with_bias(make(nnx.Rngs(0)))), inputs(*shape)
+    model, x = Holder(with_bias(make(rngs=nnx.Rngs(0)))), inputs(*shape)
     before, expected = variables(model), model(x)
     adamss.attach(model, config(targets=["layer"], include_bias=True))
     assert jnp.array_equal(model(x), expected)
     y = filled(model)(x)
     assert float(jnp.abs(y - expected).max()) > 0.01
-    reference = add_delta(with_bias(make(nnx.Rngs(0))), model.layer.adamss.default.factors(), order, rows)
+    reference = add_delta(
+        with_bias(make(rngs=nnx.Rngs(0))), model.layer.adamss.default.factors(), order, rows
+    )
     scale = float(jnp.abs(y).max()) * 4
     agrees(y, reference(x), "outputs", scale)
     adamss.merge(model)
@@ -131,7 +102,10 @@ def test_every_form_of_a_layer(name):
 def test_gradients_of_every_form(name):
     """Those of C and of the input, against finite differences of a linear function: exact but for rounding."""
     make, shape, _, _ = FORMS[name]
-    model, x = filled(adamss.attach(Holder(make(nnx.Rngs(0))), config(targets=["layer"]))), inputs(*shape)
+    model, x = (
+        filled(adamss.attach(Holder(make(rngs=nnx.Rngs(0))), config(targets=["layer"]))),
+        inputs(*shape),
+    )
     weights = inputs(*model(x).shape, seed=8)
 
     def value(model, x):
@@ -194,24 +168,18 @@ def equation_at_call(rngs):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda r: nnx.Einsum("BNTD,NDH->BNTH", (2, 6, 4), rngs=r), r"layer: the equation 'BNTD,NDH->BNTH'"),
-        (lambda r: nnx.Einsum("bd,dfk->bf", (6, 4, 2), rngs=r), r"layer: the equation 'bd,dfk->bf'"),
-        (lambda r: nnx.Einsum("bd,dd->b", (6, 6), rngs=r), r"layer: the equation 'bd,dd->b'"),
-        (lambda r: nnx.Einsum("bd,d...->b...", (6, 4), rngs=r), r"layer: the equation"),
-        (
-            lambda r: nnx.Einsum("bd,f->bdf", (6,), kernel_init=nnx.initializers.ones, rngs=r),
-            r"layer: the equation",
-        ),
+        (einsum("BNTD,NDH->BNTH", (2, 6, 4)), r"layer: the equation 'BNTD,NDH->BNTH'"),
+        (einsum("bd,dfk->bf", (6, 4, 2)), r"layer: the equation 'bd,dfk->bf'"),
+        (einsum("bd,dd->b", (6, 6)), r"layer: the equation 'bd,dd->b'"),
+        (einsum("bd,d...->b...", (6, 4)), r"layer: the equation"),
+        (einsum("bd,f->bdf", (6,), kernel_init=nnx.initializers.ones), r"layer: the equation"),
         (equation_at_call, r"layer: its equation is given at every call"),
-        (
-            lambda r: nnx.LinearGeneral(6, 4, batch_axis={0: 3}, rngs=r),
-            r"layer: its batch_axis makes it many matrices",
-        ),
+        (general(6, 4, batch_axis={0: 3}), r"layer: its batch_axis makes it many matrices"),
     ],
     ids=["batch axis", "summed alone", "diagonal", "ellipsis", "outer product", "at call", "batch_axis"],
 )
 def test_layers_that_are_no_matrix_are_refused(make, match):
-    model = Holder(make(nnx.Rngs(0)))
+    model = Holder(make(rngs=nnx.Rngs(0)))
     before = variables(model)
     with pytest.raises(errors.LayerError, match=match):
         adamss.attach(model, config(targets=["layer"]))

@@ -1,9 +1,6 @@
 """`adamss_jax.linear` under JAX's transformations, against the float64 NumPy reference."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_helpers import run_python
 
 import adamss_jax
 from adamss import core
@@ -388,45 +386,19 @@ def test_padding_stays_out_of_the_products_and_gets_no_gradient(order, x64):
 @pytest.fixture(scope="module")
 def on_a_mesh():
     """Return what `on_a_mesh.py` found: four devices need a process of their own."""
-    command = [sys.executable, str(Path(__file__).with_name("on_a_mesh.py"))]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_python(str(Path(__file__).with_name("on_a_mesh.py"))))
 
 
-LINEAR = [
-    "Auto: kernel on d",
-    "Auto: kernel on n",
-    "Auto: C and labels on n",
-    "Auto: kernel and C on n",
-    "Auto: all on n",
-    "Auto: x on batch",
-    "Auto: x on d, kernel on d",
-    "Auto: A on d, B on P",
-    "Explicit: kernel on n",
-    "Explicit: x on batch",
-]
-MODELS = [
-    "Auto: kernel on d",
-    "Auto: kernel on n",
-    "Auto: x on batch",
-    "Explicit: kernel on d",
-    "Explicit: x on batch",
-]
+def test_sharded_arrays_give_the_same_values_and_gradients(on_a_mesh):
+    assert len(on_a_mesh["linear"]) == 10
+    for case, difference in on_a_mesh["linear"].items():
+        assert difference <= RELATIVE_TOLERANCE["float32"], case
 
 
-@pytest.mark.parametrize("case", LINEAR)
-def test_sharded_arrays_give_the_same_values_and_gradients(case, on_a_mesh):
-    assert list(on_a_mesh["linear"]) == LINEAR
-    assert on_a_mesh["linear"][case] <= RELATIVE_TOLERANCE["float32"]
-
-
-@pytest.mark.parametrize("case", MODELS)
-def test_verbs_on_a_model_that_is_sharded(case, on_a_mesh):
-    assert list(on_a_mesh["attach"]) == MODELS
-    found = on_a_mesh["attach"][case]
-    assert all(value for value in found.values() if isinstance(value, bool)), found
-    numbers = {name: value for name, value in found.items() if not isinstance(value, bool)}
-    assert set(numbers) == {"outputs", "merged", "gradients"}
-    assert max(numbers.values()) <= RELATIVE_TOLERANCE["float32"], found
+def test_verbs_on_a_model_that_is_sharded(on_a_mesh):
+    assert len(on_a_mesh["attach"]) == 5
+    for case, found in on_a_mesh["attach"].items():
+        numbers = {name: value for name, value in found.items() if not isinstance(value, bool)}
+        assert all(value for name, value in found.items() if name not in numbers), (case, found)
+        assert set(numbers) == {"outputs", "merged", "gradients"}
+        assert max(numbers.values()) <= RELATIVE_TOLERANCE["float32"], (case, found)

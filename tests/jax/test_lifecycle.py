@@ -5,8 +5,6 @@ What other files hold already (copies, compilation, donated buffers, tied module
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import equinox as eqx
 import jax
@@ -15,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax_helpers import config, filled, gradient, inputs, train
+from jax_helpers import config, filled, gradient, inputs, run_python, train
 
 import adamss
 from adamss import errors
@@ -300,9 +298,7 @@ def test_pickled_models_in_a_process_that_has_not_imported_adamss(library, tmp_p
     forms = [(form, call(form)) for form in (model, adamss.merge(copy.deepcopy(model)))]
     assert not any(jnp.array_equal(y, base) for _, y in forms)
     (tmp_path / "models.pickle").write_bytes(pickle.dumps((library.__name__, base, forms)))
-    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path / "models.pickle")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", IN_A_NEW_PROCESS, str(tmp_path / "models.pickle"))
 
 
 def test_load_into_an_abstract_model_that_has_got_its_values(library, values, tmp_path):
