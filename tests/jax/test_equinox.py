@@ -224,9 +224,6 @@ def test_a_model_within_a_larger_one_and_a_part_of_it():
         adamss.summary(parts)
 
 
-# ---- training ----------------------------------------------------------------------------------------
-
-
 def test_training_changes_what_is_trained_and_nothing_else():
     model, x = adapted(), inputs(4, 8)
     model = adamss.backend.backend_for(model).set_active(model, {PATHS[0]: np.asarray([True, False, True])})
@@ -290,9 +287,6 @@ def test_merged_and_disabled_models_cost_what_the_base_costs():
     with adamss.disabled(model) as base:
         assert products(base) == 5
     assert products(adamss.unmerge(adamss.merge(model))) == 17
-
-
-# ---- copies ------------------------------------------------------------------------------------------
 
 
 def serialised(model):

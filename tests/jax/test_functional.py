@@ -91,9 +91,6 @@ def x64():
         yield
 
 
-# ---- transformations ---------------------------------------------------------------------------------
-
-
 @each_case
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
 def test_values_and_gradients(variant, order, transform, x64):
@@ -240,8 +237,6 @@ def test_forward_mode_raises(differentiate):
         differentiate(lambda x: run(trained, x, p.W, p.b, p.factors), p.x)
 
 
-# ---- half precision ----------------------------------------------------------------------------------
-
 each_half = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 
@@ -287,9 +282,6 @@ def test_sums_over_many_tokens_are_not_done_in_half_precision(dtype, order):
     _, trained, _ = jax.jit(gradients, static_argnums=1)(p, by(order))
     assert float(trained["C"][0, 0]) == 2 * tokens  # z is 2: one from the input, one from the bias row
     assert float(trained["B"][0, 0]) == 2 * tokens
-
-
-# ---- the order of the products -----------------------------------------------------------------------
 
 
 def kept_shapes(p, apply):
@@ -378,9 +370,6 @@ def test_padding_stays_out_of_the_products_and_gets_no_gradient(order, x64):
     agrees(dx, expected.x, "gradient of x")
     agrees(trained["B"], np.pad(expected.B, ((0, 2), (0, 3))), "gradient of B")
     agrees(trained["C"], np.pad(np.where(labels < 0, 0.0, expected.C), ((0, 1), (0, 0))), "gradient of C")
-
-
-# ---- sharding ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

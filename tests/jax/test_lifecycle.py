@@ -120,9 +120,6 @@ def with_frozen(model):
     return backend.set_active(model, masks)
 
 
-# ---- the whole cycle -----------------------------------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore:rounding to:adamss.AdamssWarning")
 @pytest.mark.parametrize("half", [False, True])
 def test_the_whole_cycle(library, values, tmp_path, half):
@@ -234,9 +231,6 @@ def test_nan_is_not_merged(library, values):
     assert values(adamss.detach(model)) == base
 
 
-# ---- training ------------------------------------------------------------------------------------------
-
-
 def test_running_statistics_go_on_and_the_rest_of_a_frozen_norm_stays():
     rngs = nnx.Rngs(0)
     model = nnx.Dict(
@@ -270,8 +264,6 @@ def test_checkpointing_of_equinox_models_gives_the_same_gradients(checkpoint):
     for ours, expected in zip(slopes(checkpoint), plain, strict=True):
         assert_agrees(ours, expected, dtype="float32", what="gradient")
 
-
-# ---- another process, little memory ------------------------------------------------------------------------
 
 IN_A_NEW_PROCESS = """
 import pickle, sys

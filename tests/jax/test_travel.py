@@ -261,9 +261,6 @@ def test_batch_norm_travels_without_pytorchs_counter(tmp_path):
     assert int(back["norm"].num_batches_tracked) == 0
 
 
-# ---- modules to save that share their weights ------------------------------------------------------------
-
-
 _ROOT = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
 WEIGHT = _ROOT + _ROOT.T
 """The same in every orientation."""
