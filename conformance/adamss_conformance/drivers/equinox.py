@@ -14,12 +14,10 @@ import optax
 from jax import Array
 
 import adamss_jax
-from adamss import BudgetConfig
 from adamss_conformance.capabilities import TABLE
-from adamss_conformance.driver import Training
+from adamss_conformance.driver import Budget, Inputs, Training
 from adamss_conformance.drivers.jax import JaxDriver
 from adamss_jax.equinox import trainable_filter
-from adamss_jax.optax import hold_frozen
 
 __all__ = ["EquinoxDriver", "EquinoxTraining"]
 
@@ -59,34 +57,11 @@ class EquinoxDriver(JaxDriver):
         layer = self._layer(model, path)
         return str(getattr(layer, "base", layer).weight.dtype)
 
-    def train(
-        self,
-        model: Any,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        steps: int,
-        optimiser: str,
-        rate: float,
-        compiled: bool = False,
-    ) -> Any:
-        tx = hold_frozen(self.optimiser(optimiser, rate), model)
-        training = EquinoxTraining(self, model, inputs, tx, compiled=compiled)
-        for _ in range(steps):
-            training.step()
-        return training.unsynchronised
-
-    def training(
-        self,
-        model: Any,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        optimiser: str,
-        rate: float,
-        budget: BudgetConfig,
-        compiled: bool = False,
+    def loop(
+        self, model: Any, inputs: Inputs, optimiser: str, rate: float, budget: Budget, compiled: bool
     ) -> EquinoxTraining:
-        tx = adamss_jax.budgeted(self.optimiser(optimiser, rate), model, budget)
-        return EquinoxTraining(self, model, inputs, tx, compiled=compiled)
+        tx = self.transformation(model, optimiser, rate, budget)
+        return EquinoxTraining(self, model, inputs, tx, budget is not None, compiled)
 
     def _layer(self, model: Any, path: str) -> Any:
         layer = model
@@ -102,13 +77,13 @@ class EquinoxTraining(Training):
         self,
         driver: EquinoxDriver,
         model: Any,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         tx: optax.GradientTransformation,
-        *,
+        budgeted: bool,
         compiled: bool,
     ) -> None:
         self._trained, self._frozen = eqx.partition(model, trainable_filter(model))
-        self._state = tx.init(self._trained)
+        self._state, self._budgeted = tx.init(self._trained), budgeted
 
         def step(trained: Any, frozen: Any, state: Any) -> Any:
             gradients = jax.grad(lambda trained: driver.loss(eqx.combine(trained, frozen), inputs))(trained)
@@ -118,13 +93,9 @@ class EquinoxTraining(Training):
         self._step: Any = driver.compile(step) if compiled else step
 
     @property
-    def unsynchronised(self) -> Any:
-        """Return the model with the masks that it began with."""
-        return eqx.combine(self._trained, self._frozen)
-
-    @property
     def model(self) -> Any:
-        return adamss_jax.synchronise(self.unsynchronised, self._state)
+        model = eqx.combine(self._trained, self._frozen)
+        return adamss_jax.synchronise(model, self._state) if self._budgeted else model
 
     def step(self) -> None:
         self._trained, self._state = self._step(self._trained, self._frozen, self._state)

@@ -16,13 +16,13 @@ import adamss
 from adamss import BudgetConfig
 from adamss.core import Factors, Gradients
 from adamss_conformance.capabilities import TABLE
-from adamss_conformance.driver import Driver, Training
+from adamss_conformance.driver import Budget, Inputs, LoopDriver, Training
 from adamss_torch import BudgetController, hold_frozen
 
 __all__ = ["TorchDriver", "TorchTraining"]
 
 
-class TorchDriver(Driver):
+class TorchDriver(LoopDriver):
     """`torch.nn.Linear` layers."""
 
     name = "torch"
@@ -101,39 +101,13 @@ class TorchDriver(Driver):
     def compilations(self, compiled: Callable[..., Any]) -> int:
         return int(compiled.compilations())  # type: ignore[attr-defined]
 
-    def train(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        steps: int,
-        optimiser: str,
-        rate: float,
-        compiled: bool = False,
-    ) -> nn.Module:
-        optimizer = _optimizer(model, optimiser, rate)
-        hold_frozen(model, optimizer)
-        training = TorchTraining(model, self._forward(model, inputs, compiled), optimizer)
-        for _ in range(steps):
-            training.step()
-        return model
-
-    def training(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        optimiser: str,
-        rate: float,
-        budget: BudgetConfig,
-        compiled: bool = False,
+    def loop(
+        self, model: nn.Module, inputs: Inputs, optimiser: str, rate: float, budget: Budget, compiled: bool
     ) -> TorchTraining:
-        forward = self._forward(model, inputs, compiled)
-        return TorchTraining(model, forward, _optimizer(model, optimiser, rate), budget)
+        optimizer = _optimizer(model, optimiser, rate)
+        return TorchTraining(model, self._forward(model, inputs, compiled), optimizer, budget)
 
-    def _forward(
-        self, model: nn.Module, inputs: Mapping[str, np.ndarray], compiled: bool
-    ) -> Callable[[], Tensor]:
+    def _forward(self, model: nn.Module, inputs: Inputs, compiled: bool) -> Callable[[], Tensor]:
         x = {path: self.array(values) for path, values in inputs.items()}
 
         def loss() -> Tensor:
@@ -160,10 +134,12 @@ class TorchTraining(Training):
         model: nn.Module,
         forward: Callable[[], Tensor],
         optimizer: torch.optim.Optimizer,
-        budget: BudgetConfig | None = None,
+        budget: BudgetConfig | None,
     ) -> None:
         self._model, self._forward, self._optimizer = model, forward, optimizer
-        if budget is not None:
+        if budget is None:
+            hold_frozen(model, optimizer)
+        else:
             self._budget = BudgetController(model, optimizer, budget)
 
     @property
