@@ -707,29 +707,17 @@ def as_arrays(xp, tree, floating="float32"):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_framework_decides_alike_in_every_step(xp, to_numpy, name):
-    check_every_step(xp, to_numpy, name, step_of)
+    check_every_step(xp, to_numpy, name)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_compiled_once_for_the_whole_schedule_it_decides_alike(to_numpy, name):
-    jax, traces = pytest.importorskip("jax"), []
-
-    def step(plan, *arguments):
-        traces.append(name)
-        return step_of(plan, *arguments)
-
-    check_every_step(jax.numpy, to_numpy, name, jax.jit(step, static_argnums=0))
-    assert len(traces) == 1
-
-
-def check_every_step(xp, to_numpy, name, step, scale=1.0, floating="float32"):
+def check_every_step(xp, to_numpy, name, scale=1.0, floating="float32"):
     """Check that from the same gradients the same masks come, those of float64 NumPy, and the same averages."""
     dtype, noise = ("float32", 1.0) if name == "defaults" else (None, 0.0)
     layers = two_layers()
     plan, state = started(as_arrays(xp, layers, floating), CONFIGS[name])
     reference = ByLoop(layers, CONFIGS[name], dtype="float32")
     for factors, gradients in steps_of(layers, noise, scale):
-        state = step(plan, state, as_arrays(xp, factors, floating), as_arrays(xp, gradients, floating))
+        state = step_of(plan, state, as_arrays(xp, factors, floating), as_arrays(xp, gradients, floating))
         reference.advance(factors, gradients)
         reference.check(plan, state, factors, to_numpy, dtype)
         assert str(state.sensitivity.dtype).endswith("float32")
@@ -743,7 +731,7 @@ def check_every_step(xp, to_numpy, name, step, scale=1.0, floating="float32"):
 def test_factors_in_half_precision_have_float32_averages(to_numpy, framework, floating):
     """Formed in 16 bits, these products would overflow, or the averages be rounded."""
     xp = pytest.importorskip(framework)
-    check_every_step(xp, to_numpy, "exact", step_of, scale=512.0, floating=floating)
+    check_every_step(xp, to_numpy, "exact", scale=512.0, floating=floating)
 
 
 def test_step_and_waiting_may_be_python_numbers(xp, to_numpy):

@@ -15,7 +15,7 @@ import optax
 import orbax.checkpoint as orbax
 import pytest
 from flax import nnx
-from jax_helpers import Block, Stack, gradient, loop_of, run_python
+from jax_helpers import Block, Stack, gradient, loop_of, program, run_python
 from safetensors.numpy import load_file
 
 import adamss
@@ -542,12 +542,7 @@ def test_projected_nothing_of_the_inputs_is_kept_but_their_coordinates():
 
 def flops(model, x):
     """Return the floating-point operations of a forward pass, as XLA counts them."""
-    if isinstance(model, nnx.Module):
-        graph, arrays = nnx.split(model)
-        run = lambda arrays, x: nnx.merge(graph, arrays)(x)  # noqa: E731
-    else:
-        arrays, rest = eqx.partition(model, eqx.is_array)
-        run = lambda arrays, x: eqx.combine(arrays, rest)(x)  # noqa: E731
+    run, arrays = program(model)
     return jax.jit(run).lower(arrays, x).compile().cost_analysis()["flops"]
 
 

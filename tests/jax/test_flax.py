@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax_helpers import agrees, config, filled, gradient, inputs, net, train, variables
+from jax_helpers import agrees, config, filled, gradient, inputs, net, program, train, variables
 from safetensors.numpy import load_file
 
 import adamss
@@ -354,8 +354,8 @@ def test_the_order_of_the_products_of_a_layer():
         for _ in range(2):
             agrees(run(model, x), y, f"outputs by {order}", 10.0)
         assert run.traces == number + 2
-        graph, state = nnx.split(model)
-        programs.append(str(jax.make_jaxpr(lambda s, graph=graph: nnx.merge(graph, s)(x))(state)))
+        forward, arrays = program(model)
+        programs.append(str(jax.make_jaxpr(forward)(arrays, x)))
     assert programs[0] != programs[1]
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nnx.clone(model)):
         assert twin.blocks[1]["value"].adamss.default.order == "input_first"
@@ -510,26 +510,6 @@ def test_parts_that_were_adapted_one_by_one():
         adamss.summary(model)
     for block in model.blocks:
         assert [row.path for row in adamss.summary(block).rows] == ["query", "value"]
-
-
-# ---- what merged and disabled models cost ------------------------------------------------------------
-
-
-def products(model, x):
-    """Return how many matrix products the compiled program of a model has."""
-    graph, state = nnx.split(model)
-    return str(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x)).count("dot_general")
-
-
-def test_merged_and_disabled_models_cost_what_the_base_costs():
-    model, x = net(), inputs(4, 8)
-    assert products(model, x) == 5
-    adamss.attach(model, config())
-    assert products(model, x) == 5 + 4 * 3  # A B, x M and z E
-    with adamss.disabled(model):
-        assert products(model, x) == 5
-    assert products(adamss.merge(model), x) == 5
-    assert products(adamss.unmerge(model), x) == 17
 
 
 def test_disabled_nested_and_in_functions_that_were_compiled_before():
