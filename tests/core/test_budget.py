@@ -59,9 +59,6 @@ def test_initial_budget():
         core.budget_at(0, BudgetConfig(target=5, end_step=10), total=4)
 
 
-# ---- allocation ------------------------------------------------------------------------------------
-
-
 def allocate_by_loop(scores, budget, costs=None, candidates=None, layers=None, minimum=0):
     """The law of allocation: best first, of every layer its minimum before all others."""
     T = len(scores)
@@ -165,8 +162,6 @@ def test_what_cannot_be_allocated_is_refused(scores, budget, options, error, mat
     with pytest.raises(error, match=match):
         core.allocate(scores, budget, **options)
 
-
-# ---- models and steps ------------------------------------------------------------------------------
 
 EXACT = {"sensitivity_decay": 0.5, "uncertainty_decay": 0.5}
 
@@ -388,9 +383,6 @@ class ByLoop:
         assert_agrees(to_numpy(scores), self.scores(layers), dtype=dtype or "float32", what="scores")
 
 
-# ---- the plan --------------------------------------------------------------------------------------
-
-
 class TestPlan:
     @given(models(), UNITS)
     def test_one_row_and_one_vector_by_path_then_number(self, model, unit):
@@ -484,9 +476,6 @@ class TestPlan:
         config = BudgetConfig(target=1, end_step=5)
         with pytest.raises(ArrayTypeError, match=r"^block\.q: the values are needed here"):
             jax.jit(lambda layers: core.plan_budget(layers, config).total)(layers)
-
-
-# ---- the state machine -----------------------------------------------------------------------------
 
 
 @given(models(), st.data())
@@ -653,8 +642,6 @@ def test_what_processes_say_is_heeded():
     assert refused.left_out == 1
     assert not refused.sensitivity.any()
 
-
-# ---- every framework -------------------------------------------------------------------------------
 
 CONFIGS = {
     "defaults": BudgetConfig(target=3, end_step=6, interval=2),

@@ -53,9 +53,6 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-# ---- the same small model in both libraries, and as a stack of layers --------------------------------
-
-
 class NnxNet(nnx.Module):
     def __init__(self, seed=0):
         self.block = Block(nnx.Rngs(seed))
@@ -138,9 +135,6 @@ def masks(state):
 
 def count(state):
     return sum(int(mask.sum()) for mask in masks(state).values())
-
-
-# ---- what is decided -------------------------------------------------------------------------------
 
 
 def numpy_layer(params, path, outline):
@@ -263,9 +257,6 @@ def test_a_step_with_nan_is_left_out_of_the_averages_and_warned_of():
         adamss_jax.synchronise(loop.model, loop.state)
 
 
-# ---- what the optimiser sees -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("revive", [False, True], ids=["one-way", "revive"])
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_no_optimiser_moves_a_frozen_element(optimiser, revive):
@@ -344,9 +335,6 @@ def test_accumulated_gradients_are_one_step():
     assert int(adamss_jax.allocation(state).step) == 2
 
 
-# ---- compilation -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_compiled_anew_over_the_whole_schedule(kind):
     loop = trained(kind, optax.adamw(0.02), {"target": 2, "end_step": 8, "interval": 2})
@@ -401,9 +389,6 @@ def test_buffers_may_be_donated():
     assert adamss.summary(model).total.active == 2
 
 
-# ---- back into the model ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_synchronise_writes_the_masks(kind, tmp_path):
     loop = trained(kind, optax.sgd(0.1), {"target": 2, "end_step": 4}, steps=5)
@@ -455,8 +440,6 @@ def test_revive_without_its_budget_in_the_model_is_refused_or_warned_of():
     one_way = adamss_jax.budgeted(optax.sgd(0.1), model, BudgetConfig(target=1, end_step=2))
     assert not one_way.init(backend_for(model).parameters(model)).revive
 
-
-# ---- consolidate -----------------------------------------------------------------------------------
 
 LONG = {"target": 2, "end_step": 9, "interval": 3, "power": 1}
 
@@ -615,9 +598,6 @@ def test_a_layer_of_which_everything_is_folded_computes_its_base_alone():
     assert flops(adamss.consolidate(model), inputs(rows=64)) == base
 
 
-# ---- what is refused -------------------------------------------------------------------------------
-
-
 def test_budgeted_refuses():
     sgd, budget = optax.sgd(0.1), BudgetConfig(target=2, end_step=4)
     with pytest.raises(StateError, match="budgeted: the model has no adapters"):
@@ -679,8 +659,6 @@ def test_the_state_is_found_where_it_is():
     assert adamss.summary(adamss_jax.synchronise(model, state)).total.active == 8
 
 
-# ---- resume ----------------------------------------------------------------------------------------
-
 STEPS, DONE = 5, 3
 """Allocations after steps 1, 3 and 5: the first waits for step 2."""
 RESUMED = {"target": 2, "end_step": STEPS, "start_step": 1, "interval": 2, "window": "running"}
@@ -728,9 +706,6 @@ def test_resumed_in_another_process(tmp_path):
     with np.load(tmp_path / "uninterrupted.npz") as whole, np.load(tmp_path / "resumed.npz") as resumed:
         for expected, actual in zip(whole.values(), resumed.values(), strict=True):
             np.testing.assert_array_equal(actual, expected)
-
-
-# ---- on a mesh -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -254,9 +254,6 @@ def test_computation_in_another_dtype_than_the_parameters(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(slopes)} == {jnp.dtype("float32")}
 
 
-# ---- tied --------------------------------------------------------------------------------------------
-
-
 class Pair(nnx.Module):
     def __init__(self, first, second):
         self.first, self.second = first, second
@@ -313,9 +310,6 @@ def test_a_target_that_shares_its_kernel_with_a_saved_module():
     with pytest.raises(errors.TargetError, match="second shares its weight"):
         adamss.attach(model, config(targets=["first"], modules_to_save=["second"]))
     assert variables(model) == before
-
-
-# ---- training ----------------------------------------------------------------------------------------
 
 
 def call(model, x):
@@ -430,9 +424,6 @@ def test_donated_buffers_do_not_take_the_base_along():
     assert jnp.array_equal(model(x), expected)
 
 
-# ---- copies and wholes -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "copy_of",
     [
@@ -536,9 +527,6 @@ def test_disabled_nested_and_in_functions_that_were_compiled_before():
     with pytest.raises(ZeroDivisionError), adamss.disabled(model):
         _ = 1 / 0
     assert jnp.array_equal(run(model, x), y)
-
-
-# ---- modules to save ---------------------------------------------------------------------------------
 
 
 class Heads(nnx.Module):
