@@ -571,20 +571,6 @@ def test_by_hand(settings, steps, expected):
     assert int(state.left_out) == sum(gradients is BAD for gradients in steps)
 
 
-def test_a_target_that_the_last_subspace_could_exceed_is_refused():
-    """Once only that one is left, nothing could be trained. Where a subspace may return, a cheaper one can."""
-    f = one_layer(2)._replace(labels=np.asarray([0, 0, 1]), C=np.ones((1, 3)))  # costs 4 and 3
-    settings = {"end_step": 2, "power": 1, "unit": "parameters"}
-    with pytest.raises(ConfigError, match="target = 3 parameters cannot be kept to: one subspace may need 4"):
-        core.plan_budget({"q": f}, BudgetConfig(target=3, **settings))
-    plan, state = started({"q": f}, BudgetConfig(target=3, revive=True, **settings))
-    assert (plan.costs, plan.budget_at(1)) == ((4, 3), 5)
-    gradients = {"q": (np.asarray([[2.0, 1.0]] * 2), np.zeros((1, 3)))}
-    for kept in ([True, False], [False, True]):
-        state = step_of(plan, state, {"q": f}, gradients)
-        assert state.active.tolist() == kept
-
-
 # 1e30 is finite, and its square, which a score needs, is not.
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
