@@ -140,13 +140,13 @@ def gradient(loss, model, *batch):
     return jax.grad(lambda trained: loss(eqx.combine(trained, frozen), *batch))(trained)
 
 
-def program(model, call=lambda model, x: model(x)):
+def program(model):
     """Return the forward pass as a function of arrays, and those of the model."""
     if isinstance(model, nnx.Module):
         graph, arrays = nnx.split(model)
-        return lambda arrays, x: call(nnx.merge(graph, arrays), x), arrays
+        return lambda arrays, x: nnx.merge(graph, arrays)(x), arrays
     arrays, rest = eqx.partition(model, eqx.is_array)
-    return lambda arrays, x: call(eqx.combine(arrays, rest), x), arrays
+    return lambda arrays, x: eqx.combine(arrays, rest)(x), arrays
 
 
 class NnxLoop:

@@ -140,12 +140,7 @@ def count(state):
 def numpy_layer(params, path, outline):
     """Return B and C of a layer from a tree of parameters, or of gradients, as NumPy arrays of its own size."""
     owner, index = split_path(path)
-    ends = (
-        f"{owner}.adamss.default.B",
-        f"{owner}.adamss.default.C",
-        f"{owner}.adapters.default.B",
-        f"{owner}.adapters.default.C",
-    )
+    ends = [f"{owner}.{kind}.default.{name}" for kind in ("adamss", "adapters") for name in "BC"]
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = re.sub(r"[\[\].']+", ".", jax.tree_util.keystr(keys)).strip(".").removesuffix(".value")
@@ -588,6 +583,22 @@ def test_training_goes_on_after_consolidating(kind, keep_base, tmp_path):
         model = adamss.unmerge(model)
         same_outputs(model, y)
         np.testing.assert_array_equal(adamss.detach(model)(x), base(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_and_disabled_models_cost_what_the_base_costs(kind):
+    def products(model):
+        run, arrays = program(model)
+        return str(jax.make_jaxpr(run)(arrays, inputs())).count("dot_general")
+
+    model = attached(kind)
+    assert products(MODELS[kind]()) == 3
+    assert products(model) == 3 + 2 * 3  # A B, x M and z E of each layer
+    with adamss.disabled(model) as base:
+        assert products(base) == 3
+    model = adamss.merge(model)
+    assert products(model) == 3
+    assert products(adamss.unmerge(model)) == 9
 
 
 def test_a_layer_of_which_everything_is_folded_computes_its_base_alone():
