@@ -53,6 +53,10 @@ def delta_by_loop(f):
     return update
 
 
+def agrees(actual, expected, what, scale=None):
+    assert_agrees(actual, expected, dtype="float64", what=what, scale=scale)
+
+
 BASES = st.sampled_from(["shared", "per_subspace"])
 
 
@@ -71,9 +75,9 @@ class TestInitialFactors:
         assert not core.delta(f).any()
         assert all(np.isfinite(array).all() for array in f[:3])
         for _, A, B, _ in per_subspace(f):
-            assert_agrees(A.T @ A, np.eye(A.shape[1]), dtype="float64", what="A_k^T A_k")
+            agrees(A.T @ A, np.eye(A.shape[1]), "A_k^T A_k")
             if initial_B == "orthonormal":
-                assert_agrees(B.T @ B, np.eye(B.shape[1]), dtype="float64", what="B_k^T B_k")
+                agrees(B.T @ B, np.eye(B.shape[1]), "B_k^T B_k")
 
     @given(problems(), BASES)
     def test_basis_contains_the_columns_of_its_subspace(self, problem, basis):
@@ -83,7 +87,7 @@ class TestInitialFactors:
         scale = max(1.0, np.abs(W).max())
         for columns, A, _, _ in per_subspace(f):
             own = W_hat[:, columns]
-            assert_agrees(A @ (A.T @ own), own, dtype="float64", what="A A^T W_hat[:, I_k]", scale=scale)
+            agrees(A @ (A.T @ own), own, "A A^T W_hat[:, I_k]", scale=scale)
 
     @given(problems(), BASES)
     def test_full_rank_reproduces_the_columns(self, problem, basis):
@@ -95,7 +99,7 @@ class TestInitialFactors:
         )
         W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
         scale = max(1.0, np.abs(W).max())
-        assert_agrees(core.delta(f), W_hat, dtype="float64", what="A B_w B_z C", scale=10 * scale)
+        agrees(core.delta(f), W_hat, "A B_w B_z C", scale=10 * scale)
 
     @given(problems(), BASES, st.sampled_from(["orthonormal", "weighted"]))
     def test_B_spans_the_leading_directions(self, problem, basis, initial_B):
@@ -145,8 +149,8 @@ class TestUpdate:
     def test_delta_is_the_sum_over_subspaces(self, problem):
         f = problem.factors
         expected, scale = delta_by_loop(f), delta_by_loop(cases.magnitudes(f)).max()
-        assert_agrees(core.delta(f), expected, dtype="float64", what="delta", scale=scale)
-        assert_agrees(core.contract(f) @ core.expand(f), expected, dtype="float64", what="M E", scale=scale)
+        agrees(core.delta(f), expected, "delta", scale=scale)
+        agrees(core.contract(f) @ core.expand(f), expected, "M E", scale=scale)
 
     @given(cases.problems())
     def test_linear_and_merge_are_the_product_with_the_updated_weight(self, problem):
@@ -157,7 +161,7 @@ class TestUpdate:
         merged = core.merge(W, b, f)
         scale = core.linear(np.abs(x), np.abs(W), np.abs(b), cases.magnitudes(f)).max(initial=1e-6)
         expected = core.linear(x, W, b, f)
-        assert_agrees(x @ merged.W + merged.b, expected, dtype="float64", what="merged y", scale=scale)
+        agrees(x @ merged.W + merged.b, expected, "merged y", scale=scale)
 
     @given(cases.problems(empty=False))
     def test_vjp_equals_finite_differences(self, problem):
@@ -229,8 +233,8 @@ class TestFromDirections:
         core.check_factors(g)
         A = g.A[0]
         assert A.shape[1] == min(A.shape[0], max(M.shape[1], U.shape[1] if with_U else 0))
-        assert_agrees(A.T @ A, np.eye(A.shape[1]), dtype="float64", what="A^T A")
-        assert_agrees(core.delta(g), core.delta(f), dtype="float64", what="delta", scale=100.0)
+        agrees(A.T @ A, np.eye(A.shape[1]), "A^T A")
+        agrees(core.delta(g), core.delta(f), "delta", scale=100.0)
         assert np.array_equal(g.active, f.active)
 
 
@@ -330,16 +334,14 @@ class TestPadding:
         padded = f._replace(
             B=np.pad(f.B, ((0, 0), (0, columns))), C=np.pad(f.C, ((0, rows), (0, 0)), constant_values=7.0)
         )
-        assert_agrees(core.delta(padded), core.delta(f), dtype="float64", what="delta", scale=10.0)
-        assert_agrees(
-            core.linear(x, W, None, padded), core.linear(x, W, None, f), dtype="float64", what="y", scale=10.0
-        )
+        agrees(core.delta(padded), core.delta(f), "delta", scale=10.0)
+        agrees(core.linear(x, W, None, padded), core.linear(x, W, None, f), "y", scale=10.0)
         for revive in (False, True):
             expected = core.linear_vjp(dy, x, W, f, revive=revive)
             actual = core.linear_vjp(dy, x, W, padded, revive=revive)
             q, height = f.B.shape[1], f.C.shape[0]
-            assert_agrees(actual.B[:, :q], expected.B, dtype="float64", what="dB", scale=100.0)
-            assert_agrees(actual.C[:height], expected.C, dtype="float64", what="dC", scale=100.0)
+            agrees(actual.B[:, :q], expected.B, "dB", scale=100.0)
+            agrees(actual.C[:height], expected.C, "dC", scale=100.0)
             assert not actual.B[:, q:].any()
             assert not actual.C[height:].any()
 
@@ -386,13 +388,8 @@ class TestSelection:
             expected = np.where(own, delta_by_loop(f), 0)[:, own]
             # What rounding is relative to: the terms of the sums.
             scale = delta_by_loop(cases.magnitudes(f)).max()
-            assert_agrees(core.delta(g), expected, dtype="float64", what="delta", scale=scale)
-        assert_agrees(
-            core.delta(core.only(f, chosen)),
-            np.where(own, core.delta(f), 0),
-            dtype="float64",
-            what="the update of only these",
-        )
+            agrees(core.delta(g), expected, "delta", scale=scale)
+        agrees(core.delta(core.only(f, chosen)), np.where(own, core.delta(f), 0), "the update of only these")
 
 
 def test_outline_is_in_numpy_whatever_the_framework(xp):

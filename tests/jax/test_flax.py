@@ -27,12 +27,7 @@ FORMS = {
     "three output axes": (general(6, (2, 1, 4)), (3, 6), (0, 1, 2, 3), 1),
     "two contracted axes": (general((2, 3), 8, axis=(-2, -1)), (2, 5, 2, 3), (0, 1, 2), 2),
     "positive axis": (general(6, 8, axis=1), (3, 6, 4), (0, 1), 1),
-    "axes of both signs": (
-        general((2, 3), (4, 2), axis=(0, -1), use_bias=False),
-        (2, 5, 3),
-        (0, 1, 2, 3),
-        2,
-    ),
+    "axes of both signs": (general((2, 3), (4, 2), axis=(0, -1), use_bias=False), (2, 5, 3), (0, 1, 2, 3), 2),
     # Flax sorts them: the first axis of the kernel goes with the first of the input.
     "axes out of order": (general((2, 3), 8, axis=(-1, -2)), (5, 2, 3), (0, 1, 2), 2),
     "BTD,NDH->BTNH": (einsum("BTD,NDH->BTNH", (2, 6, 4), (2, 4)), (2, 3, 6), (1, 0, 2), 1),

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax_helpers import config, filled, gradient, inputs, run_python, train
+from jax_helpers import agrees, config, filled, gradient, inputs, run_python, train
 
 import adamss
 from adamss import errors
@@ -185,7 +185,7 @@ def test_merge_and_unload(library, values, before):
         y_merged = library.call(model, x)
     model = adamss.merge_and_unload(model)
     assert library.structure(model) == structure
-    assert_agrees(library.call(model, x), y, dtype="float32", what="outputs", scale=10)
+    agrees(library.call(model, x), y, "outputs", scale=10)
     if before.startswith("merged"):
         assert jnp.array_equal(library.call(model, x), y_merged)
     with pytest.raises(errors.StateError, match=r"merge_and_unload: .*no adapters"):
@@ -217,7 +217,7 @@ def test_states_whose_weights_hold_the_update_fit_no_other_model(library, tmp_pa
     with pytest.raises((ValueError, RuntimeError), match=r"in_weight|has changed shape"):
         library.with_values(adamss.attach(library.make(), config()), model, tmp_path)
     same = library.with_values(verb(after) if library is Equinox else copy.deepcopy(model), model, tmp_path)
-    assert_agrees(library.call(same, x), y, dtype="float32", what="outputs", scale=10)
+    agrees(library.call(same, x), y, "outputs", scale=10)
 
 
 def test_nan_is_not_merged(library, values):
@@ -262,7 +262,7 @@ def test_checkpointing_of_equinox_models_gives_the_same_gradients(checkpoint):
     plain = slopes(lambda run: run)
     assert len(plain) == 6
     for ours, expected in zip(slopes(checkpoint), plain, strict=True):
-        assert_agrees(ours, expected, dtype="float32", what="gradient")
+        agrees(ours, expected, "gradient")
 
 
 IN_A_NEW_PROCESS = """

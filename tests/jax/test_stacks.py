@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax_helpers import Stack, train
+from jax_helpers import Stack, agrees, train
 
 import adamss
 from adamss import core
@@ -15,7 +15,6 @@ from adamss.backend import backend_for
 from adamss.backend.ledger import put
 from adamss.core import Factors
 from adamss.errors import LayerError, StateError
-from adamss_conformance import assert_agrees
 from adamss_conformance.cases import random_C
 
 LAYERS, WIDTH = 3, 8
@@ -88,9 +87,9 @@ def test_scanned_models_start_equal_train_and_come_back(config, x, tmp_path):
     for training in (False, True):
         adamss.save(model, tmp_path / "a.safetensors", training=training)
         loaded = adamss.load(Stack(LAYERS), tmp_path / "a.safetensors")
-        assert_agrees(loaded(x), trained, dtype="float32", what=f"loaded, training = {training}")
+        agrees(loaded(x), trained, f"loaded, training = {training}")
     adamss.merge(model)
-    assert_agrees(model(x), trained, dtype="float32", what="merged")
+    agrees(model(x), trained, "merged")
     with adamss.disabled(model):
         assert jnp.array_equal(model(x), start)
     adamss.unmerge(model)
@@ -162,12 +161,12 @@ def test_scanned_equinox_models(config, x, tmp_path):
     trained = run(adapted)(x)
     assert float(jnp.abs(trained - start).max()) > 0.1
     merged = adamss.merge(adapted)
-    assert_agrees(run(merged)(x), trained, dtype="float32", what="merged")
+    agrees(run(merged)(x), trained, "merged")
     assert jnp.array_equal(run(adamss.unmerge(merged))(x), trained)
     assert eqx.tree_equal(adamss.detach(merged), model)
     adamss.save(adapted, tmp_path / "a.safetensors")
     loaded = adamss.load(model, tmp_path / "a.safetensors")
-    assert_agrees(run(loaded)(x), trained, dtype="float32", what="loaded")
+    agrees(run(loaded)(x), trained, "loaded")
 
 
 def test_experts_of_stacked_layers(tmp_path):
