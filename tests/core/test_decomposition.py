@@ -28,18 +28,18 @@ def captured(U, W, rank):
     return np.sum((U.astype(np.float64).T @ W) ** 2) / best
 
 
-def assert_orthonormal(matrix):
-    assert np.all(np.isfinite(matrix))
-    identity = np.eye(matrix.shape[1])
-    assert np.max(np.abs(matrix.astype(np.float64).T @ matrix - identity)) <= ORTHONORMAL
+def assert_orthonormal(*matrices):
+    for matrix in matrices:
+        assert np.all(np.isfinite(matrix))
+        identity = np.eye(matrix.shape[1])
+        assert np.max(np.abs(matrix.astype(np.float64).T @ matrix - identity)) <= ORTHONORMAL
 
 
 def assert_decomposes(W, rank, U, S, V):
     """Check every law of a truncated SVD of a small matrix against NumPy in float64."""
     rank = min(rank, *W.shape)
     assert (U.shape, S.shape, V.shape) == ((W.shape[0], rank), (rank,), (W.shape[1], rank))
-    assert_orthonormal(U)
-    assert_orthonormal(V)
+    assert_orthonormal(U, V)
     W = W.astype(np.float64)
     scale = np.max(np.abs(W)) or 1.0
     left, exact, right = np.linalg.svd(W / scale, full_matrices=False)
@@ -73,8 +73,7 @@ def test_every_framework(xp, to_numpy, W, rank):
 def test_huge_and_tiny_entries_of_a_large_matrix(magnitude):
     W = with_spectrum(np.arange(1, 601) ** -0.5)
     U, S, V = decompose(W * np.float32(magnitude), 20)
-    assert_orthonormal(U)
-    assert_orthonormal(V)
+    assert_orthonormal(U, V)
     np.testing.assert_allclose(S / magnitude, np.arange(1, 21) ** -0.5, rtol=1e-2)
 
 
@@ -83,8 +82,7 @@ def test_energy_where_singular_values_decay(width, exponent):
     spectrum = np.arange(1, width + 1) ** -exponent
     W = with_spectrum(spectrum)
     U, S, V = decompose(W, 100)
-    assert_orthonormal(U)
-    assert_orthonormal(V)
+    assert_orthonormal(U, V)
     optimum = np.sum(spectrum[:100] ** 2)
     energy = np.sum((U.astype(np.float64).T @ W) ** 2) / optimum
     assert 0.9997 <= energy <= 1 + 1e-5
@@ -106,8 +104,7 @@ def test_a_search_that_runs_out_of_directions(xp, to_numpy, kind):
         "duplicate columns": np.repeat(gaussian(700, 5), 128, axis=1),
     }[kind]
     U, S, V = map(to_numpy, decompose(xp.asarray(W), 100))
-    assert_orthonormal(U)
-    assert_orthonormal(V)
+    assert_orthonormal(U, V)
     rank = {"zero": 0, "two rows": 2, "rank 60": 60, "duplicate columns": 5}[kind]
     rounding = np.finfo(np.float32).eps * 700 * S[0]
     assert np.count_nonzero(rounding < S) == rank
@@ -262,8 +259,7 @@ def test_real_weights():
     assert len(matrices) == 6
     for W in matrices.values():
         U, _, V = decompose(W.T, 100)
-        assert_orthonormal(U)
-        assert_orthonormal(V)
+        assert_orthonormal(U, V)
         assert captured(U, W.T, 100) >= 0.99999
 
 

@@ -119,24 +119,23 @@ def test_verbs_on_equinox_models_within_transformations(verb, transform, tmp_pat
         wrapped(target)
 
 
-def within_core():
-    W = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
-    decomposition = core.decompose(W, 4)
-    labels = core.segment(decomposition, 3)
-    factors = core.initial_factors(decomposition, labels, 1)
-    return {
-        "decompose": (lambda W: core.decompose(W, 4), W),
-        "segment": (lambda d: core.segment(d, 3), decomposition),
-        "initial_factors": (lambda pair: core.initial_factors(*pair, 1), (decomposition, labels)),
-        "merge": (lambda pair: core.merge(pair[0], None, pair[1]), (W, factors)),
-        "count_factors": (core.count_factors, factors),
-    }
+KERNEL = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+DECOMPOSITION = core.decompose(KERNEL, 4)
+LABELS = core.segment(DECOMPOSITION, 3)
+FACTORS = core.initial_factors(DECOMPOSITION, LABELS, 1)
+WITHIN_CORE = {
+    "decompose": (lambda W: core.decompose(W, 4), KERNEL),
+    "segment": (lambda d: core.segment(d, 3), DECOMPOSITION),
+    "initial_factors": (lambda pair: core.initial_factors(*pair, 1), (DECOMPOSITION, LABELS)),
+    "merge": (lambda pair: core.merge(pair[0], None, pair[1]), (KERNEL, FACTORS)),
+    "count_factors": (core.count_factors, FACTORS),
+}
 
 
-@pytest.mark.parametrize("name", ["decompose", "segment", "initial_factors", "merge", "count_factors"])
+@pytest.mark.parametrize("name", WITHIN_CORE)
 @pytest.mark.parametrize("transform", ["jit", "grad"])
 def test_core_functions_that_need_values_say_so(name, transform):
-    function, argument = within_core()[name]
+    function, argument = WITHIN_CORE[name]
     argument = jax.tree.map(jnp.asarray, argument)
     if transform == "jit":
         wrapped = jax.jit(calling(function))
