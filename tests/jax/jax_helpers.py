@@ -23,18 +23,13 @@ from adamss_jax.flax import Adapter
 class Net(nnx.Module):
     """A layer norm, two layers side by side as in attention, and a head."""
 
-    def __init__(self, width: int, *, use_bias: bool, param_dtype, rngs: nnx.Rngs) -> None:
-        def linear(d, n, **options):
-            return nnx.Linear(d, n, param_dtype=param_dtype, rngs=rngs, **options)
+    def __init__(self, width: int, *, param_dtype, rngs: nnx.Rngs) -> None:
+        def linear(n):
+            return nnx.Linear(width, n, param_dtype=param_dtype, rngs=rngs)
 
         self.norm = nnx.LayerNorm(width, param_dtype=param_dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            [
-                nnx.Dict({name: linear(width, width, use_bias=use_bias) for name in ("query", "value")})
-                for _ in range(2)
-            ]
-        )
-        self.classifier = linear(width, 3)
+        self.blocks = nnx.List([nnx.Dict({n: linear(width) for n in ("query", "value")}) for _ in range(2)])
+        self.classifier = linear(3)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
@@ -43,9 +38,9 @@ class Net(nnx.Module):
         return self.classifier(x)
 
 
-def net(*, use_bias=True, dtype=jnp.float32, seed=0) -> Net:
+def net(*, dtype=jnp.float32, seed=0) -> Net:
     """Return a network with the same weights every time, no bias of them zero."""
-    model = Net(8, use_bias=use_bias, param_dtype=dtype, rngs=nnx.Rngs(seed))
+    model = Net(8, param_dtype=dtype, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     for path, variable in sorted(nnx.to_flat_state(nnx.state(model)), key=lambda pair: str(pair[0])):
         if path[-1] == "bias":
