@@ -88,11 +88,7 @@ TABLE: dict[str, Capabilities] = {
         gradients=True,
         budget=True,
         consolidates=True,
-        missing={
-            "bfloat16": "NumPy has no bfloat16",
-            "compiles": "NumPy compiles nothing",
-            **_NO_OPTIMISERS,
-        },
+        missing={"bfloat16": "NumPy has no bfloat16", "compiles": "NumPy compiles nothing", **_NO_OPTIMISERS},
     ),
     "strict": Capabilities(
         models="NumpyModel on arrays of array-api-strict",

@@ -25,10 +25,21 @@ from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors, Gradients
 from adamss_conformance.capabilities import Capabilities
 
-__all__ = ["FROM_TABLE", "NOT_APPLICABLE", "Driver", "Training", "find_drivers", "reasons", "require"]
+__all__ = [
+    "FROM_TABLE",
+    "NOT_APPLICABLE",
+    "Driver",
+    "LoopDriver",
+    "Training",
+    "find_drivers",
+    "reasons",
+    "require",
+]
 
 Array = Any
 Model = Any
+Inputs = Mapping[str, np.ndarray]
+Budget = BudgetConfig | None
 
 ENTRY_POINT_GROUP = "adamss.conformance"
 """Name: that of the backend; value: ``module:Class`` of its driver."""
@@ -159,13 +170,7 @@ class Driver(ABC):
     # ---- what the capabilities promise ------------------------------------------------------------------
 
     def gradients(
-        self,
-        linear: Callable[..., Array],
-        x: Array,
-        W: Array,
-        b: Array | None,
-        factors: Factors,
-        dy: Array,
+        self, linear: Callable[..., Array], x: Array, W: Array, b: Array | None, factors: Factors, dy: Array
     ) -> Gradients:
         """Return the gradients of ``sum(dy * linear(x, W, b, factors))`` for x, B and C. Capability ``gradients``."""
         self._broke_its_promise("gradients", "gradients")
@@ -181,7 +186,7 @@ class Driver(ABC):
     def train(
         self,
         model: Model,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         *,
         steps: int,
         optimiser: str,
@@ -198,7 +203,7 @@ class Driver(ABC):
     def training(
         self,
         model: Model,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         *,
         optimiser: str,
         rate: float,
@@ -216,6 +221,27 @@ class Driver(ABC):
 
     def __str__(self) -> str:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
+
+
+class LoopDriver(Driver):
+    """A driver that trains with and without a budget by one loop."""
+
+    @abstractmethod
+    def loop(
+        self, model: Model, inputs: Inputs, optimiser: str, rate: float, budget: Budget, compiled: bool
+    ) -> Training:
+        """Return a training as `Driver.training` does, or one as in `Driver.train` where `budget` is None."""
+
+    def train(self, model: Model, inputs: Inputs, *, steps: int, compiled: bool = False, **how: Any) -> Model:
+        """See `Driver.train`."""
+        training = self.loop(model, inputs, budget=None, compiled=compiled, **how)
+        for _ in range(steps):
+            training.step()
+        return training.model
+
+    def training(self, model: Model, inputs: Inputs, *, compiled: bool = False, **how: Any) -> Training:
+        """See `Driver.training`."""
+        return self.loop(model, inputs, compiled=compiled, **how)
 
 
 NOT_APPLICABLE = "not applicable: "

@@ -82,8 +82,6 @@ def test_ordering_sorts_and_is_stable(xp, to_numpy):
     np.testing.assert_array_equal(to_numpy(ordering(xp.asarray(labels))), np.argsort(labels, kind="stable"))
 
 
-# ---- the bound -------------------------------------------------------------------------------------
-
 SETTINGS = {
     "spectral_norms": [2.0, 3.0],
     "ranks": [1, 4],

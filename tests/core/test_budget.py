@@ -59,9 +59,6 @@ def test_initial_budget():
         core.budget_at(0, BudgetConfig(target=5, end_step=10), total=4)
 
 
-# ---- allocation ------------------------------------------------------------------------------------
-
-
 def allocate_by_loop(scores, budget, costs=None, candidates=None, layers=None, minimum=0):
     """The law of allocation: best first, of every layer its minimum before all others."""
     T = len(scores)
@@ -133,17 +130,6 @@ def test_every_framework_allocates_alike_also_compiled(xp, to_numpy, T):
     assert len(traces) <= 4, "one trace with costs and one without, for each minimum"
 
 
-def test_of_every_layer_its_best_candidates_are_taken_first():
-    """A layer with fewer than the minimum keeps all it has, and a budget too small goes to the best of them."""
-    scores, layers = np.asarray([9.0, 8.0, 7.0, 1.0, 2.0, 0.5, 9.0]), np.asarray([0, 0, 0, 1, 1, 2, 2])
-    candidates = np.arange(7) < 6
-    kept = [
-        core.allocate(scores, budget, candidates=candidates, layers=layers, minimum=2).nonzero()[0].tolist()
-        for budget in range(7)
-    ]
-    assert kept == [[], [0], [0, 1], [0, 1, 4], [0, 1, 3, 4], [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
-
-
 def test_costs_may_be_the_list_that_counting_returns():
     costs = core.subspace_costs([3, 2], [1, 1], [2, 2])
     assert core.allocate(np.asarray([1.0, 1.0]), 4, costs).tolist() == [False, True]
@@ -176,8 +162,6 @@ def test_what_cannot_be_allocated_is_refused(scores, budget, options, error, mat
     with pytest.raises(error, match=match):
         core.allocate(scores, budget, **options)
 
-
-# ---- models and steps ------------------------------------------------------------------------------
 
 EXACT = {"sensitivity_decay": 0.5, "uncertainty_decay": 0.5}
 
@@ -399,9 +383,6 @@ class ByLoop:
         assert_agrees(to_numpy(scores), self.scores(layers), dtype=dtype or "float32", what="scores")
 
 
-# ---- the plan --------------------------------------------------------------------------------------
-
-
 class TestPlan:
     @given(models(), UNITS)
     def test_one_row_and_one_vector_by_path_then_number(self, model, unit):
@@ -497,9 +478,6 @@ class TestPlan:
             jax.jit(lambda layers: core.plan_budget(layers, config).total)(layers)
 
 
-# ---- the state machine -----------------------------------------------------------------------------
-
-
 @given(models(), st.data())
 def test_every_step_is_that_of_the_loop(model, data):
     """Averages, scores, schedule, waiting, what is left out, reset and masks: all exact, whatever the schedule."""
@@ -517,37 +495,6 @@ def test_every_step_is_that_of_the_loop(model, data):
         state = step_of(plan, state, layers, gradients)
         reference.advance(layers, gradients)
         reference.check(plan, state, layers)
-
-
-@given(models(), UNITS, st.data())
-def test_the_budget_is_kept_to_and_nothing_changes_between_allocations(model, unit, data):
-    """Exactly so many subspaces as the budget says, or never more parameters; the minimum of every layer is kept."""
-    rng, layers = model
-    config = data.draw(schedules(layers, unit=unit, initial=None))
-    plan, state = started(layers, config)
-    price = np.asarray(plan.costs) if unit == "parameters" else np.ones(len(plan.costs), int)
-    for step in range(1, config.end_step + 4):
-        before = state.active
-        # Every subspace is in use, so that every step is informative.
-        full = {p: f._replace(B=np.ones_like(f.B), C=np.ones_like(f.C)) for p, f in layers.items()}
-        gradients = {
-            path: tuple(rng.standard_normal(array.shape) for array in (f.B, f.C)) for path, f in full.items()
-        }
-        state = step_of(plan, state, full, gradients)
-        assert not state.waiting
-        if plan.allocates_at(step):
-            spent, budget = price[state.active].sum(), core.budget_at(step, config, plan.total)
-            assert spent <= budget
-            assert unit == "parameters" or spent == budget
-        else:
-            assert np.array_equal(state.active, before), f"step {step} is no allocation"
-        for path, active in plan.split(state.active).items():
-            assert active.sum() >= min(config.minimum_per_layer, layers[path].ranks.size)
-        assert config.revive or not (state.active & ~before).any(), "a frozen subspace has come back"
-    # After the end not even the averages change, whatever the gradients.
-    after = step_of(plan, state, layers, gradients_of(rng, layers, "nan"))
-    assert after.step == state.step + 1
-    assert all(np.array_equal(a, b) for a, b in zip(after[1:], state[1:], strict=True))
 
 
 def one_layer(K=3, columns=2, P=2):
@@ -624,20 +571,6 @@ def test_by_hand(settings, steps, expected):
     assert int(state.left_out) == sum(gradients is BAD for gradients in steps)
 
 
-def test_a_target_that_the_last_subspace_could_exceed_is_refused():
-    """Once only that one is left, nothing could be trained. Where a subspace may return, a cheaper one can."""
-    f = one_layer(2)._replace(labels=np.asarray([0, 0, 1]), C=np.ones((1, 3)))  # costs 4 and 3
-    settings = {"end_step": 2, "power": 1, "unit": "parameters"}
-    with pytest.raises(ConfigError, match="target = 3 parameters cannot be kept to: one subspace may need 4"):
-        core.plan_budget({"q": f}, BudgetConfig(target=3, **settings))
-    plan, state = started({"q": f}, BudgetConfig(target=3, revive=True, **settings))
-    assert (plan.costs, plan.budget_at(1)) == ((4, 3), 5)
-    gradients = {"q": (np.asarray([[2.0, 1.0]] * 2), np.zeros((1, 3)))}
-    for kept in ([True, False], [False, True]):
-        state = step_of(plan, state, {"q": f}, gradients)
-        assert state.active.tolist() == kept
-
-
 # 1e30 is finite, and its square, which a score needs, is not.
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -696,8 +629,6 @@ def test_what_processes_say_is_heeded():
     assert not refused.sensitivity.any()
 
 
-# ---- every framework -------------------------------------------------------------------------------
-
 CONFIGS = {
     "defaults": BudgetConfig(target=3, end_step=6, interval=2),
     "exact": BudgetConfig(target=2, start_step=1, end_step=6, interval=2, **EXACT),
@@ -749,29 +680,17 @@ def as_arrays(xp, tree, floating="float32"):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_framework_decides_alike_in_every_step(xp, to_numpy, name):
-    check_every_step(xp, to_numpy, name, step_of)
+    check_every_step(xp, to_numpy, name)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_compiled_once_for_the_whole_schedule_it_decides_alike(to_numpy, name):
-    jax, traces = pytest.importorskip("jax"), []
-
-    def step(plan, *arguments):
-        traces.append(name)
-        return step_of(plan, *arguments)
-
-    check_every_step(jax.numpy, to_numpy, name, jax.jit(step, static_argnums=0))
-    assert len(traces) == 1
-
-
-def check_every_step(xp, to_numpy, name, step, scale=1.0, floating="float32"):
+def check_every_step(xp, to_numpy, name, scale=1.0, floating="float32"):
     """Check that from the same gradients the same masks come, those of float64 NumPy, and the same averages."""
     dtype, noise = ("float32", 1.0) if name == "defaults" else (None, 0.0)
     layers = two_layers()
     plan, state = started(as_arrays(xp, layers, floating), CONFIGS[name])
     reference = ByLoop(layers, CONFIGS[name], dtype="float32")
     for factors, gradients in steps_of(layers, noise, scale):
-        state = step(plan, state, as_arrays(xp, factors, floating), as_arrays(xp, gradients, floating))
+        state = step_of(plan, state, as_arrays(xp, factors, floating), as_arrays(xp, gradients, floating))
         reference.advance(factors, gradients)
         reference.check(plan, state, factors, to_numpy, dtype)
         assert str(state.sensitivity.dtype).endswith("float32")
@@ -785,7 +704,7 @@ def check_every_step(xp, to_numpy, name, step, scale=1.0, floating="float32"):
 def test_factors_in_half_precision_have_float32_averages(to_numpy, framework, floating):
     """Formed in 16 bits, these products would overflow, or the averages be rounded."""
     xp = pytest.importorskip(framework)
-    check_every_step(xp, to_numpy, "exact", step_of, scale=512.0, floating=floating)
+    check_every_step(xp, to_numpy, "exact", scale=512.0, floating=floating)
 
 
 def test_step_and_waiting_may_be_python_numbers(xp, to_numpy):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from core_helpers import awkward_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,26 +11,16 @@ from adamss.core import Factors
 from adamss.core.analysis import spectral_norms
 from adamss.core.factors import factors_from_directions, outline, select
 from adamss.errors import ArrayTypeError, ArrayValueError, ConfigError
+from adamss_conformance import cases
+from adamss_conformance.drivers.numpy import NumpyDriver
+from adamss_conformance.laws.linear import assert_finite_differences, assert_update
 from adamss_conformance.tolerances import assert_agrees
-
-
-@st.composite
-def weights(draw):
-    """Weights of any shape: random, of low rank, with duplicate columns, of one column, zero."""
-    d, n = draw(st.integers(1, 10)), draw(st.integers(1, 12))
-    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    kind = draw(st.sampled_from(["random", "low rank", "duplicate columns", "zero"]))
-    if kind == "low rank":
-        return rng.standard_normal((d, 1)) @ rng.standard_normal((1, n))
-    if kind == "duplicate columns":
-        return np.repeat(rng.standard_normal((d, 1)), n, axis=1)
-    return np.zeros((d, n)) if kind == "zero" else rng.standard_normal((d, n))
 
 
 @st.composite
 def problems(draw):
     """A weight, its decomposition and labels; K up to n, R up to min(d, n)."""
-    W = draw(weights())
+    W = draw(awkward_weights(10, 12)).astype(np.float64)
     decomposition = core.decompose(W, draw(st.integers(1, min(W.shape))))
     method = draw(st.sampled_from(["kmeans", "contiguous", "random"]))
     return W, decomposition, core.segment(decomposition, draw(st.integers(1, W.shape[1])), method)
@@ -62,6 +53,10 @@ def delta_by_loop(f):
     return update
 
 
+def agrees(actual, expected, what, scale=None):
+    assert_agrees(actual, expected, dtype="float64", what=what, scale=scale)
+
+
 BASES = st.sampled_from(["shared", "per_subspace"])
 
 
@@ -80,9 +75,9 @@ class TestInitialFactors:
         assert not core.delta(f).any()
         assert all(np.isfinite(array).all() for array in f[:3])
         for _, A, B, _ in per_subspace(f):
-            assert_agrees(A.T @ A, np.eye(A.shape[1]), dtype="float64", what="A_k^T A_k")
+            agrees(A.T @ A, np.eye(A.shape[1]), "A_k^T A_k")
             if initial_B == "orthonormal":
-                assert_agrees(B.T @ B, np.eye(B.shape[1]), dtype="float64", what="B_k^T B_k")
+                agrees(B.T @ B, np.eye(B.shape[1]), "B_k^T B_k")
 
     @given(problems(), BASES)
     def test_basis_contains_the_columns_of_its_subspace(self, problem, basis):
@@ -92,7 +87,7 @@ class TestInitialFactors:
         scale = max(1.0, np.abs(W).max())
         for columns, A, _, _ in per_subspace(f):
             own = W_hat[:, columns]
-            assert_agrees(A @ (A.T @ own), own, dtype="float64", what="A A^T W_hat[:, I_k]", scale=scale)
+            agrees(A @ (A.T @ own), own, "A A^T W_hat[:, I_k]", scale=scale)
 
     @given(problems(), BASES)
     def test_full_rank_reproduces_the_columns(self, problem, basis):
@@ -104,7 +99,7 @@ class TestInitialFactors:
         )
         W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
         scale = max(1.0, np.abs(W).max())
-        assert_agrees(core.delta(f), W_hat, dtype="float64", what="A B_w B_z C", scale=10 * scale)
+        agrees(core.delta(f), W_hat, "A B_w B_z C", scale=10 * scale)
 
     @given(problems(), BASES, st.sampled_from(["orthonormal", "weighted"]))
     def test_B_spans_the_leading_directions(self, problem, basis, initial_B):
@@ -150,96 +145,37 @@ class TestInitialFactors:
 
 
 class TestUpdate:
-    @given(problems(), st.integers(1, 4), BASES)
-    def test_delta_is_the_sum_over_subspaces(self, problem, r, basis):
-        _, decomposition, labels = problem
-        f = random_factors(decomposition, labels, r, basis)
-        assert_agrees(core.delta(f), delta_by_loop(f), dtype="float64", what="delta", scale=100.0)
-        assert_agrees(
-            core.contract(f) @ core.expand(f), delta_by_loop(f), dtype="float64", what="M E", scale=100.0
-        )
+    @given(cases.problems())
+    def test_delta_is_the_sum_over_subspaces(self, problem):
+        f = problem.factors
+        expected, scale = delta_by_loop(f), delta_by_loop(cases.magnitudes(f)).max()
+        agrees(core.delta(f), expected, "delta", scale=scale)
+        agrees(core.contract(f) @ core.expand(f), expected, "M E", scale=scale)
 
-    @given(problems(), st.integers(1, 3), BASES, st.booleans())
-    def test_linear_is_the_product_with_the_updated_weight(self, problem, r, basis, bias):
-        W, decomposition, labels = problem
-        f = random_factors(decomposition, labels, r, basis)
-        rng = np.random.default_rng(1)
-        x, b = rng.standard_normal((2, 3, W.shape[0])), rng.standard_normal(W.shape[1]) if bias else None
-        expected = x @ (W + delta_by_loop(f)) + (0 if b is None else b)
-        assert_agrees(core.linear(x, W, b, f), expected, dtype="float64", what="y", scale=1000.0)
-
-    @given(problems(), BASES)
-    def test_bias_row(self, problem, basis):
+    @given(cases.problems())
+    def test_linear_and_merge_are_the_product_with_the_updated_weight(self, problem):
         """With d + 1 input rows the update is that of inputs with a one appended, which is never formed."""
-        W, _, labels = problem
-        whole = np.concatenate([W, np.ones((1, W.shape[1]))])
-        f = random_factors(core.decompose(whole, 3), labels, 2, basis)
-        x = np.random.default_rng(1).standard_normal((5, W.shape[0]))
-        expected = np.concatenate([x, np.ones((5, 1))], axis=1) @ (whole + delta_by_loop(f))
-        assert_agrees(core.linear(x, W, whole[-1], f), expected, dtype="float64", what="y", scale=1000.0)
-        merged = core.merge(W, whole[-1], f)
-        assert_agrees(x @ merged.W + merged.b, expected, dtype="float64", what="merged y", scale=1000.0)
+        assert_update(NumpyDriver(), core.linear, problem, "float64")
+        x, W, b, f, _ = problem
+        b = np.zeros(W.shape[1]) if b is None else b
+        merged = core.merge(W, b, f)
+        scale = core.linear(np.abs(x), np.abs(W), np.abs(b), cases.magnitudes(f)).max(initial=1e-6)
+        expected = core.linear(x, W, b, f)
+        agrees(x @ merged.W + merged.b, expected, "merged y", scale=scale)
 
-    @given(problems(), st.integers(1, 3), BASES, st.booleans(), st.booleans())
-    def test_vjp_equals_finite_differences(self, problem, r, basis, bias_row, revive):
-        W, decomposition, labels = problem
-        if bias_row:
-            decomposition = core.decompose(np.concatenate([W, W[:1]]), decomposition.S.size)
-        f = random_factors(decomposition, labels, r, basis)
-        rng = np.random.default_rng(2)
-        x, dy = rng.standard_normal((3, W.shape[0])), rng.standard_normal((3, W.shape[1]))
-        gradients = core.linear_vjp(dy, x, W, f, revive=revive)
+    @given(cases.problems(empty=False))
+    def test_vjp_equals_finite_differences(self, problem):
+        assert_finite_differences(NumpyDriver(), problem)
 
-        def loss(x=x, **changed):
-            return float((dy * core.linear(x, W, None, f._replace(**changed))).sum())
-
-        def directional(name, direction):
-            # The function is at most quadratic in each argument: the central difference is exact.
-            if name == "x":
-                return (loss(x=x + direction) - loss(x=x - direction)) / 2
-            value = getattr(f, name)
-            return (loss(**{name: value + direction}) - loss(**{name: value - direction})) / 2
-
-        columns = np.repeat(f.active, f.ranks)
-        for name, trained in (("x", True), ("B", columns[None, :]), ("C", f.active[labels][None, :])):
-            gradient = getattr(gradients, name)
-            mask = True if revive else trained
-            direction = rng.standard_normal(gradient.shape) * mask
-            if name == "C":
-                direction *= np.arange(f.C.shape[0])[:, None] < f.ranks[labels]
-            if name == "B":
-                bases = np.repeat(core.basis_ranks(f), f.ranks)
-                direction *= np.arange(f.B.shape[0])[:, None] < bases
-            assert_agrees(
-                (gradient * direction).sum(),
-                directional(name, direction),
-                dtype="float64",
-                what=name,
-                scale=1e4,
-            )
-            if not revive:
-                assert not (gradient * ~np.broadcast_to(np.asarray(trained), gradient.shape)).any()
-
-    @given(problems(), st.integers(1, 3), BASES)
-    def test_padding_gets_no_gradient(self, problem, r, basis):
-        W, decomposition, labels = problem
-        f = random_factors(decomposition, labels, r, basis)
-        rng = np.random.default_rng(3)
-        x, dy = rng.standard_normal((3, W.shape[0])), rng.standard_normal((3, W.shape[1]))
-        _, dB, dC = core.linear_vjp(dy, x, W, f, revive=True)
+    @given(cases.problems())
+    def test_frozen_subspaces_that_may_return_get_the_gradient_of_active_ones_and_padding_none(self, problem):
+        x, W, _, f, dy = problem
+        found = core.linear_vjp(dy, x, W, f, revive=True)
+        expected = core.linear_vjp(dy, x, W, f._replace(active=np.ones_like(f.active)))
+        assert all(np.array_equal(actual, wanted) for actual, wanted in zip(found, expected, strict=True))
         bases = np.repeat(core.basis_ranks(f), f.ranks)
-        assert not dB[np.arange(f.B.shape[0])[:, None] >= bases].any()
-        assert not dC[np.arange(f.C.shape[0])[:, None] >= f.ranks[labels]].any()
-
-    def test_rank_of_the_update_exceeds_loras_at_equal_parameters(self):
-        """K subspaces of rank 1 give rank K for sum r_k (n_k + R) parameters; LoRA's rank for them is less."""
-        rng = np.random.default_rng(0)
-        W = rng.standard_normal((96, 96))
-        decomposition = core.decompose(W, 12)
-        f = random_factors(decomposition, core.segment(decomposition, 8, "contiguous"), 1, "shared")
-        trained = core.count_factors(f)
-        assert np.linalg.matrix_rank(core.delta(f)) == 8
-        assert trained < core.count_lora(96, 96, 2), "LoRA cannot even afford rank 2"
+        assert not found.B[np.arange(f.B.shape[0])[:, None] >= bases].any()
+        assert not found.C[np.arange(f.C.shape[0])[:, None] >= f.ranks[f.labels]].any()
 
     @pytest.mark.parametrize(("dtype", "value"), [("float16", 6e4), ("float32", 3e38), ("float64", 1.7e308)])
     def test_inputs_that_overflow_the_update_give_the_output_of_the_base_at_the_start(self, dtype, value):
@@ -297,8 +233,8 @@ class TestFromDirections:
         core.check_factors(g)
         A = g.A[0]
         assert A.shape[1] == min(A.shape[0], max(M.shape[1], U.shape[1] if with_U else 0))
-        assert_agrees(A.T @ A, np.eye(A.shape[1]), dtype="float64", what="A^T A")
-        assert_agrees(core.delta(g), core.delta(f), dtype="float64", what="delta", scale=100.0)
+        agrees(A.T @ A, np.eye(A.shape[1]), "A^T A")
+        agrees(core.delta(g), core.delta(f), "delta", scale=100.0)
         assert np.array_equal(g.active, f.active)
 
 
@@ -392,35 +328,28 @@ def test_leading_directions_of_subspaces_of_every_size(xp, to_numpy, r):
 class TestPadding:
     """Layers of one stack share a shape: B may have more columns than ranks, C more rows."""
 
-    @given(problems(), st.integers(1, 3), BASES, st.integers(1, 2), st.integers(0, 2))
-    def test_more_columns_and_rows_change_nothing(self, problem, r, basis, columns, rows):
-        W, decomposition, labels = problem
-        f = random_factors(decomposition, labels, r, basis)
-        rng = np.random.default_rng(1)
+    @given(cases.problems(), st.integers(1, 2), st.integers(0, 2))
+    def test_more_columns_and_rows_change_nothing(self, problem, columns, rows):
+        x, W, _, f, dy = problem
         padded = f._replace(
             B=np.pad(f.B, ((0, 0), (0, columns))), C=np.pad(f.C, ((0, rows), (0, 0)), constant_values=7.0)
         )
-        x, dy = rng.standard_normal((3, W.shape[0])), rng.standard_normal((3, W.shape[1]))
-        assert_agrees(core.delta(padded), core.delta(f), dtype="float64", what="delta", scale=10.0)
-        assert_agrees(
-            core.linear(x, W, None, padded), core.linear(x, W, None, f), dtype="float64", what="y", scale=10.0
-        )
+        agrees(core.delta(padded), core.delta(f), "delta", scale=10.0)
+        agrees(core.linear(x, W, None, padded), core.linear(x, W, None, f), "y", scale=10.0)
         for revive in (False, True):
             expected = core.linear_vjp(dy, x, W, f, revive=revive)
             actual = core.linear_vjp(dy, x, W, padded, revive=revive)
             q, height = f.B.shape[1], f.C.shape[0]
-            assert_agrees(actual.B[:, :q], expected.B, dtype="float64", what="dB", scale=100.0)
-            assert_agrees(actual.C[:height], expected.C, dtype="float64", what="dC", scale=100.0)
+            agrees(actual.B[:, :q], expected.B, "dB", scale=100.0)
+            agrees(actual.C[:height], expected.C, "dC", scale=100.0)
             assert not actual.B[:, q:].any()
             assert not actual.C[height:].any()
 
 
 @st.composite
 def partitions(draw):
-    """Factors whose subspaces differ in rank and size, every second frozen, and any mask over them."""
-    basis = draw(BASES)
-    _, decomposition, labels = draw(problems())
-    f = random_factors(decomposition, labels, draw(st.integers(1, 4)), basis)
+    """Factors whose subspaces differ in rank and size, some frozen, and any mask over them."""
+    f = draw(cases.problems()).factors
     K = f.ranks.size
     some = st.lists(st.booleans(), min_size=K, max_size=K)
     return f, np.asarray(draw(some | st.sampled_from([[False] * K, [True] * K])))
@@ -458,14 +387,9 @@ class TestSelection:
         if chosen.any():
             expected = np.where(own, delta_by_loop(f), 0)[:, own]
             # What rounding is relative to: the terms of the sums.
-            scale = delta_by_loop(f._replace(A=abs(f.A), B=abs(f.B), C=abs(f.C))).max()
-            assert_agrees(core.delta(g), expected, dtype="float64", what="delta", scale=scale)
-        assert_agrees(
-            core.delta(core.only(f, chosen)),
-            np.where(own, core.delta(f), 0),
-            dtype="float64",
-            what="the update of only these",
-        )
+            scale = delta_by_loop(cases.magnitudes(f)).max()
+            agrees(core.delta(g), expected, "delta", scale=scale)
+        agrees(core.delta(core.only(f, chosen)), np.where(own, core.delta(f), 0), "the update of only these")
 
 
 def test_outline_is_in_numpy_whatever_the_framework(xp):

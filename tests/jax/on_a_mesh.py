@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_helpers import gradient, loop_of
 
 import adamss
 import adamss_jax
@@ -116,10 +117,10 @@ def attached(kind, specs, *, inputs=None, hidden=None):
     """Return what the verbs do to a model that is sharded over a mesh; its first layer's output is to be `hidden`."""
     mesh = jax.make_mesh((4,), ("m",), axis_types=(kind,))
     with jax.set_mesh(mesh):
-        return _attached(mesh, specs, inputs or P(None, None), hidden)
+        return attached_to(mesh, specs, inputs or P(None, None), hidden)
 
 
-def _attached(mesh, specs, inputs, hidden):
+def attached_to(mesh, specs, inputs, hidden):
     config = adamss.AdamssConfig(targets=["query"], modules_to_save=["head"], rank=4, subspaces=K)
     x = jax.device_put(problem(bias_row=0)["x"], NamedSharding(mesh, inputs))
     run = nnx.jit(lambda model, x: model(x, hidden))
@@ -140,8 +141,7 @@ def _attached(mesh, specs, inputs, hidden):
     for one in (alone, model):
         adapter = one.query.adamss.default
         adapter.C.set_value(jnp.ones_like(adapter.C.get_value()))
-        wanted = nnx.DiffState(0, nnx.LoRAParam)
-        gradients.append(nnx.grad(lambda m: jnp.sum(jnp.square(run(m, x))), argnums=wanted)(one))
+        gradients.append(gradient(lambda m: jnp.sum(jnp.square(run(m, x))), one))
     found["gradients"] = difference(*gradients[::-1])
     found["outputs"] = difference(run(model, x), run(alone, x))
     found["merged"] = difference(run(adamss.merge(model), x), run(alone, x))
@@ -183,28 +183,16 @@ def trained(*, steps, specs=None, mesh=None, replicated=False):
             spec = specs.get(path[-1], P())
             variable.set_value(jax.device_put(variable.get_value(), NamedSharding(mesh, spec)))
         x = jax.device_put(x, NamedSharding(mesh, P("m", None)))
-    optimizer = nnx.Optimizer(model, adamss_jax.budgeted(optax.adamw(0.02), model), wrt=nnx.LoRAParam)
+    loss = lambda m, x: jnp.mean(jnp.square(m(x) - x[:, :1]))  # noqa: E731
+    loop = loop_of(model, adamss_jax.budgeted(optax.adamw(0.02), model), loss)
     if replicated:
-        state = nnx.state(optimizer)
-        nnx.update(optimizer, jax.device_put(state, NamedSharding(mesh, P())))
-
-    @nnx.jit
-    def step(model, optimizer, x):
-        wanted = nnx.DiffState(0, nnx.LoRAParam)
-        loss = lambda m: jnp.mean(jnp.square(m(x) - x[:, :1]))  # noqa: E731
-        optimizer.update(model, nnx.grad(loss, argnums=wanted)(model))
-
+        loop.restore(jax.device_put(loop.saved(), NamedSharding(mesh, P())))
     masks = []
     for _ in range(steps):
-        step(model, optimizer, x)
-        adamss_jax.synchronise(model, optimizer)
-        masks.append(
-            [
-                np.asarray(layer.adamss.default.active.get_value()).tolist()
-                for layer in (model.query, model.value)
-            ]
-        )
-    return model, masks, lambda: step(model, optimizer, x)
+        loop.step(x).synchronise()
+        layers = (model.query, model.value)
+        masks.append([np.asarray(layer.adamss.default.active.get_value()).tolist() for layer in layers])
+    return model, masks, lambda: loop.step(x)
 
 
 def budgets():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax_helpers import config, filled, gradient, inputs, net, variables
 
 import adamss
 from adamss import core, errors
@@ -14,27 +15,31 @@ from adamss_jax.equinox import trainable_filter
 SAVED = ["classifier"]
 
 
-@pytest.fixture
-def unchanged(variables):
-    """Return a check that a call raises, names what it should, and leaves the model as it was."""
+BUILTIN = {
+    errors.ArrayTypeError: TypeError,
+    errors.ArrayValueError: ValueError,
+    errors.CheckpointError: ValueError,
+    errors.ConfigError: ValueError,
+    errors.LayerError: ValueError,
+    errors.LayerTypeError: TypeError,
+    errors.StateError: RuntimeError,
+    errors.TargetError: ValueError,
+}
 
-    def check(model, call, kind, builtin, match):
-        before = variables(model)
-        with pytest.raises(kind, match=match) as caught:
-            call()
-        assert isinstance(caught.value, errors.AdamssError)
-        assert isinstance(caught.value, builtin)
-        assert variables(model) == before
 
-    return check
+def unchanged(kind, match, verb, model, *args):
+    """Check that a verb raises, names what it should, and leaves the model as it was."""
+    before = variables(model)
+    with pytest.raises(kind, match=match) as caught:
+        verb(model, *args)
+    assert isinstance(caught.value, errors.AdamssError)
+    assert isinstance(caught.value, BUILTIN[kind])
+    assert variables(model) == before
 
 
 def equinox_model(seed=0):
     key = jax.random.key(seed)
     return {"query": eqx.nn.Linear(6, 8, key=key), "classifier": eqx.nn.Linear(8, 3, key=key)}
-
-
-# ---- tracers -----------------------------------------------------------------------------------------
 
 
 def calling(call):
@@ -58,6 +63,8 @@ TRANSFORMS = {
     "grad": lambda call, model: nnx.grad(calling(call))(model),
     "vmap": lambda call, model: nnx.vmap(calling(call))(stacked(model)),
     "remat": lambda call, model: nnx.jit(nnx.remat(calling(call)))(model),
+    # The base weights have values there, the factors have none.
+    "grad of what is trained": lambda call, model: gradient(calling(call), model),
 }
 VERBS_ON_BASE = {
     "attach": lambda m, path: adamss.attach(m, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2)),
@@ -71,59 +78,40 @@ VERBS_ON_ADAPTED = {
 
 
 @pytest.fixture
-def file(net, config, tmp_path):
+def file(tmp_path):
     """Return an adapter file of `net`."""
     adamss.save(adamss.attach(net(), config()), tmp_path / "a.safetensors")
     return tmp_path / "a.safetensors"
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("verb", [*VERBS_ON_BASE, *VERBS_ON_ADAPTED])
-def test_verbs_within_transformations_name_the_layer_and_leak_nothing(
-    verb, transform, net, config, file, unchanged, inputs
-):
+VERBS = VERBS_ON_BASE | VERBS_ON_ADAPTED
+COUNTED = {("summary", "grad"), ("summary", "grad of what is trained")}
+"""What is counted is no subject of a gradient."""
+CASES = [(v, t) for v in VERBS for t in TRANSFORMS if v not in VERBS_ON_BASE or "trained" not in t]
+
+
+@pytest.mark.parametrize(("verb", "transform"), CASES)
+def test_verbs_within_transformations_name_the_layer_and_leak_nothing(verb, transform, file):
     model = net() if verb in VERBS_ON_BASE else adamss.attach(net(), config(modules_to_save=SAVED))
-    call = {**VERBS_ON_BASE, **VERBS_ON_ADAPTED}[verb]
-    if (verb, transform) == ("summary", "grad"):
-        TRANSFORMS[transform](lambda m: call(m, file), model)  # what it counts is no subject of a gradient
+    call = lambda model: TRANSFORMS[transform](lambda m: VERBS[verb](m, file), model)  # noqa: E731
+    if (verb, transform) in COUNTED:
+        call(model)
         return
     with jax.checking_leaks():
-        unchanged(
-            model,
-            lambda: TRANSFORMS[transform](lambda m: call(m, file), model),
-            errors.ArrayTypeError,
-            TypeError,
-            r"blocks\.0\.query: .*outside of jax\.jit",
-        )
+        unchanged(errors.ArrayTypeError, r"blocks\.0\.query: .*outside of jax\.jit", call, model)
     assert not (file.parent / "b.safetensors").exists()
     assert np.isfinite(model(inputs(2, 8))).all()
 
 
-@pytest.mark.parametrize("verb", ["save", "merge"])
-def test_verbs_within_the_gradient_of_the_trained_variables(verb, net, config, file, unchanged):
-    """The base weights have values there, the factors have none."""
-    model = adamss.attach(net(), config(modules_to_save=SAVED))
-    function = calling(lambda m: VERBS_ON_ADAPTED[verb](m, file))
-    with jax.checking_leaks():
-        unchanged(
-            model,
-            lambda: nnx.grad(function, argnums=nnx.DiffState(0, nnx.LoRAParam))(model),
-            errors.ArrayTypeError,
-            TypeError,
-            r"blocks\.0\.query: .*outside of jax\.jit",
-        )
-
-
 @pytest.mark.parametrize("transform", [eqx.filter_jit, eqx.filter_grad], ids=["jit", "grad"])
-@pytest.mark.parametrize("verb", ["attach", "load", "save", "summary", "merge"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_verbs_on_equinox_models_within_transformations(verb, transform, tmp_path):
     path = tmp_path / "a.safetensors"
     model = equinox_model()
     adapted = VERBS_ON_BASE["attach"](model, None)
     adamss.save(adapted, path)
-    call = {**VERBS_ON_BASE, **VERBS_ON_ADAPTED}[verb]
     target = model if verb in VERBS_ON_BASE else adapted
-    wrapped = transform(calling(lambda m: call(m, path)))
+    wrapped = transform(calling(lambda m: VERBS[verb](m, path)))
     if (verb, transform) == ("summary", eqx.filter_grad):
         wrapped(target)  # what it counts is no subject of a gradient
         return
@@ -131,24 +119,23 @@ def test_verbs_on_equinox_models_within_transformations(verb, transform, tmp_pat
         wrapped(target)
 
 
-def within_core():
-    W = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
-    decomposition = core.decompose(W, 4)
-    labels = core.segment(decomposition, 3)
-    factors = core.initial_factors(decomposition, labels, 1)
-    return {
-        "decompose": (lambda W: core.decompose(W, 4), W),
-        "segment": (lambda d: core.segment(d, 3), decomposition),
-        "initial_factors": (lambda pair: core.initial_factors(*pair, 1), (decomposition, labels)),
-        "merge": (lambda pair: core.merge(pair[0], None, pair[1]), (W, factors)),
-        "count_factors": (core.count_factors, factors),
-    }
+KERNEL = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+DECOMPOSITION = core.decompose(KERNEL, 4)
+LABELS = core.segment(DECOMPOSITION, 3)
+FACTORS = core.initial_factors(DECOMPOSITION, LABELS, 1)
+WITHIN_CORE = {
+    "decompose": (lambda W: core.decompose(W, 4), KERNEL),
+    "segment": (lambda d: core.segment(d, 3), DECOMPOSITION),
+    "initial_factors": (lambda pair: core.initial_factors(*pair, 1), (DECOMPOSITION, LABELS)),
+    "merge": (lambda pair: core.merge(pair[0], None, pair[1]), (KERNEL, FACTORS)),
+    "count_factors": (core.count_factors, FACTORS),
+}
 
 
-@pytest.mark.parametrize("name", ["decompose", "segment", "initial_factors", "merge", "count_factors"])
+@pytest.mark.parametrize("name", WITHIN_CORE)
 @pytest.mark.parametrize("transform", ["jit", "grad"])
 def test_core_functions_that_need_values_say_so(name, transform):
-    function, argument = within_core()[name]
+    function, argument = WITHIN_CORE[name]
     argument = jax.tree.map(jnp.asarray, argument)
     if transform == "jit":
         wrapped = jax.jit(calling(function))
@@ -161,74 +148,59 @@ def test_core_functions_that_need_values_say_so(name, transform):
         wrapped(argument)
 
 
-# ---- weights -----------------------------------------------------------------------------------------
+VALUE, TYPE = errors.ArrayValueError, errors.ArrayTypeError
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weight_that_is_not_finite(value, net, config, unchanged):
+@pytest.mark.parametrize(
+    ("name", "change", "kind", "match"),
+    [
+        *(
+            ("kernel", lambda kernel, v=v: kernel.at[2, 3].set(v), VALUE, "weight holds NaN")
+            for v in (jnp.nan, jnp.inf, -jnp.inf)
+        ),
+        ("bias", lambda bias: bias.at[2].set(jnp.nan), VALUE, "bias holds NaN"),
+        *(
+            ("kernel", lambda _, dtype=dtype: jnp.ones((8, 8), dtype), TYPE, f"weight .*dtype.*{dtype}")
+            for dtype in ("complex64", "int8", "bool", "float8_e4m3fn")
+        ),
+        *(
+            ("kernel", lambda _, shape=shape: jnp.ones(shape), VALUE, "weight must not be empty")
+            for shape in ((0, 8), (8, 0))
+        ),
+    ],
+)
+def test_weights_that_cannot_be_adapted(name, change, kind, match):
     model = net()
-    kernel = model.blocks[1]["value"].kernel  # the last target: the others come first
-    kernel.set_value(kernel.get_value().at[2, 3].set(value))
-    attach = lambda: adamss.attach(model, config())  # noqa: E731
-    unchanged(model, attach, errors.ArrayValueError, ValueError, r"blocks\.1\.value: weight holds NaN")
-
-
-def test_bias_that_is_not_finite(net, config, unchanged):
-    model = net()
-    bias = model.blocks[1]["value"].bias
-    bias.set_value(bias.get_value().at[2].set(jnp.nan))
-    attach = lambda: adamss.attach(model, config(include_bias=True))  # noqa: E731
-    unchanged(model, attach, errors.ArrayValueError, ValueError, r"blocks\.1\.value: bias holds NaN")
-
-
-@pytest.mark.parametrize("dtype", ["complex64", "int8", "bool", "float8_e4m3fn"])
-def test_weight_of_another_kind(dtype, net, config, unchanged):
-    model = net()
-    model.blocks[1]["value"].kernel.set_value(jnp.ones((8, 8), dtype))
-    attach = lambda: adamss.attach(model, config())  # noqa: E731
-    unchanged(model, attach, errors.ArrayTypeError, TypeError, rf"blocks\.1\.value: weight .*dtype.*{dtype}")
-
-
-@pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
-def test_empty_axis(shape, net, config, unchanged):
-    model = net()
-    model.blocks[1]["value"].kernel.set_value(jnp.ones(shape))
-    attach = lambda: adamss.attach(model, config())  # noqa: E731
-    unchanged(
-        model, attach, errors.ArrayValueError, ValueError, r"blocks\.1\.value: weight must not be empty"
-    )
+    variable = getattr(model.blocks[1]["value"], name)  # of the last target: the others come first
+    variable.set_value(change(variable.get_value()))
+    settings = config(include_bias=name == "bias")
+    unchanged(kind, rf"blocks\.1\.value: {match}", adamss.attach, model, settings)
 
 
 @pytest.mark.parametrize("value", [jnp.nan, 1j, jnp.int8(1)], ids=["NaN", "complex", "integer"])
-def test_weights_of_equinox_models(value, config):
+def test_weights_of_equinox_models(value):
     model = equinox_model()
     model["query"] = eqx.tree_at(lambda layer: layer.weight, model["query"], jnp.full((8, 6), value))
     with pytest.raises((errors.ArrayValueError, errors.ArrayTypeError), match="query: weight"):
         adamss.attach(model, config(targets=["query"]))
 
 
-def test_models_that_have_shapes_alone(net, config, unchanged, file):
+def test_models_that_have_shapes_alone(file):
     model = nnx.eval_shape(net)
-    for call in (lambda: adamss.attach(model, config()), lambda: adamss.load(model, file)):
-        unchanged(
-            model, call, errors.ArrayTypeError, TypeError, r"blocks\.0\.query: .*load the weights first"
-        )
+    for verb, how in ((adamss.attach, config()), (adamss.load, file)):
+        unchanged(errors.ArrayTypeError, r"blocks\.0\.query: .*load the weights first", verb, model, how)
     with pytest.raises(errors.ArrayTypeError, match=r"query: .*load the weights first"):
         adamss.attach(eqx.filter_eval_shape(equinox_model), config(targets=["query"]))
 
 
-def test_the_factors_dtype_needs_64_bits(net, config, unchanged):
+def test_the_factors_dtype_needs_64_bits():
     model = net()
-    attach = lambda: adamss.attach(model, config(factor_dtype="float64"))  # noqa: E731
-    unchanged(
-        model, attach, errors.ConfigError, ValueError, "factor_dtype = 'float64': flax has no such dtype"
-    )
+    settings = config(factor_dtype="float64")
+    match = "factor_dtype = 'float64': flax has no such dtype"
+    unchanged(errors.ConfigError, match, adamss.attach, model, settings)
     with jax.enable_x64(True):
-        adamss.attach(model, config(factor_dtype="float64"))
+        adamss.attach(model, settings)
         assert model.blocks[0]["query"].adamss.default.B.dtype == jnp.float64
-
-
-# ---- targets -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,35 +212,30 @@ def test_the_factors_dtype_needs_64_bits(net, config, unchanged):
         ({"modules_to_save": ["clasifier"]}, r"modules_to_save.*near matches: classifier"),
         ({"modules_to_save": ["query"]}, r"blocks\.0\.query.*modules_to_save"),
         ({"modules_to_save": ["blocks"]}, r"blocks\.0\.query.*modules_to_save"),
+        ({"targets": ["blocks"]}, "blocks is a List"),
+        ({"targets": ["norm"]}, "norm is a LayerNorm"),
+        ({"targets": ["0"]}, "0 is a Dict"),
     ],
 )
-def test_targets_that_do_not_fit(changes, match, net, config, unchanged):
-    model = net()
-    unchanged(model, lambda: adamss.attach(model, config(**changes)), errors.TargetError, ValueError, match)
+def test_targets_that_do_not_fit(changes, match):
+    kind = errors.LayerTypeError if " is a " in match else errors.TargetError
+    unchanged(kind, match, adamss.attach, net(), config(**changes))
 
 
-def test_targets_of_equinox_models(config):
+def test_targets_of_equinox_models():
     with pytest.raises(errors.TargetError, match=r"near matches: query"):
         adamss.attach(equinox_model(), config(targets=["quary"]))
     with pytest.raises(errors.LayerTypeError, match="norm is a LayerNorm"):
         adamss.attach({"norm": eqx.nn.LayerNorm(4)}, config(targets=["norm"]))
 
 
-@pytest.mark.parametrize(("target", "kind"), [("blocks", "List"), ("norm", "LayerNorm"), ("0", "Dict")])
-def test_matched_module_has_no_weight_to_adapt(target, kind, net, config, unchanged):
-    model = net()
-    attach = lambda: adamss.attach(model, config(targets=[target]))  # noqa: E731
-    unchanged(model, attach, errors.LayerTypeError, TypeError, rf"{target} is a {kind}")
-
-
-def test_an_attribute_where_the_adapter_goes(net, config, unchanged):
+def test_an_attribute_where_the_adapter_goes():
     model = net()
     model.blocks[0]["query"].adamss = 3
-    attach = lambda: adamss.attach(model, config())  # noqa: E731
-    unchanged(model, attach, errors.LayerError, ValueError, "attribute 'adamss'")
+    unchanged(errors.LayerError, "attribute 'adamss'", adamss.attach, model, config())
 
 
-def test_models_and_configs_of_the_wrong_kind(net, config):
+def test_models_and_configs_of_the_wrong_kind():
     for model, kind in (({"query": jnp.ones((3, 4))}, r"builtins\.dict"), (jnp.ones((3, 4)), "ArrayImpl")):
         with pytest.raises(errors.BackendError, match=kind) as caught:
             adamss.attach(model, config())
@@ -278,10 +245,7 @@ def test_models_and_configs_of_the_wrong_kind(net, config):
             adamss.attach(model, {"targets": ["query"]})
 
 
-# ---- order -------------------------------------------------------------------------------------------
-
-
-def test_verbs_out_of_order(net, config, unchanged, tmp_path):
+def test_verbs_out_of_order(tmp_path):
     model = net()
     for verb in (
         adamss.detach,
@@ -292,18 +256,16 @@ def test_verbs_out_of_order(net, config, unchanged, tmp_path):
         lambda m: adamss.save(m, tmp_path / "a.safetensors"),
         lambda m: adamss.disabled(m).__enter__(),
     ):
-        call = lambda verb=verb: verb(model)  # noqa: E731
-        unchanged(model, call, errors.StateError, RuntimeError, "no adapters.*attach")
+        unchanged(errors.StateError, "no adapters.*attach", verb, model)
     assert not list(tmp_path.iterdir())
     adamss.attach(model, config())
-    attach = lambda: adamss.attach(model, config())  # noqa: E731
-    unchanged(model, attach, errors.StateError, RuntimeError, "already.*detach")
-    unchanged(model, lambda: adamss.unmerge(model), errors.StateError, RuntimeError, "not merged")
+    unchanged(errors.StateError, "already.*detach", adamss.attach, model, config())
+    unchanged(errors.StateError, "not merged", adamss.unmerge, model)
     adamss.merge(model)
-    unchanged(model, lambda: adamss.merge(model), errors.StateError, RuntimeError, "merged already.*unmerge")
+    unchanged(errors.StateError, "merged already.*unmerge", adamss.merge, model)
 
 
-def test_verbs_out_of_order_on_equinox_models(config, tmp_path):
+def test_verbs_out_of_order_on_equinox_models(tmp_path):
     model = equinox_model()
     for verb in (adamss.detach, adamss.merge, adamss.unmerge, adamss.summary, adamss.trainable_parameters):
         with pytest.raises(errors.StateError, match="no adapters"):
@@ -319,15 +281,12 @@ def test_verbs_out_of_order_on_equinox_models(config, tmp_path):
         adamss.merge(adamss.merge(model))
 
 
-# ---- files -------------------------------------------------------------------------------------------
-
-
-def test_files_that_do_not_fit_the_model(net, config, filled, unchanged, tmp_path):
+def test_files_that_do_not_fit_the_model(tmp_path):
     path = tmp_path / "a.safetensors"
     adamss.save(filled(adamss.attach(net(), config(modules_to_save=SAVED))), path)
 
     def refused(model, match):
-        unchanged(model, lambda: adamss.load(model, path), errors.CheckpointError, ValueError, match)
+        unchanged(errors.CheckpointError, match, adamss.load, model, path)
 
     refused(net(seed=1), r"blocks\.0\.query: the base weight is not the one")
     other = net()
@@ -342,31 +301,10 @@ def test_files_that_do_not_fit_the_model(net, config, filled, unchanged, tmp_pat
     other = net()
     other.classifier = nnx.Linear(8, 3, use_bias=False, rngs=nnx.Rngs(0))
     refused(other, r"classifier: the file holds bias, weight, the model has weight")
-    adapted = adamss.attach(net(), config())
-    unchanged(adapted, lambda: adamss.load(adapted, path), errors.StateError, RuntimeError, "already")
+    unchanged(errors.StateError, "already", adamss.load, adamss.attach(net(), config()), path)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, 0.5, -1], ids=str)
-def test_truncated_files(kept, net, unchanged, file):
-    content = file.read_bytes()
-    file.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    model = net()
-    load = lambda: adamss.load(model, file)  # noqa: E731
-    unchanged(model, load, errors.CheckpointError, ValueError, r"truncated|damaged|no safetensors")
-
-
-def test_foreign_and_missing_files(net, unchanged, file, tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    model = net()
-    save_file(load_file(file), tmp_path / "foreign.safetensors")
-    load = lambda: adamss.load(model, tmp_path / "foreign.safetensors")  # noqa: E731
-    unchanged(model, load, errors.CheckpointError, ValueError, "not written by adamss")
-    load = lambda: adamss.load(model, tmp_path / "none.safetensors")  # noqa: E731
-    unchanged(model, load, errors.CheckpointNotFoundError, FileNotFoundError, "no adapter file")
-
-
-def test_tied_modules_in_a_file_of_a_model_that_has_two(config, tmp_path):
+def test_tied_modules_in_a_file_of_a_model_that_has_two(tmp_path):
     def pair(*, tied):
         model = nnx.Module()
         model.p = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
@@ -378,15 +316,12 @@ def test_tied_modules_in_a_file_of_a_model_that_has_two(config, tmp_path):
         adamss.load(pair(tied=True), tmp_path / "a.safetensors")
 
 
-def test_an_update_that_overflows_cannot_be_merged(net, config, unchanged):
+def test_an_update_that_overflows_cannot_be_merged():
     model = adamss.attach(net(dtype=jnp.float16), config())
     C = model.blocks[1]["query"].adamss.default.C
     C.set_value(jnp.full_like(C.get_value(), 1e6))
-    merge = lambda: adamss.merge(model)  # noqa: E731
-    unchanged(model, merge, errors.ArrayValueError, ValueError, r"blocks\.1\.query: .*overflows")
+    unchanged(errors.ArrayValueError, r"blocks\.1\.query: .*overflows", adamss.merge, model)
 
-
-# ---- degenerate weights ------------------------------------------------------------------------------
 
 RNG = np.random.default_rng(0)
 DEGENERATE = {
@@ -403,13 +338,12 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("basis", ["shared", "per_subspace"])
-def test_degenerate_weights_work(name, basis, inputs):
+def test_degenerate_weights_work(name, basis):
     W = jnp.asarray(DEGENERATE[name], "float32")
     model, x = nnx.Sequential(nnx.Linear(*W.shape, rngs=nnx.Rngs(0))), inputs(2, W.shape[0])
     model.layers[0].kernel.set_value(W)
     expected = model(x)
-    config = adamss.AdamssConfig(targets=["0"], subspaces=3, subspace_rank=2, basis=basis)
-    adamss.attach(model, config)
+    adamss.attach(model, adamss.AdamssConfig(targets=["0"], subspaces=3, subspace_rank=2, basis=basis))
     f = model.layers[0].adamss.default.factors()
     assert all(np.isfinite(array).all() for array in (f.A, f.B, f.C))
     for A, columns in zip(f.A, core.basis_ranks(f), strict=False):
@@ -417,5 +351,5 @@ def test_degenerate_weights_work(name, basis, inputs):
         assert np.abs(A.T @ A - orthonormal).max() <= 1e-5
     assert np.bincount(f.labels, minlength=len(f.ranks)).min() >= 1
     assert jnp.array_equal(model(x), expected)
-    gradient = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    slopes = gradient(lambda m: m(x).sum(), model)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))

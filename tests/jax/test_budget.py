@@ -1,19 +1,21 @@
 """The adaptive budget as an optax transformation: `budgeted`, `synchronise` and `allocation`."""
 
 import dataclasses
-import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint as orbax
 import pytest
+from flax import nnx
+from jax_helpers import Block, Stack, gradient, loop_of, program, run_python
 from safetensors.numpy import load_file
 
 import adamss
@@ -25,12 +27,10 @@ from adamss.backend.sites import split_path
 from adamss.core import Factors
 from adamss.core.cost import ORDERS
 from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, StateError
+from adamss_conformance.capabilities import OPTIMISERS
+from adamss_conformance.drivers.nnx import NnxDriver
 from adamss_conformance.tolerances import RELATIVE_TOLERANCE
-
-nnx = pytest.importorskip("flax.nnx", reason="needs the extra flax")
-eqx = pytest.importorskip("equinox", reason="needs the extra equinox")
-optax = pytest.importorskip("optax", reason="needs Optax")
-orbax = pytest.importorskip("orbax.checkpoint", reason="Flax brings Orbax")
+from adamss_jax.equinox import trainable_filter
 
 WIDTH, LAYERS, K = 8, 2, 4
 SETTINGS = {"targets": ["query", "value"], "rank": 5, "subspaces": K, "subspace_rank": 2}
@@ -53,47 +53,18 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-# ---- the same small model in both libraries, and as a stack of layers --------------------------------
-
-
-def linear(columns, rngs, **options):
-    return nnx.Linear(WIDTH, columns, param_dtype=jnp.zeros(()).dtype, rngs=rngs, **options)
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.query = linear(WIDTH, rngs)
-        self.value = linear(WIDTH, rngs, use_bias=False)
-
-    def __call__(self, x):
-        return x + jnp.tanh(self.query(x)) * self.value(x)
-
-
 class NnxNet(nnx.Module):
     def __init__(self, seed=0):
         self.block = Block(nnx.Rngs(seed))
-        self.head = linear(3, nnx.Rngs(seed + 9))
+        # Without heads, both layers have one input, which the backward keeps once.
+        dtype = jnp.zeros(()).dtype
+        self.block.value = nnx.Linear(
+            WIDTH, WIDTH, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(seed + 1)
+        )
+        self.head = nnx.Linear(WIDTH, 3, param_dtype=dtype, rngs=nnx.Rngs(seed + 9))
 
     def __call__(self, x):
         return self.head(self.block(x))
-
-
-class Stack(nnx.Module):
-    def __init__(self, seed=0):
-        @nnx.split_rngs(splits=LAYERS)
-        @nnx.vmap
-        def make(rngs):
-            return Block(rngs)
-
-        self.block = make(nnx.Rngs(seed))
-        self.head = linear(3, nnx.Rngs(seed + 9))
-
-    def __call__(self, x):
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def run(block, x):
-            return block(x)
-
-        return self.head(run(self.block, x))
 
 
 class EquinoxNet(eqx.Module):
@@ -112,7 +83,7 @@ class EquinoxNet(eqx.Module):
         return jax.vmap(lambda x: self.head(x + jnp.tanh(self.block["query"](x)) * self.block["value"](x)))(x)
 
 
-MODELS = {"nnx": NnxNet, "equinox": EquinoxNet, "stack": Stack}
+MODELS = {"nnx": NnxNet, "equinox": EquinoxNet, "stack": partial(Stack, LAYERS)}
 KINDS = list(MODELS)
 
 
@@ -134,76 +105,14 @@ def loss(model, x):
     return jnp.mean(jnp.square(model(x) - jnp.sin(3 * x[:, :3])))
 
 
-class Nnx:
-    """A training loop around an `nnx.Optimizer`."""
-
-    def __init__(self, model, tx, *, compiled=True):
-        self.model, self.traces = model, 0
-        self.optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
-
-        def step(model, optimizer, x):
-            self.traces += 1
-            optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, x))
-
-        self.run = nnx.jit(step) if compiled else step
-
-    def step(self, x):
-        self.run(self.model, self.optimizer, x)
-        return self
-
-    @property
-    def state(self):
-        return adamss_jax.budget.budgeted_state(self.optimizer, None, "test")
-
-    def synchronise(self):
-        return adamss_jax.synchronise(self.model, self.optimizer)
-
-    def saved(self):
-        return nnx.state(self.optimizer)
-
-    def restore(self, saved):
-        nnx.update(self.optimizer, saved)
-
-
-class Equinox:
-    """A training loop around an optax transformation."""
-
-    def __init__(self, model, tx, *, compiled=True):
-        self.model, self.traces = model, 0
-        self.state = tx.init(eqx.filter(model, adamss_jax.equinox.trainable_filter(model)))
-
-        def step(model, state, x):
-            self.traces += 1
-            trained, frozen = eqx.partition(model, adamss_jax.equinox.trainable_filter(model))
-            gradients = eqx.filter_grad(lambda t: loss(eqx.combine(t, frozen), x))(trained)
-            updates, state = tx.update(gradients, state, trained)
-            return eqx.apply_updates(model, updates), state
-
-        self.run = eqx.filter_jit(step) if compiled else step
-
-    def step(self, x):
-        self.model, self.state = self.run(self.model, self.state, x)
-        return self
-
-    def synchronise(self):
-        self.model = adamss_jax.synchronise(self.model, self.state)
-        return self.model
-
-    def saved(self):
-        return jax.tree.leaves(self.state)
-
-    def restore(self, saved):
-        self.state = jax.tree.unflatten(jax.tree.structure(self.state), saved)
-
-
-LOOPS = {"nnx": Nnx, "stack": Nnx, "equinox": Equinox}
-
-
 def trained(kind, tx, budget, *, steps=0, **changes):
     """Return a loop over a model that is attached with this budget, after some steps."""
     model = attached(kind, budget, **changes)
-    loop = LOOPS[kind](model, adamss_jax.budgeted(tx, model))
-    for number in range(steps):
+    return steps_of(loop_of(model, adamss_jax.budgeted(tx, model), loss), range(steps))
+
+
+def steps_of(loop, numbers):
+    for number in numbers:
         loop.step(inputs(number))
     return loop
 
@@ -228,18 +137,10 @@ def count(state):
     return sum(int(mask.sum()) for mask in masks(state).values())
 
 
-# ---- what is decided -------------------------------------------------------------------------------
-
-
 def numpy_layer(params, path, outline):
     """Return B and C of a layer from a tree of parameters, or of gradients, as NumPy arrays of its own size."""
     owner, index = split_path(path)
-    ends = (
-        f"{owner}.adamss.default.B",
-        f"{owner}.adamss.default.C",
-        f"{owner}.adapters.default.B",
-        f"{owner}.adapters.default.C",
-    )
+    ends = [f"{owner}.{kind}.default.{name}" for kind in ("adamss", "adapters") for name in "BC"]
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = re.sub(r"[\[\].']+", ".", jax.tree_util.keystr(keys)).strip(".").removesuffix(".value")
@@ -351,21 +252,11 @@ def test_a_step_with_nan_is_left_out_of_the_averages_and_warned_of():
         adamss_jax.synchronise(loop.model, loop.state)
 
 
-# ---- what the optimiser sees -----------------------------------------------------------------------
-
-OPTIMISERS = {
-    "sgd": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9)),
-    "adamw": lambda: optax.adamw(0.02, weight_decay=0.1),
-    "adafactor": lambda: optax.adafactor(0.02, weight_decay_rate=0.1, min_dim_size_to_factor=2),
-    "muon": lambda: optax.contrib.muon(0.02, weight_decay=0.1),
-}
-
-
 @pytest.mark.parametrize("revive", [False, True], ids=["one-way", "revive"])
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_no_optimiser_moves_a_frozen_element(optimiser, revive):
     schedule = {"target": 3, "end_step": 6, "interval": 2, "revive": revive}
-    loop = trained("nnx", OPTIMISERS[optimiser](), schedule)
+    loop = trained("nnx", NnxDriver().optimiser(optimiser, 0.05), schedule)
     held = moved = 0
     for number in range(9):
         mask, before = masks(loop.state), factors(loop.model)
@@ -396,8 +287,8 @@ def test_gradients_of_frozen_subspaces_count_in_no_norm_unless_they_may_return(k
     elements = backend_for(model).trained_elements(model)
     seen = gradients if revive else jax.tree.map(lambda m, g: jnp.where(m, g, 0), elements, gradients)
     norm = np.sqrt(sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(seen)))
-    for mask, update, gradient in zip(*map(jax.tree.leaves, (elements, updates, gradients)), strict=True):
-        expected = jnp.where(mask, -gradient * (0.5 / norm), 0)
+    for mask, update, slope in zip(*map(jax.tree.leaves, (elements, updates, gradients)), strict=True):
+        expected = jnp.where(mask, -slope * (0.5 / norm), 0)
         np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-7)
         assert np.all(np.asarray(update)[~np.broadcast_to(mask, update.shape)] == 0)
 
@@ -439,9 +330,6 @@ def test_accumulated_gradients_are_one_step():
     assert int(adamss_jax.allocation(state).step) == 2
 
 
-# ---- compilation -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_compiled_anew_over_the_whole_schedule(kind):
     loop = trained(kind, optax.adamw(0.02), {"target": 2, "end_step": 8, "interval": 2})
@@ -460,7 +348,7 @@ def test_scan_over_steps_is_the_loop():
         loop = trained("equinox", optax.adamw(0.02), schedule)
         model = attached("equinox", schedule)
         tx = adamss_jax.budgeted(optax.adamw(0.02), model)
-        params, frozen = eqx.partition(model, adamss_jax.equinox.trainable_filter(model))
+        params, frozen = eqx.partition(model, trainable_filter(model))
 
         def step(carry, x):
             params, state = carry
@@ -481,7 +369,7 @@ def test_scan_over_steps_is_the_loop():
 def test_buffers_may_be_donated():
     model = attached("equinox", {"target": 2, "end_step": 4})
     tx = adamss_jax.budgeted(optax.adamw(0.02), model)
-    params, frozen = eqx.partition(model, adamss_jax.equinox.trainable_filter(model))
+    params, frozen = eqx.partition(model, trainable_filter(model))
     state = tx.init(params)
 
     def step(params, state, x):
@@ -494,30 +382,6 @@ def test_buffers_may_be_donated():
         params, state = run(params, state, inputs(number))
         model = adamss_jax.synchronise(eqx.combine(params, frozen), state)
     assert adamss.summary(model).total.active == 2
-
-
-def test_a_log_from_within_a_compiled_step():
-    seen = []
-    model = attached("equinox", {"target": 2, "end_step": 3})
-    params = backend_for(model).parameters(model)
-    tx = adamss_jax.budgeted(optax.sgd(0.1), model)
-
-    @jax.jit
-    def step(gradients, state, params):
-        updates, state = tx.update(gradients, state, params)
-        jax.debug.callback(lambda log: seen.append(int(log.total)), adamss_jax.allocation(state))
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for seed in range(4):
-        params, state = step(random_like(params, np.random.default_rng(seed)), state, params)
-    jax.effects_barrier()
-    plan = core.plan_budget(factors(model), backend_for(model).adaptation(model).config.budget)
-    assert seen == [plan.budget_at(step) for step in range(1, 5)]
-    assert seen[-1] == 2 < seen[0]
-
-
-# ---- back into the model ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -542,11 +406,7 @@ def test_with_revive_frozen_subspaces_get_gradients_after_synchronise_too(kind, 
         for name, model in (("in place", loop.model), ("loaded", loaded)):
             assert adamss.summary(model).total.active == 1
             trained_elements = backend_for(model).trained_elements(model)
-            if kind == "equinox":
-                params, rest = eqx.partition(model, adamss_jax.equinox.trainable_filter(model))
-                gradients = jax.grad(lambda p, r: loss(eqx.combine(p, r), inputs()))(params, rest)
-            else:
-                gradients = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, inputs())
+            gradients = gradient(loss, model, inputs())
             of_frozen = jax.tree.map(
                 lambda m, g: jnp.abs(jnp.where(m, 0, g)).max(), trained_elements, gradients
             )
@@ -555,35 +415,10 @@ def test_with_revive_frozen_subspaces_get_gradients_after_synchronise_too(kind, 
     assert min(found[True, "in place"], found[True, "loaded"]) > 1e-4
 
 
-def test_a_frozen_subspace_returns():
-    """Gradients that grow where it is frozen bring it back, which they cannot without revive."""
-    found = {}
-    for revive in (False, True):
-        model = attached(
-            "equinox", {"target": 6, "end_step": 20, "interval": 2, "revive": revive, "power": 1}
-        )
-        tx = adamss_jax.budgeted(optax.sgd(0.01), model)
-        params = backend_for(model).parameters(model)
-        state, rng = tx.init(params), np.random.default_rng(0)
-        update, seen = jax.jit(tx.update), []
-        for _ in range(20):
-            frozen = backend_for(model).trained_elements(adamss_jax.synchronise(model, state))
-            gradients = jax.tree.map(lambda m, g: jnp.where(m, g, 9 * g), frozen, random_like(params, rng))
-            updates, state = update(gradients, state, params)
-            params = optax.apply_updates(params, updates)
-            seen.append(np.concatenate(list(masks(state).values())))
-        found[revive] = sum(int((new & ~old).sum()) for old, new in itertools.pairwise(seen))
-        assert seen[-1].sum() == 6
-    assert found[False] == 0
-    assert found[True] > 0
-
-
 def test_revive_without_its_budget_in_the_model_is_refused_or_warned_of():
     revive = BudgetConfig(target=1, end_step=2, revive=True)
     model = attached("nnx")
-    loop = Nnx(model, adamss_jax.budgeted(optax.sgd(0.1), model, revive))
-    for number in range(3):
-        loop.step(inputs(number))
+    loop = steps_of(loop_of(model, adamss_jax.budgeted(optax.sgd(0.1), model, revive), loss), range(3))
     with pytest.warns(AdamssWarning, match=r"attached without a budget that revives.*AdamssConfig\(budget="):
         loop.synchronise()
     with pytest.raises(
@@ -601,8 +436,6 @@ def test_revive_without_its_budget_in_the_model_is_refused_or_warned_of():
     assert not one_way.init(backend_for(model).parameters(model)).revive
 
 
-# ---- consolidate -----------------------------------------------------------------------------------
-
 LONG = {"target": 2, "end_step": 9, "interval": 3, "power": 1}
 
 
@@ -614,7 +447,7 @@ def kept_for_backward(model, x):
         run = lambda p: nnx.merge(graph, p, rest)(x)  # noqa: E731
         params = trained_variables
     else:
-        params, rest = eqx.partition(model, adamss_jax.equinox.trainable_filter(model))
+        params, rest = eqx.partition(model, trainable_filter(model))
         run = lambda p: eqx.combine(p, rest)(x)  # noqa: E731
     _, vjp = jax.vjp(run, params)
     return [leaf.shape for leaf in jax.tree.leaves(vjp) if jnp.ndim(leaf) > 1 and leaf.shape[0] == x.shape[0]]
@@ -661,12 +494,9 @@ def test_the_order_of_the_products_outlives_consolidating(kind, tmp_path):
         model = ordered(attached(kind, {"target": 3, "end_step": 1}), order)
         adamss.save(model, tmp_path / order)
         assert same_file(tmp_path / order, tmp_path / "as attached")
-        loop = LOOPS[kind](model, adamss_jax.budgeted(optax.sgd(0.1), model))
-        for number in range(3):
-            loop.step(inputs(number))
+        loop = steps_of(loop_of(model, adamss_jax.budgeted(optax.sgd(0.1), model), loss), range(3))
         loop.model = adamss.consolidate(loop.synchronise())
-        for number in range(3, 6):
-            loop.step(inputs(number))
+        steps_of(loop, range(3, 6))
         assert loop.traces == 2
         assert orders(loop.model) == [order, order]
         outputs.append(loop.model(inputs()))
@@ -690,66 +520,69 @@ def test_projected_nothing_of_the_inputs_is_kept_but_their_coordinates():
 
 def flops(model, x):
     """Return the floating-point operations of a forward pass, as XLA counts them."""
-    if isinstance(model, nnx.Module):
-        graph, arrays = nnx.split(model)
-        run = lambda arrays, x: nnx.merge(graph, arrays)(x)  # noqa: E731
-    else:
-        arrays, rest = eqx.partition(model, eqx.is_array)
-        run = lambda arrays, x: eqx.combine(arrays, rest)(x)  # noqa: E731
+    run, arrays = program(model)
     return jax.jit(run).lower(arrays, x).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "variant"),
-    [
-        ("nnx", {}),
-        ("nnx", {"basis": "per_subspace", "include_bias": True}),
-        ("equinox", {"basis": "per_subspace", "include_bias": True}),
-        ("stack", {}),
-    ],
-)
-def test_consolidate(kind, variant, tmp_path):
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_after_consolidating(kind, keep_base, tmp_path):
     with jax.enable_x64(True):
-        loop = trained(kind, optax.adamw(0.05), LONG, steps=6, **variant)
-        plain = trained(kind, optax.adamw(0.05), LONG, steps=6, **variant)
-        loop.synchronise()
-        x, layers = inputs(rows=64), factors(loop.model)
-        before, y = flops(loop.model, x), loop.model(x)
+        loop, plain = (trained(kind, optax.adamw(0.05), LONG, steps=6, include_bias=True) for _ in range(2))
+        x, base, backend = inputs(rows=64), MODELS[kind](), backend_for(loop.model)
+
+        def consolidated():
+            """Consolidate, and check that the outputs stay and cost less."""
+            model = loop.synchronise()
+            before, y = flops(model, x), model(x)
+            loop.model = adamss.consolidate(model, keep_base=keep_base)
+            assert flops(loop.model, x) < before
+            same_outputs(loop.model, y)
+            return y
+
+        def same_outputs(model, y):
+            np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
+
+        layers = factors(loop.synchronise())
         adamss.save(loop.model, tmp_path / "before.safetensors", training=True)
-        model = loop.model = adamss.consolidate(loop.model)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
-        assert flops(model, x) < before
-        adaptation = backend_for(model).adaptation(model)
-        assert adaptation.ledger.keeps_base
+        y = consolidated()
+        adaptation = backend.adaptation(loop.model)
+        assert adaptation.ledger.keeps_base == keep_base
         for path, f in layers.items():
             np.testing.assert_array_equal(adaptation.ledger.held[path], ~f.active)
             for a, b in zip(f, adaptation.layers[path], strict=True):
                 np.testing.assert_array_equal(a, b)
-        adamss.save(model, tmp_path / "after.safetensors", training=True)
-        assert same_file(tmp_path / "before.safetensors", tmp_path / "after.safetensors")
-        with adamss.disabled(model) as base:
-            np.testing.assert_array_equal(base(x), MODELS[kind]()(x))
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
-        # Training goes on, with the same state.
-        for number in range(6, 12):
-            loop.step(inputs(number))
-            plain.step(inputs(number))
+        for path, site in sites_of(backend, loop.model, adaptation).items():
+            own = base_weight(backend, backend.site(backend.modules(base)[path], path))
+            for a, b in zip(base_weight(backend, site, adaptation), own, strict=True):
+                if b is not None:
+                    np.testing.assert_allclose(a, b, atol=1e-14)
+        if keep_base:
+            adamss.save(loop.model, tmp_path / "after.safetensors", training=True)
+            assert same_file(tmp_path / "before.safetensors", tmp_path / "after.safetensors")
+            with adamss.disabled(loop.model) as off:
+                np.testing.assert_array_equal(off(x), base(x))
+            same_outputs(loop.model, y)
+        steps_of(loop, range(6, 12))
+        steps_of(plain, range(6, 12))
         assert count(loop.state) == 2
         for path, f in factors(plain.model).items():
             np.testing.assert_array_equal(masks(loop.state)[path], masks(plain.state)[path])
             np.testing.assert_allclose(factors(loop.model)[path].C, f.C, rtol=1e-8, atol=1e-10)
             np.testing.assert_allclose(factors(loop.model)[path].B, f.B, rtol=1e-8, atol=1e-10)
-        loop.synchronise()
-        y = loop.model(x)
-        model = adamss.consolidate(loop.model)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
+        y = consolidated()
         with pytest.raises(StateError, match=r"thaws subspace \d, whose update the weight holds"):
-            backend_for(model).set_active(model, {path: jnp.ones(K, bool) for path in layers})
-        model = adamss.merge(model)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
+            backend.set_active(loop.model, {path: jnp.ones(K, bool) for path in layers})
+        if not keep_base:
+            for verb in (adamss.detach, adamss.merge):
+                with pytest.raises(StateError, match="keep_base=False"):
+                    verb(loop.model)
+            return
+        model = adamss.merge(loop.model)
+        same_outputs(model, y)
         model = adamss.unmerge(model)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
-        np.testing.assert_array_equal(adamss.detach(model)(x), MODELS[kind]()(x))
+        same_outputs(model, y)
+        np.testing.assert_array_equal(adamss.detach(model)(x), base(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -761,29 +594,19 @@ def test_consolidate_where_frozen_subspaces_may_return(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_consolidate_without_the_base(kind):
-    with jax.enable_x64(True):
-        loop = trained(kind, optax.adamw(0.05), LONG, steps=6, include_bias=True)
-        loop.synchronise()
-        x, y = inputs(rows=9), loop.model(inputs(rows=9))
-        loop.model = adamss.consolidate(loop.model, keep_base=False)
-        assert not backend_for(loop.model).adaptation(loop.model).ledger.keeps_base
-        backend, base = backend_for(loop.model), backend_for(loop.model).modules(MODELS[kind]())
-        adaptation = backend.adaptation(loop.model)
-        for path, site in sites_of(backend, loop.model, adaptation).items():
-            own = base_weight(backend, backend.site(base[path], path))
-            for a, b in zip(base_weight(backend, site, adaptation), own, strict=True):
-                if b is not None:
-                    np.testing.assert_allclose(a, b, atol=1e-14)
-        for number in range(6, 11):
-            loop.step(inputs(number))
-        loop.synchronise()
-        y = loop.model(x)
-        model = adamss.consolidate(loop.model, keep_base=False)
-        np.testing.assert_allclose(model(x), y, rtol=1e-11, atol=1e-12)
-        for verb in (adamss.detach, adamss.merge):
-            with pytest.raises(StateError, match="keep_base=False"):
-                verb(model)
+def test_merged_and_disabled_models_cost_what_the_base_costs(kind):
+    def products(model):
+        run, arrays = program(model)
+        return str(jax.make_jaxpr(run)(arrays, inputs())).count("dot_general")
+
+    model = attached(kind)
+    assert products(MODELS[kind]()) == 3
+    assert products(model) == 3 + 2 * 3  # A B, x M and z E of each layer
+    with adamss.disabled(model) as base:
+        assert products(base) == 3
+    model = adamss.merge(model)
+    assert products(model) == 3
+    assert products(adamss.unmerge(model)) == 9
 
 
 def test_a_layer_of_which_everything_is_folded_computes_its_base_alone():
@@ -792,18 +615,6 @@ def test_a_layer_of_which_everything_is_folded_computes_its_base_alone():
     base = flops(MODELS["nnx"](), inputs(rows=64))
     assert flops(model, inputs(rows=64)) > base
     assert flops(adamss.consolidate(model), inputs(rows=64)) == base
-
-
-def test_a_kernel_that_is_shared_is_not_consolidated():
-    model = NnxNet()
-    model.block.value.kernel = model.block.query.kernel
-    adamss.attach(model, config(targets=[r"block.query"]))
-    backend_for(model).set_active(model, {"block.query": jnp.arange(K) != 1})
-    with pytest.raises(adamss.errors.LayerError, match=r"block\.query: its kernel is shared"):
-        adamss.consolidate(model)
-
-
-# ---- what is refused -------------------------------------------------------------------------------
 
 
 def test_budgeted_refuses():
@@ -867,33 +678,18 @@ def test_the_state_is_found_where_it_is():
     assert adamss.summary(adamss_jax.synchronise(model, state)).total.active == 8
 
 
-# ---- resume ----------------------------------------------------------------------------------------
-
-STEPS = 5
-RESUMED = {"sgd": lambda: optax.sgd(0.05, momentum=0.9), "adamw": lambda: optax.adamw(0.02, weight_decay=0.1)}
-
-
-def resume_schedule(revive):
-    """Return a schedule with allocations after steps 1, 3 and 5: the first waits for step 2."""
-    return {
-        "target": 2,
-        "end_step": STEPS,
-        "start_step": 1,
-        "interval": 2,
-        "revive": revive,
-        "window": "running",
-    }
+STEPS, DONE = 5, 3
+"""Allocations after steps 1, 3 and 5: the first waits for step 2."""
+RESUMED = {"target": 2, "end_step": STEPS, "start_step": 1, "interval": 2, "window": "running"}
 
 
-def finish(kind, optimiser, folder, done):
+def resumed(folder):
     """Return a loop that goes on from what lies in a folder, made of nothing but that."""
-    model = adamss.load(MODELS[kind](), folder / f"{done}.safetensors")
-    loop = LOOPS[kind](model, adamss_jax.budgeted(RESUMED[optimiser](), model))
+    model = adamss.load(NnxNet(), folder / "a.safetensors")
+    loop = loop_of(model, adamss_jax.budgeted(optax.adamw(0.02, weight_decay=0.1), model), loss)
     with orbax.StandardCheckpointer() as checkpointer:
-        loop.restore(checkpointer.restore((folder / str(done)).absolute(), loop.saved()))
-    for number in range(done, STEPS):
-        loop.step(inputs(number))
-    return loop
+        loop.restore(checkpointer.restore((folder / "state").absolute(), loop.saved()))
+    return steps_of(loop, range(DONE, STEPS))
 
 
 def everything(loop):
@@ -905,26 +701,12 @@ def everything(loop):
     return [*trained_arrays, *(np.asarray(leaf) for leaf in jax.tree.leaves(loop.state))]
 
 
-def uninterrupted(kind, optimiser, revive, folder):
-    loop = trained(kind, RESUMED[optimiser](), resume_schedule(revive))
-    for number in range(STEPS):
-        with orbax.StandardCheckpointer() as checkpointer:
-            adamss.save(loop.synchronise(), folder / f"{number}.safetensors", training=True)
-            checkpointer.save((folder / str(number)).absolute(), loop.saved())
-        loop.step(inputs(number))
-    return loop
-
-
-@pytest.mark.parametrize("kind", ["nnx", "equinox"])
-@pytest.mark.parametrize("revive", [False, True], ids=["one-way", "revive"])
-@pytest.mark.parametrize("optimiser", RESUMED)
-def test_resumed_at_any_step_the_end_is_the_same_to_the_bit(optimiser, revive, kind, tmp_path):
-    whole = uninterrupted(kind, optimiser, revive, tmp_path)
-    assert count(whole.state) == 2
-    for done in range(STEPS):
-        again = finish(kind, optimiser, tmp_path, done)
-        for expected, actual in zip(everything(whole), everything(again), strict=True):
-            np.testing.assert_array_equal(actual, expected, err_msg=f"resumed after {done} steps")
+def uninterrupted(folder):
+    loop = trained("nnx", optax.adamw(0.02, weight_decay=0.1), RESUMED, steps=DONE)
+    with orbax.StandardCheckpointer() as checkpointer:
+        adamss.save(loop.synchronise(), folder / "a.safetensors", training=True)
+        checkpointer.save((folder / "state").absolute(), loop.saved())
+    return steps_of(loop, range(DONE, STEPS))
 
 
 def test_resumed_in_another_process(tmp_path):
@@ -936,40 +718,19 @@ def test_resumed_in_another_process(tmp_path):
         import numpy as np
         import test_budget
         folder = Path({str(tmp_path)!r})
-        def written(name, model):
-            np.savez(folder / name, *test_budget.everything(model))
+        np.savez(folder / (sys.argv[1] + ".npz"), *test_budget.everything(getattr(test_budget, sys.argv[1])(folder)))
     """
-    for last in (
-        'written("whole", test_budget.uninterrupted("nnx", "adamw", False, folder))',
-        'written("resumed", test_budget.finish("nnx", "adamw", folder, 3))',
-    ):
-        run_python(["-c", textwrap.dedent(script) + last])
-    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "resumed.npz") as resumed:
+    for half in ("uninterrupted", "resumed"):
+        run_python("-c", textwrap.dedent(script), half)
+    with np.load(tmp_path / "uninterrupted.npz") as whole, np.load(tmp_path / "resumed.npz") as resumed:
         for expected, actual in zip(whole.values(), resumed.values(), strict=True):
             np.testing.assert_array_equal(actual, expected)
-
-
-# ---- on a mesh -------------------------------------------------------------------------------------
-
-
-def run_python(arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def on_a_mesh():
     """Return what `on_a_mesh.py` found: four devices need a process of their own."""
-    return json.loads(run_python([str(Path(__file__).with_name("on_a_mesh.py")), "budget"]))
+    return json.loads(run_python(str(Path(__file__).with_name("on_a_mesh.py")), "budget"))
 
 
 @pytest.mark.parametrize("case", ["data parallel", "fully sharded", "fully sharded, state replicated"])

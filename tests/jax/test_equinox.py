@@ -5,22 +5,19 @@ import dataclasses
 import io
 import pickle
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax_helpers import config, filled, inputs, train
 
-eqx = pytest.importorskip(
-    "equinox", reason="the jax session has Equinox; the core and torch sessions have not"
-)
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-
-import adamss  # noqa: E402
-from adamss import core, errors  # noqa: E402
-from adamss_conformance.tolerances import assert_agrees  # noqa: E402
-from adamss_jax.equinox import AdaptedLayer, trainable_filter  # noqa: E402
-from adamss_jax.optax import hold_frozen  # noqa: E402
+import adamss
+from adamss import core, errors
+from adamss_conformance.tolerances import assert_agrees
+from adamss_jax.equinox import trainable_filter
+from adamss_jax.optax import hold_frozen
 
 
 class Block(eqx.Module):
@@ -58,22 +55,7 @@ class Net(eqx.Module):
 PATHS = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("query", "value")]
 
 
-def filled(model, seed=2):
-    """Return the adapted model with every C other than zero."""
-    rng = np.random.default_rng(seed)
-
-    def fill(node):
-        if not isinstance(node, AdaptedLayer):
-            return node
-        f = node.adapter.factors()
-        within = np.arange(f.C.shape[0])[:, None] < np.asarray(f.ranks)[np.asarray(f.labels)]
-        C = jnp.where(within, rng.standard_normal(f.C.shape), 0).astype(f.C.dtype)
-        return eqx.tree_at(lambda layer: layer.adapter.C, node, C)
-
-    return jax.tree.map(fill, model, is_leaf=lambda node: isinstance(node, AdaptedLayer))
-
-
-def adapted(config, **changes):
+def adapted(**changes):
     return filled(adamss.attach(Net(), config(modules_to_save=["classifier"], **changes)))
 
 
@@ -91,7 +73,7 @@ def agrees(actual, expected, what):
     )
 
 
-def test_modules_lists_and_dictionaries(config, inputs):
+def test_modules_lists_and_dictionaries():
     model, x = Net(), inputs(4, 8)
     expected = jax.vmap(model)(x)
     attached = adamss.attach(model, config(modules_to_save=["classifier"], include_bias=True))
@@ -120,7 +102,7 @@ def test_modules_lists_and_dictionaries(config, inputs):
         assert leaves(back) == leaves(model)
 
 
-def test_containers_without_a_module_around_them(config, inputs):
+def test_containers_without_a_module_around_them():
     def linear():
         return eqx.nn.Linear(8, 8, key=jax.random.key(0))
 
@@ -132,7 +114,7 @@ def test_containers_without_a_module_around_them(config, inputs):
         assert leaves(adamss.detach(filled(attached))) == leaves(model)
 
 
-def test_a_single_layer_is_a_model(config, inputs, tmp_path):
+def test_a_single_layer_is_a_model(tmp_path):
     layer = eqx.nn.Linear(8, 6, key=jax.random.key(0))
     attached = filled(adamss.attach(layer, config(targets=".*")))
     adamss.save(attached, tmp_path / "a.safetensors", training=True)
@@ -142,7 +124,7 @@ def test_a_single_layer_is_a_model(config, inputs, tmp_path):
 
 @pytest.mark.parametrize(("d", "n"), [("scalar", 8), (8, "scalar"), ("scalar", "scalar")], ids=str)
 @pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no bias"])
-def test_scalar_features(d, n, use_bias, config, inputs):
+def test_scalar_features(d, n, use_bias):
     layer = eqx.nn.Linear(d, n, use_bias=use_bias, key=jax.random.key(0))
     x = inputs() if d == "scalar" else inputs(8)
     expected = layer(x)
@@ -160,28 +142,28 @@ def test_scalar_features(d, n, use_bias, config, inputs):
     assert leaves(adamss.detach(attached)) == leaves([layer])
 
 
-def test_multi_layer_perceptron(config, inputs):
-    model, x = eqx.nn.MLP(8, 4, 6, 2, key=jax.random.key(0)), inputs(8)
-    expected = model(x)
-    attached = adamss.attach(model, config(targets=["layers.0", "layers.2"]))
-    assert [row.path for row in adamss.summary(attached).rows] == ["layers.0", "layers.2"]
-    assert jnp.array_equal(attached(x), expected)
+@pytest.mark.parametrize(
+    ("make", "args", "targets"),
+    [
+        (lambda key: eqx.nn.MLP(8, 4, 6, 2, key=key), [(8,)], ["layers.0", "layers.2"]),
+        (
+            lambda key: eqx.nn.MultiheadAttention(2, 8, key=key),
+            [(5, 8)] * 3,
+            ["query_proj", "key_proj", "value_proj", "output_proj"],
+        ),
+    ],
+    ids=["perceptron", "attention"],
+)
+def test_models_of_equinox_itself(make, args, targets):
+    model, x = make(jax.random.key(0)), [inputs(*shape) for shape in args]
+    expected = model(*x)
+    attached = adamss.attach(model, config(targets=targets))
+    assert [row.path for row in adamss.summary(attached).rows] == targets
+    assert jnp.array_equal(attached(*x), expected)
     attached = filled(attached)
-    agrees(adamss.merge(attached)(x), attached(x), "merged outputs")
-    assert not jnp.array_equal(attached(x), expected)
+    agrees(adamss.merge(attached)(*x), attached(*x), "merged outputs")
+    assert not jnp.array_equal(attached(*x), expected)
     assert leaves(adamss.detach(attached)) == leaves(model)
-
-
-def test_multi_head_attention(config, inputs):
-    model, x = eqx.nn.MultiheadAttention(2, 8, key=jax.random.key(0)), inputs(5, 8)
-    expected = model(x, x, x)
-    names = ["query_proj", "key_proj", "value_proj", "output_proj"]
-    attached = adamss.attach(model, config(targets=names))
-    assert [row.path for row in adamss.summary(attached).rows] == names
-    assert jnp.array_equal(attached(x, x, x), expected)
-    attached = filled(attached)
-    agrees(adamss.merge(attached)(x, x, x), attached(x, x, x), "merged outputs")
-    assert not jnp.array_equal(attached(x, x, x), expected)
 
 
 class Tied(eqx.Module):
@@ -201,7 +183,7 @@ class Tied(eqx.Module):
         return head(jnp.tanh(self.query(embedding(token))))
 
 
-def test_shared_nodes_are_left_as_they_are(config, tmp_path):
+def test_shared_nodes_are_left_as_they_are(tmp_path):
     model, token = Tied(), jnp.asarray(3)
     attached = adamss.attach(model, config(targets=["query"], modules_to_save=["shared"]))
     assert jnp.array_equal(attached(token), model(token))
@@ -215,7 +197,7 @@ def test_shared_nodes_are_left_as_they_are(config, tmp_path):
         adamss.attach(model, config(targets=["shared.pytree.1"]))
 
 
-def test_one_object_in_two_places_is_two_layers(config, inputs):
+def test_one_object_in_two_places_is_two_layers():
     """A tree has values and no identities: they are trained apart, as Equinox documents."""
     layer, x = eqx.nn.Linear(8, 8, key=jax.random.key(0)), inputs(8)
     model = {"first": layer, "second": layer}
@@ -228,8 +210,8 @@ def test_one_object_in_two_places_is_two_layers(config, inputs):
     assert leaves(adamss.detach(attached)) == leaves(model)
 
 
-def test_a_model_within_a_larger_one_and_a_part_of_it(config, inputs):
-    model = adapted(config)
+def test_a_model_within_a_larger_one_and_a_part_of_it():
+    model = adapted()
     whole = {"encoder": model, "other": eqx.nn.Linear(3, 3, key=jax.random.key(0))}
     assert [row.path for row in adamss.summary(whole).rows] == PATHS
     base = adamss.detach(adamss.unmerge(adamss.merge(whole)))
@@ -242,31 +224,13 @@ def test_a_model_within_a_larger_one_and_a_part_of_it(config, inputs):
         adamss.summary(parts)
 
 
-# ---- training ----------------------------------------------------------------------------------------
-
-
-def test_training_changes_what_is_trained_and_nothing_else(config, inputs):
-    model, x = adapted(config), inputs(4, 8)
+def test_training_changes_what_is_trained_and_nothing_else():
+    model, x = adapted(), inputs(4, 8)
     model = adamss.backend.backend_for(model).set_active(model, {PATHS[0]: np.asarray([True, False, True])})
-    trained, frozen = eqx.partition(model, trainable_filter(model))
     tx = hold_frozen(optax.adamw(0.05, weight_decay=0.1), model)
-    state, traces = tx.init(trained), 0
-
-    @eqx.filter_jit
-    def step(trained, frozen, state, x):
-        nonlocal traces
-        traces += 1
-
-        def loss(trained):
-            return jnp.mean(jnp.square(jax.vmap(eqx.combine(trained, frozen))(x)))
-
-        updates, state = tx.update(jax.grad(loss)(trained), state, trained)
-        return eqx.apply_updates(trained, updates), state
-
-    for _ in range(3):
-        trained, state = step(trained, frozen, state, x)
-    assert traces == 1
-    after = eqx.combine(trained, frozen)
+    loop = train(model, lambda model, x: jnp.mean(jnp.square(jax.vmap(model)(x))), x, tx=tx)
+    assert loop.traces == 1
+    after = loop.model
     assert jax.tree.structure(after) == jax.tree.structure(model)
     before, after_leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in (model, after))
     changed = {
@@ -282,27 +246,7 @@ def test_training_changes_what_is_trained_and_nothing_else(config, inputs):
     assert not np.any(layer.C[0, ~own] == was.C[0, ~own])
 
 
-def test_masks_and_training_do_not_compile_anew(config, inputs):
-    model, x, traces = adapted(config), inputs(4, 8), 0
-
-    @eqx.filter_jit
-    def run(model, x):
-        nonlocal traces
-        traces += 1
-        return jax.vmap(model)(x)
-
-    y = run(model, x)
-    backend = adamss.backend.backend_for(model)
-    masked = backend.set_active(model, {PATHS[1]: np.asarray([False, False, True])})
-    assert jnp.array_equal(run(masked, x), y)
-    moved = filled(model, seed=7)
-    assert not jnp.array_equal(run(moved, x), y)
-    assert traces == 1
-    agrees(run(adamss.merge(model), x), y, "merged outputs")
-    assert traces == 2
-
-
-def test_the_order_of_the_products_of_a_layer(config, inputs):
+def test_the_order_of_the_products_of_a_layer():
     """Many inputs of a vmap, each a vector, are contracted with M unless the layer says otherwise."""
 
     def ordered(model, order):
@@ -317,7 +261,7 @@ def test_the_order_of_the_products_of_a_layer(config, inputs):
     def program(model):
         return str(jax.make_jaxpr(lambda x: jax.vmap(model)(x))(x))
 
-    model, x = adapted(config), inputs(64, 8)
+    model, x = adapted(), inputs(64, 8)
     projected = ordered(model, "input_first")
     assert program(ordered(model, "factors_first")) == program(model) != program(projected)
     agrees(run(projected, x), run(model, x), "outputs")
@@ -328,24 +272,6 @@ def test_the_order_of_the_products_of_a_layer(config, inputs):
         assert jax.tree.structure(other) == jax.tree.structure(projected)
     with pytest.raises(errors.ConfigError, match="'expand'"):
         ordered(model, "expand")(x[0])
-
-
-def test_merged_and_disabled_models_cost_what_the_base_costs(config, inputs):
-    def products(model):
-        arrays, rest = eqx.partition(model, eqx.is_array)
-        run = lambda arrays, x: eqx.combine(arrays, rest)(x)  # noqa: E731
-        return str(jax.make_jaxpr(run)(arrays, inputs(8))).count("dot_general")
-
-    model = adapted(config)
-    assert products(Net()) == 5
-    assert products(model) == 5 + 4 * 3  # A B, x M and z E
-    assert products(adamss.merge(model)) == 5
-    with adamss.disabled(model) as base:
-        assert products(base) == 5
-    assert products(adamss.unmerge(adamss.merge(model))) == 17
-
-
-# ---- copies ------------------------------------------------------------------------------------------
 
 
 def serialised(model):
@@ -360,8 +286,8 @@ def serialised(model):
     [serialised, copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))],
     ids=["tree_serialise_leaves", "deepcopy", "copy", "pickle"],
 )
-def test_copies_keep_adapters_merges_and_saved_modules(copy_of, config, inputs):
-    model, x = adapted(config), inputs(4, 8)
+def test_copies_keep_adapters_merges_and_saved_modules(copy_of):
+    model, x = adapted(), inputs(4, 8)
     model = eqx.tree_at(lambda m: m.heads["classifier"].bias, model, jnp.ones(3))
     y = jax.vmap(model)(x)
     twin = copy_of(adamss.merge(copy_of(model)))
@@ -370,7 +296,7 @@ def test_copies_keep_adapters_merges_and_saved_modules(copy_of, config, inputs):
     assert leaves(adamss.detach(twin)) == leaves(Net())
 
 
-def test_no_verb_touches_the_tree_it_is_given(config, tmp_path):
+def test_no_verb_touches_the_tree_it_is_given(tmp_path):
     path = tmp_path / "a.safetensors"
     base = Net()
     base_leaves = leaves(base)
@@ -397,7 +323,7 @@ def test_no_verb_touches_the_tree_it_is_given(config, tmp_path):
     assert leaves(adamss.detach(adamss.load(base, path))) == base_leaves
 
 
-def test_adapted_layers_can_be_stacked_and_scanned_over(config, inputs):
+def test_adapted_layers_can_be_stacked_and_scanned_over():
     """With rank 1 everywhere the factors have equal shapes."""
     layers = [eqx.nn.Linear(8, 8, key=jax.random.key(i)) for i in range(3)]
     model = filled(adamss.attach(layers, config(targets=["0", "1", "2"], subspace_rank=1)))
@@ -411,7 +337,7 @@ def test_adapted_layers_can_be_stacked_and_scanned_over(config, inputs):
     agrees(y, expected, "outputs")
 
 
-def test_equal_models_have_trees_of_equal_structure(config, inputs):
+def test_equal_models_have_trees_of_equal_structure():
     """So that they can be averaged, and a state of an optimiser can be loaded for a model that was loaded."""
     first, second = (adamss.attach(Net(), config(modules_to_save=["classifier"])) for _ in range(2))
     assert jax.tree.structure(first) == jax.tree.structure(second)

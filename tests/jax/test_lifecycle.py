@@ -5,26 +5,19 @@ What other files hold already (copies, compilation, donated buffers, tied module
 
 import copy
 import pickle
-import subprocess
-import sys
-
-import pytest
-
-pytest.importorskip("jax", reason="the jax session has JAX; the core and torch sessions have not")
-pytest.importorskip("flax", reason="the jax session has Flax; the core and torch sessions have not")
-pytest.importorskip("equinox", reason="the jax session has Equinox; the core and torch sessions have not")
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
+from jax_helpers import agrees, config, filled, gradient, inputs, run_python, train
 
 import adamss
 from adamss import errors
 from adamss_conformance.tolerances import assert_agrees
-from adamss_jax.equinox import trainable_filter
 
 
 class Nnx:
@@ -47,18 +40,6 @@ class Nnx:
     @staticmethod
     def arrays(model):
         return {str(path): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Variable))}
-
-    @classmethod
-    def train(cls, model, x):
-        @nnx.jit
-        def step(model, optimizer):
-            loss = lambda model: jnp.square(cls.call(model, x).astype(jnp.float32)).sum()  # noqa: E731
-            optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
-
-        optimizer = nnx.Optimizer(model, optax.adamw(0.05, weight_decay=0.1), wrt=nnx.LoRAParam)
-        for _ in range(3):
-            step(model, optimizer)
-        return model
 
     @staticmethod
     def with_nan(model):
@@ -95,23 +76,6 @@ class Equinox:
         leaves = jax.tree_util.tree_leaves_with_path(model)
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if eqx.is_array(leaf)}
 
-    @classmethod
-    def train(cls, model, x):
-        trained, frozen = eqx.partition(model, trainable_filter(model))
-        optimizer = optax.adamw(0.05, weight_decay=0.1)
-
-        @eqx.filter_jit
-        def step(trained, state):
-            call = lambda trained: cls.call(eqx.combine(trained, frozen), x)  # noqa: E731
-            loss = lambda trained: jnp.square(call(trained).astype(jnp.float32)).sum()  # noqa: E731
-            updates, state = optimizer.update(jax.grad(loss)(trained), state, trained)
-            return eqx.apply_updates(trained, updates), state
-
-        state = optimizer.init(trained)
-        for _ in range(3):
-            trained, state = step(trained, state)
-        return eqx.combine(trained, frozen)
-
     @staticmethod
     def with_nan(model):
         return eqx.tree_at(
@@ -142,6 +106,10 @@ def values(library):
 SAVED = ["head"]
 
 
+def trained(library, model, x):
+    return train(model, lambda m, x: jnp.square(library.call(m, x).astype(jnp.float32)).sum(), x).model
+
+
 def with_frozen(model):
     """Freeze every second subspace."""
     backend = adamss.backend.backend_for(model)
@@ -152,12 +120,9 @@ def with_frozen(model):
     return backend.set_active(model, masks)
 
 
-# ---- the whole cycle -----------------------------------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore:rounding to:adamss.AdamssWarning")
 @pytest.mark.parametrize("half", [False, True])
-def test_the_whole_cycle(library, values, config, inputs, tmp_path, half):
+def test_the_whole_cycle(library, values, tmp_path, half):
     name = library.half if half else "float32"
     dtype = jnp.dtype(name)
     model, x = library.make(dtype), inputs(5, 8, dtype=dtype)
@@ -172,7 +137,7 @@ def test_the_whole_cycle(library, values, config, inputs, tmp_path, half):
 
     model = adamss.attach(model, config(modules_to_save=SAVED))
     assert same(model, y_base)
-    model = library.train(model, x)
+    model = trained(library, model, x)
     y = library.call(model, x)
     assert y.dtype == dtype
     assert not same(model, y_base)
@@ -208,10 +173,10 @@ def test_the_whole_cycle(library, values, config, inputs, tmp_path, half):
 
 
 @pytest.mark.parametrize("before", ["adapted", "merged", "merged without base", "consolidated"])
-def test_merge_and_unload(library, values, config, inputs, before):
+def test_merge_and_unload(library, values, before):
     model, x = library.make(), inputs(4, 8)
     structure = library.structure(model)
-    model = library.train(adamss.attach(model, config(modules_to_save=SAVED)), x)
+    model = trained(library, adamss.attach(model, config(modules_to_save=SAVED)), x)
     if before == "consolidated":
         model = adamss.consolidate(with_frozen(model))
     y = library.call(model, x)
@@ -220,18 +185,18 @@ def test_merge_and_unload(library, values, config, inputs, before):
         y_merged = library.call(model, x)
     model = adamss.merge_and_unload(model)
     assert library.structure(model) == structure
-    assert_agrees(library.call(model, x), y, dtype="float32", what="outputs", scale=10)
+    agrees(library.call(model, x), y, "outputs", scale=10)
     if before.startswith("merged"):
         assert jnp.array_equal(library.call(model, x), y_merged)
     with pytest.raises(errors.StateError, match=r"merge_and_unload: .*no adapters"):
         adamss.merge_and_unload(model)
 
 
-def test_one_adapter_after_the_other_on_one_base(library, values, config, inputs, tmp_path):
+def test_one_adapter_after_the_other_on_one_base(library, values, tmp_path):
     model, x = library.make(), inputs(4, 8)
     base, outputs = values(model), {}
     for path, changes in (("a", {}), ("b", {"targets": ["value"], "rank": 4, "modules_to_save": SAVED})):
-        model = library.train(adamss.attach(model, config(**changes)), x)
+        model = trained(library, adamss.attach(model, config(**changes)), x)
         outputs[path] = library.call(model, x)
         adamss.save(model, tmp_path / path, training=True)
         model = adamss.detach(model)
@@ -244,18 +209,18 @@ def test_one_adapter_after_the_other_on_one_base(library, values, config, inputs
 
 
 @pytest.mark.parametrize("verb", [adamss.merge, adamss.consolidate])
-def test_states_whose_weights_hold_the_update_fit_no_other_model(library, config, inputs, tmp_path, verb):
+def test_states_whose_weights_hold_the_update_fit_no_other_model(library, tmp_path, verb):
     """They would count it twice."""
     x = inputs(4, 8)
-    trained = with_frozen(library.train(adamss.attach(library.make(), config()), x))
-    y, model = library.call(trained, x), verb(trained)
+    after = with_frozen(trained(library, adamss.attach(library.make(), config()), x))
+    y, model = library.call(after, x), verb(after)
     with pytest.raises((ValueError, RuntimeError), match=r"in_weight|has changed shape"):
         library.with_values(adamss.attach(library.make(), config()), model, tmp_path)
-    same = library.with_values(verb(trained) if library is Equinox else copy.deepcopy(model), model, tmp_path)
-    assert_agrees(library.call(same, x), y, dtype="float32", what="outputs", scale=10)
+    same = library.with_values(verb(after) if library is Equinox else copy.deepcopy(model), model, tmp_path)
+    agrees(library.call(same, x), y, "outputs", scale=10)
 
 
-def test_nan_is_not_merged(library, values, config, inputs):
+def test_nan_is_not_merged(library, values):
     model = library.make()
     base = values(model)
     model = library.with_nan(adamss.attach(model, config()))
@@ -266,25 +231,17 @@ def test_nan_is_not_merged(library, values, config, inputs):
     assert values(adamss.detach(model)) == base
 
 
-# ---- training ------------------------------------------------------------------------------------------
-
-
-def test_running_statistics_go_on_and_the_rest_of_a_frozen_norm_stays(config, inputs):
+def test_running_statistics_go_on_and_the_rest_of_a_frozen_norm_stays():
     rngs = nnx.Rngs(0)
     model = nnx.Dict(
         query=nnx.Linear(8, 8, rngs=rngs), norm=nnx.BatchNorm(8, rngs=rngs), head=nnx.Linear(8, 3, rngs=rngs)
     )
     adamss.attach(model, config(targets=["query"], modules_to_save=SAVED))
     before = {path: np.asarray(value) for path, value in Nnx.arrays(model).items()}
-    optimizer = nnx.Optimizer(model, optax.adamw(0.05, weight_decay=0.5), wrt=nnx.LoRAParam)
-
-    @nnx.jit
-    def step(model, optimizer, x):
-        loss = lambda m: jnp.square(m["head"](m["norm"](m["query"](x)))).sum()  # noqa: E731
-        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
-
-    for seed in range(3):
-        step(model, optimizer, inputs(6, 8, seed=seed))
+    loss = lambda m, x: jnp.square(m["head"](m["norm"](m["query"](x)))).sum()  # noqa: E731
+    loop = train(model, loss, inputs(6, 8), tx=optax.adamw(0.05, weight_decay=0.5), steps=1)
+    for seed in (1, 2):
+        loop.step(inputs(6, 8, seed=seed))
     changed = {path for path, value in Nnx.arrays(model).items() if np.any(before[path] != np.asarray(value))}
     factors = {("query", "adamss", "default", name) for name in "BC"}
     assert changed == {
@@ -294,23 +251,19 @@ def test_running_statistics_go_on_and_the_rest_of_a_frozen_norm_stays(config, in
 
 
 @pytest.mark.parametrize("checkpoint", [eqx.filter_checkpoint, jax.checkpoint], ids=["equinox", "jax"])
-def test_checkpointing_of_equinox_models_gives_the_same_gradients(config, inputs, checkpoint):
+def test_checkpointing_of_equinox_models_gives_the_same_gradients(checkpoint):
     x = inputs(4, 8)
-    model = adamss.attach(Equinox.make(), config(modules_to_save=SAVED))
-    model = eqx.tree_at(lambda m: m["value"].adapter.C, model, model["value"].adapter.C + 0.1)
-    trained, frozen = eqx.partition(model, trainable_filter(model))
+    model = filled(adamss.attach(Equinox.make(), config(modules_to_save=SAVED)))
 
-    def gradient(wrap):
-        run = wrap(lambda trained, x: Equinox.call(eqx.combine(trained, frozen), x))
-        return jax.jit(jax.grad(lambda trained: jnp.square(run(trained, x)).sum()))(trained)
+    def slopes(wrap):
+        run = wrap(lambda model, x: Equinox.call(model, x))
+        return jax.tree.leaves(gradient(lambda model: jnp.square(run(model, x)).sum(), model))
 
-    plain = jax.tree.leaves(gradient(lambda run: run))
+    plain = slopes(lambda run: run)
     assert len(plain) == 6
-    for ours, expected in zip(jax.tree.leaves(gradient(checkpoint)), plain, strict=True):
-        assert_agrees(ours, expected, dtype="float32", what="gradient")
+    for ours, expected in zip(slopes(checkpoint), plain, strict=True):
+        agrees(ours, expected, "gradient")
 
-
-# ---- another process, little memory ------------------------------------------------------------------------
 
 IN_A_NEW_PROCESS = """
 import pickle, sys
@@ -328,27 +281,22 @@ for model, _ in forms:
 """
 
 
-def test_pickled_models_in_a_process_that_has_not_imported_adamss(library, config, tmp_path):
+def test_pickled_models_in_a_process_that_has_not_imported_adamss(library, tmp_path):
     model, x = library.make()["query"], jnp.arange(16.0).reshape(2, 8)
     call = (lambda model: model(x)) if library is Nnx else (lambda model: jax.vmap(model)(x))
     base = call(model)
     model = adamss.attach(model, config(targets=".*"))
-    if library is Nnx:
-        model.adamss.default.C.set_value(model.adamss.default.C.get_value() + 0.1)
-    else:
-        model = eqx.tree_at(lambda layer: layer.adapter.C, model, model.adapter.C + 0.1)
+    model = filled(model)
     forms = [(form, call(form)) for form in (model, adamss.merge(copy.deepcopy(model)))]
     assert not any(jnp.array_equal(y, base) for _, y in forms)
     (tmp_path / "models.pickle").write_bytes(pickle.dumps((library.__name__, base, forms)))
-    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path / "models.pickle")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", IN_A_NEW_PROCESS, str(tmp_path / "models.pickle"))
 
 
-def test_load_into_an_abstract_model_that_has_got_its_values(library, values, config, inputs, tmp_path):
+def test_load_into_an_abstract_model_that_has_got_its_values(library, values, tmp_path):
     """The base is in memory once: what `load` finds there stays there, not copied."""
     x, path = inputs(4, 8), tmp_path / "a.safetensors"
-    model = library.train(adamss.attach(library.make(), config()), x)
+    model = trained(library, adamss.attach(library.make(), config()), x)
     adamss.save(model, path)
     abstract = library.abstract(library.make)
     with pytest.raises(errors.ArrayTypeError, match=r"query: .*nnx\.update.*eqx\.tree_deserialise_leaves"):

@@ -157,50 +157,38 @@ def test_dropout_has_the_rates_of_the_settings(nnx_bert, copied):
     assert rates == {"embeddings.dropout": 0.25, **halves, **inside}
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("model_type", "roberta"),
-        ("hidden_act", "gelu_new"),
-        ("position_embedding_type", "relative_key"),
-        ("is_decoder", True),
-        ("add_cross_attention", True),
-        ("quantization_config", {"bits": 4}),
-    ],
-)
-def test_settings_that_are_not_implemented(nnx_bert, copied, name, value):
-    copied.settings(lambda settings: settings.update({name: value}))
-    with pytest.raises(ValueError, match=f"{name} is .*implemented is"):
-        nnx_bert.load_encoder(copied.folder, rngs=nnx.Rngs(0))
-
-
-def test_settings_that_are_missing_or_contradict(nnx_bert, copied):
-    copied.settings(lambda settings: settings.update(num_attention_heads=5))
-    with pytest.raises(ValueError, match="hidden_size 24 is no multiple of num_attention_heads 5"):
-        nnx_bert.load_encoder(copied.folder, rngs=nnx.Rngs(0))
-    copied.settings(lambda settings: settings.pop("layer_norm_eps"))
-    with pytest.raises(ValueError, match="lacks layer_norm_eps"):
-        nnx_bert.load_encoder(copied.folder, rngs=nnx.Rngs(0))
-
-
 QUERY = "encoder.layer.1.attention.self.query.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("what", "change", "message"),
     [
-        (lambda tensors: tensors.pop(QUERY), f"lacks the tensors {QUERY}"),
-        (lambda tensors: tensors.update(extra=tensors[QUERY]), "no place in the model: extra"),
-        (
-            lambda tensors: tensors.update({QUERY: tensors[QUERY][:-1].copy()}),
-            rf"{QUERY}.*\(24, 23\).*\(24, 24\)",
+        *(
+            ("settings", {name: value}.items(), f"{name} is .*implemented is")
+            for name, value in {
+                "model_type": "roberta",
+                "hidden_act": "gelu_new",
+                "position_embedding_type": "relative_key",
+                "is_decoder": True,
+                "add_cross_attention": True,
+                "quantization_config": {"bits": 4},
+            }.items()
         ),
-        (lambda tensors: tensors.pop("embeddings.LayerNorm.weight"), "lacks.*embeddings.LayerNorm.weight"),
+        (
+            "settings",
+            {"num_attention_heads": 5}.items(),
+            "hidden_size 24 is no multiple of num_attention_heads 5",
+        ),
+        ("settings", "layer_norm_eps", "lacks layer_norm_eps"),
+        ("tensors", QUERY, f"lacks the tensors {QUERY}"),
+        ("tensors", [("extra", np.zeros((24, 24), "float32"))], "no place in the model: extra"),
+        ("tensors", [(QUERY, np.zeros((23, 24), "float32"))], rf"{QUERY}.*\(24, 23\).*\(24, 24\)"),
+        ("tensors", "embeddings.LayerNorm.weight", "lacks.*embeddings.LayerNorm.weight"),
     ],
-    ids=["missing", "unused", "shape", "norm"],
 )
-def test_tensors_that_do_not_fit(nnx_bert, copied, change, message):
-    copied.tensors(change)
+def test_settings_and_tensors_that_do_not_fit(nnx_bert, copied, what, change, message):
+    """A name is taken out, and pairs are put in."""
+    getattr(copied, what)(lambda all: all.pop(change) if isinstance(change, str) else all.update(change))
     with pytest.raises(ValueError, match=message):
         nnx_bert.load_encoder(copied.folder, rngs=nnx.Rngs(0))
 

@@ -1,50 +1,24 @@
 """Layers whose arrays are stacked for `scan` or `vmap`, in Flax NNX and Equinox: each is a layer of its own."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
+from jax_helpers import Stack, agrees, train
 
 import adamss
 from adamss import core
 from adamss.backend import backend_for
 from adamss.backend.ledger import put
+from adamss.core import Factors
 from adamss.errors import LayerError, StateError
-from adamss_conformance import assert_agrees
-
-nnx = pytest.importorskip("flax.nnx", reason="needs the extra flax")
-eqx = pytest.importorskip("equinox", reason="needs the extra equinox")
-optax = pytest.importorskip("optax", reason="needs Optax")
+from adamss_conformance.cases import random_C
 
 LAYERS, WIDTH = 3, 8
 SETTINGS = {"targets": ["query", "value"], "rank": 6, "subspaces": 4, "subspace_rank": 3}
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.query = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-        self.value = nnx.LinearGeneral(WIDTH, (2, WIDTH // 2), use_bias=False, rngs=rngs)
-
-    def __call__(self, x):
-        return jnp.tanh(self.query(x)) * self.value(x).reshape(x.shape)
-
-
-class Scanned(nnx.Module):
-    def __init__(self):
-        @nnx.split_rngs(splits=LAYERS)
-        @nnx.vmap
-        def make(rngs):
-            return Block(rngs)
-
-        self.layers = make(nnx.Rngs(0))
-        self.head = nnx.Linear(WIDTH, 5, rngs=nnx.Rngs(1))
-
-    def __call__(self, x):
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def run(layer, x):
-            return x + layer(x)
-
-        return self.head(run(self.layers, x))
 
 
 class EquinoxBlock(eqx.Module):
@@ -54,14 +28,14 @@ class EquinoxBlock(eqx.Module):
         self.query = eqx.nn.Linear(WIDTH, WIDTH, key=key)
 
 
-class EquinoxScanned(eqx.Module):
-    layers: EquinoxBlock
+class EquinoxStack(eqx.Module):
+    block: EquinoxBlock
 
     def __init__(self):
-        self.layers = eqx.filter_vmap(EquinoxBlock)(jax.random.split(jax.random.key(0), LAYERS))
+        self.block = eqx.filter_vmap(EquinoxBlock)(jax.random.split(jax.random.key(0), LAYERS))
 
     def __call__(self, x):
-        arrays, rest = eqx.partition(self.layers, eqx.is_array)
+        arrays, rest = eqx.partition(self.block, eqx.is_array)
 
         def run(x, layer):
             return x + jnp.tanh(eqx.combine(layer, rest).query(x)), None
@@ -80,21 +54,17 @@ def config(request):
 
 
 def step(model, x):
-    optimizer = nnx.Optimizer(model, optax.sgd(0.05), wrt=nnx.LoRAParam)
-    for _ in range(2):
-        loss = lambda model: jnp.square(model(x)).mean()  # noqa: E731
-        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
-    return model
+    return train(model, lambda model, x: jnp.square(model(x)).mean(), x, tx=optax.sgd(0.05), steps=2).model
 
 
 def test_every_layer_of_a_stack_has_factors_of_its_own(config):
-    model = adamss.attach(Scanned(), config)
+    model = adamss.attach(Stack(LAYERS), config)
     rows = adamss.summary(model).rows
     assert [row.path for row in rows] == [
-        f"layers.{n}[{i}]" for n in ("query", "value") for i in range(LAYERS)
+        f"block.{n}[{i}]" for n in ("query", "value") for i in range(LAYERS)
     ]
     assert {row.shape for row in rows} == {(WIDTH, WIDTH)}
-    kernels = np.asarray(Scanned().layers.query.kernel[...])
+    kernels = np.asarray(Stack(LAYERS).block.query.kernel[...])
     for index, row in enumerate(rows[:LAYERS]):
         W = kernels[index]
         if config.include_bias:
@@ -107,7 +77,7 @@ def test_every_layer_of_a_stack_has_factors_of_its_own(config):
 
 
 def test_scanned_models_start_equal_train_and_come_back(config, x, tmp_path):
-    model = Scanned()
+    model = Stack(LAYERS)
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
     start = model(x)
     adamss.attach(model, config)
@@ -116,10 +86,10 @@ def test_scanned_models_start_equal_train_and_come_back(config, x, tmp_path):
     assert float(jnp.abs(trained - start).max()) > 1e-3
     for training in (False, True):
         adamss.save(model, tmp_path / "a.safetensors", training=training)
-        loaded = adamss.load(Scanned(), tmp_path / "a.safetensors")
-        assert_agrees(loaded(x), trained, dtype="float32", what=f"loaded, training = {training}")
+        loaded = adamss.load(Stack(LAYERS), tmp_path / "a.safetensors")
+        agrees(loaded(x), trained, f"loaded, training = {training}")
     adamss.merge(model)
-    assert_agrees(model(x), trained, dtype="float32", what="merged")
+    agrees(model(x), trained, "merged")
     with adamss.disabled(model):
         assert jnp.array_equal(model(x), start)
     adamss.unmerge(model)
@@ -127,76 +97,76 @@ def test_scanned_models_start_equal_train_and_come_back(config, x, tmp_path):
     adamss.detach(model)
     after = nnx.to_pure_dict(nnx.state(model))
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), after, before))
-    assert type(model.layers.query) is nnx.Linear
+    assert type(model.block.query) is nnx.Linear
 
 
 def test_masks_and_frozen_elements(x):
-    model = step(adamss.attach(Scanned(), adamss.AdamssConfig(**SETTINGS)), x)
+    model = step(adamss.attach(Stack(LAYERS), adamss.AdamssConfig(**SETTINGS)), x)
     backend = backend_for(model)
     mask = jnp.asarray([True, False, True, False])
-    backend.set_active(model, {"layers.query[1]": mask})
+    backend.set_active(model, {"block.query[1]": mask})
     before = backend.adaptation(model).layers
     assert [int(f.active.sum()) for f in before.values()] == [4, 2, 4, 4, 4, 4]
     shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(backend.trained_elements(model)))
-    q = model.layers.query.adamss.default.B.shape[-1]
-    assert shapes["layers"]["query"]["adamss"]["default"] == {"B": (LAYERS, 1, q), "C": (LAYERS, 1, WIDTH)}
+    q = model.block.query.adamss.default.B.shape[-1]
+    assert shapes["block"]["query"]["adamss"]["default"] == {"B": (LAYERS, 1, q), "C": (LAYERS, 1, WIDTH)}
     after = backend.adaptation(step(model, x)).layers
-    frozen = ~mask[before["layers.query[1]"].labels]
-    old, new = (layers["layers.query[1]"].C for layers in (before, after))
+    frozen = ~mask[before["block.query[1]"].labels]
+    old, new = (layers["block.query[1]"].C for layers in (before, after))
     assert jnp.array_equal(new[:, frozen], old[:, frozen])
     assert not jnp.array_equal(new[:, ~frozen], old[:, ~frozen])
 
 
 def test_padding_of_a_stack_is_never_trained(x):
-    model = step(adamss.attach(Scanned(), adamss.AdamssConfig(**(SETTINGS | {"subspaces": 5}))), x)
-    adapter = model.layers.query.adamss.default
+    model = step(adamss.attach(Stack(LAYERS), adamss.AdamssConfig(**(SETTINGS | {"subspaces": 5}))), x)
+    adapter = model.block.query.adamss.default
     ranks = adapter.ranks[...]
     padding = jnp.arange(adapter.B.shape[-1])[None, :] >= ranks.sum(1)[:, None]
     assert int(padding.sum()) > 0, "the layers have equal ranks, and the case tests nothing"
     assert not jnp.any(jnp.where(padding[:, None, :], adapter.B[...], 0.0))
 
 
-@pytest.mark.parametrize("targets", [r"layers\.query\[[01]\]", ["query[0]", "query[2]"]])
+@pytest.mark.parametrize("targets", [r"block\.query\[[01]\]", ["query[0]", "query[2]"]])
 def test_a_part_of_a_stack_is_refused(targets):
-    model = Scanned()
-    with pytest.raises(LayerError, match=r"layers\.query is a stack of 3 layers, of which 1 match no target"):
+    model = Stack(LAYERS)
+    with pytest.raises(LayerError, match=r"block\.query is a stack of 3 layers, of which 1 match no target"):
         adamss.attach(model, adamss.AdamssConfig(targets=targets))
-    assert type(model.layers.query) is nnx.Linear
+    assert type(model.block.query) is nnx.Linear
 
 
 def test_axes_of_the_stack_that_do_not_lead_are_refused():
-    model = Scanned()
-    kernel = model.layers.query.kernel
+    model = Stack(LAYERS)
+    kernel = model.block.query.kernel
     kernel.set_value(jnp.moveaxis(kernel[...][:, :, :5], 0, 1))
-    with pytest.raises(LayerError, match=r"layers\.query\[0\].*must come first"):
+    with pytest.raises(LayerError, match=r"block\.query\[0\].*must come first"):
         adamss.attach(model, adamss.AdamssConfig(**SETTINGS))
 
 
 def test_scanned_equinox_models(config, x, tmp_path):
     settings = adamss.AdamssConfig(**(config.to_dict() | {"targets": ["query"]}))
-    model = EquinoxScanned()
+    model = EquinoxStack()
     run = jax.vmap
     start = run(model)(x)
     adapted = adamss.attach(model, settings)
     assert jnp.array_equal(run(adapted)(x), start)
-    assert [row.path for row in adamss.summary(adapted).rows] == [f"layers.query[{i}]" for i in range(LAYERS)]
+    assert [row.path for row in adamss.summary(adapted).rows] == [f"block.query[{i}]" for i in range(LAYERS)]
     backend = backend_for(model)
     layers = backend.adaptation(adapted).layers
     rng = np.random.default_rng(0)
-    moved = {}
-    for path, f in layers.items():
-        within = np.arange(f.C.shape[0])[:, None] < np.asarray(f.ranks)[np.asarray(f.labels)]
-        moved[path] = f._replace(C=jnp.asarray(within * rng.standard_normal(f.C.shape), f.C.dtype))
+    moved = {
+        path: f._replace(C=jnp.asarray(random_C(Factors(*map(np.asarray, f)), rng), f.C.dtype))
+        for path, f in layers.items()
+    }
     adapted = put(backend, model, moved, config=settings, saved={})
     trained = run(adapted)(x)
     assert float(jnp.abs(trained - start).max()) > 0.1
     merged = adamss.merge(adapted)
-    assert_agrees(run(merged)(x), trained, dtype="float32", what="merged")
+    agrees(run(merged)(x), trained, "merged")
     assert jnp.array_equal(run(adamss.unmerge(merged))(x), trained)
     assert eqx.tree_equal(adamss.detach(merged), model)
     adamss.save(adapted, tmp_path / "a.safetensors")
     loaded = adamss.load(model, tmp_path / "a.safetensors")
-    assert_agrees(run(loaded)(x), trained, dtype="float32", what="loaded")
+    agrees(run(loaded)(x), trained, "loaded")
 
 
 def test_experts_of_stacked_layers(tmp_path):
@@ -220,7 +190,7 @@ def test_experts_of_stacked_layers(tmp_path):
 
 
 def test_a_layer_of_a_stack_is_no_lora(tmp_path):
-    model = adamss.attach(Scanned(), adamss.AdamssConfig(**SETTINGS))
-    with pytest.raises(StateError, match=r"layers\.query\[0\].*PyTorch"):
+    model = adamss.attach(Stack(LAYERS), adamss.AdamssConfig(**SETTINGS))
+    with pytest.raises(StateError, match=r"block\.query\[0\].*PyTorch"):
         adamss.to_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()

@@ -14,12 +14,10 @@ import optax
 from jax import Array
 
 import adamss_jax
-from adamss import BudgetConfig
 from adamss_conformance.capabilities import TABLE
-from adamss_conformance.driver import Training
+from adamss_conformance.driver import Budget, Inputs, Training
 from adamss_conformance.drivers.jax import JaxDriver
 from adamss_jax.equinox import trainable_filter
-from adamss_jax.optax import hold_frozen
 
 __all__ = ["EquinoxDriver", "EquinoxTraining"]
 
@@ -59,43 +57,11 @@ class EquinoxDriver(JaxDriver):
         layer = self._layer(model, path)
         return str(getattr(layer, "base", layer).weight.dtype)
 
-    def train(
-        self,
-        model: Any,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        steps: int,
-        optimiser: str,
-        rate: float,
-        compiled: bool = False,
-    ) -> Any:
-        tx = hold_frozen(self.optimiser(optimiser, rate), model)
-        trained, frozen = eqx.partition(model, trainable_filter(model))
-        state = tx.init(trained)
-
-        def step(trained: Any, state: Any) -> Any:
-            gradients = jax.grad(lambda trained: self.loss(eqx.combine(trained, frozen), inputs))(trained)
-            updates, state = tx.update(gradients, state, trained)
-            return eqx.apply_updates(trained, updates), state
-
-        run = eqx.filter_jit(step) if compiled else step
-        for _ in range(steps):
-            trained, state = run(trained, state)
-        return eqx.combine(trained, frozen)
-
-    def training(
-        self,
-        model: Any,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        optimiser: str,
-        rate: float,
-        budget: BudgetConfig,
-        compiled: bool = False,
+    def loop(
+        self, model: Any, inputs: Inputs, optimiser: str, rate: float, budget: Budget, compiled: bool
     ) -> EquinoxTraining:
-        return EquinoxTraining(
-            self, model, inputs, self.optimiser(optimiser, rate), budget, compiled=compiled
-        )
+        tx = self.transformation(model, optimiser, rate, budget)
+        return EquinoxTraining(self, model, inputs, tx, budget is not None, compiled)
 
     def _layer(self, model: Any, path: str) -> Any:
         layer = model
@@ -105,21 +71,19 @@ class EquinoxDriver(JaxDriver):
 
 
 class EquinoxTraining(Training):
-    """A loop around a transformation that is `adamss_jax.budgeted`."""
+    """A loop around a transformation; with a budget, it is `adamss_jax.budgeted`."""
 
     def __init__(
         self,
         driver: EquinoxDriver,
         model: Any,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         tx: optax.GradientTransformation,
-        budget: BudgetConfig,
-        *,
+        budgeted: bool,
         compiled: bool,
     ) -> None:
-        tx = adamss_jax.budgeted(tx, model, budget)
         self._trained, self._frozen = eqx.partition(model, trainable_filter(model))
-        self._state = tx.init(self._trained)
+        self._state, self._budgeted = tx.init(self._trained), budgeted
 
         def step(trained: Any, frozen: Any, state: Any) -> Any:
             gradients = jax.grad(lambda trained: driver.loss(eqx.combine(trained, frozen), inputs))(trained)
@@ -130,7 +94,8 @@ class EquinoxTraining(Training):
 
     @property
     def model(self) -> Any:
-        return adamss_jax.synchronise(eqx.combine(self._trained, self._frozen), self._state)
+        model = eqx.combine(self._trained, self._frozen)
+        return adamss_jax.synchronise(model, self._state) if self._budgeted else model
 
     def step(self) -> None:
         self._trained, self._state = self._step(self._trained, self._frozen, self._state)

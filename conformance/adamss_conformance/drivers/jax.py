@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,15 @@ import numpy as np
 import optax
 from jax import Array
 
+import adamss_jax
 from adamss.core import Factors, Gradients
-from adamss_conformance.driver import Driver
+from adamss_conformance.driver import Budget, Inputs, LoopDriver
+from adamss_jax.optax import hold_frozen
 
 __all__ = ["JaxDriver"]
 
 
-class JaxDriver(Driver):
+class JaxDriver(LoopDriver):
     """JAX on its CPU, and on the accelerator where there is one; 64-bit types for the cases in float64 alone."""
 
     @classmethod
@@ -47,13 +49,7 @@ class JaxDriver(Driver):
         return sum(leaf.size for leaf in jax.tree.leaves(parameters))
 
     def gradients(
-        self,
-        linear: Callable[..., Array],
-        x: Array,
-        W: Array,
-        b: Array | None,
-        factors: Factors,
-        dy: Array,
+        self, linear: Callable[..., Array], x: Array, W: Array, b: Array | None, factors: Factors, dy: Array
     ) -> Gradients:
         def run(x: Array, B: Array, C: Array) -> Array:
             return linear(x, W, b, factors._replace(B=B, C=C))
@@ -94,7 +90,14 @@ class JaxDriver(Driver):
             return optax.adafactor(rate, weight_decay_rate=0.1, min_dim_size_to_factor=2)
         return optax.contrib.muon(rate, weight_decay=0.1)
 
-    def loss(self, model: Any, inputs: Mapping[str, np.ndarray]) -> Array:
+    def transformation(
+        self, model: Any, name: str, rate: float, budget: Budget
+    ) -> optax.GradientTransformation:
+        """Return an optimiser that keeps to a budget, or only holds what is frozen in the model."""
+        tx = self.optimiser(name, rate)
+        return hold_frozen(tx, model) if budget is None else adamss_jax.budgeted(tx, model, budget)
+
+    def loss(self, model: Any, inputs: Inputs) -> Array:
         """Return what `train` minimises."""
         total = jnp.zeros(())
         for path, values in inputs.items():

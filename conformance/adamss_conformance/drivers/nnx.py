@@ -14,11 +14,9 @@ from flax import nnx
 from jax import Array
 
 import adamss_jax
-from adamss import BudgetConfig
 from adamss_conformance.capabilities import TABLE
-from adamss_conformance.driver import Training
+from adamss_conformance.driver import Budget, Inputs, Training
 from adamss_conformance.drivers.jax import JaxDriver
-from adamss_jax.optax import hold_frozen
 
 __all__ = ["NnxDriver", "NnxTraining"]
 
@@ -58,39 +56,11 @@ class NnxDriver(JaxDriver):
     def dtype_of(self, model: nnx.Module, path: str) -> str:
         return str(self._layer(model, path).kernel.dtype)
 
-    def train(
-        self,
-        model: nnx.Module,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        steps: int,
-        optimiser: str,
-        rate: float,
-        compiled: bool = False,
-    ) -> nnx.Module:
-        tx = hold_frozen(self.optimiser(optimiser, rate), model)
-        optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
-
-        def step(model: Any, optimizer: Any) -> None:
-            slope = nnx.grad(self.loss, argnums=nnx.DiffState(0, nnx.LoRAParam))
-            optimizer.update(model, slope(model, inputs))
-
-        run = nnx.jit(step) if compiled else step
-        for _ in range(steps):
-            run(model, optimizer)
-        return model
-
-    def training(
-        self,
-        model: nnx.Module,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        optimiser: str,
-        rate: float,
-        budget: BudgetConfig,
-        compiled: bool = False,
+    def loop(
+        self, model: nnx.Module, inputs: Inputs, optimiser: str, rate: float, budget: Budget, compiled: bool
     ) -> NnxTraining:
-        return NnxTraining(self, model, inputs, self.optimiser(optimiser, rate), budget, compiled=compiled)
+        tx = self.transformation(model, optimiser, rate, budget)
+        return NnxTraining(self, model, inputs, tx, budget is not None, compiled)
 
     def _layer(self, model: nnx.Module, path: str) -> Any:
         layer: Any = model
@@ -100,20 +70,19 @@ class NnxDriver(JaxDriver):
 
 
 class NnxTraining(Training):
-    """A loop around an `nnx.Optimizer` whose transformation is `adamss_jax.budgeted`."""
+    """A loop around an `nnx.Optimizer`; with a budget, its transformation is `adamss_jax.budgeted`."""
 
     def __init__(
         self,
         driver: NnxDriver,
         model: nnx.Module,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         tx: optax.GradientTransformation,
-        budget: BudgetConfig,
-        *,
+        budgeted: bool,
         compiled: bool,
     ) -> None:
-        self._model = model
-        self._optimizer = nnx.Optimizer(model, adamss_jax.budgeted(tx, model, budget), wrt=nnx.LoRAParam)
+        self._model, self._budgeted = model, budgeted
+        self._optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
 
         def step(model: Any, optimizer: Any) -> None:
             slope = nnx.grad(driver.loss, argnums=nnx.DiffState(0, nnx.LoRAParam))
@@ -123,8 +92,9 @@ class NnxTraining(Training):
 
     @property
     def model(self) -> nnx.Module:
-        model: nnx.Module = adamss_jax.synchronise(self._model, self._optimizer)
-        return model
+        if self._budgeted:
+            adamss_jax.synchronise(self._model, self._optimizer)
+        return self._model
 
     def step(self) -> None:
         self._step(self._model, self._optimizer)

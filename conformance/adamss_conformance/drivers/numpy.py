@@ -14,14 +14,14 @@ from adamss import BudgetConfig, core
 from adamss.backend import NumpyLinear, NumpyModel
 from adamss.core import Factors, Gradients
 from adamss_conformance.capabilities import TABLE
-from adamss_conformance.driver import Driver, Training
+from adamss_conformance.driver import Budget, Inputs, LoopDriver, Training
 
 __all__ = ["NumpyDriver", "NumpyTraining"]
 
 Array = Any
 
 
-class NumpyDriver(Driver):
+class NumpyDriver(LoopDriver):
     """`NumpyModel`, on the arrays of any namespace that a subclass chooses."""
 
     name = "numpy"
@@ -44,40 +44,12 @@ class NumpyDriver(Driver):
         return self.backend.linear(x, layer.W, layer.b, factors)
 
     def gradients(
-        self,
-        linear: Callable[..., Array],
-        x: Array,
-        W: Array,
-        b: Array | None,
-        factors: Factors,
-        dy: Array,
+        self, linear: Callable[..., Array], x: Array, W: Array, b: Array | None, factors: Factors, dy: Array
     ) -> Gradients:
         return self.backend.linear_vjp(dy, x, W, factors)  # type: ignore[attr-defined,no-any-return]
 
-    def train(
-        self,
-        model: NumpyModel,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        steps: int,
-        optimiser: str,
-        rate: float,
-        compiled: bool = False,
-    ) -> NumpyModel:
-        training = NumpyTraining(self, model, inputs, optimiser, rate)
-        for _ in range(steps):
-            training.step()
-        return training.model
-
-    def training(
-        self,
-        model: NumpyModel,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        optimiser: str,
-        rate: float,
-        budget: BudgetConfig,
-        compiled: bool = False,
+    def loop(
+        self, model: NumpyModel, inputs: Inputs, optimiser: str, rate: float, budget: Budget, compiled: bool
     ) -> NumpyTraining:
         return NumpyTraining(self, model, inputs, optimiser, rate, budget)
 
@@ -99,10 +71,10 @@ class NumpyTraining(Training):
         self,
         driver: NumpyDriver,
         model: NumpyModel,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         optimiser: str,
         rate: float,
-        budget: BudgetConfig | None = None,
+        budget: BudgetConfig | None,
     ) -> None:
         self._driver, self._model, self._inputs, self._rate = driver, model, inputs, rate
         self._update = {"sgd": _sgd, "adamw": _adamw}[optimiser]

@@ -16,13 +16,13 @@ import adamss
 from adamss import BudgetConfig
 from adamss.core import Factors, Gradients
 from adamss_conformance.capabilities import TABLE
-from adamss_conformance.driver import Driver, Training
+from adamss_conformance.driver import Budget, Inputs, LoopDriver, Training
 from adamss_torch import BudgetController, hold_frozen
 
 __all__ = ["TorchDriver", "TorchTraining"]
 
 
-class TorchDriver(Driver):
+class TorchDriver(LoopDriver):
     """`torch.nn.Linear` layers."""
 
     name = "torch"
@@ -101,42 +101,13 @@ class TorchDriver(Driver):
     def compilations(self, compiled: Callable[..., Any]) -> int:
         return int(compiled.compilations())  # type: ignore[attr-defined]
 
-    def train(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        steps: int,
-        optimiser: str,
-        rate: float,
-        compiled: bool = False,
-    ) -> nn.Module:
-        optimizer = _optimizer(model, optimiser, rate)
-        hold_frozen(model, optimizer)
-        forward = self._forward(model, inputs)
-        forward = self.compile(forward) if compiled else forward
-        for _ in range(steps):
-            optimizer.zero_grad()
-            forward().backward()
-            optimizer.step()
-        return model
-
-    def training(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        optimiser: str,
-        rate: float,
-        budget: BudgetConfig,
-        compiled: bool = False,
+    def loop(
+        self, model: nn.Module, inputs: Inputs, optimiser: str, rate: float, budget: Budget, compiled: bool
     ) -> TorchTraining:
-        forward = self._forward(model, inputs)
-        return TorchTraining(
-            model, self.compile(forward) if compiled else forward, _optimizer(model, optimiser, rate), budget
-        )
+        optimizer = _optimizer(model, optimiser, rate)
+        return TorchTraining(model, self._forward(model, inputs, compiled), optimizer, budget)
 
-    def _forward(self, model: nn.Module, inputs: Mapping[str, np.ndarray]) -> Callable[[], Tensor]:
+    def _forward(self, model: nn.Module, inputs: Inputs, compiled: bool) -> Callable[[], Tensor]:
         x = {path: self.array(values) for path, values in inputs.items()}
 
         def loss() -> Tensor:
@@ -146,7 +117,7 @@ class TorchDriver(Driver):
                 total = total + self.call(model, path, values.to(weight.dtype)).square().mean()
             return total
 
-        return loss
+        return self.compile(loss) if compiled else loss
 
     def random_state(self) -> Any:
         state = [torch.get_rng_state()]
@@ -156,17 +127,20 @@ class TorchDriver(Driver):
 
 
 class TorchTraining(Training):
-    """A loop around an optimiser that has a `BudgetController`."""
+    """A loop around an optimiser, which has a `BudgetController` where there is a budget."""
 
     def __init__(
         self,
         model: nn.Module,
         forward: Callable[[], Tensor],
         optimizer: torch.optim.Optimizer,
-        budget: BudgetConfig,
+        budget: BudgetConfig | None,
     ) -> None:
         self._model, self._forward, self._optimizer = model, forward, optimizer
-        self._budget = BudgetController(model, optimizer, budget)
+        if budget is None:
+            hold_frozen(model, optimizer)
+        else:
+            self._budget = BudgetController(model, optimizer, budget)
 
     @property
     def model(self) -> nn.Module:

@@ -37,7 +37,7 @@ class LinearLaws:
     def test_law_03_update(self, driver: Driver, dtype: str, mode: str, problem: Problem) -> None:
         """``linear(x, W, b, f)`` is ``x @ (W + delta) + b``, in the dtype and on the device of its input."""
         with case(driver, dtype, "arrays"):
-            _assert_update(driver, linear_of(driver, mode), problem, dtype)
+            assert_update(driver, linear_of(driver, mode), problem, dtype)
 
     @each_variant
     @each_mode
@@ -61,16 +61,17 @@ class LinearLaws:
     def test_law_04_gradients(self, driver: Driver, dtype: str, mode: str, problem: Problem) -> None:
         """Of x, B and C: the closed form; those of frozen subspaces are zero."""
         with case(driver, dtype, "arrays", "gradients"):
-            _assert_gradients(driver, linear_of(driver, mode), problem, dtype)
+            assert_gradients(driver, linear_of(driver, mode), problem, dtype)
 
     @every(8, problem=problems(empty=False))
     def test_law_04_gradients_by_finite_differences(self, driver: Driver, problem: Problem) -> None:
         """The update is linear in each of x, B and C alone, so that a difference has no error but rounding."""
         with case(driver, "float64", "arrays", "gradients"):
-            _assert_finite_differences(driver, problem)
+            assert_finite_differences(driver, problem)
 
 
-def _assert_update(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
+def assert_update(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
+    """Assert law 3 of a function like `Backend.linear` on a problem."""
     arrays = arrays_of(driver, problem, dtype)
     y = linear(*arrays[:4])
     x, W, b, f, _ = exactly(driver, arrays)
@@ -89,7 +90,8 @@ def _assert_update(driver: Driver, linear: Callable[..., Any], problem: Problem,
     assert_agrees(start, base, dtype=dtype, what="y with C = 0 against the base", scale=scale)
 
 
-def _assert_gradients(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
+def assert_gradients(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
+    """Assert law 4 of a function like `Backend.linear` on a problem."""
     arrays = arrays_of(driver, problem, dtype)
     gradients = driver.gradients(linear, *arrays)
     x, W, _, f, dy = exactly(driver, arrays)
@@ -104,7 +106,8 @@ def _assert_gradients(driver: Driver, linear: Callable[..., Any], problem: Probl
         assert_agrees(driver.numpy(actual), getattr(expected, name), dtype=dtype, what=what, scale=scale)
 
 
-def _assert_finite_differences(driver: Driver, problem: Problem) -> None:
+def assert_finite_differences(driver: Driver, problem: Problem) -> None:
+    """Assert that the gradients of `Backend.linear` are its slopes along x, B and C."""
     x, W, b, factors, dy = arrays_of(driver, problem, "float64")
     gradients = driver.gradients(driver.backend.linear, x, W, b, factors, dy)
     f, rng = problem.factors, np.random.default_rng(0)

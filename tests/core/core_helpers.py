@@ -1,0 +1,30 @@
+"""Weights that the tests of the core share."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+
+def gaussian(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@st.composite
+def awkward_weights(draw, d, n):
+    """Weights of every awkward kind and up to this size: one row, one column, rank-deficient, duplicated, zero."""
+    d, n = draw(st.integers(1, d)), draw(st.integers(1, n))
+    seed = draw(st.integers(0, 1000))
+    W, rng = gaussian(d, n, seed=seed), np.random.default_rng(seed + 1)
+    return draw(
+        st.sampled_from(
+            [
+                W,
+                gaussian(d, 2, seed=seed) @ gaussian(2, n, seed=seed + 1),
+                gaussian(d, 1, seed=seed) @ gaussian(1, n, seed=seed + 1),
+                np.repeat(W[:, :1], n, axis=1),
+                gaussian(d, 2, seed=seed)[:, rng.permutation(n) % 2],
+                W * (np.arange(d) < 2)[:, None].astype(np.float32),
+                W * (np.arange(n) % 3 > 0).astype(np.float32),
+                np.zeros_like(W),
+            ]
+        )
+    )
