@@ -356,6 +356,10 @@ class Models(ABC):
     def adaptation(self, model: Model) -> Adaptation | None:
         """Return what is attached to the model, or None; arrays as they are, not copies."""
 
+    def followed(self, model: Model) -> bool:
+        """Return whether something in this process keeps the model to the schedule of its config; True if unknown."""
+        return True
+
     def probed(self, model: Model, path: str) -> Array | None:
         """Return what an adapted layer makes of some input, the same at each call.
 

@@ -74,6 +74,7 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
     backend, adaptation = adapted(model, "save")
     if adaptation.merged:
         require_kept_base(adaptation, "save")
+    _warn_of_a_budget_nobody_follows(backend, model, adaptation)
     modules = backend.modules(model)
     layers = {}
     with backend.exact():
@@ -196,6 +197,23 @@ def load(
         ordered = {path: layers[path] for path in stored.layers}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
         return put(backend, base_model, ordered, shapes, config=stored.config, saved=saved)
+
+
+def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation: Adaptation) -> None:
+    """Tell whoever has trained without a controller that the schedule of the config had no effect."""
+    budget, layers = adaptation.config.budget, adaptation.layers
+    if budget is None or backend.followed(model):
+        return
+    active = np.concatenate([backend.to_stored(f.active).numpy() for f in layers.values()])
+    started = any(bool(namespace(f.C).any(backend.whole(f.C) != 0)) for f in layers.values())
+    if started and active.all() and budget.initial is None and budget.target < active.size:
+        warnings.warn(
+            f"save: the config has a budget of {budget.target} {budget.unit}, but all {active.size} subspaces are "
+            "trained, and nothing in this process follows the schedule: put a controller on the optimiser "
+            "(adamss_torch.BudgetController, AdamssCallback, adamss_jax.budgeted), or leave the budget out",
+            AdamssWarning,
+            stacklevel=3,
+        )
 
 
 def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fingerprint:

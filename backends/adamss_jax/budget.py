@@ -25,9 +25,18 @@ from adamss.core import BudgetState, Factors, advance, initial_budget_state, obs
 from adamss.core._array import check_concrete
 from adamss.errors import AdamssWarning, ConfigError, StateError
 from adamss_jax.arrays import beside, placed_as
-from adamss_jax.models import models_of
+from adamss_jax.models import FOLLOWED, models_of
 
 __all__ = ["Allocation", "BudgetedState", "allocation", "budgeted", "synchronise"]
+
+
+REFUSED = {
+    "MultiStepsState": "optax.MultiSteps inside it would have it count every batch as a step; put it around: "
+    "optax.MultiSteps(adamss_jax.budgeted(tx, model), every_k_schedule)",
+    "ScheduleFreeState": "optax.contrib.schedule_free evaluates at another point than it trains at, to which frozen "
+    "elements would be moved; take a transformation that has one point",
+}
+"""States of transformations that are not to be inside, and why."""
 
 
 class BudgetedState(NamedTuple):
@@ -151,6 +160,7 @@ def budgeted(
     backend = models_of(model)
     adaptation = adaptation_in_training(backend, model, "budgeted")
     config = schedule_of(adaptation, config, "budgeted")
+    FOLLOWED.add(adaptation.config.budget)
     _check_may_return(config, adaptation)
     leaves = backend.leaves(model)
     plan = plan_budget(leaves.outlines, config)
@@ -175,6 +185,7 @@ def budgeted(
         state = inner.init(params)
         if _states(state):
             raise StateError("budgeted: there is another budgeted inside; one of them is enough")
+        _check_inner(state)
         where = leaves.positions(params, "budgeted")
         weights = elements(params, where)
         start = initial_budget_state(plan, np.broadcast_to(np.zeros((), weights.dtype), weights.shape))
@@ -347,6 +358,13 @@ def _check_may_return(config: BudgetConfig, adaptation: Adaptation) -> None:
             "budgeted: revive = True, but the model has frozen subspaces and was attached without a budget that "
             "revives, so that they get no gradients; attach it with AdamssConfig(budget=...) of this schedule"
         )
+
+
+def _check_inner(state: Any) -> None:
+    """Check that the transformation inside counts steps as `budgeted` does, and moves parameters by updates alone."""
+    for node in jax.tree.leaves(state, is_leaf=lambda node: type(node).__name__ in REFUSED):
+        if type(node).__name__ in REFUSED:
+            raise ConfigError(f"budgeted: {REFUSED[type(node).__name__]}")
 
 
 def _masked(tree: Any, masks: Mapping[int, Array]) -> Any:

@@ -69,6 +69,10 @@ class Record:
         return self
 
 
+FOLLOWED: set[Any] = set()
+"""Schedules that some `adamss_jax.budgeted` of this process has kept a model to."""
+
+
 class Attached(NamedTuple):
     """What is attached to one layer, or one stack of layers.
 
@@ -180,6 +184,10 @@ class JaxModels(JaxArrays, Backend):
             revives=record.revives,
             name=record.name,
         )
+
+    def followed(self, model: Model) -> bool:
+        adaptation = self.adaptation(model)
+        return adaptation is None or adaptation.config.budget in FOLLOWED
 
     def probed(self, model: Model, path: str) -> Array | None:
         adaptation = self.adaptation(model)

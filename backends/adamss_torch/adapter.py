@@ -59,6 +59,8 @@ class Adapter(nn.Module):
         Whether frozen subspaces get gradients all the same, because they may return.
     loads
         How often a state was loaded into it.
+    followed
+        Whether a controller keeps, or kept, it to a schedule.
     order
         In which order its products are taken, one of `adamss.core.cost.ORDERS`; None for the one that costs less.
         With bases of their own the factors come first all the same.
@@ -76,6 +78,7 @@ class Adapter(nn.Module):
         self.order: str | None = None
         self.revive = False
         self.loads = 0
+        self.followed = False
         self.held: Tensor | None = None
         self.kept: tuple[Tensor, Tensor] | None = None
         self._seen: tuple[Tensor | None, int, tuple[Tensor, Tensor] | None] = (None, 0, None)

@@ -239,6 +239,9 @@ class TorchBackend(Backend):
             name=record.name,
         )
 
+    def followed(self, model: nn.Module) -> bool:
+        return any(adapter.followed for adapter in adapters_of(model).values())
+
     def probed(self, model: nn.Module, path: str) -> Tensor | None:
         layer = self.modules(model)[path]
         kind = self.kinds.of(layer, path)

@@ -85,14 +85,25 @@ class _Progress:
         """Subspaces that are trained."""
         return int(self.state.active.sum())
 
-    def tell(self) -> None:
-        """Warn once if the training is over and the target was not reached."""
+    def tell(self, *, moved: bool) -> None:
+        """Warn once if the training is over and the target was not reached.
+
+        Parameters
+        ----------
+        moved
+            Whether B or C are others than in the beginning.
+        """
         step = int(self.state.step)
-        if self.told or self.reached or not step:
+        if self.told or self.reached or not (step or moved):
             return
         self.told = True
         config, left_out = self.plan.config, int(self.state.left_out)
-        if step < config.end_step:
+        if not step:
+            why = (
+                "B and C have changed, but never in the optimiser's step(), by which the controller goes; call "
+                "step(), or what calls it"
+            )
+        elif step < config.end_step:
             why = f"training ended after {step} optimiser steps, the schedule ends at {config.end_step}"
         else:
             why = f"no step since the last allocation had a gradient to score by ({left_out} were not finite)"
@@ -252,7 +263,7 @@ class BudgetController:
         self._loads = sum(adapter.loads for adapter in self._adapters.values())
         # From here on nothing can fail.
         for adapter in self._adapters.values():
-            adapter.revive = self.config.revive
+            adapter.revive, adapter.followed = self.config.revive, True
             _CONTROLLED[adapter] = weakref.ref(self)
         _CONTROLLED[self._optimizer] = weakref.ref(self)
         self._handles = (
@@ -528,10 +539,11 @@ class BudgetController:
 
 def _ended(progress: _Progress, frozen: FrozenElements) -> None:
     """Do what is left to do when a controller is removed, or collected."""
+    moved = frozen.moved()
     frozen.release()
     for adapter in frozen.adapters:
         adapter.revive = False
-    progress.tell()
+    progress.tell(moved=moved)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------

@@ -65,6 +65,10 @@ class FrozenElements:
             now, [torch.where(*three) for three in zip(self._trained, now, self._kept, strict=True)]
         )
 
+    def moved(self) -> bool:
+        """Return whether any element is another than when its value was last taken over."""
+        return not all(map(torch.equal, self._tensors(), self._kept))
+
     def release(self) -> None:
         """Give frozen elements their values once more; from then on the adapters compute those of the Parameters."""
         self.restore()

@@ -20,12 +20,12 @@ from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerpr
 from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, MissingBackendError, StateError
 from adamss_torch.adapter import Adapter
 from adamss_torch.backend import TorchBackend, adapters_of, record_of
-from adamss_torch.bank import OnLoan, without_weights
+from adamss_torch.bank import CHILD, OnLoan, without_weights
 from adamss_torch.budget import Allocation, BudgetController, bare_optimizer
 from adamss_torch.sharding import is_sharded
 
 try:
-    from transformers import TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
 except ImportError as error:
     raise MissingBackendError(
         "adamss_torch.transformers needs Hugging Face transformers: pip install 'adamss[transformers]'"
@@ -38,6 +38,9 @@ ADAPTER_FILE = "adapter.safetensors"
 
 TRAINER_FILE = "model.safetensors"
 """Where the Trainer looks for what it saved; here, all that is trained and nothing else."""
+
+MODULES_FILE = "modules.json"
+"""In the folders of sentence-transformers."""
 
 CONFIG_FILE = "config.json"
 """Which makes a folder a model for `AutoModel`; beside an adapter alone, it would give one with weights at random."""
@@ -229,7 +232,7 @@ def _save_what_is_trained(model: nn.Module) -> Adaptation:
         )
     if adaptation.merged:
         raise StateError("AdamssCallback: the updates are merged; call adamss.unmerge(model) first")
-    if hasattr(model, "save_pretrained"):
+    if isinstance(model, PreTrainedModel):
         _SavePretrained(model)
         # The Trainer compares what a checkpoint lacks with this, and tells of the difference.
         _Untrained(model)
@@ -311,7 +314,21 @@ def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> Non
 
 
 def _shrink(model: nn.Module, folder: Path) -> None:
-    """Take the base out of what the Trainer has written."""
+    """Take the base out of what the Trainer has written.
+
+    Raises
+    ------
+    StateError
+        If it cannot be read back: a Trainer of another library has written it in a form of its own.
+    """
     weights = folder / TRAINER_FILE
-    if weights.is_file() and _untrained(model):
-        _write(model, folder, load_file(weights))
+    written = load_file(weights) if weights.is_file() else {}
+    own = [name for name in model.state_dict() if f".{CHILD}." in f".{name}"]
+    if (folder / MODULES_FILE).is_file() or (written and not set(own) <= set(written)):
+        raise StateError(
+            f"AdamssCallback: the Trainer of this {type(model).__name__} writes its checkpoints in a form of its "
+            "own, and reads them back into a model without adapters: set save_strategy='no' and "
+            "load_best_model_at_end=False, and call adamss.save(model, path) after the training"
+        )
+    if written and _untrained(model):
+        _write(model, folder, written)

@@ -11,7 +11,7 @@ import adamss  # noqa: E402
 import adamss_jax  # noqa: E402
 from adamss import AdamssConfig, BudgetConfig, core  # noqa: E402
 from adamss.backend import backend_for  # noqa: E402
-from adamss.errors import LayerError, StateError  # noqa: E402
+from adamss.errors import ConfigError, LayerError, StateError  # noqa: E402
 
 MODELS = {
     "nnx": (lambda: nnx.List([nnx.Linear(16, 24, rngs=nnx.Rngs(0))]), lambda model: model[0]),
@@ -177,3 +177,37 @@ def test_a_layer_that_was_replaced_is_named(tmp_path):
         with pytest.warns(adamss.AdamssWarning, match="second has been replaced .* the file is without it"):
             adamss.save(model, tmp_path / "a")
         assert [row.path for row in adamss.summary(adamss.load(fresh, tmp_path / "a")).rows] == ["first"]
+
+
+def test_a_schedule_that_nobody_follows_is_told_when_saving(tmp_path):
+    model = attached("nnx", budget=BudgetConfig(target=2, end_step=7))
+    model = backend_for(model).set_active(model, {"0": jnp.ones(4, bool)})
+    with pytest.warns(
+        adamss.AdamssWarning, match=r"a budget of 2 subspaces, but all 4 .*adamss_jax\.budgeted"
+    ):
+        adamss.save(model, tmp_path / "a")
+    adamss_jax.budgeted(optax.sgd(0.1), model)
+    adamss.save(model, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("tx", "why"),
+    [
+        (
+            lambda: optax.MultiSteps(optax.adamw(0.1), 4),
+            r"put it around: optax\.MultiSteps\(adamss_jax\.budgeted",
+        ),
+        (
+            lambda: optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+            "count every batch as a step",
+        ),
+        (
+            lambda: optax.chain(optax.clip(1.0), optax.contrib.schedule_free_adamw(0.1)),
+            "to which frozen elements would be moved",
+        ),
+    ],
+)
+def test_what_cannot_be_inside_a_budget_is_refused(tx, why):
+    model = attached("nnx", budget=BudgetConfig(target=2, end_step=4))
+    with pytest.raises(ConfigError, match=why):
+        adamss_jax.budgeted(tx(), model).init(backend_for(model).parameters(model))

@@ -151,13 +151,13 @@ def test_scanned_equinox_models(config, x, tmp_path):
     assert jnp.array_equal(run(adapted)(x), start)
     assert [row.path for row in adamss.summary(adapted).rows] == [f"block.query[{i}]" for i in range(LAYERS)]
     backend = backend_for(model)
-    layers = backend.adaptation(adapted).layers
+    layers, shapes = backend.adaptation(adapted).layers, backend.adaptation(adapted).shapes
     rng = np.random.default_rng(0)
     moved = {
         path: f._replace(C=jnp.asarray(random_C(Factors(*map(np.asarray, f)), rng), f.C.dtype))
         for path, f in layers.items()
     }
-    adapted = put(backend, model, moved, config=settings, saved={})
+    adapted = put(backend, model, moved, shapes, config=settings, saved={})
     trained = run(adapted)(x)
     assert float(jnp.abs(trained - start).max()) > 0.1
     merged = adamss.merge(adapted)

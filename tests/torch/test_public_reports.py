@@ -1,15 +1,20 @@
 """Situations that users of adapters, averaging, wrapping and optimisers have reported as bugs elsewhere."""
 
 import copy
+import gc
 import itertools
+import json
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import adamss
-from adamss import AdamssConfig, BudgetConfig
+from adamss import AdamssConfig, AdamssWarning, BudgetConfig
+from adamss.errors import LayerError, StateError
 from adamss_torch import BudgetController, hold_frozen
 from adamss_torch.adapter import STRUCTURE
 from adamss_torch.backend import adapters_of
@@ -161,3 +166,368 @@ def test_frozen_elements_stay_where_an_optimiser_evaluates(held_by, tmp_path):
     assert all(map(torch.equal, frozen(), before))
     budget.remove()
     assert all(map(torch.equal, frozen(), before))
+
+
+# ---- wrappers within a path --------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+        self.head = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.head(self.block(x))
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def in_parallel(module):
+    return nn.DataParallel(module)
+
+
+WRAPPERS = pytest.mark.parametrize(
+    "wraps", [(checkpoint_wrapper,), (compiled,), (in_parallel,), (checkpoint_wrapper, compiled)]
+)
+VERBS = {
+    "save": lambda model, folder: adamss.save(model, folder / "a"),
+    "merge": lambda model, folder: adamss.unmerge(adamss.merge(model)),
+    "consolidate": lambda model, folder: adamss.consolidate(model),
+    "to_lora": lambda model, folder: adamss.to_lora(model, folder / "lora"),
+    "merge_and_unload": lambda model, folder: adamss.merge_and_unload(model),
+    "detach": lambda model, folder: adamss.detach(model),
+}
+
+
+def wrapped(model, wraps):
+    for wrap in wraps:
+        model.block = wrap(model.block)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
+@pytest.mark.filterwarnings("ignore:to_lora")
+@WRAPPERS
+@pytest.mark.parametrize("first", ["wrapped", "attached"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_block_that_is_wrapped(verb, first, wraps, tmp_path):
+    config = AdamssConfig(targets=[r"block.0"], rank=16, subspaces=8, modules_to_save=["head"])
+
+    def made(*, wrapped_first=False):
+        model = wrapped(Blocks(), wraps) if wrapped_first else Blocks()
+        model = adamss.attach(model, config)
+        adapter = adapters_of(model)["block.0"]
+        torch.manual_seed(1)
+        adapter.C.data.normal_()
+        adapter.active[0] = False
+        return model
+
+    model, plain = made(wrapped_first=first == "wrapped"), made()
+    if first == "attached":
+        wrapped(model, wraps)
+    y = plain(X)
+    torch.testing.assert_close(model(X), y)
+    assert [row.path for row in adamss.summary(model).rows] == ["block.0"]
+    VERBS[verb](model, tmp_path)
+    VERBS[verb](plain, tmp_path)
+    torch.testing.assert_close(model(X), plain(X))
+    if verb == "save":
+        torch.testing.assert_close(adamss.load(Blocks(), tmp_path / "a")(X), y)
+        torch.testing.assert_close(adamss.load(wrapped(Blocks(), wraps), tmp_path / "a")(X), y)
+    if verb in ("detach", "merge_and_unload"):
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert not any("adamss" in name for name in model.state_dict())
+
+
+# ---- models that are changed under their adapters ----------------------------------------------------------
+
+
+def replaced(model):
+    model[2] = nn.Linear(32, 32)
+
+
+def resized(model):
+    model[2].weight = nn.Parameter(torch.randn(40, 32))
+
+
+def gone(model):
+    del model[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (replaced, "2 has been replaced by another module"),
+        (resized, r"2 has a weight of shape \(40, 32\) now"),
+        (gone, "2 is not in the model any more"),
+    ],
+)
+def test_a_layer_that_is_lost_is_named(change, what, tmp_path):
+    model = attached()
+    train(model, adamw(model), 2)
+    first = copy.deepcopy(model)
+    change(model)
+    for verb in (
+        *VERBS.values(),
+        lambda m, _: adamss.summary(m),
+        lambda m, _: adamss.trainable_parameters(m),
+    ):
+        if verb is not VERBS["save"]:
+            with pytest.raises(StateError, match=what):
+                verb(model, tmp_path)
+    with pytest.raises(StateError, match=what):
+        BudgetController(model, adamw(first), BudgetConfig(target=5, end_step=4))
+    with pytest.warns(AdamssWarning, match=f"save: {what}.*the file is without it"):
+        adamss.save(model, tmp_path / "a")
+    left = adamss.load(net(), tmp_path / "a")
+    assert [row.path for row in adamss.summary(left).rows] == ["0"]
+    torch.testing.assert_close(left[0](X), first[0](X))
+
+
+def test_a_saved_module_that_is_resized_leaves_nothing_half_done(tmp_path):
+    model = attached(targets="0", modules_to_save=["2"])
+    train(model, adamw(model), 2)
+    model[2] = nn.Linear(32, 40)
+    before, y = copy.deepcopy(model.state_dict()), model(X)
+    for verb in (adamss.detach, lambda m: adamss.disabled(m).__enter__()):
+        with pytest.raises(
+            StateError, match=r"2 of modules_to_save has been replaced or resized.*\(40, 32\)"
+        ):
+            verb(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    adamss.save(model, tmp_path / "a")
+    base = net()
+    base[2] = nn.Linear(32, 40)
+    torch.testing.assert_close(adamss.load(base, tmp_path / "a")(X), y)
+    torch.testing.assert_close(adamss.merge_and_unload(model)(X), y)
+
+
+# ---- layers and weights of other kinds ---------------------------------------------------------------------
+
+
+class Half(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def halved_by_a_hook():
+    layer = nn.Linear(32, 32)
+    layer.register_forward_hook(lambda layer, inputs, output: output / 2)
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: Half(32, 32), halved_by_a_hook])
+@pytest.mark.parametrize("verb", [adamss.merge, adamss.consolidate, adamss.merge_and_unload])
+def test_a_layer_that_is_not_linear_in_its_weight_is_not_merged(make, verb):
+    model = attached(lambda: nn.Sequential(nn.Linear(32, 32), nn.Tanh(), make()))
+    for adapter in adapters_of(model).values():
+        adapter.C.data.normal_()
+        adapter.active[0] = False
+    y, weights = model(X), [model[i].weight.clone() for i in (0, 2)]
+    with pytest.raises(LayerError, match=r"2: its forward is not that of its weight alone: .* differs by \d"):
+        verb(model)
+    assert torch.equal(model(X), y)
+    assert all(torch.equal(model[i].weight, W) for i, W in zip((0, 2), weights, strict=True))
+
+
+class Plain(nn.Linear):
+    """Says something, and computes what its class does."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_subclass_that_is_linear_is_merged():
+    model = attached(lambda: nn.Sequential(Plain(32, 32), nn.Tanh(), nn.Linear(32, 32)))
+    train(model, adamw(model), 2)
+    y = model(X)
+    torch.testing.assert_close(adamss.merge(model)(X), y)
+
+
+class Codes(torch.Tensor):
+    """A tensor that knows a few operators only, as those of quantisers do."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(arguments[0].values)
+        raise NotImplementedError(f"no implementation of {function}")
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        if function is nn.functional.linear:
+            x, weight, bias = arguments
+            return function(x, weight.values, bias)
+        return super().__torch_function__(function, types, arguments, keywords or {})
+
+
+class Dequantisable(Codes):
+    def dequantize(self):
+        return self.values
+
+
+def quantised(model, kind):
+    for number in (0, 2):
+        model[number].weight = nn.Parameter(kind(model[number].weight.detach()), requires_grad=False)
+    return model
+
+
+def test_a_weight_that_nobody_can_read(tmp_path):
+    with pytest.raises(LayerError, match="0: its weight is a Codes, which nobody here can read"):
+        adamss.attach(quantised(net(), Codes), AdamssConfig(targets="[02]", rank=8))
+    model = attached()
+    train(model, adamw(model), 2)
+    y = model(X)
+    quantised(model, Codes)
+    torch.testing.assert_close(model(X), y)
+    with pytest.raises(LayerError, match="0: its weight is a Codes"):
+        adamss.merge(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adamss.save(model, tmp_path / "a")
+    for number, warning in zip((0, 2), told, strict=True):
+        assert f"base weight of {number} cannot be read" in str(warning.message)
+        assert "load it with check_base=False" in str(warning.message)
+    torch.testing.assert_close(adamss.load(net(), tmp_path / "a", check_base=False)(X), y)
+
+
+def test_a_weight_that_can_be_dequantised(tmp_path):
+    model = attached(lambda: quantised(net(), Dequantisable))
+    train(model, adamw(model), 2)
+    assert (model(X) - net()(X)).abs().max() > 0.01
+    close(saved(model, tmp_path / "a"), model)
+    with pytest.raises(
+        LayerError, match="is a Dequantisable, whose quantisation would round the update away"
+    ):
+        adamss.merge(model)
+    assert torch.equal(adamss.detach(model)(X), quantised(net(), Dequantisable)(X))
+
+
+def test_a_weight_that_is_no_matrix():
+    model = net()
+    model[2].weight = nn.Parameter(torch.randn(32))
+    with pytest.raises(LayerError, match=r"2: its weight has shape \(32,\), where 2 axes are expected"):
+        adamss.attach(model, AdamssConfig(targets="[02]", rank=8))
+
+
+def test_what_computes_a_weight_is_no_layer():
+    model = net()
+    torch.nn.utils.parametrizations.orthogonal(model[0])
+    assert [row.path for row in adamss.summary(attached(lambda: model, targets=["0"])).rows] == ["0"]
+
+
+# ---- export and tracing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of sizes, which do not depend on the rows
+@pytest.mark.parametrize("form", ["adapted", "merged", "consolidated"])
+@pytest.mark.parametrize("way", ["export", "trace", "trace without gradients", "onnx"])
+def test_exported_for_any_number_of_rows(way, form, tmp_path):
+    model = attached()
+    train(model, adamw(model), 2)
+    for adapter in adapters_of(model).values():
+        adapter.active[0] = False
+    if form != "adapted":
+        {"merged": adamss.merge, "consolidated": adamss.consolidate}[form](model)
+    match way:
+        case "export":
+            rows = torch.export.Dim("rows")
+            exported = torch.export.export(model, (X,), dynamic_shapes=({0: rows},)).module()
+        case "trace":
+            exported = torch.jit.trace(model, X)
+        case "trace without gradients":
+            with torch.no_grad():
+                exported = torch.jit.trace(model, X)
+        case "onnx":
+            onnxruntime = pytest.importorskip("onnxruntime")
+            pytest.importorskip("onnx")
+            axes = {"x": {0: "rows"}}
+            file = str(tmp_path / "model.onnx")
+            torch.onnx.export(model, (X,), file, dynamo=False, dynamic_axes=axes, input_names=["x"])
+            session = onnxruntime.InferenceSession(file)
+
+            def exported(x):
+                return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    for x in (X[:5], X[:1], X.repeat(20, 1)):
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+# ---- schedules that nobody follows, and small things -------------------------------------------------------
+
+
+def test_a_schedule_without_a_controller_is_told_when_saving(tmp_path):
+    schedule = BudgetConfig(target=5, end_step=3)
+    model = attached(budget=schedule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adamss.save(model, tmp_path / "fresh")
+    train(model, adamw(model), 2)
+    with pytest.warns(
+        AdamssWarning, match="a budget of 5 subspaces, but all 40 .*nothing in this process follows"
+    ):
+        adamss.save(model, tmp_path / "a")
+    model = attached(budget=schedule)
+    optimizer = adamw(model)
+    budget = BudgetController(model, optimizer)
+    train(model, optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adamss.save(model, tmp_path / "half way")
+    train(model, optimizer, 2)
+    budget.remove()
+
+
+@pytest.mark.parametrize("end", ["remove", "collected"])
+def test_an_optimiser_that_never_steps_by_that_name(end):
+    model = attached()
+    optimizer = adamw(model)
+    optimizer.first_step = lambda: [p.data.add_(0.1) for p in adamss.trainable_parameters(model)]
+    budget = BudgetController(model, optimizer, BudgetConfig(target=5, end_step=3))
+    optimizer.first_step()
+    if end == "remove":
+        finish = budget.remove
+    else:
+        del budget, optimizer
+        finish = gc.collect
+    with pytest.warns(AdamssWarning, match=r"B and C have changed, but never in the optimiser's step\(\)"):
+        finish()
+
+
+def test_a_controller_that_was_never_used_says_nothing():
+    model = attached()
+    budget = BudgetController(model, adamw(model), BudgetConfig(target=5, end_step=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        budget.remove()
+
+
+@pytest.mark.parametrize("name", ["a" * 240, "\u00e4" * 120 + "b"])
+def test_a_long_name_of_a_file(name, tmp_path):
+    model = attached()
+    adamss.save(model, tmp_path / name)
+    adamss.save(model, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    close(adamss.load(net(), tmp_path / name), model)
+
+
+def test_an_exported_adapter_names_its_base(tmp_path):
+    model = attached()
+    adamss.to_lora(model, tmp_path / "unnamed")
+    model.name_or_path = "someone/some-model"
+    adamss.to_lora(model, tmp_path / "named")
+    for folder, name in (("unnamed", None), ("named", "someone/some-model")):
+        settings = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == name

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch_support import assert_same_state
 
@@ -407,3 +407,19 @@ def test_the_script_trains_the_demos_task(script, tiny_tokenizer, tmp_path, caps
     arguments = ["--model", os.fspath(tmp_path / "bert"), "--steps", "12", "--only", name]
     assert script("trainer").main(arguments) == 0
     assert name in capsys.readouterr().out
+
+
+class FormOfItsOwn(transformers.Trainer):
+    """Writes its checkpoints as sentence-transformers does: module by module, none of them adapted when read."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        os.makedirs(output_dir, exist_ok=True)
+        save_file({"body.weight": torch.zeros(2)}, f"{output_dir}/model.safetensors")
+
+
+def test_a_trainer_whose_checkpoints_cannot_be_read_back(tmp_path):
+    made = trainer_of(adapted(Plain(), head="head"), tmp_path, AdamssCallback())
+    arguments = made.args.set_save("steps", steps=2)
+    trainer = FormOfItsOwn(made.model, arguments, train_dataset=Sentences(), callbacks=[AdamssCallback()])
+    with pytest.raises(errors.StateError, match="this Plain writes its checkpoints in a form of its own"):
+        trainer.train()
