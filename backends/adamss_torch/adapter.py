@@ -127,7 +127,9 @@ class Adapter(nn.Module):
 
     def factors(self) -> Factors:
         """Return the factors, canonical, of all subspaces; views where they can be."""
-        B, C = self._frozen_in(present(self, "B").detach(), present(self, "C").detach())
+        B, C = present(self, "B").detach(), present(self, "C").detach()
+        if self.kept is not None:
+            B, C = self._frozen_in(B, C)
         if self.layout.rows.device != self.A.device and not self.A.is_meta:
             self._derive()
         return Factors(self.A, B.t(), C, self.labels, self.ranks, self.active)
