@@ -184,9 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="folder of a BERT with its tokenizer (default: MiniLM-L6)")
     parser.add_argument("--steps", type=int, default=120, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--only", choices=list(OPTIONS), help="one training alone")
+    parser.add_argument("--quick", action="store_true", help="20 steps of the first training: a dry run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
     parser.add_argument("--worker", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.only, arguments.steps = PLAIN, 20
     quiet_transformers()
     warnings.filterwarnings("ignore", module=r"transformers\.|accelerate\.|torch\.")
     folder = str(arguments.model or bundled_model())

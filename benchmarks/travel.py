@@ -184,8 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="An adapter on its way between frameworks and formats.")
     parser.add_argument("--model", type=Path, help="folder of a BERT with its tokenizer (default: MiniLM-L6)")
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="5 steps: a dry run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
     arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.steps = 5
     quiet_transformers()
     warnings.filterwarnings("ignore", module=r"peft\.|transformers\.")
     about = environment(["torch", "jax", "flax", "peft", "adamss"])

@@ -18,11 +18,12 @@ TRIAL_ITERATIONS = 5
 FINAL_ITERATIONS = 20
 SUBSPACE_ITERATIONS = 30
 
-ROUNDING = 10
-"""What a product of two points, or a sum over points, may be off by, in units of eps times the size of its terms.
+ROUNDING = 10 * float(np.finfo(np.float32).eps)
+"""What a product of two points, or a sum over points, may be off by in float32, over the size of its terms.
 
 Differences below it must not decide: they change with the library, and with the weights that share a product. They
-arise wherever points coincide or are equally far, which duplicate and zero columns are."""
+arise wherever points coincide or are equally far, which duplicate and zero columns are. In float64 it is the same, so
+that both find the same groups."""
 
 WINNING_MARGIN = 1e-3
 """Relative inertia that a later restart must save to win: more than rounding can make up."""
@@ -240,7 +241,7 @@ def _kmeans(points: Array, clusters: int, rng: np.random.Generator) -> Array:
 def _winners(inertias: Array, spreads: Array) -> Array:
     """Return for each set of points (L,) which restart has the least inertia, of (L, T); the first of equals."""
     xp = namespace(inertias)
-    rounding = ROUNDING * xp.finfo(inertias.dtype).eps * spreads
+    rounding = ROUNDING * spreads
     best, least = 0 * xp.arange(inertias.shape[0], device=device(inertias)), inertias[:, 0]
     for restart in range(1, inertias.shape[1]):
         wins = inertias[:, restart] < (1 - WINNING_MARGIN) * least - rounding
@@ -252,7 +253,7 @@ def _winners(inertias: Array, spreads: Array) -> Array:
 def _rounding(squares: Array) -> Array:
     """Return what distances between points with squared lengths (L, n) may be off by: (L, 1)."""
     xp = namespace(squares)
-    return ROUNDING * xp.finfo(squares.dtype).eps * xp.max(squares, axis=1, keepdims=True)
+    return ROUNDING * xp.max(squares, axis=1, keepdims=True)
 
 
 def _largest(values: Array, rounding: Array) -> Array:
@@ -293,7 +294,7 @@ def _nearest(points: Array, squares: Array, centres: Array) -> tuple[Array, Arra
     closeness = xp.reshape(closeness, (count, restarts, clusters, -1))
     largest = xp.max(closeness, axis=2)
     longest = xp.max(xp.reshape(lengths, (count, restarts, clusters)), axis=2)[..., None]
-    rounding = ROUNDING * xp.finfo(points.dtype).eps * xp.sqrt((squares[:, None, :] + longest) * longest)
+    rounding = ROUNDING * xp.sqrt((squares[:, None, :] + longest) * longest)
     candidates = closeness >= (largest - rounding)[:, :, None, :]
     # 32 bits: reductions of 64-bit integers are a hundred times slower in PyTorch.
     classes = xp.arange(clusters, dtype=xp.int32, device=device(points))[:, None]
@@ -314,7 +315,7 @@ def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.G
     draws[0, :, 1:] = draws[0, :, :1]
     uniform = xp.asarray(draws, dtype=points.dtype, device=device(points))
     rounding = _rounding(squares)
-    spread_rounding = ROUNDING * xp.finfo(squares.dtype).eps * xp.sum(squares, axis=1, keepdims=True)
+    spread_rounding = ROUNDING * xp.sum(squares, axis=1, keepdims=True)
     # |x - y|^2 is one product of (x, |x|^2, 1) with (-2 y, 1, |y|^2).
     one = xp.ones((count, n, 1), dtype=points.dtype, device=device(points))
     left_factors = xp.concat([points, squares[:, :, None], one], axis=2)
@@ -354,7 +355,7 @@ def _ksubspaces(decomposition: Decomposition, labels: Array, subspaces: int, dim
     # In the basis U the columns of W_hat are the rows of V diag(S).
     points = V * (S / xp.where(S[0] > 0, S[0], xp.ones_like(S[0])))
     squares = xp.sum(points**2, axis=1)
-    rounding = 100 * xp.finfo(V.dtype).eps * squares
+    rounding = 10 * ROUNDING * squares
     for _ in range(SUBSPACE_ITERATIONS):
         members = one_hot(labels, subspaces, dtype=V.dtype)
         scatter = (members.T[:, None, :] * points.T) @ points
