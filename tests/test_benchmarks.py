@@ -1,0 +1,22 @@
+"""The programs that print the figures of the README run; what they measure is theirs to judge, but for agreement."""
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("flax")
+
+DRY_RUNS = {
+    "agreement": ["--quick"],
+    "file_size": ["--quick"],
+    "inference": ["--quick"],
+    "scaling": ["--quick"],
+    "step_time": ["--quick", "--no-model", "--widths", "384"],
+    "step_time_jax": ["--quick"],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_it_runs(name, script):
+    assert script(name).main(DRY_RUNS[name]) == 0
