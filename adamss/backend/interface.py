@@ -360,10 +360,15 @@ class Models(ABC):
         """Return whether something in this process keeps the model to the schedule of its config; True if unknown."""
         return True
 
-    def probed(self, model: Model, path: str) -> Array | None:
-        """Return what an adapted layer makes of some input, the same at each call.
+    def probed(self, model: Model, path: str) -> tuple[Array, Array] | None:
+        """Return what an adapted layer makes of some input, with its updates and without; the same at each call.
 
-        None where its forward is known to be that of its kind, or no input can be made for it.
+        None where its forward is known to be that of its kind, or does not give the same twice.
+
+        Raises
+        ------
+        LayerError
+            If no input can be made for it.
         """
         return None
 

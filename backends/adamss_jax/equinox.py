@@ -286,8 +286,13 @@ class EquinoxBackend(JaxModels):
         """Return copies of the frozen layers, by the keys of `attached`."""
         return {path: _changed(layer.base) for path, layer in _by_owner(model).items()}
 
-    def called_layers(self, model: Any) -> dict[str, tuple[Any, Any]]:
-        return {path: (layer, type(layer.base)) for path, layer in _by_owner(model).items()}
+    def called_layers(self, model: Any) -> dict[str, tuple[Any, Any, bool]]:
+        def known(layer: Any) -> bool:
+            return type(layer).__call__ in [
+                one.__call__ for one in kinds.of(layer, "an adapted layer").classes
+            ]
+
+        return {path: (layer, layer.base, known(layer.base)) for path, layer in _by_owner(model).items()}
 
     def with_layers(self, model: Any, layers: Mapping[str, Any]) -> Any:
         return _mapped(model, lambda path, layer: _changed(layer, base=layers.get(path, layer.base)))

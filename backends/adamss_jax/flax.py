@@ -23,7 +23,9 @@ try:
 except ImportError as error:
     raise MissingBackendError("adamss_jax.flax needs Flax: pip install 'adamss[flax]'") from error
 
+import jax
 import jax.numpy as jnp
+from flax.nnx.nn import dtypes
 from jax import Array
 
 from adamss.backend import Adaptation, Kinds, Site, StackedLayer, Stores, View
@@ -40,6 +42,9 @@ __all__ = ["AdamssParam", "Adapter", "LayerBank", "NnxBackend", "kinds", "stores
 
 CHILD = "adamss"
 """Name of the bank among the children of its layer."""
+
+FUNCTIONS = (None, jax.lax.dot_general, dtypes.promote_dtype)
+"""What Flax's layers compute with unless they are told otherwise."""
 
 NOT_STORED = (nnx.RngState, nnx.Cache, nnx.Intermediate)
 """Variables that are no weights: ``modules_to_save`` does not store them."""
@@ -463,8 +468,8 @@ class NnxBackend(JaxModels):
         """Return the adapted modules by the paths under which they were attached; a stack of layers is one."""
         return _adapted(model)
 
-    def called_layers(self, model: nnx.Module) -> dict[str, tuple[Any, Any]]:
-        return {path: (layer, type(layer).__bases__[0]) for path, layer in _adapted(model).items()}
+    def called_layers(self, model: nnx.Module) -> dict[str, tuple[Any, Any, bool]]:
+        return {path: _called(layer) for path, layer in _adapted(model).items()}
 
     def check_writable(self, model: nnx.Module, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
         layers = list(layers)
@@ -614,6 +619,20 @@ def _check_disjoint(adapted: Iterable[Any], saved: Mapping[str, Any]) -> None:
 
 
 # ---- layers ----------------------------------------------------------------------------------------
+
+
+def _called(layer: Any) -> tuple[Any, Any, bool]:
+    """Return what `NnxBackend.called_layers` does, of one layer."""
+    of, kind = type(layer).__bases__[0], kinds.of(layer, "an adapted layer")
+    plain = of.__call__ in [one.__call__ for one in kind.classes]
+    # Flax's own layers take functions for their products and dtypes.
+    own = [getattr(layer, name, None) for name in ("dot_general", "promote_dtype")]
+    if plain and all(function in FUNCTIONS for function in own):
+        return layer, layer, True
+    # Copies, in which statistics and counts may change.
+    with_update, without = nnx.clone(layer), nnx.clone(layer)
+    getattr(without, CHILD).off = True
+    return with_update, without, False
 
 
 def _leading(node: Any) -> tuple[int, ...]:

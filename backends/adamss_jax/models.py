@@ -125,8 +125,11 @@ class JaxModels(JaxArrays, Backend):
         """
 
     @abstractmethod
-    def called_layers(self, model: Model) -> dict[str, tuple[Any, Any]]:
-        """Return what is called in the place of each layer, and the layer's class, by the keys of `attached`."""
+    def called_layers(self, model: Model) -> dict[str, tuple[Any, Any, bool]]:
+        """Return, by the keys of `attached`, copies of a layer as it is called, with its update and without it.
+
+        And whether what it computes is known to be that of its kind.
+        """
 
     @abstractmethod
     def with_layers(self, model: Model, layers: Mapping[str, Module]) -> Model:
@@ -189,29 +192,38 @@ class JaxModels(JaxArrays, Backend):
         adaptation = self.adaptation(model)
         return adaptation is None or adaptation.config.budget in FOLLOWED
 
-    def probed(self, model: Model, path: str) -> Array | None:
+    def probed(self, model: Model, path: str) -> tuple[Array, Array] | None:
         adaptation = self.adaptation(model)
         assert adaptation is not None
         owner, index = split_path(path)
-        layer, called = self.called_layers(model)[owner]
-        kind = self.kinds.of(self.adapted_layers(model)[owner], path)
-        if index or not kind.linear or called.__call__ in [one.__call__ for one in kind.classes]:
+        layer, base, known = self.called_layers(model)[owner]
+        if index or known or not self.kinds.of(self.adapted_layers(model)[owner], path).linear:
             return None
-        x = jax.random.normal(jax.random.key(0), adaptation.shapes[path][:1])
+        (d, _) = adaptation.shapes[path]
+        x = jax.random.normal(jax.random.key(0), (d,))
         try:
-            y: Array = layer(x)
-        except Exception:
-            return None  # it takes something else
-        return y if isinstance(y, jax.Array) and jnp.issubdtype(y.dtype, jnp.inexact) else None
+            y, again, without = layer(x), layer(x), base(x)
+        except Exception as error:
+            raise LayerError(
+                f"{path}: its forward could not be tried on an input of {d} numbers ({error})"
+            ) from error
+        return (y, without) if bool(jnp.array_equal(y, again)) else None
 
     def lost(self, model: Model) -> Mapping[str, str]:
         found = self.attached(model)
-        owners = next(iter(found.values())).record.owners if found else ()
-        return {
-            path: "has been replaced by another module, without its adapter"
-            for path in owners
-            if path not in found
-        }
+        record = next(iter(found.values())).record if found else None
+        lost, layers = {}, self.adapted_layers(model) if found else {}
+        for path, shape in record.shapes if record else ():
+            owner, index = split_path(path)
+            if owner not in found:
+                lost[owner] = "has been replaced by another module, without its adapter"
+            elif not index:
+                kind, weight = self.kinds.of(layers[owner], path), None
+                weight = self.stores.read(layers[owner], kind.weight)
+                now = tuple(getattr(weight, "shape", ()))
+                if len(now) == 2 and kind.view(layers[owner], path).shape(now) != shape:
+                    lost[owner] = f"has a weight of shape {now} now, which its adapter does not fit"
+        return lost
 
     def originals(self, model: Model) -> Mapping[str, Mapping[str, Array]]:
         return dict(next((each.record.originals for each in self.attached(model).values()), ()))

@@ -53,6 +53,8 @@ class Adapter(nn.Module):
     kept
         What frozen elements of B and C are, whatever an optimiser has written to these, in the shapes of both; None
         where nobody holds them (`adamss_torch.frozen`).
+    keeper
+        Who does.
     layout
         Where B and C stand, as it follows from labels, ranks and `held`.
     revive
@@ -81,6 +83,7 @@ class Adapter(nn.Module):
         self.followed = False
         self.held: Tensor | None = None
         self.kept: tuple[Tensor, Tensor] | None = None
+        self.keeper: object = None
         self._seen: tuple[Tensor | None, int, tuple[Tensor, Tensor] | None] = (None, 0, None)
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
@@ -146,27 +149,28 @@ class Adapter(nn.Module):
         kept = (B.detach(), C.detach()) if self.kept is None else self.kept
         return torch.where(trained[0], B, kept[0]), torch.where(trained[1], C, kept[1])
 
-    def _trained_if_not_all(self) -> tuple[Tensor, Tensor] | None:
-        """Return `trained_elements`, or None if all elements are.
-
-        A compiled or recorded graph must look anew at every call, since masks change under it; what is made within a
-        transformation is of no use outside; and to look at a mask on another device is to wait for it.
-        """
-        active = self.active
-        anew = torch.compiler.is_compiling() or is_transformed()
-        if anew or active.device.type != "cpu" or active.is_inference():
-            return self.trained_elements()
-        seen, version, trained = self._seen
+    def look(self) -> tuple[Tensor, Tensor] | None:
+        """Take over the mask; what it freezes is kept as it is now. Return `trained_elements`, None if all are."""
+        active, (seen, version, trained) = self.active, self._seen
         if seen is not active or version != active._version:
+            if self.kept is not None:
+                now = self.B.detach(), self.C.detach()
+                for kept, own, mask in zip(self.kept, now, trained or (None, None), strict=True):
+                    kept.copy_(own if mask is None else torch.where(mask, own, kept))
             trained = None if bool(active.all()) else self.trained_elements()
             self._seen = active, active._version, trained
         return trained
 
-    def keep_now(self) -> None:
-        """Keep what the trained elements are now, before a mask freezes some of them."""
-        if self.kept is not None:
-            for kept, now in zip(self.kept, self._frozen_in(self.B.detach(), self.C.detach()), strict=True):
-                kept.copy_(now)
+    def _trained_if_not_all(self) -> tuple[Tensor, Tensor] | None:
+        """Return `trained_elements`, or None if all elements are.
+
+        A compiled graph must look anew at every call, since masks change under it, and so must what an accelerator
+        captures; what is made within a transformation is of no use outside.
+        """
+        if is_transformed() or self.active.is_inference():
+            return self.trained_elements()
+        trained = self.look()
+        return trained if trained is not None or self.active.device.type == "cpu" else self.trained_elements()
 
     def hold(self, held: Tensor | None) -> None:
         """Leave these subspaces, (K,) booleans on the CPU, out of the update, or none."""
@@ -174,8 +178,23 @@ class Adapter(nn.Module):
         self._derive()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no controller that would let a subspace return.
-        return {**self.__dict__, "revive": False}
+        # A copy has no controller that would hold its frozen elements, or let a subspace return.
+        drifted = {name: nn.Parameter(tensor) for name, tensor in self._drifted().items()}
+        alone = {
+            "revive": False,
+            "kept": None,
+            "keeper": None,
+            "_parameters": {**self._parameters, **drifted},
+        }
+        return {**self.__dict__, **alone}
+
+    def _drifted(self) -> dict[str, Tensor]:
+        """Return what B and C are, by name, where an optimiser has moved frozen elements of the Parameters."""
+        if self.kept is None:
+            return {}
+        now = self.B.detach(), self.C.detach()
+        held = zip("BC", now, self._frozen_in(*now), strict=True)
+        return {name: true for name, mine, true in held if true is not mine and not torch.equal(true, mine)}
 
     def _derive(self) -> Layout:
         """Make the layout anew, which follows from labels, ranks, and what the weight holds; all of it beside A."""
@@ -209,15 +228,14 @@ class Adapter(nn.Module):
             # A copy: those who average a state write into its tensors.
             destination[f"{prefix}{name}"] = getattr(self, name).clone()
         if self.kept is not None and not keep_vars:
-            B, C = self._frozen_in(destination[f"{prefix}B"], destination[f"{prefix}C"])
-            destination |= {f"{prefix}B": B, f"{prefix}C": C}
+            destination |= {f"{prefix}{name}": tensor for name, tensor in self._drifted().items()}
         if self.held is not None:
             # Who loads it must know, or counts the update twice.
             destination[f"{prefix}{HELD}"] = self.held.to(self.labels.device)
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: dict[str, Any],
         prefix: str,
         local_metadata: Any,
         strict: bool,
@@ -226,6 +244,11 @@ class Adapter(nn.Module):
         error_msgs: list[str],
     ) -> None:
         self.check_fits_weight(state_dict, prefix)
+        for name in STRUCTURE:
+            given = state_dict.get(f"{prefix}{name}")
+            if given is not None and given.is_floating_point():
+                # An average of equal integers, taken as if they were weights, is that integer, up to rounding.
+                state_dict[f"{prefix}{name}"] = given.round().to(getattr(self, name).dtype)
         misfits = self._misfits(state_dict, prefix)
         if misfits:
             # Not loaded either: B and C of one grouping and labels of another would compute something else.

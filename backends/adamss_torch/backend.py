@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from adamss.backend import Adaptation, Backend, Division, Kinds, Ledger, LinearKind, Site, View
+from adamss.backend import Adaptation, Backend, Division, Kind, Kinds, Ledger, LinearKind, Site, View
 from adamss.backend.stores import exchange_all
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
@@ -242,13 +243,13 @@ class TorchBackend(Backend):
     def followed(self, model: nn.Module) -> bool:
         return any(adapter.followed for adapter in adapters_of(model).values())
 
-    def probed(self, model: nn.Module, path: str) -> Tensor | None:
+    def probed(self, model: nn.Module, path: str) -> tuple[Tensor, Tensor] | None:
         layer = self.modules(model)[path]
         kind = self.kinds.of(layer, path)
         forwards = [getattr(one, "forward", None) for one in kind.classes]
         own = "forward" not in vars(layer) and type(layer).forward in forwards
         weight: Any = getattr(layer, kind.weight, None)
-        hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)
+        hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) + len(_global_forward_hooks)
         if (
             (own and hooks == 1)
             or not kind.linear
@@ -258,14 +259,24 @@ class TorchBackend(Backend):
             return None
         d, _ = kind.view(layer, path).shape(weight.shape)
         x = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-        training = layer.training
+        modes, bank = [(module, module.training) for module in layer.modules()], getattr(layer, CHILD)
+        off = bank.off
         try:
-            result: Tensor = layer.eval()(x)
-        except Exception:
-            return None  # it takes something else
+            layer.eval()
+            outputs = [layer(x), layer(x)]
+            bank.off = True
+            bank.look()
+            outputs.append(layer(x))
+        except Exception as error:
+            raise LayerError(
+                f"{path}: its forward could not be tried on an input of {d} numbers ({error})"
+            ) from error
         finally:
-            layer.train(training)
-        return result if isinstance(result, Tensor) and result.is_floating_point() else None
+            bank.off = off
+            bank.look()
+            for module, training in modes:
+                module.training = training
+        return (outputs[0], outputs[2]) if torch.equal(*outputs[:2]) else None
 
     def lost(self, model: nn.Module) -> dict[str, str]:
         owner, record = _owner(model)
@@ -278,14 +289,8 @@ class TorchBackend(Backend):
             elif path not in banks:
                 found[path] = "has been replaced by another module, without its adapter"
             else:
-                adapter, weight = (
-                    banks[path].adapters[record.name],
-                    getattr(modules[path], banks[path].kind.weight, None),
-                )
-                if isinstance(weight, Tensor) and weight.numel() != adapter.d * adapter.labels.numel():
-                    found[path] = (
-                        f"has a weight of shape {tuple(weight.shape)} now, which its adapter does not fit"
-                    )
+                why = _why_it_does_not_fit(modules[path], banks[path].kind, banks[path].adapters[record.name])
+                found |= {} if why is None else {path: why}
         return found
 
     def originals(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -374,8 +379,9 @@ class TorchBackend(Backend):
     def with_masks(self, model: nn.Module, active: Mapping[str, Tensor]) -> nn.Module:
         adapters = adapters_of(model)
         for path, mask in active.items():
-            adapters[path].keep_now()
+            adapters[path].look()
             adapters[path].active.copy_(mask)
+            adapters[path].look()
         return model
 
     def check_writable(self, model: nn.Module, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
@@ -570,6 +576,19 @@ def _leave_unsynchronised(owner: nn.Module) -> frozenset[str]:
     names = {f"{prefix}{path}.A" for prefix in ("", "_orig_mod.") for path in own} - set(present)
     setattr(owner, UNSYNCHRONISED, [*present, *sorted(names)])
     return frozenset(names)
+
+
+def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter) -> str | None:
+    """Return what somebody has changed in a layer since its adapter came, as a clause."""
+    weight: Any = getattr(layer, kind.weight, None)
+    bias = getattr(layer, kind.bias, None)
+    if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():
+        view, shape = kind.view(layer, ""), tuple(weight.shape)
+        if len(shape) != len(view.axes) or view.shape(shape) != (adapter.d, adapter.labels.numel()):
+            return f"has a weight of shape {shape} now, which its adapter does not fit"
+    if bias is None and adapter.A.shape[1] > adapter.d:
+        return "has no bias any more, which its adapter moves"
+    return None
 
 
 def _banks(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:

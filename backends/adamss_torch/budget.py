@@ -542,7 +542,7 @@ def _ended(progress: _Progress, frozen: FrozenElements) -> None:
     moved = frozen.moved()
     frozen.release()
     for adapter in frozen.adapters:
-        adapter.revive = False
+        adapter.revive, adapter.followed = False, adapter.followed and bool(progress.state.step)
     progress.tell(moved=moved)
 
 

@@ -32,12 +32,24 @@ class FrozenElements:
         self.adapters = adapters
         # FSDP2 may have others in their places at times, which no optimiser knows.
         self._parameters = [p for adapter in adapters for p in (adapter.B, adapter.C)]
+        self._spread: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, (B, C) in enumerate(zip(*[iter(self._tensors())] * 2, strict=True)):
+            kept, adapter = (B.clone(), C.clone()), adapters[number]
+            if is_sharded(adapter.B):
+                self._spread[number] = kept
+            else:
+                adapter.look()
+                adapter.kept, adapter.keeper = kept, self
         self._trained: list[Tensor] = []
-        self._kept = [tensor.clone() for tensor in self._tensors()]
-        for number, adapter in enumerate(adapters):
-            B, C = self._kept[2 * number : 2 * number + 2]
-            adapter.kept = None if is_sharded(adapter.B) else (B, C)
         self.look(afresh=True)
+
+    @property
+    def _kept(self) -> list[Tensor]:
+        """The values of B and C of each adapter, those of frozen elements among them."""
+        every = enumerate(self.adapters)
+        return [
+            tensor for number, own in every for tensor in own.kept or self._spread.get(number, (own.B, own.C))
+        ]
 
     @torch.no_grad()
     def look(self, *, afresh: bool = False) -> None:
@@ -52,6 +64,9 @@ class FrozenElements:
         if not afresh:
             now = [torch.where(*three) for three in zip(self._trained, now, self._kept, strict=True)]
         torch._foreach_copy_(self._kept, now)
+        for number, adapter in enumerate(self.adapters):
+            if number not in self._spread:
+                adapter.look()
         trained = [mask for adapter in self.adapters for mask in adapter.trained_elements()]
         self._trained = [
             shard_like(mask.expand(p.shape), p) for mask, p in zip(trained, self._parameters, strict=True)
@@ -72,9 +87,9 @@ class FrozenElements:
     def release(self) -> None:
         """Give frozen elements their values once more; from then on the adapters compute those of the Parameters."""
         self.restore()
-        for number, adapter in enumerate(self.adapters):
-            if adapter.kept is not None and adapter.kept[0] is self._kept[2 * number]:
-                adapter.kept = None
+        for adapter in self.adapters:
+            if adapter.keeper is self:
+                adapter.kept = adapter.keeper = None
 
     def _tensors(self) -> list[Tensor]:
         return [local(p.detach()) for p in self._parameters]

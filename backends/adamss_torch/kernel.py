@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from adamss.core.cost import cheapest_order, check_order, device_balance
+from adamss.errors import StateError
 
 __all__ = ["Layout", "Plan", "is_transformed", "make_layout", "products", "trained_elements", "update"]
 
 NO_CONTEXT = nullcontext()
 NO_SECOND_DERIVATIVES = (
-    "the input of an adapted layer, of which second derivatives are made, was not kept for them: compute in one "
-    "dtype, and leave the order of its products to adamss (layer.adamss.default.order = None)"
+    "the input of an adapted layer was not kept for second derivatives: set layer.adamss.default.order = "
+    "'factors_first' (by default many rows of a narrow layer keep less), and compute in one dtype"
 )
 
 
@@ -185,11 +186,12 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
 
 
 def is_transformed() -> bool:
-    """Whether a transformation of `torch.func`, forward-mode differentiation, or `torch.jit.trace` is going on.
+    """Whether compilation, a transformation of `torch.func`, forward-mode differentiation or tracing is going on.
 
-    They take plain products, and know no autograd function whose backward is written by hand.
+    They take plain products, and know no autograd function whose backward is written by hand, or take its gradient
+    for a constant.
     """
-    return not torch.compiler.is_compiling() and (
+    return torch.compiler.is_compiling() or (
         bool(torch._C._are_functorch_transforms_active())
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
@@ -277,7 +279,7 @@ class _Update(torch.autograd.Function):
         # No more than M takes.
         few = x.numel() <= rows.shape[0] * x.shape[-1]
         ctx.save_for_backward(
-            x if rows_wanted and (as_it_is or few) else None,
+            x if (rows_wanted or C_wanted) and (as_it_is or few) else None,
             inputs if rows_wanted and not as_it_is else None,
             z if C_wanted else None,
             rows,
@@ -301,11 +303,12 @@ class _Update(torch.autograd.Function):
         dx = d_rows = dC = None
         dy2 = dy.reshape(-1, dy.shape[-1])
         with _without_autocast(dy):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
                 # Somebody differentiates what comes out of here: everything must hang on x, rows and C.
-                if x is None:
-                    raise RuntimeError(NO_SECOND_DERIVATIVES)
-                inputs, _, z = _projected(x, rows, plan, dy.dtype)
+                if rows_wanted or C_wanted:
+                    if x is None:
+                        raise StateError(NO_SECOND_DERIVATIVES)
+                    inputs, _, z = _projected(x, rows, plan, dy.dtype)
                 E = _expand(C, layout, dy.dtype)
             elif inputs is None and x is not None:
                 inputs = x.reshape(-1, d)
@@ -379,7 +382,8 @@ def _expand(C: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
         return _in(C * layout.mask, dtype)
     q = layout.groups.shape[0]
     # The last row takes what stands nowhere.
-    return _in(C.new_zeros(q + layout.padded, C.shape[1]).scatter(0, layout.rows, C)[:q], dtype)
+    zeros = torch.zeros((q + int(layout.padded), C.shape[1]), dtype=C.dtype, device=C.device)
+    return _in(zeros.scatter(0, layout.rows, C)[:q], dtype)
 
 
 def _expand_vjp(dE: Tensor, layout: Layout) -> Tensor:

@@ -104,7 +104,7 @@ def test_transformations(transform, frozen):
 def test_second_derivatives_raise_where_the_input_was_not_kept():
     both = Both("input_first", "shared", False, rows=500)
     vector = [torch.randn_like(value) for value in both.values]
-    with pytest.raises(RuntimeError, match="was not kept for them"):
+    with pytest.raises(RuntimeError, match="was not kept for second derivatives"):
         both.products_with_hessian(both.adapted, vector)
 
 

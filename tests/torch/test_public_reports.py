@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import json
+import pickle
 import warnings
 
 import pytest
@@ -90,6 +91,21 @@ def test_an_average_that_is_written_into_a_state(tmp_path):
     close(saved(average, tmp_path / "a"), average)
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.95])
+def test_an_average_that_is_kept_as_a_state(decay, tmp_path):
+    model = attached()
+    optimizer, average = adamw(model), {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(20):
+        train(model, optimizer, 1)
+        state = model.state_dict()
+        average = {name: average[name] * decay + state[name] * (1 - decay) for name in average}
+    mean = attached()
+    mean.load_state_dict(average)
+    for adapter, ours in zip(adapters_of(mean).values(), adapters_of(model).values(), strict=True):
+        assert all(torch.equal(getattr(adapter, name), getattr(ours, name)) for name in STRUCTURE)
+    close(saved(mean, tmp_path / "a"), mean)
+
+
 # ---- copies that share a hook ------------------------------------------------------------------------------
 
 
@@ -166,6 +182,79 @@ def test_frozen_elements_stay_where_an_optimiser_evaluates(held_by, tmp_path):
     assert all(map(torch.equal, frozen(), before))
     budget.remove()
     assert all(map(torch.equal, frozen(), before))
+
+
+def held(target=10):
+    """A model whose controller has frozen a part of it; the rest is still trained."""
+    model = attached()
+    optimizer = adamw(model)
+    budget = BudgetController(model, optimizer, BudgetConfig(target=target, end_step=3))
+    train(model, optimizer, 4)
+    return model, optimizer, budget
+
+
+def test_an_average_of_the_state_of_a_model_under_a_controller():
+    model, optimizer, _ = held()
+    average = copy.deepcopy(model)
+    for _ in range(3):
+        train(model, optimizer, 2)
+        for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+            mean.copy_(mean * 0.5 + value * 0.5)
+    for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0.5)
+    C = [m[0].adamss.default.C.detach() for m in (average, model)]
+    assert not torch.equal(*C)
+    factors = average[0].adamss.default.factors()
+    assert torch.equal(factors.C, C[0])
+
+
+@pytest.mark.parametrize("target", [10, 40])
+def test_a_model_that_is_moved_under_a_controller(target):
+    model, optimizer, budget = held(target)
+    model.double().float()
+    train(model, optimizer, 5)
+    adapter = model[0].adamss.default
+    adapter.active[:] = False
+    y = model(X)
+    for _ in range(2):
+        assert torch.equal(adapter.factors().C, adapter.C)
+        assert torch.equal(adapter.factors().B.t(), adapter.B)
+        budget.remove()
+    assert adapter.kept is None
+    assert torch.equal(model(X), y)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_under_a_controller_is_free(copied):
+    model, _, _ = held()
+    twin = copied(model)
+    close(twin, model)
+    train(twin, adamw(twin), 5)
+    y = twin(X)
+    twin[0].adamss.default.active[:] = False
+    assert torch.equal(twin(X), y)
+    with torch.no_grad():
+        twin[0].adamss.default.C.zero_()
+    assert not torch.equal(twin(X), y)
+
+
+@pytest.mark.parametrize("held_by", ["controller", "hold_frozen"])
+def test_a_mask_set_by_hand_freezes_what_is_there(held_by):
+    model = attached()
+    optimizer = adamw(model)
+    if held_by == "controller":
+        BudgetController(model, optimizer, BudgetConfig(target=30, end_step=2))
+    else:
+        hold_frozen(model, optimizer)
+    train(model, optimizer, 5)
+    with torch.no_grad():
+        model[0].adamss.default.C.mul_(2)  # between two steps
+    y = model(X)
+    for adapter in adapters_of(model).values():
+        adapter.active[:] = False
+    assert torch.equal(model(X), y)
+    train(model, optimizer, 3)
+    assert torch.equal(model(X), y)
 
 
 # ---- wrappers within a path --------------------------------------------------------------------------------
@@ -254,6 +343,10 @@ def resized(model):
     model[2].weight = nn.Parameter(torch.randn(40, 32))
 
 
+def without_bias(model):
+    model[2].bias = None
+
+
 def gone(model):
     del model[2]
 
@@ -264,10 +357,11 @@ def gone(model):
         (replaced, "2 has been replaced by another module"),
         (resized, r"2 has a weight of shape \(40, 32\) now"),
         (gone, "2 is not in the model any more"),
+        (without_bias, "2 has no bias any more"),
     ],
 )
 def test_a_layer_that_is_lost_is_named(change, what, tmp_path):
-    model = attached()
+    model = attached(include_bias=True)
     train(model, adamw(model), 2)
     first = copy.deepcopy(model)
     change(model)
@@ -332,6 +426,47 @@ def test_a_layer_that_is_not_linear_in_its_weight_is_not_merged(make, verb):
         verb(model)
     assert torch.equal(model(X), y)
     assert all(torch.equal(model[i].weight, W) for i, W in zip((0, 2), weights, strict=True))
+
+
+def test_half_of_an_update_is_missed_where_the_output_hides_it():
+    for dtype, bias in ((torch.bfloat16, 0.0), (torch.float32, 40.0)):
+        model = attached(lambda: nn.Sequential(Half(32, 32), nn.Tanh(), nn.Linear(32, 32)).to(dtype))  # noqa: B023
+        model[0].bias.data.fill_(bias)
+        model[0].adamss.default.C.data.normal_()
+        with pytest.raises(LayerError, match="0: its forward is not that of its weight alone"):
+            adamss.merge(model)
+
+
+class Gated(nn.Linear):
+    """Takes a second input, which nobody can make up."""
+
+    def __init__(self):
+        super().__init__(32, 32)
+        self.norm = nn.BatchNorm1d(32).eval()
+
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+def test_a_layer_that_cannot_be_tried_is_told():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gated = Gated()
+
+        def forward(self, x):
+            return self.gated(x, 1.0)
+
+    model = attached(Net, targets=["gated"])
+    model.gated.adamss.default.C.data.normal_()
+    y = model(X)
+    with pytest.warns(
+        AdamssWarning, match="gated: its forward could not be tried .*compare it before and after"
+    ):
+        adamss.merge(model)
+    torch.testing.assert_close(model(X), y, rtol=1e-4, atol=1e-4)
+    assert model.gated.training
+    assert not model.gated.norm.training
 
 
 class Plain(nn.Linear):
@@ -434,8 +569,11 @@ def test_what_computes_a_weight_is_no_layer():
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of sizes, which do not depend on the rows
 @pytest.mark.parametrize("form", ["adapted", "merged", "consolidated"])
 @pytest.mark.parametrize("way", ["export", "trace", "trace without gradients", "onnx"])
-def test_exported_for_any_number_of_rows(way, form, tmp_path):
-    model = attached()
+@pytest.mark.parametrize(
+    "settings", [{}, {"subspace_rank": 2}, {"subspace_rank": 2, "basis": "per_subspace"}]
+)
+def test_exported_for_any_number_of_rows(settings, way, form, tmp_path):
+    model = attached(**settings)
     train(model, adamw(model), 2)
     for adapter in adapters_of(model).values():
         adapter.active[0] = False
