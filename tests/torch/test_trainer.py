@@ -418,8 +418,10 @@ class FormOfItsOwn(transformers.Trainer):
 
 
 def test_a_trainer_whose_checkpoints_cannot_be_read_back(tmp_path):
-    made = trainer_of(adapted(Plain(), head="head"), tmp_path, AdamssCallback())
+    callback, made = AdamssCallback(), trainer_of(adapted(Plain(), head="head"), tmp_path, AdamssCallback())
     arguments = made.args.set_save("steps", steps=2)
-    trainer = FormOfItsOwn(made.model, arguments, train_dataset=Sentences(), callbacks=[AdamssCallback()])
+    trainer = FormOfItsOwn(made.model, arguments, train_dataset=Sentences(), callbacks=[callback])
     with pytest.raises(errors.StateError, match="this Plain writes its checkpoints in a form of its own"):
         trainer.train()
+    with pytest.warns(adamss.AdamssWarning, match="the target of 3 subspaces was not reached"):
+        callback.controller.remove()
