@@ -360,17 +360,13 @@ class Models(ABC):
         """Return whether something in this process keeps the model to the schedule of its config; True if unknown."""
         return True
 
-    def probed(self, model: Model, path: str) -> tuple[Array, Array] | None:
-        """Return what an adapted layer makes of some input, with its updates and without; the same at each call.
+    def probed(self, model: Model) -> Mapping[str, tuple[Array, Array] | str]:
+        """Return what adapted layers make of some input, with their updates and without; the same at each call.
 
-        None where its forward is known to be that of its kind, or does not give the same twice.
-
-        Raises
-        ------
-        LayerError
-            If no input can be made for it.
+        By path, of the layers whose forward is not known to be that of their kind, and gives the same twice. If no
+        input can be made for one: why, as a clause.
         """
-        return None
+        return {}
 
     def lost(self, model: Model) -> Mapping[str, str]:
         """Return the adapted layers that somebody has replaced or resized since, and what happened, as a clause.

@@ -27,6 +27,7 @@ __all__ = [
     "base_weight",
     "hold",
     "put",
+    "reading",
     "release",
     "require_kept_base",
     "require_unchanged",
@@ -77,6 +78,18 @@ def whole(backend: Backend, arrays: Any) -> Any:
     return type(arrays)(*(None if array is None else backend.whole(array) for array in arrays))
 
 
+@contextmanager
+def reading(path: str, weight: Any) -> Iterator[None]:
+    """Turn the error of an array that knows some operators only into one that names the layer."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise LayerError(
+            f"{path}: its weight is a {type(weight).__name__}, which nobody here can read ({str(error)[:80]}...); "
+            "dequantise it first, or register an adamss.backend.Store that reads it"
+        ) from error
+
+
 def base_weight(
     backend: Backend, site: Site, adaptation: Adaptation | None = None, *, values: bool = True
 ) -> BaseWeight:
@@ -106,14 +119,8 @@ def base_weight(
     kept, arrays = ledger.base.get(owner_of(site.path)), backend.own_arrays(site)
     # Kept in the host's memory, and wanted where the layer is.
     arrays |= {name: to_device(array, device(arrays[name])) for name, array in (kept or {}).items()}
-    try:
+    with reading(site.path, arrays[site.kind.weight]):
         base = site.weight(arrays)
-    except NotImplementedError as error:
-        kind = type(arrays[site.kind.weight]).__name__
-        raise LayerError(
-            f"{site.path}: its weight is a {kind}, which nobody here can read ({str(error)[:80]}...); dequantise it "
-            "first, or register an adamss.backend.Store that reads it"
-        ) from error
     if values and not backend.has_values(base.W):
         raise LayerError(
             f"{site.path} is on the meta device: its weight has no values; load the weights first"
@@ -212,35 +219,37 @@ def hold(
         weights[path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
         lost[path] = float(merged.lost)
     arrays, kept = arrays_of(weights, sites, backend.own_arrays), adaptation.ledger.base
-    outputs = {path: _probed(backend, model, path) for path in sites}
+    outputs = _probed(backend, model)
     with ExitStack() as undo:
         model, before = _exchanged(undo, backend.exchange, model, arrays)
         former = {owner: kept.get(owner, before[owner]) if keep_base else None for owner in owners}
         model = _entered(undo, backend, model, adaptation.ledger, Ledger(dict(subspaces), former))
-        for path, output in outputs.items():
-            if output is not None:
-                _check_output(path, *output, backend.probed(model, path), weights[path].W)
+        again = backend.probed(model) if outputs else {}
+        for path in outputs.keys() & again.keys():
+            _check_output(path, *outputs[path], again[path][0], weights[path].W)
         undo.pop_all()
     return model, lost
 
 
-def _probed(backend: Backend, model: Model, path: str) -> tuple[Any, Any] | None:
-    """Return `Models.probed`, and tell of a layer that cannot be tried."""
-    try:
-        return backend.probed(model, path)
-    except LayerError as error:
+def _probed(backend: Backend, model: Model) -> dict[str, tuple[Any, Any]]:
+    """Return `Models.probed` of the layers that could be tried, and tell of the others."""
+    outputs = {}
+    for path, output in backend.probed(model).items():
+        if not isinstance(output, str):
+            outputs[path] = output
+            continue
         warnings.warn(
-            f"{error}, so that nobody has seen whether its output stays what it is with the update in its weight: "
-            "compare it before and after",
+            f"{path}: its forward {output}, so that nobody has seen whether its output stays what it is with the "
+            "update in its weight: compare it before and after",
             AdamssWarning,
             stacklevel=5,
         )
-        return None
+    return outputs
 
 
-def _check_output(path: str, before: Any, base: Any, probed: Any, W: Any) -> None:
+def _check_output(path: str, before: Any, base: Any, after: Any, W: Any) -> None:
     """Check that a layer of another forward than its kind has computes with the update in its weight what it did."""
-    xp, (after, _) = namespace(before), probed
+    xp = namespace(before)
     size, update, difference = (float(xp.max(xp.abs(a))) for a in (before, before - base, after - before))
     # What the rounding of weights and sums may do to the output, and what share of the update it may take.
     rounding = (4 if xp.finfo(W.dtype).bits < 32 else 64) * float(xp.finfo(W.dtype).eps) * size

@@ -159,7 +159,7 @@ def _segment(
             layers = zip(map(Decomposition, *map(xp.unstack, each)), xp.unstack(starts), strict=True)
             labels = xp.stack([_ksubspaces(one, start, subspaces, dimension) for one, start in layers])
         case _:
-            raise NotImplementedError(method)
+            raise AssertionError(f"method {method!r} is among SEGMENTATIONS, and has no case here")
     return _renumber(labels, subspaces)
 
 

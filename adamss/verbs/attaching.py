@@ -11,7 +11,7 @@ import numpy as np
 
 from adamss import core
 from adamss.backend.interface import Backend, Division, Model, Weights, batches
-from adamss.backend.ledger import base_weight, put, release, require_kept_base, switched_off
+from adamss.backend.ledger import base_weight, put, reading, release, require_kept_base, switched_off
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight
 from adamss.backend.targets import match
@@ -211,9 +211,9 @@ def _initial_factors(
     """Return the factors of layers of one shape, to start a training from."""
 
     def decomposed(path: str) -> core.Decomposition:
-        decomposition = core.decompose(
-            _decomposition_input(backend, path, batch[path], config), config.rank, seed=config.seed
-        )
+        with reading(path, batch[path].W):
+            W = _decomposition_input(backend, path, batch[path], config)
+            decomposition = core.decompose(W, config.rank, seed=config.seed)
         count()
         return decomposition
 

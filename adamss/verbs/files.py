@@ -13,7 +13,7 @@ from adamss import core
 from adamss._version import __version__
 from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend, Model, Weights, batches
-from adamss.backend.ledger import base_weight, put, require_kept_base, sites_of, whole
+from adamss.backend.ledger import base_weight, put, reading, require_kept_base, sites_of, whole
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight, Site
 from adamss.backend.tensors import StoredTensor
@@ -219,8 +219,10 @@ def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation:
 def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fingerprint:
     """Return the fingerprint of a base weight; of one that nobody can read any more, one that fits no weight."""
     try:
-        return fingerprint(whole(backend, base_weight(backend, site, adaptation)).W)
-    except (LayerError, NotImplementedError) as error:
+        base = whole(backend, base_weight(backend, site, adaptation))
+        with reading(site.path, base.W):
+            return fingerprint(base.W)
+    except LayerError as error:
         warnings.warn(
             f"save: the base weight of {site.path} cannot be read ({error}), so that the file cannot be compared "
             "with it: load it with check_base=False",

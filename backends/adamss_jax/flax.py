@@ -336,7 +336,7 @@ def adapted_class(kind: Any) -> Any:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = kind.__call__(self, *args, **kwargs)
-        x = args[0] if args else kwargs.pop(first)
+        x = args[0] if args else kwargs.pop(first if first in kwargs else next(iter(kwargs)))
         return getattr(self, CHILD)(self, y, x, (args[1:], kwargs))
 
     def reduce(self: Any) -> Any:
@@ -627,7 +627,7 @@ def _called(layer: Any) -> tuple[Any, Any, bool]:
     plain = of.__call__ in [one.__call__ for one in kind.classes]
     # Flax's own layers take functions for their products and dtypes.
     own = [getattr(layer, name, None) for name in ("dot_general", "promote_dtype")]
-    if plain and all(function in FUNCTIONS for function in own):
+    if not kind.linear or (plain and all(function in FUNCTIONS for function in own)):
         return layer, layer, True
     # Copies, in which statistics and counts may change.
     with_update, without = nnx.clone(layer), nnx.clone(layer)

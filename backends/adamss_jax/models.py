@@ -128,7 +128,7 @@ class JaxModels(JaxArrays, Backend):
     def called_layers(self, model: Model) -> dict[str, tuple[Any, Any, bool]]:
         """Return, by the keys of `attached`, copies of a layer as it is called, with its update and without it.
 
-        And whether what it computes is known to be that of its kind.
+        And whether what it computes is known to be that of its kind, or is none of a linear layer.
         """
 
     @abstractmethod
@@ -192,22 +192,22 @@ class JaxModels(JaxArrays, Backend):
         adaptation = self.adaptation(model)
         return adaptation is None or adaptation.config.budget in FOLLOWED
 
-    def probed(self, model: Model, path: str) -> tuple[Array, Array] | None:
-        adaptation = self.adaptation(model)
-        assert adaptation is not None
-        owner, index = split_path(path)
-        layer, base, known = self.called_layers(model)[owner]
-        if index or known or not self.kinds.of(self.adapted_layers(model)[owner], path).linear:
-            return None
-        (d, _) = adaptation.shapes[path]
-        x = jax.random.normal(jax.random.key(0), (d,))
-        try:
-            y, again, without = layer(x), layer(x), base(x)
-        except Exception as error:
-            raise LayerError(
-                f"{path}: its forward could not be tried on an input of {d} numbers ({error})"
-            ) from error
-        return (y, without) if bool(jnp.array_equal(y, again)) else None
+    def probed(self, model: Model) -> Mapping[str, tuple[Array, Array] | str]:
+        called = {path: own for path, own in self.called_layers(model).items() if not own[2]}
+        shapes = dict(next(iter(self.attached(model).values())).record.shapes) if called else {}
+        found: dict[str, tuple[Array, Array] | str] = {}
+        for path in called.keys() & shapes.keys():  # those of a stack have no path of their own
+            layer, base, _ = called[path]
+            d, _ = shapes[path]
+            x = jax.random.normal(jax.random.key(0), (d,))
+            try:
+                y, again, without = layer(x), layer(x), base(x)
+            except Exception as error:
+                found[path] = f"could not be tried on an input of {d} numbers ({error})"
+                continue
+            if bool(jnp.array_equal(y, again)):
+                found[path] = y, without
+        return found
 
     def lost(self, model: Model) -> Mapping[str, str]:
         found = self.attached(model)

@@ -243,40 +243,15 @@ class TorchBackend(Backend):
     def followed(self, model: nn.Module) -> bool:
         return any(adapter.followed for adapter in adapters_of(model).values())
 
-    def probed(self, model: nn.Module, path: str) -> tuple[Tensor, Tensor] | None:
-        layer = self.modules(model)[path]
-        kind = self.kinds.of(layer, path)
-        forwards = [getattr(one, "forward", None) for one in kind.classes]
-        own = "forward" not in vars(layer) and type(layer).forward in forwards
-        weight: Any = getattr(layer, kind.weight, None)
-        hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) + len(_global_forward_hooks)
-        if (
-            (own and hooks == 1)
-            or not kind.linear
-            or type(weight) not in (Tensor, nn.Parameter)
-            or weight.is_meta
-        ):
-            return None
-        d, _ = kind.view(layer, path).shape(weight.shape)
-        x = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-        modes, bank = [(module, module.training) for module in layer.modules()], getattr(layer, CHILD)
-        off = bank.off
-        try:
-            layer.eval()
-            outputs = [layer(x), layer(x)]
-            bank.off = True
-            bank.look()
-            outputs.append(layer(x))
-        except Exception as error:
-            raise LayerError(
-                f"{path}: its forward could not be tried on an input of {d} numbers ({error})"
-            ) from error
-        finally:
-            bank.off = off
-            bank.look()
-            for module, training in modes:
-                module.training = training
-        return (outputs[0], outputs[2]) if torch.equal(*outputs[:2]) else None
+    def probed(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor] | str]:
+        owner, record = _owner(model)
+        assert record is not None
+        modules, found = self.modules(owner), {}
+        for path, bank in _banks(owner, record).items():
+            outputs = _outputs(modules[path], bank)
+            if outputs is not None:
+                found[path] = outputs
+        return found
 
     def lost(self, model: nn.Module) -> dict[str, str]:
         owner, record = _owner(model)
@@ -576,6 +551,38 @@ def _leave_unsynchronised(owner: nn.Module) -> frozenset[str]:
     names = {f"{prefix}{path}.A" for prefix in ("", "_orig_mod.") for path in own} - set(present)
     setattr(owner, UNSYNCHRONISED, [*present, *sorted(names)])
     return frozenset(names)
+
+
+def _outputs(layer: nn.Module, bank: LayerBank) -> tuple[Tensor, Tensor] | str | None:
+    """Return what `TorchBackend.probed` has of one layer; None for nothing."""
+    kind, forwards = bank.kind, [getattr(one, "forward", None) for one in bank.kind.classes]
+    own = "forward" not in vars(layer) and type(layer).forward in forwards
+    weight: Any = getattr(layer, kind.weight, None)
+    hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) + len(_global_forward_hooks)
+    if (
+        (own and hooks == 1)
+        or not kind.linear
+        or type(weight) not in (Tensor, nn.Parameter)
+        or weight.is_meta
+    ):
+        return None
+    d, _ = kind.view(layer, "").shape(weight.shape)
+    x = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    modes, off = [(module, module.training) for module in layer.modules()], bank.off
+    try:
+        layer.eval()
+        outputs = [layer(x), layer(x)]
+        bank.off = True
+        bank.look()
+        outputs.append(layer(x))
+    except Exception as error:
+        return f"could not be tried on an input of {d} numbers ({error})"
+    finally:
+        bank.off = off
+        bank.look()
+        for module, training in modes:
+            module.training = training
+    return (outputs[0], outputs[2]) if torch.equal(*outputs[:2]) else None
 
 
 def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter) -> str | None:

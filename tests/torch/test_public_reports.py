@@ -512,6 +512,16 @@ class Dequantisable(Codes):
         return self.values
 
 
+class Transposable(Codes):
+    """Knows one operator more, with which it gets as far as its decomposition."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten.permute.default:
+            return cls(arguments[0].values.permute(arguments[1]))
+        return super().__torch_dispatch__(function, types, arguments, keywords)
+
+
 def quantised(model, kind):
     for number in (0, 2):
         model[number].weight = nn.Parameter(kind(model[number].weight.detach()), requires_grad=False)
@@ -519,8 +529,11 @@ def quantised(model, kind):
 
 
 def test_a_weight_that_nobody_can_read(tmp_path):
-    with pytest.raises(LayerError, match="0: its weight is a Codes, which nobody here can read"):
-        adamss.attach(quantised(net(), Codes), AdamssConfig(targets="[02]", rank=8))
+    for kind in (Codes, Transposable):
+        with pytest.raises(
+            LayerError, match=f"0: its weight is a {kind.__name__}, which nobody here can read"
+        ):
+            adamss.attach(quantised(net(), kind), AdamssConfig(targets="[02]", rank=8))
     model = attached()
     train(model, adamw(model), 2)
     y = model(X)
