@@ -59,8 +59,11 @@ class Kind(ABC):
     of its weight equals ``forward(x) + spread(layer, project(layer, x, M), E)``.
     """
 
-    classes: ClassVar[tuple[type, ...]]
-    """Classes of the layers; a subclass of one of them is of this kind too."""
+    classes: ClassVar[tuple[type | str, ...]]
+    """Classes of the layers; a subclass of one of them is of this kind too.
+
+    A class of a library that may not be installed is given by its name, ``"transformers.pytorch_utils.Conv1D"``.
+    """
 
     weight: ClassVar[str] = "weight"
     """Name of the weight among the attributes of the layer."""
@@ -91,6 +94,11 @@ class Kind(ABC):
         LayerError
             If this layer cannot be adapted; the message names `path` and says why.
         """
+
+    def defines(self, layer: type, name: str) -> bool:
+        """Return whether one of `classes` defines the method `name` of a class of layers, and no subclass."""
+        classes = [one for one in layer.__mro__ if one in self.classes or _full_name(one) in self.classes]
+        return getattr(layer, name) in [getattr(one, name) for one in classes]
 
     def leading(self, layer: Any) -> Index:
         """Return the leading axes of a stack of layers that share one array; ``()`` for a single layer."""
@@ -147,7 +155,8 @@ class Kinds:
     def find(self, layer: Any) -> Kind | None:
         """Return the kind of the nearest class of a layer; None if there is none."""
         last = {one: kind for kind in self._kinds for one in kind.classes}
-        return next((last[one] for one in type(layer).__mro__ if one in last), None)
+        names = (name for one in type(layer).__mro__ for name in (one, _full_name(one)))
+        return next((last[name] for name in names if name in last), None)
 
     def of(self, layer: Any, path: str) -> Kind:
         """Return the kind of a layer.
@@ -167,8 +176,13 @@ class Kinds:
         return kind
 
     @staticmethod
-    def _named(kind: type) -> str:
-        return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    def _named(kind: type | str) -> str:
+        module, _, name = (kind if isinstance(kind, str) else _full_name(kind)).rpartition(".")
+        return f"{module.partition('.')[0]}.{name}"
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 @dataclass(frozen=True)

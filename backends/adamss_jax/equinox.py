@@ -289,7 +289,7 @@ class EquinoxBackend(JaxModels):
     def called_layers(self, model: Any) -> dict[str, tuple[Any, Any, bool]]:
         def known(layer: Any) -> bool:
             kind = kinds.of(layer, "an adapted layer")
-            return not kind.linear or type(layer).__call__ in [one.__call__ for one in kind.classes]
+            return not kind.linear or kind.defines(type(layer), "__call__")
 
         return {path: (layer, layer.base, known(layer.base)) for path, layer in _by_owner(model).items()}
 

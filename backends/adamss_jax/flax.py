@@ -624,7 +624,7 @@ def _check_disjoint(adapted: Iterable[Any], saved: Mapping[str, Any]) -> None:
 def _called(layer: Any) -> tuple[Any, Any, bool]:
     """Return what `NnxBackend.called_layers` does, of one layer."""
     of, kind = type(layer).__bases__[0], kinds.of(layer, "an adapted layer")
-    plain = of.__call__ in [one.__call__ for one in kind.classes]
+    plain = kind.defines(of, "__call__")
     # Flax's own layers take functions for their products and dtypes.
     own = [getattr(layer, name, None) for name in ("dot_general", "promote_dtype")]
     if not kind.linear or (plain and all(function in FUNCTIONS for function in own)):

@@ -87,7 +87,17 @@ class Linear(LinearKind):
         return super().view(layer, path)
 
 
-kinds = Kinds(Linear())
+class Conv1D(LinearKind):
+    """Transformers' ``Conv1D``: a linear layer with its weight the other way round, (d, n)."""
+
+    classes = ("transformers.pytorch_utils.Conv1D",)
+
+    def view(self, layer: nn.Module, path: str) -> View:
+        """Return the weight as it is."""
+        return View(rows=(0,), columns=(1,))
+
+
+kinds = Kinds(Linear(), Conv1D())
 """Kinds of layers that can be adapted; `Kinds.register` adds one."""
 
 
@@ -555,8 +565,8 @@ def _leave_unsynchronised(owner: nn.Module) -> frozenset[str]:
 
 def _outputs(layer: nn.Module, bank: LayerBank) -> tuple[Tensor, Tensor] | str | None:
     """Return what `TorchBackend.probed` has of one layer; None for nothing."""
-    kind, forwards = bank.kind, [getattr(one, "forward", None) for one in bank.kind.classes]
-    own = "forward" not in vars(layer) and type(layer).forward in forwards
+    kind = bank.kind
+    own = "forward" not in vars(layer) and kind.defines(type(layer), "forward")
     weight: Any = getattr(layer, kind.weight, None)
     hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) + len(_global_forward_hooks)
     if (
