@@ -311,6 +311,10 @@ class Models(ABC):
         are `adamss.backend.sites.StackedLayer`, each by its own path.
         """
 
+    def meant(self, module: Module, path: str) -> list[str]:
+        """Return the paths of the layers that a target means which names this module: of an attention, all four."""
+        return [path]
+
     def site(self, module: Module, path: str) -> Site:
         """Return where the matrix of a layer is.
 

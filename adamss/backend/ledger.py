@@ -118,20 +118,28 @@ def base_weight(
     ledger = Ledger() if adaptation is None else adaptation.ledger
     kept, arrays = ledger.base.get(owner_of(site.path)), backend.own_arrays(site)
     # Kept in the host's memory, and wanted where the layer is.
-    arrays |= {name: to_device(array, device(arrays[name])) for name, array in (kept or {}).items()}
+    on = {name: None if array is None else device(array) for name, array in arrays.items()}
+    arrays |= kept or {}
     with reading(site.path, arrays[site.kind.weight]):
         base = site.weight(arrays)
+    if kept:
+        base = BaseWeight(
+            *(a if a is None else to_device(a, on[name]) for name, a in zip(site.names, base, strict=True))
+        )
     if values and not backend.has_values(base.W):
         raise LayerError(
             f"{site.path} is on the meta device: its weight has no values; load the weights first"
         )
-    held = ledger.held.get(site.path)
+    whole_path = site.path if adaptation is None or site.path in adaptation.layers else owner_of(site.path)
+    held = ledger.held.get(whole_path)
     if adaptation is None or held is None or kept is not None:
         return base
     if adaptation.merged:
         raise StateError(f"{site.path}: the base weight was dropped by merge(keep_base=False)")
-    xp = namespace(base.W)
-    update, d = core.delta(_only(adaptation.layers[site.path], held)), base.W.shape[0]
+    xp, factors = namespace(base.W), _only(adaptation.layers[whole_path], held)
+    if whole_path != site.path:
+        factors = core.split(factors, site.kind.blocks(site.layer))[site.index[0]]
+    update, d = core.delta(factors), base.W.shape[0]
     b = base.b
     if b is not None and update.shape[0] > d:
         b = b - xp.astype(update[d, :], b.dtype)
@@ -203,22 +211,28 @@ def hold(
     sites = sites_of(backend, model, adaptation)
     owners = dict.fromkeys(map(owner_of, sites))
     backend.check_writable(model, owners)
-    weights, lost = {}, {}
+    weights: dict[str, BaseWeight] = {}
+    parts: dict[str, Site] = {}
+    lost: dict[str, float] = {}
     for path, site in sites.items():
-        base = base_weight(backend, site, adaptation)
-        check_concrete(*base, *adaptation.layers[path], name=path)
+        check_concrete(*adaptation.layers[path], name=path)
         factors = _only(whole(backend, adaptation.layers[path]), subspaces[path])
-        try:
-            W, b = whole(backend, base)
-            merged = core.merge(W, b, factors)
-        except ArrayValueError as error:
-            raise ArrayValueError(f"{path}: {error}") from error
-        # Only those of one layer are whole at a time. A bias that the update does not move is left alone.
-        moved = merged.b is not None and factors.A.shape[1] > base.W.shape[0]
-        b = backend.spread(merged.b, like=base.b) if moved else None
-        weights[path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
-        lost[path] = float(merged.lost)
-    arrays, kept = arrays_of(weights, sites, backend.own_arrays), adaptation.ledger.base
+        for (part_path, part), own in zip(
+            site.parts().items(), core.split(factors, site.blocks), strict=True
+        ):
+            base = base_weight(backend, part, adaptation)
+            check_concrete(*base, name=path)
+            try:
+                W, b = whole(backend, base)
+                merged = core.merge(W, b, own)
+            except ArrayValueError as error:
+                raise ArrayValueError(f"{part_path}: {error}") from error
+            # Only those of one layer are whole at a time. A bias that the update does not move is left alone.
+            moved = merged.b is not None and own.A.shape[1] > base.W.shape[0]
+            b = backend.spread(merged.b, like=base.b) if moved else None
+            weights[part_path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
+            parts[part_path], lost[path] = part, max(lost.get(path, 0.0), float(merged.lost))
+    arrays, kept = arrays_of(weights, parts, backend.own_arrays), adaptation.ledger.base
     outputs = _probed(backend, model)
     with ExitStack() as undo:
         model, before = _exchanged(undo, backend.exchange, model, arrays)
@@ -226,7 +240,9 @@ def hold(
         model = _entered(undo, backend, model, adaptation.ledger, Ledger(dict(subspaces), former))
         again = backend.probed(model) if outputs else {}
         for path in outputs.keys() & again.keys():
-            _check_output(path, *outputs[path], again[path][0], weights[path].W)
+            _check_output(
+                path, *outputs[path], again[path][0], backend.own_arrays(sites[path])[sites[path].kind.weight]
+            )
         undo.pop_all()
     return model, lost
 

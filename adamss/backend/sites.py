@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from adamss.errors import BackendError, LayerError, LayerTypeError
 
 __all__ = [
     "BaseWeight",
+    "Fragment",
     "Index",
     "Kind",
     "Kinds",
@@ -104,6 +105,13 @@ class Kind(ABC):
         """Return the leading axes of a stack of layers that share one array; ``()`` for a single layer."""
         return ()
 
+    def blocks(self, layer: Any) -> int:
+        """Return how many matrices lie one after the other in the columns of W, such as those of experts; mostly 1.
+
+        They are the entries along the first axis of the weight. Each is decomposed and segmented by itself.
+        """
+        return 1
+
     def project(self, layer: Any, x: Array, M: Array) -> Array:
         """Return ``z = x M``: what the input of the layer is in the q directions of M."""
         return x @ M
@@ -168,7 +176,8 @@ class Kinds:
         """
         kind = self.find(layer)
         if kind is None:
-            names = ", ".join(dict.fromkeys(self._named(one) for kind in self._kinds for one in kind.classes))
+            classes = (one for kind in self._kinds for one in kind.classes if not _is_fragment(one))
+            names = ", ".join(dict.fromkeys(map(self._named, classes)))
             raise LayerTypeError(
                 f"{path or 'the model itself'} is a {type(layer).__name__}, which has no weight to adapt; targets "
                 f"must name layers of {names}"
@@ -181,12 +190,20 @@ class Kinds:
         return f"{module.partition('.')[0]}.{name}"
 
 
+def _is_fragment(kind: type | str) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Fragment)
+
+
 def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+class Fragment:
+    """A part of a module that is adapted as a layer is, and is no module of its own."""
+
+
 @dataclass(frozen=True)
-class StackedLayer:
+class StackedLayer(Fragment):
     """One of the layers whose arrays share a module, as ``vmap`` and ``scan`` over layers (or experts) want them.
 
     Attributes
@@ -224,6 +241,18 @@ class Site:
     kind: Kind
     view: View
     index: Index = ()
+
+    @property
+    def blocks(self) -> int:
+        """See `Kind.blocks`; one of them is a matrix of its own."""
+        return self.kind.blocks(self.layer) if not self.index else 1
+
+    def parts(self) -> dict[str, Site]:
+        """Return the site of each block by its path, ``path[i]``; of a single one, itself."""
+        if self.blocks == 1:
+            return {self.path: self}
+        view, places = self.view.part, stack_paths(self.path, (self.blocks,))
+        return {path: replace(self, path=path, view=view, index=index) for path, index in places.items()}
 
     @property
     def names(self) -> tuple[str, str]:
@@ -264,7 +293,7 @@ def arrays_of(
     for owner, own in by_owner(weights).items():
         site = sites[next(path for path in weights if owner_of(path) == owner)]
         shapes = {name: array.shape for name, array in present(site).items() if array is not None}
-        axes = len(site.kind.leading(site.layer)) if site.index else 0
+        axes = len(site.index)
         weight, bias = site.names
         rows = {weight: [site.view.array(base.W, shapes[weight][axes:]) for base in own.values()]}
         if all(base.b is not None for base in own.values()):

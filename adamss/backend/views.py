@@ -35,6 +35,13 @@ class View:
     columns: tuple[int, ...]
 
     @property
+    def part(self) -> View:
+        """How one entry along the first axis is a matrix, where the columns of the whole begin with that axis."""
+        if self.columns[:1] != (0,):
+            raise ValueError(f"the columns {self.columns} do not begin with the first axis")
+        return View(tuple(axis - 1 for axis in self.rows), tuple(axis - 1 for axis in self.columns[1:]))
+
+    @property
     def axes(self) -> tuple[int, ...]:
         """All axes, in the order in which the matrix has them."""
         return (*self.rows, *self.columns)

@@ -31,7 +31,9 @@ from adamss.core.factors import (
     factors_from_directions,
     hold_frozen,
     initial_factors,
+    join,
     only,
+    split,
     trained_elements,
 )
 from adamss.core.linear import Gradients, Merged, contract, delta, expand, linear, linear_vjp, merge
@@ -64,6 +66,7 @@ __all__ = [
     "hold_frozen",
     "initial_budget_state",
     "initial_factors",
+    "join",
     "linear",
     "linear_vjp",
     "merge",
@@ -71,6 +74,7 @@ __all__ = [
     "only",
     "plan_budget",
     "segment",
+    "split",
     "subspace_costs",
     "subspace_sizes",
     "trained_elements",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +29,11 @@ __all__ = [
     "factors_from_directions",
     "hold_frozen",
     "initial_factors",
+    "join",
     "only",
     "outline",
     "select",
+    "split",
     "trained_elements",
 ]
 
@@ -48,8 +51,8 @@ class Factors(NamedTuple):
     ----------
     A
         Frozen basis, (G, d, P) floating point. G = 1 if all subspaces share it, G = K if each has its
-        own, padded with zero columns to the largest. One more input row, d + 1, where the bias is
-        adapted too.
+        own, padded with zero columns to the largest; in between, each is shared by K / G subspaces in a row, as
+        those of one expert (see `join`). One more input row, d + 1, where the bias is adapted too.
     B
         Trained, (P, q) floating point: ``ranks[0]`` columns of subspace 0, then those of subspace 1, ...
     C
@@ -285,7 +288,7 @@ def outline(factors: Factors, *, name: str = "factors") -> Factors:
 def basis_ranks(factors: Factors) -> Array:
     """Return R_k, the number of basis columns of each subspace that are not padding.
 
-    ``R_k = P`` for a shared basis and ``min(P, n_k)`` for a basis per subspace.
+    ``R_k = P`` for a basis that subspaces share and ``min(P, n_k)`` for a basis per subspace.
 
     Parameters
     ----------
@@ -299,7 +302,7 @@ def basis_ranks(factors: Factors) -> Array:
     """
     xp = namespace(factors.labels)
     groups, _, P = factors.A.shape
-    if groups == 1:
+    if groups == 1 or groups < factors.ranks.shape[0]:
         return xp.full(factors.ranks.shape, P, dtype=factors.ranks.dtype, device=device(factors.ranks))
     sizes = subspace_sizes(factors.labels, groups)
     return xp.astype(xp.minimum(sizes, xp.full_like(sizes, P)), factors.ranks.dtype)
@@ -393,6 +396,64 @@ def select(labels: Any, ranks: Any, chosen: Any) -> Selection:
     return Selection(number[labels], np.flatnonzero(chosen), np.flatnonzero(np.repeat(chosen, ranks)))
 
 
+def join(blocks: Sequence[Factors]) -> Factors:
+    """Return the factors of several weights as those of ``[W_1, ..., W_L]: (d, n_1 + ... + n_L)``.
+
+    The weights of the experts of one layer are such a matrix: one array, one set of factors, one mask, whatever L is.
+    Subspaces of one block have no column of another, and ``update([W_1, ...]) = [update(W_1), ...]``.
+
+    Parameters
+    ----------
+    blocks
+        Factors of each, of one d, with equally many subspaces K and bases G each.
+
+    Returns
+    -------
+    Factors
+        With L G bases and L K subspaces, those of the first block first, padded with zeros to the largest P and r.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> one = Factors(np.ones((1, 2, 2)), np.ones((2, 3)), np.ones((1, 4)), np.asarray([0, 1, 1, 2]),
+    ...               np.asarray([1, 1, 1]), np.asarray([True, True, False]))
+    >>> both = join([one, one])
+    >>> both.A.shape, both.B.shape, both.labels.tolist()
+    ((2, 2, 2), (2, 6), [0, 1, 1, 2, 3, 4, 4, 5])
+    """
+    if len(blocks) == 1:
+        return blocks[0]
+    xp, K = namespace(blocks[0].B), blocks[0].ranks.shape[0]
+    P, r = max(f.B.shape[0] for f in blocks), max(f.C.shape[0] for f in blocks)
+    return Factors(
+        xp.concat([_padded(f.A, 2, P) for f in blocks], axis=0),
+        xp.concat([_padded(f.B, 0, P) for f in blocks], axis=1),
+        xp.concat([_padded(f.C, 0, r) for f in blocks], axis=1),
+        xp.concat([f.labels + number * K for number, f in enumerate(blocks)]),
+        *(xp.concat([getattr(f, name) for f in blocks]) for name in ("ranks", "active")),
+    )
+
+
+def split(factors: Factors, count: int) -> list[Factors]:
+    """Undo `join`: return the factors of `count` weights of equally many columns; the padding stays."""
+    if count == 1:
+        return [factors]
+    A, B, C, labels, ranks, active = factors
+    K, n, G = ranks.shape[0] // count, labels.shape[0] // count, A.shape[0] // count
+    ends = [0, *np.cumsum(np.sum(np.reshape(as_numpy(ranks), (count, K)), axis=1)).tolist()]
+    return [
+        Factors(
+            A[i * G : (i + 1) * G, :, :],
+            B[:, ends[i] : ends[i + 1]],
+            C[:, i * n : (i + 1) * n],
+            labels[i * n : (i + 1) * n] - i * K,
+            ranks[i * K : (i + 1) * K],
+            active[i * K : (i + 1) * K],
+        )
+        for i in range(count)
+    ]
+
+
 def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, name: str = "factors") -> None:
     """Check that the arrays of factors fit together (and the weight they are for).
 
@@ -424,7 +485,7 @@ def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, nam
     expect(
         min(K, n, *A.shape, *B.shape, *C.shape) > 0, "no axis may be empty", [tuple(a.shape) for a in factors]
     )
-    expect(A.shape[0] in (1, K), f"A must hold 1 or K = {K} bases", A.shape[0])
+    expect(K % A.shape[0] == 0, f"A must hold 1 or K = {K} bases, or one for so many in a row", A.shape[0])
     expect(B.shape[0] == A.shape[2], f"B must have P = {A.shape[2]} rows", B.shape[0])
     expect(C.shape[1] == n, f"C must have n = {n} columns", C.shape[1])
     expect(active.shape[0] == K, f"active must have K = {K} entries", active.shape[0])
@@ -438,6 +499,16 @@ def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, nam
         d, columns = shape
         expect(A.shape[1] in (d, d + 1), f"A must have d = {d} rows (or one more, for the bias)", A.shape[1])
         expect(n == columns, f"labels must have n = {columns} entries", n)
+
+
+def _padded(array: Array, axis: int, size: int) -> Array:
+    """Return an array with zeros behind its entries, of this size along an axis."""
+    missing = size - array.shape[axis]
+    if not missing:
+        return array
+    shape = tuple(missing if at == axis else length for at, length in enumerate(array.shape))
+    xp = namespace(array)
+    return xp.concat([array, xp.zeros(shape, dtype=array.dtype, device=device(array))], axis=axis)
 
 
 def _leading_directions(V: Array, labels: Array, sizes: list[int], r: int) -> Array:

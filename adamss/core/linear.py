@@ -69,7 +69,7 @@ def contract(factors: Factors) -> Array:
     """
     if factors.A.shape[0] == 1:
         return factors.A[0, :, :] @ factors.B
-    return _from_subspaces(factors.A @ _per_subspace(factors.B, factors), factors)
+    return _from_subspaces(_in_bases(factors.A, _per_subspace(factors.B, factors)), factors)
 
 
 def expand(factors: Factors) -> Array:
@@ -281,7 +281,7 @@ def _contract_vjp(dM: Array, factors: Factors) -> Array:
     xp = namespace(dM)
     if factors.A.shape[0] == 1:
         return xp.matrix_transpose(factors.A[0, :, :]) @ dM
-    return _from_subspaces(xp.matrix_transpose(factors.A) @ _per_subspace(dM, factors), factors)
+    return _from_subspaces(_in_bases(xp.matrix_transpose(factors.A), _per_subspace(dM, factors)), factors)
 
 
 def _expand_vjp(dE: Array, factors: Factors) -> Array:
@@ -305,6 +305,15 @@ def _per_subspace(columns: Array, factors: Factors) -> Array:
     stacked = xp.reshape(xp.take(columns, xp.reshape(index, (-1,)), axis=1), (columns.shape[0], K, r))
     within = places[None, :] < factors.ranks[:, None]
     return xp.permute_dims(xp.where(within[None, :, :], stacked, xp.zeros_like(stacked)), (1, 0, 2))
+
+
+def _in_bases(bases: Array, stacked: Array) -> Array:
+    """Return (K, m, r), the products of (K, p, r) with the basis of each: (G, m, p), G of them for K / G in a row."""
+    xp, (K, p, r) = namespace(bases), stacked.shape
+    G, m, _ = bases.shape
+    if G == K:
+        return bases @ stacked
+    return xp.reshape(bases[:, None, :, :] @ xp.reshape(stacked, (G, K // G, p, r)), (K, m, r))
 
 
 def _from_subspaces(stacked: Array, factors: Factors) -> Array:

@@ -23,7 +23,7 @@ import numpy as np
 from adamss.backend.tensors import EXPONENTS, StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
 from adamss.core import Factors, check_factors, contract
-from adamss.core.factors import outline
+from adamss.core.factors import outline, split
 from adamss.core.fingerprint import Fingerprint
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError
 from adamss.io import reader, writer
@@ -71,6 +71,25 @@ class StoredLayer:
     def directions(self) -> np.ndarray[Any, Any]:
         """Return M (d, q) as a NumPy array, also of a training file."""
         return self.M.numpy() if self.M is not None else np.asarray(contract(self.factors()))
+
+    def parts(self, count: int) -> list[StoredLayer]:
+        """Return the layers of `count` matrices of equally many columns that are one beside the other in this one."""
+        if count == 1:
+            return [self]
+        labels, ranks, active = (tensor.numpy() for tensor in (self.labels, self.ranks, self.active))
+        if self.M is not None:
+            M = self.M.numpy()
+            A, B = np.broadcast_to(M, (count, *M.shape)), M
+        else:
+            assert self.A is not None and self.B is not None
+            A, B = self.A.numpy(), self.B.numpy()
+        found = []
+        for part in split(Factors(A, B, self.C.numpy(), labels, ranks, active), count):
+            own = {name: StoredTensor.of(getattr(part, name)) for name in ("C", "labels", "ranks", "active")}
+            basis = {"M": part.B} if self.M is not None else {"A": part.A, "B": part.B}
+            own |= {name: StoredTensor.of(array) for name, array in basis.items()}
+            found.append(StoredLayer(base=self.base, **own))
+        return found
 
     def outline(self) -> Factors:
         """Return factors of the right shapes, labels, ranks and mask, whose A, B and C take no memory.

@@ -13,7 +13,7 @@ from adamss import core
 from adamss.backend.interface import Backend, Division, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, reading, release, require_kept_base, switched_off
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight
+from adamss.backend.sites import BaseWeight, Fragment
 from adamss.backend.targets import match
 from adamss.config import AdamssConfig
 from adamss.core import Factors
@@ -81,23 +81,28 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
     with backend.exact(), backend.divided(model, enabled=divide) as division:
         require_base(backend, model, "attach")
         modules = backend.modules(model)
-        paths = _once(match(config.targets, modules, name="targets"), modules)
+        targets = match(config.targets, modules, name="targets")
+        paths = _once([meant for path in targets for meant in backend.meant(modules[path], path)], modules)
         saved = []
         if config.modules_to_save:
-            saved = _once(match(config.modules_to_save, modules, name="modules_to_save"), modules)
+            whole = {path: module for path, module in modules.items() if not isinstance(module, Fragment)}
+            saved = _once(match(config.modules_to_save, whole, name="modules_to_save"), whole)
         _require_disjoint(paths, saved)
         sites = {path: backend.site(modules[path], path) for path in paths}
-        weights = Weights(paths, lambda path: base_weight(backend, sites[path]))
+        parts = {path: part for site in sites.values() for path, part in site.parts().items()}
+        weights = Weights(parts, lambda path: base_weight(backend, parts[path]))
         layers: dict[str, Factors] = {}
         with progress(len(weights)) as count:
             for batch in batches(division.share(weights, json.dumps(config.to_dict()))):
                 with division.carrying() as go:
                     layers |= _initial_factors(backend, batch, config, division, count) if go else {}
             layers = division.gather(layers)
+        ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
         if config.budget is not None:
-            core.plan_budget(layers, config.budget)  # complains of what cannot be kept to
-        ordered = {path: layers[path] for path in paths}
-        shapes = {path: weights.shape(path) for path in paths}
+            core.plan_budget(ordered, config.budget)  # complains of what cannot be kept to
+        shapes = {
+            path: _shape([weights.shape(part) for part in site.parts()]) for path, site in sites.items()
+        }
         return put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved))
 
 
@@ -253,6 +258,11 @@ def _decomposition_input(backend: Backend, path: str, base: BaseWeight, config: 
         W = with_bias_row(base)
         check_matrix(W[-1:, :], name=f"{path}: bias")
     return backend.decomposition_input(W)
+
+
+def _shape(parts: list[tuple[int, int]]) -> tuple[int, int]:
+    """Return (d, n) of matrices of one d beside each other."""
+    return parts[0][0], sum(n for _, n in parts)
 
 
 def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:

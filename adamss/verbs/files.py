@@ -162,10 +162,14 @@ def load(
         require_distinct([*stored.layers, *stored.saved], modules)
         require_shared(backend, base_model, stored.saved, stored.shared, modules)
         sites = {path: backend.site(modules[path], path) for path in stored.layers}
-        weights = Weights(sites, lambda path: base_weight(backend, sites[path], values=False))
+        parts = {path: part for site in sites.values() for path, part in site.parts().items()}
+        weights = Weights(parts, lambda path: base_weight(backend, parts[path], values=False))
+        stored_parts: dict[str, StoredLayer] = {}
         for layer_path, layer in stored.layers.items():
-            base = weights[layer_path]
-            _check_base_shape(layer_path, layer, base)
+            own = sites[layer_path].parts()
+            base = weights[next(iter(own))]
+            _check_base_shape(layer_path, layer, base, len(own))
+            stored_parts |= zip(own, layer.parts(len(own)), strict=True)
             decompose = trainable and layer.M is not None
             _check_base_present(backend, layer_path, base, needed=check_base or decompose)
         saved = {
@@ -179,10 +183,10 @@ def load(
             batch: dict[str, BaseWeight] = {}
 
             def loaded(layer_path: str) -> Factors:
-                base, layer = batch[layer_path], stored.layers[layer_path]
+                base, layer = batch[layer_path], stored_parts[layer_path]
                 if backend.has_values(base.W):
                     check_matrix(base.W, name=f"{layer_path}: weight")
-                if check_base:
+                if check_base and layer_path in sites:
                     _check_base_values(layer_path, layer, base)
                 factors = _loaded_factors(
                     backend, layer, base, stored.config, path=layer_path, trainable=trainable
@@ -194,7 +198,10 @@ def load(
                 with division.carrying() as go:
                     layers |= zip(batch, division.each(loaded, batch), strict=True) if go else {}
             layers = division.gather(layers)
-        ordered = {path: layers[path] for path in stored.layers}
+        if check_base:
+            for path in sites.keys() - parts.keys():  # the fingerprint is of all blocks of a weight together
+                _check_base_values(path, stored.layers[path], base_weight(backend, sites[path]))
+        ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
         return put(backend, base_model, ordered, shapes, config=stored.config, saved=saved)
 
@@ -305,12 +312,18 @@ def _factors_in(
     return cast_factors(backend, factors, dtype)
 
 
-def _check_base_shape(path: str, layer: StoredLayer, base: BaseWeight) -> None:
-    shape = tuple(base.W.shape)
+def _check_base_shape(path: str, layer: StoredLayer, base: BaseWeight, blocks: int) -> None:
+    shape = base.W.shape[0], base.W.shape[1] * blocks
     if shape != layer.base.shape:
         raise CheckpointError(
             f"{path}: the weight has shape {shape} (inputs, outputs), the file's {layer.base.shape}: "
             "it was trained on another model"
+        )
+    subspaces, bases = layer.ranks.shape[0], 1 if layer.A is None else layer.A.shape[0]
+    if subspaces % blocks or (layer.A is not None and bases % blocks):
+        raise CheckpointError(
+            f"{path}: the layer has {blocks} matrices, among which the file's {subspaces} subspaces and {bases} "
+            "bases cannot be divided: it was trained on another model"
         )
     rows = (layer.M or layer.A or layer.C).shape[-2]
     if rows > shape[0] and base.b is None:

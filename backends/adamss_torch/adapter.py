@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from adamss.core import Factors
 from adamss.errors import StateError
-from adamss_torch.kernel import Layout, Plan, is_transformed, make_layout, products, trained_elements, update
+from adamss_torch.kernel import (
+    Layout,
+    Plan,
+    block_places,
+    block_products,
+    is_transformed,
+    make_layout,
+    products,
+    trained_elements,
+    update,
+)
 from adamss_torch.stores import present
 
 __all__ = ["HELD", "STRUCTURE", "Adapter"]
@@ -38,6 +48,8 @@ class Adapter(nn.Module):
         Factors of the layer, canonical, on its device.
     d
         Inputs of the layer: A has one row more where the bias is adapted too.
+    blocks
+        How many matrices lie one after the other in the columns of the weight, as those of experts.
 
     Attributes
     ----------
@@ -74,9 +86,9 @@ class Adapter(nn.Module):
     active: Tensor
     layout: Layout
 
-    def __init__(self, factors: Factors, d: int) -> None:
+    def __init__(self, factors: Factors, d: int, blocks: int = 1) -> None:
         super().__init__()
-        self.d = d
+        self.d, self.blocks = d, blocks
         self.order: str | None = None
         self.revive = False
         self.loads = 0
@@ -84,6 +96,7 @@ class Adapter(nn.Module):
         self.held: Tensor | None = None
         self.kept: tuple[Tensor, Tensor] | None = None
         self.keeper: object = None
+        self._places: Tensor | None = None
         self._seen: tuple[Tensor | None, int, tuple[Tensor, Tensor] | None] = (None, 0, None)
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
@@ -127,6 +140,15 @@ class Adapter(nn.Module):
         """Return M: (d, q) and E: (q, n), through which gradients reach the active subspaces, and no others."""
         B, C = (self.B, self.C) if self.revive else self._frozen_in(self.B, self.C)
         return products(self.A, B, C, self.layout)
+
+    def block_products(self) -> tuple[Tensor, Tensor]:
+        """Return M: (L, d, q'), and E: (L, q', n / L), of each of the L blocks, differentiable as in `products`."""
+        B, C = (self.B, self.C) if self.revive else self._frozen_in(self.B, self.C)
+        if self.layout.rows.device != self.A.device:
+            self._derive()
+        if self._places is None:
+            self._places = block_places(self.labels, C.shape[0], self.ranks.numel(), self.blocks)
+        return block_products(self.A, B, C, self.layout, self._places, self.ranks.numel())
 
     def factors(self) -> Factors:
         """Return the factors, canonical, of all subspaces; views where they can be."""
@@ -206,7 +228,10 @@ class Adapter(nn.Module):
         (q, _), (r, _) = self.B.shape, self.C.shape
         self._groups = torch.repeat_interleave(self.ranks.to(torch.int64), output_size=q)
         with torch.inference_mode(False):  # or no backward could keep it
-            self.layout = make_layout(self.labels, self.ranks, r, q, held, dtype=self.C.dtype)
+            self.layout = make_layout(
+                self.labels, self.ranks, r, q, held, dtype=self.C.dtype, masked=self.blocks == 1
+            )
+        self._places = None
         return self.layout
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:

@@ -15,17 +15,20 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from adamss.backend import Adaptation, Backend, Division, Kind, Kinds, Ledger, LinearKind, Site, View
+from adamss.backend import Adaptation, Backend, Division, Kind, Ledger, Site
+from adamss.backend.sites import Fragment
 from adamss.backend.stores import exchange_all
-from adamss.backend.tensors import StoredTensor
+from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors
-from adamss.errors import LayerError, StateError, TargetError
+from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.adapter import Adapter
-from adamss_torch.bank import CHILD, LayerBank, OnLoan, check_state
+from adamss_torch.bank import CHILD, HOOK, LayerBank, OnLoan, PartBanks, check_state
 from adamss_torch.division import divided
-from adamss_torch.kernel import Plan, make_layout, trained_elements, update
+from adamss_torch.in_place import Watch, leave, readable, restore
+from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
+from adamss_torch.kinds import Part, fragments, kinds, refusal
 from adamss_torch.paths import named_parameters, unwrapped, walk
 from adamss_torch.sharding import is_sharded, local, rebuilt
 from adamss_torch.stores import exchanged, execution_device, stores, writing_refused
@@ -33,6 +36,9 @@ from adamss_torch.stores import exchanged, execution_device, stores, writing_ref
 __all__ = ["TorchBackend", "adapters_of", "kinds"]
 
 RECORD = "_adamss_record"
+
+WATCH, WATCH_KEY = "_adamss_watch", -3
+"""Attribute of a model in the forward of which a `Watch` is in force, and key of the hooks that see to it."""
 
 UNSYNCHRONISED = "_ddp_params_and_buffers_to_ignore"
 """Attribute of a module in which DistributedDataParallel looks for the names of what it is to leave alone."""
@@ -52,8 +58,8 @@ class _Record:
         Base values of ``modules_to_save``, by path and name.
     required_grad
         Which parameters required gradients before.
-    guard
-        Of the hook that looks at a state before it is loaded.
+    guards
+        Of the hooks that look at a state before it is loaded, and at the model before it is written.
     unsynchronised
         The names that were added to `UNSYNCHRONISED`.
     name
@@ -66,39 +72,10 @@ class _Record:
     paths: tuple[str, ...]
     originals: dict[str, dict[str, Tensor]]
     required_grad: dict[str, bool]
-    guard: RemovableHandle
+    guards: tuple[RemovableHandle, ...]
     unsynchronised: frozenset[str]
     name: str
     disabled: bool = False
-
-
-class Linear(LinearKind):
-    """`torch.nn.Linear`, however its weight is kept."""
-
-    classes = (nn.Linear,)
-
-    def view(self, layer: nn.Linear, path: str) -> View:
-        """Return the transpose."""
-        if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise LayerError(
-                f"{path} is the output projection of torch.nn.MultiheadAttention, which reads the weight and never "
-                "calls the layer: an adapter on it would have no effect; leave it out of targets"
-            )
-        return super().view(layer, path)
-
-
-class Conv1D(LinearKind):
-    """Transformers' ``Conv1D``: a linear layer with its weight the other way round, (d, n)."""
-
-    classes = ("transformers.pytorch_utils.Conv1D",)
-
-    def view(self, layer: nn.Module, path: str) -> View:
-        """Return the weight as it is."""
-        return View(rows=(0,), columns=(1,))
-
-
-kinds = Kinds(Linear(), Conv1D())
-"""Kinds of layers that can be adapted; `Kinds.register` adds one."""
 
 
 class TorchBackend(Backend):
@@ -185,9 +162,27 @@ class TorchBackend(Backend):
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
         owner, _ = _owner(model)
-        return {path: module for path, module in walk(owner) if not isinstance(module, Adapter | LayerBank)}
+        found: dict[str, Any] = {}
+        parts: dict[int, dict[str, Part]] = {}
+        for path, module in walk(owner):
+            if isinstance(module, Adapter | LayerBank | PartBanks):
+                continue
+            found[path] = module
+            # One object for each, also where its module appears twice.
+            for name, part in parts.setdefault(id(module), dict(fragments(module))).items():
+                found[join_path(path, name)] = part
+        return found
 
-    def site(self, module: nn.Module, path: str) -> Site:
+    def meant(self, module: nn.Module | Fragment, path: str) -> list[str]:
+        projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+        whole = isinstance(module, nn.MultiheadAttention)
+        return [join_path(path, name) for name in projections] if whole else [path]
+
+    def site(self, module: nn.Module | Fragment, path: str) -> Site:
+        if why := refusal(module):
+            raise LayerTypeError(
+                f"{path or 'the model itself'} is a {type(module).__name__}, {why}; leave it out of targets"
+            )
         site, name = super().site(module, path), path or "the model itself"
         weight: Any = getattr(module, site.kind.weight, None)
         if is_lazy(weight):
@@ -196,9 +191,15 @@ class TorchBackend(Backend):
             raise LayerError(
                 f"{name} was made under torch.inference_mode, and nothing can be trained through it; make it outside"
             )
-        if not isinstance(getattr(module, CHILD, None), LayerBank | None):
+        owner = module.module if isinstance(module, Part) else module
+        if not isinstance(getattr(owner, CHILD, None), LayerBank | PartBanks | None):
             raise LayerError(
                 f"{name} has an attribute {CHILD!r} of its own, where the adapter goes; rename it"
+            )
+        if isinstance(module, Part) and not readable(weight) and not weight.is_meta:
+            raise LayerError(
+                f"{name} is a {type(weight).__name__} of {weight.dtype}, and W + delta cannot be put in the place of "
+                "that; leave it out of targets, or attach before the weight is spread or quantised"
             )
         if is_sharded(weight) and weight.is_meta:
             raise LayerError(
@@ -233,6 +234,7 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         if record is None:
             return None
+        restore(owner)
         lost = self.lost(model)
         banks = {path: bank for path, bank in _banks(owner, record).items() if path not in lost}
         adapters = {path: bank.adapters[record.name] for path, bank in banks.items()}
@@ -295,11 +297,11 @@ class TorchBackend(Backend):
         adapted = {path: modules[path] for path in adaptation.layers}
         _check_parameters(owner, list(adapted.values()), {path: modules[path] for path in originals})
         _check_wrappers(model)
-        banks = {}
+        banks, sites = {}, {}
         for path, layer in adapted.items():
-            site = self.site(layer, path)
+            sites[path] = site = self.site(layer, path)
             sharding.check_spread(model, layer, getattr(layer, site.kind.weight, None), path)
-            adapter = Adapter(adaptation.layers[path], adaptation.shapes[path][0])
+            adapter = Adapter(adaptation.layers[path], adaptation.shapes[path][0], site.blocks)
             banks[path] = LayerBank(site.kind)
             banks[path].add(adaptation.name, adapter.to(execution_device(layer)))
         kept = {path: {name: array.clone() for name, array in own.items()} for path, own in originals.items()}
@@ -313,21 +315,30 @@ class TorchBackend(Backend):
             for parameter in modules[path].parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for path, bank in banks.items():
-            bank.install(adapted[path])
+            bank.install(adapted[path], _reader_of(adapted[path], path, modules), sites[path].view)
             weight = getattr(adapted[path], bank.kind.weight, None)
             if is_sharded(weight):
                 sharding.shard_adapter(bank.adapters[adaptation.name], weight)
         names = _leave_unsynchronised(owner)
-        guard = owner.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
+        guards = (
+            owner.register_load_state_dict_pre_hook(check_state),  # type: ignore[no-untyped-call]
+            owner.register_state_dict_pre_hook(restore),  # type: ignore[no-untyped-call]
+        )
         paths = tuple(adapted)
-        record = _Record(adaptation.config, paths, kept, required_grad, guard, names, adaptation.name)
+        record = _Record(adaptation.config, paths, kept, required_grad, guards, names, adaptation.name)
         setattr(owner, RECORD, record)
+        if owner not in adapted.values():
+            owner._forward_pre_hooks[WATCH_KEY] = _watch
+            owner._forward_hooks[WATCH_KEY] = _stop_watching
+            owner._forward_hooks_always_called[WATCH_KEY] = True
         return model
 
     def remove(self, model: nn.Module) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
         modules = self.modules(owner)
+        leave(owner)
+        _forget_watch(owner)
         for path, bank in _banks(owner, record).items():
             bank.uninstall(modules[path])
             # FSDP2 goes on managing them, and is not to wait for their gradients.
@@ -342,7 +353,8 @@ class TorchBackend(Backend):
             setattr(owner, UNSYNCHRONISED, left)
         else:
             delattr(owner, UNSYNCHRONISED)
-        record.guard.remove()
+        for guard in record.guards:
+            guard.remove()
         delattr(owner, RECORD)
         for module in model.modules():
             OnLoan.give_back(module)
@@ -375,7 +387,7 @@ class TorchBackend(Backend):
         owner, _ = _owner(model)
         counts, modules = _parameter_counts(owner), self.modules(owner)
         for path in layers:
-            for name, parameter in modules[path].named_parameters(recurse=False):
+            for name, parameter in _own_parameters(modules[path]).items():
                 if is_sharded(parameter) and counts[id(parameter)] > 1:
                     raise LayerError(
                         f"{path}: its {name} is shared with another layer and spread by fully_shard, which cannot "
@@ -518,7 +530,7 @@ def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping
             raise LayerError(
                 f"{name} belongs to a lazy layer without weights; run the model once, then attach"
             )
-    frozen = {id(parameter) for layer in adapted for parameter in layer.parameters()}
+    frozen = {id(parameter) for layer in adapted for parameter in _own_parameters(layer).values()}
     for path, module in saved.items():
         _check_saved_writable(path, module)
         if any(parameter.is_inference() for parameter in module.parameters()):
@@ -566,15 +578,12 @@ def _leave_unsynchronised(owner: nn.Module) -> frozenset[str]:
 def _outputs(layer: nn.Module, bank: LayerBank) -> tuple[Tensor, Tensor] | str | None:
     """Return what `TorchBackend.probed` has of one layer; None for nothing."""
     kind = bank.kind
+    if not kind.linear or HOOK not in layer._forward_hooks:
+        return None  # W + delta stands in the place of the weight, or the layer computes what its kind does
     own = "forward" not in vars(layer) and kind.defines(type(layer), "forward")
     weight: Any = getattr(layer, kind.weight, None)
     hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) + len(_global_forward_hooks)
-    if (
-        (own and hooks == 1)
-        or not kind.linear
-        or type(weight) not in (Tensor, nn.Parameter)
-        or weight.is_meta
-    ):
+    if (own and hooks == 1) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return None
     d, _ = kind.view(layer, "").shape(weight.shape)
     x = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
@@ -608,9 +617,57 @@ def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter) -> str 
     return None
 
 
+def _own_parameters(layer: Any) -> dict[str, Tensor]:
+    if isinstance(layer, Part):
+        return {"weight": layer.weight}
+    return dict(layer.named_parameters(recurse=False))
+
+
+def _reader_of(layer: Any, path: str, modules: Mapping[str, Any]) -> nn.Module | None:
+    """Return the module in whose forward W + delta is to stand in the place of the weight of a layer.
+
+    None for a layer to whose output the update is added, as it is wherever its forward is known.
+    """
+    if isinstance(layer, Part) or not readable(getattr(layer, kinds.of(layer, path).weight, None)):
+        return None
+    parent = modules.get(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return parent
+    known = kinds.of(layer, path).defines(type(layer), "forward") or "forward" in vars(layer)
+    return None if known else layer
+
+
+def _watch(owner: nn.Module, args: Any) -> None:
+    """Forward pre-hook of an adapted model: have a `Watch` look at the first forward."""
+    record: _Record = vars(owner)[RECORD]
+    if is_transformed() or getattr(owner, "_is_replica", False) or vars(owner).get(WATCH) is not None:
+        return
+    modules = dict(walk(owner))
+    layers = {path: (modules[path], bank) for path, bank in _banks(owner, record).items() if path in modules}
+    setattr(owner, WATCH, Watch(layers).__enter__())
+
+
+def _stop_watching(owner: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook that undoes `_watch`, for good once a forward has read the weights."""
+    watch: Watch | None = vars(owner).pop(WATCH, None)
+    if watch is not None:
+        watch.__exit__(None, None, None)
+        if watch.finished:
+            _forget_watch(owner)
+
+
+def _forget_watch(owner: nn.Module) -> None:
+    for table in (owner._forward_pre_hooks, owner._forward_hooks, owner._forward_hooks_always_called):
+        table.pop(WATCH_KEY, None)
+
+
 def _banks(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
     """Return the banks of the adapted layers that are still there."""
-    found = {path: module._modules.get(CHILD) for path, module in walk(owner)}
+    found: dict[str, Any] = {}
+    for path, module in walk(owner):
+        child = module._modules.get(CHILD)
+        parts = child._modules if isinstance(child, PartBanks) else {"": child}
+        found |= {join_path(path, name) if name else path: bank for name, bank in parts.items()}
     return {path: bank for path in record.paths if isinstance(bank := found.get(path), LayerBank)}
 
 

@@ -17,19 +17,25 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from adamss.backend import Kind
+from adamss.backend import Kind, View
 from adamss.backend.bank import DEFAULT
 from adamss.errors import StateError
 from adamss_torch.adapter import HELD, Adapter
+from adamss_torch.in_place import Watch, put
+from adamss_torch.kinds import Part
 from adamss_torch.paths import plain
 
-__all__ = ["CHILD", "LayerBank", "OnLoan", "check_state", "without_weights"]
+__all__ = ["CHILD", "LayerBank", "OnLoan", "PartBanks", "check_state", "without_weights"]
 
 CHILD = "adamss"
-"""Name of the bank among the children of its layer."""
+"""Name of the bank among the children of its layer, or of the banks of a module's own Parameters."""
 
 HOOK = -1
 """Key of our hook among the forward hooks of the layer."""
+
+
+class PartBanks(nn.Module):
+    """The banks of what is adapted of a module beside layers, its own Parameters; children by their names."""
 
 
 class LayerBank(nn.Module):
@@ -51,13 +57,15 @@ class LayerBank(nn.Module):
         all the same: B and C are trained parameters, and those who train expect a gradient of each.
     computed
         Names of the adapters whose update is added to the output.
+    placed
+        Whether W + delta stands in the place of the weight for now (`adamss_torch.in_place`): nothing is added then.
     """
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
         self.base: dict[str, Tensor] | None = None
-        self.off = self.merged = False
+        self.off = self.merged = self.placed = False
         self.computed: tuple[str, ...] = ()
         self._input = "input"
 
@@ -75,19 +83,32 @@ class LayerBank(nn.Module):
         """See which adapters there is something to compute of."""
         self.computed = () if self.off or self.merged else tuple(self.adapters)
 
-    def install(self, layer: nn.Module) -> None:
-        """Become a child of the layer, and hook its forward."""
+    def install(self, layer: Any, reader: nn.Module | None, view: View) -> None:
+        """Become a child of the layer, and hook its forward, or that of the module that reads its weight."""
         _let_compilers_see_hooks()
-        self._input = next(iter(signature(layer.forward).parameters), self._input)
+        if isinstance(layer, Part):
+            if CHILD not in layer.module._modules:
+                layer.module.register_module(CHILD, PartBanks())
+            banks: Any = layer.module._modules[CHILD]
+            banks.register_module(layer.part, self)
+            put(layer.module, layer.module, layer.name, self, layer.rows, view)
+            return
         layer.register_module(CHILD, self)
+        if reader is not None:
+            put(reader, layer, self.kind.weight, self, None, view)
+            return
+        self._input = next(iter(signature(layer.forward).parameters), self._input)
         # As `register_forward_hook` does, but for the key: PyTorch counts its own from zero in each process, and the
         # hook of an unpickled model is not to be displaced by the first that is registered there.
         layer._forward_hooks[HOOK] = _add_updates
         layer._forward_hooks_with_kwargs[HOOK] = True
 
     @staticmethod
-    def uninstall(layer: nn.Module) -> None:
-        """Leave the layer as it was before `install`."""
+    def uninstall(layer: Any) -> None:
+        """Leave the layer as it was before `install`, but for what `in_place.leave` does."""
+        if isinstance(layer, Part):
+            layer.module._modules.pop(CHILD, None)
+            return
         # A copied or unpickled layer has hooks but no handles: the tables are the only way.
         layer._forward_hooks.pop(HOOK, None)
         layer._forward_hooks_with_kwargs.pop(HOOK, None)
@@ -113,7 +134,7 @@ def _add_updates(
     # That of the layer which is called: it may be a replica, with children of its own.
     bank: LayerBank = layer._modules[CHILD]  # type: ignore[assignment]
     # It stays on a merged layer rather than come and go: others hook in before and behind it.
-    if not bank.computed:
+    if not bank.computed or bank.placed:
         return None
     x = args[0] if args else kwargs[bank._input]
     if not bank.kind.linear:
@@ -226,7 +247,7 @@ def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
         and type(output) is Tensor
         and output.is_contiguous()
         and not is_in_torch_dispatch_mode()
-        and torch._C._len_torch_function_stack() == 0
+        and torch._C._len_torch_function_stack() == Watch.active
     )
 
 

@@ -20,7 +20,17 @@ from torch.autograd import forward_ad
 from adamss.core.cost import cheapest_order, check_order, device_balance
 from adamss.errors import StateError
 
-__all__ = ["Layout", "Plan", "is_transformed", "make_layout", "products", "trained_elements", "update"]
+__all__ = [
+    "Layout",
+    "Plan",
+    "block_places",
+    "block_products",
+    "is_transformed",
+    "make_layout",
+    "products",
+    "trained_elements",
+    "update",
+]
 
 NO_CONTEXT = nullcontext()
 NO_SECOND_DERIVATIVES = (
@@ -46,7 +56,7 @@ class Layout(NamedTuple):
         (q',) int64: place ``k * r + i`` of each row of M among K padded groups of r.
     mask
         (q', n), in the dtype of C: one where E has an entry, and zero elsewhere. None for r > 1, where E is not the
-        product of C and something.
+        product of C and something, and of many blocks, where it would be mostly zeros.
     directions
         (q',) int64: row of B of each row of M; None where M has all of them.
     padded
@@ -90,12 +100,20 @@ class Plan(NamedTuple):
 
 
 def make_layout(
-    labels: Tensor, ranks: Tensor, r: int, q: int, held: Tensor | None = None, *, dtype: torch.dtype
+    labels: Tensor,
+    ranks: Tensor,
+    r: int,
+    q: int,
+    held: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    masked: bool = True,
 ) -> Layout:
     """Return the layout of B: (q, P) and C: (r, n) for these labels (n,) and ranks (K,) of sum q.
 
     The subspaces `held`, (K,) booleans, are left out of M and E; `dtype` is that of C.
     """
+    masked = masked and r == 1
     labels, ranks = labels.to(torch.int64), ranks.to(torch.int64)
     ends = ranks.cumsum(0)
     starts = ends - ranks
@@ -106,13 +124,16 @@ def make_layout(
     groups = torch.searchsorted(ends, directions, right=True)
     slots = groups * r + directions - starts[groups]
     if held is None:
-        return Layout(rows, groups, slots, _mask(rows, q, dtype), None, q < ranks.shape[0] * r)
+        return Layout(
+            rows, groups, slots, _mask(rows, q, dtype) if masked else None, None, q < ranks.shape[0] * r
+        )
     directions = (~held)[groups].nonzero()[:, 0]
     rest = directions.numel()
     numbers = labels.new_full((q + 1,), rest)
     numbers[directions] = torch.arange(rest, device=labels.device)
     rows = numbers[rows]
-    return Layout(rows, groups[directions], slots[directions], _mask(rows, rest, dtype), directions, True)
+    mask = _mask(rows, rest, dtype) if masked else None
+    return Layout(rows, groups[directions], slots[directions], mask, directions, True)
 
 
 def trained_elements(active: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +149,8 @@ def trained_elements(active: Tensor, labels: Tensor, groups: Tensor) -> tuple[Te
     return active[groups][:, None], active[labels.to(torch.int64)][None, :]
 
 
-def _mask(rows: Tensor, q: int, dtype: torch.dtype) -> Tensor | None:
-    return (rows == torch.arange(q, device=rows.device)[:, None]).to(dtype) if rows.shape[0] == 1 else None
+def _mask(rows: Tensor, q: int, dtype: torch.dtype) -> Tensor:
+    return (rows == torch.arange(q, device=rows.device)[:, None]).to(dtype)
 
 
 def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
@@ -345,6 +366,45 @@ def products(A: Tensor, B: Tensor, C: Tensor, layout: Layout) -> tuple[Tensor, T
         B = B.index_select(0, layout.directions)
     M = _directions(A, B, layout.slots, C.shape[0], B.dtype)
     return M.t(), _expand(C, layout, C.dtype)
+
+
+def block_places(labels: Tensor, r: int, K: int, blocks: int) -> Tensor:
+    """Return (L, r, n / L) int64: in which row of its block's E each entry of C stands, among K r / L rows."""
+    rows = (labels.to(torch.int64) % (K // blocks)) * r + torch.arange(r, device=labels.device)[:, None]
+    return rows.view(r, blocks, -1).transpose(0, 1).contiguous()
+
+
+def block_products(
+    A: Tensor, B: Tensor, C: Tensor, layout: Layout, places: Tensor, K: int
+) -> tuple[Tensor, Tensor]:
+    """Return M: (L, d, q'), and E: (L, q', n / L), of each of L weights that are one beside the other.
+
+    All have q' = r K / L directions; those that a subspace of lower rank does not have, or that the weight holds, are
+    zero.
+
+    Parameters
+    ----------
+    A, B, C, layout
+        As for `update` and `Plan`; A without the row of a bias.
+    places
+        See `block_places`.
+    K
+        Number of subspaces.
+    """
+    blocks, r, n = places.shape
+    if layout.directions is not None:
+        B = B.index_select(0, layout.directions)
+    stacked = B.new_zeros(K * r, B.shape[1]).index_copy(0, layout.slots, B).view(A.shape[0], -1, B.shape[1])
+    M = (A @ stacked.transpose(1, 2)) if A.shape[0] == blocks else _by_block(A, stacked, blocks)
+    entries = C.view(r, blocks, n).transpose(0, 1)
+    E = C.new_zeros(blocks, K * r // blocks, n).scatter(1, places, entries)
+    return M, E
+
+
+def _by_block(A: Tensor, stacked: Tensor, blocks: int) -> Tensor:
+    """Return ``A_g stacked_g^T`` for every basis, those of one block beside each other: (L, d, q')."""
+    M = A @ stacked.transpose(1, 2)
+    return M.view(blocks, -1, *M.shape[1:]).transpose(1, 2).reshape(blocks, A.shape[1], -1)
 
 
 def _without_autocast(array: Tensor) -> AbstractContextManager[object]:

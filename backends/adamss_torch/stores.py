@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adamss.backend import PlainStore, Stores
+from adamss_torch.kinds import Part
 from adamss_torch.sharding import copy_into, is_sharded
 
 __all__ = ["exchanged", "execution_device", "present", "stores", "writing_refused"]
@@ -39,12 +40,31 @@ class ParameterStore(PlainStore):
         return exchanged(getattr(layer, name), value)
 
 
+class RowsStore(ParameterStore):
+    """Rows of a larger Parameter, as `torch.nn.MultiheadAttention` keeps three projections in one."""
+
+    def holds(self, layer: Any, name: str) -> bool:
+        """Return whether the tensor is a part of another."""
+        return isinstance(layer, Part) and layer.rows is not None and name == "weight"
+
+    def write(self, layer: Any, name: str, value: Tensor) -> None:
+        """Give the Parameter other values in these rows."""
+        self.exchange(layer, name, value)
+
+    def exchange(self, layer: Any, name: str, value: Tensor) -> Tensor:
+        """Do the same, and return the former rows."""
+        whole: Tensor = getattr(layer.module, layer.name)
+        new = whole.detach().clone()
+        new[layer.rows] = value.to(device=whole.device, dtype=whole.dtype)
+        return exchanged(whole, new)[layer.rows]
+
+
 class ComputedStore(ParameterStore):
     """Weights that `torch.nn.utils.parametrize` computes whenever they are looked at."""
 
     def holds(self, layer: nn.Module, name: str) -> bool:
         """Return whether a class that `torch.nn.utils.parametrize` made computes the tensor."""
-        return isinstance(getattr(type(layer), name, None), property)
+        return isinstance(layer, nn.Module) and isinstance(getattr(type(layer), name, None), property)
 
     def refusal(self, layer: nn.Module, name: str) -> str | None:
         """Refuse: the next look would compute it anew."""
@@ -59,7 +79,7 @@ class QuantisedStore(ParameterStore):
 
     def holds(self, layer: nn.Module, name: str) -> bool:
         """Return whether the tensor is one."""
-        tensor: Any = layer._parameters.get(name)
+        tensor: Any = getattr(layer, "_parameters", {}).get(name)
         own = tensor is not None and type(tensor) not in (Tensor, nn.Parameter) and not is_sharded(tensor)
         return own and getattr(type(tensor), "dequantize", None) is not Tensor.dequantize
 
@@ -87,7 +107,7 @@ class OffloadedStore(ParameterStore):
         return tensor.detach()
 
 
-stores = Stores(ParameterStore(), QuantisedStore(), ComputedStore(), OffloadedStore())
+stores = Stores(ParameterStore(), QuantisedStore(), ComputedStore(), OffloadedStore(), RowsStore())
 """Ways of keeping weights that adapters can sit on; `Stores.register` adds one."""
 
 

@@ -241,7 +241,7 @@ class TestFromDirections:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"A": np.zeros((3, 4, 2))}, r"A must hold 1 or K = 2 bases, found 3"),
+        ({"A": np.zeros((3, 4, 2))}, r"A must hold 1 or K = 2 bases, or one for so many in a row, found 3"),
         ({"A": np.zeros((4, 2))}, "3 axes"),
         ({"A": np.zeros((1, 7, 2))}, r"A must have d = 4 rows"),
         ({"B": np.zeros((3, 2))}, "B must have P = 2 rows, found 3"),

@@ -73,7 +73,7 @@ def test_names_that_match_nothing_or_each_other(net, config, settings, match):
         (lambda: nn.Linear(0, 4), torch.float32, errors.ArrayValueError, "weight.*empty"),
         (lambda: nn.Linear(4, 0), torch.float32, errors.ArrayValueError, "weight.*empty"),
         (lambda: nn.LayerNorm(4), torch.float32, errors.LayerTypeError, "is a LayerNorm"),
-        (lambda: nn.Embedding(3, 4), torch.float32, errors.LayerTypeError, "is an? Embedding"),
+        (lambda: nn.EmbeddingBag(3, 4), torch.float32, errors.LayerTypeError, "is an? EmbeddingBag"),
         (lambda: nn.ModuleList([nn.Linear(4, 4)]), torch.float32, errors.LayerTypeError, "is a ModuleList"),
     ],
 )

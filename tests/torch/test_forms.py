@@ -71,11 +71,21 @@ def test_fused_transformer_paths_do_not_bypass_the_adapter(config, inputs, mode)
     assert float((fused - before).abs().max()) > 0.01
 
 
-def test_multihead_attention_out_proj_is_refused(config):
-    model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(adamss.errors.LayerError, match=r"self_attn\.out_proj.*never"):
-        adamss.attach(model, config(targets=["out_proj"]))
-    assert not hasattr(model.self_attn.out_proj, "adamss")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_attention_on_fused_inference_paths(config, inputs, mode):
+    """`torch.nn.TransformerEncoderLayer` reads the weights of its attention itself where nobody has hooked it."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = adamss.attach(nn.TransformerEncoder(layer, 2).eval(), config(targets=["self_attn"]))
+    x = inputs(2, 5, 16)
+    with mode():
+        before = model(x).clone()
+    for parameter in adamss.trainable_parameters(model):
+        parameter.data.add_(0.05)
+    expected = model(x).detach()
+    with mode():
+        assert_agrees(model(x).clone(), expected, dtype="float32", what="outputs without gradients")
+    assert float((expected - before).abs().max()) > 0.01
+    assert_agrees(adamss.merge(model)(x).detach(), expected, dtype="float32", what="merged")
 
 
 @pytest.mark.parametrize("targets", [["0", "2"], ["0"], ["2"], "[02]"], ids=str)
