@@ -147,7 +147,8 @@ class Adapter(nn.Module):
         if self.layout.rows.device != self.A.device:
             self._derive()
         if self._places is None:
-            self._places = block_places(self.labels, C.shape[0], self.ranks.numel(), self.blocks)
+            with torch.inference_mode(False):  # or no backward could keep it
+                self._places = block_places(self.labels, C.shape[0], self.ranks.numel(), self.blocks)
         return block_products(self.A, B, C, self.layout, self._places, self.ranks.numel())
 
     def factors(self) -> Factors:
