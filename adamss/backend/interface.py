@@ -22,12 +22,12 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 
 from adamss.backend.bank import Adaptation, Bank, Ledger
-from adamss.backend.sites import BaseWeight, Kinds, Site, StackedLayer
+from adamss.backend.sites import BaseWeight, Kinds, LoraForm, Site, StackedLayer
 from adamss.backend.stores import Stores
 from adamss.backend.tensors import StoredTensor
 from adamss.core import Factors
 from adamss.core._array import Array, device
-from adamss.errors import ArrayValueError, LayerError, StateError
+from adamss.errors import ArrayValueError, LayerError, LayerTypeError, StateError
 
 __all__ = [
     "Array",
@@ -331,6 +331,26 @@ class Models(ABC):
     def own_arrays(self, site: Site) -> dict[str, Array | None]:
         """Return weight and bias of the layer at a site as it has them now, by their names; of a stack, the whole."""
         return {name: self.stores.read(site.layer, name) for name in site.names}
+
+    def lora_form(self, model: Model, site: Site) -> LoraForm:
+        """Return how PEFT's LoRA writes the update of a layer.
+
+        Raises
+        ------
+        LayerTypeError
+            If it has no way; the message names the layer.
+        """
+        if site.kind.lora is None:
+            raise LayerTypeError(
+                f"{site.path} is a {type(site.layer).__name__}, for the update of which PEFT's LoRA has no form; "
+                "adamss.save takes it, or merge the model and save that"
+            )
+        if (what := site.kind.lora_refusal(site.layer)) is not None:
+            raise LayerTypeError(
+                f"{site.path} is a {type(site.layer).__name__} with {what}, which PEFT's LoRA leaves out, so that it "
+                "would compute something else; adamss.save takes it, or merge the model and save that"
+            )
+        return site.kind.lora
 
     @abstractmethod
     def arrays(self, module: Module) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from adamss.backend.views import View
 from adamss.core._array import Array, namespace
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+LoraForm = Literal["linear", "convolution", "embedding", "parameter"]
 Index = tuple[int, ...]
 """Where in a stack a layer lies; ``()`` if there is no stack."""
 
@@ -75,9 +76,18 @@ class Kind(ABC):
     linear: ClassVar[bool] = True
     """Whether `project` and `spread` are those of this class, which the backend's kernel computes faster."""
 
+    lora: ClassVar[LoraForm | None] = "linear"
+    """How PEFT's LoRA writes an update of such a layer; None if it has no way. Of a kind not linear, say so."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.linear = cls.project is Kind.project and cls.spread is Kind.spread
+        if not cls.linear and cls.lora == "linear":
+            cls.lora = None
+
+    def lora_refusal(self, layer: Any) -> str | None:
+        """Return what a layer of the form `lora` has that PEFT's LoRA leaves out, as a noun; None for nothing."""
+        return None
 
     @abstractmethod
     def view(self, layer: Any, path: str) -> View:

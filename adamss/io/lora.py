@@ -6,6 +6,7 @@ q (Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022): 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,14 @@ import numpy as np
 from adamss import core
 from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend
+from adamss.backend.sites import Fragment, Site
 from adamss.backend.tensors import StoredTensor
+from adamss.backend.views import View
 from adamss.core import Factors
 from adamss.errors import ArrayValueError, StateError
 from adamss.io.peft_folder import BESIDE_FILE, PREFIX, base_config, check_layer_name, write_folder
 
-__all__ = ["LARGEST_RANK", "LoraFolder", "lora_layers", "write_lora"]
+__all__ = ["LARGEST_RANK", "LoraFolder", "LoraLayer", "lora_layers", "write_lora"]
 
 LARGEST_RANK = 512
 """What servers take at most (vLLM's ``max_lora_rank``)."""
@@ -47,13 +50,10 @@ class LoraFolder(NamedTuple):
     saved: Path | None
 
     @classmethod
-    def of(
-        cls, folder: str, layers: Mapping[str, tuple[np.ndarray[Any, Any], ...]], saved: Mapping[str, Any]
-    ) -> LoraFolder:
+    def of(cls, folder: str, layers: Mapping[str, LoraLayer], saved: Mapping[str, Any]) -> LoraFolder:
         """Describe what `write_lora` writes."""
         path = Path(folder)
-        rank = max(A.shape[0] for A, _ in layers.values())
-        return cls(path, rank, len(layers), path / BESIDE_FILE if saved else None)
+        return cls(path, _rank(layers), len(layers), path / BESIDE_FILE if saved else None)
 
     def __str__(self) -> str:
         text = f"LoRA of rank {self.rank} on {self.layers} layers in {str(self.path)!r}"
@@ -62,10 +62,62 @@ class LoraFolder(NamedTuple):
         )
 
 
+class LoraLayer(NamedTuple):
+    """The update of one weight as a LoRA.
+
+    Attributes
+    ----------
+    M, E
+        (L, d, q) and (L, q, n), in float32, of each of the L matrices of the weight: mostly one, or one an expert.
+    form
+        How PEFT writes it, one of `adamss.backend.Kind.lora`.
+    view
+        How the weight is a matrix.
+    shape
+        Of the weight.
+    parameter
+        Name of the Parameter in the model, in the form ``"parameter"``.
+    """
+
+    M: np.ndarray[Any, Any]
+    E: np.ndarray[Any, Any]
+    form: str
+    view: View
+    shape: tuple[int, ...]
+    parameter: str
+
+    def tensors(self, rank: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Return PEFT's two tensors by name, with directions of zeros up to this rank."""
+        missing = rank - self.M.shape[2]
+        A = np.pad(np.swapaxes(self.M, 1, 2), ((0, 0), (0, missing), (0, 0)))
+        B = np.pad(np.swapaxes(self.E, 1, 2), ((0, 0), (0, 0), (0, missing)))
+        if self.form == "embedding":
+            return {"lora_embedding_A": A[0], "lora_embedding_B": B[0]}
+        if self.form == "convolution":
+            A = A.reshape(rank, *self.shape[1:])
+            B = B.reshape(*B.shape[1:], *(1 for _ in self.shape[2:]))
+        elif self.form == "parameter" and len(self.shape) == 2 and self.view.rows == (0,):
+            A, B = (
+                np.swapaxes(B, 1, 2)[0],
+                np.swapaxes(A, 1, 2)[0],
+            )  # PEFT takes any for one of (outputs, inputs)
+        else:
+            # An expert after the other in A, side by side in B.
+            A, B = A.reshape(-1, A.shape[2]), np.transpose(B, (1, 2, 0)).reshape(B.shape[1], -1)
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+
 def lora_layers(
-    backend: Backend, adaptation: Adaptation
-) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """Return ``lora_A: (q, d)`` and ``lora_B: (n, q)`` of every layer, in float32.
+    backend: Backend, adaptation: Adaptation, sites: Mapping[str, Site], forms: Mapping[str, str]
+) -> dict[str, LoraLayer]:
+    """Return the update of every layer as a LoRA.
+
+    Parameters
+    ----------
+    backend, adaptation
+        Of the model.
+    sites, forms
+        Of every adapted layer, and how PEFT writes its update.
 
     Raises
     ------
@@ -78,29 +130,36 @@ def lora_layers(
     found = {}
     for path, factors in adaptation.layers.items():
         check_layer_name(path, "to_lora")
+        site = sites[path]
         d, _ = adaptation.shapes[path]
-        whole = Factors(*(backend.whole(array) for array in factors))
-        _check_rank(path, whole)
-        M = backend.to_stored(core.contract(whole)).numpy()
-        E = backend.to_stored(core.expand(whole)).numpy()
+        blocks = core.split(Factors(*(backend.whole(array) for array in factors)), site.blocks)
+        _check_rank(path, blocks[0])
+        pairs = [(core.contract(block), core.expand(block)) for block in blocks]
         with np.errstate(over="ignore"):
-            M, E = M.astype(np.float32), E.astype(np.float32)
+            arrays = [[backend.to_stored(a).numpy().astype(np.float32) for a in pair] for pair in pairs]
+        q = max(block.B.shape[1] for block in blocks)
+        M = np.stack([np.pad(a, ((0, 0), (0, q - a.shape[1]))) for a, _ in arrays])
+        E = np.stack([np.pad(b, ((0, q - b.shape[0]), (0, 0))) for _, b in arrays])
         if not (np.isfinite(M).all() and np.isfinite(E).all()):
             raise ArrayValueError(
                 f"to_lora: {path} has factors that are not finite in float32; nothing is written"
             )
-        if M.shape[0] > d and np.any(M[d] @ E):
+        if M.shape[1] > d and np.any(M[:, d:] @ E):
             raise StateError(
                 f"to_lora: {path} adapts its bias, which a LoRA does not; adamss.merge the model and save that, or "
                 "train with include_bias=False"
             )
-        found[path] = np.ascontiguousarray(M[:d].T), np.ascontiguousarray(E.T)
+        shape = tuple(backend.own_arrays(site)[site.kind.weight].shape)  # type: ignore[union-attr]
+        parameter = path if isinstance(site.layer, Fragment) else f"{path}.{site.kind.weight}"
+        if forms[path] == "parameter":
+            check_layer_name(parameter.rpartition(".")[0], "to_lora")
+        found[path] = LoraLayer(M[:, :d], E, forms[path], site.view, shape, parameter)
     return found
 
 
 def write_lora(
     folder: str,
-    layers: Mapping[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]],
+    layers: Mapping[str, LoraLayer],
     *,
     targets: list[str] | str,
     saved: Mapping[str, StoredTensor],
@@ -115,18 +174,25 @@ def write_lora(
     layers
         As from `lora_layers`. All get one rank, the largest, with directions of zeros.
     targets
-        What the config calls the layers.
+        What the config calls the layers that are modules to PEFT.
     saved
         Tensors of ``modules_to_save``, by their names in the model.
     base
         Name of the base model.
     """
-    rank = max(A.shape[0] for A, _ in layers.values())
+    rank = _rank(layers)
+    parameters = {path: layer.parameter for path, layer in layers.items() if layer.form == "parameter"}
     tensors = {}
-    for name, (A, B) in layers.items():
-        missing = rank - A.shape[0]
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = StoredTensor.of(np.pad(A, ((0, missing), (0, 0))))
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = StoredTensor.of(np.pad(B, ((0, 0), (0, missing))))
+    left = Counter(name.rpartition(".")[0] for name in parameters.values())
+    for path, layer in layers.items():
+        owner = path
+        if path in parameters:
+            # PEFT wraps a module anew for each of its Parameters: the first lies in the innermost.
+            owner = parameters[path].rpartition(".")[0]
+            left[owner] -= 1
+            owner += ".base_layer" * left[owner]
+        for name, array in layer.tensors(rank).items():
+            tensors[f"{PREFIX}{owner}.{name}"] = StoredTensor.of(np.ascontiguousarray(array))
     config = base_config("LORA", targets, base=base) | {
         "r": rank,
         # The scale is their quotient.
@@ -140,7 +206,13 @@ def write_lora(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+    if parameters:
+        config["target_parameters"] = sorted(parameters.values())
     write_folder(folder, config, tensors, beside=saved)
+
+
+def _rank(layers: Mapping[str, LoraLayer]) -> int:
+    return max(int(layer.M.shape[2]) for layer in layers.values())
 
 
 def _check_rank(path: str, factors: Factors) -> None:

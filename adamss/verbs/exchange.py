@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from array_api_compat import is_torch_array
 from adamss.backend.interface import Backend, Model
 from adamss.backend.ledger import base_weight, put, sites_of, whole
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight, Site
+from adamss.backend.sites import BaseWeight, Fragment, Site
 from adamss.backend.targets import match
 from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
@@ -48,6 +48,9 @@ from adamss.verbs.common import (
 
 __all__ = ["from_peft", "to_lora", "to_peft"]
 
+EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+"""What the layers of experts were called before transformers 5 made one Parameter of all."""
+
 
 def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     """Write the adapter as a LoRA, without loss: what servers (vLLM, llama.cpp, SGLang, TGI, diffusers) read.
@@ -75,7 +78,7 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     Raises
     ------
     LayerError
-        If a layer appears in the model twice, or is no linear one.
+        If a layer appears in the model twice, or PEFT's LoRA has no form for its update.
     StateError
         If the model has no adapters; if the update of a bias is not zero; if q is above 512, the most that servers
         take (the message says which K and r_k would fit); if a layer is one of a stack.
@@ -92,19 +95,31 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     backend, adaptation = adapted(model, "to_lora")
     modules = backend.modules(model)
     require_one_path(adaptation.layers, modules, "to_lora")
-    _require_linear(sites_of(backend, model, adaptation), "to_lora")
+    sites = sites_of(backend, model, adaptation)
+    forms: dict[str, str] = {path: backend.lora_form(model, site) for path, site in sites.items()}
+    renamed = _taken_for_experts(forms, modules)
+    forms |= dict.fromkeys(renamed, "parameter")
     with backend.exact():
-        layers = lora_layers(backend, adaptation)
+        layers = lora_layers(backend, adaptation, sites, forms)
         saved = {
             join_path(path, name): backend.to_stored(backend.whole(array))
             for path in adaptation.saved
             for name, array in backend.arrays(modules[path]).items()
         }
-    targets, base = _shortest_targets(layers, modules), _name_of(modules)
+    named = [path for path, layer in layers.items() if layer.form != "parameter"]
+    targets, base = _shortest_targets(named, modules), _name_of(modules)
     backend.once(model, lambda: write_lora(path, layers, targets=targets, saved=saved, base=base))
     written = LoraFolder.of(path, layers, saved)
     if saved:
         warnings.warn(f"to_lora: {written}", AdamssWarning, stacklevel=2)
+    if renamed:
+        warnings.warn(
+            f"to_lora: {renamed[0]} (and {len(renamed) - 1} more) has a name that PEFT takes for that of experts "
+            "when it loads a LoRA into this model, so that it is written as one of target_parameters: PEFT reads it "
+            "from version 0.17 on, servers may not; adamss.merge_and_unload makes a model that everybody reads",
+            AdamssWarning,
+            stacklevel=2,
+        )
     tied = tied_weights(backend, model, layers)
     if tied:
         warnings.warn(
@@ -299,6 +314,17 @@ def _name_of(modules: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def _taken_for_experts(forms: Mapping[str, str], modules: Mapping[str, Any]) -> list[str]:
+    """Return the linear layers whose names PEFT takes for those of experts that transformers has fused since.
+
+    In a model with fused experts it turns such ``target_modules`` into ``target_parameters``, which the dense layers
+    of the same names are not.
+    """
+    experts = any(path.endswith(".gate_up_proj") and isinstance(m, Fragment) for path, m in modules.items())
+    linear = [path for path, form in forms.items() if form == "linear"]
+    return [path for path in linear if experts and path.rpartition(".")[2] in EXPERTS]
+
+
 def _require_linear(sites: Mapping[str, Site], verb: str) -> None:
     """Check that every layer is a linear one, which a LoRA or PEFT's AdaMSS takes it for."""
     for path, site in sites.items():
@@ -325,13 +351,14 @@ def _require_base(
             )
 
 
-def _shortest_targets(layers: Mapping[str, Any], modules: Mapping[str, Any]) -> list[str] | str:
+def _shortest_targets(layers: Iterable[str], modules: Mapping[str, Any]) -> list[str] | str:
     """Return what names these layers and no others: their last names, as servers know them, else whole paths.
 
     A whole path may be the end of another; then it is a regular expression.
     """
-    for names in (list(dict.fromkeys(path.rpartition(".")[2] for path in layers)), list(layers)):
-        if set(match(names, modules, name="targets")) == layers.keys():
+    layers = list(layers)
+    for names in (list(dict.fromkeys(path.rpartition(".")[2] for path in layers)), layers):
+        if not names or set(match(names, modules, name="targets")) == {*layers}:
             return names
     return "|".join(re.escape(path) for path in layers)
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from adamss.backend import Adaptation, Backend, Division, Kind, Ledger, Site
-from adamss.backend.sites import Fragment
+from adamss.backend.sites import Fragment, LoraForm
 from adamss.backend.stores import exchange_all
 from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig
@@ -26,7 +26,7 @@ from adamss_torch import sharding
 from adamss_torch.adapter import Adapter
 from adamss_torch.bank import CHILD, HOOK, LayerBank, OnLoan, PartBanks, check_state
 from adamss_torch.division import divided
-from adamss_torch.in_place import Watch, leave, readable, restore
+from adamss_torch.in_place import Watch, leave, readable, readers, restore
 from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
 from adamss_torch.kinds import Part, fragments, kinds, refusal
 from adamss_torch.paths import named_parameters, unwrapped, walk
@@ -211,6 +211,18 @@ class TorchBackend(Backend):
                 "torch.distributed.fsdp.fully_shard instead"
             )
         return site
+
+    def lora_form(self, model: nn.Module, site: Site) -> LoraForm:
+        form = super().lora_form(model, site)
+        reader = readers(model).get(id(site.layer))
+        if isinstance(site.layer, Part) or reader is None:
+            return form
+        if reader is not site.layer or form == "convolution":
+            raise LayerTypeError(
+                f"{site.path}: its weight is read by {type(reader).__name__}, where PEFT's LoRA would have no "
+                "effect; adamss.save takes it, or merge the model and save that"
+            )
+        return "parameter"  # PEFT too puts W + delta in the place of a Parameter
 
     def arrays(self, module: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in _tensors(module).items()}

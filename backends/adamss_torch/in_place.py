@@ -24,7 +24,7 @@ from adamss_torch.kinds import Embedding
 from adamss_torch.sharding import is_sharded
 from adamss_torch.stores import execution_device
 
-__all__ = ["Place", "Watch", "leave", "put", "readable", "restore"]
+__all__ = ["Place", "Watch", "leave", "put", "readable", "readers", "restore"]
 
 READS = "_adamss_reads"
 """Attribute of a module whose forward reads weights that are put in place: a list of `Place`."""
@@ -158,6 +158,11 @@ def put(
     reader._forward_pre_hooks[KEY] = _enter
     reader._forward_hooks[KEY] = _leave
     reader._forward_hooks_always_called[KEY] = True  # also where the forward raises
+
+
+def readers(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the modules in whose forward something is put in place, by ``id`` of the module that it belongs to."""
+    return {id(place.module): reader for reader in model.modules() for place in vars(reader).get(READS, ())}
 
 
 def leave(model: nn.Module) -> None:

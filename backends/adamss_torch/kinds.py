@@ -55,6 +55,7 @@ class Convolution(Kind):
     """``y = patches(x) W + bias``: a row of W for each input channel and place of the window."""
 
     classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    lora = "convolution"
 
     def view(self, layer: _ConvNd, path: str) -> View:
         """Return the window flattened, and transposed."""
@@ -65,6 +66,12 @@ class Convolution(Kind):
                 "and none for all inputs; leave it out of targets"
             )
         return View(rows=tuple(range(1, layer.weight.ndim)), columns=(0,))
+
+    def lora_refusal(self, layer: _ConvNd) -> str | None:
+        """Return a dilation, or a padding with something else than zeros."""
+        if layer.padding_mode != "zeros":
+            return f"padding_mode = {layer.padding_mode!r}"
+        return f"dilation = {layer.dilation}" if set(layer.dilation) != {1} else None
 
     def project(self, layer: _ConvNd, x: Tensor, M: Tensor) -> Tensor:
         """Return the convolution of the layer, padding and all, with the columns of M as its filters."""
@@ -81,6 +88,7 @@ class Embedding(Kind):
     """``y = W[ids]``: a row of W for each id."""
 
     classes = (nn.Embedding,)
+    lora = "embedding"
 
     def view(self, layer: nn.Embedding, path: str) -> View:
         """Return the weight as it is."""
@@ -110,6 +118,8 @@ class InPlaceKind(Kind):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.linear = False
+        if cls.lora == "linear":
+            cls.lora = None
 
 
 class Part(Fragment):
@@ -153,6 +163,7 @@ class OwnParameterKind(InPlaceKind):
     """
 
     classes = (OwnParameter,)
+    lora = "parameter"
 
     def view(self, layer: OwnParameter, path: str) -> View:
         """Return it with its experts beside each other."""

@@ -403,6 +403,47 @@ def test_under_activation_checkpointing(name, reentrant):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+NO_LORA = {
+    "conv1d circular": r"^inner\.0 is a Conv1d with padding_mode = 'circular', which PEFT's LoRA leaves out",
+    "conv2d": r"^inner\.0 is a Conv2d with dilation = \(1, 2\), which PEFT's LoRA leaves out",
+    "conv2d reflect": r"^inner\.0 is a Conv2d with padding_mode = 'reflect', which PEFT's LoRA leaves out",
+    "conv2d standardised": r"^inner\.0: its weight is read by Standardised, where PEFT's LoRA would have no effect",
+    "conv2d of its own": r"^inner\.0: its weight is read by SamePadded, where PEFT's LoRA would have no effect",
+    "attention packed": r"^inner\.attn\.q_proj is a Projection, for the update of which PEFT",
+    "attention separate": r"^inner\.attn\.q_proj is a Projection, for the update of which PEFT",
+    "attention, two of four": r"^inner\.attn\.v_proj is a Projection, for the update of which PEFT",
+    "weight read by others": r"^inner\.dt_proj: its weight is read by Mixer, where PEFT's LoRA would have no effect",
+}
+
+
+class Outer(nn.Module):
+    """PEFT adapts no Parameter of the model itself."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("turned", "eight bits")])
+def test_peft_loads_it_as_a_lora(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, x, config = made(name)
+    model = adamss.attach(Outer(copy.deepcopy(base)), config)
+    for adapter in adapters_of(model).values():
+        adapter.C.data.normal_(std=0.1)
+    y = model(x)
+    if name in NO_LORA:
+        with pytest.raises(errors.LayerTypeError, match=NO_LORA[name]):
+            adamss.to_lora(model, tmp_path)
+        return
+    adamss.to_lora(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Outer(base), tmp_path)
+    torch.testing.assert_close(loaded(x), y)
+
+
 def test_what_cannot_be_written_is_refused_with_the_reason_of_its_store(tmp_path):
     model, x = trained("eight bits")
     y, before = model(x), model[0].weight.clone()
