@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from operator import index
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -14,6 +15,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 from adamss.errors import ConfigError, ConfigTypeError
 
 __all__ = [
+    "ALL_LINEAR",
     "BASES",
     "INITIAL_B",
     "SEGMENTATIONS",
@@ -35,6 +37,13 @@ SEGMENTATIONS, BASES, INITIAL_B, UNITS, WINDOWS, FACTOR_DTYPES = map(
     get_args, (Segmentation, Basis, InitialB, Unit, Window, FactorDtype)
 )
 LARGEST_POWER = 100
+ALL_LINEAR = "all-linear"
+
+OVERRIDABLE = {
+    *("rank", "subspaces", "subspace_rank", "segmentation", "segmentation_dimension"),
+    *("basis", "initial_B", "include_bias"),
+}
+"""Settings that a layer may have for itself."""
 
 T = TypeVar("T")
 
@@ -153,7 +162,15 @@ class AdamssConfig:
     ----------
     targets
         Modules to adapt: names matched at the end of the module path (``["query", "value"]``), or one
-        regular expression on the whole path.
+        regular expression on the whole path, which takes what can be adapted. ``"all-linear"``: every linear layer
+        but the output head. None: those that PEFT takes by default for this type of model. A Parameter that a
+        module reads itself, such as those of fused experts, is named like a module.
+    exclude
+        Names or one regular expression, matched likewise, of what is left out of them, with all that lies within it.
+    overrides
+        Settings of some layers, by a regular expression that must match a run of whole components of their path:
+        ``{"layer.0": dict(subspaces=4)}`` is for all that lies within a module so called. Later ones win. Settings
+        are rank, subspaces, subspace_rank, segmentation, segmentation_dimension, basis, initial_B, include_bias.
     rank
         R, rank of the truncated SVD of the weight.
     subspaces
@@ -194,7 +211,9 @@ class AdamssConfig:
     ('query', 'value')
     """
 
-    targets: str | Iterable[str]
+    targets: str | Iterable[str] | None = None
+    exclude: str | Iterable[str] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     rank: int = 100
     subspaces: int = 10
     subspace_rank: int = 1
@@ -212,12 +231,14 @@ class AdamssConfig:
         for name in ("rank", "subspaces", "subspace_rank"):
             _set_integer(self, name, minimum=1)
         _set_integer(self, "seed", minimum=0)
-        if isinstance(self.targets, str):
-            _check_pattern("targets", self.targets)
-        else:
-            _set_names(self, "targets")
-            if not self.targets:
-                raise ConfigError("targets is empty; name at least one module, such as ['query', 'value']")
+        for name in ("targets", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _check_pattern(name, value)
+            elif value is not None or name == "exclude":
+                _set_names(self, name)
+        if self.targets == ():
+            raise ConfigError("targets is empty; name at least one module, such as ['query', 'value']")
         if isinstance(self.modules_to_save, str):
             raise ConfigTypeError(
                 f"modules_to_save must be a list of names, found the string {shown(self.modules_to_save)}; "
@@ -245,6 +266,46 @@ class AdamssConfig:
             raise ConfigTypeError(
                 f"budget must be an adamss.BudgetConfig or None, found {type(self.budget).__name__}"
             )
+        self._check_overrides()
+
+    def _check_overrides(self) -> None:
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigTypeError(
+                f"overrides must be a dictionary of settings by pattern, found {shown(self.overrides)}"
+            )
+        for pattern, settings in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(settings, Mapping):
+                raise ConfigTypeError(
+                    f"overrides holds {shown(pattern)}: {shown(settings)}; write {{'layer.0': dict(subspaces=4)}}"
+                )
+            _check_pattern("overrides", pattern)
+            unknown = sorted(str(name) for name in settings.keys() - OVERRIDABLE)
+            if unknown:
+                raise ConfigError(
+                    f"overrides[{shown(pattern)}] has {', '.join(unknown[:3])[:200]}; what a layer can have for "
+                    f"itself is {', '.join(sorted(OVERRIDABLE))}"
+                )
+            try:
+                dataclasses.replace(self, overrides={}, **settings)
+            except (ConfigError, ConfigTypeError) as error:
+                raise type(error)(f"overrides[{shown(pattern)}]: {error}") from error
+        overrides = {pattern: dict(settings) for pattern, settings in self.overrides.items()}
+        object.__setattr__(self, "overrides", overrides)
+
+    def for_layer(self, path: str) -> Self:
+        """Return the settings of one layer: those of `overrides` that match its path in the place of the others."""
+        own: dict[str, Any] = {}
+        for pattern, settings in self.overrides.items():
+            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", path, flags=re.DOTALL):
+                own |= settings
+        return self.unchecked(overrides={}, **own) if self.overrides else self
+
+    def unchecked(self, **values: Any) -> Self:
+        """Return the config with other values, without a look at the rest: that of a file is not to be compiled."""
+        new = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(new, name, value)
+        return new
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a dictionary of plain values, fit for JSON."""
@@ -275,11 +336,23 @@ class AdamssConfig:
         ConfigError, ConfigTypeError
             If a setting is unknown, missing, or cannot be used.
         """
-        pattern = settings.get("targets")
-        if not isinstance(pattern, str) or not pattern:
-            return cls.from_dict(settings)
-        config = cls.from_dict({**settings, "targets": (pattern,)})
-        object.__setattr__(config, "targets", pattern)
+        patterns = {name: settings.get(name) for name in ("targets", "exclude")}
+        patterns = {name: value for name, value in patterns.items() if isinstance(value, str) and value}
+        overrides = settings.get("overrides") or {}
+        if not isinstance(overrides, Mapping) or not all(
+            isinstance(own, Mapping) for own in overrides.values()
+        ):
+            raise ConfigTypeError(
+                f"overrides must be a dictionary of settings by pattern, found {shown(overrides)}"
+            )
+        plain = {f"{number}": own for number, own in enumerate(overrides.values())}
+        names = {name: (value,) for name, value in patterns.items()}
+        config = cls.from_dict({**settings, **names, "overrides": plain})
+        for name, value in {
+            **patterns,
+            "overrides": dict(zip(overrides, plain.values(), strict=True)),
+        }.items():
+            object.__setattr__(config, name, value)
         return config
 
 
@@ -290,7 +363,8 @@ def _from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
     unknown = sorted(str(name) for name in settings.keys() - {field.name for field in fields})
     if unknown:
         raise ConfigError(f"{cls.__name__} has no setting {', '.join(unknown[:3])[:200]}")
-    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    missing_value = dataclasses.MISSING
+    needed = [f.name for f in fields if f.default is missing_value and f.default_factory is missing_value]
     missing = [name for name in needed if name not in settings]
     if missing:
         raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")

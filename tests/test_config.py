@@ -28,7 +28,14 @@ BUDGET = {"target": 10, "end_step": 100}
         ({"targets": "a{99999999999999999999}"}, ConfigError, "targets is not a regular expression"),
         ({"targets": [1]}, ConfigTypeError, "targets must hold strings, found 1"),
         ({"targets": [""]}, ConfigError, "targets holds an empty name"),
-        ({"targets": None}, ConfigTypeError, "targets must be a list of names, found None"),
+        ({"targets": 3}, ConfigTypeError, "targets must be a list of names, found 3"),
+        ({"exclude": None}, ConfigTypeError, "exclude must be a list of names, found None"),
+        ({"exclude": "("}, ConfigError, "exclude is not a regular expression"),
+        ({"overrides": ["a"]}, ConfigTypeError, "overrides must be a dictionary of settings by pattern"),
+        ({"overrides": {"a": 3}}, ConfigTypeError, r"overrides holds 'a': 3; write"),
+        ({"overrides": {"(": {}}}, ConfigError, "overrides is not a regular expression"),
+        ({"overrides": {"a": {"seed": 1}}}, ConfigError, r"overrides\['a'\] has seed; what a layer can have"),
+        ({"overrides": {"a": {"rank": 0}}}, ConfigError, r"overrides\['a'\]: rank must be at least 1"),
         ({"modules_to_save": "head"}, ConfigTypeError, r"modules_to_save must be a list.*write \['head'\]"),
         ({"segmentation": "k-means"}, ConfigError, "segmentation must be one of kmeans, .*'k-means'"),
         ({"basis": "own"}, ConfigError, "basis must be one of shared, per_subspace; found 'own'"),
@@ -114,7 +121,6 @@ def test_files_from_before_minimum_per_layer_are_read():
     ("settings", "match"),
     [
         ({"targets": ["a"], "rnk": 3}, "AdamssConfig has no setting rnk"),
-        ({"rank": 3}, "AdamssConfig needs targets"),
         ({"targets": ["a"], "budget": {"target": 3}}, "BudgetConfig needs end_step"),
     ],
 )

@@ -315,6 +315,10 @@ class Models(ABC):
         """Return the paths of the layers that a target means which names this module: of an attention, all four."""
         return [path]
 
+    def heads(self, model: Model) -> list[str]:
+        """Return the paths of output heads, which ``targets="all-linear"`` leaves out."""
+        return []
+
     def site(self, module: Module, path: str) -> Site:
         """Return where the matrix of a layer is.
 

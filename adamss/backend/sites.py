@@ -76,14 +76,18 @@ class Kind(ABC):
     linear: ClassVar[bool] = True
     """Whether `project` and `spread` are those of this class, which the backend's kernel computes faster."""
 
+    all_linear: ClassVar[bool] = True
+    """Whether ``targets="all-linear"`` takes such layers; of kinds that are not linear, only those that say so."""
+
     lora: ClassVar[LoraForm | None] = "linear"
     """How PEFT's LoRA writes an update of such a layer; None if it has no way. Of a kind not linear, say so."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.linear = cls.project is Kind.project and cls.spread is Kind.spread
-        if not cls.linear and cls.lora == "linear":
-            cls.lora = None
+        if not cls.linear:
+            cls.all_linear = bool(vars(cls).get("all_linear", False))
+            cls.lora = None if cls.lora == "linear" else cls.lora
 
     def lora_refusal(self, layer: Any) -> str | None:
         """Return what a layer of the form `lora` has that PEFT's LoRA leaves out, as a noun; None for nothing."""

@@ -9,13 +9,40 @@ from collections.abc import Iterable
 
 from adamss.errors import AdamssWarning, TargetError
 
-__all__ = ["match", "near_matches"]
+__all__ = ["DEFAULT_TARGETS", "match", "near_matches"]
+
+_ATTENTION = ("q_proj", "v_proj")
+
+DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
+    **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral"), _ATTENTION),
+    **dict.fromkeys(("stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _ATTENTION),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
+    **dict.fromkeys(("bloom", "gpt_neox", "chatglm"), ("query_key_value",)),
+    **dict.fromkeys(("RefinedWebModel", "RefinedWeb", "falcon"), ("query_key_value",)),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "mpt": ("Wqkv",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "vit": ("query", "value", "q_proj", "v_proj"),  # as transformers 4 and 5 call them
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+"""What is adapted by default, by ``config.model_type``: what PEFT 0.21 takes for AdaMSS, as far as a model has it."""
 
 _INDEX = re.compile(r"\[\d+(,\d+)*\]$")
 """What the path of one layer of a stack ends with: ``layers.query[3]``."""
 
 
-def match(targets: str | Iterable[str], paths: Iterable[str], *, name: str) -> list[str]:
+def match(
+    targets: str | Iterable[str], paths: Iterable[str], *, name: str, required: bool = True
+) -> list[str]:
     """Return the paths that the targets match, in the order of the paths.
 
     Parameters
@@ -28,6 +55,8 @@ def match(targets: str | Iterable[str], paths: Iterable[str], *, name: str) -> l
         Module paths of the model.
     name
         What the message calls the targets: the setting.
+    required
+        Whether nothing at all is an error, and not only worth a warning.
 
     Raises
     ------
@@ -44,12 +73,15 @@ def match(targets: str | Iterable[str], paths: Iterable[str], *, name: str) -> l
         pattern = re.compile(targets)
         found = [path for path in paths if pattern.fullmatch(path) or pattern.fullmatch(_INDEX.sub("", path))]
         if not found:
-            raise TargetError(f"{name} = {targets!r} matches no module; {near_matches([targets], paths)}")
+            message = f"{name} = {targets!r} matches no module; {near_matches([targets], paths)}"
+            if required:
+                raise TargetError(message)
+            warnings.warn(message, AdamssWarning, stacklevel=5)
         return found
     targets = tuple(targets)
     matches = {target: [path for path in paths if _ends_with(path, target)] for target in targets}
     unmatched = [target for target, found in matches.items() if not found]
-    if len(unmatched) == len(targets):
+    if required and len(unmatched) == len(targets):
         raise TargetError(f"{name} = {list(targets)} match no module; {near_matches(targets, paths)}")
     if unmatched:
         hint = near_matches(unmatched, paths)

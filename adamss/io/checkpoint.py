@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from adamss.backend.tensors import EXPONENTS, StoredTensor, join_path
+from adamss.backend.views import View
 from adamss.config import AdamssConfig, shown
 from adamss.core import Factors, check_factors, contract
 from adamss.core.factors import outline, split
@@ -34,6 +35,12 @@ __all__ = ["FORMAT", "FORMAT_VERSION", "READABLE_VERSIONS", "Checkpoint", "Store
 FORMAT = "adamss"
 FORMAT_VERSION = 1
 READABLE_VERSIONS = (1,)
+
+LINEAR = View(rows=(1,), columns=(0,))
+"""How the weight of a linear layer is a matrix; a file that says nothing means this."""
+
+LARGEST_VIEW = 16
+"""Axes of a weight."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,12 @@ class StoredLayer:
         In a training file; else None.
     base
         Fingerprint of the base weight.
+    rank
+        R that the layer was attached with, where that is not the config's.
+    blocks
+        Matrices of which the weight consists, as of experts.
+    view
+        How the weight is a matrix, where it is not that of a linear layer; for readers without the model.
     """
 
     C: StoredTensor
@@ -60,6 +73,9 @@ class StoredLayer:
     M: StoredTensor | None = None
     A: StoredTensor | None = None
     B: StoredTensor | None = None
+    rank: int | None = None
+    blocks: int = 1
+    view: View | None = None
 
     TENSORS = ("C", "labels", "ranks", "active", "M", "A", "B")
 
@@ -85,10 +101,10 @@ class StoredLayer:
             A, B = self.A.numpy(), self.B.numpy()
         found = []
         for part in split(Factors(A, B, self.C.numpy(), labels, ranks, active), count):
-            own = {name: StoredTensor.of(getattr(part, name)) for name in ("C", "labels", "ranks", "active")}
-            basis = {"M": part.B} if self.M is not None else {"A": part.A, "B": part.B}
-            own |= {name: StoredTensor.of(array) for name, array in basis.items()}
-            found.append(StoredLayer(base=self.base, **own))
+            arrays = {name: getattr(part, name) for name in ("C", "labels", "ranks", "active")}
+            arrays |= {"M": part.B} if self.M is not None else {"A": part.A, "B": part.B}
+            own: dict[str, Any] = {name: StoredTensor.of(array) for name, array in arrays.items()}
+            found.append(StoredLayer(base=self.base, rank=self.rank, **own))
         return found
 
     def outline(self) -> Factors:
@@ -183,6 +199,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int 
             "norm": layer.base.norm,
             "projections": list(layer.base.projections),
         }
+        | _form_of(layer)
         for layer_path, layer in checkpoint.layers.items()
     }
     metadata = {
@@ -285,7 +302,7 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
     left = dict(tensors)
     layers = {}
     for path, base in table("layers").items():
-        present = {
+        present: dict[str, Any] = {
             name: left.pop(join_path(path, name))
             for name in StoredLayer.TENSORS
             if join_path(path, name) in left
@@ -295,7 +312,7 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
             raise CheckpointError(
                 f"layer {shown(path)} lacks tensors; it has {', '.join(sorted(present)) or 'none'}"
             )
-        layer = StoredLayer(base=_mark(base, path), **present)
+        layer = StoredLayer(base=_mark(base, path), **present, **_form(base, path))
         _check_layer(layer, path)
         layers[path] = layer
     saved = {}
@@ -330,6 +347,35 @@ def _mark(base: Any, path: str) -> Fingerprint:
     if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers) or norm < 0:
         raise CheckpointError(f"layer {shown(path)}: its fingerprint holds {shown(numbers)}")
     return Fingerprint((shape[0], shape[1]), float(norm), tuple(float(x) for x in projections))
+
+
+def _form_of(layer: StoredLayer) -> dict[str, Any]:
+    """Return what a file says of a layer that is no plain linear one, or has a rank of its own."""
+    form: dict[str, Any] = {} if layer.rank is None else {"rank": layer.rank}
+    if layer.blocks > 1:
+        form["blocks"] = layer.blocks
+    if layer.view is not None and layer.view != LINEAR:
+        form["view"] = [list(layer.view.rows), list(layer.view.columns)]
+    return form
+
+
+def _form(base: Any, path: str) -> dict[str, Any]:
+    """Undo `_form_of`."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 < value < 1 << 31
+
+    rank, blocks, view = base.get("rank"), base.get("blocks", 1), base.get("view", [[1], [0]])
+    if not is_count(blocks) or not (rank is None or is_count(rank)):
+        raise CheckpointError(
+            f"layer {shown(path)}: rank = {shown(rank)} or blocks = {shown(blocks)} is no count"
+        )
+    axes = [axis for part in view for axis in part]
+    if len(view) != 2 or len(axes) > LARGEST_VIEW or not all(type(axis) is int for axis in axes):
+        raise CheckpointError(f"layer {shown(path)}: {shown(view)} is no view")
+    if sorted(axes) != list(range(len(axes))):
+        raise CheckpointError(f"layer {shown(path)}: {shown(view)} does not name every axis once")
+    return {"rank": rank, "blocks": blocks, "view": View(*map(tuple, view))}
 
 
 def _check_places(layers: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

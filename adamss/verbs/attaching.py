@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,15 @@ from adamss import core
 from adamss.backend.interface import Backend, Division, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, reading, release, require_kept_base, switched_off
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight, Fragment
-from adamss.backend.targets import match
+from adamss.backend.sites import BaseWeight, owner_of
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_matrix, namespace
 from adamss.errors import (
     ConfigError,
     ConfigTypeError,
-    TargetError,
 )
+from adamss.verbs.choosing import choose
 from adamss.verbs.common import (
     adapted,
     cast_factors,
@@ -80,22 +80,17 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
     backend = backend_for(model)
     with backend.exact(), backend.divided(model, enabled=divide) as division:
         require_base(backend, model, "attach")
-        modules = backend.modules(model)
-        targets = match(config.targets, modules, name="targets")
-        paths = _once([meant for path in targets for meant in backend.meant(modules[path], path)], modules)
-        saved = []
-        if config.modules_to_save:
-            whole = {path: module for path, module in modules.items() if not isinstance(module, Fragment)}
-            saved = _once(match(config.modules_to_save, whole, name="modules_to_save"), whole)
-        _require_disjoint(paths, saved)
-        sites = {path: backend.site(modules[path], path) for path in paths}
+        config, sites, saved = choose(backend, model, config)
         parts = {path: part for site in sites.values() for path, part in site.parts().items()}
         weights = Weights(parts, lambda path: base_weight(backend, parts[path]))
         layers: dict[str, Factors] = {}
         with progress(len(weights)) as count:
             for batch in batches(division.share(weights, json.dumps(config.to_dict()))):
                 with division.carrying() as go:
-                    layers |= _initial_factors(backend, batch, config, division, count) if go else {}
+                    # Neighbours of one shape may have settings of their own.
+                    for own, alike in groupby(batch, lambda path: config.for_layer(owner_of(path))):
+                        some = {path: batch[path] for path in alike}
+                        layers |= _initial_factors(backend, some, own, division, count) if go else {}
             layers = division.gather(layers)
         ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
         if config.budget is not None:
@@ -184,7 +179,10 @@ def summary(model: Model) -> Summary:
     rows = [summarise(path, adaptation.shapes[path], factors) for path, factors in adaptation.layers.items()]
     modules = backend.modules(model)
     saved = (array for path in adaptation.saved for array in backend.arrays(modules[path]).values())
-    return Summary(tuple(rows), total(rows), sum(int(np.prod(array.shape)) for array in saved))
+    size, targets = sum(int(np.prod(array.shape)) for array in saved), adaptation.config.targets
+    return Summary(
+        tuple(rows), total(rows), size, targets if isinstance(targets, str) else tuple(targets or ())
+    )
 
 
 def trainable_parameters(model: Model) -> Any:
@@ -263,21 +261,3 @@ def _decomposition_input(backend: Backend, path: str, base: BaseWeight, config: 
 def _shape(parts: list[tuple[int, int]]) -> tuple[int, int]:
     """Return (d, n) of matrices of one d beside each other."""
     return parts[0][0], sum(n for _, n in parts)
-
-
-def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:
-    """Return the first path of each module that the paths name: one that appears twice is adapted once."""
-    first: dict[int, str] = {}
-    for path, module in modules.items():
-        first.setdefault(id(module), path)
-    return list(dict.fromkeys(first[id(modules[path])] for path in paths))
-
-
-def _require_disjoint(targets: list[str], saved: list[str]) -> None:
-    for outer in saved:
-        for inner in (*targets, *(path for path in saved if path != outer)):
-            if inner == outer or inner.startswith(f"{outer}." if outer else ""):
-                raise TargetError(
-                    f"{inner!r} is matched for adapting or saving and lies within {outer!r}, which "
-                    "modules_to_save trains whole; leave one of them out"
-                )

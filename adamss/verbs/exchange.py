@@ -190,7 +190,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
                 adaptation.layers[layer_path],
             )
             arrays = _host_factors(backend, whole(backend, factors), layer_path)
-            found = _peft_grouping(backend, base, config.rank, config.subspaces, config.seed)
+            own = config.for_layer(layer_path)
+            found = _peft_grouping(backend, base, own.rank, own.subspaces, config.seed)
             layer = peft.layer_of(arrays, found.labels, found.basis.shape)
             if isinstance(layer, str):
                 raise StateError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +84,10 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
             factors = adaptation.layers[layer_path]
             check_concrete(*factors, name=layer_path)
             mark = _fingerprint_of(backend, site, adaptation)
-            layers[layer_path] = _stored_layer(backend, whole(backend, factors), mark, training=training)
+            stored = _stored_layer(backend, whole(backend, factors), mark, training=training)
+            rank = adaptation.config.for_layer(layer_path).rank
+            own_rank = None if rank == adaptation.config.rank else rank
+            layers[layer_path] = replace(stored, blocks=site.blocks, view=site.view, rank=own_rank)
         saved = {}
         for module_path in adaptation.saved:
             if module_path not in modules:
@@ -203,7 +208,10 @@ def load(
                 _check_base_values(path, stored.layers[path], base_weight(backend, sites[path]))
         ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
-        return put(backend, base_model, ordered, shapes, config=stored.config, saved=saved)
+        # What a file has for patterns is not compiled: a hostile one can take hours.
+        ranks = {re.escape(path): {"rank": layer.rank} for path, layer in stored.layers.items() if layer.rank}
+        config = stored.config.unchecked(overrides=ranks)
+        return put(backend, base_model, ordered, shapes, config=config, saved=saved)
 
 
 def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation: Adaptation) -> None:
@@ -240,6 +248,7 @@ def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fin
 
 
 def _stored_layer(backend: Backend, factors: Factors, mark: Fingerprint, *, training: bool) -> StoredLayer:
+    basis: dict[str, Any]
     if training:
         basis = {"A": backend.to_stored(factors.A), "B": backend.to_stored(factors.B)}
     else:
@@ -306,7 +315,7 @@ def _factors_in(
     U = None
     if trainable:
         W = with_bias_row(base) if M.shape[0] > base.W.shape[0] else base.W
-        U = core.decompose(backend.decomposition_input(W), config.rank, seed=config.seed).U
+        U = core.decompose(backend.decomposition_input(W), layer.rank or config.rank, seed=config.seed).U
         U = backend.cast(U, backend.dtype_name(M))
     factors = core.factors_from_directions(M, C, labels, ranks, active, U=U)
     return cast_factors(backend, factors, dtype)
@@ -318,6 +327,11 @@ def _check_base_shape(path: str, layer: StoredLayer, base: BaseWeight, blocks: i
         raise CheckpointError(
             f"{path}: the weight has shape {shape} (inputs, outputs), the file's {layer.base.shape}: "
             "it was trained on another model"
+        )
+    if blocks != layer.blocks:
+        raise CheckpointError(
+            f"{path}: the weight consists of {blocks} matrices, the file's of {layer.blocks}: it was trained on "
+            "another model"
         )
     subspaces, bases = layer.ranks.shape[0], 1 if layer.A is None else layer.A.shape[0]
     if subspaces % blocks or (layer.A is not None and bases % blocks):

@@ -57,11 +57,14 @@ class Summary:
         Sums over the layers.
     saved
         Parameters of ``modules_to_save``, trained whole.
+    targets
+        What the layers were chosen by; None if unknown.
     """
 
     rows: tuple[SummaryRow, ...]
     total: SummaryRow
     saved: int = 0
+    targets: str | tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         columns = ["layer", "shape", "K", "R", "q", "trained", "active"]
@@ -80,6 +83,8 @@ class Summary:
         text: str = tabulate.tabulate(
             table, columns, colalign=("left", "left", *["right"] * 5), missingval=""
         )
+        if self.targets is not None:
+            text += f"\ntargets: {self.targets if isinstance(self.targets, str) else ', '.join(self.targets)}"
         return text + (f"\nmodules_to_save: {self.saved:,} trained parameters" if self.saved else "")
 
 

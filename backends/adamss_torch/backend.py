@@ -21,7 +21,7 @@ from adamss.backend.stores import exchange_all
 from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors
-from adamss.errors import LayerError, LayerTypeError, StateError, TargetError
+from adamss.errors import ArrayValueError, LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.adapter import Adapter
 from adamss_torch.bank import CHILD, HOOK, LayerBank, OnLoan, PartBanks, check_state
@@ -178,15 +178,25 @@ class TorchBackend(Backend):
         whole = isinstance(module, nn.MultiheadAttention)
         return [join_path(path, name) for name in projections] if whole else [path]
 
+    def heads(self, model: nn.Module) -> list[str]:
+        owner, _ = _owner(model)
+        try:
+            head = owner.get_output_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            return []
+        return [path for path, module in walk(owner) if module is head]
+
     def site(self, module: nn.Module | Fragment, path: str) -> Site:
         if why := refusal(module):
-            raise LayerTypeError(
+            raise LayerError(
                 f"{path or 'the model itself'} is a {type(module).__name__}, {why}; leave it out of targets"
             )
         site, name = super().site(module, path), path or "the model itself"
         weight: Any = getattr(module, site.kind.weight, None)
         if is_lazy(weight):
             raise LayerError(f"{name} is a lazy layer without weights; run the model once, then attach")
+        if isinstance(weight, Tensor) and not all(weight.shape):
+            raise ArrayValueError(f"{name}: weight must not be empty, found shape {tuple(weight.shape)}")
         if isinstance(weight, Tensor) and weight.is_inference():
             raise LayerError(
                 f"{name} was made under torch.inference_mode, and nothing can be trained through it; make it outside"

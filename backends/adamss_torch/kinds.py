@@ -118,8 +118,8 @@ class InPlaceKind(Kind):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.linear = False
-        if cls.lora == "linear":
-            cls.lora = None
+        cls.all_linear = bool(vars(cls).get("all_linear", False))
+        cls.lora = None if cls.lora == "linear" else cls.lora
 
 
 class Part(Fragment):
@@ -185,6 +185,7 @@ class ProjectionKind(InPlaceKind):
     """A projection of `torch.nn.MultiheadAttention`, whose forward reads the Parameters of all four."""
 
     classes = (Projection,)
+    all_linear = True
 
     def view(self, layer: Projection, path: str) -> View:
         """Return the transpose."""

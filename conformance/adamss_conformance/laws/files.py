@@ -207,7 +207,8 @@ def _reference_factors() -> dict[str, Factors]:
 def _write(path: Path, layers: dict[str, Factors], head: np.ndarray) -> None:
     stored = {}
     for name, f in layers.items():
-        small = {key: StoredTensor.of(getattr(f, key).astype(np.uint8)) for key in ("labels", "ranks")}
+        integers = {key: getattr(f, key).astype(np.uint8) for key in ("labels", "ranks")}
+        small: dict[str, Any] = {key: StoredTensor.of(array) for key, array in integers.items()}
         stored[name] = files.StoredLayer(
             C=StoredTensor.of(f.C),
             active=StoredTensor.of(f.active),

@@ -1,0 +1,158 @@
+"""Which layers of a model a config means."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from adamss.backend.interface import Backend, Model
+from adamss.backend.sites import Fragment, Site, StackedLayer
+from adamss.backend.targets import DEFAULT_TARGETS, match
+from adamss.config import ALL_LINEAR, AdamssConfig
+from adamss.errors import AdamssWarning, ArrayValueError, LayerError, LayerTypeError, TargetError
+
+__all__ = ["Choice", "choose"]
+
+
+class Choice(NamedTuple):
+    """What is adapted of a model.
+
+    Attributes
+    ----------
+    config
+        As given, with the targets that were meant where it names none.
+    sites
+        Of the layers to adapt, by path, in the order of the model.
+    saved
+        Paths of ``modules_to_save``.
+    """
+
+    config: AdamssConfig
+    sites: dict[str, Site]
+    saved: list[str]
+
+
+def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
+    """Return what a config means in a model.
+
+    Raises
+    ------
+    TargetError
+        If nothing matches ``targets`` or ``modules_to_save``, or a layer is matched by both.
+    LayerTypeError, LayerError, ArrayValueError
+        If a layer that is named, or every layer that an expression matches, cannot be adapted.
+
+    Warns
+    -----
+    AdamssWarning
+        If an expression leaves layers out that cannot be adapted, or one of ``overrides`` is for no layer.
+    """
+    modules = backend.modules(model)
+    saved = []
+    if config.modules_to_save:
+        whole = {path: module for path, module in modules.items() if not isinstance(module, Fragment)}
+        saved = _once(match(config.modules_to_save, whole, name="modules_to_save"), whole)
+    if config.targets is None:
+        config = replace(config, targets=_default_targets(modules))
+    assert config.targets is not None
+    wide = isinstance(config.targets, str)
+    if wide and str(config.targets).lower() == ALL_LINEAR:
+        found = _all_linear(backend, model, modules, saved)
+    else:
+        found = match(config.targets, modules, name="targets")
+    paths = [meant for path in found for meant in backend.meant(modules[path], path)]
+    if config.exclude:
+        excluded = match(config.exclude, modules, name="exclude", required=False)
+        inside = tuple(f"{path}." for path in excluded)
+        paths = [path for path in paths if not f"{path}.".startswith(inside)]
+        if not paths:
+            raise TargetError(f"exclude = {config.exclude!r} leaves nothing of targets = {config.targets!r}")
+    paths = _once(paths, modules)
+    _require_disjoint(paths, saved)
+    sites = _adaptable(backend, paths, modules) if wide else {p: backend.site(modules[p], p) for p in paths}
+    for pattern, settings in config.overrides.items():
+        alone = replace(config, overrides={pattern: settings})
+        if all(alone.for_layer(path) == replace(config, overrides={}) for path in sites):
+            warnings.warn(
+                f"overrides: {pattern!r} changes nothing of any adapted layer", AdamssWarning, stacklevel=4
+            )
+    return Choice(config, sites, saved)
+
+
+def _default_targets(modules: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """Return the targets for the type of a model."""
+    kind = getattr(getattr(modules.get(""), "config", None), "model_type", None)
+    names = DEFAULT_TARGETS.get(str(kind))
+    if names is not None:
+        ends = {path.rpartition(".")[2] for path in modules}
+        return names if isinstance(names, str) else tuple(name for name in names if name in ends) or names
+    raise TargetError(
+        f"there are no default targets for a model of type {kind!r}; name some, such as "
+        "targets=['query', 'value'], or take targets='all-linear'"
+    )
+
+
+def _all_linear(
+    backend: Backend, model: Model, modules: Mapping[str, Any], saved: Iterable[str]
+) -> list[str]:
+    """Return every linear layer but the output head and what is trained whole."""
+    inside = tuple(f"{path}." for path in saved)
+    heads = set(backend.heads(model))
+    found = []
+    for path, module in modules.items():
+        kind = backend.kinds.find(module.module if isinstance(module, StackedLayer) else module)
+        if (
+            kind is not None
+            and kind.all_linear
+            and path not in heads
+            and not f"{path}.".startswith(inside or "\0")
+        ):
+            found.append(path)
+    if not found:
+        raise TargetError("targets = 'all-linear' matches no layer; the model has none but its output head")
+    return found
+
+
+def _adaptable(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -> dict[str, Site]:
+    """Return the sites of what can be adapted; tell what cannot, once for each kind and reason."""
+    sites: dict[str, Site] = {}
+    left: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    first: Exception | None = None
+    for path in paths:
+        try:
+            sites[path] = backend.site(modules[path], path)
+        except LayerTypeError as error:
+            first = first or error  # a container, an activation: nobody asks why
+        except (LayerError, ArrayValueError) as error:
+            first = first or error
+            kind = type(modules[path]).__name__
+            left[kind] += 1
+            example.setdefault(kind, str(error))
+    if not sites and first is not None:
+        raise first
+    for kind, count in left.items():
+        more = f" (and {count - 1} more of {kind})" if count > 1 else ""
+        warnings.warn(f"targets: left out: {example[kind]}{more}", AdamssWarning, stacklevel=5)
+    return sites
+
+
+def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:
+    """Return the first path of each module that the paths name: one that appears twice is adapted once."""
+    first: dict[int, str] = {}
+    for path, module in modules.items():
+        first.setdefault(id(module), path)
+    return list(dict.fromkeys(first[id(modules[path])] for path in paths))
+
+
+def _require_disjoint(targets: list[str], saved: list[str]) -> None:
+    for outer in saved:
+        for inner in (*targets, *(path for path in saved if path != outer)):
+            if inner == outer or inner.startswith(f"{outer}." if outer else ""):
+                raise TargetError(
+                    f"{inner!r} is matched for adapting or saving and lies within {outer!r}, which "
+                    "modules_to_save trains whole; leave one of them out"
+                )
