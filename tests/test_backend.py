@@ -168,7 +168,7 @@ class TestNumpyModel:
         assert lines[0].split() == ["layer", "shape", "K", "R", "q", "trained", "active"]
         assert lines[2].split() == ["encoder.query", "6", "x", "8", "3", "4", "3", "20", "3/3"]
         assert lines[4].split() == ["total", "6", "6", "40", "6/6"]
-        assert lines[5] == "modules_to_save: 56 trained parameters"
+        assert lines[5:] == ["targets: query, value", "modules_to_save: 56 trained parameters"]
 
 
 def test_attach_and_load_count_their_layers_on_a_bar_that_a_log_never_sees(monkeypatch, tmp_path, capfd):

@@ -8,6 +8,7 @@ import sys
 import threading
 import tracemalloc
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -612,7 +613,7 @@ def test_show_counts_as_summary_does(tmp_path, capsys):
         model = adapted(**options)
         adamss.save(model, tmp_path / f"{number}", training=True)
         assert cli.main(["show", str(tmp_path / f"{number}")]) == 0
-        assert str(adamss.summary(model)) in capsys.readouterr().out
+        assert str(replace(adamss.summary(model), targets=None)) in capsys.readouterr().out
         for row, layer in zip(adamss.summary(model).rows, model.layers.values(), strict=True):
             assert row.trained == core.count_factors(layer.factors)
             assert max(core.basis_ranks(layer.factors)) == row.R
