@@ -8,6 +8,7 @@ pytest.importorskip("flax")
 
 DRY_RUNS = {
     "agreement": ["--quick"],
+    "experts": ["--quick"],
     "file_size": ["--quick"],
     "inference": ["--quick"],
     "scaling": ["--quick"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
@@ -19,6 +20,7 @@ from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_matrix, namespace
 from adamss.errors import (
+    AdamssWarning,
     ConfigError,
     ConfigTypeError,
 )
@@ -29,6 +31,7 @@ from adamss.verbs.common import (
     factor_dtype,
     progress,
     require_base,
+    tied_weights,
     with_bias_row,
 )
 from adamss.verbs.table import Summary, summarise, total
@@ -95,6 +98,10 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
         if config.budget is not None:
             core.plan_budget(ordered, config.budget)  # complains of what cannot be kept to
+        embeddings = [path for path, site in sites.items() if site.kind.lora == "embedding"]
+        if tied := tied_weights(backend, model, embeddings):
+            message = f"attach: {tied}; the adapter changes the embedding alone"
+            warnings.warn(message, AdamssWarning, stacklevel=2)
         shapes = {
             path: _shape([weights.shape(part) for part in site.parts()]) for path, site in sites.items()
         }

@@ -136,10 +136,16 @@ class Adapter(nn.Module):
             B, C = self._frozen_in(B, C)
         return update(base, x, B, C, Plan(A, layout, self.order, weight, overwrite, input_kept))
 
-    def products(self) -> tuple[Tensor, Tensor]:
-        """Return M: (d, q) and E: (q, n), through which gradients reach the active subspaces, and no others."""
+    def products(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return M: (d, q) and E: (q, n), through which gradients reach the active subspaces, and no others.
+
+        With `rows`, (...) int64, M is (..., q), of these rows alone.
+        """
         B, C = (self.B, self.C) if self.revive else self._frozen_in(self.B, self.C)
-        return products(self.A, B, C, self.layout)
+        if rows is None:
+            return products(self.A, B, C, self.layout)
+        M, E = products(self.A[:, rows.reshape(-1)], B, C, self.layout)
+        return M.reshape(*rows.shape, -1), E
 
     def block_products(self) -> tuple[Tensor, Tensor]:
         """Return M: (L, d, q'), and E: (L, q', n / L), of each of the L blocks, differentiable as in `products`."""

@@ -22,7 +22,7 @@ from adamss.backend.bank import DEFAULT
 from adamss.errors import StateError
 from adamss_torch.adapter import HELD, Adapter
 from adamss_torch.in_place import Watch, put
-from adamss_torch.kinds import Part
+from adamss_torch.kinds import Embedding, Part
 from adamss_torch.paths import plain
 
 __all__ = ["CHILD", "LayerBank", "OnLoan", "PartBanks", "check_state", "without_weights"]
@@ -139,11 +139,17 @@ def _add_updates(
     x = args[0] if args else kwargs[bank._input]
     if not bank.kind.linear:
         for name in bank.computed:
-            M, E = bank._modules[name].products()  # type: ignore[union-attr,operator]
-            z = bank.kind.project(layer, x, M.to(output.dtype))
+            adapter: Any = bank._modules[name]
+            if isinstance(bank.kind, Embedding) and x.numel() < adapter.d:
+                z, E = adapter.products(x)  # of the rows that are asked for, and not of all of a vocabulary
+                z = z.to(output.dtype)
+            else:
+                M, E = adapter.products()
+                z = bank.kind.project(layer, x, M.to(output.dtype))
             # Law 1: what overflows in z is finite, or infinity times C = 0 would be NaN.
             z = torch.where(z.isfinite(), z, torch.zeros_like(z))
-            output = output + bank.kind.spread(layer, z, E.to(output.dtype))
+            u = bank.kind.spread(layer, z, E.to(output.dtype))
+            output = output + (bank.kind.looked_up(layer, x, u) if isinstance(bank.kind, Embedding) else u)
         return output
     overwrite = _is_ours_alone(layer, output)
     weight, trained = None, False
@@ -154,7 +160,7 @@ def _add_updates(
         weight = weight if overwrite and _is_linear_alone(layer, x, output) else None
     for name in bank.computed:
         adapter = bank._modules[name]
-        output = adapter(output, x, weight=weight, overwrite=overwrite, input_kept=trained)  # type: ignore[misc]
+        output = adapter(output, x, weight=weight, overwrite=overwrite, input_kept=trained)
         weight = None
     return output
 

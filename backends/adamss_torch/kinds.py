@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -105,8 +106,16 @@ class Embedding(Kind):
         return View(rows=(0,), columns=(1,))
 
     def project(self, layer: nn.Embedding, x: Tensor, M: Tensor) -> Tensor:
-        """Return the rows of M; that of ``padding_idx`` gets no gradient, as in the layer."""
-        return F.embedding(x, M, layer.padding_idx)
+        """Return the rows of M."""
+        return F.embedding(x, M)
+
+    def looked_up(self, layer: Any, x: Tensor, u: Tensor) -> Tensor:
+        """Return the updates u of the rows x; that of ``padding_idx`` gives no gradient, as in the layer."""
+        return (
+            u
+            if layer.padding_idx is None
+            else torch.where((x == layer.padding_idx)[..., None], u.detach(), u)
+        )
 
 
 class InPlaceKind(Kind):

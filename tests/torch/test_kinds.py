@@ -181,7 +181,7 @@ def tokens(layer):
 
 
 def words(layer):
-    return lambda: (nn.Sequential(layer(), nn.Tanh()), torch.tensor([[0, 5, 3], [7, 3, 1]]))
+    return lambda: (nn.Sequential(layer(), nn.Tanh()), torch.tensor([[0, 4, 3], [2, 3, 1]]))
 
 
 EVERY_PARAMETER = ".*proj|.*weight"
@@ -204,6 +204,7 @@ LAYERS = {
     "conv2d of its own": (images(lambda: SamePadded(5, 10, 2), 5, 6, 6), ["0"]),
     "conv2d standardised": (images(lambda: Standardised(5, 10, 2), 5, 6, 6), ["0"]),
     "embedding": (words(lambda: nn.Embedding(9, 10)), ["0"]),
+    "embedding of few rows": (words(lambda: nn.Embedding(5, 10)), ["0"]),
     "embedding padded": (words(lambda: nn.Embedding(9, 10, padding_idx=3)), ["0"]),
     "embedding of its own": (words(lambda: Scaled(9, 10, padding_idx=3)), ["0"]),
     "linear of its own": (tokens(lambda: Normalised(12, 10)), ["0"]),
@@ -473,6 +474,43 @@ def test_what_is_no_one_matrix_is_refused(layer, why):
     with pytest.raises(errors.AdamssError, match=why):
         adamss.attach(model, adamss.AdamssConfig(targets=["0"]))
     assert [*model.state_dict()] == before
+
+
+class Tied(nn.Module):
+    """An embedding and a head of one weight; the head is a layer, or a product with it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 12), nn.Linear(12, 9, bias=False) if layer else None
+        if layer:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        return self.head(h) if self.head is not None else nn.functional.linear(h, self.embed.weight)
+
+
+@pytest.mark.parametrize("layer", [True, False])
+def test_an_embedding_that_is_tied_to_a_head_is_adapted_alone(layer):
+    torch.manual_seed(0)
+    model, ids = Tied(layer), torch.tensor([[1, 4, 3]])
+    W = model.embed.weight.detach().clone()
+    config = adamss.AdamssConfig(targets=["embed"], rank=4, subspaces=3)
+    told = pytest.warns(
+        errors.AdamssWarning, match=r"embed\.weight is one tensor with head\.weight; the adapter changes"
+    )
+    with told if layer else contextlib.nullcontext():
+        adamss.attach(model, config)
+    adapter = adapters_of(model)["embed"]
+    adapter.C.data.normal_()
+    y = model(ids)
+    expected = (W + core.delta(adapter.factors()).detach())[ids] @ W.t()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(model(ids), expected)
+    if layer:
+        with pytest.warns(errors.AdamssWarning, match="it has a merged weight of its own now"):
+            adamss.merge(model)
+        torch.testing.assert_close(model(ids), expected)
 
 
 def test_what_is_none_is_refused():
