@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.scale, options.tokens, options.repeats = 1 / 32, 16, 2
+        options.scale, options.tokens, options.repeats = 1 / 16, 16, 2
     torch.set_num_threads(1)
     sizes = {"scale": options.scale, "tokens": options.tokens, "repeats": options.repeats}
     rows = [measured(name, **sizes) for name in BLOCKS]
