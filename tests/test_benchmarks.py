@@ -18,6 +18,8 @@ DRY_RUNS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", DRY_RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "experts")) for name in DRY_RUNS]
+)
 def test_it_runs(name, script):
     assert script(name).main(DRY_RUNS[name]) == 0
