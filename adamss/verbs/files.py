@@ -27,6 +27,7 @@ from adamss.errors import (
     AdamssWarning,
     CheckpointError,
     LayerError,
+    StateError,
 )
 from adamss.io import checkpoint as files
 from adamss.io.checkpoint import Checkpoint, StoredLayer
@@ -88,6 +89,8 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
             rank = adaptation.config.for_layer(layer_path).rank
             own_rank = None if rank == adaptation.config.rank else rank
             layers[layer_path] = replace(stored, blocks=site.blocks, view=site.view, rank=own_rank)
+        if not layers:
+            raise StateError("save: no adapted layer of the model is left; nothing is written")
         saved = {}
         for module_path in adaptation.saved:
             if module_path not in modules:

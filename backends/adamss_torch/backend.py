@@ -30,7 +30,7 @@ from adamss_torch.in_place import Watch, leave, readable, readers, restore
 from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
 from adamss_torch.kinds import Part, fragments, kinds, refusal
 from adamss_torch.paths import named_parameters, unwrapped, walk
-from adamss_torch.sharding import is_sharded, local, rebuilt
+from adamss_torch.sharding import is_partitioned, is_sharded, local, rebuilt, shape_of
 from adamss_torch.stores import exchanged, execution_device, stores, writing_refused
 
 __all__ = ["TorchBackend", "adapters_of", "kinds"]
@@ -97,6 +97,8 @@ class TorchBackend(Backend):
 
     def to_stored(self, array: Tensor) -> StoredTensor:
         flat = array.detach().cpu().contiguous().view(-1)
+        if flat.untyped_storage().nbytes() > flat.nbytes:
+            flat = flat.clone()  # NumPy would keep FSDP1 from ever freeing the memory of which this is a part
         data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
         return StoredTensor(self.dtype_name(array), tuple(array.shape), data)
 
@@ -195,7 +197,7 @@ class TorchBackend(Backend):
         weight: Any = getattr(module, site.kind.weight, None)
         if is_lazy(weight):
             raise LayerError(f"{name} is a lazy layer without weights; run the model once, then attach")
-        if isinstance(weight, Tensor) and not all(weight.shape):
+        if isinstance(weight, Tensor) and not all(shape_of(weight)):
             raise ArrayValueError(f"{name}: weight must not be empty, found shape {tuple(weight.shape)}")
         if isinstance(weight, Tensor) and weight.is_inference():
             raise LayerError(
@@ -215,10 +217,11 @@ class TorchBackend(Backend):
             raise LayerError(
                 f"{name} is on the meta device: its weight has no values; load the weights first"
             )
-        if hasattr(weight, "ds_id"):
+        if is_partitioned(weight) and not site.kind.linear:
             raise LayerError(
-                f"{name}: DeepSpeed ZeRO-3 has taken its weight apart, so that no process can read it; use "
-                "torch.distributed.fsdp.fully_shard instead"
+                f"{name} is a {type(module).__name__} whose weight DeepSpeed ZeRO-3 has taken apart, under which "
+                "linear layers alone can be adapted; leave it out of targets, or use "
+                "torch.distributed.fsdp.fully_shard"
             )
         return site
 
@@ -631,7 +634,7 @@ def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter) -> str 
     weight: Any = getattr(layer, kind.weight, None)
     bias = getattr(layer, kind.bias, None)
     if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():
-        view, shape = kind.view(layer, ""), tuple(weight.shape)
+        view, shape = kind.view(layer, ""), shape_of(weight)
         if len(shape) != len(view.axes) or view.shape(shape) != (adapter.d, adapter.labels.numel()):
             return f"has a weight of shape {shape} now, which its adapter does not fit"
     if bias is None and adapter.A.shape[1] > adapter.d:

@@ -21,7 +21,7 @@ from adamss.backend.views import View
 from adamss.errors import LayerError
 from adamss_torch.adapter import Adapter
 from adamss_torch.kinds import Embedding
-from adamss_torch.sharding import is_sharded
+from adamss_torch.sharding import is_partitioned, is_sharded
 from adamss_torch.stores import execution_device
 
 __all__ = ["Place", "Watch", "leave", "put", "readable", "readers", "restore"]
@@ -140,6 +140,7 @@ def readable(weight: Any) -> bool:
         and weight.is_floating_point()
         and not weight.is_meta
         and not is_sharded(weight)
+        and not is_partitioned(weight)
     )
 
 

@@ -34,13 +34,16 @@ __all__ = [
     "copy_into",
     "device_of",
     "exchanged_objects",
+    "is_partitioned",
     "is_sharded",
     "local",
     "once",
     "part_like",
+    "put_together",
     "rebuilt",
     "reshard",
     "same_everywhere",
+    "shape_of",
     "shard_adapter",
     "shard_like",
     "sum_over_shards",
@@ -54,6 +57,24 @@ __all__ = [
 def is_sharded(tensor: Any) -> bool:
     """Return whether this process holds only its own part of the tensor."""
     return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Return whether a Parameter is one that DeepSpeed ZeRO-3 has taken apart, or will."""
+    return hasattr(tensor, "ds_id")
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor, of which this process may hold nothing at the moment."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def put_together(parameter: Any) -> Tensor:
+    """Return the values of a Parameter that DeepSpeed ZeRO-3 has taken apart; all processes must call this."""
+    # Whoever has taken it apart has imported it.
+    with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):
+        values: Tensor = parameter.detach().clone()
+    return values
 
 
 def local(tensor: Any) -> Tensor:
@@ -135,7 +156,7 @@ def _fsdp_modules(model: nn.Module) -> Iterator[Any]:
 
 
 def check_not_flattened(model: nn.Module) -> None:
-    """Check that no part of the model is wrapped by FSDP1.
+    """Check that no part of the model is wrapped by FSDP1, unless its Parameters are put together for now.
 
     Raises
     ------
@@ -143,9 +164,12 @@ def check_not_flattened(model: nn.Module) -> None:
         If one is.
     """
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
-    if kind is not None and any(isinstance(module, kind) for module in model.modules()):
+    wrapped = [module for module in model.modules() if kind is not None and isinstance(module, kind)]
+    if any(module.training_state.name != "SUMMON_FULL_PARAMS" for module in wrapped):
         raise StateError(
-            "FullyShardedDataParallel (FSDP1) flattens Parameters, so that one cannot be told from the next; use "
+            "FullyShardedDataParallel (FSDP1) flattens Parameters, so that one cannot be told from the next. With "
+            "use_orig_params=True, adamss.save and adamss.summary work within FullyShardedDataParallel."
+            "summon_full_params(model, writeback=False), on all processes; for all else use "
             "torch.distributed.fsdp.fully_shard (FSDP2)"
         )
 
@@ -227,16 +251,19 @@ def once(model: nn.Module, action: Callable[[], None]) -> None:
     On each process, if it holds the whole.
     """
     spread: Any = next((p for p in model.parameters() if is_sharded(p)), None)
-    if spread is None:
+    world = dist.group.WORLD if any(map(is_partitioned, model.parameters())) else None
+    if spread is None and world is None:
         action()
         return
     failure: BaseException | None = None
-    if not any(spread.device_mesh.get_coordinate()):
+    first = not any(spread.device_mesh.get_coordinate()) if world is None else dist.get_rank(world) == 0
+    if first:
         try:
             action()
         except Exception as error:
             failure = error
-    failed = agree(torch.tensor([failure is not None], dtype=torch.uint8), spread, None)
+    here = next(model.parameters()) if spread is None else spread
+    failed = agree(torch.tensor([failure is not None], dtype=torch.uint8), here, world)
     if failure is not None:
         raise failure
     if bool(failed):

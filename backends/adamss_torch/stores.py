@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adamss.backend import PlainStore, Stores
 from adamss_torch.kinds import Part
-from adamss_torch.sharding import copy_into, is_sharded
+from adamss_torch.sharding import copy_into, is_partitioned, is_sharded, put_together
 
 __all__ = ["exchanged", "execution_device", "present", "stores", "writing_refused"]
 
@@ -38,6 +38,25 @@ class ParameterStore(PlainStore):
     def exchange(self, layer: nn.Module, name: str, value: Tensor) -> Tensor:
         """Do the same, and return the former values, where they were."""
         return exchanged(getattr(layer, name), value)
+
+
+class PartitionedStore(ParameterStore):
+    """Parameters that DeepSpeed ZeRO-3 has taken apart; whoever reads one does so in all processes."""
+
+    def holds(self, layer: Any, name: str) -> bool:
+        """Return whether the tensor is one."""
+        return is_partitioned(getattr(layer, name, None))
+
+    def read(self, layer: Any, name: str) -> Tensor:
+        """Return the values, put together from all processes."""
+        return put_together(getattr(layer, name))
+
+    def refusal(self, layer: Any, name: str) -> str | None:
+        """Refuse: the parts of the other processes are not in reach."""
+        return (
+            "is taken apart by DeepSpeed ZeRO-3; adamss.save the adapter, load it into a model outside of DeepSpeed, "
+            "and merge that"
+        )
 
 
 class RowsStore(ParameterStore):
@@ -107,16 +126,20 @@ class OffloadedStore(ParameterStore):
         return tensor.detach()
 
 
-stores = Stores(ParameterStore(), QuantisedStore(), ComputedStore(), OffloadedStore(), RowsStore())
+stores = Stores(
+    ParameterStore(), QuantisedStore(), ComputedStore(), OffloadedStore(), RowsStore(), PartitionedStore()
+)
 """Ways of keeping weights that adapters can sit on; `Stores.register` adds one."""
 
 
 def present(module: nn.Module, name: str) -> Any:
     """Return a tensor of a module, or None as the module has it; from accelerate's map where its values are there.
 
-    It stays on the meta device where there are none at all.
+    It stays on the meta device where there are none at all. One that DeepSpeed has taken apart is put together.
     """
     tensor = getattr(module, name)
+    if is_partitioned(tensor):
+        return put_together(tensor)
     hook = _offloading(module) if tensor is not None and tensor.is_meta else None
     return tensor if hook is None else hook.weights_map[name]
 

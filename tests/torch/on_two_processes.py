@@ -839,7 +839,7 @@ def fsdp_refuses_what_it_cannot_do():
 
 
 @scenario
-def fsdp1_is_refused():
+def fsdp1_is_refused_but_to_save():
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     device = torch.device("cpu")
@@ -848,6 +848,13 @@ def fsdp1_is_refused():
     model = FullyShardedDataParallel(adapted(), device_id=device, use_orig_params=True)
     with raising(errors.StateError, "FSDP1", "fully_shard"):
         BudgetController(model, torch.optim.SGD(model.parameters(), lr=0.1), schedule())
+    with raising(errors.StateError, "summon_full_params"):
+        adamss.save(model, folder() / "fsdp1.safetensors")
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        adamss.save(model, folder() / "fsdp1.safetensors")
+    dist.barrier()
+    x = batch(3)
+    torch.testing.assert_close(adamss.load(net(), folder() / "fsdp1.safetensors")(x), model(x))
 
 
 # ---- the process ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 import on_two_processes as worker
 import pytest
 import torch
+from torch import nn
 
 import adamss
 from adamss import BudgetConfig, errors
@@ -165,7 +166,7 @@ def test_a_list_for_ddp_that_is_there_is_kept(net, config):
 
 
 def of_deepspeed(name: str, **attributes) -> object:
-    """Return an object of a class that says that it is DeepSpeed's, which cannot be installed here."""
+    """Return an object of a class that says that it is DeepSpeed's."""
     return type(name, (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2", **attributes})()
 
 
@@ -182,8 +183,33 @@ def test_optimisers_of_deepspeed_are_refused(net, config, wrapped):
     BudgetController(model, inner, BudgetConfig(target=4, end_step=4)).remove()
 
 
-def test_weights_that_deepspeed_has_partitioned_are_refused(net, config):
-    model = net()
-    model.layers[1].value.weight.ds_id = 3
-    with pytest.raises(errors.LayerError, match=r"layers\.1\.value: DeepSpeed ZeRO-3"):
-        adamss.attach(model, config())
+def test_a_convolution_that_deepspeed_has_partitioned_is_refused(config):
+    model = nn.Sequential(nn.Conv1d(6, 6, 3))
+    model[0].weight.ds_id = 3
+    with pytest.raises(
+        errors.LayerError, match=r"0 is a Conv1d whose weight DeepSpeed ZeRO-3 has taken apart"
+    ):
+        adamss.attach(model, config(targets=["0"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_deepspeed(tmp_path, processes):
+    """Attached before and after ZeRO-3 has taken the weights apart; trained, saved, and loaded elsewhere."""
+    pytest.importorskip("deepspeed")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    done = subprocess.run(
+        [*command, str(HERE / "under_deepspeed.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("ok") == processes
