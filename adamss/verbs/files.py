@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, reading, require_kept_base, sites_of, whole
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight, Site
+from adamss.backend.sites import BaseWeight, Site, owner_of
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, check_matrix, namespace
-from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint, unknown
+from adamss.core.fingerprint import Fingerprint, fingerprint, unknown, unlikely
 from adamss.errors import (
     AdamssWarning,
     CheckpointError,
@@ -123,12 +124,14 @@ def load(
     path
         A file that `save` wrote.
     trainable
-        For a portable file. True: the basis is ``A = orth([M, U])``, its first R columns, so that
-        training can go on in the whole subspace; this decomposes the weights. False: ``A = orth(M)``, which is
-        all that inference needs and quick.
+        Whether the adapter and ``modules_to_save`` are trained from now on. False: no parameter of a PyTorch model
+        requires a gradient, and `trainable_parameters` has none. Of a portable file, True makes the basis
+        ``A = orth([M, U])``, its first R columns, so that training can go on in the whole subspace; this decomposes
+        the weights. False makes it ``A = orth(M)``, which is all that inference needs and quick.
     check_base
-        Whether to compare the fingerprints of the base weights. Turn it off to put an adapter on a model other
-        than its own on purpose.
+        Whether to compare the fingerprints of the base weights. Where a base is quantised, here or where the adapter
+        was trained, they may differ by what its bits explain. Turn it off to put an adapter on a model other than its
+        own on purpose.
         With ``trainable=False``, or a file that was saved with ``training=True``, the weights are not looked at
         then: a PyTorch model may still be on the meta device. The adapter is loaded to the CPU, and the weights come
         afterwards, by ``load_state_dict(..., strict=False, assign=True)``.
@@ -174,6 +177,7 @@ def load(
         }
 
         layers: dict[str, Factors] = {}
+        differences: dict[str, float] = {}
         with progress(len(weights)) as count:
             # Said of the present batch: `each` is done with one before the next begins.
             batch: dict[str, BaseWeight] = {}
@@ -183,7 +187,8 @@ def load(
                 if backend.has_values(base.W):
                     check_matrix(base.W, name=f"{layer_path}: weight")
                 if check_base:
-                    _check_base_values(layer_path, layer, base)
+                    mark = fingerprint(base.W, backend.noise(sites[layer_path]))
+                    differences[layer_path] = _compared(layer_path, layer.base, mark)
                 factors = _loaded_factors(
                     backend, layer, base, stored.config, path=layer_path, trainable=trainable
                 )
@@ -193,10 +198,12 @@ def load(
             for batch in batches(division.share(weights, _digest(stored, trainable, check_base))):
                 with division.carrying() as go:
                     layers |= zip(batch, division.each(loaded, batch), strict=True) if go else {}
+            with division.carrying() as go:
+                _check_bases(differences if go else {})
             layers = division.gather(layers)
         ordered = {path: layers[path] for path in stored.layers}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
-        return put(backend, base_model, ordered, shapes, config=stored.config, saved=saved)
+        return put(backend, base_model, ordered, shapes, config=stored.config, saved=saved, trained=trainable)
 
 
 def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation: Adaptation) -> None:
@@ -221,7 +228,7 @@ def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fin
     try:
         base = whole(backend, base_weight(backend, site, adaptation))
         with reading(site.path, base.W):
-            return fingerprint(base.W)
+            return fingerprint(base.W, backend.noise(_base_site(backend, site, adaptation)))
     except LayerError as error:
         warnings.warn(
             f"save: the base weight of {site.path} cannot be read ({error}), so that the file cannot be compared "
@@ -230,6 +237,12 @@ def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fin
             stacklevel=3,
         )
         return unknown(adaptation.shapes[site.path])
+
+
+def _base_site(backend: Backend, site: Site, adaptation: Adaptation) -> Site:
+    """Return the site of W0: that of the quantised layer, where a float one has taken its place."""
+    layer = adaptation.ledger.layers.get(owner_of(site.path))
+    return site if layer is None else backend.site(layer, site.path)
 
 
 def _stored_layer(backend: Backend, factors: Factors, mark: Fingerprint, *, training: bool) -> StoredLayer:
@@ -325,12 +338,27 @@ def _check_base_present(backend: Backend, path: str, base: BaseWeight, *, needed
         )
 
 
-def _check_base_values(path: str, layer: StoredLayer, base: BaseWeight) -> None:
-    difference = layer.base.difference(fingerprint(base.W))
-    if not difference <= FINGERPRINT_TOLERANCE:
+def _compared(path: str, stored: Fingerprint, present: Fingerprint) -> float:
+    """Check a base weight by itself; return `Fingerprint.unlikelihood`, for a check of all of them together."""
+    difference, tolerance = stored.difference(present), stored.tolerance(present)
+    if not difference <= tolerance:
         raise CheckpointError(
             f"{path}: the base weight is not the one that the adapter was trained on (its fingerprint "
-            f"differs by {difference:.0%}); load the right base model, or pass check_base=False"
+            f"differs by {difference:.0%}, where {tolerance:.0%} may be rounding); load the right base model, or "
+            "pass check_base=False"
+        )
+    return stored.unlikelihood(present)
+
+
+def _check_bases(differences: Mapping[str, float]) -> None:
+    """Check weights of few bits together: each by itself may be any."""
+    quantised = {path: value for path, value in differences.items() if value}
+    if unlikely(list(quantised.values())):
+        worst = max(quantised, key=lambda path: quantised[path])
+        raise CheckpointError(
+            f"{worst}: the base weights are not those that the adapter was trained on (the fingerprints of "
+            f"{len(quantised)} quantised layers differ by more than their rounding explains); load the right base "
+            "model, or pass check_base=False"
         )
 
 

@@ -23,10 +23,11 @@ from adamss.core import Factors
 from adamss.errors import LayerError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.adapter import Adapter
-from adamss_torch.bank import CHILD, LayerBank, OnLoan, check_state
+from adamss_torch.bank import CHILD, LayerBank, Off, OnLoan, check_state
 from adamss_torch.division import divided
 from adamss_torch.kernel import Plan, make_layout, trained_elements, update
 from adamss_torch.paths import named_parameters, unwrapped, walk
+from adamss_torch.quantised import KINDS, PACKING, QuantisedStore, float_layer, packing_layers, unpack
 from adamss_torch.sharding import is_sharded, local, rebuilt
 from adamss_torch.stores import exchanged, execution_device, stores, writing_refused
 
@@ -60,6 +61,8 @@ class _Record:
         Of the adapter.
     disabled
         Whether the model is within an `adamss.disabled` block.
+    trained
+        Whether the adapter is trained, and not only computed.
     """
 
     config: AdamssConfig
@@ -70,6 +73,7 @@ class _Record:
     unsynchronised: frozenset[str]
     name: str
     disabled: bool = False
+    trained: bool = True
 
 
 class Linear(LinearKind):
@@ -97,7 +101,7 @@ class Conv1D(LinearKind):
         return View(rows=(0,), columns=(1,))
 
 
-kinds = Kinds(Linear(), Conv1D())
+kinds = Kinds(Linear(), Conv1D(), *KINDS)
 """Kinds of layers that can be adapted; `Kinds.register` adds one."""
 
 
@@ -244,10 +248,12 @@ class TorchBackend(Backend):
             ledger=Ledger(
                 {path: a.held.numpy() for path, a in adapters.items() if a.held is not None},
                 {path: bank.base for path, bank in banks.items() if adapters[path].held is not None},
+                {path: layer for path, bank in banks.items() for layer in bank.put_away},
             ),
             disabled=record.disabled,
             revives=any(adapter.revive for adapter in adapters.values()),
             name=record.name,
+            trained=record.trained,
         )
 
     def followed(self, model: nn.Module) -> bool:
@@ -311,16 +317,30 @@ class TorchBackend(Backend):
             for name, value in values.get(path, {}).items():
                 sharding.copy_into(self.arrays(modules[path])[name], value)
             for parameter in modules[path].parameters():
-                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+                real = parameter.is_floating_point() or parameter.is_complex()
+                parameter.requires_grad_(real and adaptation.trained)
         for path, bank in banks.items():
             bank.install(adapted[path])
             weight = getattr(adapted[path], bank.kind.weight, None)
             if is_sharded(weight):
                 sharding.shard_adapter(bank.adapters[adaptation.name], weight)
+            bank.requires_grad_(adaptation.trained)
+        for layer in packing_layers(owner) if adaptation.trained else ():
+            unpack(layer)
+            Off(layer, PACKING)
         names = _leave_unsynchronised(owner)
         guard = owner.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
         paths = tuple(adapted)
-        record = _Record(adaptation.config, paths, kept, required_grad, guard, names, adaptation.name)
+        record = _Record(
+            adaptation.config,
+            paths,
+            kept,
+            required_grad,
+            guard,
+            names,
+            adaptation.name,
+            trained=adaptation.trained,
+        )
         setattr(owner, RECORD, record)
         return model
 
@@ -350,7 +370,7 @@ class TorchBackend(Backend):
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         owner, record = _owner(model)
-        if record is None:
+        if record is None or not record.trained:
             return []
         trained = [
             parameter for adapter in adapters_of(owner).values() for parameter in (adapter.B, adapter.C)
@@ -424,6 +444,44 @@ class TorchBackend(Backend):
         with torch.no_grad():
             return model, exchange_all(arrays, exchange)
 
+    def dequantised(self, model: nn.Module) -> dict[str, nn.Module]:
+        owner, record = _owner(model)
+        assert record is not None
+        modules, found = self.modules(owner), dict[str, nn.Module]()
+        for path in _banks(owner, record):
+            site = self.site(modules[path], path)
+            if not (site.kind.linear and self.noise(site)):
+                continue
+            if site.layer is owner:
+                raise LayerError(
+                    f"{path or 'the model itself'} is the whole model: no other can take its place"
+                )
+            if "forward" in vars(site.layer):
+                raise LayerError(
+                    f"{path}: somebody has put another forward on the layer, which a float layer in its place would "
+                    "not have; take it off first (accelerate.hooks.remove_hook_from_submodules(model))"
+                )
+            store = self.stores.of(site.layer, site.kind.weight)
+            casts = isinstance(store, QuantisedStore) and store.casts
+            found[path] = float_layer(*site.weight(self.own_arrays(site)), casts=casts)
+        return found
+
+    def exchange_layers(
+        self, model: nn.Module, layers: Mapping[str, nn.Module]
+    ) -> tuple[nn.Module, dict[str, nn.Module]]:
+        owner, record = _owner(model)
+        assert record is not None
+        modules, banks = self.modules(owner), _banks(owner, record)
+        former = {path: modules[path] for path in layers}
+        others = {id(former[path]): layer for path, layer in layers.items()}
+        for path, layer in layers.items():
+            banks[path].move(former[path], layer, self.kinds.of(layer, path))
+        for module in list(model.modules()):
+            # In all the places that it has.
+            for name, child in module._modules.items():
+                module._modules[name] = others.get(id(child), child)
+        return model, former
+
     def enter(self, model: nn.Module, ledger: Ledger) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
@@ -432,6 +490,7 @@ class TorchBackend(Backend):
             mask = ledger.held.get(path)
             bank.adapters[record.name].hold(None if mask is None else torch.from_numpy(mask.copy()))
             bank.base = kept.get(path)
+            bank.put_away = (ledger.layers[path],) if path in ledger.layers else ()
             bank.merged = ledger.holds_all(record.paths)
             bank.look()
         return model
