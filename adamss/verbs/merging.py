@@ -10,6 +10,7 @@ import numpy as np
 from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend, Model
 from adamss.backend.ledger import base_weight, hold, release, require_kept_base, sites_of
+from adamss.backend.sites import owner_of
 from adamss.errors import AdamssWarning, ArrayTypeError, StateError
 from adamss.verbs.common import adapted, tied_weights
 
@@ -178,6 +179,7 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
             return model
         raise StateError("consolidate: there is no frozen subspace to fold; all of them are trained")
     with backend.exact():
+        backend.check_writable(model, dict.fromkeys(map(owner_of, adaptation.layers)))
         for path, site in sites_of(backend, model, adaptation).items():
             dtype = backend.dtype_name(base_weight(backend, site, adaptation).W)
             if dtype not in ("float32", "float64"):
