@@ -325,9 +325,14 @@ class TorchBackend(Backend):
             if is_sharded(weight):
                 sharding.shard_adapter(bank.adapters[adaptation.name], weight)
             bank.requires_grad_(adaptation.trained)
-        for layer in packing_layers(owner) if adaptation.trained else ():
-            unpack(layer)
-            Off(layer, PACKING)
+        if adaptation.trained:
+            for layer in packing_layers(owner):
+                unpack(layer)
+                Off(layer, PACKING)
+            for module in owner.modules():
+                # By this the Trainer of transformers knows models that are quantised and have nothing to train.
+                if vars(module).get("is_quantized"):
+                    Off(module, "is_quantized")
         names = _leave_unsynchronised(owner)
         guard = owner.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
         paths = tuple(adapted)

@@ -1,8 +1,9 @@
-"""Adapters on quantised bases: one table of ways of keeping weights (`benchmarks/quantisers.py`), one set of behaviours."""
+"""Adapters on quantised bases: one table of stores (`benchmarks/quantisers.py`), one set of behaviours."""
 
 import copy
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import adamss
 from adamss import core, errors
+from adamss_torch import BudgetController
 from adamss_torch.backend import adapters_of, kinds
 from adamss_torch.stores import stores
 
@@ -230,7 +232,7 @@ def test_law_16_travels_between_the_float_and_the_quantised_base(name, there, tm
 
 @ALL
 def test_merging_is_refused_and_says_what_to_do(name, tmp_path):
-    model, x = adapted(name)
+    model, _ = adapted(name)
     before, layers = weights(model), list(model)
     for verb in (adamss.merge, adamss.merge_and_unload):
         with pytest.raises(errors.LayerError, match=r"^0: its \w+ is quantised .*dequantise=True.*to_lora"):
@@ -376,10 +378,102 @@ def test_loaded_without_training_nothing_requires_a_gradient(quantised, tmp_path
     assert torch.equal(other(x), model(x))
     assert not any(parameter.requires_grad for parameter in other.parameters())
     assert adamss.trainable_parameters(other) == []
+    optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(errors.StateError, match="trainable=False"):
-        from adamss_torch import BudgetController
-
-        BudgetController(
-            other, torch.optim.SGD(model.parameters()), adamss.BudgetConfig(target=2, end_step=3)
-        )
+        BudgetController(other, optimizer, adamss.BudgetConfig(target=2, end_step=3))
     assert {n: p.requires_grad for n, p in adamss.detach(other).named_parameters()} == required
+
+
+# ---- with transformers and PEFT ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, each in QUANTISERS.items() if each.trains and "used" not in name]
+)
+def test_peft_loads_its_lora_on_the_same_base(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, x = adapted(name)
+    adamss.to_lora(model, tmp_path)
+    base, _ = made(name)
+    base.register_parameter("spare", nn.Parameter(torch.zeros(1)))  # by which PEFT looks for a device
+    base.is_loaded_in_4bit, base.is_loaded_in_8bit = (
+        f"bitsandbytes {kind}" in name for kind in ("NF4", "int8")
+    )
+    base.is_loaded_in_4bit |= "FP4" in name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert distance(other.train()(x), model(x)) < max(QUANTISERS[name].exact, 1e-5)
+
+
+def four_bit_llama(folder):
+    """Return a small Llama in NF4, as `from_pretrained` makes it, and QLoRA's preparation of it."""
+    transformers = pytest.importorskip("transformers")
+    peft, _ = pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    # Sizes that bitsandbytes can pack.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=200, **sizes, tie_word_embeddings=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder, quantization_config=four_bits, dtype=torch.bfloat16, device_map="cpu")
+    return peft.prepare_model_for_kbit_training(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_qlora_with_the_trainer_of_transformers(tmp_path):
+    """NF4, norms in float32, gradient checkpointing, gradients at the input; evaluation between the steps."""
+    import transformers
+
+    from adamss_torch.transformers import ADAPTER_FILE, AdamssCallback
+
+    model = four_bit_llama(tmp_path / "base")
+    projections = [path for path, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+    before = {path: stores.read(model.get_submodule(path), "weight") for path in projections}
+    assert len(projections) == 14 and model.model.norm.weight.dtype == torch.float32
+    adamss.attach(model, adamss.AdamssConfig(targets=projections, rank=16, subspaces=4))
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 200, (8, 16), generator=generator)
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "out"),
+        max_steps=12,
+        per_device_train_batch_size=8,
+        learning_rate=3e-2,
+        gradient_checkpointing=True,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_steps=12,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data, callbacks=[AdamssCallback()]
+    )
+    # Backwards below the last layer go through the kernels of the base.
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.2
+    assert all(torch.equal(stores.read(model.get_submodule(p), "weight"), W) for p, W in before.items())
+    assert all(adapter.C.abs().max() > 1e-3 for adapter in adapters_of(model).values())
+
+    model.eval()
+    with torch.no_grad():
+        logits = model(tokens[:2]).logits
+        again = four_bit_llama(tmp_path / "base")
+        adamss.load(again, tmp_path / "out" / "checkpoint-12" / ADAPTER_FILE, trainable=False)
+        assert distance(again.eval()(tokens[:2]).logits, logits) < 0.05
+        adamss.merge(model, dequantise=True)
+        assert distance(model(tokens[:2]).logits, logits) < 0.05
+        adamss.merge_and_unload(model)
+    assert model.is_quantized is True
