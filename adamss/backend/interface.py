@@ -531,6 +531,10 @@ class ValueModels(Models):
         """Return `arrays` of the layer, so that one form of them is enough."""
         return dict(self.arrays(site.layer))
 
+    def noise(self, site: Site) -> float:
+        """Return 0: a value keeps the numbers that it is given."""
+        return 0.0
+
     def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
         """Return: a value can have any arrays."""
 

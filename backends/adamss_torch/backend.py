@@ -461,14 +461,20 @@ class TorchBackend(Backend):
                 raise LayerError(
                     f"{path or 'the model itself'} is the whole model: no other can take its place"
                 )
-            if "forward" in vars(site.layer):
+            own = vars(site.layer)
+            if "forward" in own and "_hf_hook" not in own:
                 raise LayerError(
                     f"{path}: somebody has put another forward on the layer, which a float layer in its place would "
-                    "not have; take it off first (accelerate.hooks.remove_hook_from_submodules(model))"
+                    "not have; take it off first"
                 )
             store = self.stores.of(site.layer, site.kind.weight)
             casts = isinstance(store, QuantisedStore) and store.casts
             found[path] = float_layer(*site.weight(self.own_arrays(site)), casts=casts)
+            if "_hf_hook" in own:
+                # By which accelerate moves inputs to the device of the layer.
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(found[path], own["_hf_hook"])
         return found
 
     def exchange_layers(

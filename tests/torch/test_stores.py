@@ -47,7 +47,7 @@ def made(name, *, seed=0, quantised=True):
             S = 1.0 / torch.arange(1, len(Vh) + 1)
             layer.weight.data = (U * S) @ Vh + torch.randn_like(layer.weight) * 0.05
         x = torch.randn(5, 3, 128)
-    model, x = model.to(kept.dtype), x.to(kept.dtype)
+    model, x = model.to(kept.dtype).requires_grad_(False), x.to(kept.dtype)
     if quantised:
         for path in LAYERS:
             try:
@@ -477,3 +477,35 @@ def test_qlora_with_the_trainer_of_transformers(tmp_path):
         assert distance(model(tokens[:2]).logits, logits) < 0.05
         adamss.merge_and_unload(model)
     assert model.is_quantized is True
+
+
+@SOME
+def test_layers_that_accelerate_has_dispatched(name):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = adapted(name)
+    for path in LAYERS:
+        hooks.add_hook_to_module(model[int(path)], hooks.AlignDevicesHook(execution_device="cpu"))
+    output = model(x)
+    adamss.merge(model, dequantise=True)
+    assert isinstance(model[0]._hf_hook, hooks.AlignDevicesHook)
+    assert_close(model(x), output, 1e-5)
+    adamss.unmerge(model)
+    assert torch.equal(model(x), output)
+    model[2].forward = model[2].forward.__wrapped__
+    del model[2]._hf_hook
+    with pytest.raises(errors.LayerError, match="2: somebody has put another forward on the layer"):
+        adamss.merge(model, dequantise=True)
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes NF4", "torchao int8", "HQQ 4 bits"])
+def test_copies_of_adapted_models_are_models_of_their_own(name):
+    model, x = adapted(name)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(x), model(x))
+    adamss.merge(other, dequantise=True)
+    again = copy.deepcopy(other)
+    adamss.unmerge(again)
+    assert torch.equal(again(x), model(x))
+    assert again[0] is not model[0]
+    assert type(again[0]) is type(model[0])
