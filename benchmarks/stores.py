@@ -83,7 +83,7 @@ def measure(name: str, kept: Quantiser, width: int, x: Tensor, file: Path, repea
     x = x.to(kept.dtype)
 
     def made(each: Quantiser) -> nn.Module:
-        return nn.Sequential(each.make(float_layer(width, kept.dtype)))
+        return nn.Sequential(each.make(float_layer(width, kept.dtype))).requires_grad_(False)
 
     base, whole = made(kept), made(FLOAT)
     # Of a layer of its own: bitsandbytes 0.50 spoils packed weights with single scales when it is asked for a state.
@@ -134,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.repeats, arguments.width, arguments.tokens = 6, 128, 32
     about = environment(["torch", "numpy"])
     print(", ".join(f"{name} {value}" for name, value in about.items()))
+    torch.manual_seed(0)
     x, found = torch.randn(arguments.tokens, arguments.width), []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other libraries: casts, kernels that are not installed

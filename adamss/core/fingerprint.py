@@ -63,26 +63,22 @@ class Fingerprint:
         """
         return FINGERPRINT_TOLERANCE + DEVIATIONS * math.hypot(self.noise, other.noise)
 
-    def unlikelihood(self, other: Fingerprint) -> float:
-        """Return the mean square of the differences of projections, in units of the expected one.
 
-        About 1 for one weight, at most, and ``2 / noise**2`` for others. 0 where neither is quantised.
-        """
-        expected = math.hypot(self.noise, other.noise) * abs(self.norm)
-        if not expected:
-            return 0.0
-        differences = np.subtract(self.projections, other.projections)
-        return float(np.mean(np.square(differences / expected)))
+def unlikely(pairs: Sequence[tuple[Fingerprint, Fingerprint]]) -> bool:
+    """Return whether the weights of many layers are others altogether, where one of each pair is quantised.
 
-
-def unlikely(values: Sequence[float]) -> bool:
-    """Return whether the weights of many layers are others altogether, from `Fingerprint.unlikelihood` of each.
-
-    In two or three bits a single layer does not tell: its rounding error is as large as the weight.
+    In two or three bits a single layer does not tell: its rounding error is as large as the weight. The mean square
+    of the differences of projections, relative to the norm, is about ``noise**2`` of the same weights, and 2 of
+    others; the limit is their geometric mean, or more where there are too few numbers to average over.
     """
-    if not values:
+    noises = [math.hypot(a.noise, b.noise) for a, b in pairs]
+    pairs = [pair for pair, noise in zip(pairs, noises, strict=True) if noise and pair[0].norm]
+    if not pairs:
         return False
-    return float(np.mean(values)) > 1 + DEVIATIONS * math.sqrt(2 / (PROJECTIONS * len(values)))
+    expected = float(np.mean(np.square([noise for noise in noises if noise])))
+    found = np.mean([np.square(np.subtract(a.projections, b.projections) / a.norm) for a, b in pairs])
+    chance = 1 + DEVIATIONS * math.sqrt(2 / (PROJECTIONS * len(pairs)))
+    return float(found) > max(math.sqrt(2 * expected), expected * chance)
 
 
 def fingerprint(W: Array, noise: float = 0.0) -> Fingerprint:

@@ -177,7 +177,7 @@ def load(
         }
 
         layers: dict[str, Factors] = {}
-        differences: dict[str, float] = {}
+        marks: dict[str, tuple[Fingerprint, Fingerprint]] = {}
         with progress(len(weights)) as count:
             # Said of the present batch: `each` is done with one before the next begins.
             batch: dict[str, BaseWeight] = {}
@@ -188,7 +188,8 @@ def load(
                     check_matrix(base.W, name=f"{layer_path}: weight")
                 if check_base:
                     mark = fingerprint(base.W, backend.noise(sites[layer_path]))
-                    differences[layer_path] = _compared(layer_path, layer.base, mark)
+                    _check_base_values(layer_path, layer.base, mark)
+                    marks[layer_path] = layer.base, mark
                 factors = _loaded_factors(
                     backend, layer, base, stored.config, path=layer_path, trainable=trainable
                 )
@@ -199,7 +200,7 @@ def load(
                 with division.carrying() as go:
                     layers |= zip(batch, division.each(loaded, batch), strict=True) if go else {}
             with division.carrying() as go:
-                _check_bases(differences if go else {})
+                _check_all_bases(marks if go else {})
             layers = division.gather(layers)
         ordered = {path: layers[path] for path in stored.layers}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
@@ -338,8 +339,7 @@ def _check_base_present(backend: Backend, path: str, base: BaseWeight, *, needed
         )
 
 
-def _compared(path: str, stored: Fingerprint, present: Fingerprint) -> float:
-    """Check a base weight by itself; return `Fingerprint.unlikelihood`, for a check of all of them together."""
+def _check_base_values(path: str, stored: Fingerprint, present: Fingerprint) -> None:
     difference, tolerance = stored.difference(present), stored.tolerance(present)
     if not difference <= tolerance:
         raise CheckpointError(
@@ -347,18 +347,16 @@ def _compared(path: str, stored: Fingerprint, present: Fingerprint) -> float:
             f"differs by {difference:.0%}, where {tolerance:.0%} may be rounding); load the right base model, or "
             "pass check_base=False"
         )
-    return stored.unlikelihood(present)
 
 
-def _check_bases(differences: Mapping[str, float]) -> None:
+def _check_all_bases(marks: Mapping[str, tuple[Fingerprint, Fingerprint]]) -> None:
     """Check weights of few bits together: each by itself may be any."""
-    quantised = {path: value for path, value in differences.items() if value}
-    if unlikely(list(quantised.values())):
-        worst = max(quantised, key=lambda path: quantised[path])
+    if unlikely(list(marks.values())):
+        worst = max(marks, key=lambda path: marks[path][0].difference(marks[path][1]))
         raise CheckpointError(
             f"{worst}: the base weights are not those that the adapter was trained on (the fingerprints of "
-            f"{len(quantised)} quantised layers differ by more than their rounding explains); load the right base "
-            "model, or pass check_base=False"
+            "quantised layers differ, together, by more than rounding explains); load the right base model, or pass "
+            "check_base=False"
         )
 
 

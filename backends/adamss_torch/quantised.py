@@ -6,7 +6,8 @@ imported only where a layer of it has been found.
 
 Each store says how large the rounding error of its layers is, root mean square, relative to the weight: of b bits
 ``2^(1-b)``, since the numbers of a group reach to about three times their root mean square, and a rounding error is
-spread evenly over a step; of floating-point numbers a quarter of the distance from 1 to the next one.
+spread evenly over a step; 1/64 at least, since eight bits often have one scale for a whole row, which reaches
+farther; of floating-point numbers a quarter of the distance from 1 to the next one.
 """
 
 from __future__ import annotations
@@ -303,7 +304,7 @@ def _noise(kept: Any) -> float:
     if isinstance(kept, torch.dtype) and kept.is_floating_point and kept.itemsize == 1:
         return torch.finfo(kept).eps / 4
     bits = kept if isinstance(kept, int) else re.fullmatch(r"torch\.u?int([1-8])", str(kept))
-    return 2.0 ** (1 - (int(bits[1]) if isinstance(bits, re.Match) else bits or 4))
+    return max(2.0 ** (1 - (int(bits[1]) if isinstance(bits, re.Match) else bits or 4)), 1 / 64)
 
 
 # ---- float layers in their places ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -509,3 +510,11 @@ def test_copies_of_adapted_models_are_models_of_their_own(name):
     assert torch.equal(again(x), model(x))
     assert again[0] is not model[0]
     assert type(again[0]) is type(model[0])
+
+
+def test_the_documentation_names_all_stores_and_tests_that_there_are():
+    text = (PATH.parents[1] / "docs" / "quantised.md").read_text(encoding="utf-8")
+    table = text.split("| store | layers |")[1].split("\n\n")[0]
+    stores_told = {line.split("|")[1].strip() for line in table.splitlines()[2:]}
+    assert stores_told == {name for name in QUANTISERS if "used" not in name}
+    assert set(re.findall(r"`(test_\w+)`", text)) <= globals().keys()
