@@ -231,6 +231,20 @@ def test_what_cannot_be_written_is_refused_with_the_reason_of_its_store(tmp_path
     assert adamss.to_lora(model, tmp_path).rank == int(adapters_of(model)["0"].ranks.sum())
 
 
+def test_a_store_that_tells_its_noise_is_dequantised_if_asked():
+    model, x = trained(in_eight_bits)
+    y, layer = model(x), model[0]
+    with pytest.raises(errors.LayerError, match=r"^0: its weight is kept in eight bits"):
+        adamss.merge(model, dequantise=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EightBitsStore, "noise", lambda self, layer, name: 1 / 64)
+        adamss.merge(model, dequantise=True)
+        assert type(model[0]) is nn.Linear
+        torch.testing.assert_close(model(x), y)
+        assert adamss.unmerge(model)[0] is layer
+    torch.testing.assert_close(model(x), y)
+
+
 def test_a_kind_may_refuse_a_layer():
     model = nn.Sequential(nn.Conv1d(6, 6, 3, groups=2))
     with pytest.raises(errors.LayerError, match="0 has groups"):

@@ -408,9 +408,8 @@ def test_peft_loads_its_lora_on_the_same_base(name, tmp_path):
 
 
 def four_bit_llama(folder):
-    """Return a small Llama in NF4, as `from_pretrained` makes it, and QLoRA's preparation of it."""
-    transformers = pytest.importorskip("transformers")
-    peft, _ = pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    """Return a small Llama in NF4, as `from_pretrained` makes it."""
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes")
     # Sizes that bitsandbytes can pack.
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlamaConfig(vocab_size=200, **sizes, tie_word_embeddings=False)
@@ -423,9 +422,30 @@ def four_bit_llama(folder):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(folder, quantization_config=four_bits, dtype=torch.bfloat16, device_map="cpu")
-    return peft.prepare_model_for_kbit_training(model)
+    options = {"quantization_config": four_bits, "dtype": torch.bfloat16, "device_map": "cpu"}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def prepared_llama(folder):
+    """Return the same after QLoRA's preparation."""
+    peft = pytest.importorskip("peft")
+    return peft.prepare_model_for_kbit_training(four_bit_llama(folder))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_with_merged_layers_is_saved_whole(tmp_path):
+    model = four_bit_llama(tmp_path / "base")
+    adamss.attach(model, adamss.AdamssConfig(targets=["q_proj", "v_proj"], rank=16, subspaces=4))
+    merged = list(adapters_of(moved(model)))
+    adamss.merge_and_unload(model, dequantise=True)
+    model.config.quantization_config.llm_int8_skip_modules = ["lm_head", *merged]
+    model.save_pretrained(tmp_path / "merged")
+    again = type(model).from_pretrained(tmp_path / "merged", dtype=torch.bfloat16, device_map="cpu")
+    kinds_of = [type(again.get_submodule(path)).__name__ for path in merged]
+    assert kinds_of == ["Linear"] * 4
+    assert type(again.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    tokens = torch.arange(16)[None]
+    assert torch.equal(again.train()(tokens).logits, model.train()(tokens).logits)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -435,7 +455,7 @@ def test_qlora_with_the_trainer_of_transformers(tmp_path):
 
     from adamss_torch.transformers import ADAPTER_FILE, AdamssCallback
 
-    model = four_bit_llama(tmp_path / "base")
+    model = prepared_llama(tmp_path / "base")
     projections = [path for path, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
     before = {path: stores.read(model.get_submodule(path), "weight") for path in projections}
     assert len(projections) == 14 and model.model.norm.weight.dtype == torch.float32
@@ -471,7 +491,7 @@ def test_qlora_with_the_trainer_of_transformers(tmp_path):
     model.eval()
     with torch.no_grad():
         logits = model(tokens[:2]).logits
-        again = four_bit_llama(tmp_path / "base")
+        again = prepared_llama(tmp_path / "base")
         adamss.load(again, tmp_path / "out" / "checkpoint-12" / ADAPTER_FILE, trainable=False)
         assert distance(again.eval()(tokens[:2]).logits, logits) < 0.05
         adamss.merge(model, dequantise=True)
