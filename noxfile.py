@@ -17,7 +17,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
-FRAMEWORKS = ("demo", "peft", "flax", "equinox", "conformance")
+FRAMEWORKS = ("demo", "peft", "flax", "equinox", "quantised", "conformance")
 # xdist runs the laws in two processes; the test of a third party's backend builds a project of its own.
 TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers")
 STYLE_TOOLS = ("ruff", "import-linter", "mypy", "types-tabulate", "types-tqdm")
@@ -47,6 +47,7 @@ BENCHMARKS = (
     "memory",
     "scaling",
     "inference",
+    "stores",
     "step_time_jax",
     "budget",
 )

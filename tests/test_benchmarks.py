@@ -14,6 +14,7 @@ DRY_RUNS = {
     "scaling": ["--quick"],
     "step_time": ["--quick", "--no-model", "--widths", "384"],
     "step_time_jax": ["--quick"],
+    "stores": ["--quick"],
 }
 
 

@@ -19,7 +19,7 @@ import adamss
 from adamss import cli, core
 from adamss.backend import NumpyLinear, NumpyModel
 from adamss.backend.tensors import StoredTensor
-from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
+from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint, unlikely
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError, ConfigError
 from adamss.io import checkpoint, reader, writer
 from adamss_conformance.cases import random_C
@@ -132,6 +132,22 @@ class TestFingerprint:
         assert mark.difference(fingerprint(W.T)) == float("inf")
         zero = fingerprint(np.zeros((2, 2)))
         assert zero.difference(zero) == 0.0
+
+    @pytest.mark.parametrize(("bits", "layers"), [(8, 1), (4, 2), (3, 4), (2, 12)])
+    def test_quantised_weights_are_told_apart_by_what_their_bits_explain(self, bits, layers):
+        """The fewer the bits, the more layers it takes."""
+        noise, rng, refused = 2.0 ** (1 - bits), np.random.default_rng(0), {"same": 0, "other": 0}
+        for _ in range(50):
+            marks = {"same": [], "other": []}
+            for _ in range(layers):
+                W, other = rng.standard_normal((2, 64, 48))
+                quantised = fingerprint(W + noise * rng.standard_normal(W.shape), noise)
+                marks["same"].append((fingerprint(W), quantised))
+                marks["other"].append((fingerprint(other), quantised))
+            for name, pairs in marks.items():
+                alone = any(a.difference(b) > a.tolerance(b) for a, b in pairs)
+                refused[name] += alone or unlikely(pairs)
+        assert refused == {"same": 0, "other": 50}
 
     @pytest.mark.parametrize(
         "changes",
@@ -307,6 +323,7 @@ class TestBadFiles:
         ("key", "value", "match"),
         [("projections", numbers, "fingerprint holds") for numbers in ([np.nan] * 4, [0.0, 0.0, 0.0, np.inf])]
         + [("norm", number, "fingerprint holds") for number in (-1.0, True, "1")]
+        + [("noise", number, "fingerprint holds") for number in (-0.1, 1.5, True, np.nan, "0", None)]
         + [("norm", 10**400, "not a valid adapter file")]
         + [("shape", s, r"no shape \(d, n\)") for s in ([12.0, 10], [True, 10], [12, 10, 1], "12")],
     )

@@ -36,10 +36,13 @@ class Ledger:
     base
         By path of the module that holds the arrays, W0 and the bias as its own arrays by name; None where they were
         dropped. Modules whose arrays hold no update are not named.
+    layers
+        By path of the module, the quantised layers that have W0, and whose place float ones have taken.
     """
 
     held: Mapping[str, Mask] = field(default_factory=dict)
     base: Mapping[str, Mapping[str, Array] | None] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def keeps_base(self) -> bool:
@@ -73,6 +76,8 @@ class Adaptation:
         Whether a budget that runs may let frozen subspaces return.
     name
         Of the adapter.
+    trained
+        Whether it is trained, and not only computed.
     """
 
     config: AdamssConfig
@@ -83,6 +88,7 @@ class Adaptation:
     disabled: bool = False
     revives: bool = False
     name: str = DEFAULT
+    trained: bool = True
 
     @property
     def merged(self) -> bool:

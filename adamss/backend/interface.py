@@ -356,6 +356,10 @@ class Models(ABC):
             )
         return site.kind.lora
 
+    def noise(self, site: Site) -> float:
+        """Return the rounding error of the weight at a site: see `Store.noise`."""
+        return self.stores.noise(site.layer, site.kind.weight)
+
     @abstractmethod
     def arrays(self, module: Module) -> dict[str, Array]:
         """Return all the named arrays of a module, as ``modules_to_save`` stores them.
@@ -488,6 +492,26 @@ class Models(ABC):
             By path of the module and name, as `own_arrays` has them.
         """
 
+    def dequantised(self, model: Model) -> dict[str, Module]:
+        """Return, by path of the module, a float layer of the same numbers for each adapted layer that is quantised.
+
+        None by default, for frameworks whose stores keep the numbers that they are given.
+
+        Raises
+        ------
+        LayerError
+            If a layer cannot be replaced; the message names it.
+        """
+        return {}
+
+    def exchange_layers(self, model: Model, layers: Mapping[str, Module]) -> tuple[Model, dict[str, Module]]:
+        """Return the model with other layers, adapters and all, and those that were there, by path of the module.
+
+        ``exchange_layers(*exchange_layers(m, l)) == m, l``. Only layers of `dequantised`, and those that they have
+        taken the place of.
+        """
+        return model, {}
+
     @abstractmethod
     def enter(self, model: Model, ledger: Ledger) -> Model:
         """Return the model with another ledger: ``adaptation(enter(m, l)).ledger == l``.
@@ -535,6 +559,10 @@ class ValueModels(Models):
         """Return `arrays` of the layer, so that one form of them is enough."""
         return dict(self.arrays(site.layer))
 
+    def noise(self, site: Site) -> float:
+        """Return 0: a value keeps the numbers that it is given."""
+        return 0.0
+
     def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
         """Return: a value can have any arrays."""
 
@@ -567,9 +595,10 @@ class ValueModels(Models):
     def parameters(self, model: Model) -> Any:
         """Return the arrays by path and name."""
         bank, modules = self.bank(model) or Bank(), self.modules(model)
-        factors = {path: f for each in bank.adapters.values() for path, f in each.layers.items()}
+        adapters = [each for each in bank.adapters.values() if each.trained]
+        factors = {path: f for each in adapters for path, f in each.layers.items()}
         trained = {path: {"B": f.B, "C": f.C} for path, f in factors.items()}
-        return trained | {path: self.arrays(modules[path]) for path in bank.originals}
+        return trained | {path: self.arrays(modules[path]) for each in adapters for path in each.saved}
 
     def with_factors(self, model: Model, factors: Mapping[str, Factors]) -> Model:
         """Return the model with other factors in some layers, as a step of an optimiser makes them."""

@@ -116,6 +116,8 @@ def base_weight(
         If W0 was dropped by ``merge(keep_base=False)``.
     """
     ledger = Ledger() if adaptation is None else adaptation.ledger
+    if owner_of(site.path) in ledger.layers:
+        return base_weight(backend, backend.site(ledger.layers[owner_of(site.path)], site.path))
     kept, arrays = ledger.base.get(owner_of(site.path)), backend.own_arrays(site)
     # Kept in the host's memory, and wanted where the layer is.
     on = {name: None if array is None else device(array) for name, array in arrays.items()}
@@ -154,6 +156,7 @@ def put(
     *,
     config: AdamssConfig,
     saved: Mapping[str, Mapping[str, Any] | None],
+    trained: bool = True,
 ) -> Model:
     """Return the model with an adapter on it.
 
@@ -167,11 +170,13 @@ def put(
         The settings.
     saved
         Paths of ``modules_to_save``, and the values that they get, as from `Models.arrays` (None: as they are).
+    trained
+        Whether the adapter and ``modules_to_save`` are trained from now on.
     """
     modules = backend.modules(model)
     return backend.insert(
         model,
-        Adaptation(config, layers, shapes, tuple(saved)),
+        Adaptation(config, layers, shapes, tuple(saved), trained=trained),
         originals={path: backend.arrays(modules[path]) for path in saved},
         values={path: values for path, values in saved.items() if values is not None},
     )
@@ -184,6 +189,7 @@ def hold(
     subspaces: Mapping[str, np.ndarray[Any, Any]],
     *,
     keep_base: bool,
+    put_away: Mapping[str, Any] | None = None,
 ) -> tuple[Model, dict[str, float]]:
     """Let each weight hold the update of just these subspaces: ``round(W0 + sum over k of A_k B_k C_k)``.
 
@@ -195,6 +201,8 @@ def hold(
         (K,) booleans on the host, by path of every adapted layer.
     keep_base
         Whether W0 is kept. One that was dropped before stays so.
+    put_away
+        By path of the module, quantised layers whose place those of the model have taken, and which have W0.
 
     Returns
     -------
@@ -236,8 +244,11 @@ def hold(
     outputs = _probed(backend, model)
     with ExitStack() as undo:
         model, before = _exchanged(undo, backend.exchange, model, arrays)
+        layers = {} if put_away is None or not keep_base else put_away
         former = {owner: kept.get(owner, before[owner]) if keep_base else None for owner in owners}
-        model = _entered(undo, backend, model, adaptation.ledger, Ledger(dict(subspaces), former))
+        former |= {owner: {} for owner in layers}
+        ledger = Ledger(dict(subspaces), former, layers)
+        model = _entered(undo, backend, model, adaptation.ledger, ledger)
         again = backend.probed(model) if outputs else {}
         for path in outputs.keys() & again.keys():
             _check_output(
@@ -288,8 +299,9 @@ def release(backend: Backend, model: Model, adaptation: Adaptation, *, saved: bo
     _check_saved(backend, model, originals)
     backend.check_writable(model, base, originals)
     with ExitStack() as undo:
-        if base:
+        if adaptation.ledger.held:
             model, _ = _exchanged(undo, backend.exchange, model, base)
+            model, _ = _exchanged(undo, backend.exchange_layers, model, adaptation.ledger.layers)
             model = _entered(undo, backend, model, adaptation.ledger, Ledger())
         if originals:
             model, _ = _exchanged(undo, backend.exchange_saved, model, originals)
@@ -305,6 +317,7 @@ def switched_off(backend: Backend, model: Model, adaptation: Adaptation) -> Iter
     backend.check_writable(model, base, originals)
     with ExitStack() as undo:
         off, _ = _exchanged(undo, backend.exchange, model, base)
+        off, _ = _exchanged(undo, backend.exchange_layers, off, adaptation.ledger.layers)
         off, _ = _exchanged(undo, backend.exchange_saved, off, originals)
         if off is model:
             undo.callback(backend.switched, model, on=True)
@@ -343,8 +356,8 @@ def _entered(undo: ExitStack, backend: Backend, model: Model, former: Ledger, le
 
 
 def _kept(adaptation: Adaptation) -> dict[str, Mapping[str, Any]]:
-    """Return the W0 that are kept, by the path of the module."""
-    return {path: arrays for path, arrays in adaptation.ledger.base.items() if arrays is not None}
+    """Return the W0 that are kept, by the path of the module; not those of layers that are put away."""
+    return {path: arrays for path, arrays in adaptation.ledger.base.items() if arrays}
 
 
 def _only(factors: Factors, subspaces: np.ndarray[Any, Any]) -> Factors:

@@ -41,6 +41,14 @@ class Store(ABC):
     def write(self, layer: Any, name: str, value: Array) -> None:
         """Give the layer another array."""
 
+    def noise(self, layer: Any, name: str) -> float:
+        """Return the error of an array that is kept in few bits, root mean square, relative to the array.
+
+        It is 0 for what keeps the numbers that it is given. Any other layer is quantised: an adapter of its float
+        base fits it within this error, and ``adamss.merge(model, dequantise=True)`` turns it into a float layer.
+        """
+        return 0.0
+
     def exchange(self, layer: Any, name: str, value: Array) -> Array:
         """Give the layer another array, and return the one that it had, which nobody writes over."""
         before = self.read(layer, name)
@@ -93,6 +101,11 @@ class Stores:
         """Return why an array of a layer cannot be written, as a clause; None if it can, or there is none."""
         store = self.of(layer, name)
         return None if store is None else store.refusal(layer, name)
+
+    def noise(self, layer: Any, name: str) -> float:
+        """Return the rounding error of an array of a layer, see `Store.noise`; 0 if there is no such array."""
+        store = self.of(layer, name)
+        return 0.0 if store is None else store.noise(layer, name)
 
     def exchange(self, layer: Any, name: str, value: Array) -> Array:
         """See `Store.exchange`."""

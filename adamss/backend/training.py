@@ -37,6 +37,8 @@ def adaptation_in_training(backend: Backend, model: Model, who: str) -> Adaptati
     if adaptation is None:
         raise StateError(f"{who}: the model has no adapters; call adamss.attach first")
     require_unchanged(backend, model, who)
+    if not adaptation.trained:
+        raise StateError(f"{who}: the adapter is not trained; load it without trainable=False")
     if adaptation.merged:
         raise StateError(f"{who}: the updates are merged; call adamss.unmerge(model) first")
     return adaptation

@@ -198,6 +198,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int 
             "shape": list(layer.base.shape),
             "norm": layer.base.norm,
             "projections": list(layer.base.projections),
+            **({"noise": layer.base.noise} if layer.base.noise else {}),
         }
         | _form_of(layer)
         for layer_path, layer in checkpoint.layers.items()
@@ -340,13 +341,17 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
 
 def _mark(base: Any, path: str) -> Fingerprint:
     """Fingerprint from JSON, in which ``true`` is an integer and NaN a number."""
-    shape, norm, projections = base["shape"], base["norm"], base["projections"]
-    numbers = [norm, *projections]
+    shape, norm, projections, noise = base["shape"], base["norm"], base["projections"], base.get("noise", 0.0)
+    numbers = [norm, *projections, noise]
     if not all(type(length) is int and length > 0 for length in shape) or len(shape) != 2:
         raise CheckpointError(f"layer {shown(path)}: its fingerprint has no shape (d, n)")
-    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers) or norm < 0:
+    if (
+        not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+        or norm < 0
+        or not 0 <= noise <= 1
+    ):
         raise CheckpointError(f"layer {shown(path)}: its fingerprint holds {shown(numbers)}")
-    return Fingerprint((shape[0], shape[1]), float(norm), tuple(float(x) for x in projections))
+    return Fingerprint((shape[0], shape[1]), float(norm), tuple(float(x) for x in projections), float(noise))
 
 
 def _form_of(layer: StoredLayer) -> dict[str, Any]:

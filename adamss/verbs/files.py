@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,12 @@ from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, reading, require_kept_base, sites_of, whole
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight, Site
+from adamss.backend.sites import BaseWeight, Site, owner_of
 from adamss.backend.tensors import StoredTensor
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, check_matrix, namespace
-from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint, unknown
+from adamss.core.fingerprint import Fingerprint, fingerprint, unknown, unlikely
 from adamss.errors import (
     AdamssWarning,
     CheckpointError,
@@ -131,12 +132,14 @@ def load(
     path
         A file that `save` wrote.
     trainable
-        For a portable file. True: the basis is ``A = orth([M, U])``, its first R columns, so that
-        training can go on in the whole subspace; this decomposes the weights. False: ``A = orth(M)``, which is
-        all that inference needs and quick.
+        Whether the adapter and ``modules_to_save`` are trained from now on. False: no parameter of a PyTorch model
+        requires a gradient, and `trainable_parameters` has none. Of a portable file, True makes the basis
+        ``A = orth([M, U])``, its first R columns, so that training can go on in the whole subspace; this decomposes
+        the weights. False makes it ``A = orth(M)``, which is all that inference needs and quick.
     check_base
-        Whether to compare the fingerprints of the base weights. Turn it off to put an adapter on a model other
-        than its own on purpose.
+        Whether to compare the fingerprints of the base weights. Where a base is quantised, here or where the adapter
+        was trained, they may differ by what its bits explain. Turn it off to put an adapter on a model other than its
+        own on purpose.
         With ``trainable=False``, or a file that was saved with ``training=True``, the weights are not looked at
         then: a PyTorch model may still be on the meta device. The adapter is loaded to the CPU, and the weights come
         afterwards, by ``load_state_dict(..., strict=False, assign=True)``.
@@ -186,6 +189,7 @@ def load(
         }
 
         layers: dict[str, Factors] = {}
+        marks: dict[str, tuple[Fingerprint, Fingerprint]] = {}
         with progress(len(weights)) as count:
             # Said of the present batch: `each` is done with one before the next begins.
             batch: dict[str, BaseWeight] = {}
@@ -195,7 +199,9 @@ def load(
                 if backend.has_values(base.W):
                     check_matrix(base.W, name=f"{layer_path}: weight")
                 if check_base and layer_path in sites:
-                    _check_base_values(layer_path, layer, base)
+                    mark = fingerprint(base.W, backend.noise(sites[layer_path]))
+                    _check_base_values(layer_path, layer.base, mark)
+                    marks[layer_path] = layer.base, mark
                 factors = _loaded_factors(
                     backend, layer, base, stored.config, path=layer_path, trainable=trainable
                 )
@@ -205,16 +211,19 @@ def load(
             for batch in batches(division.share(weights, _digest(stored, trainable, check_base))):
                 with division.carrying() as go:
                     layers |= zip(batch, division.each(loaded, batch), strict=True) if go else {}
+            with division.carrying() as go:
+                _check_all_bases(marks if go else {})
             layers = division.gather(layers)
         if check_base:
             for path in sites.keys() - parts.keys():  # the fingerprint is of all blocks of a weight together
-                _check_base_values(path, stored.layers[path], base_weight(backend, sites[path]))
+                whole_mark = fingerprint(base_weight(backend, sites[path]).W)
+                _check_base_values(path, stored.layers[path].base, whole_mark)
         ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
         # What a file has for patterns is not compiled: a hostile one can take hours.
         ranks = {re.escape(path): {"rank": layer.rank} for path, layer in stored.layers.items() if layer.rank}
         config = stored.config.unchecked(overrides=ranks)
-        return put(backend, base_model, ordered, shapes, config=config, saved=saved)
+        return put(backend, base_model, ordered, shapes, config=config, saved=saved, trained=trainable)
 
 
 def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation: Adaptation) -> None:
@@ -239,7 +248,7 @@ def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fin
     try:
         base = whole(backend, base_weight(backend, site, adaptation))
         with reading(site.path, base.W):
-            return fingerprint(base.W)
+            return fingerprint(base.W, backend.noise(_base_site(backend, site, adaptation)))
     except LayerError as error:
         warnings.warn(
             f"save: the base weight of {site.path} cannot be read ({error}), so that the file cannot be compared "
@@ -248,6 +257,12 @@ def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fin
             stacklevel=3,
         )
         return unknown(adaptation.shapes[site.path])
+
+
+def _base_site(backend: Backend, site: Site, adaptation: Adaptation) -> Site:
+    """Return the site of W0: that of the quantised layer, where a float one has taken its place."""
+    layer = adaptation.ledger.layers.get(owner_of(site.path))
+    return site if layer is None else backend.site(layer, site.path)
 
 
 def _stored_layer(backend: Backend, factors: Factors, mark: Fingerprint, *, training: bool) -> StoredLayer:
@@ -355,12 +370,24 @@ def _check_base_present(backend: Backend, path: str, base: BaseWeight, *, needed
         )
 
 
-def _check_base_values(path: str, layer: StoredLayer, base: BaseWeight) -> None:
-    difference = layer.base.difference(fingerprint(base.W))
-    if not difference <= FINGERPRINT_TOLERANCE:
+def _check_base_values(path: str, stored: Fingerprint, present: Fingerprint) -> None:
+    difference, tolerance = stored.difference(present), stored.tolerance(present)
+    if not difference <= tolerance:
         raise CheckpointError(
             f"{path}: the base weight is not the one that the adapter was trained on (its fingerprint "
-            f"differs by {difference:.0%}); load the right base model, or pass check_base=False"
+            f"differs by {difference:.0%}, where {tolerance:.0%} may be rounding); load the right base model, or "
+            "pass check_base=False"
+        )
+
+
+def _check_all_bases(marks: Mapping[str, tuple[Fingerprint, Fingerprint]]) -> None:
+    """Check weights of few bits together: each by itself may be any."""
+    if unlikely(list(marks.values())):
+        worst = max(marks, key=lambda path: marks[path][0].difference(marks[path][1]))
+        raise CheckpointError(
+            f"{worst}: the base weights are not those that the adapter was trained on (the fingerprints of "
+            "quantised layers differ, together, by more than rounding explains); load the right base model, or pass "
+            "check_base=False"
         )
 
 

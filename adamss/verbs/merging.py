@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 
 import numpy as np
 
 from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend, Model
 from adamss.backend.ledger import base_weight, hold, release, require_kept_base, sites_of
+from adamss.backend.sites import owner_of
 from adamss.errors import AdamssWarning, ArrayTypeError, StateError
 from adamss.verbs.common import adapted, tied_weights
 
@@ -17,7 +19,7 @@ __all__ = ["consolidate", "merge", "merge_and_unload", "unmerge"]
 LOSS_WORTH_A_WARNING = 0.05
 
 
-def merge(model: Model, *, keep_base: bool = True) -> Model:
+def merge(model: Model, *, keep_base: bool = True, dequantise: bool = False) -> Model:
     """Fold the update into the weights, so that inference costs what the base model costs.
 
     Each weight becomes ``round(W0 + delta)``, the sum formed in float32 or wider. What `consolidate` has folded is
@@ -29,6 +31,11 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
         An adapted model.
     keep_base
         Keep a copy of W0 on the CPU, so that `unmerge` and `detach` are exact. Without it they raise.
+    dequantise
+        Turn each adapted layer that is quantised into a float one of the same numbers (PyTorch: `torch.nn.Linear`),
+        in the dtype that the layer computes in, and merge into that. With ``keep_base`` the quantised layer itself is
+        kept where it is, and `unmerge` and `detach` give it back. What else the model says of its quantisation
+        (``model.config.quantization_config``) stays as it is.
 
     Returns
     -------
@@ -39,6 +46,8 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     ------
     StateError
         If the model has no adapters or is merged already, or was consolidated with ``keep_base=False``.
+    LayerError
+        If a weight cannot be written: one that is quantised, without ``dequantise=True``.
     ArrayValueError
         If a merged weight is not finite; the message names the layer, and no layer is merged.
 
@@ -52,10 +61,10 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     if adaptation.merged:
         require_kept_base(adaptation, "merge")
         raise StateError("merge: the updates are merged already; call adamss.unmerge(model) first")
-    return _merged(backend, model, adaptation, "merge", keep_base=keep_base)
+    return _merged(backend, model, adaptation, "merge", keep_base=keep_base, dequantise=dequantise)
 
 
-def merge_and_unload(model: Model) -> Model:
+def merge_and_unload(model: Model, *, dequantise: bool = False) -> Model:
     """Fold the update into the weights for good, and take the adapters off: a plain model that has learnt.
 
     Weights are ``round(W0 + delta)`` as of `merge`, ``modules_to_save`` keep what they were trained to, and what
@@ -66,6 +75,8 @@ def merge_and_unload(model: Model) -> Model:
     ----------
     model
         An adapted model, merged or not.
+    dequantise
+        Turn each adapted layer that is quantised into a float one, as `merge` does.
 
     Returns
     -------
@@ -76,6 +87,8 @@ def merge_and_unload(model: Model) -> Model:
     ------
     StateError
         If the model has no adapters, or was consolidated with ``keep_base=False``.
+    LayerError
+        If a weight cannot be written: one that is quantised, without ``dequantise=True``.
     ArrayValueError
         If a merged weight is not finite; the message names the layer, and nothing is changed.
 
@@ -87,12 +100,16 @@ def merge_and_unload(model: Model) -> Model:
     """
     backend, adaptation = adapted(model, "merge_and_unload")
     if not adaptation.merged:
-        model = _merged(backend, model, adaptation, "merge_and_unload", keep_base=False)
+        model = _merged(
+            backend, model, adaptation, "merge_and_unload", keep_base=False, dequantise=dequantise
+        )
     return backend.remove(model)
 
 
 def unmerge(model: Model) -> Model:
     """Take the update out of the weights again: W0 to the bit, the adapters as before `merge`.
+
+    Where `merge` has turned quantised layers into float ones, the quantised ones come back, the same objects.
 
     Parameters
     ----------
@@ -162,6 +179,7 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
             return model
         raise StateError("consolidate: there is no frozen subspace to fold; all of them are trained")
     with backend.exact():
+        backend.check_writable(model, dict.fromkeys(map(owner_of, adaptation.layers)))
         for path, site in sites_of(backend, model, adaptation).items():
             dtype = backend.dtype_name(base_weight(backend, site, adaptation).W)
             if dtype not in ("float32", "float64"):
@@ -175,14 +193,21 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
     return model
 
 
-def _merged(backend: Backend, model: Model, adaptation: Adaptation, verb: str, *, keep_base: bool) -> Model:
+def _merged(
+    backend: Backend, model: Model, adaptation: Adaptation, verb: str, *, keep_base: bool, dequantise: bool
+) -> Model:
     """Return the model, which is not merged, with all updates in its weights."""
     if adaptation.ledger.held:
         require_kept_base(adaptation, verb)
     tied = tied_weights(backend, model, adaptation.layers)
     everything = {path: np.ones(factors.ranks.shape, np.bool_) for path, factors in adaptation.layers.items()}
-    with backend.exact():
-        model, lost = hold(backend, model, adaptation, everything, keep_base=keep_base)
+    with backend.exact(), ExitStack() as undo:
+        put_away = None
+        if dequantise:
+            model, put_away = backend.exchange_layers(model, backend.dequantised(model))
+            undo.callback(backend.exchange_layers, model, put_away)
+        model, lost = hold(backend, model, adaptation, everything, keep_base=keep_base, put_away=put_away)
+        undo.pop_all()
     worst = max(lost, key=lambda path: lost[path])
     if lost[worst] > LOSS_WORTH_A_WARNING:
         modules = backend.modules(model)

@@ -158,8 +158,8 @@ class AdaptedLayer(eqx.Module):
 def trainable_filter(model: Any) -> Any:
     """Return a tree of the model's structure that is True at every trained leaf, and False elsewhere.
 
-    Trained are B and C of every adapted layer and the floating-point arrays of ``modules_to_save``. For
-    ``eqx.partition(model, trainable_filter(model))``.
+    Trained are B and C of every adapted layer and the floating-point arrays of ``modules_to_save``; nothing of an
+    adapter that was loaded with ``trainable=False``. For ``eqx.partition(model, trainable_filter(model))``.
 
     Parameters
     ----------
@@ -188,8 +188,8 @@ def trainable_filter(model: Any) -> Any:
     saved, factors = [prefix + path for path in record.saved], EquinoxBackend().leaf_names(model)
 
     def trained(path: str, leaf: Any) -> bool:
-        if path in factors:
-            return True
+        if path in factors or not record.trained:
+            return record.trained
         return eqx.is_inexact_array(leaf) and any(
             f"{path}.".startswith(join_path(module, "")) for module in saved
         )

@@ -244,11 +244,13 @@ class Adapter(nnx.Module):
     ----------
     factors
         Factors of the layer.
+    trained
+        Whether B and C are trained.
 
     Attributes
     ----------
     B, C
-        Trained, `AdamssParam`, (P, q) and (r, n).
+        `AdamssParam`, (P, q) and (r, n); `nnx.Variable` if they are not trained.
     A, labels, ranks, active
         `nnx.Variable`, as in `adamss.core.Factors`.
     order
@@ -262,8 +264,9 @@ class Adapter(nnx.Module):
     in_weight: nnx.Dict[Any] | None = None
     active: nnx.Variable[Any]
 
-    def __init__(self, factors: Factors) -> None:
-        self.B, self.C = AdamssParam(factors.B), AdamssParam(factors.C)
+    def __init__(self, factors: Factors, *, trained: bool = True) -> None:
+        kind = AdamssParam if trained else nnx.Variable
+        self.B, self.C = kind(factors.B), kind(factors.C)
         for name in ("A", "labels", "ranks", "active"):
             setattr(self, name, nnx.Variable(getattr(factors, name)))
         self.order: str | None = None
@@ -429,12 +432,12 @@ class NnxBackend(JaxModels):
         # From here on nothing can fail.
         for path in originals:
             _write(modules[path], values.get(path, {}))
-            for variable in _trained_whole(modules[path]):
+            for variable in _trained_whole(modules[path]) if adaptation.trained else ():
                 variable.set_metadata(adamss_kind=type(variable))
                 _set_class(variable, AdamssParam)
         for site, factors in placed.values():
             bank = LayerBank(record)
-            setattr(bank, record.name, Adapter(factors))
+            setattr(bank, record.name, Adapter(factors, trained=adaptation.trained))
             setattr(site.layer, CHILD, bank)
             _set_class(site.layer, adapted_class(type(site.layer)))
         return model

@@ -43,12 +43,15 @@ class Record:
         Path of each adapted layer, from the module that was adapted, and (d, n) of its weight.
     originals
         Path of each of ``modules_to_save``, and its base values.
+    trained
+        Whether the adapter is trained, and not only computed.
     """
 
     config: AdamssConfig
     name: str
     shapes: tuple[tuple[str, tuple[int, int]], ...]
     originals: tuple[tuple[str, HostCopies], ...]
+    trained: bool = True
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -186,6 +189,7 @@ class JaxModels(JaxArrays, Backend):
             disabled=any(each.off for each in found.values()),
             revives=record.revives,
             name=record.name,
+            trained=record.trained,
         )
 
     def followed(self, model: Model) -> bool:
@@ -246,7 +250,7 @@ class JaxModels(JaxArrays, Backend):
             found[owner] = site, stacked_factors(near, leading, owner)
         kept = tuple((path, HostCopies(arrays)) for path, arrays in originals.items())
         shapes = tuple(adaptation.shapes.items())
-        return Record(adaptation.config, adaptation.name, shapes, kept), found
+        return Record(adaptation.config, adaptation.name, shapes, kept, adaptation.trained), found
 
     def with_masks(self, model: Model, active: Mapping[str, Array]) -> Model:
         found, stacked = self.attached(model), {}

@@ -24,14 +24,15 @@ from adamss.core import Factors
 from adamss.errors import ArrayValueError, LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.adapter import Adapter
-from adamss_torch.bank import CHILD, HOOK, LayerBank, OnLoan, PartBanks, check_state
+from adamss_torch.bank import CHILD, HOOK, LayerBank, Off, OnLoan, PartBanks, check_state
 from adamss_torch.division import divided
 from adamss_torch.in_place import Watch, leave, readable, readers, restore
 from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
 from adamss_torch.kinds import Part, fragments, kinds, refusal
 from adamss_torch.paths import named_parameters, unwrapped, walk
+from adamss_torch.quantised import PACKING, QuantisedStore, float_layer, packing_layers, unpack
 from adamss_torch.sharding import is_partitioned, is_sharded, local, rebuilt, shape_of
-from adamss_torch.stores import exchanged, execution_device, stores, writing_refused
+from adamss_torch.stores import ParameterStore, exchanged, execution_device, stores, writing_refused
 
 __all__ = ["TorchBackend", "adapters_of", "kinds"]
 
@@ -66,6 +67,8 @@ class _Record:
         Of the adapter.
     disabled
         Whether the model is within an `adamss.disabled` block.
+    trained
+        Whether the adapter is trained, and not only computed.
     """
 
     config: AdamssConfig
@@ -76,6 +79,7 @@ class _Record:
     unsynchronised: frozenset[str]
     name: str
     disabled: bool = False
+    trained: bool = True
 
 
 class TorchBackend(Backend):
@@ -271,10 +275,12 @@ class TorchBackend(Backend):
             ledger=Ledger(
                 {path: a.held.numpy() for path, a in adapters.items() if a.held is not None},
                 {path: bank.base for path, bank in banks.items() if adapters[path].held is not None},
+                {path: layer for path, bank in banks.items() for layer in bank.put_away},
             ),
             disabled=record.disabled,
             revives=any(adapter.revive for adapter in adapters.values()),
             name=record.name,
+            trained=record.trained,
         )
 
     def followed(self, model: nn.Module) -> bool:
@@ -338,19 +344,38 @@ class TorchBackend(Backend):
             for name, value in values.get(path, {}).items():
                 sharding.copy_into(self.arrays(modules[path])[name], value)
             for parameter in modules[path].parameters():
-                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+                real = parameter.is_floating_point() or parameter.is_complex()
+                parameter.requires_grad_(real and adaptation.trained)
         for path, bank in banks.items():
             bank.install(adapted[path], _reader_of(adapted[path], path, modules), sites[path].view)
             weight = getattr(adapted[path], bank.kind.weight, None)
             if is_sharded(weight):
                 sharding.shard_adapter(bank.adapters[adaptation.name], weight)
+            bank.requires_grad_(adaptation.trained)
+        if adaptation.trained:
+            for layer in packing_layers(owner):
+                unpack(layer)
+                Off(layer, PACKING)
+            for module in owner.modules():
+                # By this the Trainer of transformers knows models that are quantised and have nothing to train.
+                if vars(module).get("is_quantized"):
+                    Off(module, "is_quantized")
         names = _leave_unsynchronised(owner)
         guards = (
             owner.register_load_state_dict_pre_hook(check_state),  # type: ignore[no-untyped-call]
             owner.register_state_dict_pre_hook(restore),  # type: ignore[no-untyped-call]
         )
         paths = tuple(adapted)
-        record = _Record(adaptation.config, paths, kept, required_grad, guards, names, adaptation.name)
+        record = _Record(
+            adaptation.config,
+            paths,
+            kept,
+            required_grad,
+            guards,
+            names,
+            adaptation.name,
+            trained=adaptation.trained,
+        )
         setattr(owner, RECORD, record)
         if owner not in adapted.values():
             owner._forward_pre_hooks[WATCH_KEY] = _watch
@@ -387,7 +412,7 @@ class TorchBackend(Backend):
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         owner, record = _owner(model)
-        if record is None:
+        if record is None or not record.trained:
             return []
         trained = [
             parameter for adapter in adapters_of(owner).values() for parameter in (adapter.B, adapter.C)
@@ -461,6 +486,50 @@ class TorchBackend(Backend):
         with torch.no_grad():
             return model, exchange_all(arrays, exchange)
 
+    def dequantised(self, model: nn.Module) -> dict[str, nn.Module]:
+        owner, record = _owner(model)
+        assert record is not None
+        modules, found = self.modules(owner), dict[str, nn.Module]()
+        for path in _banks(owner, record):
+            site = self.site(modules[path], path)
+            if not (site.kind.linear and self.noise(site)):
+                continue
+            if site.layer is owner:
+                raise LayerError(
+                    f"{path or 'the model itself'} is the whole model: no other can take its place"
+                )
+            own = vars(site.layer)
+            if "forward" in own and "_hf_hook" not in own:
+                raise LayerError(
+                    f"{path}: somebody has put another forward on the layer, which a float layer in its place would "
+                    "not have; take it off first"
+                )
+            store = self.stores.of(site.layer, site.kind.weight)
+            casts = isinstance(store, QuantisedStore) and store.casts
+            found[path] = float_layer(*site.weight(self.own_arrays(site)), casts=casts)
+            if "_hf_hook" in own:
+                # By which accelerate moves inputs to the device of the layer.
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(found[path], own["_hf_hook"])
+        return found
+
+    def exchange_layers(
+        self, model: nn.Module, layers: Mapping[str, nn.Module]
+    ) -> tuple[nn.Module, dict[str, nn.Module]]:
+        owner, record = _owner(model)
+        assert record is not None
+        modules, banks = self.modules(owner), _banks(owner, record)
+        former = {path: modules[path] for path in layers}
+        others = {id(former[path]): layer for path, layer in layers.items()}
+        for path, layer in layers.items():
+            banks[path].move(former[path], layer, self.kinds.of(layer, path))
+        for module in list(model.modules()):
+            # In all the places that it has.
+            for name, child in module._modules.items():
+                module._modules[name] = others.get(id(child), child)
+        return model, former
+
     def enter(self, model: nn.Module, ledger: Ledger) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
@@ -469,6 +538,7 @@ class TorchBackend(Backend):
             mask = ledger.held.get(path)
             bank.adapters[record.name].hold(None if mask is None else torch.from_numpy(mask.copy()))
             bank.base = kept.get(path)
+            bank.put_away = (ledger.layers[path],) if path in ledger.layers else ()
             bank.merged = ledger.holds_all(record.paths)
             bank.look()
         return model
@@ -653,8 +723,11 @@ def _reader_of(layer: Any, path: str, modules: Mapping[str, Any]) -> nn.Module |
 
     None for a layer to whose output the update is added, as it is wherever its forward is known.
     """
-    if isinstance(layer, Part) or not readable(getattr(layer, kinds.of(layer, path).weight, None)):
+    name = kinds.of(layer, path).weight
+    if isinstance(layer, Part) or not readable(getattr(layer, name, None)):
         return None
+    if type(stores.of(layer, name)) is not ParameterStore:
+        return None  # what the forward of a quantised layer does to a weight would round the update away
     parent = modules.get(path.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return parent

@@ -25,13 +25,26 @@ from adamss_torch.in_place import Watch, put
 from adamss_torch.kinds import Embedding, Part
 from adamss_torch.paths import plain
 
-__all__ = ["CHILD", "LayerBank", "OnLoan", "PartBanks", "check_state", "without_weights"]
+__all__ = ["CHILD", "LayerBank", "Off", "OnLoan", "PartBanks", "check_state", "without_weights"]
 
 CHILD = "adamss"
 """Name of the bank among the children of its layer, or of the banks of a module's own Parameters."""
 
 HOOK = -1
 """Key of our hook among the forward hooks of the layer."""
+
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+"""Attributes of a module that say what sees its inputs, outputs and gradients."""
 
 
 class PartBanks(nn.Module):
@@ -50,6 +63,8 @@ class LayerBank(nn.Module):
     ----------
     base
         While the weight holds an update: the tensors that the layer had before, by name; None if they were dropped.
+    put_away
+        The quantised layer whose place this one has taken, or nothing; a tuple, so that it is no part of the model.
     off
         Whether nothing is added to the output for now.
     merged
@@ -65,6 +80,7 @@ class LayerBank(nn.Module):
         super().__init__()
         self.kind = kind
         self.base: dict[str, Tensor] | None = None
+        self.put_away: tuple[nn.Module, ...] = ()
         self.off = self.merged = self.placed = False
         self.computed: tuple[str, ...] = ()
         self._input = "input"
@@ -102,6 +118,14 @@ class LayerBank(nn.Module):
         # hook of an unpickled model is not to be displaced by the first that is registered there.
         layer._forward_hooks[HOOK] = _add_updates
         layer._forward_hooks_with_kwargs[HOOK] = True
+
+    def move(self, layer: nn.Module, other: nn.Module, kind: Kind) -> None:
+        """Go from one layer to another, which takes its place, with all the hooks that see inputs and outputs."""
+        for name in HOOKS:
+            setattr(other, name, getattr(layer, name))
+        other.training = layer.training
+        self.kind = kind
+        self.install(other, None, kind.view(other, ""))
 
     @staticmethod
     def uninstall(layer: Any) -> None:
@@ -192,6 +216,13 @@ class OnLoan:
                 del own[name]
                 if value.former:
                     (own[name],) = value.former
+
+
+class Off(OnLoan):
+    """An attribute that is false for as long as there are adapters."""
+
+    def __bool__(self) -> bool:
+        return False
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: Any) -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from adamss.backend import Kind, Kinds, LinearKind, View
 from adamss.backend.sites import Fragment
 from adamss.errors import LayerError
+from adamss_torch import quantised
 
 __all__ = [
     "Embedding",
@@ -201,7 +202,9 @@ class ProjectionKind(InPlaceKind):
         return View(rows=(1,), columns=(0,))
 
 
-kinds = Kinds(Linear(), Conv1D(), Convolution(), Embedding(), OwnParameterKind(), ProjectionKind())
+kinds = Kinds(
+    Linear(), Conv1D(), Convolution(), Embedding(), OwnParameterKind(), ProjectionKind(), *quantised.KINDS
+)
 """Kinds of layers that can be adapted; `Kinds.register` adds one."""
 
 

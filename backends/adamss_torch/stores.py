@@ -1,5 +1,7 @@
 """How PyTorch's layers keep their tensors: as Parameters, computed, offloaded by accelerate, or spread by FSDP2.
 
+Quantised weights are read by `adamss_torch.quantised`.
+
 `accelerate` (``device_map``, `dispatch_model`, `cpu_offload`) keeps weights in a map outside of the module, and puts
 them in their places for the time of a forward only. What is written to a tensor on the meta device is lost without a
 word, so that such writes are refused.
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from adamss.backend import PlainStore, Stores
+from adamss_torch import quantised
 from adamss_torch.kinds import Part
 from adamss_torch.sharding import copy_into, is_partitioned, is_sharded, put_together
 
-__all__ = ["exchanged", "execution_device", "present", "stores", "writing_refused"]
+__all__ = ["ParameterStore", "exchanged", "execution_device", "present", "stores", "writing_refused"]
 
 
 class ParameterStore(PlainStore):
@@ -93,26 +96,6 @@ class ComputedStore(ParameterStore):
         )
 
 
-class QuantisedStore(ParameterStore):
-    """Tensors of a class of their own that can be dequantised, such as those of torchao."""
-
-    def holds(self, layer: nn.Module, name: str) -> bool:
-        """Return whether the tensor is one."""
-        tensor: Any = getattr(layer, "_parameters", {}).get(name)
-        own = tensor is not None and type(tensor) not in (Tensor, nn.Parameter) and not is_sharded(tensor)
-        return own and getattr(type(tensor), "dequantize", None) is not Tensor.dequantize
-
-    def read(self, layer: nn.Module, name: str) -> Tensor:
-        """Return the values."""
-        values: Tensor = getattr(layer, name).detach().dequantize()
-        return values
-
-    def refusal(self, layer: nn.Module, name: str) -> str | None:
-        """Refuse: an update would be rounded away."""
-        kind = type(getattr(layer, name)).__name__
-        return f"is a {kind}, whose quantisation would round the update away; export the adapter by adamss.to_lora"
-
-
 class OffloadedStore(ParameterStore):
     """Weights in a map of `accelerate`."""
 
@@ -127,7 +110,7 @@ class OffloadedStore(ParameterStore):
 
 
 stores = Stores(
-    ParameterStore(), QuantisedStore(), ComputedStore(), OffloadedStore(), RowsStore(), PartitionedStore()
+    ParameterStore(), *quantised.STORES, ComputedStore(), OffloadedStore(), RowsStore(), PartitionedStore()
 )
 """Ways of keeping weights that adapters can sit on; `Stores.register` adds one."""
 

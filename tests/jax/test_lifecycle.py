@@ -148,6 +148,7 @@ def test_the_whole_cycle(library, values, tmp_path, half):
 
     model = adamss.load(model, tmp_path / "portable.safetensors", trainable=False)
     assert_agrees(library.call(model, x), y, dtype=name, what="outputs of the portable file", scale=10)
+    assert not jax.tree.leaves(adamss.trainable_parameters(model))
     model = adamss.detach(model)
     assert_base(model)
 

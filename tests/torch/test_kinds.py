@@ -513,6 +513,20 @@ def test_an_embedding_that_is_tied_to_a_head_is_adapted_alone(layer):
         torch.testing.assert_close(model(ids), expected)
 
 
+def test_a_store_that_tells_its_noise_is_dequantised_if_asked():
+    model, x = trained("eight bits")
+    y, layer = model(x), model[0]
+    with pytest.raises(errors.LayerError, match=r"^0: its weight is kept in eight bits"):
+        adamss.merge(model, dequantise=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EightBitsStore, "noise", lambda self, layer, name: 1 / 64)
+        adamss.merge(model, dequantise=True)
+        assert type(model[0]) is nn.Linear
+        torch.testing.assert_close(model(x), y)
+        assert adamss.unmerge(model)[0] is layer
+    torch.testing.assert_close(model(x), y)
+
+
 def test_what_is_none_is_refused():
     with pytest.raises(errors.BackendError, match="a kind of layer"):
         kinds.register(nn.Conv2d)
