@@ -31,11 +31,12 @@ if __name__ == "__main__":
 
 import torch
 from demo.sentences import Corpus, bundled_model, load_tokenizer, quiet_transformers, scipy_sentences, split
-from paired import environment
+from paired import Ratio, environment, paired_times, ratio
 from tabulate import tabulate
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -44,13 +45,15 @@ from transformers import (
 import adamss
 from adamss_torch.transformers import ADAPTER_FILE, AdamssCallback
 
-PLAIN, RESUMED, TWO_PROCESSES = (
+PLAIN, NF4, RESUMED, TWO_PROCESSES = (
     "float32",
+    "NF4 base (bitsandbytes)",
     "interrupted half way and resumed",
     "two processes (accelerate launch)",
 )
 OPTIONS: dict[str, dict[str, Any]] = {
     PLAIN: {},
+    NF4: {},
     "bf16": {"bf16": True},
     "accumulation, 4 x 4": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     "gradient checkpointing": {"gradient_checkpointing": True},
@@ -80,11 +83,18 @@ class Sentences(Dataset):
         }
 
 
-def adapted(folder: str, classes: int, steps: int) -> torch.nn.Module:
+def adapted(folder: str, classes: int, steps: int, *, nf4: bool = False) -> torch.nn.Module:
     """Return the model with an adapter whose budget falls to a third over the middle of the training."""
     torch.manual_seed(0)
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["classifier"]
+    )
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=classes, dtype=torch.float32, local_files_only=True
+        folder,
+        num_labels=classes,
+        dtype=torch.float32,
+        local_files_only=True,
+        quantization_config=four_bits if nf4 else None,
     )
     layers = 2 * model.config.num_hidden_layers
     schedule = adamss.BudgetConfig(
@@ -101,7 +111,7 @@ def adapted(folder: str, classes: int, steps: int) -> torch.nn.Module:
 
 
 def trainer_of(
-    folder: str, steps: int, output: Path, options: dict[str, Any]
+    folder: str, steps: int, output: Path, options: dict[str, Any], *, nf4: bool = False
 ) -> tuple[Trainer, AdamssCallback]:
     """Return a Trainer of the demo's task, and its callback."""
     tokenizer = load_tokenizer(folder, offline=True)
@@ -119,7 +129,7 @@ def trainer_of(
     }
     callback = AdamssCallback()
     trainer = Trainer(
-        adapted(folder, len(train_part.classes), steps),
+        adapted(folder, len(train_part.classes), steps, nf4=nf4),
         TrainingArguments(str(output), **(settings | options)),
         train_dataset=Sentences(train_part, tokenizer),
         eval_dataset=Sentences(test_part, tokenizer),
@@ -134,7 +144,7 @@ def trainer_of(
 
 def measure(name: str, folder: str, steps: int, output: Path) -> dict[str, Any]:
     """Train under some options, and return what came of it."""
-    trainer, callback = trainer_of(folder, steps, output, OPTIONS[name])
+    trainer, callback = trainer_of(folder, steps, output, OPTIONS[name], nf4=name == NF4)
     trainer.train(
         resume_from_checkpoint=str(output / f"checkpoint-{steps // 2}") if name == RESUMED else None
     )
@@ -149,12 +159,35 @@ def measure(name: str, folder: str, steps: int, output: Path) -> dict[str, Any]:
         "adapter_bytes": (saved / ADAPTER_FILE).stat().st_size,
         "weights_bytes": (saved / "model.safetensors").stat().st_size,
         "whole_bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "linear_bytes": sum(
+            layer.weight.nbytes for layer in model.modules() if isinstance(layer, torch.nn.Linear)
+        ),
         "trained": {
             key: tensor.detach().float().numpy().tobytes().hex()
             for key, tensor in model.state_dict().items()
             if key.endswith((".adamss.default.B", ".adamss.default.C", ".adamss.default.active"))
         },
     }
+
+
+def nf4_over_float(folder: str, repeats: int) -> Ratio:
+    """Return the time of a training step on the NF4 base over that on the float base, alternating."""
+    train_part, _ = split(scipy_sentences())
+    data = Sentences(train_part, load_tokenizer(folder, offline=True))
+    batch = DataCollatorWithPadding(load_tokenizer(folder, offline=True))([data[i] for i in range(16)])
+    calls = {}
+    for nf4 in (False, True):
+        model = adapted(folder, len(train_part.classes), 120, nf4=nf4).train()
+        optimizer = torch.optim.AdamW(adamss.trainable_parameters(model))
+
+        def step(model: Any = model, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+
+        calls["nf4" if nf4 else "float"] = step
+    seconds = paired_times(calls, repeats=repeats)
+    return ratio(seconds["nf4"], seconds["float"])
 
 
 def on_two_processes(arguments: Sequence[str]) -> None:
@@ -229,15 +262,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = {record["options"]: record.pop("trained") for record in records}
     same = PLAIN not in trained or RESUMED not in trained or trained[PLAIN] == trained[RESUMED]
     headers = ["options", "test accuracy", "subspaces trained", "target"]
-    headers += ["adapter.safetensors (KB)", "model.safetensors (KB)", "whole model (KB)"]
+    headers += [
+        "adapter.safetensors (KB)",
+        "model.safetensors (KB)",
+        "whole model (KB)",
+        "linear layers (KB)",
+    ]
     rows = [
         [r["options"], f"{r['accuracy']:.3f}", r["active"], r["target"]]
-        + [f"{r[key] / 1000:,.1f}" for key in ("adapter_bytes", "weights_bytes", "whole_bytes")]
+        + [f"{r[f'{key}_bytes'] / 1000:,.1f}" for key in ("adapter", "weights", "whole", "linear")]
         for r in records
     ]
     print(tabulate(rows, headers=headers, stralign="right", disable_numparse=True))
     if {PLAIN, RESUMED} <= trained.keys():
         print(f"resumed and uninterrupted: {'the same bits' if same else 'NOT the same bits'}")
+    if {PLAIN, NF4} <= trained.keys():
+        print(f"a step on the NF4 base over one on the float base: {nf4_over_float(folder, 30)}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"environment": about, "results": records}, indent=2) + "\n")
     # The best model of a training may be one of before its end, with more subspaces.

@@ -740,6 +740,8 @@ def _watch(owner: nn.Module, args: Any) -> None:
     record: _Record = vars(owner)[RECORD]
     if is_transformed() or getattr(owner, "_is_replica", False) or vars(owner).get(WATCH) is not None:
         return
+    if any(module._compiled_call_impl is not None for module in owner.modules()):
+        return  # a graph made under a mode would have to be made anew without it
     modules = dict(walk(owner))
     layers = {path: (modules[path], bank) for path, bank in _banks(owner, record).items() if path in modules}
     setattr(owner, WATCH, Watch(layers).__enter__())

@@ -253,6 +253,8 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a function within the model, as flexible attention is
+            return func(*args, **kwargs)
         found = {id(a): a for a in _tensors((*args, *kwargs.values())) if id(a) in self._weights}
         if not found or _asks_for_form(func, args, found) or _putting():
             return func(*args, **kwargs)

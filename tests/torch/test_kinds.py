@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import adamss
@@ -386,6 +387,33 @@ def test_compiles(name):
     compiled(x).sum().backward()
     for parameter, gradient in zip(adamss.trainable_parameters(model), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("what", ["blocks", "a function"])
+def test_parts_of_a_model_are_compiled_once(what):
+    """A graph that was made while the first forward is watched would have to be made anew after it."""
+    compiled, graphs = CompileCounterWithBackend("aot_eager"), []
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 12)
+            self.act = torch.compile(torch.tanh, backend=compiled) if what == "a function" else torch.tanh
+
+        def forward(self, x):
+            return x + self.down(self.act(self.up(x)))
+
+    model = adamss.attach(
+        nn.Sequential(Block(), Block()), adamss.AdamssConfig(targets=["up", "down"], rank=4, subspaces=2)
+    )
+    if what == "blocks":
+        for block in model:
+            block.compile(backend=compiled, fullgraph=True)
+    for _ in range(4):
+        model(torch.randn(3, 12)).sum().backward()
+        graphs.append(compiled.frame_count)
+    assert graphs[1] == graphs[-1] <= 2
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
