@@ -754,6 +754,7 @@ def _stop_watching(owner: nn.Module, args: Any, output: Any) -> None:
         watch.__exit__(None, None, None)
         if watch.finished:
             _forget_watch(owner)
+            watch.tell()
 
 
 def _forget_watch(owner: nn.Module) -> None:

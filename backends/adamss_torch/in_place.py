@@ -8,6 +8,7 @@ reads past their forward, which the first forward of a model shows (`Watch`). Ke
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from adamss.backend.views import View
-from adamss.errors import LayerError
+from adamss.errors import AdamssWarning, LayerError
 from adamss_torch.adapter import Adapter
 from adamss_torch.kinds import Embedding
 from adamss_torch.sharding import is_partitioned, is_sharded
@@ -235,6 +236,7 @@ class Watch(TorchFunctionMode):
             if weight is not None and bank.computed and execution_device(layer) is None:
                 self._weights[id(weight)] = Watched(path, layer, bank)
         self._read: set[int] = set()
+        self._twins: dict[int, str] = {}
 
     def __enter__(self) -> Any:
         Watch.active += 1
@@ -247,7 +249,7 @@ class Watch(TorchFunctionMode):
     @property
     def finished(self) -> bool:
         """Whether the forward has read any of them: one with other tensors in their places shows nothing."""
-        return bool(self._read)
+        return bool(self._read or self._twins)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -264,13 +266,25 @@ class Watch(TorchFunctionMode):
             if reader is watched.layer or isinstance(reader, Adapter):
                 self._read.add(key)
             elif reader is None or any(own is weight for own in reader._parameters.values()):
-                continue
+                if isinstance(reader, type(watched.layer)):
+                    self._twins[key] = type(reader).__name__
             elif key not in self._read or not isinstance(watched.bank.kind, Embedding):
                 # But not a head that takes the weight of an embedding which is called too: that alone is adapted.
                 new[key] = self._updated(watched, weight, reader)
         self._read |= new.keys()
         values = _exchanged(tuple(kwargs.values()), new)
         return func(*_exchanged(args, new), **dict(zip(kwargs, values, strict=True)))
+
+    def tell(self) -> None:
+        """Tell of layers that were not called, but others like them which have the same weight."""
+        for key in self._twins.keys() - self._read:
+            path, kind = self._weights[key].path, self._twins[key]
+            warnings.warn(
+                f"{path}: the forward has called another {kind} of the same weight, and not this one, whose adapter "
+                "had no effect; name the other in targets",
+                AdamssWarning,
+                stacklevel=3,
+            )
 
     def _updated(self, watched: Watched, weight: Tensor, reader: Any) -> Tensor:
         layer, bank = watched.layer, watched.bank

@@ -555,6 +555,29 @@ def test_a_store_that_tells_its_noise_is_dequantised_if_asked():
     torch.testing.assert_close(model(x), y)
 
 
+def test_an_embedding_that_another_one_stands_in_for_is_told():
+    """T5's ``shared`` is called by nobody: ``encoder.embed_tokens`` has its weight."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.tokens = nn.Embedding(9, 12), nn.Embedding(9, 12)
+            self.tokens.weight = self.shared.weight
+
+        def forward(self, ids):
+            return self.tokens(ids)
+
+    with pytest.warns(errors.AdamssWarning, match="shared.weight is one tensor with tokens.weight"):
+        model = adamss.attach(Net(), adamss.AdamssConfig(targets=["shared"], rank=4, subspaces=2))
+    with pytest.warns(
+        errors.AdamssWarning, match=r"^shared: the forward has called another Embedding of the same"
+    ):
+        model(torch.tensor([1, 2]))
+    with pytest.warns(errors.AdamssWarning, match="shared.weight is one tensor with tokens.weight"):
+        model = adamss.attach(Net(), adamss.AdamssConfig(targets=["tokens"], rank=4, subspaces=2))
+    model(torch.tensor([1, 2]))
+
+
 def test_what_is_none_is_refused():
     with pytest.raises(errors.BackendError, match="a kind of layer"):
         kinds.register(nn.Conv2d)
