@@ -258,7 +258,10 @@ class Watch(TorchFunctionMode):
         if torch.compiler.is_compiling():  # a function within the model, as flexible attention is
             return func(*args, **kwargs)
         found = {id(a): a for a in _tensors((*args, *kwargs.values())) if id(a) in self._weights}
-        if not found or _asks_for_form(func, args, found) or _putting():
+        if not found or _asks_for_form(func, args, found):
+            return func(*args, **kwargs)
+        if _putting():
+            self._read |= found.keys()
             return func(*args, **kwargs)
         reader, new = _reader(), {}
         for key, weight in found.items():

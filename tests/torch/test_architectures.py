@@ -98,7 +98,7 @@ CASES: dict[str, dict[str, object]] = {
     },
 }
 UNUSED = re.compile(
-    r"router|gate|bias_table|position|visual|score|norm|conv_layers|token_type|patch_embed|_bias$"
+    r"router|gate|bias_table|position|visual|score|norm|conv_layers|token_type|patch_embed|_bias$|shared$"
 )
 """Matrices that these inputs do not reach, or that have too small a say to be learnt in a step."""
 

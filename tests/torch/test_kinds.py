@@ -573,7 +573,7 @@ def test_an_embedding_that_another_one_stands_in_for_is_told():
         errors.AdamssWarning, match=r"^shared: the forward has called another Embedding of the same"
     ):
         model(torch.tensor([1, 2]))
-    with pytest.warns(errors.AdamssWarning, match="shared.weight is one tensor with tokens.weight"):
+    with pytest.warns(errors.AdamssWarning, match="tokens.weight is one tensor with shared.weight"):
         model = adamss.attach(Net(), adamss.AdamssConfig(targets=["tokens"], rank=4, subspaces=2))
     model(torch.tensor([1, 2]))
 
