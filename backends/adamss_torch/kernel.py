@@ -392,9 +392,11 @@ def block_products(
         Number of subspaces.
     """
     blocks, r, n = places.shape
-    if layout.directions is not None:
-        B = B.index_select(0, layout.directions)
-    stacked = B.new_zeros(K * r, B.shape[1]).index_copy(0, layout.slots, B).view(A.shape[0], -1, B.shape[1])
+    if layout.padded:
+        if layout.directions is not None:
+            B = B.index_select(0, layout.directions)
+        B = B.new_zeros(K * r, B.shape[1]).index_copy(0, layout.slots, B)
+    stacked = B.view(A.shape[0], -1, B.shape[1])
     M = (A @ stacked.transpose(1, 2)) if A.shape[0] == blocks else _by_block(A, stacked, blocks)
     entries = C.view(r, blocks, n).transpose(0, 1)
     E = C.new_zeros(blocks, K * r // blocks, n).scatter(1, places, entries)
