@@ -311,6 +311,13 @@ class Models(ABC):
         are `adamss.backend.sites.StackedLayer`, each by its own path.
         """
 
+    def parts(self, module: Module) -> tuple[str, ...]:
+        """Return the names of the layers that a target means by this module: the projections of an attention.
+
+        Empty for a module that a target means itself.
+        """
+        return ()
+
     def site(self, module: Module, path: str) -> Site:
         """Return where the matrix of a layer is.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +14,14 @@ from adamss import core
 from adamss.backend.interface import Backend, Division, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, reading, release, require_kept_base, switched_off
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight
+from adamss.backend.sites import BaseWeight, owner_of
 from adamss.backend.targets import match
+from adamss.backend.tensors import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_matrix, namespace
 from adamss.errors import (
+    AdamssWarning,
     ConfigError,
     ConfigTypeError,
     TargetError,
@@ -29,6 +32,7 @@ from adamss.verbs.common import (
     factor_dtype,
     progress,
     require_base,
+    tied_weights,
     with_bias_row,
 )
 from adamss.verbs.table import Summary, summarise, total
@@ -74,6 +78,11 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         If a weight is complex or integer, or holds NaN or infinity; the message names the layer.
     StateError
         If adapters are attached already.
+
+    Warns
+    -----
+    AdamssWarning
+        If an adapted embedding shares its weight with another module (a head), which the adapter does not change.
     """
     if not isinstance(config, AdamssConfig):
         raise ConfigTypeError(f"config must be an adamss.AdamssConfig, found {type(config).__name__}")
@@ -81,7 +90,8 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
     with backend.exact(), backend.divided(model, enabled=divide) as division:
         require_base(backend, model, "attach")
         modules = backend.modules(model)
-        paths = _once(match(config.targets, modules, name="targets"), modules)
+        matched = _parts(backend, match(config.targets, modules, name="targets"), modules)
+        paths = _once(matched, modules)
         saved = []
         if config.modules_to_save:
             saved = _once(match(config.modules_to_save, modules, name="modules_to_save"), modules)
@@ -98,7 +108,16 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
             core.plan_budget(layers, config.budget)  # complains of what cannot be kept to
         ordered = {path: layers[path] for path in paths}
         shapes = {path: weights.shape(path) for path in paths}
-        return put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved))
+        tied = tied_weights(backend, model, [path for path in paths if not sites[path].kind.linear])
+        model = put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved))
+    if tied:
+        warnings.warn(
+            f"attach: {tied}; the adapter changes what the adapted layer computes, and the other goes on with the "
+            "base weight",
+            AdamssWarning,
+            stacklevel=2,
+        )
+    return model
 
 
 def detach(model: Model) -> Model:
@@ -261,6 +280,15 @@ def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:
     for path, module in modules.items():
         first.setdefault(id(module), path)
     return list(dict.fromkeys(first[id(modules[path])] for path in paths))
+
+
+def _parts(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -> list[str]:
+    """Return the paths, those of layers within a module in the place of its own: see `Models.parts`."""
+    found = []
+    for path in paths:
+        parts = {join_path(path, name) for name in backend.parts(modules[path])}
+        found += [place for place in modules if owner_of(place) in parts] if parts else [path]
+    return found
 
 
 def _require_disjoint(targets: list[str], saved: list[str]) -> None:
