@@ -28,6 +28,7 @@ except ImportError as error:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.nnx.nn import dtypes
 from jax import Array
 
@@ -247,9 +248,9 @@ class Conv(DeclaredKind, ExampleKind):
                 f"{path}: its {layer.feature_group_count} groups (feature_group_count) are as many matrices. "
                 "Leave it out of targets; convolutions without groups can be adapted"
             )
-        mask = layer.mask
-        # Each row is kept or dropped as a whole, or the update is no product M E.
-        if mask is not None and not isinstance(mask, jax.core.Tracer) and jnp.any(mask != mask[..., :1]):
+        # Each row is kept or dropped as a whole, or the update is no product M E. In NumPy, also while JAX traces.
+        mask = None if isinstance(layer.mask, jax.core.Tracer | None) else np.asarray(layer.mask)
+        if mask is not None and (mask != mask[..., :1]).any():
             raise LayerError(
                 f"{path}: its mask hides inputs from some outputs and not from others, so that its update is no "
                 "product of two factors; leave it out of targets: a mask that is the same for all outputs can be "
