@@ -1,13 +1,12 @@
-"""Each kind of layer of NNX and Equinox does what all kinds do; other kinds and stores are registered from outside."""
+"""Every kind of layer of NNX and Equinox does the same; other kinds and stores are registered from outside."""
 
 import contextlib
-from functools import partial
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cache, partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -25,7 +24,7 @@ from adamss.backend.ledger import put
 from adamss.backend.sites import owner_of
 from adamss_conformance import assert_agrees
 
-CONFIG = adamss.AdamssConfig(targets=["0"], rank=6, subspaces=3, subspace_rank=2)
+CONFIG = adamss.AdamssConfig(targets="0", rank=6, subspaces=3, subspace_rank=2)
 REVIVES = adamss.BudgetConfig(target=1, end_step=2, revive=True)
 
 
@@ -101,7 +100,8 @@ def registered():
 # ---- the table ---------------------------------------------------------------------------------------
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Case:
     """A layer, which a model holds at the path ``0``.
 
     Attributes
@@ -190,8 +190,9 @@ def stacked(case, vmap, axis):
     return Case(make, vmap(case.run, in_axes=(axis, None)), case.x)
 
 
-STACKED = {f"stack of {name}": stacked(case, nnx.vmap, 0) for name, case in NNX.items()} | {
-    f"stack of {name}": stacked(case, eqx.filter_vmap, eqx.if_array(0)) for name, case in EQUINOX.items()
+# Those of `nnx.Linear` are in test_stacks.py.
+STACKED = {name: stacked(case, nnx.vmap, 0) for name, case in NNX.items() if "Linear" not in name} | {
+    name: stacked(case, eqx.filter_vmap, eqx.if_array(0)) for name, case in EQUINOX.items()
 }
 SINGLE = NNX | EQUINOX | OUTSIDE
 
@@ -208,16 +209,23 @@ def node(model, path):
     return model
 
 
-def filled(case, settings=CONFIG, dtype="float32"):
-    """Return an adapted model with other values of C than zero, and a frozen subspace in every layer."""
+@cache
+def moved(case, settings, dtype, mask):
+    """Return factors of the layers with other values of C than zero, perhaps a frozen subspace, and their shapes."""
     model = adamss.attach(case.model(dtype), settings)
-    backend, layers = backend_for(model), {}
-    adaptation = backend.adaptation(model)
+    adaptation, layers = backend_for(model).adaptation(model), {}
     for seed, (path, f) in enumerate(adaptation.layers.items()):
         within = jnp.arange(f.C.shape[0])[:, None] < f.ranks[f.labels][None]
         C = jnp.where(within, 0.3 * inputs(*f.C.shape, seed=seed), 0).astype(f.C.dtype)
-        layers[path] = f._replace(C=C, active=jnp.asarray([True, False, True]))
-    return put(backend, case.model(dtype), layers, adaptation.shapes, config=settings, saved={})
+        layers[path] = f._replace(C=C, active=f.active if mask is None else jnp.asarray(mask))
+    return layers, adaptation.shapes
+
+
+def filled(case, settings=CONFIG, dtype="float32", mask=(True, False, True)):
+    """Return a model with these factors."""
+    layers, shapes = moved(case, settings, dtype, mask)
+    model = case.model(dtype)
+    return put(backend_for(model), model, layers, shapes, config=settings, saved={})
 
 
 def parted(model):
@@ -369,3 +377,314 @@ def test_a_stack_is_many_layers(name):
     assert paths == [f"{owner}[{i}]" for owner in dict.fromkeys(map(owner_of, paths)) for i in range(2)]
     check_gradients(case, CONFIG)
     check_merging(case)
+
+
+# ---- what some kinds do ------------------------------------------------------------------------------
+
+WINDOWS = st.integers(1, 3).flatmap(
+    lambda axes: st.fixed_dictionaries(
+        {
+            name: st.tuples(*[sizes] * axes)
+            for name, sizes in {
+                "window": st.integers(1, 3),
+                "stride": st.integers(1, 2),
+                "dilation": st.integers(1, 2),
+                "input_dilation": st.integers(1, 2),
+                "pads": st.tuples(st.integers(0, 2), st.integers(0, 2)),
+            }.items()
+        }
+    )
+)
+
+
+def check_convolution(case):
+    model = case.model()
+    base = case.run(model[0], case.x)
+    assert jnp.array_equal(case.run(adamss.attach(model, CONFIG)[0], case.x), base)
+    model = filled(case, config(subspaces=2), mask=None)
+    close(case.run(model[0], case.x), case.run(dense(model, case.model())[0], case.x), "output")
+
+
+@settings(max_examples=8)
+@given(
+    WINDOWS, st.sampled_from(["SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", "pads"]), st.integers(0, 2)
+)
+def test_convolutions_of_nnx(w, padding, batch_axes):
+    padding = w["pads"] if padding == "pads" else padding
+    assume(padding != "CAUSAL" or len(w["window"]) == 1)
+    make = partial(
+        nnx.Conv,
+        2,
+        5,
+        w["window"],
+        w["stride"],
+        padding=padding,
+        kernel_dilation=w["dilation"],
+        input_dilation=w["input_dilation"] if padding == w["pads"] else 1,  # Flax has it with numbers alone
+        use_bias=batch_axes > 0,
+    )
+    check_convolution(of_nnx(make, inputs(*[2] * batch_axes, *[6] * len(w["window"]), 2)))
+
+
+@settings(max_examples=8)
+@given(
+    WINDOWS,
+    st.sampled_from(["SAME", "SAME_LOWER", "VALID", "pads"]),
+    st.sampled_from(["ZEROS", "REFLECT", "REPLICATE", "CIRCULAR"]),
+)
+def test_convolutions_of_equinox(w, padding, mode):
+    axes, padding = len(w["window"]), w["pads"] if padding == "pads" else padding
+    make = partial(
+        eqx.nn.Conv, axes, 2, 5, w["window"], w["stride"], padding, w["dilation"], padding_mode=mode
+    )
+    check_convolution(of_equinox(make, inputs(2, *[6] * axes)))
+
+
+SAME_LAYERS = {
+    "1d": (partial(eqx.nn.Conv1d, 6, 8, 3), partial(nnx.Conv, 6, 8, 3, padding="VALID"), inputs(6, 5)),
+    "3d": (
+        partial(eqx.nn.Conv3d, 2, 8, (2, 1, 3)),
+        partial(nnx.Conv, 2, 8, (2, 1, 3), padding="VALID"),
+        inputs(2, 4, 2, 3),
+    ),
+    "embedding": (partial(eqx.nn.Embedding, 11, 8), partial(nnx.Embed, 11, 8), jnp.asarray(3)),
+}
+
+
+@pytest.mark.parametrize("name", SAME_LAYERS)
+def test_files_travel_between_libraries(name, tmp_path):
+    """The matrix is that of PyTorch's weight, and so are the arrays of modules that are saved whole."""
+    make, other, x = SAME_LAYERS[name]
+    here, there = of_equinox(make, x), of_nnx(other, x)
+    weight, twin = here.model()[0].weight, there.model()
+    kernel = weight if name == "embedding" else jnp.moveaxis(weight, (0, 1), (-1, -2))
+    (twin[0].embedding if name == "embedding" else twin[0].kernel).set_value(kernel)
+    if name != "embedding":
+        twin[0].bias.set_value(here.model()[0].bias.reshape(-1))
+    W = weight if name == "embedding" else weight.reshape(8, -1).T
+    for model in (here.model(), twin):
+        backend = backend_for(model)
+        site = backend.site(backend.modules(model)["0"], "0")
+        assert jnp.array_equal(site.weight(backend.own_arrays(site)).W, W)
+        arrays = backend.arrays(backend.modules(model)["0"])
+        assert jnp.array_equal(arrays["weight"], weight)
+        assert "bias" not in arrays or arrays["bias"].shape == (8,)
+    model = filled(here)
+    adamss.save(model, tmp_path / "a.safetensors")
+    loaded = adamss.load(twin, tmp_path / "a.safetensors")
+    close(jnp.moveaxis(loaded[0](jnp.moveaxis(x, 0, -1) if x.ndim else x), -1, 0), model[0](x), "there")
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (NNX["nnx.MultiHeadAttention"].model, ["query", "key", "value", "out"]),
+        (
+            EQUINOX["equinox.nn.MultiheadAttention"].model,
+            ["query_proj", "key_proj", "value_proj", "output_proj"],
+        ),
+    ],
+    ids=["nnx", "equinox"],
+)
+def test_an_attention_means_its_four_projections(model, names):
+    def paths(*targets):
+        return [row.path for row in adamss.summary(adamss.attach(model(), config(targets=targets))).rows]
+
+    assert sorted(paths("0")) == sorted(paths("0", names[0])) == sorted(f"0.{name}" for name in names)
+    assert paths(names[0], f"0.{names[3]}") == [
+        path for path in paths("0") if path[2:] in (names[0], names[3])
+    ]
+
+
+def test_layers_within_a_recurrent_cell():
+    make = lambda param_dtype, rngs: nnx.RNN(nnx.GRUCell(6, 8, param_dtype=param_dtype, rngs=rngs))  # noqa: E731
+    case = of_nnx(make, inputs(2, 5, 6))
+    base = case.run(case.model()[0], case.x)
+    model = filled(case, config(targets=["dense_i", "dense_h"]))
+    y = case.run(model[0], case.x)
+    assert float(jnp.abs(y - base).max()) > 0.1
+    close(y, case.run(dense(model, case.model())[0], case.x), "output")
+
+
+def test_an_embedding_changes_alone_and_not_the_head_that_has_its_weight():
+    case, x = NNX["nnx.Embed"], inputs(2, 8)
+    head = case.model()[0].attend(x)
+    model = filled(case)
+
+    def attend(model):
+        with pytest.warns(errors.AdamssWarning, match="attend of an adapted nnx.Embed .* head of the base"):
+            return model[0].attend(x)
+
+    assert jnp.array_equal(attend(model), head)
+    for verb in (adamss.consolidate, adamss.merge):
+        verb(model)
+        close(attend(model), head, verb.__name__)
+        with adamss.disabled(model):
+            assert jnp.array_equal(model[0].attend(x), head)
+    assert jnp.array_equal(attend(adamss.unmerge(model)), head)
+    assert jnp.array_equal(adamss.detach(model)[0].attend(x), head)
+
+
+class Head(nnx.Module):
+    def __init__(self, embedding):
+        self.weight = embedding
+
+    def __call__(self, x):
+        return x @ self.weight.get_value().T
+
+
+def test_a_head_that_shares_the_embedding_is_told_of_and_keeps_it_from_merging():
+    embed = nnx.Embed(11, 8, rngs=nnx.Rngs(0))
+    model, x = nnx.Dict(embed=embed, head=Head(embed.embedding)), inputs(2, 8)
+    head = model.head(x)
+    with pytest.warns(errors.AdamssWarning, match=r"^attach: embed\.weight is one tensor with head\.weight"):
+        adamss.attach(model, config(targets=["embed"]))
+    assert jnp.array_equal(model.head(x), head)
+    with pytest.raises(errors.LayerError, match=r"^embed: its embedding is shared with another layer"):
+        adamss.merge(model)
+
+
+def shared(key):
+    pair = eqx.nn.Embedding(11, 8, key=key), eqx.nn.Linear(8, 11, key=key)
+    return eqx.nn.Shared(pair, lambda pair: pair[1].weight, lambda pair: pair[0].weight)
+
+
+RNGS, KEY, OUTPUTS = nnx.Rngs(0), jax.random.key(0), jnp.tril(jnp.ones((3, 6, 6)))
+REFUSED = {
+    "groups": (
+        lambda: nnx.Conv(6, 6, 3, feature_group_count=2, rngs=RNGS),
+        "0: its 2 groups .*without groups",
+    ),
+    "depthwise": (lambda: nnx.Conv(6, 6, 3, feature_group_count=6, rngs=RNGS), "0: its 6 groups"),
+    "mask": (
+        lambda: nnx.Conv(6, 6, 3, mask=OUTPUTS, rngs=RNGS),
+        "0: its mask hides inputs from some outputs",
+    ),
+    "transposed": (lambda: nnx.ConvTranspose(6, 6, 3, rngs=RNGS), "0 is a ConvTranspose, a .*nnx.Conv and"),
+    "lora": (lambda: nnx.LoRA(6, 2, 6, rngs=RNGS), "0 is a LoRA, which is an adapter"),
+    "weight norm": (
+        lambda: nnx.WeightNorm(nnx.Linear(6, 6, rngs=RNGS), rngs=RNGS),
+        r"0\.layer_instance lies in a WeightNorm",
+    ),
+    "spectral norm": (
+        lambda: nnx.SpectralNorm(nnx.Conv(6, 6, 3, rngs=RNGS), rngs=RNGS),
+        r"0\.layer_instance lies in a SpectralNorm",
+    ),
+    "batch norm": (lambda: nnx.BatchNorm(6, rngs=RNGS), "0 is a BatchNorm, .*Conv"),
+    "equinox, groups": (
+        lambda: eqx.nn.Conv2d(6, 6, 3, groups=3, key=KEY),
+        "0: its 3 groups .*without groups",
+    ),
+    "equinox, transposed": (
+        lambda: eqx.nn.ConvTranspose1d(6, 6, 3, key=KEY),
+        "0 is a ConvTranspose1d, a tra",
+    ),
+    "equinox, gru": (lambda: eqx.nn.GRUCell(6, 8, key=KEY), "0 is a GRUCell, whose weight_ih .*Linear"),
+    "equinox, lstm": (lambda: eqx.nn.LSTMCell(6, 8, key=KEY), "0 is a LSTMCell, whose weight_ih"),
+    "equinox, weight norm": (
+        lambda: eqx.nn.WeightNorm(eqx.nn.Linear(6, 6, key=KEY)),
+        r"0\.layer lies in a WeightNorm",
+    ),
+    "equinox, shared": (
+        lambda: shared(KEY),
+        r"0 is an equinox\.nn\.Shared that gives the weight of an adapted",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_adapted_is_refused_by_name_with_the_reason(name):
+    make, message = REFUSED[name]
+    layer = make()
+    model = nnx.List([layer]) if isinstance(layer, nnx.Module) else [layer]
+    within = {
+        "weight norm": r"0\.layer(_instance)?",
+        "spectral norm": r"0\.layer_instance",
+        "shared": r"0\.pytree\.0",
+    }
+    with pytest.raises((errors.LayerError, errors.LayerTypeError), match=f"^{message}"):
+        adamss.attach(model, config(targets=within.get(name.removeprefix("equinox, "), "0")))
+    assert type(model[0]) is type(layer)
+
+
+class Twice(nnx.Conv):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Scaled(nnx.Embed):
+    def __call__(self, x):
+        return 3 * super().__call__(x)
+
+
+class TwiceOfEquinox(eqx.nn.Conv1d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Biased(eqx.nn.Embedding):
+    def __call__(self, x):
+        return 1 + super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    ("case", "right"),
+    [
+        (of_nnx(partial(Twice, 6, 8, 3), inputs(2, 5, 6)), False),
+        (of_nnx(partial(Scaled, 11, 8), IDS), False),
+        (of_equinox(partial(TwiceOfEquinox, 6, 8, 3), inputs(6, 5)), False),
+        (of_equinox(partial(Biased, 11, 8), IDS[0], each), True),
+    ],
+)
+def test_a_forward_of_its_own_is_tried_before_and_after_merging(case, right):
+    model = filled(case)
+    y = case.run(model[0], case.x)
+    told = (
+        contextlib.nullcontext()
+        if right
+        else pytest.raises(errors.LayerError, match=r"^0: its forward is not that")
+    )
+    with told:
+        model = adamss.merge(model)
+    close(case.run(model[0], case.x), y, "merged, or left as it was")
+
+
+@pytest.mark.parametrize("name", EQUINOX)
+def test_sizes_of_an_adapted_layer_of_equinox_are_those_of_the_frozen_one(name):
+    layer = EQUINOX[name].model()[0]
+    adapted = adamss.attach([layer], CONFIG)[0]
+    for field, description in layer.__dataclass_fields__.items():
+        if description.metadata.get("static"):
+            assert getattr(adapted, field) == getattr(layer, field)
+    if hasattr(layer, "weight"):
+        with pytest.raises(AttributeError, match=r"'weight' of its own.*adamss\.merge_and_unload"):
+            adapted.weight  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["nnx.Conv, 1d", "equinox.nn.Conv1d"])
+def test_an_overflow_of_the_projection_does_not_reach_the_output(name):
+    """Law 1: with C = 0 the output is the base's, for every input for which that is finite."""
+    case = SINGLE[name]
+    model, x = case.model(), jnp.full_like(case.x, 3e38)
+    if name.startswith("nnx"):
+        model[0].kernel.set_value(jnp.full_like(model[0].kernel.get_value(), 1e-30))
+    else:
+        model[0] = eqx.tree_at(lambda layer: layer.weight, model[0], jnp.full_like(model[0].weight, 1e-30))
+    expected = case.run(model[0], x)
+    assert jnp.all(jnp.isfinite(expected))
+    assert jnp.array_equal(case.run(adamss.attach(model, CONFIG)[0], x), expected)
+
+
+def test_a_store_from_outside_is_read_and_refuses_to_be_written(registered, tmp_path):
+    case = of_nnx(partial(Turned, bits8=True), inputs(2, 5, 6))
+    model, base = filled(case), case.run(case.model()[0], case.x)
+    assert jnp.array_equal(case.run(adamss.attach(case.model(), CONFIG)[0], case.x), base)
+    y = case.run(model[0], case.x)
+    close(y - base, case.x @ core.delta(backend_for(model).adaptation(model).layers["0"]), "update")
+    adamss.save(model, tmp_path / "a.safetensors")
+    close(case.run(adamss.load(case.model(), tmp_path / "a.safetensors")[0], case.x), y, "loaded")
+    for verb in (adamss.merge, adamss.consolidate, adamss.merge_and_unload):
+        with pytest.raises(errors.LayerError, match=r"^0: its weight is kept in eight bits.*adamss\.to_lora"):
+            verb(model)
+    assert jnp.array_equal(case.run(model[0], case.x), y)
+    assert model[0].weight.dtype == "int8"
