@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,9 @@ from adamss.verbs.common import (
 from adamss.verbs.table import Summary, summarise, total
 
 __all__ = ["attach", "detach", "disabled", "summary", "trainable_parameters"]
+
+_OFF: ContextVar[tuple[Model, ...]] = ContextVar("_OFF", default=())
+"""What `disabled` has yielded and not yet taken back: where models are values, nothing in them says so."""
 
 
 def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
@@ -167,13 +171,21 @@ def disabled(model: Model) -> Iterator[Model]:
     StateError
         If the model has no adapters, or was merged with ``keep_base=False``.
     """
+    if any(model is off for off in _OFF.get()):
+        yield model
+        return
     backend, adaptation = adapted(model, "disabled")
     require_kept_base(adaptation, "disabled")
     if adaptation.disabled:
         yield model
         return
     with switched_off(backend, model, adaptation) as base:
-        yield base
+        _OFF.set((*_OFF.get(), base))
+        try:
+            yield base
+        finally:
+            # Not by the token of `set`: a block that is left open may be closed in another context.
+            _OFF.set(tuple(off for off in _OFF.get() if off is not base))
 
 
 def summary(model: Model) -> Summary:

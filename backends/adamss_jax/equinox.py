@@ -183,8 +183,6 @@ class AdaptedLayer(eqx.Module):
         They are static where all updates of the model are held. Where some go on being trained, they are a leaf that
         is no array, as Equinox's models have more of (``eqx.filter_jit``): a static field would change the tree's
         structure, which would no longer match that of the optimiser's state.
-    off
-        Whether nothing is added to the output for now.
     """
 
     adapters: dict[str, Adapter]
@@ -192,7 +190,6 @@ class AdaptedLayer(eqx.Module):
     record: Record = eqx.field(static=True)
     merged: HostCopies | None = eqx.field(static=True, default=None)
     consolidated: HostCopies | None = None
-    off: bool = eqx.field(static=True, default=False)
 
     @property
     def adapter(self) -> Adapter:
@@ -216,8 +213,6 @@ class AdaptedLayer(eqx.Module):
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         """Return the output for an input, as the frozen layer does."""
         y: Array = self.base(x, *args, **kwargs)
-        if self.off:
-            return y
         kind = kinds.of(self.base, "an adapted layer")
         rest, revive = (args, kwargs), self.record.revives
         return with_update(kind, self.base, y, x, self.adapter, revive=revive, rest=rest)
@@ -317,8 +312,7 @@ class EquinoxBackend(JaxModels):
         found = {}
         for path, layer in _by_owner(model).items():
             base = layer.consolidated if layer.merged is None else layer.merged
-            adapter = layer.adapter
-            found[path] = Attached(layer.record, adapter.factors(), adapter.part, base, layer.off)
+            found[path] = Attached(layer.record, layer.adapter.factors(), layer.adapter.part, base)
         return found
 
     def insert(
@@ -393,8 +387,8 @@ class EquinoxBackend(JaxModels):
         )
 
     def switched(self, model: Any, *, on: bool) -> Any:
-        """Return the model with its adapters on or off."""
-        return _mapped(model, lambda _, layer: _changed(layer, off=not on))
+        """Return the model; off, it is the base model, and the other is still there to be switched on."""
+        return model if on else self.remove(model)
 
 
 def _check_shared(model: Any) -> None:
