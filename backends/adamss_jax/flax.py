@@ -293,9 +293,7 @@ class Embed(DeclaredKind, ExampleKind):
 
 def _computed_with(of: Any, layer: Any, x: Array, **attributes: Any) -> Array:
     """Return what the forward of a class makes of an input, with the layer's settings and other arrays."""
-    # In the dtype of x and M, which is that of the layer's output, also where the layer rounds its own factors.
-    settings = vars(layer) | {"dtype": None, "preferred_element_type": None} | attributes
-    z: Array = of.__call__(SimpleNamespace(**settings), x)
+    z: Array = of.__call__(SimpleNamespace(**vars(layer) | attributes), x)
     return z
 
 

@@ -708,6 +708,17 @@ def test_an_overflow_of_the_projection_does_not_reach_the_output(name):
     assert jnp.array_equal(case.run(adamss.attach(model, CONFIG)[0], x), expected)
 
 
+@pytest.mark.parametrize("name", ["nnx.Conv, 1d", "nnx.Embed"])
+def test_a_layer_that_was_resized_since_is_told_of(name):
+    model = adamss.attach(SINGLE[name].model(), CONFIG)
+    weight = model[0].embedding if name == "nnx.Embed" else model[0].kernel
+    weight.set_value(jnp.concatenate([weight.get_value()] * 2))
+    with pytest.raises(
+        errors.StateError, match=r"0 has a weight of shape .*, which its adapter does not fit"
+    ):
+        adamss.merge(model)
+
+
 def test_a_store_from_outside_is_read_and_refuses_to_be_written(registered, tmp_path):
     case = of_nnx(partial(Turned, bits8=True), inputs(2, 5, 6))
     model, base = filled(case), case.run(case.model()[0], case.x)
