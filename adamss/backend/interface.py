@@ -311,9 +311,12 @@ class Models(ABC):
         are `adamss.backend.sites.StackedLayer`, each by its own path.
         """
 
-    def meant(self, module: Module, path: str) -> list[str]:
-        """Return the paths of the layers that a target means which names this module: of an attention, all four."""
-        return [path]
+    def parts(self, module: Module) -> tuple[str, ...]:
+        """Return the names of the layers that a target means by this module: the projections of an attention.
+
+        Empty for a module that a target means itself.
+        """
+        return ()
 
     def heads(self, model: Model) -> list[str]:
         """Return the paths of output heads, which ``targets="all-linear"`` leaves out."""

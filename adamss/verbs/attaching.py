@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import groupby
 from typing import Any
 
@@ -37,6 +38,9 @@ from adamss.verbs.common import (
 from adamss.verbs.table import Summary, summarise, total
 
 __all__ = ["attach", "detach", "disabled", "summary", "trainable_parameters"]
+
+_OFF: ContextVar[tuple[Model, ...]] = ContextVar("_OFF", default=())
+"""What `disabled` has yielded and not yet taken back: where models are values, nothing in them says so."""
 
 
 def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
@@ -77,6 +81,11 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         If a weight is complex or integer, or holds NaN or infinity; the message names the layer.
     StateError
         If adapters are attached already.
+
+    Warns
+    -----
+    AdamssWarning
+        If an adapted embedding shares its weight with another module (a head), which the adapter does not change.
     """
     if not isinstance(config, AdamssConfig):
         raise ConfigTypeError(f"config must be an adamss.AdamssConfig, found {type(config).__name__}")
@@ -98,14 +107,19 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
         if config.budget is not None:
             core.plan_budget(ordered, config.budget)  # complains of what cannot be kept to
-        embeddings = [path for path, site in sites.items() if site.kind.lora == "embedding"]
-        if tied := tied_weights(backend, model, embeddings):
-            message = f"attach: {tied}; the adapter changes the embedding alone"
-            warnings.warn(message, AdamssWarning, stacklevel=2)
         shapes = {
             path: _shape([weights.shape(part) for part in site.parts()]) for path, site in sites.items()
         }
-        return put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved))
+        tied = tied_weights(backend, model, [path for path, site in sites.items() if not site.kind.linear])
+        model = put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved))
+    if tied:
+        warnings.warn(
+            f"attach: {tied}; the adapter changes what the adapted layer computes, and the other goes on with the "
+            "base weight",
+            AdamssWarning,
+            stacklevel=2,
+        )
+    return model
 
 
 def detach(model: Model) -> Model:
@@ -155,13 +169,21 @@ def disabled(model: Model) -> Iterator[Model]:
     StateError
         If the model has no adapters, or was merged with ``keep_base=False``.
     """
+    if any(model is off for off in _OFF.get()):
+        yield model
+        return
     backend, adaptation = adapted(model, "disabled")
     require_kept_base(adaptation, "disabled")
     if adaptation.disabled:
         yield model
         return
     with switched_off(backend, model, adaptation) as base:
-        yield base
+        _OFF.set((*_OFF.get(), base))
+        try:
+            yield base
+        finally:
+            # Not by the token of `set`: a block that is left open may be closed in another context.
+            _OFF.set(tuple(off for off in _OFF.get() if off is not base))
 
 
 def summary(model: Model) -> Summary:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from adamss.backend.interface import Backend, Model
-from adamss.backend.sites import Fragment, Site, StackedLayer
+from adamss.backend.sites import Fragment, Site, StackedLayer, owner_of
 from adamss.backend.targets import DEFAULT_TARGETS, match
+from adamss.backend.tensors import join_path
 from adamss.config import ALL_LINEAR, AdamssConfig
 from adamss.errors import AdamssWarning, ArrayValueError, LayerError, LayerTypeError, TargetError
 
@@ -63,7 +64,7 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
         found = _all_linear(backend, model, modules, saved)
     else:
         found = match(config.targets, modules, name="targets")
-    paths = [meant for path in found for meant in backend.meant(modules[path], path)]
+    paths = _parts(backend, found, modules)
     if config.exclude:
         excluded = match(config.exclude, modules, name="exclude", required=False)
         inside = tuple(f"{path}." for path in excluded)
@@ -138,6 +139,15 @@ def _adaptable(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -
         more = f" (and {count - 1} more of {kind})" if count > 1 else ""
         warnings.warn(f"targets: left out: {example[kind]}{more}", AdamssWarning, stacklevel=5)
     return sites
+
+
+def _parts(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -> list[str]:
+    """Return the paths, those of layers within a module in the place of its own: see `Models.parts`."""
+    found = []
+    for path in paths:
+        parts = {join_path(path, name) for name in backend.parts(modules[path])}
+        found += [place for place in modules if owner_of(place) in parts] if parts else [path]
+    return found
 
 
 def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from adamss.errors import MissingBackendError
 
@@ -26,9 +26,9 @@ from adamss.backend import Adaptation, Kinds, StackedLayer, Stores, View
 from adamss.backend.sites import stack_paths
 from adamss.backend.tensors import join_path
 from adamss.core import Factors
-from adamss.errors import StateError
+from adamss.errors import LayerError, StateError
 from adamss_jax.arrays import HostCopies, LeafStore, placed_as, restored
-from adamss_jax.kinds import MatrixKind, with_update
+from adamss_jax.kinds import ExampleKind, MatrixKind, must_be_tried, with_update
 from adamss_jax.leaves import spelled
 from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
 from adamss_jax.parts import Part
@@ -57,8 +57,72 @@ class Linear(MatrixKind):
         return jnp.reshape(u, ()) if layer.out_features == "scalar" else u
 
 
-kinds = Kinds(Linear())
+class Conv(ExampleKind):
+    """`equinox.nn.Conv` without groups: the product of each window of the input with one matrix.
+
+    ``z = x M`` is the layer's own convolution with q filters.
+    """
+
+    classes = (eqx.nn.Conv,)
+
+    def view(self, layer: Any, path: str) -> View:
+        if layer.groups != 1:
+            raise LayerError(
+                f"{path}: its {layer.groups} groups are as many matrices. Leave it out of targets; convolutions "
+                "without groups can be adapted"
+            )
+        return View(rows=tuple(range(1, layer.num_spatial_dims + 2)), columns=(0,))
+
+    def leading(self, layer: Any) -> tuple[int, ...]:
+        shape = getattr(layer.weight, "shape", ())
+        return tuple(shape[: max(len(shape) - layer.num_spatial_dims - 2, 0)])
+
+    def project(self, layer: Any, x: Array, M: Array) -> Array:
+        weight = jnp.reshape(M.T, (M.shape[1], layer.in_channels, *layer.kernel_size))
+        z: Array = eqx.nn.Conv.__call__(_changed(layer, weight=weight, bias=None, use_bias=False), x)
+        return z
+
+    def spread(self, layer: Any, z: Array, E: Array) -> Array:
+        return jnp.tensordot(E.T, z, 1)
+
+    def example(self, layer: Any) -> Array:
+        # Larger than the window in every dimension, so that no padding fills one alone.
+        sizes = [8 * size for size in layer.kernel_size]
+        return jax.random.normal(jax.random.key(0), (layer.in_channels, *sizes))
+
+
+class Embedding(ExampleKind):
+    """`equinox.nn.Embedding`: a row by its id, the product of a one-hot vector with one matrix."""
+
+    classes = (eqx.nn.Embedding,)
+
+    def view(self, layer: Any, path: str) -> View:
+        return View(rows=(0,), columns=(1,))
+
+    def leading(self, layer: Any) -> tuple[int, ...]:
+        return tuple(getattr(layer.weight, "shape", ())[:-2])
+
+    def project(self, layer: Any, x: Array, M: Array) -> Array:
+        return M[x]
+
+    def example(self, layer: Any) -> Array:
+        return jnp.zeros((), int)
+
+
+kinds = Kinds(Linear(), Conv(), Embedding())
 """Kinds of layers that can be adapted; `Kinds.register` adds one."""
+
+CELL = (
+    "whose weight_ih and weight_hh are multiplied within its gates, so that no update can be added to its output; "
+    "a cell that is made of equinox.nn.Linear can be adapted"
+)
+REFUSED: dict[type, str] = {
+    eqx.nn.ConvTranspose: "a transposed convolution, whose windows overlap in the output, so that its update is not "
+    "one product with a matrix; equinox.nn.Conv and the layers before and after it can be adapted",
+    eqx.nn.GRUCell: CELL,
+    eqx.nn.LSTMCell: CELL,
+}
+"""Layers with weights that cannot be adapted, and why."""
 
 
 stores = Stores(LeafStore())
@@ -103,8 +167,8 @@ class Adapter(eqx.Module):
 class AdaptedLayer(eqx.Module):
     """``y = base(x) + (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C.
 
-    It has no ``weight`` of its own: code that multiplies by ``layer.weight`` itself would not see the adapter, and
-    fails instead.
+    Sizes and other static fields are those of the frozen layer. It has no ``weight`` of its own: code that multiplies
+    by ``layer.weight`` itself would not see the adapter, and fails instead.
 
     Attributes
     ----------
@@ -132,20 +196,19 @@ class AdaptedLayer(eqx.Module):
         """The adapter that is attached."""
         return self.adapters[self.record.name]
 
-    @property
-    def in_features(self) -> Any:
-        """Inputs, as of the frozen layer."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> Any:
-        """Outputs, as of the frozen layer."""
-        return self.base.out_features
-
-    @property
-    def use_bias(self) -> bool:
-        """Whether the frozen layer has a bias."""
-        return bool(self.base.use_bias)
+    def __getattr__(self, name: str) -> Any:
+        # It is asked only for what this class does not have.
+        base = None if name.startswith("_") else vars(self).get("base")
+        field = getattr(base, "__dataclass_fields__", {}).get(name)
+        if field is not None and field.metadata.get("static", False):
+            return getattr(base, name)
+        raise AttributeError(
+            f"an adapted {type(base).__name__} has no {name!r} of its own, and what is computed from that of the "
+            "frozen layer (`base`) would be without the adapter; call the layer, or take the adapters off "
+            "(adamss.merge_and_unload)",
+            name=name,
+            obj=self,
+        )
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         """Return the output for an input, as the frozen layer does."""
@@ -204,6 +267,9 @@ class EquinoxBackend(JaxModels):
     name = "equinox"
     kinds = kinds
     stores = stores
+    composed: ClassVar = {eqx.nn.MultiheadAttention: ("query_proj", "key_proj", "value_proj", "output_proj")}
+    refused: ClassVar = REFUSED
+    normalising = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
 
     def handles(self, model: Any) -> bool:
         if isinstance(model, eqx.Module):
@@ -264,7 +330,9 @@ class EquinoxBackend(JaxModels):
         }
         modules = self.modules(model)
         changed = {path: _with_arrays(modules[path], own) for path, own in values.items()}
-        return _replaced(model, adapted | changed)
+        model = _replaced(model, adapted | changed)
+        _check_shared(model)
+        return model
 
     def remove(self, model: Any) -> Any:
         return _mapped(model, lambda _, layer: layer.base)
@@ -288,8 +356,7 @@ class EquinoxBackend(JaxModels):
 
     def called_layers(self, model: Any) -> dict[str, tuple[Any, Any, bool]]:
         def known(layer: Any) -> bool:
-            kind = kinds.of(layer, "an adapted layer")
-            return not kind.linear or kind.defines(type(layer), "__call__")
+            return not must_be_tried(kinds.of(layer, "an adapted layer"), type(layer))
 
         return {path: (layer, layer.base, known(layer.base)) for path, layer in _by_owner(model).items()}
 
@@ -322,6 +389,19 @@ class EquinoxBackend(JaxModels):
     def switched(self, model: Any, *, on: bool) -> Any:
         """Return the model; off, it is the base model, and the other is still there to be switched on."""
         return model if on else self.remove(model)
+
+
+def _check_shared(model: Any) -> None:
+    """Check that weights that are tied by `equinox.nn.Shared` are none of an adapted layer."""
+    for path, node in _walk(model):
+        if isinstance(node, eqx.nn.Shared):
+            try:
+                node()
+            except AttributeError as error:
+                raise LayerError(
+                    f"{path or 'the model itself'} is an equinox.nn.Shared that gives the weight of an adapted layer "
+                    f"to another; leave the layer out of targets, or untie the two ({error})"
+                ) from error
 
 
 # ---- the tree of a model ---------------------------------------------------------------------------

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 from adamss.errors import MissingBackendError
@@ -25,16 +28,18 @@ except ImportError as error:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.nnx.nn import dtypes
 from jax import Array
 
-from adamss.backend import Adaptation, Kinds, Site, StackedLayer, Stores, View
+from adamss.backend import Adaptation, Kind, Kinds, Site, StackedLayer, Stores, View
 from adamss.backend.sites import stack_paths
 from adamss.backend.tensors import join_path
-from adamss.core import Factors
-from adamss.errors import LayerError, TargetError
+from adamss.core import Factors, contract, expand, only
+from adamss.errors import AdamssWarning, LayerError, TargetError
 from adamss_jax.arrays import HostCopies, LeafStore, placed_as, restored
-from adamss_jax.kinds import MatrixKind, Rest, with_update
+from adamss_jax.functional import with_constants
+from adamss_jax.kinds import ExampleKind, MatrixKind, Rest, must_be_tried, with_update
 from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
 from adamss_jax.parts import Part
 
@@ -43,7 +48,7 @@ __all__ = ["AdamssParam", "Adapter", "LayerBank", "NnxBackend", "kinds", "stores
 CHILD = "adamss"
 """Name of the bank among the children of its layer."""
 
-FUNCTIONS = (None, jax.lax.dot_general, dtypes.promote_dtype)
+FUNCTIONS = (None, jax.lax.dot_general, jax.lax.conv_general_dilated, dtypes.promote_dtype)
 """What Flax's layers compute with unless they are told otherwise."""
 
 NOT_STORED = (nnx.RngState, nnx.Cache, nnx.Intermediate)
@@ -53,33 +58,48 @@ NOT_STORED = (nnx.RngState, nnx.Cache, nnx.Intermediate)
 # ---- kinds of layers, and how they keep their numbers -----------------------------------------------
 
 
-class Linear(MatrixKind):
-    """`nnx.Linear`."""
+class DeclaredKind(Kind):
+    """A layer that says what shape its weight has; the axes before these are those of a stack of layers."""
 
-    classes: ClassVar[tuple[type, ...]] = (nnx.Linear,)
-    weight = "kernel"
+    classes: ClassVar[tuple[type, ...]]
+    weight: ClassVar[str] = "kernel"
 
+    @abstractmethod
     def declared(self, layer: Any) -> tuple[int, ...]:
-        """Return the shape of the kernel of a single layer, as the layer says it."""
-        return layer.in_features, layer.out_features
+        """Return the shape of the weight of a single layer, as the layer says it."""
 
+    @abstractmethod
     def axes(self, layer: Any, path: str) -> View:
         """Return `view` of a single layer."""
-        return View(rows=(0,), columns=(1,))
 
     def view(self, layer: Any, path: str) -> View:
         view, declared = self.axes(layer, path), self.declared(layer)
-        stack, shape = self.leading(layer), tuple(getattr(layer.kernel.get_value(), "shape", ()))
+        stack, shape = self.leading(layer), self._shape(layer)
         if stack and shape != stack + declared:
             raise LayerError(
-                f"{path}: its kernel has shape {shape}, where the layer says {declared}; the axes of a stack of "
-                "layers must come first"
+                f"{path}: its {self.weight} has shape {shape}, where the layer says {declared}; the axes of a stack "
+                "of layers must come first"
             )
         return view
 
     def leading(self, layer: Any) -> tuple[int, ...]:
-        shape = getattr(layer.kernel.get_value(), "shape", ())
-        return tuple(shape[: max(len(shape) - len(self.declared(layer)), 0)])
+        shape = self._shape(layer)
+        return shape[: max(len(shape) - len(self.declared(layer)), 0)]
+
+    def _shape(self, layer: Any) -> tuple[int, ...]:
+        return tuple(getattr(getattr(layer, self.weight).get_value(), "shape", ()))
+
+
+class Linear(DeclaredKind, MatrixKind):
+    """`nnx.Linear`."""
+
+    classes: ClassVar[tuple[type, ...]] = (nnx.Linear,)
+
+    def declared(self, layer: Any) -> tuple[int, ...]:
+        return layer.in_features, layer.out_features
+
+    def axes(self, layer: Any, path: str) -> View:
+        return View(rows=(0,), columns=(1,))
 
 
 class LinearGeneral(Linear):
@@ -210,8 +230,82 @@ def _equation(equation: str, path: str) -> _Equation:
     )
 
 
-kinds = Kinds(Linear(), LinearGeneral(), Einsum())
+class Conv(DeclaredKind, ExampleKind):
+    """`nnx.Conv` without groups: the product of each window of the input with one matrix.
+
+    ``z = x M`` is the layer's own convolution with q filters. The rows are ordered as PyTorch's convolutions have
+    them, (inputs, *window).
+    """
+
+    classes = (nnx.Conv,)
+
+    def declared(self, layer: Any) -> tuple[int, ...]:
+        return tuple(layer.kernel_shape)
+
+    def axes(self, layer: Any, path: str) -> View:
+        if layer.feature_group_count != 1:
+            raise LayerError(
+                f"{path}: its {layer.feature_group_count} groups (feature_group_count) are as many matrices. "
+                "Leave it out of targets; convolutions without groups can be adapted"
+            )
+        # Each row is kept or dropped as a whole, or the update is no product M E. In NumPy, also while JAX traces.
+        mask = None if isinstance(layer.mask, jax.core.Tracer | None) else np.asarray(layer.mask)
+        if mask is not None and (mask != mask[..., :1]).any():
+            raise LayerError(
+                f"{path}: its mask hides inputs from some outputs and not from others, so that its update is no "
+                "product of two factors; leave it out of targets: a mask that is the same for all outputs can be "
+                "adapted"
+            )
+        window = len(layer.kernel_size)
+        return View(rows=(window, *range(window)), columns=(window + 1,))
+
+    def project(self, layer: Any, x: Array, M: Array) -> Array:
+        kernel = jnp.reshape(M, (layer.in_features, *layer.kernel_size, M.shape[1]))
+        kernel = jnp.moveaxis(kernel, 0, -2)
+        if layer.mask is not None:
+            kernel = kernel * jnp.asarray(layer.mask[..., :1], kernel.dtype)
+        return _computed_with(nnx.Conv, layer, x, kernel=kernel, bias=None, use_bias=False, mask=None)
+
+    def example(self, layer: Any) -> Array:
+        # Larger than the window in every dimension, so that no padding fills one alone.
+        sizes = [8 * size for size in layer.kernel_size]
+        return jax.random.normal(jax.random.key(0), (1, *sizes, layer.in_features))
+
+
+class Embed(DeclaredKind, ExampleKind):
+    """`nnx.Embed`: rows by their ids, the product of one-hot vectors with one matrix."""
+
+    classes = (nnx.Embed,)
+    weight = "embedding"
+
+    def declared(self, layer: Any) -> tuple[int, ...]:
+        return layer.num_embeddings, layer.features
+
+    def axes(self, layer: Any, path: str) -> View:
+        return View(rows=(0,), columns=(1,))
+
+    def project(self, layer: Any, x: Array, M: Array) -> Array:
+        return _computed_with(nnx.Embed, layer, x, embedding=M, features=M.shape[1])
+
+    def example(self, layer: Any) -> Array:
+        return jnp.arange(layer.num_embeddings)
+
+
+def _computed_with(of: Any, layer: Any, x: Array, **attributes: Any) -> Array:
+    """Return what the forward of a class makes of an input, with the layer's settings and other arrays."""
+    z: Array = of.__call__(SimpleNamespace(**vars(layer) | attributes), x)
+    return z
+
+
+kinds = Kinds(Linear(), LinearGeneral(), Einsum(), Conv(), Embed())
 """Kinds of layers that can be adapted; `Kinds.register` adds one."""
+
+REFUSED: dict[type, str] = {
+    nnx.ConvTranspose: "a transposed convolution, whose windows overlap in the output, so that its update is not one "
+    "product with a matrix; nnx.Conv and the layers before and after it can be adapted",
+    nnx.LoRA: "which is an adapter itself; adapt its base_module, or fold it into that one first",
+}
+"""Layers with weights that cannot be adapted, and why."""
 
 
 class VariableStore(LeafStore):
@@ -325,6 +419,28 @@ class LayerBank(nnx.Module):
         kind = kinds.of(layer, "an adapted layer")
         return with_update(kind, layer, y, x, self.adapter, revive=self.record.revives, rest=rest)
 
+    def head(self, y: Array, query: Array) -> Array:
+        """Return what ``attend`` of the frozen `nnx.Embed` gives, from what it gives now.
+
+        A head that has the weight of an embedding is not adapted with it, in any framework, so that a file means the
+        same in all of them. Here both are one object: what its weight holds of the update is taken off again.
+        """
+        if self.off:
+            return y
+        warnings.warn(
+            "attend of an adapted nnx.Embed goes on giving the head of the base weight: the adapter of an embedding "
+            "changes the embedding alone",
+            AdamssWarning,
+            stacklevel=4,
+        )
+        held = self.adapter.part.held
+        if held is None:
+            return y
+        factors = with_constants(only(self.adapter.factors(), jnp.asarray(held)))
+        M, E = contract(factors).astype(y.dtype), expand(factors).astype(y.dtype)
+        result: Array = y - (query.astype(y.dtype) @ E.T) @ M.T
+        return result
+
 
 _CLASSES: dict[Any, Any] = {}
 
@@ -348,7 +464,16 @@ def adapted_class(kind: Any) -> Any:
 
     name = f"Adamss{kind.__name__}"
     members = {"__call__": call, "__reduce__": reduce, "__module__": __name__, "__doc__": kind.__doc__}
+    if issubclass(kind, nnx.Embed):
+        members["attend"] = _attend_of(kind)
     return _CLASSES.setdefault(kind, type(kind)(name, (kind,), members))
+
+
+def _attend_of(kind: Any) -> Any:
+    def attend(self: Any, query: Array, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, CHILD).head(kind.attend(self, query, *args, **kwargs), query)
+
+    return attend
 
 
 def _rebuilt(kind: Any) -> Any:
@@ -366,6 +491,9 @@ class NnxBackend(JaxModels):
     name = "flax"
     kinds = kinds
     stores = stores
+    composed: ClassVar = {nnx.MultiHeadAttention: ("query", "key", "value", "out")}
+    refused: ClassVar = REFUSED
+    normalising = (nnx.WeightNorm, nnx.SpectralNorm)
 
     def handles(self, model: Any) -> bool:
         return isinstance(model, nnx.Pytree)
@@ -449,7 +577,14 @@ class NnxBackend(JaxModels):
                 if variable.has_metadata("adamss_kind"):
                     _set_class(variable, variable.get_metadata("adamss_kind"))
                     variable.del_metadata("adamss_kind")
-        for layer in layers.values():
+        for path, layer in layers.items():
+            if isinstance(layer, nnx.Embed) and getattr(layer, CHILD).adapter.part.held is not None:
+                warnings.warn(
+                    f"{path or 'the model itself'} is an nnx.Embed that keeps the update in its weight: if the model "
+                    "calls its attend, that head changes too from now on",
+                    AdamssWarning,
+                    stacklevel=3,
+                )
             delattr(layer, CHILD)
             _set_class(layer, type(layer).__bases__[0])
         return model
@@ -482,8 +617,8 @@ class NnxBackend(JaxModels):
         for path in layers:
             if any(shared[id(variable)] > 1 for _, variable in _own(adapted[path])):
                 raise LayerError(
-                    f"{path}: its kernel is shared with another layer, which merging would change too; "
-                    "leave the adapter unmerged"
+                    f"{path}: its {kinds.of(adapted[path], path).weight} is shared with another layer, which merging "
+                    "would change too; leave the adapter unmerged"
                 )
 
     def with_layers(self, model: nnx.Module, layers: Mapping[str, Any]) -> nnx.Module:
@@ -627,10 +762,9 @@ def _check_disjoint(adapted: Iterable[Any], saved: Mapping[str, Any]) -> None:
 def _called(layer: Any) -> tuple[Any, Any, bool]:
     """Return what `NnxBackend.called_layers` does, of one layer."""
     of, kind = type(layer).__bases__[0], kinds.of(layer, "an adapted layer")
-    plain = kind.defines(of, "__call__")
-    # Flax's own layers take functions for their products and dtypes.
-    own = [getattr(layer, name, None) for name in ("dot_general", "promote_dtype")]
-    if not kind.linear or (plain and all(function in FUNCTIONS for function in own)):
+    # Flax's own linear layers take functions for their products and dtypes.
+    own = [getattr(layer, name, None) for name in ("dot_general", "promote_dtype")] if kind.linear else []
+    if not must_be_tried(kind, of) and all(function in FUNCTIONS for function in own):
         return layer, layer, True
     # Copies, in which statistics and counts may change.
     with_update, without = nnx.clone(layer), nnx.clone(layer)
@@ -678,7 +812,7 @@ def _as_in_torch(node: Any, name: str, shape: tuple[int, ...]) -> tuple[str, Any
     if isinstance(kind, MatrixKind) and name == kind.bias:
         return name, lambda bias: jnp.reshape(bias, -1), lambda bias: jnp.reshape(bias, shape)
     if isinstance(node, nnx.Conv) and name == "kernel":
-        # (*window, inputs, outputs) here, (outputs, inputs, *window) there.
+        # (*window, inputs, outputs) here, (outputs, inputs, *window) there; with groups too, which have no view.
         return "weight", *transposed((len(shape) - 1, len(shape) - 2, *range(len(shape) - 2)))
     if isinstance(node, nnx.Embed) and name == "embedding":
         return "weight", same, same

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -14,10 +16,21 @@ from adamss_jax.arrays import restored
 from adamss_jax.functional import update, with_constants
 from adamss_jax.parts import computed
 
-__all__ = ["MatrixKind", "Rest", "with_update"]
+__all__ = ["ExampleKind", "MatrixKind", "Rest", "example_input", "must_be_tried", "with_update"]
 
 Rest: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and named arguments of a call."""
+
+
+class ExampleKind(Kind):
+    """A kind that is not linear and can make an input for its layers.
+
+    A layer whose class has a forward of its own is tried on it, before and after its update is merged.
+    """
+
+    @abstractmethod
+    def example(self, layer: Any) -> Array:
+        """Return an input that the layer takes."""
 
 
 class MatrixKind(Kind):
@@ -35,6 +48,18 @@ class MatrixKind(Kind):
         return u
 
 
+def example_input(kind: Kind, layer: Any, d: int) -> Array:
+    """Return an input to try a layer on, whose weight has d rows."""
+    return (
+        kind.example(layer) if isinstance(kind, ExampleKind) else jax.random.normal(jax.random.key(0), (d,))
+    )
+
+
+def must_be_tried(kind: Kind, layer: type) -> bool:
+    """Return whether a class of layers has a forward of its own, of which `example_input` tells what it computes."""
+    return (kind.linear or isinstance(kind, ExampleKind)) and not kind.defines(layer, "__call__")
+
+
 def with_update(
     kind: Kind, layer: Any, y: Array, x: Array, adapter: Any, *, revive: bool, rest: Rest
 ) -> Array:
@@ -45,7 +70,7 @@ def with_update(
     kind, layer
         The layer, and its kind.
     y, x
-        Its output and input.
+        Its output and input. `Kind.project` gets an input of integers as it is, since these may be ids.
     adapter
         With `factors()`, the `part` of them that is computed, and the `order` of `adamss_jax.update`.
     revive
@@ -56,7 +81,9 @@ def with_update(
     part, order = restored(adapter.part), adapter.order
     if part.empty:
         return y
-    factors, x = computed(adapter.factors(), part), jnp.asarray(x, y.dtype)
+    factors, x = computed(adapter.factors(), part), jnp.asarray(x)
+    if kind.linear or not jnp.issubdtype(x.dtype, jnp.integer):
+        x = x.astype(y.dtype)
     if revive:
         factors = factors._replace(active=jnp.ones_like(factors.active))
     if isinstance(kind, MatrixKind):

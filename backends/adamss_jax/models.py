@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from adamss.backend import Adaptation, Backend, Ledger, Site, StackedLayer, back
 from adamss.backend.interface import Model, Module
 from adamss.backend.sites import Index, by_owner, owner_of, split_path
 from adamss.backend.stores import exchange_all
+from adamss.backend.tensors import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core.factors import outline
-from adamss.errors import BackendError, LayerError, StateError
+from adamss.errors import BackendError, LayerError, LayerTypeError, StateError
 from adamss_jax.arrays import HostCopies, JaxArrays, beside, check_values, restored
+from adamss_jax.kinds import example_input
 from adamss_jax.leaves import Leaves, Pair
 from adamss_jax.parts import Part, part_of
 from adamss_jax.stacks import factors_at, stacked_factors
@@ -105,6 +107,15 @@ class JaxModels(JaxArrays, Backend):
 
     # ---- what a library supplies --------------------------------------------------------------------
 
+    composed: ClassVar[Mapping[type, tuple[str, ...]]]
+    """Classes of modules that a target may name for layers within them, and the names of these."""
+
+    refused: ClassVar[Mapping[type, str]]
+    """Classes of layers that have weights and cannot be adapted, and why, as a clause."""
+
+    normalising: ClassVar[tuple[type, ...]]
+    """Classes of modules that compute the weight of a layer within them anew at every call."""
+
     @abstractmethod
     def attached(self, model: Model) -> dict[str, Attached]:
         """Return what is attached, by the path of the module that holds the arrays, as `insert` was given it."""
@@ -152,6 +163,16 @@ class JaxModels(JaxArrays, Backend):
 
     # ---- what follows from it -----------------------------------------------------------------------
 
+    def parts(self, module: Module) -> tuple[str, ...]:
+        return next((names for of, names in self.composed.items() if isinstance(module, of)), ())
+
+    def site(self, module: Module, path: str) -> Site:
+        if self.kinds.find(module) is None:  # nobody has registered one
+            for of, why in self.refused.items():
+                if isinstance(module, of):
+                    raise LayerTypeError(f"{path or 'the model itself'} is a {type(module).__name__}, {why}")
+        return super().site(module, path)
+
     def versions(self) -> Mapping[str, str]:
         return {**super().versions(), self.name: version(self.name)}
 
@@ -198,16 +219,17 @@ class JaxModels(JaxArrays, Backend):
 
     def probed(self, model: Model) -> Mapping[str, tuple[Array, Array] | str]:
         called = {path: own for path, own in self.called_layers(model).items() if not own[2]}
+        layers = self.adapted_layers(model) if called else {}
         shapes = dict(next(iter(self.attached(model).values())).record.shapes) if called else {}
         found: dict[str, tuple[Array, Array] | str] = {}
         for path in called.keys() & shapes.keys():  # those of a stack have no path of their own
             layer, base, _ = called[path]
             d, _ = shapes[path]
-            x = jax.random.normal(jax.random.key(0), (d,))
+            x = example_input(self.kinds.of(layers[path], path), layers[path], d)
             try:
                 y, again, without = layer(x), layer(x), base(x)
             except Exception as error:
-                found[path] = f"could not be tried on an input of {d} numbers ({error})"
+                found[path] = f"could not be tried on an input of shape {x.shape} ({error})"
                 continue
             if bool(jnp.array_equal(y, again)):
                 found[path] = y, without
@@ -225,7 +247,8 @@ class JaxModels(JaxArrays, Backend):
                 kind, weight = self.kinds.of(layers[owner], path), None
                 weight = self.stores.read(layers[owner], kind.weight)
                 now = tuple(getattr(weight, "shape", ()))
-                if len(now) == 2 and kind.view(layers[owner], path).shape(now) != shape:
+                view = kind.view(layers[owner], path)
+                if len(now) == len(view.axes) and view.shape(now) != shape:
                     lost[owner] = f"has a weight of shape {now} now, which its adapter does not fit"
         return lost
 
@@ -237,6 +260,7 @@ class JaxModels(JaxArrays, Backend):
     ) -> tuple[Record, dict[str, tuple[Site, Factors]]]:
         """Return what `insert` attaches: the record, and by owner its site and its factors, beside its weight."""
         modules, found = self.modules(model), {}
+        self._check_not_normalised(modules, adaptation.layers)
         first = by_owner({path: path for path in adaptation.layers})
         for owner, layers in by_owner(adaptation.layers).items():
             path = next(iter(first[owner].values()))
@@ -251,6 +275,17 @@ class JaxModels(JaxArrays, Backend):
         kept = tuple((path, HostCopies(arrays)) for path, arrays in originals.items())
         shapes = tuple(adaptation.shapes.items())
         return Record(adaptation.config, adaptation.name, shapes, kept, adaptation.trained), found
+
+    def _check_not_normalised(self, modules: Mapping[str, Any], paths: Iterable[str]) -> None:
+        wrappers = {path: module for path, module in modules.items() if isinstance(module, self.normalising)}
+        for path in paths:
+            for outer, module in wrappers.items():
+                if path.startswith(join_path(outer, "")):
+                    raise LayerError(
+                        f"{path} lies in a {type(module).__name__}, which computes its weight anew at every call, so "
+                        "that an update in it would not last; leave it out of targets, or put the layer itself in "
+                        "the place of the wrapper"
+                    )
 
     def with_masks(self, model: Model, active: Mapping[str, Array]) -> Model:
         found, stacked = self.attached(model), {}

@@ -28,7 +28,7 @@ from adamss_torch.bank import CHILD, HOOK, LayerBank, Off, OnLoan, PartBanks, ch
 from adamss_torch.division import divided
 from adamss_torch.in_place import Watch, leave, readable, readers, restore
 from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
-from adamss_torch.kinds import Part, fragments, kinds, refusal
+from adamss_torch.kinds import PROJECTIONS, Part, fragments, kinds, refusal
 from adamss_torch.paths import named_parameters, unwrapped, walk
 from adamss_torch.quantised import PACKING, QuantisedStore, float_layer, packing_layers, unpack
 from adamss_torch.sharding import is_partitioned, is_sharded, local, rebuilt, shape_of
@@ -179,10 +179,8 @@ class TorchBackend(Backend):
                 found[join_path(path, name)] = part
         return found
 
-    def meant(self, module: nn.Module | Fragment, path: str) -> list[str]:
-        projections = ("q_proj", "k_proj", "v_proj", "out_proj")
-        whole = isinstance(module, nn.MultiheadAttention)
-        return [join_path(path, name) for name in projections] if whole else [path]
+    def parts(self, module: Any) -> tuple[str, ...]:
+        return PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ()
 
     def heads(self, model: nn.Module) -> list[str]:
         owner, _ = _owner(model)

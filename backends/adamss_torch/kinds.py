@@ -16,6 +16,7 @@ from adamss.errors import LayerError
 from adamss_torch import quantised
 
 __all__ = [
+    "PROJECTIONS",
     "Embedding",
     "InPlaceKind",
     "OwnParameter",
@@ -32,6 +33,9 @@ REFUSED: dict[type, str] = {
 }
 """Modules whose Parameters are not adapted either, and why."""
 
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""What the four matrices of `torch.nn.MultiheadAttention` are called."""
 
 CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 """Modules without a forward, whose Parameters others read."""
