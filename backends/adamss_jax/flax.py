@@ -73,6 +73,12 @@ class DeclaredKind(Kind):
         """Return `view` of a single layer."""
 
     def view(self, layer: Any, path: str) -> View:
+        kept = getattr(layer, self.weight)
+        if not isinstance(kept, nnx.Variable):
+            raise LayerError(
+                f"{path}: its {self.weight} is a {type(kept).__module__.partition('.')[0]}.{type(kept).__name__}, "
+                "which no store here can read; adapt the model before it is quantised"
+            )
         view, declared = self.axes(layer, path), self.declared(layer)
         stack, shape = self.leading(layer), self._shape(layer)
         if stack and shape != stack + declared:
@@ -87,7 +93,8 @@ class DeclaredKind(Kind):
         return shape[: max(len(shape) - len(self.declared(layer)), 0)]
 
     def _shape(self, layer: Any) -> tuple[int, ...]:
-        return tuple(getattr(getattr(layer, self.weight).get_value(), "shape", ()))
+        kept = getattr(layer, self.weight)
+        return tuple(getattr(kept.get_value(), "shape", ())) if isinstance(kept, nnx.Variable) else ()
 
 
 class Linear(DeclaredKind, MatrixKind):

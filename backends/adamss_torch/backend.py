@@ -28,7 +28,7 @@ from adamss_torch.bank import CHILD, HOOK, LayerBank, Off, OnLoan, PartBanks, ch
 from adamss_torch.division import divided
 from adamss_torch.in_place import Watch, leave, readable, readers, restore
 from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
-from adamss_torch.kinds import PROJECTIONS, Part, fragments, kinds, refusal
+from adamss_torch.kinds import PROJECTIONS, OwnParameter, Part, fragments, kinds, refusal
 from adamss_torch.paths import named_parameters, unwrapped, walk
 from adamss_torch.quantised import PACKING, QuantisedStore, float_layer, packing_layers, unpack
 from adamss_torch.sharding import is_partitioned, is_sharded, local, rebuilt, shape_of
@@ -194,6 +194,12 @@ class TorchBackend(Backend):
         if why := refusal(module):
             raise LayerError(
                 f"{path or 'the model itself'} is a {type(module).__name__}, {why}; leave it out of targets"
+            )
+        own = [name for name, part in fragments(module) if isinstance(part, OwnParameter)]
+        if own:
+            raise LayerTypeError(
+                f"{path or 'the model itself'} is a {type(module).__name__}, which reads its own Parameters; name "
+                f"these as targets: {', '.join(join_path(path, name) for name in own[:4])}"
             )
         site, name = super().site(module, path), path or "the model itself"
         weight: Any = getattr(module, site.kind.weight, None)

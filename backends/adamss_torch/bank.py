@@ -251,7 +251,7 @@ def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = 
 
 def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state of adapters that says that the weights of their layers are no part of it."""
-    labels = re.compile(rf"(.*\.)?{CHILD}\.[^.]+\.labels")
+    labels = re.compile(rf"(.*\.)?{CHILD}\.([^.]+\.)?[^.]+\.labels")  # of a layer, or of a part of a module
     marks = {name.removesuffix("labels") + HELD for name in state_dict if labels.fullmatch(name)}
     return {**state_dict, **{name: torch.zeros(0, dtype=torch.bool) for name in marks}}
 

@@ -217,7 +217,7 @@ def refusal(module: object) -> str | None:
     return next((why for kind, why in REFUSED.items() if isinstance(module, kind)), None)
 
 
-def fragments(module: nn.Module) -> Iterator[tuple[str, Part]]:
+def fragments(module: object) -> Iterator[tuple[str, Part]]:
     """Yield what is adapted of a module that is no layer of a known kind, by name.
 
     Of `torch.nn.MultiheadAttention` its projections, but for ``out_proj``, which is a module. Of others the
@@ -229,7 +229,11 @@ def fragments(module: nn.Module) -> Iterator[tuple[str, Part]]:
             name = "in_proj_weight" if packed else f"{which}_proj_weight"
             rows = slice(number * width, (number + 1) * width) if packed else None
             yield f"{which}_proj", Projection(module, name, f"{which}_proj", rows)
-    elif kinds.find(module) is None and not isinstance(module, (*REFUSED, *CONTAINERS)):
+    elif (
+        isinstance(module, nn.Module)
+        and kinds.find(module) is None
+        and not isinstance(module, (*REFUSED, *CONTAINERS))
+    ):
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim in (2, 3) and min(parameter.shape) > 1:
                 yield name, OwnParameter(module, name, name)

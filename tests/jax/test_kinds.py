@@ -732,3 +732,25 @@ def test_a_store_from_outside_is_read_and_refuses_to_be_written(registered, tmp_
             verb(model)
     assert jnp.array_equal(case.run(model[0], case.x), y)
     assert model[0].weight.dtype == "int8"
+
+
+def test_all_linear_exclude_and_overrides():
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.attn = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
+            self.fc, self.emb = nnx.Linear(32, 16, rngs=rngs), nnx.Embed(9, 32, rngs=rngs)
+
+    config = adamss.AdamssConfig(
+        targets="all-linear", exclude=["attn.key"], rank=8, subspaces=3, overrides={"fc": {"rank": 4}}
+    )
+    rows = adamss.summary(adamss.attach(Block(nnx.Rngs(0)), config)).rows
+    assert {row.path: row.R for row in rows} == {"attn.query": 8, "attn.value": 8, "attn.out": 8, "fc": 4}
+
+
+def test_a_kernel_that_another_library_keeps_is_refused_by_name():
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    model.layers[0].kernel = nnx.data(object())
+    with pytest.raises(
+        errors.LayerError, match=r"^layers\.0: its kernel is a builtins\.object, which no store"
+    ):
+        adamss.attach(model, adamss.AdamssConfig(targets=["layers.0"]))

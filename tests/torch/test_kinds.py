@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import adamss
 from adamss import core, errors
 from adamss.backend import Kind, Store, View, backend_for
+from adamss_torch import BudgetController
 from adamss_torch.backend import adapters_of
-from adamss_torch.bank import LayerBank
+from adamss_torch.bank import LayerBank, without_weights
 from adamss_torch.kinds import Convolution, OwnParameterKind, kinds
 from adamss_torch.stores import stores
 
@@ -354,6 +355,35 @@ def test_state_dicts_copies_and_pickles(name):
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
 
 
+@every_layer
+def test_a_budget_is_kept_to_the_subspace(name):
+    model, x, config = made(name)
+    adamss.attach(model, config)
+    target = max(3, len(adapters_of(model)))
+    budget = adamss.BudgetConfig(target=target, end_step=4, minimum_per_layer=1)
+    optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.05)
+    controller = BudgetController(model, optimizer, budget)
+    for _ in range(6):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    assert controller.step == 6
+    assert adamss.summary(model).total.active == target
+    kept = {path: adapter.C.detach().clone() for path, adapter in adapters_of(model).items()}
+    (model(x) - 1).square().mean().backward()
+    optimizer.step()
+    for path, adapter in adapters_of(model).items():
+        frozen = ~adapter.active[adapter.labels]
+        assert torch.equal(adapter.factors().C[:, frozen], kept[path][:, frozen])
+
+
+@pytest.mark.parametrize("name", ["linear of its own", "experts", "attention packed"])
+def test_a_state_without_the_weights_says_so(name):
+    model, _ = trained(name)
+    state = without_weights({n: t for n, t in model.state_dict().items() if ".adamss." in f".{n}"})
+    assert sum(n.endswith(".in_weight") for n in state) == len(adapters_of(model))
+
+
 @writable_layers
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_merges_and_consolidates(name, keep_base):
@@ -493,6 +523,7 @@ def test_what_cannot_be_written_is_refused_with_the_reason_of_its_store(tmp_path
         (lambda: nn.LSTM(6, 6), r"^0 is a LSTM, a recurrent network"),
         (lambda: nn.Embedding(6, 6, max_norm=1.0), r"^0 is an Embedding with max_norm"),
         (lambda: nn.Embedding(6, 6, scale_grad_by_freq=True), r"^0 is an Embedding with scale_grad_by_freq"),
+        (Router, r"^0 is a Router, which reads its own Parameters; name these as targets: 0\.weight"),
         (lambda: nn.LayerNorm(6), r"^0 is a LayerNorm, which has no weight to adapt"),
     ],
 )
