@@ -15,7 +15,7 @@ from array_api_compat import is_torch_array
 from adamss.backend.interface import Backend, Model
 from adamss.backend.ledger import base_weight, put, sites_of, whole
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight, Fragment, Site
+from adamss.backend.sites import BaseWeight, Site
 from adamss.backend.targets import match
 from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
@@ -47,6 +47,9 @@ from adamss.verbs.common import (
 )
 
 __all__ = ["from_peft", "to_lora", "to_peft"]
+
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Types of models of which PEFT 0.21 adapts no ``out_proj`` and no ``conv1d``: their kernels read the weights."""
 
 EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 """What the layers of experts were called before transformers 5 made one Parameter of all."""
@@ -117,6 +120,15 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
             f"to_lora: {renamed[0]} (and {len(renamed) - 1} more) has a name that PEFT takes for that of experts "
             "when it loads a LoRA into this model, so that it is written as one of target_parameters: PEFT reads it "
             "from version 0.17 on, servers may not; adamss.merge_and_unload makes a model that everybody reads",
+            AdamssWarning,
+            stacklevel=2,
+        )
+    kind = getattr(getattr(modules.get(""), "config", None), "model_type", None)
+    refused = [path for path in layers if kind in MAMBA and path.rpartition(".")[2] in ("out_proj", "conv1d")]
+    if refused:
+        warnings.warn(
+            f"to_lora: {refused[0]}: PEFT loads no LoRA of such a layer of a model of type {kind!r}; other loaders "
+            "may; leave it out of targets, or merge the model and save that",
             AdamssWarning,
             stacklevel=2,
         )
@@ -321,7 +333,8 @@ def _taken_for_experts(forms: Mapping[str, str], modules: Mapping[str, Any]) -> 
     In a model with fused experts it turns such ``target_modules`` into ``target_parameters``, which the dense layers
     of the same names are not.
     """
-    experts = any(path.endswith(".gate_up_proj") and isinstance(m, Fragment) for path, m in modules.items())
+    fused = (getattr(module, "gate_up_proj", None) for module in modules.values())
+    experts = any(getattr(array, "ndim", 0) == 3 for array in fused)
     linear = [path for path, form in forms.items() if form == "linear"]
     return [path for path in linear if experts and path.rpartition(".")[2] in EXPERTS]
 

@@ -1,5 +1,6 @@
 """Export to LoRA, loaded by PEFT."""
 
+import copy
 import json
 import warnings
 
@@ -144,3 +145,45 @@ def test_factors_that_are_not_finite(net, config, tmp_path):
     with pytest.raises(errors.ArrayValueError, match=r"layers\.0\.query"):
         adamss.to_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_dense_layers_that_peft_takes_for_experts(tmp_path):
+    """It turns ``down_proj`` into ``target_parameters`` when it loads into a model with fused experts."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 2,
+        "n_shared_experts": 1,
+    }
+    config = transformers.DeepseekV3Config(
+        **sizes, **experts, intermediate_size=48, moe_intermediate_size=16, vocab_size=64, first_k_dense_replace=1,
+        q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base, tokens = transformers.DeepseekV3Model(config).eval(), torch.randint(0, 64, (2, 9))
+    model = copy.deepcopy(base)
+    adamss.attach(
+        model, adamss.AdamssConfig(targets=["down_proj", "gate_up_proj", "q_b_proj"], rank=8, subspaces=3)
+    )
+    for module in model.modules():
+        if hasattr(module, "ranks"):
+            module.C.data.normal_(std=0.1)
+    with pytest.warns(
+        errors.AdamssWarning, match=r"layers\.0\.mlp\.down_proj .*that PEFT takes for that of experts"
+    ):
+        adamss.to_lora(model, tmp_path)
+    torch.testing.assert_close(
+        outputs(with_lora(base, tmp_path), tokens), outputs(model, tokens), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_what_peft_refuses_of_mamba_is_told(tmp_path):
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=8)
+    model = transformers.MambaModel(config)
+    adamss.attach(model, adamss.AdamssConfig(targets=["out_proj"], rank=8, subspaces=3))
+    with pytest.warns(
+        errors.AdamssWarning, match=r"layers\.0\.mixer\.out_proj: PEFT loads no LoRA of such a layer"
+    ):
+        adamss.to_lora(model, tmp_path)
