@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -753,8 +754,9 @@ def _watch(owner: nn.Module, args: Any) -> None:
 
 def _stop_watching(owner: nn.Module, args: Any, output: Any) -> None:
     """Forward hook that undoes `_watch`, for good once a forward has read the weights."""
-    watch: Watch | None = vars(owner).pop(WATCH, None)
-    if watch is not None:
+    watch: Watch | None = vars(owner).get(WATCH)
+    if watch is not None and watch.thread == get_ident():
+        del vars(owner)[WATCH]
         watch.__exit__(None, None, None)
         if watch.finished:
             _forget_watch(owner)

@@ -22,6 +22,7 @@ from adamss.backend.bank import DEFAULT
 from adamss.errors import StateError
 from adamss_torch.adapter import HELD, Adapter
 from adamss_torch.in_place import Watch, put
+from adamss_torch.kernel import without_autocast
 from adamss_torch.kinds import Embedding, Part
 from adamss_torch.paths import plain
 
@@ -168,7 +169,8 @@ def _add_updates(
                 z, E = adapter.products(x)  # of the rows that are asked for, and not of all of a vocabulary
                 z = z.to(output.dtype)
             else:
-                M, E = adapter.products()
+                with without_autocast(output):  # it would round A B, which is rounded once, as M
+                    M, E = adapter.products()
                 z = bank.kind.project(layer, x, M.to(output.dtype))
             # Law 1: what overflows in z is finite, or infinity times C = 0 would be NaN.
             z = torch.where(z.isfinite(), z, torch.zeros_like(z))

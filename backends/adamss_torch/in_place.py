@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from adamss.backend.views import View
-from adamss.errors import AdamssWarning, LayerError
+from adamss.errors import AdamssWarning, LayerError, StateError
 from adamss_torch.adapter import Adapter
+from adamss_torch.kernel import without_autocast
 from adamss_torch.kinds import Embedding
 from adamss_torch.sharding import is_partitioned, is_sharded
 from adamss_torch.stores import execution_device
@@ -114,6 +115,11 @@ class Place:
 
 
 def _updated(bank: Any, view: View | None, weight: Tensor) -> Tensor:
+    with without_autocast(weight):  # what stands in the place of a weight has its dtype, and is rounded once
+        return _sum(bank, view, weight)
+
+
+def _sum(bank: Any, view: View | None, weight: Tensor) -> Tensor:
     for name in bank.computed:
         adapter: Adapter = bank._modules[name]
         M, E = (factor.to(weight.dtype) for factor in adapter.block_products())
@@ -190,6 +196,11 @@ def restore(model: nn.Module, *_: Any) -> None:
 
 
 def _enter(reader: nn.Module, args: Any) -> None:
+    if getattr(reader, "_is_replica", False):
+        raise StateError(
+            f"torch.nn.DataParallel runs copies of a {type(reader).__name__}, in which W + delta cannot be put in "
+            "the place of the weight; use torch.nn.parallel.DistributedDataParallel"
+        )
     for place in vars(reader)[READS]:
         place.enter()
 
@@ -229,6 +240,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, layers: Mapping[str, tuple[nn.Module, Any]]) -> None:
         super().__init__()
+        self.thread = get_ident()  # a mode is in force in one thread
         self._weights: dict[int, Watched] = {}
         for path, (layer, bank) in layers.items():
             weight = layer._parameters.get(bank.kind.weight)
@@ -304,7 +316,7 @@ class Watch(TorchFunctionMode):
 def _putting() -> bool:
     """Whether it is us who read a weight, to put W + delta in its place."""
     frame: Any = sys._getframe(2)
-    return bool(frame.f_code is _updated.__code__)
+    return bool(frame.f_code is _sum.__code__)
 
 
 def _asks_for_form(func: Any, args: tuple[Any, ...], found: Mapping[int, Tensor]) -> bool:

@@ -30,6 +30,7 @@ __all__ = [
     "products",
     "trained_elements",
     "update",
+    "without_autocast",
 ]
 
 NO_CONTEXT = nullcontext()
@@ -191,7 +192,7 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
     elif plan.order is None:
         plan = plan._replace(order=_cheapest(base, x, B, C, plan))
     # Autocast would round A B to half precision; it is to be rounded once, as M.
-    with _without_autocast(base):
+    with without_autocast(base):
         rows = B
         if plan.order == "factors_first":
             rows = _directions(plan.A, B, layout.slots, C.shape[0], base.dtype)
@@ -323,7 +324,7 @@ class _Update(torch.autograd.Function):
         plan, layout, d = ctx.plan, ctx.plan.layout, ctx.x_shape[-1]
         dx = d_rows = dC = None
         dy2 = dy.reshape(-1, dy.shape[-1])
-        with _without_autocast(dy):
+        with without_autocast(dy):
             if torch.is_grad_enabled():
                 # Somebody differentiates what comes out of here: everything must hang on x, rows and C.
                 if rows_wanted or C_wanted:
@@ -409,7 +410,8 @@ def _by_block(A: Tensor, stacked: Tensor, blocks: int) -> Tensor:
     return M.view(blocks, -1, *M.shape[1:]).transpose(1, 2).reshape(blocks, A.shape[1], -1)
 
 
-def _without_autocast(array: Tensor) -> AbstractContextManager[object]:
+def without_autocast(array: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which autocast is off on the device of an array."""
     kind = array.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NO_CONTEXT
 

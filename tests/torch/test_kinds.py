@@ -420,6 +420,34 @@ def test_compiles(name):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("name", ["experts", "attention packed", "parameter", "conv2d", "embedding"])
+def test_under_autocast_a_weight_keeps_its_dtype(name):
+    model, x = trained(name)
+    seen = set()
+    for module in model.modules():
+        if "_adamss_reads" in vars(module):
+            module.register_forward_pre_hook(
+                lambda module, args: seen.update(
+                    p.dtype for p in module._parameters.values() if p is not None
+                )
+            )
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(
+            model(x).float(), put_updates_in(copy.deepcopy(model))(x).float(), atol=0.03, rtol=0.03
+        )
+    assert seen <= {torch.float32}
+
+
+def test_replicas_of_data_parallel_are_refused_where_a_weight_is_put_in_place():
+    model, x = trained("experts")
+    replica = model[0]._replicate_for_data_parallel()
+    with pytest.raises(
+        errors.StateError, match=r"DataParallel runs copies of a Experts.*DistributedDataParallel"
+    ):
+        replica(x)
+    model(x)
+
+
 @pytest.mark.parametrize("what", ["blocks", "a function"])
 def test_parts_of_a_model_are_compiled_once(what):
     """A graph that was made while the first forward is watched would have to be made anew after it."""
