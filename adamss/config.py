@@ -279,6 +279,7 @@ class AdamssConfig:
                     f"overrides holds {shown(pattern)}: {shown(settings)}; write {{'layer.0': dict(subspaces=4)}}"
                 )
             _check_pattern("overrides", pattern)
+            _check_pattern("overrides", _run_of_components(pattern))
             unknown = sorted(str(name) for name in settings.keys() - OVERRIDABLE)
             if unknown:
                 raise ConfigError(
@@ -296,7 +297,7 @@ class AdamssConfig:
         """Return the settings of one layer: those of `overrides` that match its path in the place of the others."""
         own: dict[str, Any] = {}
         for pattern, settings in self.overrides.items():
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", path, flags=re.DOTALL):
+            if re.fullmatch(_run_of_components(pattern), path, flags=re.DOTALL):
                 own |= settings
         return self.unchecked(overrides={}, **own) if self.overrides else self
 
@@ -354,6 +355,11 @@ class AdamssConfig:
         }.items():
             object.__setattr__(config, name, value)
         return config
+
+
+def _run_of_components(pattern: str) -> str:
+    """Return an expression that matches a path of which the pattern matches a run of whole components."""
+    return rf"(?:.*\.)?(?:{pattern})(?:\..*)?"
 
 
 def _from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:

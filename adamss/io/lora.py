@@ -133,7 +133,7 @@ def lora_layers(
         site = sites[path]
         d, _ = adaptation.shapes[path]
         blocks = core.split(Factors(*(backend.whole(array) for array in factors)), site.blocks)
-        _check_rank(path, blocks[0])
+        _check_rank(path, max(blocks, key=lambda block: block.B.shape[1]))
         pairs = [(core.contract(block), core.expand(block)) for block in blocks]
         with np.errstate(over="ignore"):
             arrays = [[backend.to_stored(a).numpy().astype(np.float32) for a in pair] for pair in pairs]

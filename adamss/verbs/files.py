@@ -221,7 +221,11 @@ def load(
         ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
         # What a file has for patterns is not compiled: a hostile one can take hours.
-        ranks = {re.escape(path): {"rank": layer.rank} for path, layer in stored.layers.items() if layer.rank}
+        ranks = {
+            rf"\A{re.escape(path)}\Z": {"rank": layer.rank}
+            for path, layer in stored.layers.items()
+            if layer.rank
+        }
         config = stored.config.unchecked(overrides=ranks)
         return put(backend, base_model, ordered, shapes, config=config, saved=saved, trained=trainable)
 

@@ -145,7 +145,7 @@ class Adapter(nn.Module):
         if rows is None:
             return products(self.A, B, C, self.layout)
         M, E = products(self.A[:, rows.reshape(-1)], B, C, self.layout)
-        return M.reshape(*rows.shape, -1), E
+        return M.reshape(*rows.shape, M.shape[-1]), E
 
     def block_products(self) -> tuple[Tensor, Tensor]:
         """Return M: (L, d, q'), and E: (L, q', n / L), of each of the L blocks, differentiable as in `products`."""

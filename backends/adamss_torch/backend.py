@@ -745,7 +745,7 @@ def _watch(owner: nn.Module, args: Any) -> None:
     record: _Record = vars(owner)[RECORD]
     if is_transformed() or getattr(owner, "_is_replica", False) or vars(owner).get(WATCH) is not None:
         return
-    if any(module._compiled_call_impl is not None for module in owner.modules()):
+    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in owner.modules()):
         return  # a graph made under a mode would have to be made anew without it
     modules = dict(walk(owner))
     layers = {path: (modules[path], bank) for path, bank in _banks(owner, record).items() if path in modules}
@@ -764,6 +764,10 @@ def _stop_watching(owner: nn.Module, args: Any, output: Any) -> None:
 
 
 def _forget_watch(owner: nn.Module) -> None:
+    watch: Watch | None = vars(owner).pop(WATCH, None)  # of a forward that was interrupted
+    top = torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
+    if watch is not None and top is watch:
+        watch.__exit__(None, None, None)
     for table in (owner._forward_pre_hooks, owner._forward_hooks, owner._forward_hooks_always_called):
         table.pop(WATCH_KEY, None)
 

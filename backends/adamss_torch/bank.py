@@ -73,6 +73,8 @@ class LayerBank(nn.Module):
         all the same: B and C are trained parameters, and those who train expect a gradient of each.
     computed
         Names of the adapters whose update is added to the output.
+    places
+        Where W + delta is put in the place of the weight.
     placed
         Whether W + delta stands in the place of the weight for now (`adamss_torch.in_place`): nothing is added then.
     """
@@ -83,6 +85,7 @@ class LayerBank(nn.Module):
         self.base: dict[str, Tensor] | None = None
         self.put_away: tuple[nn.Module, ...] = ()
         self.off = self.merged = self.placed = False
+        self.places: tuple[Any, ...] = ()
         self.computed: tuple[str, ...] = ()
         self._input = "input"
 
@@ -176,6 +179,13 @@ def _add_updates(
             z = torch.where(z.isfinite(), z, torch.zeros_like(z))
             u = bank.kind.spread(layer, z, E.to(output.dtype))
             output = output + (bank.kind.looked_up(layer, x, u) if isinstance(bank.kind, Embedding) else u)
+        return output
+    if x.is_nested:  # the eval path of torch.nn.TransformerEncoder with a mask
+        for name in bank.computed:
+            nested: Any = bank._modules[name]
+            M, E = (factor.to(output.dtype) for factor in nested.products())
+            z = nn.functional.linear(x, M[: nested.d].t(), M[nested.d] if len(M) > nested.d else None)
+            output = output + nn.functional.linear(z, E.t())
         return output
     overwrite = _is_ours_alone(layer, output)
     weight, trained = None, False

@@ -11,11 +11,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 from adamss.backend.views import View
@@ -33,6 +34,9 @@ READS = "_adamss_reads"
 
 KEY = -2
 """Key of our hooks among those of the reader."""
+
+LOCK = RLock()
+"""Held while something is put in place or back."""
 
 FORM = {
     *(
@@ -63,36 +67,47 @@ class Place:
         With the slice of rows that each of them adapts, None for all, and how that is a matrix; None of a bias.
     original
         The Parameter, while W + delta stands in its place.
+    readers
+        The modules in whose forwards it does.
     running
-        The threads in which a forward is going on that reads it.
+        How many of these forwards are going on within each other, by thread.
     """
 
     module: nn.Module
     name: str
     banks: list[tuple[Any, slice | None, View | None]]
     original: nn.Parameter | None = None
-    running: set[int] = field(default_factory=set)
+    readers: list[nn.Module] = field(default_factory=list)
+    running: dict[int, int] = field(default_factory=dict)
 
     def enter(self) -> None:
         """Put W + delta in place, unless it is there."""
-        thread = 0 if torch.compiler.is_compiling() else get_ident()
-        # A thread that is there already was interrupted before it could leave.
-        if self.running - {thread} or not any(bank.computed for bank, _, _ in self.banks):
-            self.running.add(thread)
+        if torch.compiler.is_compiling():
+            self._exchange()
             return
-        self.restore()
-        self.original = self.module._parameters[self.name]
-        assert self.original is not None
-        self.module._parameters[self.name] = self.updated(self.original)  # type: ignore[assignment]
-        for bank, _, _ in self.banks:
-            bank.placed = True
-        self.running.add(thread)
+        thread = get_ident()
+        with LOCK:  # or one thread could take W + delta of another for the Parameter
+            depth = self.running.get(thread, 0)
+            if depth and not self._goes_on():
+                # The thread was interrupted before it could leave.
+                depth = self.running.pop(thread) * 0
+            if not self.running:
+                self.restore()
+                self._exchange()
+            self.running[thread] = depth + 1
 
     def leave(self) -> None:
         """Put the Parameter back, if nobody else is reading."""
-        self.running.discard(0 if torch.compiler.is_compiling() else get_ident())
-        if not self.running:
+        if torch.compiler.is_compiling():
             self.restore()
+            return
+        with LOCK:
+            thread = get_ident()
+            depth = self.running.pop(thread, 1) - 1
+            if depth:
+                self.running[thread] = depth
+            if not self.running:
+                self.restore()
 
     def restore(self) -> None:
         """Put the Parameter back."""
@@ -102,6 +117,26 @@ class Place:
             self.original = None
         for bank, _, _ in self.banks:
             bank.placed = False
+
+    def _exchange(self) -> None:
+        if not any(bank.computed for bank, _, _ in self.banks):
+            return
+        original = self.module._parameters[self.name]
+        assert original is not None
+        self.module._parameters[self.name] = self.updated(original)  # type: ignore[assignment]
+        self.original = original
+        for bank, _, _ in self.banks:
+            bank.placed = True
+
+    def _goes_on(self) -> bool:
+        """Whether the forward of a reader is running further out in this thread."""
+        frame: Any = sys._getframe(1)
+        calls = 0
+        while frame is not None:
+            if frame.f_code.co_name == "_call_impl":
+                calls += any(frame.f_locals.get("self") is reader for reader in self.readers)
+            frame = frame.f_back
+        return calls > 1
 
     def updated(self, weight: Tensor) -> Tensor:
         """Return W + delta, through which gradients reach B and C."""
@@ -158,11 +193,17 @@ def put(
     if view is not None and any(adapter.A.shape[1] > adapter.d for adapter in bank.adapters.values()):
         put(reader, module, bank.kind.bias, bank, None, None)
     places: list[Place] = vars(reader).setdefault(READS, [])
-    for place in places:
-        if place.module is module and place.name == name:
-            place.banks.append((bank, rows, view))
-            return
-    places.append(Place(module, name, [(bank, rows, view)]))
+    # One for all readers of a Parameter: they may run within each other.
+    known = {(id(place.module), place.name): place for place in (*places, *bank.places)}
+    place = known.get((id(module), name))
+    if place is None:
+        place = Place(module, name, [])
+    if all(each is not place for each in places):
+        places.append(place)
+        place.readers.append(reader)
+    if all(entry[0] is not bank for entry in place.banks):
+        place.banks.append((bank, rows, view))
+        bank.places = (*bank.places, place)
     reader._forward_pre_hooks[KEY] = _enter
     reader._forward_hooks[KEY] = _leave
     reader._forward_hooks_always_called[KEY] = True  # also where the forward raises
@@ -191,7 +232,7 @@ def restore(model: nn.Module, *_: Any) -> None:
     thread = get_ident()
     for module in model.modules():
         for place in vars(module).get(READS, ()):
-            if place.running <= {thread}:
+            if place.running.keys() <= {thread}:
                 place.restore()
 
 
@@ -278,7 +319,8 @@ class Watch(TorchFunctionMode):
         reader, new = _reader(), {}
         for key, weight in found.items():
             watched = self._weights[key]
-            if reader is watched.layer or isinstance(reader, Adapter):
+            # What a compiler has made of a forward has the layer's own product in it.
+            if reader is watched.layer or isinstance(reader, Adapter | GraphModule):
                 self._read.add(key)
             elif reader is None or any(own is weight for own in reader._parameters.values()):
                 if isinstance(reader, type(watched.layer)):

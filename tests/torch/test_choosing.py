@@ -146,6 +146,27 @@ def test_a_file_has_the_ranks_of_its_layers_and_no_pattern_of_it_is_compiled(tmp
     assert [row.R for row in adamss.summary(third).rows] == [4, 6, 4]
 
 
+def test_the_rank_of_a_layer_is_not_that_of_another_whose_path_ends_like_it(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"enc": nn.ModuleDict({"q": nn.Linear(16, 16)}), "q": nn.Linear(16, 16)})
+
+    model = net()
+    adamss.attach(
+        model, adamss.AdamssConfig(targets=["q"], rank=4, subspaces=3, overrides={r"(?<!\.)q": {"rank": 12}})
+    )
+    for name in "ab":
+        assert [row.R for row in adamss.summary(model).rows] == [4, 12]
+        adamss.save(model, tmp_path / name)
+        model = adamss.load(net(), tmp_path / name)
+    assert [row.R for row in adamss.summary(model).rows] == [4, 12]
+
+
+def test_flags_within_an_override_are_refused():
+    with pytest.raises(errors.ConfigError, match=r"overrides is not a regular expression.*global flags"):
+        adamss.AdamssConfig(overrides={"(?i)fc": {"rank": 2}})
+
+
 # ---- beside PEFT -------------------------------------------------------------------------------------------
 
 

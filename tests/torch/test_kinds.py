@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -375,6 +376,7 @@ def test_a_budget_is_kept_to_the_subspace(name):
     for path, adapter in adapters_of(model).items():
         frozen = ~adapter.active[adapter.labels]
         assert torch.equal(adapter.factors().C[:, frozen], kept[path][:, frozen])
+    controller.remove()
 
 
 @pytest.mark.parametrize("name", ["linear of its own", "experts", "attention packed"])
@@ -419,7 +421,6 @@ def test_compiles(name):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", ["experts", "attention packed", "parameter", "conv2d", "embedding"])
 def test_under_autocast_a_weight_keeps_its_dtype(name):
     model, x = trained(name)
@@ -438,6 +439,81 @@ def test_under_autocast_a_weight_keeps_its_dtype(name):
     assert seen <= {torch.float32}
 
 
+class Nested(nn.Module):
+    """It reads the weight of a layer that reads it too, and calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.w = Normalised(12, 12), nn.Parameter(torch.randn(12, 12))
+
+    def forward(self, x, depth=1):
+        return (self(x, depth - 1) if depth else self.inner(x) + x @ self.inner.weight.t()) @ self.w
+
+
+def test_readers_that_run_within_each_other():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 12)
+    model = adamss.attach(
+        nn.Sequential(Nested()), adamss.AdamssConfig(targets=["inner", "w"], rank=6, subspaces=3)
+    )
+    for adapter in adapters_of(model).values():
+        adapter.C.data.normal_()
+    first, again = model(x), model(x)
+    torch.testing.assert_close(again, first)
+    torch.testing.assert_close(adamss.merge(model)(x), first)
+
+
+def test_threads_do_not_take_each_others_sum_for_the_parameter():
+    model, x = trained("experts")
+    weight = model[0].up_proj
+    with torch.no_grad():
+        y = model(x)
+        with ThreadPoolExecutor(4) as pool:
+            outputs = list(pool.map(lambda _: torch.no_grad()(model)(x), range(200)))
+    assert all(torch.equal(output, y) for output in outputs)
+    assert model[0].up_proj is weight
+
+
+def test_a_forward_that_was_interrupted_leaves_nothing_behind():
+    model, x, config = made("experts")
+    weight, inner = model[0].up_proj, model[0].forward
+    adamss.attach(model, config)
+
+    def interrupted(x):
+        inner(x)
+        raise KeyboardInterrupt
+
+    model[0].forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    del model[0].forward
+    assert torch.equal(model.state_dict()["0.up_proj"], weight)
+    assert model[0].up_proj is weight
+    adamss.detach(model)
+    assert torch._C._len_torch_function_stack() == 0
+    adamss.attach(model, config)
+    assert torch.equal(model(x), inner(x).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_embedding_of_no_words_and_a_nested_tensor():
+    model = adamss.attach(nn.Sequential(nn.Embedding(9, 6)), adamss.AdamssConfig(targets=["0"], rank=3))
+    assert model(torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3, 6)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    adamss.attach(
+        model, adamss.AdamssConfig(targets=["linear1", "linear2"], rank=4, subspaces=2, include_bias=True)
+    )
+    for adapter in adapters_of(model).values():
+        adapter.C.data.normal_(std=0.1)
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 3 + [True] * 2, [False] * 4 + [True]])
+    with torch.no_grad():
+        outputs = [model(x, src_key_padding_mask=mask)[~mask] for _ in range(3)]
+    expected = model(x.requires_grad_(), src_key_padding_mask=mask)[~mask]
+    for output in outputs:
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_replicas_of_data_parallel_are_refused_where_a_weight_is_put_in_place():
     model, x = trained("experts")
     replica = model[0]._replicate_for_data_parallel()
@@ -448,6 +524,7 @@ def test_replicas_of_data_parallel_are_refused_where_a_weight_is_put_in_place():
     model(x)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("what", ["blocks", "a function"])
 def test_parts_of_a_model_are_compiled_once(what):
     """A graph that was made while the first forward is watched would have to be made anew after it."""
