@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from adamss.backend.training import adaptation_in_training, identity, same_subspaces, schedule_of
 from adamss.config import BudgetConfig
@@ -539,8 +540,9 @@ class BudgetController:
 
 def _ended(progress: _Progress, frozen: FrozenElements) -> None:
     """Do what is left to do when a controller is removed, or collected."""
-    moved = frozen.moved()
-    frozen.release()
+    with _disable_current_modes():  # it may be collected while a compiler is at work, whose tensors are none
+        moved = frozen.moved()
+        frozen.release()
     for adapter in frozen.adapters:
         adapter.revive, adapter.followed = False, adapter.followed and bool(progress.state.step)
     progress.tell(moved=moved)
