@@ -337,24 +337,18 @@ class AdamssConfig:
         ConfigError, ConfigTypeError
             If a setting is unknown, missing, or cannot be used.
         """
-        patterns = {name: settings.get(name) for name in ("targets", "exclude")}
+        if not isinstance(settings, Mapping):
+            return cls.from_dict(settings)  # which complains
+        patterns: dict[str, Any] = {name: settings.get(name) for name in ("targets", "exclude")}
         patterns = {name: value for name, value in patterns.items() if isinstance(value, str) and value}
-        overrides = settings.get("overrides") or {}
-        if not isinstance(overrides, Mapping) or not all(
-            isinstance(own, Mapping) for own in overrides.values()
-        ):
-            raise ConfigTypeError(
-                f"overrides must be a dictionary of settings by pattern, found {shown(overrides)}"
-            )
-        plain = {f"{number}": own for number, own in enumerate(overrides.values())}
-        names = {name: (value,) for name, value in patterns.items()}
-        config = cls.from_dict({**settings, **names, "overrides": plain})
-        for name, value in {
-            **patterns,
-            "overrides": dict(zip(overrides, plain.values(), strict=True)),
-        }.items():
-            object.__setattr__(config, name, value)
-        return config
+        harmless: dict[str, Any] = {name: (value,) for name, value in patterns.items()}
+        overrides = settings.get("overrides")
+        if isinstance(overrides, Mapping):
+            harmless["overrides"] = {f"{number}": own for number, own in enumerate(overrides.values())}
+            patterns["overrides"] = {
+                pattern: dict(own) for pattern, own in overrides.items() if isinstance(own, Mapping)
+            }
+        return cls.from_dict({**settings, **harmless}).unchecked(**patterns)
 
 
 def _run_of_components(pattern: str) -> str:

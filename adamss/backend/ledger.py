@@ -251,9 +251,7 @@ def hold(
         model = _entered(undo, backend, model, adaptation.ledger, ledger)
         again = backend.probed(model) if outputs else {}
         for path in outputs.keys() & again.keys():
-            _check_output(
-                path, *outputs[path], again[path][0], backend.own_arrays(sites[path])[sites[path].kind.weight]
-            )
+            _check_output(path, *outputs[path], again[path][0], weights[path].W)
         undo.pop_all()
     return model, lost
 

@@ -74,7 +74,10 @@ class Kind(ABC):
     """Name of the bias, which may be None."""
 
     linear: ClassVar[bool] = True
-    """Whether `project` and `spread` are those of this class, which the backend's kernel computes faster."""
+    """Whether the layer is a product with W: `project` and `spread` are those of this class, and a kernel's."""
+
+    in_place: ClassVar[bool] = False
+    """Whether W + delta stands in the place of W while a forward runs that nobody knows, and nothing is projected."""
 
     all_linear: ClassVar[bool] = True
     """Whether ``targets="all-linear"`` takes such layers; of kinds that are not linear, only those that say so."""
@@ -84,7 +87,7 @@ class Kind(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.linear = cls.project is Kind.project and cls.spread is Kind.spread
+        cls.linear = not cls.in_place and cls.project is Kind.project and cls.spread is Kind.spread
         if not cls.linear:
             cls.all_linear = bool(vars(cls).get("all_linear", False))
             cls.lora = None if cls.lora == "linear" else cls.lora

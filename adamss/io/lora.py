@@ -97,10 +97,8 @@ class LoraLayer(NamedTuple):
             A = A.reshape(rank, *self.shape[1:])
             B = B.reshape(*B.shape[1:], *(1 for _ in self.shape[2:]))
         elif self.form == "parameter" and len(self.shape) == 2 and self.view.rows == (0,):
-            A, B = (
-                np.swapaxes(B, 1, 2)[0],
-                np.swapaxes(A, 1, 2)[0],
-            )  # PEFT takes any for one of (outputs, inputs)
+            # PEFT takes any Parameter of two axes for one of (outputs, inputs).
+            A, B = np.swapaxes(B, 1, 2)[0], np.swapaxes(A, 1, 2)[0]
         else:
             # An expert after the other in A, side by side in B.
             A, B = A.reshape(-1, A.shape[2]), np.transpose(B, (1, 2, 0)).reshape(B.shape[1], -1)

@@ -13,7 +13,15 @@ from adamss.backend.sites import Fragment, Site, StackedLayer, owner_of
 from adamss.backend.targets import DEFAULT_TARGETS, match
 from adamss.backend.tensors import join_path
 from adamss.config import ALL_LINEAR, AdamssConfig
-from adamss.errors import AdamssWarning, ArrayValueError, LayerError, LayerTypeError, TargetError
+from adamss.errors import (
+    AdamssWarning,
+    ArrayValueError,
+    ConfigError,
+    ConfigTypeError,
+    LayerError,
+    LayerTypeError,
+    TargetError,
+)
 
 __all__ = ["Choice", "choose"]
 
@@ -74,6 +82,11 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
     paths = _once(paths, modules)
     _require_disjoint(paths, saved)
     sites = _adaptable(backend, paths, modules) if wide else {p: backend.site(modules[p], p) for p in paths}
+    for path in sites if config.overrides else ():
+        try:
+            replace(config.for_layer(path))  # settings of several patterns may not go together
+        except (ConfigError, ConfigTypeError) as error:
+            raise type(error)(f"overrides: {path}: {error}") from error
     for pattern, settings in config.overrides.items():
         alone = replace(config, overrides={pattern: settings})
         if all(alone.for_layer(path) == replace(config, overrides={}) for path in sites):
@@ -105,12 +118,8 @@ def _all_linear(
     found = []
     for path, module in modules.items():
         kind = backend.kinds.find(module.module if isinstance(module, StackedLayer) else module)
-        if (
-            kind is not None
-            and kind.all_linear
-            and path not in heads
-            and not f"{path}.".startswith(inside or "\0")
-        ):
+        left_out = path in heads or f"{path}.".startswith(inside)
+        if kind is not None and kind.all_linear and not left_out:
             found.append(path)
     if not found:
         raise TargetError("targets = 'all-linear' matches no layer; the model has none but its output head")

@@ -27,13 +27,14 @@ from adamss_torch import sharding
 from adamss_torch.adapter import Adapter
 from adamss_torch.bank import CHILD, HOOK, LayerBank, Off, OnLoan, PartBanks, check_state
 from adamss_torch.division import divided
-from adamss_torch.in_place import Watch, leave, readable, readers, restore
+from adamss_torch.in_place import leave, readable, readers, restore
 from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
 from adamss_torch.kinds import PROJECTIONS, OwnParameter, Part, fragments, kinds, refusal
 from adamss_torch.paths import named_parameters, unwrapped, walk
 from adamss_torch.quantised import PACKING, QuantisedStore, float_layer, packing_layers, unpack
 from adamss_torch.sharding import is_partitioned, is_sharded, local, rebuilt, shape_of
 from adamss_torch.stores import ParameterStore, exchanged, execution_device, stores, writing_refused
+from adamss_torch.watch import Watch
 
 __all__ = ["TorchBackend", "adapters_of", "kinds"]
 
@@ -70,6 +71,8 @@ class _Record:
         Whether the model is within an `adamss.disabled` block.
     trained
         Whether the adapter is trained, and not only computed.
+    watched
+        Whether a `Watch` has seen a forward in training (True), and one in evaluation (False).
     """
 
     config: AdamssConfig
@@ -81,6 +84,7 @@ class _Record:
     name: str
     disabled: bool = False
     trained: bool = True
+    watched: frozenset[bool] = frozenset()
 
 
 class TorchBackend(Backend):
@@ -743,23 +747,28 @@ def _reader_of(layer: Any, path: str, modules: Mapping[str, Any]) -> nn.Module |
 def _watch(owner: nn.Module, args: Any) -> None:
     """Forward pre-hook of an adapted model: have a `Watch` look at the first forward."""
     record: _Record = vars(owner)[RECORD]
-    if is_transformed() or getattr(owner, "_is_replica", False) or vars(owner).get(WATCH) is not None:
+    if owner.training in record.watched or vars(owner).get(WATCH) is not None:
+        return
+    if is_transformed() or getattr(owner, "_is_replica", False):
         return
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in owner.modules()):
         return  # a graph made under a mode would have to be made anew without it
-    modules = dict(walk(owner))
+    modules = TorchBackend().modules(owner)
     layers = {path: (modules[path], bank) for path, bank in _banks(owner, record).items() if path in modules}
     setattr(owner, WATCH, Watch(layers).__enter__())
 
 
 def _stop_watching(owner: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook that undoes `_watch`, for good once a forward has read the weights."""
+    """Forward hook that undoes `_watch`, for good once a forward of each mode has read the weights."""
     watch: Watch | None = vars(owner).get(WATCH)
     if watch is not None and watch.thread == get_ident():
         del vars(owner)[WATCH]
         watch.__exit__(None, None, None)
         if watch.finished:
-            _forget_watch(owner)
+            record: _Record = vars(owner)[RECORD]
+            record.watched = record.watched | {owner.training}
+            if len(record.watched) == 2:
+                _forget_watch(owner)
             watch.tell()
 
 

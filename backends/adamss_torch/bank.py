@@ -21,10 +21,11 @@ from adamss.backend import Kind, View
 from adamss.backend.bank import DEFAULT
 from adamss.errors import StateError
 from adamss_torch.adapter import HELD, Adapter
-from adamss_torch.in_place import Watch, put
+from adamss_torch.in_place import put
 from adamss_torch.kernel import without_autocast
 from adamss_torch.kinds import Embedding, Part
 from adamss_torch.paths import plain
+from adamss_torch.watch import Watch
 
 __all__ = ["CHILD", "LayerBank", "Off", "OnLoan", "PartBanks", "check_state", "without_weights"]
 
@@ -75,6 +76,8 @@ class LayerBank(nn.Module):
         Names of the adapters whose update is added to the output.
     places
         Where W + delta is put in the place of the weight.
+    hooked
+        Whether the update is added to the output of the layer, unless W + delta stands in the place of its weight.
     placed
         Whether W + delta stands in the place of the weight for now (`adamss_torch.in_place`): nothing is added then.
     """
@@ -84,7 +87,7 @@ class LayerBank(nn.Module):
         self.kind = kind
         self.base: dict[str, Tensor] | None = None
         self.put_away: tuple[nn.Module, ...] = ()
-        self.off = self.merged = self.placed = False
+        self.off = self.merged = self.placed = self.hooked = False
         self.places: tuple[Any, ...] = ()
         self.computed: tuple[str, ...] = ()
         self._input = "input"
@@ -122,6 +125,7 @@ class LayerBank(nn.Module):
         # hook of an unpickled model is not to be displaced by the first that is registered there.
         layer._forward_hooks[HOOK] = _add_updates
         layer._forward_hooks_with_kwargs[HOOK] = True
+        self.hooked = True
 
     def move(self, layer: nn.Module, other: nn.Module, kind: Kind) -> None:
         """Go from one layer to another, which takes its place, with all the hooks that see inputs and outputs."""

@@ -2,32 +2,26 @@
 
 It is the way of all that is no layer with a forward of its own: the Parameters of fused experts, of routers and of
 `torch.nn.MultiheadAttention`; layers whose forward a subclass has changed; and layers whose weight another module
-reads past their forward, which the first forward of a model shows (`Watch`). Keys of state dicts stay as they are.
+reads past their forward (`adamss_torch.watch`). Keys of state dicts stay as they are.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.overrides import TorchFunctionMode
 
 from adamss.backend.views import View
-from adamss.errors import AdamssWarning, LayerError, StateError
+from adamss.errors import StateError
 from adamss_torch.adapter import Adapter
 from adamss_torch.kernel import without_autocast
-from adamss_torch.kinds import Embedding
 from adamss_torch.sharding import is_partitioned, is_sharded
-from adamss_torch.stores import execution_device
 
-__all__ = ["Place", "Watch", "leave", "put", "readable", "readers", "restore"]
+__all__ = ["STANDING", "Place", "leave", "put", "readable", "readers", "restore"]
 
 READS = "_adamss_reads"
 """Attribute of a module whose forward reads weights that are put in place: a list of `Place`."""
@@ -38,21 +32,8 @@ KEY = -2
 LOCK = RLock()
 """Held while something is put in place or back."""
 
-FORM = {
-    *(
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "stride",
-        "storage_offset",
-        "element_size",
-        "data_ptr",
-    ),
-    *("is_contiguous", "is_floating_point", "is_complex", "type", "get_device", "__len__", "requires_grad_"),
-}
-"""Functions of a tensor that read no number of it."""
+STANDING: dict[int, Place] = {}
+"""By ``id``, what stands in the place of a Parameter at the moment."""
 
 
 @dataclass
@@ -113,6 +94,8 @@ class Place:
         """Put the Parameter back."""
         self.running.clear()
         if self.original is not None:
+            if not torch.compiler.is_compiling():
+                STANDING.pop(id(self.module._parameters[self.name]), None)
             self.module._parameters[self.name] = self.original
             self.original = None
         for bank, _, _ in self.banks:
@@ -123,8 +106,11 @@ class Place:
             return
         original = self.module._parameters[self.name]
         assert original is not None
-        self.module._parameters[self.name] = self.updated(original)  # type: ignore[assignment]
+        standing = self.updated(original)
+        self.module._parameters[self.name] = standing  # type: ignore[assignment]
         self.original = original
+        if not torch.compiler.is_compiling():
+            STANDING[id(standing)] = self
         for bank, _, _ in self.banks:
             bank.placed = True
 
@@ -139,22 +125,18 @@ class Place:
         return calls > 1
 
     def updated(self, weight: Tensor) -> Tensor:
-        """Return W + delta, through which gradients reach B and C."""
+        """Return W + delta, through which gradients reach B and C, in the dtype of W."""
         pieces, end = [], 0
-        for bank, rows, view in sorted(self.banks, key=lambda entry: entry[1].start if entry[1] else 0):
-            if rows is None:
-                return _updated(bank, view, weight)
-            pieces += [weight[end : rows.start], _updated(bank, view, weight[rows])]
-            end = rows.stop
-        return torch.cat([*pieces, weight[end:]])
+        with without_autocast(weight):  # rounded once
+            for bank, rows, view in sorted(self.banks, key=lambda entry: entry[1].start if entry[1] else 0):
+                if rows is None:
+                    return _updated(bank, view, weight)
+                pieces += [weight[end : rows.start], _updated(bank, view, weight[rows])]
+                end = rows.stop
+            return torch.cat([*pieces, weight[end:]])
 
 
 def _updated(bank: Any, view: View | None, weight: Tensor) -> Tensor:
-    with without_autocast(weight):  # what stands in the place of a weight has its dtype, and is rounded once
-        return _sum(bank, view, weight)
-
-
-def _sum(bank: Any, view: View | None, weight: Tensor) -> Tensor:
     for name in bank.computed:
         adapter: Adapter = bank._modules[name]
         M, E = (factor.to(weight.dtype) for factor in adapter.block_products())
@@ -188,7 +170,7 @@ def readable(weight: Any) -> bool:
 
 def put(
     reader: nn.Module, module: nn.Module, name: str, bank: Any, rows: slice | None, view: View | None
-) -> None:
+) -> Place:
     """Have the update of a bank put in the place of a Parameter whenever the forward of a module runs."""
     if view is not None and any(adapter.A.shape[1] > adapter.d for adapter in bank.adapters.values()):
         put(reader, module, bank.kind.bias, bank, None, None)
@@ -207,6 +189,7 @@ def put(
     reader._forward_pre_hooks[KEY] = _enter
     reader._forward_hooks[KEY] = _leave
     reader._forward_hooks_always_called[KEY] = True  # also where the forward raises
+    return place
 
 
 def readers(model: nn.Module) -> dict[int, nn.Module]:
@@ -249,149 +232,3 @@ def _enter(reader: nn.Module, args: Any) -> None:
 def _leave(reader: nn.Module, args: Any, output: Any) -> None:
     for place in vars(reader)[READS]:
         place.leave()
-
-
-# ---- who reads a weight ----------------------------------------------------------------------------
-
-
-@dataclass
-class Watched:
-    """A layer whose weight somebody may read."""
-
-    path: str
-    layer: nn.Module
-    bank: Any
-
-
-class Watch(TorchFunctionMode):
-    """Sees, in the first forward of a model, who reads the weights of adapted layers.
-
-    A weight that another module reads than the layer itself gets its update there too: at once, and from then on by
-    `put`. Otherwise the adapter would have no effect, without a word. A module that has the Parameter too, as a head
-    that is tied to an embedding, is no such reader.
-
-    Parameters
-    ----------
-    layers
-        Adapted layers by path, with their banks.
-    """
-
-    active = 0
-    """How many of them are in force: whoever counts `torch.overrides` modes leaves these out."""
-
-    def __init__(self, layers: Mapping[str, tuple[nn.Module, Any]]) -> None:
-        super().__init__()
-        self.thread = get_ident()  # a mode is in force in one thread
-        self._weights: dict[int, Watched] = {}
-        for path, (layer, bank) in layers.items():
-            weight = layer._parameters.get(bank.kind.weight)
-            # accelerate reads and moves the weights that it offloads, in the name of whoever runs.
-            if weight is not None and bank.computed and execution_device(layer) is None:
-                self._weights[id(weight)] = Watched(path, layer, bank)
-        self._read: set[int] = set()
-        self._twins: dict[int, str] = {}
-
-    def __enter__(self) -> Any:
-        Watch.active += 1
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        Watch.active -= 1
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-
-    @property
-    def finished(self) -> bool:
-        """Whether the forward has read any of them: one with other tensors in their places shows nothing."""
-        return bool(self._read or self._twins)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # a function within the model, as flexible attention is
-            return func(*args, **kwargs)
-        found = {id(a): a for a in _tensors((*args, *kwargs.values())) if id(a) in self._weights}
-        if not found or _asks_for_form(func, args, found):
-            return func(*args, **kwargs)
-        if _putting():
-            self._read |= found.keys()
-            return func(*args, **kwargs)
-        reader, new = _reader(), {}
-        for key, weight in found.items():
-            watched = self._weights[key]
-            # What a compiler has made of a forward has the layer's own product in it.
-            if reader is watched.layer or isinstance(reader, Adapter | GraphModule):
-                self._read.add(key)
-            elif reader is None or any(own is weight for own in reader._parameters.values()):
-                if isinstance(reader, type(watched.layer)):
-                    self._twins[key] = type(reader).__name__
-            elif key not in self._read or not isinstance(watched.bank.kind, Embedding):
-                # But not a head that takes the weight of an embedding which is called too: that alone is adapted.
-                new[key] = self._updated(watched, weight, reader)
-        self._read |= new.keys()
-        values = _exchanged(tuple(kwargs.values()), new)
-        return func(*_exchanged(args, new), **dict(zip(kwargs, values, strict=True)))
-
-    def tell(self) -> None:
-        """Tell of layers that were not called, but others like them which have the same weight."""
-        for key in self._twins.keys() - self._read:
-            path, kind = self._weights[key].path, self._twins[key]
-            warnings.warn(
-                f"{path}: the forward has called another {kind} of the same weight, and not this one, whose adapter "
-                "had no effect; name the other in targets",
-                AdamssWarning,
-                stacklevel=3,
-            )
-
-    def _updated(self, watched: Watched, weight: Tensor, reader: Any) -> Tensor:
-        layer, bank = watched.layer, watched.bank
-        if not readable(weight):
-            raise LayerError(
-                f"{watched.path}: {type(reader).__name__} reads its weight, a {type(weight).__name__}, past the "
-                "layer, where the adapter would have no effect; leave it out of targets"
-            )
-        view = bank.kind.view(layer, watched.path)
-        put(reader, layer, bank.kind.weight, bank, None, view)
-        return _updated(bank, view, weight)
-
-
-def _putting() -> bool:
-    """Whether it is us who read a weight, to put W + delta in its place."""
-    frame: Any = sys._getframe(2)
-    return bool(frame.f_code is _sum.__code__)
-
-
-def _asks_for_form(func: Any, args: tuple[Any, ...], found: Mapping[int, Tensor]) -> bool:
-    """Whether a function of a tensor asks for its dtype, shape or the like, and not for its numbers."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(func.__self__, "__name__", "") not in ("data", "T", "mT", "H", "mH")
-    if name in ("to", "type_as"):
-        return id(args[0]) not in found
-    return name in FORM or name.endswith("_like") or name.startswith("new_")
-
-
-def _reader() -> nn.Module | None:
-    """Return the module whose code is running."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module):
-            return module
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Return tensors among arguments, and in lists of them."""
-    flat = [inner for value in values for inner in (value if isinstance(value, tuple | list) else (value,))]
-    return [value for value in flat if isinstance(value, Tensor)]
-
-
-def _exchanged(values: tuple[Any, ...], new: Mapping[int, Tensor]) -> tuple[Any, ...]:
-    def one(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(map(one, value))
-        return new.get(id(value), value)
-
-    return tuple(map(one, values))

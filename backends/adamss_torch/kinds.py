@@ -126,14 +126,7 @@ class Embedding(Kind):
 class InPlaceKind(Kind):
     """A weight that is read by a forward that nobody knows: W + delta is put in its place while that runs."""
 
-    linear = False
-    in_place: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.linear = False
-        cls.all_linear = bool(vars(cls).get("all_linear", False))
-        cls.lora = None if cls.lora == "linear" else cls.lora
+    in_place = True
 
 
 class Part(Fragment):

@@ -162,6 +162,15 @@ def test_the_rank_of_a_layer_is_not_that_of_another_whose_path_ends_like_it(tmp_
     assert [row.R for row in adamss.summary(model).rows] == [4, 12]
 
 
+def test_overrides_that_do_not_go_together_name_the_layer():
+    overrides = {
+        ".*": {"segmentation": "ksubspaces", "segmentation_dimension": 2},
+        "player": {"segmentation": "kmeans"},
+    }
+    with pytest.raises(errors.ConfigError, match=r"^overrides: player\.0: segmentation_dimension is for"):
+        adamss.attach(Net(), adamss.AdamssConfig(targets=["player.0"], overrides=overrides))
+
+
 def test_flags_within_an_override_are_refused():
     with pytest.raises(errors.ConfigError, match=r"overrides is not a regular expression.*global flags"):
         adamss.AdamssConfig(overrides={"(?i)fc": {"rank": 2}})

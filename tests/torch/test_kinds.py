@@ -439,6 +439,62 @@ def test_under_autocast_a_weight_keeps_its_dtype(name):
     assert seen <= {torch.float32}
 
 
+class Outside(nn.Module):
+    """It reads the Parameter of a module that it does not call, and calls a method of it that is no forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.attn = Router(), nn.MultiheadAttention(12, 3)
+
+    def forward(self, x):
+        h = x @ self.own.weight.t() @ self.own.weight
+        return self.attn.out_proj(nn.functional.linear(h, self.attn.in_proj_weight)[..., 12:24])
+
+
+class LaterPath(nn.Module):
+    """It reads a weight past the layer in evaluation alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12, bias=False)
+
+    def forward(self, x):
+        return self.fc(x) if self.training else x @ self.fc.weight.t()
+
+
+@pytest.mark.parametrize("make", [Outside, LaterPath])
+def test_parameters_that_are_read_outside_of_a_forward(make):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make()), torch.randn(3, 12)
+    targets = ["own.weight", "k_proj", "attn.out_proj"] if make is Outside else ["fc"]
+    adamss.attach(model, adamss.AdamssConfig(targets=targets, rank=6, subspaces=3))
+    for adapter in adapters_of(model).values():
+        adapter.C.data.normal_()
+    outputs = [model.train(mode)(x) for mode in (True, True, False, False)]
+    merged = adamss.merge(model)(x)
+    for output in outputs:
+        torch.testing.assert_close(output, merged, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_within_a_reader_is_refused(reentrant):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(12, 12))
+
+        def mix(self, x):
+            return torch.tanh(x @ self.weight)
+
+        def forward(self, x):
+            return checkpoint(self.mix, x, use_reentrant=reentrant)
+
+    model, x = nn.Sequential(Reader()), torch.randn(3, 12, requires_grad=True)
+    adamss.attach(model, adamss.AdamssConfig(targets=["weight"], rank=4, subspaces=2))
+    with pytest.raises(errors.StateError, match=r"^Reader checkpoints activations within its forward"):
+        model(x)
+
+
 class Nested(nn.Module):
     """It reads the weight of a layer that reads it too, and calls itself."""
 
@@ -667,7 +723,11 @@ def test_an_embedding_that_is_tied_to_a_head_is_adapted_alone(layer):
         adamss.attach(model, config)
     adapter = adapters_of(model)["embed"]
     adapter.C.data.normal_()
-    y = model(ids)
+    head = pytest.warns(
+        errors.AdamssWarning, match=r"^embed: Tied takes the weight of this embedding for a head too"
+    )
+    with contextlib.nullcontext() if layer else head:
+        y = model(ids)
     expected = (W + core.delta(adapter.factors()).detach())[ids] @ W.t()
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(model(ids), expected)
