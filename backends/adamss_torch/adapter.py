@@ -17,7 +17,6 @@ from adamss_torch.kernel import (
     block_products,
     is_transformed,
     make_layout,
-    products,
     trained_elements,
     update,
 )
@@ -137,25 +136,26 @@ class Adapter(nn.Module):
         return update(base, x, B, C, Plan(A, layout, self.order, weight, overwrite, input_kept))
 
     def products(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return M: (d, q) and E: (q, n), through which gradients reach the active subspaces, and no others.
+        """Return M: (d, q') and E: (q', n) of a weight that is one matrix; see `block_products`.
 
-        With `rows`, (...) int64, M is (..., q), of these rows alone.
+        With `rows`, (...) int64, M is (..., q'), of these rows alone.
         """
-        B, C = (self.B, self.C) if self.revive else self._frozen_in(self.B, self.C)
-        if rows is None:
-            return products(self.A, B, C, self.layout)
-        M, E = products(self.A[:, rows.reshape(-1)], B, C, self.layout)
-        return M.reshape(*rows.shape, M.shape[-1]), E
+        M, E = self.block_products(None if rows is None else rows.reshape(-1))
+        return (M[0] if rows is None else M[0].reshape(*rows.shape, M.shape[-1])), E[0]
 
-    def block_products(self) -> tuple[Tensor, Tensor]:
-        """Return M: (L, d, q'), and E: (L, q', n / L), of each of the L blocks, differentiable as in `products`."""
+    def block_products(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return M: (L, d, q') and E: (L, q', n / L), of each of the L blocks; of M these rows, (N,), alone.
+
+        Gradients reach the active subspaces through them, and no others.
+        """
         B, C = (self.B, self.C) if self.revive else self._frozen_in(self.B, self.C)
         if self.layout.rows.device != self.A.device:
             self._derive()
         if self._places is None:
             with torch.inference_mode(False):  # or no backward could keep it
                 self._places = block_places(self.labels, C.shape[0], self.ranks.numel(), self.blocks)
-        return block_products(self.A, B, C, self.layout, self._places, self.ranks.numel())
+        A = self.A if rows is None else self.A[:, rows]
+        return block_products(A, B, C, self.layout, self._places, self.ranks.numel())
 
     def factors(self) -> Factors:
         """Return the factors, canonical, of all subspaces; views where they can be."""

@@ -27,7 +27,6 @@ __all__ = [
     "block_products",
     "is_transformed",
     "make_layout",
-    "products",
     "trained_elements",
     "update",
     "without_autocast",
@@ -353,20 +352,6 @@ class _Update(torch.autograd.Function):
             if C_wanted:
                 dC = _expand_vjp(_in(z @ dy2, C.dtype), layout)
         return (None if ctx.whole else dy), dx, d_rows, dC, None
-
-
-def products(A: Tensor, B: Tensor, C: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return M: (d, q') and E: (q', n), differentiable in B and C: for layers that are no linear ones.
-
-    Parameters
-    ----------
-    A, B, C, layout
-        As for `update` and `Plan`.
-    """
-    if layout.directions is not None:
-        B = B.index_select(0, layout.directions)
-    M = _directions(A, B, layout.slots, C.shape[0], B.dtype)
-    return M.t(), _expand(C, layout, C.dtype)
 
 
 def block_places(labels: Tensor, r: int, K: int, blocks: int) -> Tensor:
