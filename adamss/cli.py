@@ -66,7 +66,14 @@ def describe(stored: checkpoint.Checkpoint) -> str:
     training = any(layer.A is not None for layer in stored.layers.values())
     return "\n".join(
         (
-            str(Summary(rows, total(rows), sum(sizes))),
+            str(
+                Summary(
+                    rows,
+                    total(rows),
+                    sum(sizes),
+                    tokens=sum(math.prod(own.shape) for own in stored.tokens.values()),
+                )
+            ),
             f"form: {'training (A and B)' if training else 'portable (M)'}",
             f"config: {_printable(str(stored.config), longest=10_000)}",
             "written by: "

@@ -15,7 +15,7 @@ import numpy as np
 from array_api_compat import to_device
 
 from adamss import core
-from adamss.backend.bank import Adaptation, Ledger
+from adamss.backend.bank import Adaptation, Ledger, Rows
 from adamss.backend.interface import Backend, Model
 from adamss.backend.sites import BaseWeight, Site, arrays_of, owner_of
 from adamss.config import AdamssConfig
@@ -154,6 +154,7 @@ def put(
     *,
     config: AdamssConfig,
     saved: Mapping[str, Mapping[str, Any] | None],
+    tokens: Mapping[str, Rows] | None = None,
 ) -> Model:
     """Return the model with an adapter on it.
 
@@ -167,11 +168,13 @@ def put(
         The settings.
     saved
         Paths of ``modules_to_save``, and the values that they get, as from `Models.arrays` (None: as they are).
+    tokens
+        Rows to train, by path of the embedding.
     """
     modules = backend.modules(model)
     return backend.insert(
         model,
-        Adaptation(config, layers, shapes, tuple(saved)),
+        Adaptation(config, layers, shapes, tuple(saved), tokens=tokens or {}),
         originals={path: backend.arrays(modules[path]) for path in saved},
         values={path: values for path, values in saved.items() if values is not None},
     )
@@ -186,6 +189,8 @@ def hold(
     keep_base: bool,
 ) -> tuple[Model, dict[str, float]]:
     """Let each weight hold the update of just these subspaces: ``round(W0 + sum over k of A_k B_k C_k)``.
+
+    Where these are all subspaces, the embeddings hold the trained rows of tokens too.
 
     Parameters
     ----------
@@ -210,10 +215,12 @@ def hold(
     """
     sites = sites_of(backend, model, adaptation)
     owners = dict.fromkeys(map(owner_of, sites))
+    everything = all(mask.all() for mask in subspaces.values())
+    rows, lost = _rounded_rows(backend, model, adaptation) if everything else ({}, {})
+    owners |= dict.fromkeys(rows)
     backend.check_writable(model, owners)
     weights: dict[str, BaseWeight] = {}
     parts: dict[str, Site] = {}
-    lost: dict[str, float] = {}
     for path, site in sites.items():
         check_concrete(*adaptation.layers[path], name=path)
         factors = _only(whole(backend, adaptation.layers[path]), subspaces[path])
@@ -232,7 +239,7 @@ def hold(
             b = backend.spread(merged.b, like=base.b) if moved else None
             weights[part_path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
             parts[part_path], lost[path] = part, max(lost.get(path, 0.0), float(merged.lost))
-    arrays, kept = arrays_of(weights, parts, backend.own_arrays), adaptation.ledger.base
+    arrays, kept = arrays_of(weights, parts, backend.own_arrays) | rows, adaptation.ledger.base
     outputs = _probed(backend, model)
     with ExitStack() as undo:
         model, before = _exchanged(undo, backend.exchange, model, arrays)
@@ -245,6 +252,30 @@ def hold(
             )
         undo.pop_all()
     return model, lost
+
+
+def _rounded_rows(
+    backend: Backend, model: Model, adaptation: Adaptation
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Return the trained rows as `Models.exchange` takes them, and what share of their change is rounded away."""
+    modules = backend.modules(model)
+    found: dict[str, dict[str, Any]] = {}
+    lost: dict[str, float] = {}
+    for path, (ids, values) in adaptation.tokens.items():
+        site = backend.site(modules[path], path)
+        W, values = base_weight(backend, site).W, backend.whole(values)
+        check_concrete(values, name=path)
+        xp = namespace(values)
+        rounded = backend.cast(values, backend.dtype_name(W))
+        if not bool(xp.all(xp.isfinite(rounded))):
+            raise ArrayValueError(f"{path}: rows of trained_tokens are not finite as {backend.dtype_name(W)}")
+        change, error = (
+            values - xp.astype(W[xp.asarray(ids), :], values.dtype),
+            xp.astype(rounded, values.dtype) - values,
+        )
+        size, norm = (float(xp.linalg.vector_norm(array)) for array in (change, error))
+        found[path], lost[path] = {site.kind.weight: Rows(ids, rounded)}, norm / size if size else 0.0
+    return found, lost
 
 
 def _probed(backend: Backend, model: Model) -> dict[str, tuple[Any, Any]]:

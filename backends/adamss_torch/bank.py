@@ -24,14 +24,19 @@ from adamss_torch.adapter import HELD, Adapter
 from adamss_torch.in_place import Watch, put
 from adamss_torch.kinds import Embedding, Part
 from adamss_torch.paths import plain
+from adamss_torch.tokens import TrainedRows, is_known
 
-__all__ = ["CHILD", "LayerBank", "OnLoan", "PartBanks", "check_state", "without_weights"]
+__all__ = ["CHILD", "LayerBank", "OnLoan", "PartBanks", "TokenBank", "check_state", "without_weights"]
 
 CHILD = "adamss"
 """Name of the bank among the children of its layer, or of the banks of a module's own Parameters."""
 
 HOOK = -1
 """Key of our hook among the forward hooks of the layer."""
+
+
+ROWS = "_adamss_rows"
+"""Attribute of a module that `_use_rows` hooks: the `TokenBank`, which is a child of the embedding alone."""
 
 
 class PartBanks(nn.Module):
@@ -57,6 +62,8 @@ class LayerBank(nn.Module):
         all the same: B and C are trained parameters, and those who train expect a gradient of each.
     computed
         Names of the adapters whose update is added to the output.
+    sharing
+        Of a `TokenBank` the modules that have the weight, and what each calls it.
     placed
         Whether W + delta stands in the place of the weight for now (`adamss_torch.in_place`): nothing is added then.
     """
@@ -64,7 +71,8 @@ class LayerBank(nn.Module):
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
-        self.base: dict[str, Tensor] | None = None
+        self.base: dict[str, Any] | None = None
+        self.sharing: list[tuple[nn.Module, str]] = []
         self.off = self.merged = self.placed = False
         self.computed: tuple[str, ...] = ()
         self._input = "input"
@@ -74,14 +82,14 @@ class LayerBank(nn.Module):
         """The adapters by name."""
         return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
-    def add(self, name: str, adapter: Adapter) -> None:
+    def add(self, name: str, adapter: nn.Module) -> None:
         """Add an adapter."""
         self.add_module(name, adapter)
         self.look()
 
     def look(self) -> None:
         """See which adapters there is something to compute of."""
-        self.computed = () if self.off or self.merged else tuple(self.adapters)
+        self.computed = () if self.off or self.merged else tuple(self._modules)
 
     def install(self, layer: Any, reader: nn.Module | None, view: View) -> None:
         """Become a child of the layer, and hook its forward, or that of the module that reads its weight."""
@@ -125,6 +133,56 @@ class LayerBank(nn.Module):
             if "." not in own:
                 state_dict[f"{prefix}{DEFAULT}.{own}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TokenBank(LayerBank):
+    """The trained rows of an embedding, which the embedding and all that share its weight compute with.
+
+    Parameters
+    ----------
+    kind
+        Of the embedding.
+    sharing
+        Modules that have the weight, the embedding among them, and what each calls it.
+    """
+
+    def __init__(self, kind: Kind, sharing: list[tuple[nn.Module, str]]) -> None:
+        super().__init__(kind)
+        self.sharing = sharing
+
+    @property
+    def rows(self) -> dict[str, TrainedRows]:
+        """The rows by the names of adapters."""
+        return {name: module for name, module in self._modules.items() if isinstance(module, TrainedRows)}
+
+    def install(self, layer: nn.Module, reader: nn.Module | None, view: View) -> None:
+        """Become a child of the embedding, and hook the forwards of all that have its weight."""
+        _let_compilers_see_hooks()
+        layer.register_module(CHILD, self)
+        for module, name in self.sharing:
+            if is_known(module):
+                vars(module)[ROWS] = self
+                module._forward_hooks[HOOK] = _use_rows
+                module._forward_hooks_with_kwargs[HOOK] = True
+            else:
+                put(module, module, name, self, None, view)
+
+    def uninstall(self, layer: nn.Module) -> None:
+        """Leave all of them as they were before `install`, but for what `in_place.leave` does."""
+        for module, _ in self.sharing:
+            if vars(module).pop(ROWS, None) is not None:
+                module._forward_hooks.pop(HOOK, None)
+                module._forward_hooks_with_kwargs.pop(HOOK, None)
+        delattr(layer, CHILD)
+
+
+def _use_rows(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Forward hook of a module that has the weight of an embedding: return its output with the trained rows."""
+    bank: TokenBank = vars(layer)[ROWS]
+    x = args[0] if args else kwargs["input"]
+    for name in bank.computed:
+        output = bank._modules[name](layer, x, output, overwrite=_is_ours_alone(layer, output))  # type: ignore[misc]
+    return output
 
 
 def _add_updates(

@@ -23,6 +23,7 @@ from adamss_torch.adapter import Adapter
 from adamss_torch.kinds import Embedding
 from adamss_torch.sharding import is_partitioned, is_sharded
 from adamss_torch.stores import execution_device
+from adamss_torch.tokens import TrainedRows
 
 __all__ = ["Place", "Watch", "leave", "put", "readable", "readers", "restore"]
 
@@ -114,7 +115,10 @@ class Place:
 
 def _updated(bank: Any, view: View | None, weight: Tensor) -> Tensor:
     for name in bank.computed:
-        adapter: Adapter = bank._modules[name]
+        adapter: Any = bank._modules[name]
+        if isinstance(adapter, TrainedRows):
+            weight = weight.index_copy(0, adapter.ids.to(weight.device), adapter.rows.to(weight))
+            continue
         M, E = (factor.to(weight.dtype) for factor in adapter.block_products())
         if view is None:
             weight = weight + (M[0, -1:, :] @ E[0])[0]
@@ -259,12 +263,15 @@ class Watch(TorchFunctionMode):
         reader, new = _reader(), {}
         for key, weight in found.items():
             watched = self._weights[key]
-            if reader is watched.layer or isinstance(reader, Adapter):
+            if reader is watched.layer or isinstance(reader, Adapter | TrainedRows):
                 self._read.add(key)
             elif reader is None or any(own is weight for own in reader._parameters.values()):
                 continue
-            elif key not in self._read or not isinstance(watched.bank.kind, Embedding):
-                # But not a head that takes the weight of an embedding which is called too: that alone is adapted.
+            elif (
+                key not in self._read or watched.bank.sharing or not isinstance(watched.bank.kind, Embedding)
+            ):
+                # But not a head that takes the weight of an embedding which is called too: that alone is adapted,
+                # unless single tokens are trained.
                 new[key] = self._updated(watched, weight, reader)
         self._read |= new.keys()
         values = _exchanged(tuple(kwargs.values()), new)
@@ -278,7 +285,8 @@ class Watch(TorchFunctionMode):
                 "layer, where the adapter would have no effect; leave it out of targets"
             )
         view = bank.kind.view(layer, watched.path)
-        put(reader, layer, bank.kind.weight, bank, None, view)
+        for module, name in bank.sharing or [(layer, bank.kind.weight)]:
+            put(reader, module, name, bank, None, view)
         return _updated(bank, view, weight)
 
 
