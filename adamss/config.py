@@ -415,7 +415,7 @@ def _token_ids(value: object) -> Any:
             raise ConfigTypeError(f"trained_tokens must have ids for each name, found {shown(value)}")
         return {name: _token_ids(ids) for name, ids in value.items()}
     try:
-        entries = [*value] if not isinstance(value, str | bytes) else [value]  # type: ignore[misc]
+        entries: list[Any] = [value] if isinstance(value, str | bytes) else [*value]  # type: ignore[misc]
         if any(isinstance(entry, bool) for entry in entries):
             raise TypeError
         ids = sorted(map(index, entries))

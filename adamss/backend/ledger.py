@@ -269,12 +269,10 @@ def _rounded_rows(
         rounded = backend.cast(values, backend.dtype_name(W))
         if not bool(xp.all(xp.isfinite(rounded))):
             raise ArrayValueError(f"{path}: rows of trained_tokens are not finite as {backend.dtype_name(W)}")
-        change, error = (
-            values - xp.astype(W[xp.asarray(ids), :], values.dtype),
-            xp.astype(rounded, values.dtype) - values,
-        )
-        size, norm = (float(xp.linalg.vector_norm(array)) for array in (change, error))
-        found[path], lost[path] = {site.kind.weight: Rows(ids, rounded)}, norm / size if size else 0.0
+        former = W[xp.asarray(ids), :]
+        differences = (xp.astype(array, values.dtype) - values for array in (rounded, former))
+        error, change = (float(xp.linalg.vector_norm(difference)) for difference in differences)
+        found[path], lost[path] = {site.kind.weight: Rows(ids, rounded)}, error / change if change else 0.0
     return found, lost
 
 

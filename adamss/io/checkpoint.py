@@ -341,13 +341,9 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
     writer = table("writer")
     if not all(isinstance(version, str) for version in writer.values()):
         raise CheckpointError("its writer holds something else than versions")
-    shared, embeddings = {}, {join_path(path, "weight") for path in tokens}
+    shared, named = {}, {*tensors, *(join_path(path, "weight") for path in tokens)}
     for name, others in (table("shared") if "shared" in metadata else {}).items():
-        if (
-            name not in tensors.keys() | embeddings
-            or not isinstance(others, list)
-            or not all(isinstance(o, str) for o in others)
-        ):
+        if name not in named or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
             raise CheckpointError(f"shared[{shown(name)}] is no list of names of a tensor")
         shared[name] = frozenset(others)
     return Checkpoint(config, layers, saved, writer, shared, tokens)

@@ -43,8 +43,8 @@ __all__ = ["attach", "detach", "disabled", "summary", "trainable_parameters"]
 def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
     """Adapt the layers of a model that ``config.targets`` names, and freeze the rest.
 
-    Only the factors B and C, ``modules_to_save`` and the rows of ``trained_tokens`` are trained afterwards. C starts at zero: the
-    outputs are those of the base model, to the bit.
+    Only the factors B and C, the ``modules_to_save`` and the rows of ``trained_tokens`` are trained afterwards. C
+    starts at zero: the outputs are those of the base model, to the bit.
 
     Layers are decomposed where their weights are, one after the other, so that beside weights and factors there is
     memory for one layer alone: tens of megabytes for a width up to 2048, less than five times the layer's float32
@@ -202,7 +202,8 @@ def summary(model: Model) -> Summary:
 def trainable_parameters(model: Model) -> Any:
     """Return what to hand to an optimiser, in the framework's own form.
 
-    B and C of every adapted layer, the rows of ``trained_tokens``, then the parameters of ``modules_to_save``. PyTorch: a list of Parameters.
+    B and C of every adapted layer, the rows of ``trained_tokens``, then the parameters of ``modules_to_save``.
+    PyTorch: a list of Parameters.
 
     Parameters
     ----------

@@ -237,9 +237,10 @@ def _loaded_rows(
 ) -> dict[str, Rows]:
     """Return the rows of ``trained_tokens`` in the dtype that they are trained in."""
     found = {}
+    asked: Any = stored.config.trained_tokens
     weights = {path: {"weight": rows} for path, rows in stored.tokens.items()}
     for path, rows in stored.tokens.items():
-        ids = stored.config.trained_tokens[path]  # type: ignore[index, call-overload]
+        ids = asked[path]
         try:
             site = embedding_of(backend, modules, path, ids)
         except (TargetError, LayerTypeError) as error:
@@ -247,8 +248,8 @@ def _loaded_rows(
         base = base_weight(backend, site, values=False)
         if rows.shape[1] != base.W.shape[1]:
             raise CheckpointError(
-                f"trained_tokens: the rows of {path} have {base.W.shape[1]} numbers, the file's {rows.shape[1]}: it was "
-                "trained on another model"
+                f"trained_tokens: the rows of {path} have {base.W.shape[1]} numbers, the file's {rows.shape[1]}: it "
+                "was trained on another model"
             )
         dtype = factor_dtype(backend, base, stored.config.unchecked(factor_dtype=None))
         with np.errstate(over="ignore"):

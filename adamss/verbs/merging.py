@@ -21,8 +21,8 @@ def merge(model: Model, *, keep_base: bool = True) -> Model:
     """Fold the update into the weights, so that inference costs what the base model costs.
 
     Each weight becomes ``round(W0 + delta)``, the sum formed in float32 or wider. What `consolidate` has folded is
-    merged anew with the rest: `unmerge` gives back the model as it was before both. The rows of ``trained_tokens`` are
-    written into their embeddings, and a head that shares the weight goes on sharing it.
+    merged anew with the rest: `unmerge` gives back the model as it was before both. The rows of ``trained_tokens``
+    are written into their embeddings, and a head that shares the weight goes on sharing it.
 
     Parameters
     ----------
@@ -160,8 +160,8 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
     frozen = {path: ~mask for path, mask in masks.items()}
     if adaptation.tokens and all(mask.all() for mask in frozen.values()):
         raise StateError(
-            "consolidate: no subspace is trained any more, but the rows of trained_tokens are, which it leaves alone; "
-            "merge at the end instead"
+            "consolidate: no subspace is trained any more, but the rows of trained_tokens are, which it leaves "
+            "alone; merge at the end instead"
         )
     held = adaptation.ledger.held
     if not any((mask & ~held.get(path, np.zeros_like(mask))).any() for path, mask in frozen.items()):

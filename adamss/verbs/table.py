@@ -31,7 +31,8 @@ class SummaryRow:
     q
         Sum of the trained ranks r_k, the rank that the update can have.
     trained
-        Trained parameters ``sum_k r_k (n_k + R_k)``; in the sum, those of ``modules_to_save`` and ``trained_tokens`` are not counted.
+        Trained parameters ``sum_k r_k (n_k + R_k)``; in the sum, those of ``modules_to_save`` and ``trained_tokens``
+        are not counted.
     active
         Subspaces that are still trained.
     """

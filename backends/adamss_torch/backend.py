@@ -213,8 +213,8 @@ class TorchBackend(Backend):
             return f"it knows no {type(layer).__name__}, and takes it for a torch.nn.Embedding"
         if bool(others) != bool(ties and layer is self.input_embedding(model)):
             return (
-                f"the weight is shared by {len(others)} other modules, and it goes by tie_word_embeddings = {ties} of "
-                "the model's config and the input embedding"
+                f"the weight is shared by {len(others)} other modules, and it goes by the input embedding and by "
+                f"tie_word_embeddings of the model's config, which is {ties}"
             )
         if not all(type(other) is nn.Linear and other.bias is None for other in others):
             return "it takes all that share the weight for linear layers without a bias"
@@ -467,8 +467,8 @@ class TorchBackend(Backend):
             for name, parameter in _own_parameters(modules[path]).items():
                 if is_sharded(parameter) and record is not None and path in record.tokens:
                     raise LayerError(
-                        f"{path}: its {name} is spread by fully_shard, and single rows of it cannot be written; leave "
-                        "the adapter unmerged"
+                        f"{path}: its {name} is spread by fully_shard, and single rows of it cannot be written; "
+                        "leave the adapter unmerged"
                     )
                 if is_sharded(parameter) and counts[id(parameter)] > 1:
                     raise LayerError(
@@ -485,14 +485,14 @@ class TorchBackend(Backend):
         owner, _ = _owner(model)
         counts, modules = _parameter_counts(owner), self.modules(owner)
 
-        def exchange(path: str, name: str, value: Tensor) -> Tensor:
+        def exchange(path: str, name: str, value: Any) -> Any:
             layer = modules[path]
             former: Any = getattr(layer, name, None)
             if isinstance(value, Rows):
                 ids, new = torch.tensor(value.ids, device=former.device), former.detach().clone()
                 rows = Rows(value.ids, new[ids])
                 exchanged(former, new.index_copy_(0, ids, value.values.to(new)))
-                return rows  # type: ignore[return-value]
+                return rows
             if not isinstance(value, nn.Parameter) and counts[id(former)] < 2:
                 former = self.stores.exchange(layer, name, value)
             else:
@@ -802,7 +802,7 @@ def _parameter_counts(owner: nn.Module) -> Counter[int]:
     return Counter(id(parameter) for _, parameter in named_parameters(owner))
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_host(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return tensors in the host's memory; a Parameter that other modules use stays where it is."""
     return {
         name: tensor._replace(values=tensor.values.cpu())

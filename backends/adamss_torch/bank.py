@@ -111,8 +111,7 @@ class LayerBank(nn.Module):
         layer._forward_hooks[HOOK] = _add_updates
         layer._forward_hooks_with_kwargs[HOOK] = True
 
-    @staticmethod
-    def uninstall(layer: Any) -> None:
+    def uninstall(self, layer: Any) -> None:
         """Leave the layer as it was before `install`, but for what `in_place.leave` does."""
         if isinstance(layer, Part):
             layer.module._modules.pop(CHILD, None)

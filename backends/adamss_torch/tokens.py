@@ -29,7 +29,8 @@ class TrainedRows(nn.Module):
     rows
         Trained Parameter, (k, E).
     ids
-        (k,) int64, ascending, on the device of `rows`. Part of a state but no buffer: other libraries average buffers.
+        (k,) int64, ascending, on the device of `rows`. They are part of a state but no buffer, which other libraries
+        may average.
     """
 
     ids: Tensor
@@ -43,7 +44,7 @@ class TrainedRows(nn.Module):
         """Return the rows as they are now."""
         return Rows(tuple(self.ids.tolist()), self.rows.detach())
 
-    def forward(self, layer: nn.Module, x: Tensor, output: Tensor, *, overwrite: bool = False) -> Tensor:
+    def forward(self, layer: Any, x: Tensor, output: Tensor, *, overwrite: bool = False) -> Tensor:
         """Return what a layer would have made of its input x with W'; `overwrite` says whether `output` may be."""
         ids, rows = self.ids.to(output.device), self.rows.to(output.device)
         if not isinstance(layer, nn.Embedding):
