@@ -216,9 +216,9 @@ def hold(
     sites = sites_of(backend, model, adaptation)
     owners = dict.fromkeys(map(owner_of, sites))
     everything = all(mask.all() for mask in subspaces.values())
-    rows, lost = _rounded_rows(backend, model, adaptation) if everything else ({}, {})
-    owners |= dict.fromkeys(rows)
+    owners |= dict.fromkeys(adaptation.tokens if everything else ())
     backend.check_writable(model, owners)
+    rows, lost = _rounded_rows(backend, model, adaptation) if everything else ({}, {})
     weights: dict[str, BaseWeight] = {}
     parts: dict[str, Site] = {}
     for path, site in sites.items():

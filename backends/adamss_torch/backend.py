@@ -211,7 +211,8 @@ class TorchBackend(Backend):
         ties = getattr(getattr(owner, "config", None), "tie_word_embeddings", False)
         if not is_known(layer) and not hasattr(layer, "embed_scale"):
             return f"it knows no {type(layer).__name__}, and takes it for a torch.nn.Embedding"
-        if bool(others) != bool(ties and layer is self.input_embedding(model)):
+        follows = ties and layer is self.input_embedding(model)
+        if bool(others) != bool(follows and (others or self.heads(model))):
             return (
                 f"the weight is shared by {len(others)} other modules, and it goes by the input embedding and by "
                 f"tie_word_embeddings of the model's config, which is {ties}"
