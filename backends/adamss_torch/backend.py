@@ -392,16 +392,8 @@ class TorchBackend(Backend):
             owner.register_state_dict_pre_hook(restore),  # type: ignore[no-untyped-call]
         )
         paths = tuple(adapted)
-        record = _Record(
-            adaptation.config,
-            paths,
-            kept,
-            required_grad,
-            guards,
-            names,
-            adaptation.name,
-            tokens=tuple(tokens),
-        )
+        record = _Record(adaptation.config, paths, kept, required_grad, guards, names, adaptation.name)
+        record.tokens = tuple(tokens)
         setattr(owner, RECORD, record)
         if owner not in adapted.values():
             owner._forward_pre_hooks[WATCH_KEY] = _watch
@@ -805,11 +797,10 @@ def _parameter_counts(owner: nn.Module) -> Counter[int]:
 
 def _on_host(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return tensors in the host's memory; a Parameter that other modules use stays where it is."""
-    return {
-        name: tensor._replace(values=tensor.values.cpu())
-        if isinstance(tensor, Rows)
-        else tensor
-        if isinstance(tensor, nn.Parameter)
-        else rebuilt(local(tensor).cpu(), tensor)
-        for name, tensor in tensors.items()
-    }
+
+    def moved(tensor: Any) -> Any:
+        if isinstance(tensor, Rows):
+            return Rows(tensor.ids, tensor.values.cpu())
+        return tensor if isinstance(tensor, nn.Parameter) else rebuilt(local(tensor).cpu(), tensor)
+
+    return {name: moved(tensor) for name, tensor in tensors.items()}

@@ -63,16 +63,17 @@ class LayerBank(nn.Module):
     computed
         Names of the adapters whose update is added to the output.
     sharing
-        Of a `TokenBank` the modules that have the weight, and what each calls it.
+        Of a `TokenBank` the modules that have the weight, and what each calls it; None of others.
     placed
         Whether W + delta stands in the place of the weight for now (`adamss_torch.in_place`): nothing is added then.
     """
+
+    sharing: Any = None
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
         self.base: dict[str, Any] | None = None
-        self.sharing: list[tuple[nn.Module, str]] = []
         self.off = self.merged = self.placed = False
         self.computed: tuple[str, ...] = ()
         self._input = "input"
@@ -145,6 +146,8 @@ class TokenBank(LayerBank):
         Modules that have the weight, the embedding among them, and what each calls it.
     """
 
+    sharing: list[tuple[nn.Module, str]]
+
     def __init__(self, kind: Kind, sharing: list[tuple[nn.Module, str]]) -> None:
         super().__init__(kind)
         self.sharing = sharing
@@ -162,6 +165,8 @@ class TokenBank(LayerBank):
             if is_known(module):
                 vars(module)[ROWS] = self
                 module._forward_hooks[HOOK] = _use_rows
+                # First, for the hooks of others are to change what comes of trained rows as they do the rest.
+                module._forward_hooks.move_to_end(HOOK, last=False)  # type: ignore[attr-defined]
                 module._forward_hooks_with_kwargs[HOOK] = True
             else:
                 put(module, module, name, self, None, view)

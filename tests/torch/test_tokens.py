@@ -19,6 +19,7 @@ from adamss.backend.tensors import StoredTensor
 from adamss.cli import main
 from adamss.io import checkpoint as files
 from adamss_torch import BudgetController
+from adamss_torch import bank as bank_module
 from adamss_torch.backend import adapters_of
 
 V, E = 11, 12
@@ -179,6 +180,54 @@ def test_gradients_are_those_of_the_rows_of_the_weight(name):
     close(rows_of(model).grad.to(expected.embed.weight), expected.embed.weight.grad[list(IDS)])
     if name == "padded":
         assert not rows_of(model).grad[1].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_factors_of_another_dtype_leave_the_rows_as_they_are(dtype):
+    model = adamss.attach(made("tied"), config(factor_dtype=dtype))
+    assert rows_of(model).dtype == torch.float32
+    assert torch.equal(model(X), made("tied")(X))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_of_others_see_the_trained_rows(when):
+    def turn(module, args, output):
+        return -output
+
+    model, expected = trained("tied")
+    y = model(X)
+    for each in (model, expected):
+        state_of = state(each)
+        each.embed.register_forward_hook(turn)
+        if when == "before" and each is model:
+            adamss.detach(each)
+            adamss.attach(each, config()).load_state_dict(state_of)
+    torch.testing.assert_close(model(X), expected(X))
+    assert not torch.allclose(model(X), y)
+
+
+@pytest.mark.parametrize("name", ["tied", "of its own", "tied, of its own"])
+def test_within_the_forwards_of_accelerate(name):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, _ = trained(name)
+    y, wrapped = model(X), made(name)
+    for module in [*wrapped.modules()]:
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+    adamss.attach(wrapped, config())
+    assert torch.equal(wrapped(X), made(name)(X))
+    assert (bank_module.ROWS in vars(wrapped.embed)) == (name == "tied")  # else a copy of the weight is made
+    wrapped.load_state_dict(state(model))
+    torch.testing.assert_close(wrapped(X), y)
+
+
+def test_a_weight_that_is_offloaded_is_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model = made("tied")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(
+        errors.LayerError, match=r"the weight of embed is a Parameter that is computed, quantised, off"
+    ):
+        adamss.attach(model, config())
 
 
 @pytest.mark.parametrize("other", ["embed_2", "tied to it"])
@@ -411,6 +460,7 @@ def test_a_file_is_loaded_before_the_weights_come(tmp_path):
         ({"rows": np.full((3, E), 1e300)}, r"the rows of embed are too large for float32"),
         ({"path": "elsewhere"}, r"the model has no layer 'elsewhere'"),
         ({"path": "query"}, r"'query' is a layer that it adapts, and has trained_tokens besides"),
+        ({"saved": {"embed": {}}}, r"'embed' is or lies within 'embed', which it holds as a whole besides"),
         ({"ids": [3, 7, 7]}, "trained_tokens must be distinct ids from 0 on"),
         ({"ids": [-1, 7, 10]}, "trained_tokens must be distinct ids from 0 on"),
         ({"ids": [3, 7, "10"]}, "trained_tokens must be a list of integers"),
@@ -431,8 +481,12 @@ def test_a_file_that_does_not_fit_or_lies_is_refused(change, message, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(adamss.AdamssConfig, "to_dict", lambda self: to_dict(self) | {"trained_tokens": asked})
         rows = StoredTensor.of(change["rows"]) if "rows" in change else stored.tokens["embed"]
-        shared = {f"{path}.weight": frozenset()}
-        files.write(tmp_path / "a", dataclasses.replace(stored, tokens={path: rows}, shared=shared))
+        new = {
+            "tokens": {path: rows},
+            "shared": {f"{path}.weight": frozenset()},
+            "saved": change.get("saved", {}),
+        }
+        files.write(tmp_path / "a", dataclasses.replace(stored, **new))
     torch.manual_seed(0)
     model = made(change.get("base", "untied"))
     if "V" in change or "E" in change:
