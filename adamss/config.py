@@ -346,7 +346,7 @@ class AdamssConfig:
         """
         patterns = {name: settings.get(name) for name in ("targets", "exclude")}
         patterns = {name: value for name, value in patterns.items() if isinstance(value, str) and value}
-        overrides = settings.get("overrides") or {}
+        overrides = settings.get("overrides", {})
         if not isinstance(overrides, Mapping) or not all(
             isinstance(own, Mapping) for own in overrides.values()
         ):
