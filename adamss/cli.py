@@ -63,10 +63,11 @@ def describe(stored: checkpoint.Checkpoint) -> str:
         for path, layer in stored.layers.items()
     )
     sizes = [math.prod(tensor.shape) for module in stored.saved.values() for tensor in module.values()]
+    tokens = sum(math.prod(tensor.shape) for tensor in stored.tokens.values())
     training = any(layer.A is not None for layer in stored.layers.values())
     return "\n".join(
         (
-            str(Summary(rows, total(rows), sum(sizes))),
+            str(Summary(rows, total(rows), sum(sizes), tokens=tokens)),
             f"form: {'training (A and B)' if training else 'portable (M)'}",
             f"config: {_printable(str(stored.config), longest=10_000)}",
             "written by: "

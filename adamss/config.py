@@ -180,6 +180,11 @@ class AdamssConfig:
     modules_to_save
         Names, matched likewise, of modules that are trained whole and stored in the file: a
         classifier head.
+    trained_tokens
+        Ids of tokens whose rows of the input embedding (``model.get_input_embeddings()``) are trained and stored,
+        such as those that ``resize_token_embeddings`` has added; or, by names matched likewise, ids for each
+        embedding: ``{"embed_tokens": [32000, 32001]}``. A head that shares the weight uses the trained rows too.
+        They are kept in ascending order. Not by every backend.
     segmentation
         How columns are grouped: ``"kmeans"``, ``"spectral"``, ``"ksubspaces"``, ``"contiguous"``, ``"random"``.
     segmentation_dimension
@@ -218,6 +223,7 @@ class AdamssConfig:
     subspaces: int = 10
     subspace_rank: int = 1
     modules_to_save: Iterable[str] = ()
+    trained_tokens: Iterable[int] | Mapping[str, Iterable[int]] | None = field(default=None, hash=False)
     segmentation: Segmentation = "kmeans"
     segmentation_dimension: int | None = None
     basis: Basis = "shared"
@@ -245,6 +251,8 @@ class AdamssConfig:
                 f"write [{shown(self.modules_to_save)}]"
             )
         _set_names(self, "modules_to_save")
+        if self.trained_tokens is not None:
+            object.__setattr__(self, "trained_tokens", _token_ids(self.trained_tokens))
         _check_choice(self, "segmentation", SEGMENTATIONS)
         _check_choice(self, "basis", BASES)
         _check_choice(self, "initial_B", INITIAL_B)
@@ -396,6 +404,28 @@ def _set_names(config: object, name: str) -> None:
         if not entry:
             raise ConfigError(f"{name} holds an empty name; leave it out")
     object.__setattr__(config, name, names)
+
+
+def _token_ids(value: object) -> Any:
+    """Return ids of tokens, ascending, or such by name."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) and name for name in value) or not value:
+            raise ConfigError(f"trained_tokens must have the names of embeddings, found {shown(value)}")
+        if any(isinstance(ids, Mapping) or ids is None for ids in value.values()):
+            raise ConfigTypeError(f"trained_tokens must have ids for each name, found {shown(value)}")
+        return {name: _token_ids(ids) for name, ids in value.items()}
+    try:
+        entries: list[Any] = [value] if isinstance(value, str | bytes) else [*value]  # type: ignore[misc]
+        if any(isinstance(entry, bool) for entry in entries):
+            raise TypeError
+        ids = sorted(map(index, entries))
+    except TypeError:
+        raise ConfigTypeError(f"trained_tokens must be a list of integers, found {shown(value)}") from None
+    if not ids:
+        raise ConfigError("trained_tokens is empty; name at least one id, or leave it out")
+    if ids[0] < 0 or len({*ids}) < len(ids):
+        raise ConfigError(f"trained_tokens must be distinct ids from 0 on, found {shown(value)}")
+    return tuple(ids)
 
 
 def _check_pattern(name: str, pattern: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,12 +16,27 @@ from adamss.core import Factors, only
 from adamss.core._array import Array, device, namespace
 from adamss.errors import StateError
 
-__all__ = ["DEFAULT", "Adaptation", "Bank", "Ledger"]
+__all__ = ["DEFAULT", "Adaptation", "Bank", "Ledger", "Rows"]
 
 DEFAULT = "default"
 """Name of an adapter that was given none."""
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class Rows(NamedTuple):
+    """Some rows of the weight (V, E) of an embedding, those of single tokens.
+
+    Attributes
+    ----------
+    ids
+        Which they are, k of them, ascending.
+    values
+        (k, E).
+    """
+
+    ids: tuple[int, ...]
+    values: Array
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,8 @@ class Ledger:
         not named holds none.
     base
         By path of the module that holds the arrays, W0 and the bias as its own arrays by name; None where they were
-        dropped. Modules whose arrays hold no update are not named.
+        dropped. Modules whose arrays hold no update are not named. Of an embedding with trained rows, the `Rows` that
+        its weight had: the trained ones are written over them when all subspaces are merged.
     layers
         By path of the module, the quantised layers that have W0, and whose place float ones have taken.
     """
@@ -78,6 +94,8 @@ class Adaptation:
         Of the adapter.
     trained
         Whether it is trained, and not only computed.
+    tokens
+        Trained rows by path of the embedding.
     """
 
     config: AdamssConfig
@@ -89,6 +107,7 @@ class Adaptation:
     revives: bool = False
     name: str = DEFAULT
     trained: bool = True
+    tokens: Mapping[str, Rows] = field(default_factory=dict)
 
     @property
     def merged(self) -> bool:

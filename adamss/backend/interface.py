@@ -299,6 +299,9 @@ class Models(ABC):
     stores: Stores
     """Ways in which weights are kept."""
 
+    trains_rows: ClassVar[bool] = False
+    """Whether `insert` takes `Adaptation.tokens`, and `exchange` takes `Rows` for an array."""
+
     @abstractmethod
     def handles(self, model: Model) -> bool:
         """Return whether this is a model of the framework."""
@@ -321,6 +324,14 @@ class Models(ABC):
     def heads(self, model: Model) -> list[str]:
         """Return the paths of output heads, which ``targets="all-linear"`` leaves out."""
         return []
+
+    def input_embedding(self, model: Model) -> Module | None:
+        """Return the module that embeds the tokens of the input; None if nobody knows."""
+        return None
+
+    def rows_refusal(self, model: Model, path: str) -> str | None:
+        """Return why PEFT would compute something else with the trained rows of an embedding; None if not."""
+        return None
 
     def site(self, module: Module, path: str) -> Site:
         """Return where the matrix of a layer is.
@@ -432,7 +443,8 @@ class Models(ABC):
         model
             A model without adapters.
         adaptation
-            Settings, factors by module path, and paths of ``modules_to_save``.
+            Settings, factors by module path, paths of ``modules_to_save``, and, where `trains_rows`, trained rows,
+            which are in the place of those of the weight for whoever reads it.
         originals
             Arrays of the modules to save as they are, kept for `originals`.
         values
@@ -492,7 +504,8 @@ class Models(ABC):
         model
             An adapted model.
         arrays
-            By path of the module and name, as `own_arrays` has them.
+            By path of the module and name, as `own_arrays` has them; or `Rows`, of which only these are replaced, for
+            all modules that share the weight.
         """
 
     def dequantised(self, model: Model) -> dict[str, Module]:

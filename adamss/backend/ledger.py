@@ -15,7 +15,7 @@ import numpy as np
 from array_api_compat import to_device
 
 from adamss import core
-from adamss.backend.bank import Adaptation, Ledger
+from adamss.backend.bank import Adaptation, Ledger, Rows
 from adamss.backend.interface import Backend, Model
 from adamss.backend.sites import BaseWeight, Site, arrays_of, owner_of
 from adamss.config import AdamssConfig
@@ -157,6 +157,7 @@ def put(
     config: AdamssConfig,
     saved: Mapping[str, Mapping[str, Any] | None],
     trained: bool = True,
+    tokens: Mapping[str, Rows] | None = None,
 ) -> Model:
     """Return the model with an adapter on it.
 
@@ -172,11 +173,13 @@ def put(
         Paths of ``modules_to_save``, and the values that they get, as from `Models.arrays` (None: as they are).
     trained
         Whether the adapter and ``modules_to_save`` are trained from now on.
+    tokens
+        Rows to train, by path of the embedding.
     """
     modules = backend.modules(model)
     return backend.insert(
         model,
-        Adaptation(config, layers, shapes, tuple(saved), trained=trained),
+        Adaptation(config, layers, shapes, tuple(saved), trained=trained, tokens=tokens or {}),
         originals={path: backend.arrays(modules[path]) for path in saved},
         values={path: values for path, values in saved.items() if values is not None},
     )
@@ -192,6 +195,8 @@ def hold(
     put_away: Mapping[str, Any] | None = None,
 ) -> tuple[Model, dict[str, float]]:
     """Let each weight hold the update of just these subspaces: ``round(W0 + sum over k of A_k B_k C_k)``.
+
+    Where these are all subspaces, the embeddings hold the trained rows of tokens too.
 
     Parameters
     ----------
@@ -218,10 +223,12 @@ def hold(
     """
     sites = sites_of(backend, model, adaptation)
     owners = dict.fromkeys(map(owner_of, sites))
+    everything = all(mask.all() for mask in subspaces.values())
+    owners |= dict.fromkeys(adaptation.tokens if everything else ())
     backend.check_writable(model, owners)
+    rows, lost = _rounded_rows(backend, model, adaptation) if everything else ({}, {})
     weights: dict[str, BaseWeight] = {}
     parts: dict[str, Site] = {}
-    lost: dict[str, float] = {}
     for path, site in sites.items():
         check_concrete(*adaptation.layers[path], name=path)
         factors = _only(whole(backend, adaptation.layers[path]), subspaces[path])
@@ -240,7 +247,7 @@ def hold(
             b = backend.spread(merged.b, like=base.b) if moved else None
             weights[part_path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
             parts[part_path], lost[path] = part, max(lost.get(path, 0.0), float(merged.lost))
-    arrays, kept = arrays_of(weights, parts, backend.own_arrays), adaptation.ledger.base
+    arrays, kept = arrays_of(weights, parts, backend.own_arrays) | rows, adaptation.ledger.base
     outputs = _probed(backend, model)
     with ExitStack() as undo:
         model, before = _exchanged(undo, backend.exchange, model, arrays)
@@ -254,6 +261,28 @@ def hold(
             _check_output(path, *outputs[path], again[path][0], weights[path].W)
         undo.pop_all()
     return model, lost
+
+
+def _rounded_rows(
+    backend: Backend, model: Model, adaptation: Adaptation
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Return the trained rows as `Models.exchange` takes them, and what share of their change is rounded away."""
+    modules = backend.modules(model)
+    found: dict[str, dict[str, Any]] = {}
+    lost: dict[str, float] = {}
+    for path, (ids, values) in adaptation.tokens.items():
+        site = backend.site(modules[path], path)
+        W, values = base_weight(backend, site).W, backend.whole(values)
+        check_concrete(values, name=path)
+        xp = namespace(values)
+        rounded = backend.cast(values, backend.dtype_name(W))
+        if not bool(xp.all(xp.isfinite(rounded))):
+            raise ArrayValueError(f"{path}: rows of trained_tokens are not finite as {backend.dtype_name(W)}")
+        former = W[xp.asarray(ids), :]
+        differences = (xp.astype(array, values.dtype) - values for array in (rounded, former))
+        error, change = (float(xp.linalg.vector_norm(difference)) for difference in differences)
+        found[path], lost[path] = {site.kind.weight: Rows(ids, rounded)}, error / change if change else 0.0
+    return found, lost
 
 
 def _probed(backend: Backend, model: Model) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,8 @@
 """The adapter file: one safetensors file that any framework reads, on any device, in any dtype.
 
 Per layer, under its module path: ``C``, ``labels``, ``ranks``, ``active`` and either ``M`` (portable) or ``A``
-and ``B`` (training form, to resume from). Whole tensors of ``modules_to_save``. Metadata: format and
+and ``B`` (training form, to resume from). Whole tensors of ``modules_to_save``. Of ``trained_tokens`` the ``rows`` of
+each embedding, of the ids that the config has for its path. Metadata: format and
 version, config, writer, a fingerprint of each base weight, and a checksum over all tensors. Segmentation
 and mask come from the file and are never computed anew. This module knows bytes and NumPy arrays only.
 A file may come from anyone: see `adamss.io.reader`.
@@ -38,6 +39,9 @@ READABLE_VERSIONS = (1,)
 
 LINEAR = View(rows=(1,), columns=(0,))
 """How the weight of a linear layer is a matrix; a file that says nothing means this."""
+
+ROWS = "rows"
+"""Name, below the path of an embedding, of the rows that are trained."""
 
 LARGEST_VIEW = 16
 """Axes of a weight."""
@@ -149,7 +153,10 @@ class Checkpoint:
         Framework and library versions that wrote the file.
     shared
         By the name of a tensor in `saved`, path of the module included, the names that the same tensor has elsewhere
-        in the model (tied embeddings): none, or unknown if the tensor is missing here.
+        in the model (tied embeddings): none, or unknown if the tensor is missing here. Likewise of the weights of
+        embeddings in `tokens`.
+    tokens
+        Trained rows (k, E) by path of the embedding; ``config.trained_tokens`` has their ids by the same paths.
     """
 
     config: AdamssConfig
@@ -157,6 +164,7 @@ class Checkpoint:
     saved: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     writer: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    tokens: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int = MODULES) -> None:
@@ -192,6 +200,8 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int 
     for module_path, module in checkpoint.saved.items():
         for name, tensor in module.items():
             add(join_path(module_path, name), tensor)
+    for path_of_rows, rows in checkpoint.tokens.items():
+        add(join_path(path_of_rows, ROWS), rows)
 
     bases = {
         layer_path: {
@@ -321,7 +331,8 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"modules_to_save[{shown(path)}] is no list of names")
         saved[path] = {name: left.pop(join_path(path, name)) for name in names}
-    _check_places(layers, saved)
+    tokens = _rows_of(config, left, layers)
+    _check_places({**layers, **tokens}, saved)
     if left:
         raise CheckpointError(
             f"it holds tensors that belong to no layer: {', '.join(map(shown, sorted(left)[:3]))}"
@@ -331,12 +342,36 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
     writer = table("writer")
     if not all(isinstance(version, str) for version in writer.values()):
         raise CheckpointError("its writer holds something else than versions")
-    shared = {}
+    shared, named = {}, {*tensors, *(join_path(path, "weight") for path in tokens)}
     for name, others in (table("shared") if "shared" in metadata else {}).items():
-        if name not in tensors or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
+        if name not in named or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
             raise CheckpointError(f"shared[{shown(name)}] is no list of names of a tensor")
         shared[name] = frozenset(others)
-    return Checkpoint(config, layers, saved, writer, shared)
+    return Checkpoint(config, layers, saved, writer, shared, tokens)
+
+
+def _rows_of(
+    config: AdamssConfig, left: dict[str, StoredTensor], layers: Mapping[str, Any]
+) -> dict[str, StoredTensor]:
+    """Take the rows of ``trained_tokens`` out of the tensors of a file; the ids are checked by the config."""
+    asked: Any = config.trained_tokens or {}
+    if not isinstance(asked, Mapping):
+        raise CheckpointError("its trained_tokens do not name their embeddings")
+    found = {}
+    for path, ids in asked.items():
+        found[path] = rows = left.pop(join_path(path, ROWS))
+        if path in layers:
+            raise CheckpointError(f"{shown(path)} is a layer that it adapts, and has trained_tokens besides")
+        if rows.dtype not in EXPONENTS or len(rows.shape) != 2 or rows.shape[0] != len(ids):
+            raise CheckpointError(
+                f"the rows of {len(ids)} trained_tokens of {shown(path)} are {rows.dtype} {rows.shape}"
+            )
+        if not rows.is_finite():
+            raise CheckpointError(
+                f"the trained_tokens of {shown(path)} hold NaN or infinity: the training diverged; take a file from "
+                "before"
+            )
+    return found
 
 
 def _mark(base: Any, path: str) -> Fingerprint:

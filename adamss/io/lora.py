@@ -162,6 +162,7 @@ def write_lora(
     targets: list[str] | str,
     saved: Mapping[str, StoredTensor],
     base: str | None = None,
+    tokens: Mapping[str, tuple[tuple[int, ...], StoredTensor]] | None = None,
 ) -> None:
     """Write a folder that PEFT, and whoever reads its LoRA, loads.
 
@@ -177,6 +178,8 @@ def write_lora(
         Tensors of ``modules_to_save``, by their names in the model.
     base
         Name of the base model.
+    tokens
+        Ids and rows of ``trained_tokens``, by path of the embedding.
     """
     rank = _rank(layers)
     parameters = {path: layer.parameter for path, layer in layers.items() if layer.form == "parameter"}
@@ -204,6 +207,10 @@ def write_lora(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+    if tokens:
+        config["trainable_token_indices"] = {path: list(ids) for path, (ids, _) in tokens.items()}
+        names = {path: f"{PREFIX}{path}.token_adapter.trainable_tokens_delta" for path in tokens}
+        tensors |= {names[path]: rows for path, (_, rows) in tokens.items()}
     if parameters:
         config["target_parameters"] = sorted(parameters.values())
     write_folder(folder, config, tensors, beside=saved)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from adamss import core
+from adamss.backend.bank import Rows
 from adamss.backend.interface import Backend, Division, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, reading, release, require_kept_base, switched_off
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight, owner_of
+from adamss.backend.sites import BaseWeight, Site, owner_of
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_matrix, namespace
@@ -46,8 +47,8 @@ _OFF: ContextVar[tuple[Model, ...]] = ContextVar("_OFF", default=())
 def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
     """Adapt the layers of a model that ``config.targets`` names, and freeze the rest.
 
-    Only the factors B and C and the ``modules_to_save`` are trained afterwards. C starts at zero: the
-    outputs are those of the base model, to the bit.
+    Only the factors B and C, the ``modules_to_save`` and the rows of ``trained_tokens`` are trained afterwards. C
+    starts at zero: the outputs are those of the base model, to the bit.
 
     Layers are decomposed where their weights are, one after the other, so that beside weights and factors there is
     memory for one layer alone: tens of megabytes for a width up to 2048, less than five times the layer's float32
@@ -74,7 +75,8 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
     Raises
     ------
     TargetError
-        If nothing matches ``targets`` or ``modules_to_save``; the message lists near matches.
+        If nothing matches ``targets`` or ``modules_to_save``; the message lists near matches. If an embedding has no
+        row of an id of ``trained_tokens``, or shares its weight with a layer that is adapted or saved.
     LayerTypeError, LayerError
         If a matched module has no weight that can be adapted.
     ArrayTypeError, ArrayValueError
@@ -92,7 +94,8 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
     backend = backend_for(model)
     with backend.exact(), backend.divided(model, enabled=divide) as division:
         require_base(backend, model, "attach")
-        config, sites, saved = choose(backend, model, config)
+        config, sites, saved, embeddings = choose(backend, model, config)
+        tokens = {path: _initial_rows(backend, site, config) for path, site in embeddings.items()}
         parts = {path: part for site in sites.values() for path, part in site.parts().items()}
         weights = Weights(parts, lambda path: base_weight(backend, parts[path]))
         layers: dict[str, Factors] = {}
@@ -111,7 +114,7 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
             path: _shape([weights.shape(part) for part in site.parts()]) for path, site in sites.items()
         }
         tied = tied_weights(backend, model, [path for path, site in sites.items() if not site.kind.linear])
-        model = put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved))
+        model = put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved), tokens=tokens)
     if tied:
         warnings.warn(
             f"attach: {tied}; the adapter changes what the adapted layer computes, and the other goes on with the "
@@ -210,14 +213,19 @@ def summary(model: Model) -> Summary:
     saved = (array for path in adaptation.saved for array in backend.arrays(modules[path]).values())
     size, targets = sum(int(np.prod(array.shape)) for array in saved), adaptation.config.targets
     return Summary(
-        tuple(rows), total(rows), size, targets if isinstance(targets, str) else tuple(targets or ())
+        tuple(rows),
+        total(rows),
+        size,
+        targets if isinstance(targets, str) else tuple(targets or ()),
+        tokens=sum(int(np.prod(values.shape)) for _, values in adaptation.tokens.values()),
     )
 
 
 def trainable_parameters(model: Model) -> Any:
     """Return what to hand to an optimiser, in the framework's own form.
 
-    B and C of every adapted layer, then the parameters of ``modules_to_save``. PyTorch: a list of Parameters.
+    B and C of every adapted layer, the rows of ``trained_tokens``, then the parameters of ``modules_to_save``.
+    PyTorch: a list of Parameters.
 
     Parameters
     ----------
@@ -231,6 +239,17 @@ def trainable_parameters(model: Model) -> Any:
     """
     backend, _ = adapted(model, "trainable_parameters")
     return backend.parameters(model)
+
+
+def _initial_rows(backend: Backend, site: Site, config: AdamssConfig) -> Rows:
+    """Return the rows of an embedding that are trained, as they are."""
+    assert isinstance(config.trained_tokens, Mapping)
+    base, ids = base_weight(backend, site), config.trained_tokens[site.path]
+    values = base.W[namespace(base.W).asarray(ids), :]
+    check_matrix(values, name=f"{site.path}: the rows of trained_tokens")
+    # Steps are lost to the rounding of half precision. Another dtype of factors would not start equal.
+    dtype = factor_dtype(backend, base, config.unchecked(factor_dtype=None))
+    return Rows(tuple(ids), backend.cast(values, dtype))
 
 
 def _initial_factors(

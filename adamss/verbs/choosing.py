@@ -22,6 +22,7 @@ from adamss.errors import (
     LayerTypeError,
     TargetError,
 )
+from adamss.verbs.common import embedding_of
 
 __all__ = ["Choice", "choose"]
 
@@ -32,16 +33,19 @@ class Choice(NamedTuple):
     Attributes
     ----------
     config
-        As given, with the targets that were meant where it names none.
+        As given, with the targets that were meant where it names none, and the paths of embeddings.
     sites
         Of the layers to adapt, by path, in the order of the model.
     saved
         Paths of ``modules_to_save``.
+    tokens
+        Of the embeddings of ``trained_tokens``, by path.
     """
 
     config: AdamssConfig
     sites: dict[str, Site]
     saved: list[str]
+    tokens: dict[str, Site]
 
 
 def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
@@ -50,7 +54,8 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
     Raises
     ------
     TargetError
-        If nothing matches ``targets`` or ``modules_to_save``, or a layer is matched by both.
+        If nothing matches ``targets`` or ``modules_to_save``, a layer is matched by two settings, or an embedding has
+        no row of an id of ``trained_tokens``.
     LayerTypeError, LayerError, ArrayValueError
         If a layer that is named, or every layer that an expression matches, cannot be adapted.
 
@@ -80,7 +85,12 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
         if not paths:
             raise TargetError(f"exclude = {config.exclude!r} leaves nothing of targets = {config.targets!r}")
     paths = _once(paths, modules)
-    _require_disjoint(paths, saved)
+    tokens = _tokens(backend, model, modules, config)
+    _require_disjoint([*paths, *tokens], saved)
+    if both := sorted({*paths} & {*tokens}):
+        raise TargetError(
+            f"{both[0]!r} is adapted by targets, and trained_tokens trains rows of it; leave it out of one of them"
+        )
     sites = _adaptable(backend, paths, modules) if wide else {p: backend.site(modules[p], p) for p in paths}
     for path in sites if config.overrides else ():
         try:
@@ -93,7 +103,37 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
             warnings.warn(
                 f"overrides: {pattern!r} changes nothing of any adapted layer", AdamssWarning, stacklevel=4
             )
-    return Choice(config, sites, saved)
+    if tokens:
+        config = replace(config, trained_tokens={path: ids for path, (_, ids) in tokens.items()})
+    return Choice(config, sites, saved, {path: site for path, (site, _) in tokens.items()})
+
+
+def _tokens(
+    backend: Backend, model: Model, modules: Mapping[str, Any], config: AdamssConfig
+) -> dict[str, tuple[Site, tuple[int, ...]]]:
+    """Return the site and the ids of each embedding of which rows are trained, by path."""
+    asked: Any = config.trained_tokens
+    if asked is None:
+        return {}
+    if not isinstance(asked, Mapping):
+        embedding = backend.input_embedding(model)
+        path = next((path for path, module in modules.items() if module is embedding), None)
+        if path is None and backend.trains_rows:
+            raise TargetError(
+                f"trained_tokens: nobody knows the input embedding of this {type(model).__name__} (it has no "
+                "get_input_embeddings()); name it: trained_tokens={'embed_tokens': [...]}"
+            )
+        named = [(path or "", asked)]
+    else:
+        whole = {path: module for path, module in modules.items() if not isinstance(module, Fragment)}
+        names = {name: _once(match([name], whole, name="trained_tokens"), whole) for name in asked}
+        named = [(path, asked[name]) for name, paths in names.items() for path in paths]
+    found = {}
+    for path, ids in named:
+        if path in found:
+            raise TargetError(f"trained_tokens names {path!r} twice; give it all its ids under one name")
+        found[path] = embedding_of(backend, modules, path, ids), ids
+    return found
 
 
 def _default_targets(modules: Mapping[str, Any]) -> str | tuple[str, ...]:

@@ -17,7 +17,7 @@ from adamss.backend.bank import Adaptation
 from adamss.backend.interface import Backend, Model
 from adamss.backend.ledger import require_unchanged
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight
+from adamss.backend.sites import BaseWeight, Site
 from adamss.backend.targets import near_matches
 from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
@@ -29,13 +29,16 @@ from adamss.errors import (
     ConfigError,
     ConfigTypeError,
     LayerError,
+    LayerTypeError,
     StateError,
+    TargetError,
 )
 
 __all__ = [
     "adapted",
     "cast_factors",
     "checked_path",
+    "embedding_of",
     "factor_dtype",
     "progress",
     "require_base",
@@ -98,6 +101,25 @@ def factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig, *, lo
     return "float64" if dtype == "float64" else "float32"
 
 
+def embedding_of(backend: Backend, modules: Mapping[str, Any], path: str, ids: tuple[int, ...]) -> Site:
+    """Return the site of an embedding that has rows of these ids, ascending, which its backend can train."""
+    if not backend.trains_rows:
+        raise ConfigError(
+            f"trained_tokens: the backend {backend.name} cannot train rows of an embedding; train them in PyTorch, "
+            "or the whole embedding by modules_to_save"
+        )
+    site = backend.site(modules[path], path)
+    if site.kind.lora != "embedding":
+        raise LayerTypeError(f"trained_tokens: {path} is a {type(site.layer).__name__}, and no embedding")
+    size = site.view.shape(backend.own_arrays(site)[site.kind.weight].shape)[0]  # type: ignore[union-attr]
+    if ids[-1] >= size:
+        raise TargetError(
+            f"trained_tokens: {path} has {size} rows, and none of the id {ids[-1]}; make room for new tokens first "
+            "(resize_token_embeddings)"
+        )
+    return site
+
+
 def with_bias_row(base: BaseWeight) -> Any:
     """Return (d + 1, n): the weight, and the bias as one more input row."""
     xp = namespace(base.W, base.b)
@@ -157,8 +179,10 @@ def require_shared(
     saved: Mapping[str, Mapping[str, StoredTensor]],
     shared: Mapping[str, frozenset[str]],
     modules: Mapping[str, Any],
+    *,
+    setting: str = "modules_to_save",
 ) -> None:
-    """Check that modules to save share tensors as they did where they were trained.
+    """Check that modules to save, or other ones of a setting, share tensors as they did where they were trained.
 
     Tied only here: loading overwrites both. Tied only in the file: one is missed. Not in `shared`: unknown.
     """
@@ -182,7 +206,7 @@ def require_shared(
         for other in sorted(ours ^ there):
             tied, other_way = ("one tensor", "two") if other in ours else ("two tensors", "one")
             raise CheckpointError(
-                f"modules_to_save: {shown(name)} and {shown(other)} are {tied} in this model, and were {other_way} "
+                f"{setting}: {shown(name)} and {shown(other)} are {tied} in this model, and were {other_way} "
                 "where the adapter was trained; tie or untie them in the base model (tie_word_embeddings)"
             )
 

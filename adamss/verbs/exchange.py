@@ -25,6 +25,7 @@ from adamss.errors import (
     AdamssWarning,
     ArrayValueError,
     CheckpointError,
+    LayerError,
     LayerTypeError,
     StateError,
 )
@@ -60,7 +61,8 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
 
     M and the block-structured expansion of C are a LoRA of rank q. The folder has PEFT's two files, ``lora_alpha``
     equal to the rank so that the scale is 1, one rank for all layers (the largest q; zeros fill the rest up), and
-    weights in float32. Frozen subspaces are part of it, for they contribute. It loads with
+    weights in float32. Frozen subspaces are part of it, for they contribute, and so are ``trained_tokens``, as PEFT
+    writes them (``trainable_token_indices``; servers may not read them). It loads with
     ``peft.PeftModel.from_pretrained(base_model, folder)``.
 
     Where several processes hold parts of the model, all of them call this and one writes.
@@ -81,7 +83,7 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     Raises
     ------
     LayerError
-        If a layer appears in the model twice, or PEFT's LoRA has no form for its update.
+        If a layer appears in the model twice, or PEFT's LoRA has no form for its update, or for its trained rows.
     StateError
         If the model has no adapters; if the update of a bias is not zero; if q is above 512, the most that servers
         take (the message says which K and r_k would fit); if a layer is one of a stack.
@@ -97,7 +99,13 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     path = checked_path(folder, name="folder", to_write=True)
     backend, adaptation = adapted(model, "to_lora")
     modules = backend.modules(model)
-    require_one_path(adaptation.layers, modules, "to_lora")
+    require_one_path([*adaptation.layers, *adaptation.tokens], modules, "to_lora")
+    for path_of_rows in adaptation.tokens:
+        if (why := backend.rows_refusal(model, path_of_rows)) is not None:
+            raise LayerError(
+                f"to_lora: {path_of_rows} has trained_tokens, with which PEFT would compute something else: {why}; "
+                "adamss.save takes it, or merge the model and save that"
+            )
     sites = sites_of(backend, model, adaptation)
     forms: dict[str, str] = {path: backend.lora_form(model, site) for path, site in sites.items()}
     renamed = _taken_for_experts(forms, modules)
@@ -109,9 +117,16 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
             for path in adaptation.saved
             for name, array in backend.arrays(modules[path]).items()
         }
+        tokens = {
+            path: (ids, backend.to_stored(backend.whole(values)))
+            for path, (ids, values) in adaptation.tokens.items()
+        }
     named = [path for path, layer in layers.items() if layer.form != "parameter"]
     targets, base = _shortest_targets(named, modules), _name_of(modules)
-    backend.once(model, lambda: write_lora(path, layers, targets=targets, saved=saved, base=base))
+    backend.once(
+        model,
+        lambda: write_lora(path, layers, targets=targets, saved=saved, base=base, tokens=tokens),
+    )
     written = LoraFolder.of(path, layers, saved)
     if saved:
         warnings.warn(f"to_lora: {written}", AdamssWarning, stacklevel=2)
@@ -171,7 +186,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
         If a layer appears in the model twice.
     StateError
         If the model has no adapters, or PEFT would take them for others: it would group the columns otherwise, there
-        is a basis for each subspace, or a module to save is tied to another. The message names which.
+        is a basis for each subspace, or a module to save is tied to another; if there are ``trained_tokens``. The
+        message names which.
     ArrayValueError
         If factors are not finite.
     MissingBackendError
@@ -192,6 +208,11 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
                 f"to_peft: {name} of modules_to_save is tied to {', '.join(sorted(others))}, and PEFT would give it "
                 "weights of its own; adamss.save the adapter, or merge and save the model"
             )
+    if adaptation.tokens:
+        raise StateError(
+            f"to_peft: {', '.join(adaptation.tokens)} has trained_tokens, for which PEFT's AdaMSS has no place; "
+            "adamss.to_lora writes them"
+        )
     layers, sites = {}, sites_of(backend, model, adaptation)
     _require_linear(sites, "to_peft")
     with backend.exact():

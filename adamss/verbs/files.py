@@ -14,12 +14,12 @@ import numpy as np
 
 from adamss import core
 from adamss._version import __version__
-from adamss.backend.bank import Adaptation
+from adamss.backend.bank import Adaptation, Rows
 from adamss.backend.interface import Backend, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, reading, require_kept_base, sites_of, whole
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight, Site, owner_of
-from adamss.backend.tensors import StoredTensor
+from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, check_matrix, namespace
@@ -28,7 +28,9 @@ from adamss.errors import (
     AdamssWarning,
     CheckpointError,
     LayerError,
+    LayerTypeError,
     StateError,
+    TargetError,
 )
 from adamss.io import checkpoint as files
 from adamss.io.checkpoint import Checkpoint, StoredLayer
@@ -36,6 +38,7 @@ from adamss.verbs.common import (
     adapted,
     cast_factors,
     checked_path,
+    embedding_of,
     factor_dtype,
     progress,
     require_base,
@@ -50,7 +53,7 @@ __all__ = ["load", "save"]
 
 
 def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) -> None:
-    """Write the adapter, and ``modules_to_save``, to one safetensors file.
+    """Write the adapter, ``modules_to_save`` and the rows of ``trained_tokens`` to one safetensors file.
 
     Where several processes hold parts of the model (PyTorch's ``fully_shard``), all of them call this and one
     writes.
@@ -106,9 +109,19 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
             saved[module_path] = {
                 name: backend.to_stored(backend.whole(array)) for name, array in arrays.items()
             }
+        tokens = {
+            path: backend.to_stored(backend.whole(own.values)) for path, own in adaptation.tokens.items()
+        }
     writer = {"adamss": __version__, "backend": backend.name, **backend.versions()}
-    shared = backend.shared(model, saved)
-    checkpoint = Checkpoint(adaptation.config, layers, saved, writer, shared)
+    embeddings = {join_path(path, "weight") for path in tokens}
+    shared = {
+        name: others
+        for name, others in backend.shared(model, [*saved, *tokens]).items()
+        if name in embeddings or not name.startswith(tuple(f"{path}." for path in tokens))
+    }
+    ids = {path: own.ids for path, own in adaptation.tokens.items()} or None
+    config = adaptation.config.unchecked(trained_tokens=ids)
+    checkpoint = Checkpoint(config, layers, saved, writer, shared, tokens)
     backend.once(model, lambda: files.write(path, checkpoint, modules=len(modules)))
 
 
@@ -169,9 +182,10 @@ def load(
         require_base(backend, base_model, "load")
         modules = backend.modules(base_model)
         stored = files.read(checked_path(path), modules=len(modules))
-        require_modules([*stored.layers, *stored.saved], modules)
-        require_distinct([*stored.layers, *stored.saved], modules)
+        require_modules([*stored.layers, *stored.saved, *stored.tokens], modules)
+        require_distinct([*stored.layers, *stored.saved, *stored.tokens], modules)
         require_shared(backend, base_model, stored.saved, stored.shared, modules)
+        tokens = _loaded_rows(backend, base_model, stored, modules)
         sites = {path: backend.site(modules[path], path) for path in stored.layers}
         parts = {path: part for site in sites.values() for path, part in site.parts().items()}
         weights = Weights(parts, lambda path: base_weight(backend, parts[path], values=False))
@@ -227,7 +241,40 @@ def load(
             if layer.rank
         }
         config = stored.config.unchecked(overrides=ranks)
-        return put(backend, base_model, ordered, shapes, config=config, saved=saved, trained=trainable)
+        return put(
+            backend, base_model, ordered, shapes, config=config, saved=saved, trained=trainable, tokens=tokens
+        )
+
+
+def _loaded_rows(
+    backend: Backend, model: Model, stored: Checkpoint, modules: Mapping[str, Any]
+) -> dict[str, Rows]:
+    """Return the rows of ``trained_tokens`` in the dtype that they are trained in."""
+    found = {}
+    asked: Any = stored.config.trained_tokens
+    weights = {path: {"weight": rows} for path, rows in stored.tokens.items()}
+    for path, rows in stored.tokens.items():
+        ids = asked[path]
+        try:
+            site = embedding_of(backend, modules, path, ids)
+        except (TargetError, LayerTypeError) as error:
+            raise CheckpointError(str(error)) from error
+        base = base_weight(backend, site, values=False)
+        if rows.shape[1] != base.W.shape[1]:
+            raise CheckpointError(
+                f"trained_tokens: the rows of {path} have {base.W.shape[1]} numbers, the file's {rows.shape[1]}: it "
+                "was trained on another model"
+            )
+        dtype = factor_dtype(backend, base, stored.config.unchecked(factor_dtype=None))
+        with np.errstate(over="ignore"):
+            values = backend.from_stored(rows, like=base.W, dtype=dtype)
+        if not backend.to_stored(values).is_finite():
+            raise CheckpointError(
+                f"trained_tokens: the rows of {path} are too large for {dtype}; load it into a model of a wider dtype"
+            )
+        found[path] = Rows(tuple(ids), values)
+    require_shared(backend, model, weights, stored.shared, modules, setting="trained_tokens")
+    return found
 
 
 def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation: Adaptation) -> None:

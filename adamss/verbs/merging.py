@@ -23,7 +23,8 @@ def merge(model: Model, *, keep_base: bool = True, dequantise: bool = False) -> 
     """Fold the update into the weights, so that inference costs what the base model costs.
 
     Each weight becomes ``round(W0 + delta)``, the sum formed in float32 or wider. What `consolidate` has folded is
-    merged anew with the rest: `unmerge` gives back the model as it was before both.
+    merged anew with the rest: `unmerge` gives back the model as it was before both. The rows of ``trained_tokens``
+    are written into their embeddings, and a head that shares the weight goes on sharing it.
 
     Parameters
     ----------
@@ -157,7 +158,8 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
     Raises
     ------
     StateError
-        If the model has no adapters, is merged, or has no frozen subspaces.
+        If the model has no adapters, is merged, or has no frozen subspaces; or nothing but frozen ones, while rows of
+        ``trained_tokens`` are trained.
     ArrayTypeError
         If a weight is in half precision, which would lose the update: merge at the end instead.
     ArrayValueError
@@ -173,6 +175,11 @@ def consolidate(model: Model, *, keep_base: bool = True) -> Model:
         )
     masks = {path: backend.to_stored(factors.active).numpy() for path, factors in adaptation.layers.items()}
     frozen = {path: ~mask for path, mask in masks.items()}
+    if adaptation.tokens and all(mask.all() for mask in frozen.values()):
+        raise StateError(
+            "consolidate: no subspace is trained any more, but the rows of trained_tokens are, which it leaves "
+            "alone; merge at the end instead"
+        )
     held = adaptation.ledger.held
     if not any((mask & ~held.get(path, np.zeros_like(mask))).any() for path, mask in frozen.items()):
         if held:

@@ -31,7 +31,8 @@ class SummaryRow:
     q
         Sum of the trained ranks r_k, the rank that the update can have.
     trained
-        Trained parameters ``sum_k r_k (n_k + R_k)``; in the sum, those of ``modules_to_save`` are not counted.
+        Trained parameters ``sum_k r_k (n_k + R_k)``; in the sum, those of ``modules_to_save`` and ``trained_tokens``
+        are not counted.
     active
         Subspaces that are still trained.
     """
@@ -59,12 +60,15 @@ class Summary:
         Parameters of ``modules_to_save``, trained whole.
     targets
         What the layers were chosen by; None if unknown.
+    tokens
+        Parameters of ``trained_tokens``.
     """
 
     rows: tuple[SummaryRow, ...]
     total: SummaryRow
     saved: int = 0
     targets: str | tuple[str, ...] | None = None
+    tokens: int = 0
 
     def __str__(self) -> str:
         columns = ["layer", "shape", "K", "R", "q", "trained", "active"]
@@ -85,6 +89,7 @@ class Summary:
         )
         if self.targets is not None:
             text += f"\ntargets: {self.targets if isinstance(self.targets, str) else ', '.join(self.targets)}"
+        text += f"\ntrained_tokens: {self.tokens:,} parameters" if self.tokens else ""
         return text + (f"\nmodules_to_save: {self.saved:,} trained parameters" if self.saved else "")
 
 

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from adamss.backend import Adaptation, Backend, Division, Kind, Ledger, Site
+from adamss.backend.bank import Rows
 from adamss.backend.sites import Fragment, LoraForm
 from adamss.backend.stores import exchange_all
 from adamss.backend.tensors import StoredTensor, join_path
@@ -25,7 +26,7 @@ from adamss.core import Factors
 from adamss.errors import ArrayValueError, LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.adapter import Adapter
-from adamss_torch.bank import CHILD, HOOK, LayerBank, Off, OnLoan, PartBanks, check_state
+from adamss_torch.bank import CHILD, HOOK, LayerBank, Off, OnLoan, PartBanks, TokenBank, check_state
 from adamss_torch.division import divided
 from adamss_torch.in_place import leave, readable, readers, restore
 from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
@@ -34,6 +35,7 @@ from adamss_torch.paths import named_parameters, unwrapped, walk
 from adamss_torch.quantised import PACKING, QuantisedStore, float_layer, packing_layers, unpack
 from adamss_torch.sharding import is_partitioned, is_sharded, local, rebuilt, shape_of
 from adamss_torch.stores import ParameterStore, exchanged, execution_device, stores, writing_refused
+from adamss_torch.tokens import TrainedRows, is_known
 from adamss_torch.watch import Watch
 
 __all__ = ["TorchBackend", "adapters_of", "kinds"]
@@ -73,6 +75,8 @@ class _Record:
         Whether the adapter is trained, and not only computed.
     watched
         Whether a `Watch` has seen a forward in training (True), and one in evaluation (False).
+    tokens
+        Paths of the embeddings of which rows are trained.
     """
 
     config: AdamssConfig
@@ -85,6 +89,7 @@ class _Record:
     disabled: bool = False
     trained: bool = True
     watched: frozenset[bool] = frozenset()
+    tokens: tuple[str, ...] = ()
 
 
 class TorchBackend(Backend):
@@ -93,6 +98,7 @@ class TorchBackend(Backend):
     name = "torch"
     kinds = kinds
     stores = stores
+    trains_rows = True
 
     # ---- arrays -------------------------------------------------------------------------------------
 
@@ -176,7 +182,7 @@ class TorchBackend(Backend):
         found: dict[str, Any] = {}
         parts: dict[int, dict[str, Part]] = {}
         for path, module in walk(owner):
-            if isinstance(module, Adapter | LayerBank | PartBanks):
+            if isinstance(module, Adapter | TrainedRows | LayerBank | PartBanks):
                 continue
             found[path] = module
             # One object for each, also where its module appears twice.
@@ -194,6 +200,35 @@ class TorchBackend(Backend):
         except (AttributeError, NotImplementedError):
             return []
         return [path for path, module in walk(owner) if module is head]
+
+    def input_embedding(self, model: nn.Module) -> nn.Module | None:
+        owner, _ = _owner(model)
+        try:
+            embedding: nn.Module = owner.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            return None
+        return embedding
+
+    def rows_refusal(self, model: nn.Module, path: str) -> str | None:
+        owner, record = _owner(model)
+        assert record is not None
+        modules = self.modules(owner)
+        layer: Any = modules[path]
+        others = [module for module, _ in _banks(owner, record.tokens)[path].sharing if module is not layer]
+        ties = getattr(getattr(owner, "config", None), "tie_word_embeddings", False)
+        if not is_known(layer) and not hasattr(layer, "embed_scale"):
+            return f"it knows no {type(layer).__name__}, and takes it for a torch.nn.Embedding"
+        follows = ties and layer is self.input_embedding(model)
+        if bool(others) != bool(follows and (others or self.heads(model))):
+            return (
+                f"the weight is shared by {len(others)} other modules, and it goes by the input embedding and by "
+                f"tie_word_embeddings of the model's config, which is {ties}"
+            )
+        if not all(type(other) is nn.Linear and other.bias is None for other in others):
+            return "it takes all that share the weight for linear layers without a bias"
+        if twin := next((other for other in modules if other != path and other.endswith(path)), None):
+            return f"it would train rows of {twin} too, whose path ends with this one's"
+        return None
 
     def site(self, module: nn.Module | Fragment, path: str) -> Site:
         if why := refusal(module):
@@ -274,8 +309,9 @@ class TorchBackend(Backend):
             return None
         restore(owner)
         lost = self.lost(model)
-        banks = {path: bank for path, bank in _banks(owner, record).items() if path not in lost}
+        banks = {path: bank for path, bank in _banks(owner, record.paths).items() if path not in lost}
         adapters = {path: bank.adapters[record.name] for path, bank in banks.items()}
+        tokens: Any = {path: b for path, b in _banks(owner, record.tokens).items() if path not in lost}
         return Adaptation(
             config=record.config,
             layers={path: adapter.factors() for path, adapter in adapters.items()},
@@ -283,13 +319,15 @@ class TorchBackend(Backend):
             saved=tuple(record.originals),
             ledger=Ledger(
                 {path: a.held.numpy() for path, a in adapters.items() if a.held is not None},
-                {path: bank.base for path, bank in banks.items() if adapters[path].held is not None},
+                {path: bank.base for path, bank in banks.items() if adapters[path].held is not None}
+                | {path: bank.base for path, bank in tokens.items() if bank.merged},
                 {path: layer for path, bank in banks.items() for layer in bank.put_away},
             ),
             disabled=record.disabled,
             revives=any(adapter.revive for adapter in adapters.values()),
             name=record.name,
             trained=record.trained,
+            tokens={path: bank.rows[record.name].value() for path, bank in tokens.items()},
         )
 
     def followed(self, model: nn.Module) -> bool:
@@ -299,7 +337,7 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         assert record is not None
         modules, found = self.modules(owner), {}
-        for path, bank in _banks(owner, record).items():
+        for path, bank in _banks(owner, record.paths).items():
             outputs = _outputs(modules[path], bank)
             if outputs is not None:
                 found[path] = outputs
@@ -309,14 +347,15 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         if record is None:
             return {}
-        modules, banks, found = self.modules(owner), _banks(owner, record), {}
-        for path in record.paths:
+        modules, banks, found = self.modules(owner), _banks(owner, record.paths + record.tokens), {}
+        for path in record.paths + record.tokens:
             if path not in modules:
                 found[path] = "is not in the model any more"
             elif path not in banks:
                 found[path] = "has been replaced by another module, without its adapter"
             else:
-                why = _why_it_does_not_fit(modules[path], banks[path].kind, banks[path].adapters[record.name])
+                own: Any = banks[path]._modules[record.name]
+                why = _why_it_does_not_fit(modules[path], banks[path].kind, own)
                 found |= {} if why is None else {path: why}
         return found
 
@@ -344,6 +383,7 @@ class TorchBackend(Backend):
             adapter = Adapter(adaptation.layers[path], adaptation.shapes[path][0], site.blocks)
             banks[path] = LayerBank(site.kind)
             banks[path].add(adaptation.name, adapter.to(execution_device(layer)))
+        tokens = _token_banks(owner, modules, adaptation, originals)
         kept = {path: {name: array.clone() for name, array in own.items()} for path, own in originals.items()}
         # By every name: merging gives a layer that shares its weight one of its own.
         required_grad = {name: parameter.requires_grad for name, parameter in named_parameters(owner)}
@@ -360,6 +400,9 @@ class TorchBackend(Backend):
             weight = getattr(adapted[path], bank.kind.weight, None)
             if is_sharded(weight):
                 sharding.shard_adapter(bank.adapters[adaptation.name], weight)
+            bank.requires_grad_(adaptation.trained)
+        for path, bank in tokens.items():
+            bank.install(modules[path], None, self.site(modules[path], path).view)
             bank.requires_grad_(adaptation.trained)
         if adaptation.trained:
             for layer in packing_layers(owner):
@@ -384,6 +427,7 @@ class TorchBackend(Backend):
             names,
             adaptation.name,
             trained=adaptation.trained,
+            tokens=tuple(tokens),
         )
         setattr(owner, RECORD, record)
         if owner not in adapted.values():
@@ -398,7 +442,7 @@ class TorchBackend(Backend):
         modules = self.modules(owner)
         leave(owner)
         _forget_watch(owner)
-        for path, bank in _banks(owner, record).items():
+        for path, bank in _banks(owner, record.paths + record.tokens).items():
             bank.uninstall(modules[path])
             # FSDP2 goes on managing them, and is not to wait for their gradients.
             bank.requires_grad_(False)
@@ -427,6 +471,8 @@ class TorchBackend(Backend):
             parameter for adapter in adapters_of(owner).values() for parameter in (adapter.B, adapter.C)
         ]
         modules = self.modules(owner)
+        banks: Any = _banks(owner, record.tokens).values()
+        trained += [bank.rows[record.name].rows for bank in banks]
         for path in record.originals:
             trained += [p for p in modules[path].parameters() if p.requires_grad]
         # A parameter shared by two saved modules is handed out once: an optimiser refuses duplicates.
@@ -443,10 +489,15 @@ class TorchBackend(Backend):
     def check_writable(self, model: nn.Module, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
         layers = list(layers)
         super().check_writable(model, layers, saved)
-        owner, _ = _owner(model)
+        owner, record = _owner(model)
         counts, modules = _parameter_counts(owner), self.modules(owner)
         for path in layers:
             for name, parameter in _own_parameters(modules[path]).items():
+                if is_sharded(parameter) and record is not None and path in record.tokens:
+                    raise LayerError(
+                        f"{path}: its {name} is spread by fully_shard, and single rows of it cannot be written; "
+                        "leave the adapter unmerged"
+                    )
                 if is_sharded(parameter) and counts[id(parameter)] > 1:
                     raise LayerError(
                         f"{path}: its {name} is shared with another layer and spread by fully_shard, which cannot "
@@ -462,9 +513,14 @@ class TorchBackend(Backend):
         owner, _ = _owner(model)
         counts, modules = _parameter_counts(owner), self.modules(owner)
 
-        def exchange(path: str, name: str, value: Tensor) -> Tensor:
+        def exchange(path: str, name: str, value: Any) -> Any:
             layer = modules[path]
             former: Any = getattr(layer, name, None)
+            if isinstance(value, Rows):
+                ids, new = torch.tensor(value.ids, device=former.device), former.detach().clone()
+                rows = Rows(value.ids, new[ids])
+                exchanged(former, new.index_copy_(0, ids, value.values.to(new)))
+                return rows
             if not isinstance(value, nn.Parameter) and counts[id(former)] < 2:
                 former = self.stores.exchange(layer, name, value)
             else:
@@ -499,7 +555,7 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         assert record is not None
         modules, found = self.modules(owner), dict[str, nn.Module]()
-        for path in _banks(owner, record):
+        for path in _banks(owner, record.paths):
             site = self.site(modules[path], path)
             if not (site.kind.linear and self.noise(site)):
                 continue
@@ -528,7 +584,7 @@ class TorchBackend(Backend):
     ) -> tuple[nn.Module, dict[str, nn.Module]]:
         owner, record = _owner(model)
         assert record is not None
-        modules, banks = self.modules(owner), _banks(owner, record)
+        modules, banks = self.modules(owner), _banks(owner, record.paths)
         former = {path: modules[path] for path in layers}
         others = {id(former[path]): layer for path, layer in layers.items()}
         for path, layer in layers.items():
@@ -543,9 +599,10 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         assert record is not None
         kept = {path: None if own is None else _on_host(own) for path, own in ledger.base.items()}
-        for path, bank in _banks(owner, record).items():
+        for path, bank in _banks(owner, record.paths + record.tokens).items():
             mask = ledger.held.get(path)
-            bank.adapters[record.name].hold(None if mask is None else torch.from_numpy(mask.copy()))
+            for adapter in bank.adapters.values():
+                adapter.hold(None if mask is None else torch.from_numpy(mask.copy()))
             bank.base = kept.get(path)
             bank.put_away = (ledger.layers[path],) if path in ledger.layers else ()
             bank.merged = ledger.holds_all(record.paths)
@@ -556,7 +613,7 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         assert record is not None
         record.disabled = not on
-        for bank in _banks(owner, record).values():
+        for bank in _banks(owner, record.paths + record.tokens).values():
             bank.off = not on
             bank.look()
         return model
@@ -565,7 +622,7 @@ class TorchBackend(Backend):
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters of an adapted model by module path."""
     owner, record = _owner(model)
-    banks = {} if record is None else _banks(owner, record)
+    banks = {} if record is None else _banks(owner, record.paths)
     return {path: bank.adapters[record.name] for path, bank in banks.items()}  # type: ignore[union-attr]
 
 
@@ -648,6 +705,36 @@ def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping
             )
 
 
+def _token_banks(
+    owner: nn.Module, modules: Mapping[str, Any], adaptation: Adaptation, saved: Iterable[str]
+) -> dict[str, TokenBank]:
+    """Return the banks of embeddings of which rows are trained, after all that could be in their way."""
+    adapted = [p for path in adaptation.layers for p in _own_parameters(modules[path]).values()]
+    taken = {id(p): "a layer that targets adapts" for p in adapted}
+    taken |= {id(p): "one of modules_to_save" for path in saved for p in modules[path].parameters()}
+    found = {}
+    for path, rows in adaptation.tokens.items():
+        layer = modules[path]
+        weight = layer._parameters.get("weight")
+        if other := taken.get(id(weight)):
+            raise TargetError(
+                f"trained_tokens: {path} shares its weight with {other}; leave one of them out, or untie them in the "
+                "base model (tie_word_embeddings)"
+            )
+        sharing = [(m, name) for m in owner.modules() for name, p in m._parameters.items() if p is weight]
+        later = weight is not None and weight.is_meta and all(execution_device(m) is None for m, _ in sharing)
+        if not readable(weight) and not later:
+            raise LayerError(
+                f"trained_tokens: the weight of {path} is a {type(weight).__name__} that is computed, quantised, "
+                "offloaded or spread over processes, of which single rows cannot be trained; attach before, or train "
+                "none"
+            )
+        taken[id(weight)] = f"{path}, of which trained_tokens trains rows too"
+        found[path] = TokenBank(kinds.of(layer, path), sharing)
+        found[path].add(adaptation.name, TrainedRows(rows))
+    return found
+
+
 def _check_saved_writable(path: str, module: nn.Module) -> None:
     for name, tensor in _tensors(module).items():
         if (why := writing_refused(tensor)) is not None:
@@ -708,10 +795,18 @@ def _outputs(layer: nn.Module, bank: LayerBank) -> tuple[Tensor, Tensor] | str |
     return (outputs[0], outputs[2]) if torch.equal(*outputs[:2]) else None
 
 
-def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter) -> str | None:
+def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter | TrainedRows) -> str | None:
     """Return what somebody has changed in a layer since its adapter came, as a clause."""
     weight: Any = getattr(layer, kind.weight, None)
     bias = getattr(layer, kind.bias, None)
+    if isinstance(adapter, TrainedRows):
+        (V, E), own = shape_of(weight), adapter.value()
+        fits = own.ids[-1] < V and shape_of(adapter.rows)[1] == E
+        return (
+            None
+            if fits
+            else f"has a weight of shape {(V, E)} now, which the rows of trained_tokens do not fit"
+        )
     if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():
         view, shape = kind.view(layer, ""), shape_of(weight)
         if len(shape) != len(view.axes) or view.shape(shape) != (adapter.d, adapter.labels.numel()):
@@ -754,7 +849,8 @@ def _watch(owner: nn.Module, args: Any) -> None:
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in owner.modules()):
         return  # a graph made under a mode would have to be made anew without it
     modules = TorchBackend().modules(owner)
-    layers = {path: (modules[path], bank) for path, bank in _banks(owner, record).items() if path in modules}
+    banks = _banks(owner, record.paths + record.tokens)
+    layers = {path: (modules[path], bank) for path, bank in banks.items() if path in modules}
     setattr(owner, WATCH, Watch(layers).__enter__())
 
 
@@ -781,23 +877,26 @@ def _forget_watch(owner: nn.Module) -> None:
         table.pop(WATCH_KEY, None)
 
 
-def _banks(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
-    """Return the banks of the adapted layers that are still there."""
+def _banks(owner: nn.Module, paths: tuple[str, ...]) -> dict[str, LayerBank]:
+    """Return the banks of the layers of these paths that are still there."""
     found: dict[str, Any] = {}
     for path, module in walk(owner):
         child = module._modules.get(CHILD)
         parts = child._modules if isinstance(child, PartBanks) else {"": child}
         found |= {join_path(path, name) if name else path: bank for name, bank in parts.items()}
-    return {path: bank for path in record.paths if isinstance(bank := found.get(path), LayerBank)}
+    return {path: bank for path in paths if isinstance(bank := found.get(path), LayerBank)}
 
 
 def _parameter_counts(owner: nn.Module) -> Counter[int]:
     return Counter(id(parameter) for _, parameter in named_parameters(owner))
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_host(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return tensors in the host's memory; a Parameter that other modules use stays where it is."""
-    return {
-        name: tensor if isinstance(tensor, nn.Parameter) else rebuilt(local(tensor).cpu(), tensor)
-        for name, tensor in tensors.items()
-    }
+
+    def moved(tensor: Any) -> Any:
+        if isinstance(tensor, Rows):
+            return Rows(tensor.ids, tensor.values.cpu())
+        return tensor if isinstance(tensor, nn.Parameter) else rebuilt(local(tensor).cpu(), tensor)
+
+    return {name: moved(tensor) for name, tensor in tensors.items()}

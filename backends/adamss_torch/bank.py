@@ -25,9 +25,19 @@ from adamss_torch.in_place import put
 from adamss_torch.kernel import without_autocast
 from adamss_torch.kinds import Embedding, Part
 from adamss_torch.paths import plain
+from adamss_torch.tokens import TrainedRows, is_known
 from adamss_torch.watch import Watch
 
-__all__ = ["CHILD", "LayerBank", "Off", "OnLoan", "PartBanks", "check_state", "without_weights"]
+__all__ = [
+    "CHILD",
+    "LayerBank",
+    "Off",
+    "OnLoan",
+    "PartBanks",
+    "TokenBank",
+    "check_state",
+    "without_weights",
+]
 
 CHILD = "adamss"
 """Name of the bank among the children of its layer, or of the banks of a module's own Parameters."""
@@ -47,6 +57,9 @@ HOOKS = (
     "_is_full_backward_hook",
 )
 """Attributes of a module that say what sees its inputs, outputs and gradients."""
+
+ROWS = "_adamss_rows"
+"""Attribute of a module that `_use_rows` hooks: the `TokenBank`, which is a child of the embedding alone."""
 
 
 class PartBanks(nn.Module):
@@ -78,14 +91,18 @@ class LayerBank(nn.Module):
         Where W + delta is put in the place of the weight.
     hooked
         Whether the update is added to the output of the layer, unless W + delta stands in the place of its weight.
+    sharing
+        Of a `TokenBank` the modules that have the weight, and what each calls it; of others nothing.
     placed
         Whether W + delta stands in the place of the weight for now (`adamss_torch.in_place`): nothing is added then.
     """
 
+    sharing: list[tuple[nn.Module, str]] | tuple[()] = ()
+
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
-        self.base: dict[str, Tensor] | None = None
+        self.base: dict[str, Any] | None = None
         self.put_away: tuple[nn.Module, ...] = ()
         self.off = self.merged = self.placed = self.hooked = False
         self.places: tuple[Any, ...] = ()
@@ -97,14 +114,14 @@ class LayerBank(nn.Module):
         """The adapters by name."""
         return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
-    def add(self, name: str, adapter: Adapter) -> None:
+    def add(self, name: str, adapter: nn.Module) -> None:
         """Add an adapter."""
         self.add_module(name, adapter)
         self.look()
 
     def look(self) -> None:
         """See which adapters there is something to compute of."""
-        self.computed = () if self.off or self.merged else tuple(self.adapters)
+        self.computed = () if self.off or self.merged else tuple(self._modules)
 
     def install(self, layer: Any, reader: nn.Module | None, view: View) -> None:
         """Become a child of the layer, and hook its forward, or that of the module that reads its weight."""
@@ -135,8 +152,7 @@ class LayerBank(nn.Module):
         self.kind = kind
         self.install(other, None, kind.view(other, ""))
 
-    @staticmethod
-    def uninstall(layer: Any) -> None:
+    def uninstall(self, layer: Any) -> None:
         """Leave the layer as it was before `install`, but for what `in_place.leave` does."""
         if isinstance(layer, Part):
             layer.module._modules.pop(CHILD, None)
@@ -157,6 +173,61 @@ class LayerBank(nn.Module):
             if "." not in own:
                 state_dict[f"{prefix}{DEFAULT}.{own}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TokenBank(LayerBank):
+    """The trained rows of an embedding, which the embedding and all that share its weight compute with.
+
+    Parameters
+    ----------
+    kind
+        Of the embedding.
+    sharing
+        Modules that have the weight, the embedding among them, and what each calls it.
+    """
+
+    sharing: list[tuple[nn.Module, str]]
+
+    def __init__(self, kind: Kind, sharing: list[tuple[nn.Module, str]]) -> None:
+        super().__init__(kind)
+        self.sharing = sharing
+
+    @property
+    def rows(self) -> dict[str, TrainedRows]:
+        """The rows by the names of adapters."""
+        return {name: module for name, module in self._modules.items() if isinstance(module, TrainedRows)}
+
+    def install(self, layer: nn.Module, reader: nn.Module | None, view: View) -> None:
+        """Become a child of the embedding, and hook the forwards of all that have its weight."""
+        _let_compilers_see_hooks()
+        layer.register_module(CHILD, self)
+        self.hooked = is_known(layer)
+        for module, name in self.sharing:
+            if is_known(module):
+                vars(module)[ROWS] = self
+                module._forward_hooks[HOOK] = _use_rows
+                # First, for the hooks of others are to change what comes of trained rows as they do the rest.
+                module._forward_hooks.move_to_end(HOOK, last=False)  # type: ignore[attr-defined]
+                module._forward_hooks_with_kwargs[HOOK] = True
+            else:
+                put(module, module, name, self, None, view)
+
+    def uninstall(self, layer: nn.Module) -> None:
+        """Leave all of them as they were before `install`, but for what `in_place.leave` does."""
+        for module, _ in self.sharing:
+            if vars(module).pop(ROWS, None) is not None:
+                module._forward_hooks.pop(HOOK, None)
+                module._forward_hooks_with_kwargs.pop(HOOK, None)
+        delattr(layer, CHILD)
+
+
+def _use_rows(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Forward hook of a module that has the weight of an embedding: return its output with the trained rows."""
+    bank: TokenBank = vars(layer)[ROWS]
+    x = args[0] if args else kwargs["input"]
+    for name in bank.computed:
+        output = bank._modules[name](layer, x, output, overwrite=_is_ours_alone(layer, output))  # type: ignore[misc]
+    return output
 
 
 def _add_updates(

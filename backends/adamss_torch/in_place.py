@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from adamss.backend.views import View
 from adamss.errors import StateError
-from adamss_torch.adapter import Adapter
 from adamss_torch.kernel import without_autocast
 from adamss_torch.sharding import is_partitioned, is_sharded
+from adamss_torch.tokens import TrainedRows
 
 __all__ = ["STANDING", "Place", "leave", "put", "readable", "readers", "restore"]
 
@@ -138,7 +138,10 @@ class Place:
 
 def _updated(bank: Any, view: View | None, weight: Tensor) -> Tensor:
     for name in bank.computed:
-        adapter: Adapter = bank._modules[name]
+        adapter: Any = bank._modules[name]
+        if isinstance(adapter, TrainedRows):
+            weight = weight.index_copy(0, adapter.ids.to(weight.device), adapter.rows.to(weight))
+            continue
         M, E = (factor.to(weight.dtype) for factor in adapter.block_products())
         if view is None:
             weight = weight + (M[0, -1:, :] @ E[0])[0]

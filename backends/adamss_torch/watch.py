@@ -19,6 +19,7 @@ from adamss_torch.adapter import Adapter
 from adamss_torch.in_place import STANDING, Place, put, readable
 from adamss_torch.kinds import Embedding, Part
 from adamss_torch.stores import execution_device
+from adamss_torch.tokens import TrainedRows
 
 __all__ = ["Watch"]
 
@@ -101,13 +102,13 @@ class Watch(TorchFunctionMode):
         for key, weight in found.items():
             _, layer, bank = self._weights[key]
             # None: we, who put W + delta in its place. What a compiler has made has the layer's own product in it.
-            own = reader is layer and bank.hooked
-            if reader is None or own or isinstance(reader, Adapter | GraphModule):
+            own = (reader is layer and bank.hooked) or any(reader is module for module, _ in bank.sharing)
+            if reader is None or own or isinstance(reader, Adapter | TrainedRows | GraphModule):
                 self._read.add(key)
             elif not isinstance(layer, Part) and reader is not layer and _has(reader, weight):
                 if isinstance(reader, type(layer)):
                     self._others.setdefault(key, type(reader).__name__)
-            elif key in self._read and isinstance(bank.kind, Embedding):
+            elif key in self._read and isinstance(bank.kind, Embedding) and not bank.sharing:
                 self._tell_of_head(key, reader)
             else:
                 new[key] = self._updated(key, weight, reader)
@@ -138,7 +139,9 @@ class Watch(TorchFunctionMode):
         view = bank.kind.view(layer, path)
         if isinstance(layer, Part):
             return put(reader, layer.module, layer.name, bank, layer.rows, view).updated(weight)
-        return put(reader, layer, bank.kind.weight, bank, None, view).updated(weight)
+        for module, name in bank.sharing or [(layer, bank.kind.weight)]:
+            place = put(reader, module, name, bank, None, view)
+        return place.updated(weight)
 
     def _tell_of_head(self, key: int, reader: nn.Module) -> None:
         """Tell, once, of a head that takes the weight of an embedding which is called too: that alone is adapted."""
