@@ -841,10 +841,10 @@ def _reader_of(layer: Any, path: str, modules: Mapping[str, Any]) -> nn.Module |
 
 def _watch(owner: nn.Module, args: Any) -> None:
     """Forward pre-hook of an adapted model: have a `Watch` look at the first forward."""
+    if is_transformed() or getattr(owner, "_is_replica", False):
+        return
     record: _Record = vars(owner)[RECORD]
     if owner.training in record.watched or vars(owner).get(WATCH) is not None:
-        return
-    if is_transformed() or getattr(owner, "_is_replica", False):
         return
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in owner.modules()):
         return  # a graph made under a mode would have to be made anew without it
@@ -856,6 +856,8 @@ def _watch(owner: nn.Module, args: Any) -> None:
 
 def _stop_watching(owner: nn.Module, args: Any, output: Any) -> None:
     """Forward hook that undoes `_watch`, for good once a forward of each mode has read the weights."""
+    if torch.compiler.is_compiling():
+        return
     watch: Watch | None = vars(owner).get(WATCH)
     if watch is not None and watch.thread == get_ident():
         del vars(owner)[WATCH]
