@@ -116,13 +116,22 @@ class StoredLayer:
 
         A file that lies about its sizes must not make its reader allocate them.
         """
-        A, B = self.A, self.B
+        A, B, ranks = self.A, self.B, self.ranks.numpy()
+        K, n = ranks.size, self.labels.shape[0] if self.labels.shape else 0
+        if K % self.blocks or n % self.blocks:
+            raise CheckpointError(
+                f"a layer of {self.blocks} matrices has {K} subspaces and {n} columns in all"
+            )
         if self.M is not None:
-            shapes = (1, *self.M.shape), 2 * self.M.shape[-1:]
+            P = self.M.shape[-1] if self.M.shape else 0
+            if self.blocks > 1:  # each has the directions of its own subspaces for a basis
+                P = int(ranks.reshape(self.blocks, -1).sum(axis=1, dtype=np.int64).max(initial=0))
+            P = min(P, *self.M.shape[:1])  # which span d dimensions at most
+            shapes = (self.blocks, *self.M.shape[:-1], P), (P, *self.M.shape[-1:])
             A, B = (replace(self.M, shape=shape) for shape in shapes)
         if A is None or B is None:
             raise CheckpointError("a layer has neither M nor A and B")
-        return outline(Factors(A, B, self.C, self.labels.numpy(), self.ranks.numpy(), self.active.numpy()))
+        return outline(Factors(A, B, self.C, self.labels.numpy(), ranks, self.active.numpy()))
 
     def factors(self) -> Factors:
         """Return the factors as NumPy arrays; of a portable file with ``A = M`` and ``B = I``."""

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import adamss
 from adamss import core, errors
 from adamss.backend import Kind, Store, View, backend_for
+from adamss.io import checkpoint as files
+from adamss.verbs.table import summarise
 from adamss_torch import BudgetController
 from adamss_torch.backend import adapters_of
 from adamss_torch.bank import LayerBank, without_weights
@@ -343,6 +345,13 @@ def test_goes_into_a_file_and_back(name, training, tmp_path):
     for path, adapter in ours.items():
         assert torch.equal(adapter.labels, theirs[path].labels)
         assert not training or torch.equal(adapter.B, theirs[path].B)
+    stored = files.read(tmp_path / "a.safetensors").layers
+    shown = [summarise(path, layer.base.shape, layer.outline()) for path, layer in stored.items()]
+    assert tuple(shown) == adamss.summary(model if training else inference(name, tmp_path)).rows
+
+
+def inference(name, folder):
+    return adamss.load(made(name)[0], folder / "a.safetensors", trainable=False)
 
 
 @every_layer
