@@ -314,7 +314,7 @@ class Models(ABC):
         are `adamss.backend.sites.StackedLayer`, each by its own path.
         """
 
-    def parts(self, module: Module) -> tuple[str, ...]:
+    def members(self, module: Module) -> tuple[str, ...]:
         """Return the names of the layers that a target means by this module: the projections of an attention.
 
         Empty for a module that a target means itself.

@@ -233,7 +233,7 @@ def hold(
         check_concrete(*adaptation.layers[path], name=path)
         factors = _only(whole(backend, adaptation.layers[path]), subspaces[path])
         for (part_path, part), own in zip(
-            site.parts().items(), core.split(factors, site.blocks), strict=True
+            site.split().items(), core.split(factors, site.blocks), strict=True
         ):
             base = base_weight(backend, part, adaptation)
             check_concrete(*base, name=path)

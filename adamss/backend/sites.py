@@ -264,11 +264,11 @@ class Site:
         """See `Kind.blocks`; one of them is a matrix of its own."""
         return self.kind.blocks(self.layer) if not self.index else 1
 
-    def parts(self) -> dict[str, Site]:
+    def split(self) -> dict[str, Site]:
         """Return the site of each block by its path, ``path[i]``; of a single one, itself."""
         if self.blocks == 1:
             return {self.path: self}
-        view, places = self.view.part, stack_paths(self.path, (self.blocks,))
+        view, places = self.view.block, stack_paths(self.path, (self.blocks,))
         return {path: replace(self, path=path, view=view, index=index) for path, index in places.items()}
 
     @property

@@ -35,7 +35,7 @@ class View:
     columns: tuple[int, ...]
 
     @property
-    def part(self) -> View:
+    def block(self) -> View:
         """How one entry along the first axis is a matrix, where the columns of the whole begin with that axis."""
         if self.columns[:1] != (0,):
             raise ValueError(f"the columns {self.columns} do not begin with the first axis")

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from adamss import core
 from adamss.backend.tensors import EXPONENTS, StoredTensor, join_path
 from adamss.backend.views import View
 from adamss.config import AdamssConfig, shown
 from adamss.core import Factors, check_factors, contract
-from adamss.core.factors import outline, split
+from adamss.core.factors import outline
 from adamss.core.fingerprint import Fingerprint
 from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError
 from adamss.io import reader, writer
@@ -92,7 +93,7 @@ class StoredLayer:
         """Return M (d, q) as a NumPy array, also of a training file."""
         return self.M.numpy() if self.M is not None else np.asarray(contract(self.factors()))
 
-    def parts(self, count: int) -> list[StoredLayer]:
+    def split(self, count: int) -> list[StoredLayer]:
         """Return the layers of `count` matrices of equally many columns that are one beside the other in this one."""
         if count == 1:
             return [self]
@@ -104,7 +105,7 @@ class StoredLayer:
             assert self.A is not None and self.B is not None
             A, B = self.A.numpy(), self.B.numpy()
         found = []
-        for part in split(Factors(A, B, self.C.numpy(), labels, ranks, active), count):
+        for part in core.split(Factors(A, B, self.C.numpy(), labels, ranks, active), count):
             arrays = {name: getattr(part, name) for name in ("C", "labels", "ranks", "active")}
             arrays |= {"M": part.B} if self.M is not None else {"A": part.A, "B": part.B}
             own: dict[str, Any] = {name: StoredTensor.of(array) for name, array in arrays.items()}

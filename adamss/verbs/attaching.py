@@ -96,7 +96,7 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         require_base(backend, model, "attach")
         config, sites, saved, embeddings = choose(backend, model, config)
         tokens = {path: _initial_rows(backend, site, config) for path, site in embeddings.items()}
-        parts = {path: part for site in sites.values() for path, part in site.parts().items()}
+        parts = {path: part for site in sites.values() for path, part in site.split().items()}
         weights = Weights(parts, lambda path: base_weight(backend, parts[path]))
         layers: dict[str, Factors] = {}
         with progress(len(weights)) as count:
@@ -107,11 +107,11 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
                         some = {path: batch[path] for path in alike}
                         layers |= _initial_factors(backend, some, own, division, count) if go else {}
             layers = division.gather(layers)
-        ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
+        ordered = {path: core.join([layers[part] for part in site.split()]) for path, site in sites.items()}
         if config.budget is not None:
             core.plan_budget(ordered, config.budget)  # complains of what cannot be kept to
         shapes = {
-            path: _shape([weights.shape(part) for part in site.parts()]) for path, site in sites.items()
+            path: _shape([weights.shape(part) for part in site.split()]) for path, site in sites.items()
         }
         tied = tied_weights(backend, model, [path for path, site in sites.items() if not site.kind.linear])
         model = put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved), tokens=tokens)

@@ -77,7 +77,7 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
         found = _all_linear(backend, model, modules, saved)
     else:
         found = match(config.targets, modules, name="targets")
-    paths = _parts(backend, found, modules)
+    paths = _members(backend, found, modules)
     if config.exclude:
         excluded = match(config.exclude, modules, name="exclude", required=False)
         inside = tuple(f"{path}." for path in excluded)
@@ -190,11 +190,11 @@ def _adaptable(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -
     return sites
 
 
-def _parts(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -> list[str]:
-    """Return the paths, those of layers within a module in the place of its own: see `Models.parts`."""
+def _members(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -> list[str]:
+    """Return the paths, those of layers within a module in the place of its own: see `Models.members`."""
     found = []
     for path in paths:
-        parts = {join_path(path, name) for name in backend.parts(modules[path])}
+        parts = {join_path(path, name) for name in backend.members(modules[path])}
         found += [place for place in modules if owner_of(place) in parts] if parts else [path]
     return found
 

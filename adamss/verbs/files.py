@@ -187,14 +187,14 @@ def load(
         require_shared(backend, base_model, stored.saved, stored.shared, modules)
         tokens = _loaded_rows(backend, base_model, stored, modules)
         sites = {path: backend.site(modules[path], path) for path in stored.layers}
-        parts = {path: part for site in sites.values() for path, part in site.parts().items()}
+        parts = {path: part for site in sites.values() for path, part in site.split().items()}
         weights = Weights(parts, lambda path: base_weight(backend, parts[path], values=False))
         stored_parts: dict[str, StoredLayer] = {}
         for layer_path, layer in stored.layers.items():
-            own = sites[layer_path].parts()
+            own = sites[layer_path].split()
             base = weights[next(iter(own))]
             _check_base_shape(layer_path, layer, base, len(own))
-            stored_parts |= zip(own, layer.parts(len(own)), strict=True)
+            stored_parts |= zip(own, layer.split(len(own)), strict=True)
             decompose = trainable and layer.M is not None
             _check_base_present(backend, layer_path, base, needed=check_base or decompose)
         saved = {
@@ -232,7 +232,7 @@ def load(
             for path in sites.keys() - parts.keys():  # the fingerprint is of all blocks of a weight together
                 whole_mark = fingerprint(base_weight(backend, sites[path]).W)
                 _check_base_values(path, stored.layers[path].base, whole_mark)
-        ordered = {path: core.join([layers[part] for part in site.parts()]) for path, site in sites.items()}
+        ordered = {path: core.join([layers[part] for part in site.split()]) for path, site in sites.items()}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
         # What a file has for patterns is not compiled: a hostile one can take hours.
         ranks = {

@@ -163,7 +163,7 @@ class JaxModels(JaxArrays, Backend):
 
     # ---- what follows from it -----------------------------------------------------------------------
 
-    def parts(self, module: Module) -> tuple[str, ...]:
+    def members(self, module: Module) -> tuple[str, ...]:
         return next((names for of, names in self.composed.items() if isinstance(module, of)), ())
 
     def site(self, module: Module, path: str) -> Site:

@@ -190,7 +190,7 @@ class TorchBackend(Backend):
                 found[join_path(path, name)] = part
         return found
 
-    def parts(self, module: Any) -> tuple[str, ...]:
+    def members(self, module: Any) -> tuple[str, ...]:
         return PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ()
 
     def heads(self, model: nn.Module) -> list[str]:
