@@ -846,8 +846,6 @@ def _watch(owner: nn.Module, args: Any) -> None:
     record: _Record = vars(owner)[RECORD]
     if owner.training in record.watched or vars(owner).get(WATCH) is not None:
         return
-    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in owner.modules()):
-        return  # a graph made under a mode would have to be made anew without it
     modules = TorchBackend().modules(owner)
     banks = _banks(owner, record.paths + record.tokens)
     layers = {path: (modules[path], bank) for path, bank in banks.items() if path in modules}

@@ -62,6 +62,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, layers: Mapping[str, tuple[nn.Module | Part, Any]]) -> None:
         super().__init__()
         self.thread = get_ident()  # a mode is in force in one thread
+        self._eager: Any = None
         self._weights: dict[int, tuple[str, nn.Module | Part, Any]] = {}
         for path, (layer, bank) in layers.items():
             weight: Any = layer.module._parameters.get(layer.name) if isinstance(layer, Part) else None
@@ -75,11 +76,16 @@ class Watch(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         Watch.active += 1
+        if "torch._dynamo" in sys.modules:
+            # A compiled part shows nothing, and a graph made under a mode would have to be made anew without it.
+            self._eager = torch.compiler.set_stance("force_eager")
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         Watch.active -= 1
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
 
     @property
     def finished(self) -> bool:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -592,7 +593,7 @@ def test_replicas_of_data_parallel_are_refused_where_a_weight_is_put_in_place():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("what", ["blocks", "a function"])
 def test_parts_of_a_model_are_compiled_once(what):
-    """A graph that was made while the first forward is watched would have to be made anew after it."""
+    """They run as they are written while the first forward is watched, so that no graph has to be made anew."""
     compiled, graphs = CompileCounterWithBackend("aot_eager"), []
 
     class Block(nn.Module):
@@ -602,7 +603,7 @@ def test_parts_of_a_model_are_compiled_once(what):
             self.act = torch.compile(torch.tanh, backend=compiled) if what == "a function" else torch.tanh
 
         def forward(self, x):
-            return x + self.down(self.act(self.up(x)))
+            return x + F.linear(self.act(self.up(x)), self.down.weight)
 
     model = adamss.attach(
         nn.Sequential(Block(), Block()), adamss.AdamssConfig(targets=["up", "down"], rank=4, subspaces=2)
@@ -613,7 +614,8 @@ def test_parts_of_a_model_are_compiled_once(what):
     for _ in range(4):
         model(torch.randn(3, 12)).sum().backward()
         graphs.append(compiled.frame_count)
-    assert graphs[1] == graphs[-1] <= 2
+    assert graphs[0] == 0 < graphs[1] == graphs[-1]
+    assert all(adapter.C.grad.any() for adapter in adapters_of(model).values())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
