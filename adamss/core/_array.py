@@ -22,6 +22,7 @@ __all__ = [
     "check_matrix",
     "choose",
     "device",
+    "eigh",
     "is_faster_in_float32",
     "is_traced",
     "namespace",
@@ -207,3 +208,16 @@ def one_hot(indices: Array, size: int, /, *, dtype: Any) -> Array:
     classes = xp.arange(size, dtype=indices.dtype, device=device(indices))
     classes = xp.reshape(classes, (1,) * indices.ndim + (-1,))
     return xp.astype(indices[..., None] == classes, dtype)
+
+
+def eigh(matrices: Array, /) -> tuple[Array, Array]:
+    """Return eigenvalues and eigenvectors of symmetric matrices (..., m, m), ascending.
+
+    Entries below eps^2 beside the largest, far within the rounding error, are taken for zero: where their squares
+    underflow, LAPACK's divide and conquer gives NaN or does not converge.
+    """
+    xp = namespace(matrices)
+    sizes = xp.abs(matrices)
+    least = float(xp.finfo(matrices.dtype).eps) ** 2 * xp.max(sizes, axis=(-2, -1), keepdims=True)
+    values, vectors = xp.linalg.eigh(xp.where(sizes < least, xp.zeros_like(matrices), matrices))
+    return values, vectors

@@ -15,6 +15,7 @@ from adamss.core._array import (
     as_working_precision,
     check_matrix,
     device,
+    eigh,
     is_faster_in_float32,
     namespace,
 )
@@ -164,7 +165,7 @@ def _decompose_wide(W: Array, rank: int, rng: np.random.Generator) -> Decomposit
         wide = as_widest_precision(W)
         basis = _leading_span(W, wide, rank)
         image = wide.T if basis is None else wide.T @ basis
-        eigenvalues, eigenvectors = xp.linalg.eigh(image.T @ image)
+        eigenvalues, eigenvectors = eigh(image.T @ image)
         leading, U = xp.flip(eigenvalues[-rank:]), xp.flip(eigenvectors[:, -rank:], axis=1)
         image, U = image @ U, U if basis is None else basis @ U
         if float(leading[-1]) * xp.finfo(dtype).eps > d * xp.finfo(wide.dtype).eps * float(leading[0]):
@@ -192,7 +193,7 @@ def _leading_span(W: Array, wide: Array, rank: int) -> Array | None:
     width = rank + GUARDS
     if wide.dtype == W.dtype or not is_faster_in_float32(W) or d < SMALLEST_REFINED or 3 * width > d:
         return None
-    eigenvalues, eigenvectors = xp.linalg.eigh(W @ W.T)
+    eigenvalues, eigenvectors = eigh(W @ W.T)
     outer = d - width
     if float(eigenvalues[-rank] - eigenvalues[outer - 1]) <= xp.finfo(W.dtype).eps * float(eigenvalues[-1]):
         return None
@@ -251,7 +252,7 @@ def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array
         basis = xp.concat([basis, block], axis=1)
         images.append(image)
         if basis.shape[1] >= rank and (shift >= look or shift == d // size - 1):
-            eigenvalues, eigenvectors = xp.linalg.eigh(gram)
+            eigenvalues, eigenvectors = eigh(gram)
             energies.append((shift, float(xp.sum(eigenvalues[-rank:]))))
             missing, wait = _outlook(energies)
             if missing <= MISSING_ENERGY:

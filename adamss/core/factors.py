@@ -13,6 +13,7 @@ from adamss.core._array import (
     as_numpy,
     check_concrete,
     device,
+    eigh,
     namespace,
     one_hot,
 )
@@ -528,7 +529,7 @@ def _leading_directions(V: Array, labels: Array, sizes: list[int], r: int) -> Ar
     for side, chosen in batches.items():
         rows = _member_rows(ordered, sizes, chosen, side)
         columns = xp.matrix_transpose(rows)
-        _, vectors = xp.linalg.eigh(columns @ rows if side == R else rows @ columns)
+        _, vectors = eigh(columns @ rows if side == R else rows @ columns)
         leading = xp.flip(vectors[:, :, -min(r, side) :], axis=-1)
         if side < R:
             # A zero singular value leaves a zero column, and an inexact one a column that is not quite orthogonal.

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from adamss.config import SEGMENTATIONS
-from adamss.core._array import Array, check_concrete, device, namespace, one_hot
+from adamss.core._array import Array, check_concrete, device, eigh, namespace, one_hot
 from adamss.core.decomposition import Decomposition, check_count, effective_coordinates
 from adamss.errors import ArrayValueError, ConfigError
 
@@ -208,7 +208,7 @@ def _spectral_embedding(coordinates: Array, subspaces: int) -> Array:
     similarity = affinity * inverse_root[:, None] * inverse_root[None, :]
     # The Laplacian is I - D^-1/2 |Z*| D^-1/2: its smallest eigenvalues are the largest of the similarity.
     # They lie close together, where a search that stops at captured energy would mix them up.
-    _, eigenvectors = xp.linalg.eigh(similarity)
+    _, eigenvectors = eigh(similarity)
     vectors = eigenvectors[:, -subspaces:]
     length = xp.sqrt(xp.sum(vectors**2, axis=1, keepdims=True))
     unit: Array = vectors / xp.where(length > 0, length, xp.ones_like(length))
@@ -359,7 +359,7 @@ def _ksubspaces(decomposition: Decomposition, labels: Array, subspaces: int, dim
     for _ in range(SUBSPACE_ITERATIONS):
         members = one_hot(labels, subspaces, dtype=V.dtype)
         scatter = (members.T[:, None, :] * points.T) @ points
-        _, vectors = xp.linalg.eigh(scatter)
+        _, vectors = eigh(scatter)
         bases = vectors[:, :, -min(dimension, V.shape[1]) :]
         kept = xp.sum((points @ bases) ** 2, axis=2).T
         own = xp.sum(kept * members, axis=1)

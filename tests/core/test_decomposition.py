@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adamss.core import decompose, decomposition
-from adamss.core._array import as_widest_precision
+from adamss.core._array import as_widest_precision, eigh
 from adamss.core.decomposition import _leading_span
 from adamss.errors import ArrayTypeError, ArrayValueError, ConfigError
 
@@ -211,6 +211,17 @@ def test_one_seed_one_result_and_no_global_randomness():
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first.U, other.U)
     assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-18, 1e-19, 1e-20])
+def test_eigenvectors_of_matrices_whose_squares_underflow(xp, to_numpy, size):
+    """LAPACK gives NaN, or does not converge, for about half of these as they are."""
+    for seed in range(20):
+        column = np.random.default_rng(seed).standard_normal(16).astype(np.float32) * np.float32(size)
+        column[:2] = 0.14, -0.98
+        matrix = np.outer(column, column)
+        values, vectors = map(to_numpy, eigh(xp.asarray(matrix)))
+        np.testing.assert_allclose(vectors * values @ vectors.T, matrix, atol=1e-6)
 
 
 def test_dtypes():
