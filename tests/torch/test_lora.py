@@ -191,6 +191,12 @@ class Product(torch.nn.Module):
         return self.fc(x) @ self.left @ self.right
 
 
+def test_layers_whose_weights_the_fused_paths_of_pytorch_read(tmp_path):
+    model = torch.nn.Sequential(torch.nn.TransformerEncoderLayer(8, 2, 16))
+    adamss.attach(model, adamss.AdamssConfig(targets=["linear1"], rank=4, subspaces=2))
+    assert adamss.to_lora(model, tmp_path).layers == 1
+
+
 def test_layers_within_a_module_of_which_parameters_are_adapted(tmp_path):
     """PEFT wraps the module, once for each Parameter."""
     torch.manual_seed(0)
