@@ -18,8 +18,8 @@ from adamss.errors import ConfigError, ConfigTypeError, StateError
 __all__ = ["adaptation_in_training", "identity", "same_subspaces", "schedule_of"]
 
 
-def adaptation_in_training(backend: Backend, model: Model, who: str) -> Adaptation:
-    """Return what is attached to a model that is to be trained.
+def adaptation_in_training(backend: Backend, model: Model, who: str, name: str | None = None) -> Adaptation:
+    """Return the adapter of a model that is to be trained under a budget.
 
     Parameters
     ----------
@@ -27,21 +27,34 @@ def adaptation_in_training(backend: Backend, model: Model, who: str) -> Adaptati
         The model, and its backend.
     who
         What messages call the caller.
+    name
+        Of the adapter; None for the one that is trained.
 
     Raises
     ------
     StateError
-        If there are no adapters, or they are merged.
+        If there is no such adapter, it is not trained, or it is merged.
     """
-    adaptation = backend.adaptation(model)
-    if adaptation is None:
+    adapters = backend.bank(model).adapters
+    if not adapters:
         raise StateError(f"{who}: the model has no adapters; call adamss.attach first")
     require_unchanged(backend, model, who)
-    if not adaptation.trained:
-        raise StateError(f"{who}: the adapter is not trained; load it without trainable=False")
-    if adaptation.merged:
+    trained = [each for each, own in adapters.items() if own.trained]
+    if name is None and len(trained) > 1:
+        raise StateError(f"{who}: {', '.join(map(repr, trained))} are trained; say by name= which is meant")
+    name = name or next(iter(trained or adapters))
+    if name not in adapters:
+        raise StateError(f"{who}: no adapter is called {name!r}; there are {', '.join(map(repr, adapters))}")
+    if name not in trained:
+        remedy = (
+            "load it without trainable=False"
+            if len(adapters) == 1
+            else "adamss.activate(model, ..., train=...)"
+        )
+        raise StateError(f"{who}: the adapter {name!r} is not trained; {remedy}")
+    if adapters[name].merged:
         raise StateError(f"{who}: the updates are merged; call adamss.unmerge(model) first")
-    return adaptation
+    return adapters[name]
 
 
 def schedule_of(adaptation: Adaptation, config: BudgetConfig | None, who: str) -> BudgetConfig:
