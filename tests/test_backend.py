@@ -125,7 +125,7 @@ class TestRegistry:
         class Half(Backend):
             name = "half"
 
-        with pytest.raises(BackendError, match=r"it lacks adaptation, arrays, .*with_masks"):
+        with pytest.raises(BackendError, match=r"it lacks activated, arrays, bank, .*with_masks"):
             register_backend(Half)
         with pytest.raises(BackendError, match="concrete subclass"):
             register_backend(dict)

@@ -101,7 +101,7 @@ class TestContent:
         assert json.loads(metadata["config"])["rank"] == 5
         assert json.loads(metadata["writer"])["numpy"] == np.__version__
         assert content["layer.0.query.labels"].dtype == np.uint8
-        factors = model["layer.0.query"].factors
+        factors = model.bank.only().layers["layer.0.query"]
         assert np.array_equal(content["layer.0.query.labels"], factors.labels)
         assert np.array_equal(content["layer.0.query.C"], factors.C)
 
@@ -294,7 +294,7 @@ class TestBadFiles:
 
     def test_save_keeps_what_diverged(self, tmp_path):
         model = adapted()
-        model["layer.0.query"].factors.C[0, 0] = np.nan
+        model.bank.only().layers["layer.0.query"].C[0, 0] = np.nan
         adamss.save(model, tmp_path / "a.safetensors")
         assert np.isnan(tensor_of(tmp_path / "a.safetensors", "layer.0.query.C")[0, 0])
         self.refused(tmp_path / "a.safetensors", r"layer\.0\.query.*C holds NaN")
@@ -449,7 +449,7 @@ class TestDtypes:
             targets=["query"], modules_to_save=["head"], rank=3, subspaces=2, **settings
         )
         model = adamss.attach(NumpyModel(layers), config)
-        model["query"].factors.C[0, 0] = C
+        model.bank.only().layers["query"].C[0, 0] = C
         model["head"].W[0, 0] = head
         adamss.save(model, tmp_path / "a.safetensors")
         return tmp_path / "a.safetensors"
@@ -465,7 +465,7 @@ class TestDtypes:
         with pytest.raises(CheckpointError, match="query: the file holds numbers too large for float32"):
             adamss.load(self.narrow(), path, trainable=trainable)
         wide = adamss.load(self.narrow("float64"), path, trainable=trainable)
-        assert wide["query"].factors.C[0, 0] == 1e300
+        assert wide.bank.only().layers["query"].C[0, 0] == 1e300
 
     def test_factors_in_half_precision(self, tmp_path):
         path = self.saved(tmp_path, "float32", C=6e4, factor_dtype="float16")
@@ -511,7 +511,7 @@ class TestDtypes:
         adamss.save(model, tmp_path / "a.safetensors")
         loaded = adamss.load(base(), tmp_path / "a.safetensors")
         for path, update in expected.items():
-            np.testing.assert_allclose(core.delta(loaded[path].factors), update, atol=1e-12)
+            np.testing.assert_allclose(core.delta(loaded.bank.only().layers[path]), update, atol=1e-12)
 
 
 class TestWriting:
@@ -542,7 +542,7 @@ class TestWriting:
         for thread in threads:
             thread.join()
         loaded = core.delta(checkpoint.read(path).layers["layer.0.query"].factors())
-        assert any(np.allclose(loaded, core.delta(model["layer.0.query"].factors)) for model in models)
+        assert any(np.allclose(loaded, core.delta(model.bank.only().layers["layer.0.query"])) for model in models)
         assert os.listdir(tmp_path) == ["a.safetensors"]
 
     def test_what_load_would_refuse_is_not_written(self, path):

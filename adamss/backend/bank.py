@@ -14,6 +14,7 @@ import numpy as np
 from adamss.config import AdamssConfig
 from adamss.core import Factors, only
 from adamss.core._array import Array, device, namespace
+from adamss.errors import StateError
 
 __all__ = ["DEFAULT", "Adaptation", "Bank", "Ledger", "Rows", "State", "Values", "scaled"]
 
@@ -128,6 +129,11 @@ class Adaptation:
         return self.weight is not None
 
     @property
+    def state(self) -> State:
+        """How the model stands with it."""
+        return State(self.weight, self.trainable, self.trained, self.kept)
+
+    @property
     def merged(self) -> bool:
         """Whether the weights hold the update of every subspace."""
         return all(path in self.held and bool(self.held[path].all()) for path in self.layers)
@@ -158,6 +164,21 @@ class Bank:
 
     def __bool__(self) -> bool:
         return bool(self.adapters)
+
+    def only(self) -> Adaptation:
+        """Return the one adapter.
+
+        Raises
+        ------
+        StateError
+            If there are others, or none.
+        """
+        if len(self.adapters) != 1:
+            raise StateError(
+                f"the model has the adapters {', '.join(sorted(self.adapters)) or 'of no name'}; name one"
+            )
+        (adaptation,) = self.adapters.values()
+        return adaptation
 
     @property
     def ledger(self) -> Ledger:

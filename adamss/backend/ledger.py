@@ -31,7 +31,6 @@ __all__ = [
     "check_together",
     "hold",
     "put",
-    "reactivated",
     "reading",
     "release",
     "replaced",
@@ -194,13 +193,14 @@ def put(
     )
     with ExitStack() as undo:
         # With the base values in all modules to save.
-        model = reactivated(undo, backend, model, {}, trained=())
+        if backend.bank(model):
+            model = switch(backend, model, {}, trained=(), undo=undo)
         modules = backend.modules(model)
         before = model
         model = backend.insert(model, adaptation, {path: backend.arrays(modules[path]) for path in saved})
         if model is before:
             undo.callback(backend.remove, model, [name])
-        model = reactivated(undo, backend, model, {name: 1.0}, trained=[name] if trained else ())
+        model = switch(backend, model, {name: 1.0}, trained=[name] if trained else ())
         undo.pop_all()
     return model
 
@@ -254,7 +254,14 @@ def replaced(backend: Backend, model: Model, new: Adaptation) -> Model:
     return model
 
 
-def switch(backend: Backend, model: Model, weights: Mapping[str, float], *, trained: Iterable[str]) -> Model:
+def switch(
+    backend: Backend,
+    model: Model,
+    weights: Mapping[str, float],
+    *,
+    trained: Iterable[str],
+    undo: ExitStack | None = None,
+) -> Model:
     """Return the model computing with these adapters, each update times its weight, and no others.
 
     Modules to save get the values of the active adapter that saves them, or else those of the base.
@@ -267,6 +274,8 @@ def switch(backend: Backend, model: Model, weights: Mapping[str, float], *, trai
         By name of the adapters.
     trained
         Those of them that are trained; the flag of each is set for good.
+    undo
+        What is to undo this if something fails later.
 
     Raises
     ------
@@ -290,24 +299,27 @@ def switch(backend: Backend, model: Model, weights: Mapping[str, float], *, trai
         for path in bank.adapters[name].saved
         if path in kept[name]
     }
-    with ExitStack() as undo:
+    with ExitStack() as own:
         off = {path: bank.originals[path] for path in leaving}
         _check_saved(backend, model, off)
         backend.check_writable(model, (), {**leaving, **coming})
         if off:
-            model, before = _exchanged(undo, backend.exchange_saved, model, off)
+            model, before = _exchanged(own, backend.exchange_saved, model, off)
             for path, name in leaving.items():
                 kept[name][path] = before[path]
         if coming:
             on = {path: kept[name].pop(path) for path, name in coming.items()}
-            model, _ = _exchanged(undo, backend.exchange_saved, model, on)
+            model, _ = _exchanged(own, backend.exchange_saved, model, on)
+        former = {name: each.state for name, each in bank.adapters.items()}
         states = {
-            name: State(weights.get(name), each.trainable or name in trained, name in trained, kept[name])
-            for name, each in bank.adapters.items()
+            name: State(weights.get(name), state.trainable or name in trained, name in trained, kept[name])
+            for name, state in former.items()
         }
-        model = backend.activated(model, states)
-        undo.pop_all()
-    return model
+        changed = backend.activated(model, states)
+        if changed is model:
+            own.callback(backend.activated, model, former)
+        _hand_over(own, undo)
+    return changed
 
 
 def hold(
@@ -318,6 +330,7 @@ def hold(
     *,
     keep_base: bool,
     put_away: Mapping[str, Any] | None = None,
+    undo: ExitStack | None = None,
 ) -> tuple[Model, dict[str, float]]:
     """Let the weights hold the updates of just these subspaces: ``round(W0 + sum over k of A_k B_k C_k)``.
 
@@ -333,6 +346,8 @@ def hold(
         Whether W0 is kept. One that was dropped before stays so.
     put_away
         By path of the module, quantised layers whose place those of the model have taken, and which have W0.
+    undo
+        What is to undo this if something fails later.
 
     Returns
     -------
@@ -380,19 +395,19 @@ def hold(
             parts[part_path], lost[path] = part, max(lost.get(path, 0.0), float(merged.lost))
     arrays = arrays_of(weights, parts, backend.own_arrays) | rows | former
     outputs = _probed(backend, model)
-    with ExitStack() as undo:
-        model, before = _exchanged(undo, backend.exchange, model, arrays)
+    with ExitStack() as stack:
+        model, before = _exchanged(stack, backend.exchange, model, arrays)
         layers = (bank.layers if put_away is None else put_away) if keep_base else {}
         former_weights: dict[str, Any] = {
             owner: bank.base.get(owner, before[owner]) if keep_base else None
             for owner in owners | dict.fromkeys(tokens)
         }
         former_weights |= {owner: {} for owner in layers}
-        model = _entered(undo, backend, model, bank.ledger, Ledger(held, former_weights, layers))
+        model = _entered(stack, backend, model, bank.ledger, Ledger(held, former_weights, layers))
         again = backend.probed(model) if outputs else {}
         for path in outputs.keys() & again.keys() & weights.keys():
             _check_output(path, *outputs[path], again[path][0], weights[path].W)
-        undo.pop_all()
+        _hand_over(stack, undo)
     return model, lost
 
 
@@ -447,7 +462,13 @@ def _check_output(path: str, before: Any, base: Any, after: Any, W: Any) -> None
         )
 
 
-def release(backend: Backend, model: Model, bank: Bank, names: Iterable[str] | None = None) -> Model:
+def release(
+    backend: Backend,
+    model: Model,
+    bank: Bank,
+    names: Iterable[str] | None = None,
+    undo: ExitStack | None = None,
+) -> Model:
     """Take the updates of these adapters, None for all, out of the weights; one that holds none is W0, to the bit.
 
     Raises
@@ -460,14 +481,14 @@ def release(backend: Backend, model: Model, bank: Bank, names: Iterable[str] | N
         return model
     left = {name: held for name, held in bank.ledger.held.items() if name not in names}
     if left:
-        return hold(backend, model, bank, left, keep_base=True)[0]
+        return hold(backend, model, bank, left, keep_base=True, undo=undo)[0]
     base = _kept(bank)
     backend.check_writable(model, base)
-    with ExitStack() as undo:
-        model, _ = _exchanged(undo, backend.exchange, model, base)
-        model, _ = _exchanged(undo, backend.exchange_layers, model, bank.layers)
-        model = _entered(undo, backend, model, bank.ledger, Ledger())
-        undo.pop_all()
+    with ExitStack() as own:
+        model, _ = _exchanged(own, backend.exchange, model, base)
+        model, _ = _exchanged(own, backend.exchange_layers, model, bank.layers)
+        model = _entered(own, backend, model, bank.ledger, Ledger())
+        _hand_over(own, undo)
     return model
 
 
@@ -477,9 +498,13 @@ def withdraw(backend: Backend, model: Model, names: Iterable[str]) -> Model:
     saved = {path for name in names if bank.adapters[name].active for path in bank.adapters[name].saved}
     _check_saved(backend, model, {path: bank.originals[path] for path in saved})
     backend.check_writable(model, (), saved)
-    model = release(backend, model, bank, names)
     left = {name: weight for name, weight in bank.active.items() if name not in names}
-    return switch(backend, model, left, trained=[name for name in left if bank.adapters[name].trained])
+    trained = [name for name in left if bank.adapters[name].trained]
+    with ExitStack() as undo:
+        model = release(backend, model, bank, names, undo)
+        model = switch(backend, model, left, trained=trained)
+        undo.pop_all()
+    return model
 
 
 def values_of_saved(
@@ -539,18 +564,11 @@ def _overlap(path: str, other: str) -> bool:
     return f"{path}.".startswith(join_path(other, "")) or f"{other}.".startswith(join_path(path, ""))
 
 
-def reactivated(
-    undo: ExitStack, backend: Backend, model: Model, weights: Mapping[str, float], *, trained: Iterable[str]
-) -> Model:
-    """Return `switch`, and have it undone if the model is changed in place."""
-    bank = backend.bank(model)
-    if bank.active == weights:
-        return model
-    before = bank.active, [name for name, each in bank.adapters.items() if each.trained]
-    changed = switch(backend, model, weights, trained=trained)
-    if changed is model:
-        undo.callback(lambda: switch(backend, model, before[0], trained=before[1]))
-    return changed
+def _hand_over(own: ExitStack, undo: ExitStack | None) -> None:
+    """Let what was done stand, unless what comes after it fails, if there is somebody who undoes it then."""
+    kept = own.pop_all()
+    if undo is not None:
+        undo.callback(kept.close)
 
 
 def _check_saved(backend: Backend, model: Model, originals: Mapping[str, Mapping[str, Any]]) -> None:

@@ -203,8 +203,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = 
         If a layer appears in the model twice.
     StateError
         If the model has no such adapter, or PEFT would take it for another: it would group the columns otherwise,
-        there is a basis for each subspace, or a module to save is tied to another; if there are ``trained_tokens``. The
-        message names which.
+        there is a basis for each subspace, or a module to save is tied to another; if there are ``trained_tokens``.
+        The message names which.
     ArrayValueError
         If factors are not finite.
     MissingBackendError

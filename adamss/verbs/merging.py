@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from adamss.backend.interface import Backend, Model
-from adamss.backend.ledger import base_weight, hold, reactivated, release, require_kept_base, sites_of, switch
+from adamss.backend.ledger import base_weight, hold, release, require_kept_base, sites_of, switch
 from adamss.backend.sites import owner_of
 from adamss.errors import AdamssWarning, ArrayTypeError, StateError
 from adamss.verbs.common import Name, adapted, chosen, one_of, tied_weights
@@ -255,7 +255,8 @@ def _merged(
     active = {**bank.active, **weights}
     trained = [one for one in active if bank.adapters[one].trained]
     with backend.exact(), ExitStack() as undo:
-        model = reactivated(undo, backend, model, active, trained=trained)
+        if active != bank.active:
+            model = switch(backend, model, active, trained=trained, undo=undo)
         put_away = None
         if dequantise:
             model, put_away = backend.exchange_layers(model, backend.dequantised(model))

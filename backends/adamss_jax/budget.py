@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from adamss.backend import Adaptation
-from adamss.backend.training import adaptation_in_training, identity, same_subspaces, schedule_of
+from adamss.backend.training import adapter_in_training, identity, same_subspaces, schedule_of
 from adamss.config import BudgetConfig
 from adamss.core import BudgetState, Factors, advance, initial_budget_state, observe, plan_budget
 from adamss.core._array import check_concrete
@@ -158,7 +158,7 @@ def budgeted(
     2
     """
     backend = models_of(model)
-    adaptation = adaptation_in_training(backend, model, "budgeted")
+    adaptation = adapter_in_training(backend, model, "budgeted")
     config = schedule_of(adaptation, config, "budgeted")
     FOLLOWED.add(adaptation.config.budget)
     _check_may_return(config, adaptation)
@@ -247,7 +247,7 @@ def synchronise(model: Any, opt_state: Any) -> Any:
         but the model was attached without such a schedule, and so gives them no gradients.
     """
     backend = models_of(model)
-    adaptation = adaptation_in_training(backend, model, "synchronise")
+    adaptation = adapter_in_training(backend, model, "synchronise")
     state = budgeted_state(opt_state, adaptation, "synchronise")
     paths = sorted(state.sizes)
     ends = np.cumsum([int(state.sizes[path]) for path in paths])

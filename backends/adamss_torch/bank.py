@@ -21,7 +21,7 @@ from adamss.backend import Kind, View
 from adamss.backend.bank import DEFAULT
 from adamss.errors import StateError
 from adamss_torch.adapter import HELD, Adapter
-from adamss_torch.in_place import put
+from adamss_torch.in_place import put, take_back
 from adamss_torch.kernel import without_autocast
 from adamss_torch.kinds import Embedding, Part
 from adamss_torch.paths import plain
@@ -78,13 +78,17 @@ class LayerBank(nn.Module):
     ----------
     base
         While the weight holds an update: the tensors that the layer had before, by name; None if they were dropped.
+    holds
+        Whether the weight holds an update.
     put_away
         The quantised layer whose place this one has taken, or nothing; a tuple, so that it is no part of the model.
     off
         Whether nothing is added to the output for now.
+    active
+        Names of the adapters that are active.
     merged
-        Whether the weights of the model hold every update. Where this weight does and others do not, zero is added
-        all the same: B and C are trained parameters, and those who train expect a gradient of each.
+        Names of those of which the weights of the model hold every update. Where this weight does and others do not,
+        zero is added all the same: B and C are trained parameters, and those who train expect a gradient of each.
     computed
         Names of the adapters whose update is added to the output.
     places
@@ -103,8 +107,10 @@ class LayerBank(nn.Module):
         super().__init__()
         self.kind = kind
         self.base: dict[str, Any] | None = None
+        self.holds = False
         self.put_away: tuple[nn.Module, ...] = ()
-        self.off = self.merged = self.placed = self.hooked = False
+        self.off = self.placed = self.hooked = False
+        self.active = self.merged = frozenset[str]()
         self.places: tuple[Any, ...] = ()
         self.computed: tuple[str, ...] = ()
         self._input = "input"
@@ -114,14 +120,10 @@ class LayerBank(nn.Module):
         """The adapters by name."""
         return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
-    def add(self, name: str, adapter: nn.Module) -> None:
-        """Add an adapter."""
-        self.add_module(name, adapter)
-        self.look()
-
     def look(self) -> None:
         """See which adapters there is something to compute of."""
-        self.computed = () if self.off or self.merged else tuple(self._modules)
+        on = frozenset[str]() if self.off else self.active - self.merged
+        self.computed = tuple(name for name in self._modules if name in on)
 
     def install(self, layer: Any, reader: nn.Module | None, view: View) -> None:
         """Become a child of the layer, and hook its forward, or that of the module that reads its weight."""
@@ -153,9 +155,13 @@ class LayerBank(nn.Module):
         self.install(other, None, kind.view(other, ""))
 
     def uninstall(self, layer: Any) -> None:
-        """Leave the layer as it was before `install`, but for what `in_place.leave` does."""
+        """Leave the layer as it was before `install`."""
+        take_back(self)
         if isinstance(layer, Part):
-            layer.module._modules.pop(CHILD, None)
+            banks: Any = layer.module._modules[CHILD]
+            del banks._modules[layer.part]
+            if not banks._modules:
+                del layer.module._modules[CHILD]
             return
         # A copied or unpickled layer has hooks but no handles: the tables are the only way.
         layer._forward_hooks.pop(HOOK, None)
@@ -213,7 +219,8 @@ class TokenBank(LayerBank):
                 put(module, module, name, self, None, view)
 
     def uninstall(self, layer: nn.Module) -> None:
-        """Leave all of them as they were before `install`, but for what `in_place.leave` does."""
+        """Leave all of them as they were before `install`."""
+        take_back(self)
         for module, _ in self.sharing:
             if vars(module).pop(ROWS, None) is not None:
                 module._forward_hooks.pop(HOOK, None)

@@ -302,7 +302,7 @@ class Target(ABC):
         model = adamss.load(self.model(origin), path, **options)
 
         def check(content: bytes) -> None:
-            adaptation, modules = self.backend.adaptation(model), self.backend.modules(model)
+            adaptation, modules = self.backend.bank(model).only(), self.backend.modules(model)
             layers = {name: Factors(*map(self.numpy, f)) for name, f in adaptation.layers.items()}
             saved = {
                 name: {key: self.numpy(array) for key, array in self.backend.arrays(modules[name]).items()}

@@ -118,7 +118,7 @@ def steps_of(loop, numbers):
 
 
 def factors(model):
-    return backend_for(model).adaptation(model).layers
+    return backend_for(model).bank(model).only().layers
 
 
 def same_file(first, second):
@@ -546,7 +546,7 @@ def test_training_goes_on_after_consolidating(kind, keep_base, tmp_path):
         layers = factors(loop.synchronise())
         adamss.save(loop.model, tmp_path / "before.safetensors", training=True)
         y = consolidated()
-        adaptation = backend.adaptation(loop.model)
+        adaptation = backend.bank(loop.model).only()
         assert adaptation.ledger.keeps_base == keep_base
         for path, f in layers.items():
             np.testing.assert_array_equal(adaptation.ledger.held[path], ~f.active)

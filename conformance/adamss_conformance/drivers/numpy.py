@@ -125,7 +125,9 @@ class NumpyTraining(Training):
             slopes = self._plan.join_elements(gradients)
             self._state = driver.decide(self._state, self._plan, before, slopes)
             (adapter,) = trained
-            self._model = driver.backend.set_active(self._model, self._plan.split(self._state.active), adapter)
+            self._model = driver.backend.set_active(
+                self._model, self._plan.split(self._state.active), adapter
+            )
 
     def save(self, folder: Path) -> None:
         (folder / "state").write_bytes(pickle.dumps((self._number, self._optimiser, self._state)))

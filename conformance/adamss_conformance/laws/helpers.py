@@ -170,8 +170,7 @@ def factors_of(driver: Driver, model: Any) -> dict[str, Factors]:
 
 def own_factors(driver: Driver, model: Any) -> Mapping[str, Factors]:
     """Return the factors of each adapted layer as the framework's arrays."""
-    (adaptation,) = driver.backend.bank(model).adapters.values()
-    return adaptation.layers
+    return driver.backend.bank(model).only().layers
 
 
 def with_random_C(
@@ -184,7 +183,7 @@ def with_random_C(
     relative: float | None = None,
 ) -> Any:
     """Return a model whose C is as after training: through `Backend.insert`, by no optimiser's luck."""
-    (attached,) = driver.backend.bank(adamss.attach(model, settings)).adapters.values()
+    attached = driver.backend.bank(adamss.attach(model, settings)).only()
     new = {}
     for number, (path, factors) in enumerate(attached.layers.items()):
         f = on_host(driver, factors)
