@@ -36,7 +36,7 @@ def trained(base, seed=0, **settings):
     rng = np.random.default_rng(seed)
     before = {path: model.bank.only().layers[path] for path in PATHS}
     new = {p: f._replace(C=rng.standard_normal(f.C.shape).astype(f.C.dtype)) for p, f in before.items()}
-    return get_backend("numpy").with_factors(model, new)
+    return get_backend("numpy").with_factors(model, "default", new)
 
 
 def frozen(model, masks):
@@ -87,7 +87,12 @@ def assert_same_outputs(actual, expected, x, what):
 
 def assert_same_factors(actual, expected):
     for path in PATHS:
-        pairs = zip(core.Factors._fields, actual.bank.only().layers[path], expected.bank.only().layers[path], strict=True)
+        pairs = zip(
+            core.Factors._fields,
+            actual.bank.only().layers[path],
+            expected.bank.only().layers[path],
+            strict=True,
+        )
         for name, a, b in pairs:
             assert np.array_equal(a, b), f"{path}: {name}"
 
@@ -130,9 +135,11 @@ def test_outputs_and_gradients_are_those_of_before(pair, keep_base):
     for path in PATHS:
         before, layer = model[path], after[path]
         dy = np.random.default_rng(6).standard_normal((len(x), before.W.shape[1])).astype(x.dtype)
-        expected = core.linear_vjp(dy, x, before.W, before.factors)
-        actual = core.linear_vjp(dy, x, layer.W, layer.computed)
-        scales = core.linear_vjp(abs(dy), abs(x), abs(before.W), magnitudes(before.factors), revive=True)
+        expected = core.linear_vjp(dy, x, before.W, model.bank.only().layers[path])
+        actual = core.linear_vjp(dy, x, layer.W, *layer.computed)
+        scales = core.linear_vjp(
+            abs(dy), abs(x), abs(before.W), magnitudes(model.bank.only().layers[path]), revive=True
+        )
         for name in ("x", "B", "C"):
             one, other, scale = (getattr(each, name) for each in (actual, expected, scales))
             what = f"{path}: gradient of {name}"
@@ -246,7 +253,7 @@ def test_training_goes_on_in_the_rest():
     def moved(model):
         before = {path: model.bank.only().layers[path] for path in PATHS}
         new = {p: f._replace(C=np.where(f.active[f.labels], f.C + 1, f.C)) for p, f in before.items()}
-        return get_backend("numpy").with_factors(model, new)
+        return get_backend("numpy").with_factors(model, "default", new)
 
     x = inputs(model)
     assert_same_outputs(moved(after), moved(model), x, "trained on")

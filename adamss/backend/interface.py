@@ -322,6 +322,10 @@ class Models(ABC):
         """
         return ()
 
+    def unadaptable(self, model: Model) -> Mapping[str, str]:
+        """Return what a target may name that is no module and cannot be adapted, by path, and why, as a noun."""
+        return {}
+
     def heads(self, model: Model) -> list[str]:
         """Return the paths of output heads, which ``targets="all-linear"`` leaves out."""
         return []
@@ -361,8 +365,8 @@ class Models(ABC):
         """
         if site.kind.lora is None:
             raise LayerTypeError(
-                f"{site.path} is a {type(site.layer).__name__}, for the update of which PEFT's LoRA has no form; "
-                "adamss.save takes it, or merge the model and save that"
+                f"{site.path} is a {type(site.layer).__name__}, whose update to_lora has no form for; adamss.save "
+                "takes it, or merge the model and save that"
             )
         if (what := site.kind.lora_refusal(site.layer)) is not None:
             raise LayerTypeError(

@@ -73,7 +73,10 @@ def match(
         pattern = re.compile(targets)
         found = [path for path in paths if pattern.fullmatch(path) or pattern.fullmatch(_INDEX.sub("", path))]
         if not found:
-            message = f"{name} = {targets!r} matches no module; {near_matches([targets], paths)}"
+            hint = near_matches([targets], paths)
+            if any(_ends_with(path, targets) for path in paths):
+                hint = f"a string is an expression for the whole path; a list of names is [{targets!r}]"
+            message = f"{name} = {targets!r} matches no module; {hint}"
             if required:
                 raise TargetError(message)
             warnings.warn(message, AdamssWarning, stacklevel=5)

@@ -196,13 +196,22 @@ def write_lora(
     parameters = {path: layer.parameter for path, layer in layers.items() if layer.form == "parameter"}
     tensors = {}
     left = Counter(name.rpartition(".")[0] for name in parameters.values())
+    wrapped = dict(left)
+
+    def within(path: str) -> str:
+        """Return a path as it is once PEFT has wrapped the modules around it, which have Parameters."""
+        names = path.split(".")
+        for depth in range(len(names) - 1, 0, -1):
+            names[depth:depth] = ["base_layer"] * wrapped.get(".".join(names[:depth]), 0)
+        return ".".join(names)
+
     for path, layer in layers.items():
-        owner = path
+        owner = within(path)
         if path in parameters:
             # PEFT wraps a module anew for each of its Parameters: the first lies in the innermost.
-            owner = parameters[path].rpartition(".")[0]
-            left[owner] -= 1
-            owner += ".base_layer" * left[owner]
+            module = parameters[path].rpartition(".")[0]
+            left[module] -= 1
+            owner = within(module) + ".base_layer" * left[module]
         for name, array in layer.tensors(rank).items():
             tensors[f"{PREFIX}{owner}.{name}"] = StoredTensor.of(np.ascontiguousarray(array))
     config = base_config("LORA", targets, base=base) | {

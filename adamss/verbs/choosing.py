@@ -76,7 +76,7 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
     if wide and str(config.targets).lower() == ALL_LINEAR:
         found = _all_linear(backend, model, modules, saved)
     else:
-        found = match(config.targets, modules, name="targets")
+        found = _matched(backend, model, config.targets, modules)
     paths = _members(backend, found, modules)
     if config.exclude:
         excluded = match(config.exclude, modules, name="exclude", required=False)
@@ -86,12 +86,22 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
             raise TargetError(f"exclude = {config.exclude!r} leaves nothing of targets = {config.targets!r}")
     paths = _once(paths, modules)
     tokens = _tokens(backend, model, modules, config)
-    _require_disjoint([*paths, *tokens], saved)
+    _require_disjoint(paths, saved)
+    for path in tokens:
+        if outer := next((each for each in saved if f"{path}.".startswith(join_path(each, ""))), None):
+            raise TargetError(
+                f"trained_tokens trains rows of {path!r}, which lies within {outer!r} that modules_to_save trains "
+                "whole; leave one of them out"
+            )
     if both := sorted({*paths} & {*tokens}):
         raise TargetError(
             f"{both[0]!r} is adapted by targets, and trained_tokens trains rows of it; leave it out of one of them"
         )
+    if wide:  # what lies in another layer is a part of it
+        layers = tuple(f"{path}." for path in paths if backend.kinds.find(modules[path]) is not None)
+        paths = [path for path in paths if not path.startswith(layers)]
     sites = _adaptable(backend, paths, modules) if wide else {p: backend.site(modules[p], p) for p in paths}
+    _tell_of_biases(config, sites)
     for path in sites if config.overrides else ():
         try:
             replace(config.for_layer(path))  # settings of several patterns may not go together
@@ -106,6 +116,39 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
     if tokens:
         config = replace(config, trained_tokens={path: ids for path, (_, ids) in tokens.items()})
     return Choice(config, sites, saved, {path: site for path, (site, _) in tokens.items()})
+
+
+def _matched(
+    backend: Backend, model: Model, targets: str | Iterable[str], modules: Mapping[str, Any]
+) -> list[str]:
+    """Return what targets match, and say what they match that cannot be adapted."""
+    others = backend.unadaptable(model)
+    both = match(targets, [*modules, *others], name="targets")
+    found = [path for path in both if path in modules]
+    # What is said of a module is said of what it has.
+    left = [path for path in both if path not in modules and path.rpartition(".")[0] not in {*found} - {""}]
+    if not found:
+        raise TargetError(f"targets: {left[0]} is {others[left[0]]}; leave it out")
+    if left:
+        more = f" (and {len(left) - 1} more Parameters)" if len(left) > 1 else ""
+        warnings.warn(f"targets: left out: {left[0]} is {others[left[0]]}{more}", AdamssWarning, stacklevel=5)
+    return found
+
+
+def _tell_of_biases(config: AdamssConfig, sites: Mapping[str, Site]) -> None:
+    """Tell of layers whose biases are not adapted although the settings say so, once for each kind."""
+    left: dict[str, list[str]] = {}
+    for path, site in sites.items():
+        biased = isinstance(site.layer, Fragment) or getattr(site.layer, site.kind.bias, None) is not None
+        if biased and not site.kind.linear and config.for_layer(path).include_bias:
+            left.setdefault(type(site.layer).__name__, []).append(path)
+    for kind, paths in left.items():
+        more = f" (and {len(paths) - 1} more of {kind})" if len(paths) > 1 else ""
+        warnings.warn(
+            f"include_bias: {paths[0]} is a {kind}{more}, and only the biases of linear layers are adapted",
+            AdamssWarning,
+            stacklevel=4,
+        )
 
 
 def _tokens(

@@ -19,7 +19,7 @@ from adamss.backend.bank import Adaptation, Bank
 from adamss.backend.interface import Backend, Model
 from adamss.backend.ledger import require_unchanged
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight, Site
+from adamss.backend.sites import BaseWeight, Fragment, Site
 from adamss.backend.targets import near_matches
 from adamss.backend.tensors import StoredTensor, join_path
 from adamss.config import AdamssConfig, shown
@@ -320,15 +320,18 @@ def require_shared(
 
 def tied_weights(backend: Backend, model: Model, layers: Iterable[str]) -> str:
     """Return a clause that names the layers whose weight other modules have too; empty if there is none."""
-    modules, shared = backend.modules(model), backend.shared(model, list(layers))
+    modules = backend.modules(model)
+    holders = [path.rpartition(".")[0] if isinstance(modules[path], Fragment) else path for path in layers]
+    shared = backend.shared(model, holders)
     tied = {}
     for path in layers:
-        own = join_path(path, "weight")
+        own = path if isinstance(modules[path], Fragment) else join_path(path, "weight")
         # A layer that stands in two places is one all the same.
         others = [
             other
             for other in shared.get(own, ())
             if modules.get(other.rpartition(".")[0]) is not modules[path]
+            and modules.get(other) is not modules[path]
         ]
         if others:
             tied[own] = ", ".join(sorted(others))

@@ -146,8 +146,9 @@ def to_lora(model: Model, folder: str | os.PathLike[str], *, name: Name = None) 
     if saved:
         warnings.warn(f"to_lora: {written}", AdamssWarning, stacklevel=2)
     if renamed:
+        more = f" (and {len(renamed) - 1} more)" if len(renamed) > 1 else ""
         warnings.warn(
-            f"to_lora: {renamed[0]} (and {len(renamed) - 1} more) has a name that PEFT takes for that of experts "
+            f"to_lora: {renamed[0]}{more} has a name that PEFT takes for that of experts "
             "when it loads a LoRA into this model, so that it is written as one of target_parameters: PEFT reads it "
             "from version 0.17 on, servers may not; adamss.merge_and_unload makes a model that everybody reads",
             AdamssWarning,

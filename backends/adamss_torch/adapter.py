@@ -154,12 +154,15 @@ class Adapter(nn.Module):
         B, C = (self.B, self.C) if self.revive else self._frozen_in(self.B, self.C)
         if self.layout.rows.device != self.A.device:
             self._derive()
-        if self._places is None:
+        places = self._places
+        if places is None:
             with torch.inference_mode(False):  # or no backward could keep it
-                self._places = block_places(self.labels, C.shape[0], self.ranks.numel(), self.blocks)
+                places = block_places(self.labels, C.shape[0], self.ranks.numel(), self.blocks)
+            if not is_transformed():  # what is made within a transformation is of no use outside
+                self._places = places
         C = C if self.scale == 1 else C * self.scale
         A = self.A if rows is None else self.A[:, rows]
-        return block_products(A, B, C, self.layout, self._places, self.ranks.numel())
+        return block_products(A, B, C, self.layout, places, self.ranks.numel())
 
     def factors(self) -> Factors:
         """Return the factors, canonical, of all subspaces; views where they can be."""

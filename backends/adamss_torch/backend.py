@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +28,36 @@ from adamss.core import Factors
 from adamss.errors import ArrayValueError, LayerError, LayerTypeError, StateError, TargetError
 from adamss_torch import sharding
 from adamss_torch.adapter import Adapter
-from adamss_torch.bank import CHILD, HOOK, LayerBank, Off, OnLoan, PartBanks, TokenBank, check_state
+from adamss_torch.bank import (
+    CHILD,
+    HOOK,
+    LayerBank,
+    Off,
+    OffWithGradients,
+    OnLoan,
+    PartBanks,
+    TokenBank,
+    check_state,
+)
 from adamss_torch.division import divided
 from adamss_torch.in_place import readable, readers, restore
 from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
-from adamss_torch.kinds import PROJECTIONS, OwnParameter, Part, fragments, kinds, refusal
+from adamss_torch.kinds import (
+    PROJECTIONS,
+    Embedding,
+    OwnParameter,
+    Part,
+    fragments,
+    kinds,
+    parameter_refusal,
+    refusal,
+)
 from adamss_torch.paths import named_parameters, unwrapped, walk
 from adamss_torch.quantised import PACKING, QuantisedStore, float_layer, packing_layers, unpack
 from adamss_torch.sharding import is_partitioned, is_sharded, local, rebuilt, shape_of
 from adamss_torch.stores import ParameterStore, exchanged, execution_device, stores, writing_refused
 from adamss_torch.tokens import TrainedRows, is_known
-from adamss_torch.watch import Watch
+from adamss_torch.watch import Seen, Watch, seems_to_read
 
 __all__ = ["TorchBackend", "adapters_of", "kinds"]
 
@@ -47,6 +68,9 @@ WATCH, WATCH_KEY = "_adamss_watch", -3
 
 KEPT = "adamss_kept"
 """First component of the keys of a state under which inactive adapters keep their ``modules_to_save``."""
+
+WATCHED: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
+"""The adapted model of each module of it whose forward is watched, if nobody has called that of the model."""
 
 UNSYNCHRONISED = "_ddp_params_and_buffers_to_ignore"
 """Attribute of a module in which DistributedDataParallel looks for the names of what it is to leave alone."""
@@ -95,8 +119,8 @@ class _Record:
         The names that were added to `UNSYNCHRONISED`.
     disabled
         Whether the model is within an `adamss.disabled` block.
-    watched
-        Whether a `Watch` has seen a forward in training (True), and one in evaluation (False).
+    seen
+        What a `Watch` has seen of its forwards.
     """
 
     required_grad: dict[str, bool]
@@ -105,7 +129,7 @@ class _Record:
     originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     unsynchronised: frozenset[str] = frozenset()
     disabled: bool = False
-    watched: frozenset[bool] = frozenset()
+    seen: Seen = field(default_factory=Seen)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -216,6 +240,17 @@ class TorchBackend(Backend):
     def members(self, module: Any) -> tuple[str, ...]:
         return PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ()
 
+    def unadaptable(self, model: nn.Module) -> dict[str, str]:
+        owner, _ = _owner(model)
+        known, found = self.modules(owner), {}
+        for path, module in walk(owner, parametrizations=True):
+            for name, parameter in module._parameters.items():
+                place, kind = join_path(path, name), kinds.find(module)
+                beside = kind is None or name not in (kind.weight, kind.bias)
+                if parameter is not None and parameter.ndim > 1 and beside and place not in known:
+                    found[place] = parameter_refusal(module, parameter)
+        return found
+
     def heads(self, model: nn.Module) -> list[str]:
         owner, _ = _owner(model)
         try:
@@ -299,6 +334,11 @@ class TorchBackend(Backend):
     def lora_form(self, model: nn.Module, site: Site) -> LoraForm:
         form = super().lora_form(model, site)
         reader = readers(model).get(id(site.layer))
+        if reader is None and (guess := self._unseen_reader(model, site)) is not None:
+            raise LayerTypeError(
+                f"{site.path}: by its source, {type(guess).__name__} reads its weight itself, where PEFT's LoRA "
+                "would have no effect; run the model once, so that it is seen whether it does"
+            )
         if isinstance(site.layer, Part) or reader is None:
             return form
         if reader is not site.layer or form == "convolution":
@@ -307,6 +347,15 @@ class TorchBackend(Backend):
                 "effect; adamss.save takes it, or merge the model and save that"
             )
         return "parameter"  # PEFT too puts W + delta in the place of a Parameter
+
+    def _unseen_reader(self, model: nn.Module, site: Site) -> nn.Module | None:
+        """Return the module that seems to read the weight of a layer, of which no forward has shown who does."""
+        owner, record = _owner(model)
+        if record is None or isinstance(site.layer, Part) or site.path in record.seen.every:
+            return None
+        outer, _, child = site.path.rpartition(".")
+        module = self.modules(owner).get(outer)
+        return module if seems_to_read(module, child, site.kind.weight) else None
 
     def arrays(self, module: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in _tensors(module).items()}
@@ -444,11 +493,6 @@ class TorchBackend(Backend):
         )
         record.originals = {**kept, **record.originals}
         record.unsynchronised |= _leave_unsynchronised(owner)
-        record.watched = frozenset()  # the new layers may be read by others too
-        if owner not in adapted.values():
-            owner._forward_pre_hooks[WATCH_KEY] = _watch
-            owner._forward_hooks[WATCH_KEY] = _stop_watching
-            owner._forward_hooks_always_called[WATCH_KEY] = True
         return model
 
     def activated(self, model: nn.Module, states: Mapping[str, State]) -> nn.Module:
@@ -494,6 +538,10 @@ class TorchBackend(Backend):
                 # By this the Trainer of transformers knows models that are quantised and have nothing to train.
                 if vars(module).get("is_quantized"):
                     Off(module, "is_quantized")
+        for module in owner.modules():
+            if isinstance(module, nn.TransformerEncoder) and vars(module).get("use_nested_tensor"):
+                OffWithGradients(module, "use_nested_tensor")
+        _watch_from_now_on(owner, record, modules)
         return model
 
     def remove(self, model: nn.Module, names: Iterable[str]) -> nn.Module:
@@ -583,7 +631,19 @@ class TorchBackend(Backend):
         super().check_writable(model, layers, saved)
         owner, record = _owner(model)
         counts, modules = _parameter_counts(owner), self.modules(owner)
+        banks = {} if record is None else _banks(owner, record)
         for path in layers:
+            site = self.site(modules[path], path)
+            heads = set() if record is None else record.seen.heads
+            bank = banks.get(path)
+            embeds = isinstance(site.kind, Embedding) and isinstance(bank, LayerBank) and not bank.holds
+            embeds = embeds and not isinstance(bank, TokenBank)
+            if embeds and (path in heads or self._unseen_reader(model, site)):
+                raise LayerError(
+                    f"{path}: another module takes the weight of this embedding for a head, by a function, which "
+                    "merging would change too; leave the adapter unmerged"
+                    + ("" if path in heads else ", or run the model once, so that it is seen whether it does")
+                )
             for name, parameter in _own_parameters(modules[path]).items():
                 tokens = record is not None and any(path in own.tokens for own in record.adapters.values())
                 if is_sharded(parameter) and tokens:
@@ -947,33 +1007,67 @@ def _reader_of(layer: Any, path: str, modules: Mapping[str, Any]) -> nn.Module |
     return None if known else layer
 
 
-def _watch(owner: nn.Module, args: Any) -> None:
-    """Forward pre-hook of an adapted model: have a `Watch` look at the first forward."""
-    if is_transformed() or getattr(owner, "_is_replica", False):
+def _watch_from_now_on(owner: nn.Module, record: _Record, modules: Mapping[str, Any]) -> None:
+    """Have the next forwards watched, for layers that nobody has seen."""
+    record.seen.forwards = {True: 0, False: 0}
+    paths = record.paths
+    inner = {path[: at.start()] for path in paths for at in re.finditer(r"\.", path)} & modules.keys()
+    for module in [] if "" in paths else [owner, *(modules[path] for path in inner)]:
+        WATCHED[module] = ref(owner)
+        module._forward_pre_hooks[WATCH_KEY] = _watch
+        module._forward_hooks[WATCH_KEY] = _stop_watching
+        module._forward_hooks_always_called[WATCH_KEY] = True
+
+
+def _watch(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of an adapted model, and of the modules within: have a `Watch` look at the first forwards."""
+    if is_transformed() or getattr(module, "_is_replica", False):
+        return
+    owner = _watched(module)
+    if owner is None or vars(owner).get(WATCH) is not None:
         return
     record: _Record = vars(owner)[RECORD]
-    if owner.training in record.watched or vars(owner).get(WATCH) is not None:
+    banks = _computed(owner, record)
+    if not banks or record.seen.done(owner.training, banks.keys()):
         return
     modules = TorchBackend().modules(owner)
-    banks = _banks(owner, record)
     layers = {path: (modules[path], bank) for path, bank in banks.items() if path in modules}
-    setattr(owner, WATCH, Watch(layers).__enter__())
+    watch = Watch(layers, record.seen, owner.training, module)
+    # That of parts which run as they are written meanwhile is to be short.
+    watch.compiled = any(
+        m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in owner.modules()
+    )
+    setattr(owner, WATCH, watch.__enter__())
 
 
-def _stop_watching(owner: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook that undoes `_watch`, for good once a forward of each mode has read the weights."""
+def _stop_watching(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook that undoes `_watch`, for good once everything was seen in both modes."""
     if torch.compiler.is_compiling():
         return
-    watch: Watch | None = vars(owner).get(WATCH)
-    if watch is not None and watch.thread == get_ident():
-        del vars(owner)[WATCH]
-        watch.__exit__(None, None, None)
-        if watch.finished:
-            record: _Record = vars(owner)[RECORD]
-            record.watched = record.watched | {owner.training}
-            if len(record.watched) == 2:
-                _forget_watch(owner)
-            watch.tell()
+    owner = _watched(module)
+    watch: Watch | None = None if owner is None else vars(owner).get(WATCH)
+    if owner is None or watch is None or watch.began is not module or watch.thread != get_ident():
+        return
+    del vars(owner)[WATCH]
+    watch.__exit__(None, None, None)
+    record: _Record = vars(owner)[RECORD]
+    watch.end()
+    paths = _computed(owner, record).keys()
+    if all(record.seen.done(mode, paths) for mode in (True, False)):
+        _forget_watch(owner)
+
+
+def _computed(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
+    """Return the banks of layers whose adapters are active."""
+    return {path: bank for path, bank in _banks(owner, record).items() if bank.computed}
+
+
+def _watched(module: nn.Module) -> nn.Module | None:
+    """Return the adapted model that a module is, or is a part of; None for a part that was copied alone."""
+    if RECORD in vars(module):
+        return module
+    owner = WATCHED.get(module, lambda: None)()
+    return owner if owner is not None and RECORD in vars(owner) else None
 
 
 def _forget_watch(owner: nn.Module) -> None:
@@ -981,8 +1075,9 @@ def _forget_watch(owner: nn.Module) -> None:
     top = torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
     if watch is not None and top is watch:
         watch.__exit__(None, None, None)
-    for table in (owner._forward_pre_hooks, owner._forward_hooks, owner._forward_hooks_always_called):
-        table.pop(WATCH_KEY, None)
+    for module in owner.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+            table.pop(WATCH_KEY, None)
 
 
 def _banks(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:

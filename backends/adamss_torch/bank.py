@@ -32,6 +32,7 @@ __all__ = [
     "CHILD",
     "LayerBank",
     "Off",
+    "OffWithGradients",
     "OnLoan",
     "PartBanks",
     "TokenBank",
@@ -317,6 +318,17 @@ class Off(OnLoan):
 
     def __bool__(self) -> bool:
         return False
+
+
+class OffWithGradients(OnLoan):
+    """An attribute that is false as long as gradients are recorded.
+
+    By ``use_nested_tensor`` `torch.nn.TransformerEncoder` takes a path for layers that are not trained, on which
+    there are no gradients of inputs. It looks at Parameters of its own alone, which are frozen.
+    """
+
+    def __bool__(self) -> bool:
+        return bool(self.former and self.former[0]) and not torch.is_grad_enabled()
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from adamss.backend import Kind, Kinds, LinearKind, View
 from adamss.backend.sites import Fragment
@@ -24,6 +25,7 @@ __all__ = [
     "Projection",
     "fragments",
     "kinds",
+    "parameter_refusal",
     "refusal",
 ]
 
@@ -208,6 +210,22 @@ kinds = Kinds(
 def refusal(module: object) -> str | None:
     """Return what a module is that is not adapted on purpose, as a clause; None for others."""
     return next((why for kind, why in REFUSED.items() if isinstance(module, kind)), None)
+
+
+def parameter_refusal(module: nn.Module, parameter: Tensor) -> str:
+    """Return what a Parameter is that is none of `fragments`, as a noun."""
+    name = type(module).__name__
+    if why := refusal(module):
+        return f"a Parameter of a {name}, {why}"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"a Parameter of a {name}, of which targets name the projections, {', '.join(PROJECTIONS)}"
+    if isinstance(module, ParametrizationList):
+        return "a Parameter within a parametrization, which computes the weight from it"
+    if isinstance(module, CONTAINERS):
+        return f"an entry of a {name}, of which nobody knows who reads it"
+    if parameter.ndim > 3:
+        return f"a Parameter of {parameter.ndim} axes, which are no matrix, nor matrices beside each other"
+    return f"a Parameter of shape {tuple(parameter.shape)} of a {name}, which is no matrix that can be adapted alone"
 
 
 def fragments(module: object) -> Iterator[tuple[str, Part]]:

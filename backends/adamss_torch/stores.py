@@ -154,7 +154,10 @@ def exchanged(tensor: Tensor, value: Tensor) -> Tensor:
         copy_into(tensor.detach(), value)
         return before
     before = tensor.data
-    tensor.data = value.detach().to(device=before.device, dtype=before.dtype).contiguous()
+    value = value.detach().to(device=before.device, dtype=before.dtype)
+    if value.stride() != before.stride():  # as PyTorch keeps it, maybe channels last
+        value = torch.empty_like(before).copy_(value)
+    tensor.data = value
     return before
 
 

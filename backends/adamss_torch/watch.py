@@ -1,10 +1,15 @@
-"""Who reads the weights of an adapted model: seen in its first forward, in training and in evaluation."""
+"""Who reads the weights of an adapted model: seen in its first forwards, in training and in evaluation."""
 
 from __future__ import annotations
 
+import ast
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from functools import cache
+from inspect import getsource
+from textwrap import dedent
 from threading import get_ident
 from typing import Any
 
@@ -21,7 +26,7 @@ from adamss_torch.kinds import Embedding, Part
 from adamss_torch.stores import execution_device
 from adamss_torch.tokens import TrainedRows
 
-__all__ = ["Watch"]
+__all__ = ["Seen", "Watch", "seems_to_read"]
 
 CHECKPOINT = checkpoint.__file__
 
@@ -41,9 +46,61 @@ FORM = {
 }
 """Functions of a tensor that read no number of it."""
 
+FORM_ATTRIBUTES = ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "itemsize")
+CHECKS = ("isinstance", "hasattr", "type")
+NO_FORWARD = (
+    "__init__",
+    "_init",
+    "init_",
+    "reset_",
+    "_reset",
+    "post_init",
+    "tie_",
+    "extra_repr",
+    "load",
+    "resize",
+)
+
+
+FORWARDS = 100
+"""So many are watched at most, for a layer that none of them has called: in a block that is dropped now and then."""
+
+
+@dataclass
+class Seen:
+    """What was seen in the forwards of a model so far, in training (True) and in evaluation (False).
+
+    Attributes
+    ----------
+    paths
+        The adapted layers whose weights were read.
+    forwards
+        How many forwards that read any of them were watched.
+    told
+        Layers of which something was told.
+    heads
+        Embeddings whose weight somebody takes for a head, by a function.
+    """
+
+    paths: dict[bool, set[str]] = field(default_factory=lambda: {True: set(), False: set()})
+    forwards: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    told: set[str] = field(default_factory=set)
+    heads: set[str] = field(default_factory=set)
+
+    @property
+    def every(self) -> set[str]:
+        """The layers whose weights were read in either mode."""
+        return self.paths[True] | self.paths[False]
+
+    def done(self, training: bool, paths: Set[str]) -> bool:
+        """Whether these layers were all seen in a mode, or enough forwards have passed."""
+        return self.forwards[training] >= FORWARDS or (
+            self.forwards[training] > 0 and paths <= self.paths[training]
+        )
+
 
 class Watch(TorchFunctionMode):
-    """Sees, in the forward of a model, who reads the weights of adapted layers.
+    """Sees, in a forward of a model, who reads the weights of adapted layers.
 
     If another module reads a weight than the layer itself, or reads a Parameter outside of the forward of its module,
     its update is put in place there too: at once, and whenever that module runs from then on. Otherwise the adapter
@@ -54,25 +111,43 @@ class Watch(TorchFunctionMode):
     ----------
     layers
         Adapted layers and Parameters by path, with their banks.
+    seen
+        What is added to.
+    training
+        The mode of the model.
+    began
+        The module whose forward it is.
     """
 
     active = 0
     """How many of them are in force: whoever counts `torch.overrides` modes leaves these out."""
 
-    def __init__(self, layers: Mapping[str, tuple[nn.Module | Part, Any]]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, tuple[nn.Module | Part, Any]],
+        seen: Seen,
+        training: bool,
+        began: nn.Module,
+    ) -> None:
         super().__init__()
         self.thread = get_ident()  # a mode is in force in one thread
+        self.began, self.training, self.seen = began, training, seen
+        self.compiled = False
+        self.found_readers = False
         self._eager: Any = None
         self._weights: dict[int, tuple[str, nn.Module | Part, Any]] = {}
+        self._paths = {id(bank): path for path, (_, bank) in layers.items()}
         for path, (layer, bank) in layers.items():
             weight: Any = layer.module._parameters.get(layer.name) if isinstance(layer, Part) else None
             # accelerate reads and moves the weights that it offloads, in the name of whoever runs.
             if not isinstance(layer, Part) and execution_device(layer) is None:
                 weight = layer._parameters.get(bank.kind.weight)
+            if id(weight) in STANDING:  # in a forward that has begun
+                weight = STANDING[id(weight)].original
             if weight is not None and bank.computed:
                 self._weights[id(weight)] = path, layer, bank
-        self._read: set[int] = set()
-        self._others: dict[int, str] = {}
+        self._read: set[str] = set()
+        self._others: dict[str, str] = {}
 
     def __enter__(self) -> Any:
         Watch.active += 1
@@ -87,10 +162,23 @@ class Watch(TorchFunctionMode):
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
 
-    @property
-    def finished(self) -> bool:
-        """Whether the forward has read any of them: one with other tensors in their places shows nothing."""
-        return bool(self._read or self._others)
+    def end(self) -> None:
+        """Note what was seen, and tell of layers that were not called, but others which have the same weight."""
+        if not (self._read or self._others):
+            return  # others stood in the places of the weights, as in `torch.func.functional_call`
+        self.seen.paths[self.training] |= self._read
+        # Once more where readers were found: is what they read then W + delta?
+        self.seen.forwards[self.training] += FORWARDS if self.compiled else not self.found_readers
+        every = self.seen.every | self.seen.told
+        for path, name in self._others.items():
+            if path not in every:
+                self.seen.told.add(path)
+                warnings.warn(
+                    f"{path}: the forward has called another {name} of the same weight, and not this one, whose "
+                    "adapter had no effect; name the other in targets",
+                    AdamssWarning,
+                    stacklevel=3,
+                )
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -100,43 +188,44 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         given = {id(tensor): tensor for tensor in _tensors((*args, *kwargs.values()))}
         for key in given.keys() & STANDING.keys():
-            self._check_checkpoint(STANDING[key])
+            place = STANDING[key]
+            self._check_checkpoint(place)
+            self._read |= {self._paths[id(bank)] for bank, _, _ in place.banks if id(bank) in self._paths}
         found = {key: weight for key, weight in given.items() if key in self._weights}
         if not found or _asks_for_form(func, args, found):
             return func(*args, **kwargs)
-        reader, new = _reader(), {}
+        new = {}
         for key, weight in found.items():
-            _, layer, bank = self._weights[key]
+            path, layer, bank = self._weights[key]
+            reader = _reader(weight)
+            owner = layer.module if isinstance(layer, Part) else layer
             # None: we, who put W + delta in its place. What a compiler has made has the layer's own product in it.
             own = (reader is layer and bank.hooked) or any(reader is module for module, _ in bank.sharing)
             if reader is None or own or isinstance(reader, Adapter | TrainedRows | GraphModule):
-                self._read.add(key)
-            elif not isinstance(layer, Part) and reader is not layer and _has(reader, weight):
-                if isinstance(reader, type(layer)):
-                    self._others.setdefault(key, type(reader).__name__)
-            elif key in self._read and isinstance(bank.kind, Embedding) and not bank.sharing:
-                self._tell_of_head(key, reader)
+                self._read.add(path)
+            elif reader is not owner and _has(reader, weight):
+                if isinstance(reader, type(owner)):
+                    self._others.setdefault(path, type(reader).__name__)
+            elif path in self._read and isinstance(bank.kind, Embedding) and not bank.sharing:
+                self._tell_of_head(path, reader)
+            elif any(place.original is weight for place in bank.places):
+                self.found_readers = True  # and in every forward from now on
+                raise LayerError(
+                    f"{path}: {type(reader).__name__} keeps its weight in a place of its own, where W + delta cannot "
+                    "be put; leave it out of targets"
+                )
             else:
                 new[key] = self._updated(key, weight, reader)
+                self._read.add(path)
         if not new:
             return func(*args, **kwargs)
-        self._read |= new.keys()
         values = _exchanged(tuple(kwargs.values()), new)
         return func(*_exchanged(args, new), **dict(zip(kwargs, values, strict=True)))
-
-    def tell(self) -> None:
-        """Tell of layers that were not called, but others like them which have the same weight."""
-        for key in self._others.keys() - self._read:
-            warnings.warn(
-                f"{self._weights[key][0]}: the forward has called another {self._others[key]} of the same weight, "
-                "and not this one, whose adapter had no effect; name the other in targets",
-                AdamssWarning,
-                stacklevel=3,
-            )
 
     def _updated(self, key: int, weight: Tensor, reader: nn.Module) -> Tensor:
         """Return W + delta for whoever reads W, and put it in place there from now on."""
         path, layer, bank = self._weights[key]
+        self.found_readers = True
         if not readable(weight):
             raise LayerError(
                 f"{path}: {type(reader).__name__} reads its weight, a {type(weight).__name__}, past the layer, where "
@@ -149,13 +238,13 @@ class Watch(TorchFunctionMode):
             place = put(reader, module, name, bank, None, view)
         return place.updated(weight)
 
-    def _tell_of_head(self, key: int, reader: nn.Module) -> None:
+    def _tell_of_head(self, path: str, reader: nn.Module) -> None:
         """Tell, once, of a head that takes the weight of an embedding which is called too: that alone is adapted."""
-        if self._others.setdefault(key, "") != "head":
-            self._others[key] = "head"
+        if path not in self.seen.heads:
+            self.seen.heads.add(path)
             warnings.warn(
-                f"{self._weights[key][0]}: {type(reader).__name__} takes the weight of this embedding for a head "
-                "too, which goes on with the base weight; once merged, both have the update: leave it unmerged",
+                f"{path}: {type(reader).__name__} takes the weight of this embedding for a head too, which goes on "
+                "with the base weight; once merged, both have the update: leave it unmerged",
                 AdamssWarning,
                 stacklevel=2,
             )
@@ -179,6 +268,40 @@ class Watch(TorchFunctionMode):
             frame = frame.f_back
 
 
+@cache
+def _lookups(kind: Any) -> frozenset[tuple[str, str]]:
+    """Return which attributes of its children a class looks up in its source: (child, attribute) of ``self.child.x``.
+
+    Not those of which it asks for the form alone, nor in methods that run before or after a training.
+    """
+    found = set()
+    for each in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        try:
+            tree = ast.parse(dedent(getsource(each)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for method in ast.walk(tree):
+            if not isinstance(method, ast.FunctionDef) or method.name.startswith(NO_FORWARD):
+                continue
+            this = method.args.args[0].arg if method.args.args else ""
+            above = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+            for node in ast.walk(method):
+                if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Attribute):
+                    continue
+                outer, owner = above.get(node), node.value.value
+                asks = isinstance(outer, ast.Attribute) and outer.attr in {*FORM, *FORM_ATTRIBUTES}
+                asks = asks or (isinstance(outer, ast.Call) and getattr(outer.func, "id", "") in CHECKS)
+                if isinstance(owner, ast.Name) and owner.id == this and not asks:
+                    found.add((node.value.attr, node.attr))
+    return frozenset(found)
+
+
+def seems_to_read(module: nn.Module | None, child: str, name: str) -> bool:
+    """Whether a module reads an array of one of its children itself, by what its source says."""
+    kind: Any = type(module)
+    return isinstance(module, nn.Module) and (child, name) in _lookups(kind)
+
+
 def _has(module: nn.Module, weight: Tensor) -> bool:
     """Whether a tensor is one of the Parameters of a module."""
     return any(own is weight for own in module._parameters.values())
@@ -194,19 +317,26 @@ def _asks_for_form(func: Any, args: tuple[Any, ...], found: Mapping[int, Tensor]
     return name in FORM or name.endswith("_like") or name.startswith("new_")
 
 
-def _reader() -> nn.Module | None:
-    """Return the innermost module whose forward is running, or one that a compiler made; None for ourselves."""
+def _reader(weight: Tensor) -> nn.Module | None:
+    """Return the module that has looked up a weight, or one that a compiler made; None for ourselves.
+
+    It is the innermost one whose forward is running, but for those that were given the weight as an argument.
+    """
     frame: Any = sys._getframe(2)
+    found = None
     while frame is not None:
         module = frame.f_locals.get("self")
         if frame.f_code is Place.updated.__code__:
             return None
-        if isinstance(module, GraphModule) or (
-            frame.f_code.co_name == "_call_impl" and isinstance(module, nn.Module)
-        ):
+        if isinstance(module, GraphModule):
             return module
+        if frame.f_code.co_name == "_call_impl" and isinstance(module, nn.Module):
+            found = module
+            given = (*frame.f_locals.get("args", ()), *frame.f_locals.get("kwargs", {}).values())
+            if all(tensor is not weight for tensor in _tensors(given)):
+                return module
         frame = frame.f_back
-    return None
+    return found
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

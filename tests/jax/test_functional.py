@@ -120,7 +120,9 @@ def test_vmap_over_inputs_is_the_batched_call(variant, order, x64):
 def test_vmap_over_layers_and_their_factors(variant, order, x64):
     """Labels and masks differ from layer to layer: nothing of them is a constant of the program."""
     layers = [problem(variant, seed=seed) for seed in range(3)]
-    layers[2] = layers[2]._replace(factors=layers.bank.only().layers[2]._replace(active=np.asarray([False, True, True])))
+    layers[2] = layers[2]._replace(
+        factors=layers.bank.only().layers[2]._replace(active=np.asarray([False, True, True]))
+    )
     assert len({tuple(p.factors.labels) for p in layers}) == 3
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(on_device, layers))
     y, trained, dx = gradients(stacked, jax.jit(jax.vmap(by(order))))

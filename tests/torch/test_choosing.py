@@ -93,8 +93,9 @@ def test_an_expression_of_which_nothing_can_be_adapted_is_an_error():
 
 
 def test_a_parameter_of_a_module_of_a_known_kind_is_none_to_name():
-    for name in ("fc.weight", "in_proj_weight", "norm.weight"):
-        with pytest.raises(errors.TargetError, match="match no module"):
+    reasons = {"fc.weight": "match no module", "in_proj_weight": "name the projections, q_proj"}
+    for name, reason in {**reasons, "norm.weight": "match no module"}.items():
+        with pytest.raises(errors.TargetError, match=reason):
             adamss.attach(Net(), adamss.AdamssConfig(targets=[name]))
 
 
@@ -234,3 +235,39 @@ def test_default_targets_are_those_of_peft():
     theirs = constants.TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING
     as_ours = {kind: names if isinstance(names, str) else tuple(names) for kind, names in theirs.items()}
     assert {**as_ours, "vit": DEFAULT_TARGETS["vit"]} == DEFAULT_TARGETS
+
+
+def test_parameters_that_cannot_be_adapted_say_why():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel, self.row = nn.Parameter(torch.randn(2, 3, 4, 5)), nn.Parameter(torch.randn(1, 8))
+            self.fc, self.lstm = nn.Linear(8, 8), nn.LSTM(8, 8)
+            self.some = nn.ParameterList([torch.randn(8, 8)])
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+    reasons = {
+        "kernel": "4 axes",
+        "row": r"of shape \(1, 8\)",
+        "weight_ih_l0": "recurrent",
+        "some.0": "of a ParameterList",
+        "parametrizations.weight.original1": "within a parametrization",
+    }
+    for target, reason in reasons.items():
+        with pytest.raises(errors.TargetError, match=rf"{target} is .*{reason}"):
+            chosen(Odd(), targets=[target])
+    with pytest.warns(errors.AdamssWarning, match=r"left out: kernel is .*4 axes"):
+        assert chosen(Odd(), targets="kernel|fc") == ["fc"]
+    with pytest.raises(errors.TargetError, match=r"a list of names is \['fc'\]"):
+        chosen(nn.Sequential(Odd()), targets="fc")
+
+
+def test_biases_that_are_not_adapted_are_told():
+    with pytest.warns(errors.AdamssWarning, match=r"include_bias: conv is a Conv1d"):
+        adamss.attach(Net(), adamss.AdamssConfig(targets=["conv", "fc", "embed"], include_bias=True, **SMALL))
+
+
+def test_what_lies_in_another_layer_is_a_part_of_it():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].original = nn.Linear(8, 8)
+    assert chosen(model, targets="all-linear") == ["0", "1"]

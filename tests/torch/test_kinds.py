@@ -472,18 +472,126 @@ class LaterPath(nn.Module):
         return self.fc(x) if self.training else x @ self.fc.weight.t()
 
 
-@pytest.mark.parametrize("make", [Outside, LaterPath])
+class Given(nn.Module):
+    """It gives the weight of a layer to another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.product = nn.Linear(12, 12, bias=False), Product()
+
+    def forward(self, x):
+        return self.product(x, self.fc.weight)
+
+
+class Product(nn.Module):
+    def forward(self, x, weight):
+        return x @ weight.t()
+
+
+class Dropped(nn.Module):
+    """Of its blocks, the second does not run in the first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.forwards = nn.ModuleList([Given(), Given()]), 0
+
+    def forward(self, x):
+        self.forwards += 1
+        return self.run(x) if self.forwards > 1 else self.blocks[0](x)
+
+    def run(self, x):
+        return self.blocks[1](self.blocks[0](x))
+
+
+@pytest.mark.parametrize("make", [Outside, LaterPath, Given, Dropped, Router])
 def test_parameters_that_are_read_outside_of_a_forward(make):
     torch.manual_seed(0)
-    model, x = nn.Sequential(make()), torch.randn(3, 12)
-    targets = ["own.weight", "k_proj", "attn.out_proj"] if make is Outside else ["fc"]
+    # A model that reads a Parameter of its own is a case of its own too.
+    model, x = make() if make is Router else nn.Sequential(make()), torch.randn(3, 12)
+    targets = {Outside: ["own.weight", "k_proj", "attn.out_proj"], Router: ["weight"]}.get(make, ["fc"])
     adamss.attach(model, adamss.AdamssConfig(targets=targets, rank=6, subspaces=3))
     for adapter in adapters_of(model).values():
         adapter.C.data.normal_()
+    if make is Dropped:
+        model(x)
     outputs = [model.train(mode)(x) for mode in (True, True, False, False)]
     merged = adamss.merge(model)(x)
     for output in outputs:
         torch.testing.assert_close(output, merged, atol=1e-4, rtol=1e-4)
+
+
+def test_parts_of_a_model_that_has_not_run_as_a_whole():
+    torch.manual_seed(0)
+    model, x = Dropped(), torch.randn(3, 12)
+    adamss.attach(model, adamss.AdamssConfig(targets=["fc"], rank=6, subspaces=3))
+    for adapter in adapters_of(model).values():
+        adapter.C.data.normal_()
+    outputs = [model.run(x) for _ in range(3)]
+    for output in outputs:
+        torch.testing.assert_close(output, adamss.merge(copy.deepcopy(model)).run(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_weight_that_is_kept_elsewhere_is_refused():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(12, 12)
+            self.kept = [self.fc.weight]
+
+        def forward(self, x):
+            return x @ self.kept[0]
+
+    model, x = nn.Sequential(Keeps()), torch.randn(3, 12)
+    adamss.attach(model, adamss.AdamssConfig(targets=["fc"], rank=6, subspaces=3))
+    model(x)
+    for _ in range(2):
+        with pytest.raises(errors.LayerError, match=r"^0\.fc: Keeps keeps its weight in a place of its own"):
+            model(x)
+
+
+def test_a_parameter_that_another_module_has_too():
+    class Turn(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            return torch.tanh(x @ self.weight)
+
+    weight, x = nn.Parameter(torch.randn(12, 12)), torch.randn(3, 12)
+    model = nn.Sequential(Turn(weight), Turn(weight))
+    with pytest.warns(errors.AdamssWarning, match=r"attach: 0\.weight is one tensor with 1\.weight"):
+        adamss.attach(model, adamss.AdamssConfig(targets=["0.weight"], rank=6, subspaces=3))
+    for adapter in adapters_of(model).values():
+        adapter.C.data.normal_()
+    assert torch.equal(model(x), model(x))
+    with pytest.warns(errors.AdamssWarning, match="a merged weight of its own"):
+        torch.testing.assert_close(model(x), adamss.merge(model)(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_tokens_of_an_encoder_in_evaluation_with_gradients():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    adamss.attach(model, adamss.AdamssConfig(targets=["linear1", "self_attn"], rank=4, subspaces=2))
+    for adapter in adapters_of(model).values():
+        adapter.C.data.normal_(std=0.1)
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 3 + [True] * 2, [False] * 4 + [True]])
+    outputs = [model(x, src_key_padding_mask=mask)[~mask] for _ in range(3)]
+    with torch.no_grad():
+        outputs += [model(x, src_key_padding_mask=mask)[~mask] for _ in range(3)]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-5)
+    assert adamss.detach(model).use_nested_tensor is True
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_transformations_of_a_model_that_has_not_run():
+    model, x, config = made("parameter")
+    model = adamss.attach(model, config)
+    torch.func.grad(lambda x: model(x).sum())(x)
+    pickle.dumps(model)
+    model = adamss.attach(made("parameter")[0], config)
+    assert torch.equal(torch.jit.trace(model, x, check_trace=True)(x), model(x))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -611,10 +719,10 @@ def test_parts_of_a_model_are_compiled_once(what):
     if what == "blocks":
         for block in model:
             block.compile(backend=compiled, fullgraph=True)
-    for _ in range(4):
+    for _ in range(5):
         model(torch.randn(3, 12)).sum().backward()
         graphs.append(compiled.frame_count)
-    assert graphs[0] == 0 < graphs[1] == graphs[-1]
+    assert graphs[0] == 0 < graphs[2] == graphs[-1]
     assert all(adapter.C.grad.any() for adapter in adapters_of(model).values())
 
 
@@ -640,9 +748,9 @@ NO_LORA = {
     "conv2d reflect": r"^inner\.0 is a Conv2d with padding_mode = 'reflect', which PEFT's LoRA leaves out",
     "conv2d standardised": r"^inner\.0: its weight is read by Standardised, where PEFT's LoRA would have no effect",
     "conv2d of its own": r"^inner\.0: its weight is read by SamePadded, where PEFT's LoRA would have no effect",
-    "attention packed": r"^inner\.attn\.q_proj is a Projection, for the update of which PEFT",
-    "attention separate": r"^inner\.attn\.q_proj is a Projection, for the update of which PEFT",
-    "attention, two of four": r"^inner\.attn\.v_proj is a Projection, for the update of which PEFT",
+    "attention packed": r"^inner\.attn\.q_proj is a Projection, whose update to_lora has no form for",
+    "attention separate": r"^inner\.attn\.q_proj is a Projection, whose update to_lora has no form for",
+    "attention, two of four": r"^inner\.attn\.v_proj is a Projection, whose update to_lora has no form for",
     "weight read by others": r"^inner\.dt_proj: its weight is read by Mixer, where PEFT's LoRA would have no effect",
 }
 
@@ -746,6 +854,12 @@ def test_an_embedding_that_is_tied_to_a_head_is_adapted_alone(layer):
         with pytest.warns(errors.AdamssWarning, match="it has a merged weight of its own now"):
             adamss.merge(model)
         torch.testing.assert_close(model(ids), expected)
+        return
+    for each in model, adamss.attach(Tied(layer), config):  # seen in its forward, and in its source
+        with pytest.raises(
+            errors.LayerError, match=r"^embed: another module takes the weight of this embedding"
+        ):
+            adamss.merge(each)
 
 
 def test_a_store_that_tells_its_noise_is_dequantised_if_asked():

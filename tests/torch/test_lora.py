@@ -179,10 +179,41 @@ def test_dense_layers_that_peft_takes_for_experts(tmp_path):
     )
 
 
+class Product(torch.nn.Module):
+    """It reads two Parameters of its own, and has a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (torch.nn.Parameter(torch.randn(16, 16) / 4) for _ in range(2))
+        self.fc = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.fc(x) @ self.left @ self.right
+
+
+def test_layers_within_a_module_of_which_parameters_are_adapted(tmp_path):
+    """PEFT wraps the module, once for each Parameter."""
+    torch.manual_seed(0)
+    base, x = torch.nn.Sequential(torch.nn.Sequential(Product()), torch.nn.Linear(16, 16)), torch.randn(3, 16)
+    model = copy.deepcopy(base)
+    adamss.attach(model, adamss.AdamssConfig(targets=["left", "right", "fc", "1"], rank=8, subspaces=3))
+    for module in model.modules():
+        if hasattr(module, "ranks"):
+            module.C.data.normal_(std=0.3)
+    adamss.to_lora(model, tmp_path)
+    torch.testing.assert_close(with_lora(base, tmp_path)(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 def test_what_peft_refuses_of_mamba_is_told(tmp_path):
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=8)
     model = transformers.MambaModel(config)
     adamss.attach(model, adamss.AdamssConfig(targets=["out_proj"], rank=8, subspaces=3))
+    # On a GPU its kernel does.
+    with pytest.raises(
+        errors.LayerTypeError, match=r"out_proj: by its source, MambaMixer reads its weight itself"
+    ):
+        adamss.to_lora(model, tmp_path)
+    model(torch.ones(1, 3, dtype=torch.long))
     with pytest.warns(
         errors.AdamssWarning, match=r"layers\.0\.mixer\.out_proj: PEFT loads no LoRA of such a layer"
     ):

@@ -652,7 +652,7 @@ REFUSED = {
         "untied",
         {"modules_to_save": ["embed"]},
         errors.TargetError,
-        r"'embed' is matched for adapting or saving",
+        r"trained_tokens trains rows of 'embed', which lies within 'embed' that modules_to_save trains whole",
     ),
     "head saved": (
         "tied",
