@@ -14,9 +14,9 @@ import numpy as np
 from adamss.config import AdamssConfig
 from adamss.core import Factors, only
 from adamss.core._array import Array, device, namespace
-from adamss.errors import StateError
+from adamss.errors import LayerError, StateError
 
-__all__ = ["DEFAULT", "Adaptation", "Bank", "Ledger", "Rows", "State", "Values", "scaled"]
+__all__ = ["DEFAULT", "Adaptation", "Bank", "Ledger", "Route", "Rows", "State", "Values", "rows_of", "scaled"]
 
 DEFAULT = "default"
 """Name of an adapter that was given none."""
@@ -48,6 +48,24 @@ class State(NamedTuple):
     trainable: bool
     trained: bool
     kept: Values
+
+
+class Route(NamedTuple):
+    """Which adapter each row of a batch goes through.
+
+    Attributes
+    ----------
+    names
+        Of the adapters that rows may go through.
+    rows
+        For each row the number of its adapter among the names, -1 for none.
+    axis
+        Of the inputs of layers, along which the rows lie.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +172,8 @@ class Bank:
         As of `Ledger`.
     disabled
         Whether the model is switched off at the moment.
+    route
+        The adapters of the rows of a batch, in the place of those that are active, as long as `adamss.routed` lasts.
     """
 
     adapters: Mapping[str, Adaptation] = field(default_factory=dict)
@@ -161,6 +181,7 @@ class Bank:
     base: Mapping[str, Mapping[str, Array] | None] = field(default_factory=dict)
     layers: Mapping[str, Any] = field(default_factory=dict)
     disabled: bool = False
+    route: Route | None = None
 
     def __bool__(self) -> bool:
         return bool(self.adapters)
@@ -197,7 +218,13 @@ class Bank:
         return tuple(dict.fromkeys(path for each in self.adapters.values() for path in each.layers))
 
     def computed(self, path: str) -> list[Factors]:
-        """Return the factors whose updates are added to the product of a layer: without what its weight holds."""
+        """Return the factors whose updates are added to the product of a layer: without what its weight holds.
+
+        In a `route`, those of all its adapters, of which each row gets one.
+        """
+        if self.route is not None:
+            own = [self.adapters[name].layers.get(path) for name in self.route.names]
+            return [factors for factors in own if factors is not None]
         found = []
         for each in self.adapters.values():
             factors = each.layers.get(path)
@@ -209,9 +236,45 @@ class Bank:
             found.append(scaled(factors, each.weight))
         return found
 
+    def numbers(self, path: str, x: Array) -> Array | None:
+        """Return which of `computed` each row of an input goes through, as `adamss.core.linear` takes it; or None.
+
+        Raises
+        ------
+        LayerError
+            If the input has another number of rows, and no whole multiple of it.
+        """
+        if self.route is None:
+            return None
+        has = [path in self.adapters[name].layers for name in self.route.names]
+        # Numbers among those that adapt this layer.
+        numbers = [sum(has[:number]) if has[number] else -1 for number in range(len(has))]
+        rows = np.asarray([-1 if row < 0 else numbers[row] for row in self.route.rows])
+        share = rows_of(path, x.shape[:-1], len(rows), self.route.axis)
+        shape = [1] * (len(x.shape) - 1)
+        shape[self.route.axis] = -1
+        return namespace(x).asarray(np.repeat(rows, share).reshape(shape), device=device(x))
+
     def changed(self, name: str, **values: Any) -> Bank:
         """Return the bank with other values of some fields of one adapter."""
         return replace(self, adapters={**self.adapters, name: replace(self.adapters[name], **values)})
+
+
+def rows_of(path: str, leading: tuple[int, ...], rows: int, axis: int) -> int:
+    """Return how many entries of the input of a layer, along one of its leading axes, belong to each row of a batch.
+
+    Raises
+    ------
+    LayerError
+        If its axis is no multiple of the rows.
+    """
+    length = leading[axis] if axis < len(leading) else 0
+    if length == 0 or length % rows or (axis and length != rows):
+        raise LayerError(
+            f"{path}: axis {axis} of its input, of {tuple(leading)} entries, is no multiple of the {rows} rows of "
+            "the route; leave the layer out of targets, or run the rows apart"
+        )
+    return length // rows
 
 
 def scaled(factors: Factors, weight: float) -> Factors:

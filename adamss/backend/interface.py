@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
-from adamss.backend.bank import DEFAULT, Adaptation, Bank, Ledger, Rows, State, Values
+from adamss.backend.bank import DEFAULT, Adaptation, Bank, Ledger, Route, Rows, State, Values
 from adamss.backend.sites import BaseWeight, Kinds, LoraForm, Site, StackedLayer
 from adamss.backend.stores import Stores
 from adamss.backend.tensors import StoredTensor
@@ -574,6 +574,20 @@ class Models(ABC):
     def switched(self, model: Model, *, on: bool) -> Model:
         """Return the model with its adapters in what it computes, or (while `adamss.disabled` lasts) without them."""
 
+    def routed(self, model: Model, route: Route | None) -> Model:
+        """Return the model in which each row of a batch goes through an adapter of its own, None for as before.
+
+        What is compiled does not depend on the rows, if there are as many.
+
+        Raises
+        ------
+        LayerError
+            If a layer cannot be routed, because it has one weight for all rows; the message names it.
+        StateError
+            If the backend has no routing.
+        """
+        raise StateError(f"routed: the backend {type(self).__name__} cannot route the rows of a batch")
+
 
 class ValueModels(Models):
     """Models that are values and have a field for a `Bank`: what is attached is one more value, and no code.
@@ -669,6 +683,10 @@ class ValueModels(Models):
     def switched(self, model: Model, *, on: bool) -> Model:
         """See `Models.switched`."""
         return self.with_bank(model, replace(self.bank(model), disabled=not on))
+
+    def routed(self, model: Model, route: Route | None) -> Model:
+        """See `Models.routed`; the layers pass `Bank.numbers` of their input to `adamss.core.linear`."""
+        return self.with_bank(model, replace(self.bank(model), route=route))
 
 
 class Backend(Arrays, Processes, Models):

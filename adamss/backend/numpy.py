@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,15 +35,19 @@ class NumpyLinear:
         Bias (n,) or None.
     computed
         What is added to the frozen product: `Bank.computed`.
+    route
+        Says by the input which of these is added to each of its rows; None for all.
     """
 
     W: Array
     b: Array | None = None
     computed: tuple[Factors, ...] = ()
+    route: Callable[[Array], Array | None] | None = None
 
     def __call__(self, x: Array) -> Array:
         """Return the output (..., n) for inputs (..., d)."""
-        return np.asarray(core.linear(x, self.W, self.b, *self.computed))
+        route = None if self.route is None else self.route(x)
+        return np.asarray(core.linear(x, self.W, self.b, *self.computed, route=route))
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,14 @@ class NumpyBackend(ValueModels, Backend):
         for name, adaptation in bank.adapters.items():
             rows = {path: Factors(*map(_in_rows, factors)) for path, factors in adaptation.layers.items()}
             bank = bank.changed(name, layers=rows)
-        layers = {path: replace(model[path], computed=tuple(bank.computed(path))) for path in model.layers}
+        layers = {
+            path: replace(
+                layer,
+                computed=tuple(bank.computed(path)),
+                route=None if bank.route is None else partial(bank.numbers, path),
+            )
+            for path, layer in model.layers.items()
+        }
         return NumpyModel(layers, bank)
 
     def with_arrays(self, model: NumpyModel, values: Mapping[str, Mapping[str, Array]]) -> NumpyModel:

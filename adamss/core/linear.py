@@ -119,7 +119,7 @@ def delta(factors: Factors) -> Array:
     return contract(factors) @ expand(factors)
 
 
-def linear(x: Array, W: Array, b: Array | None, *factors: Factors) -> Array:
+def linear(x: Array, W: Array, b: Array | None, *factors: Factors, route: Array | None = None) -> Array:
     """Return ``x @ (W + sum of delta) + b`` without forming delta.
 
     ``y = (x @ W + b) + (x @ M) @ E``, in the dtype of ``x @ W``. The base product is that of the frozen
@@ -135,6 +135,9 @@ def linear(x: Array, W: Array, b: Array | None, *factors: Factors) -> Array:
         Bias (n,) or None.
     factors
         Factors of the layer, of each adapter; with d + 1 input rows, the last of them moves the bias.
+    route
+        Integers that broadcast against x without its last axis: the one set of factors, by its number, whose update
+        is added there, and no other; below zero for none. None: all of them, everywhere.
 
     Returns
     -------
@@ -144,9 +147,11 @@ def linear(x: Array, W: Array, b: Array | None, *factors: Factors) -> Array:
     xp = namespace(x, W)
     y = x @ W if b is None else x @ W + b
     wide = as_working_precision(y).dtype
-    for each in factors:
+    for number, each in enumerate(factors):
         M, E = xp.astype(contract(each), wide), xp.astype(expand(each), wide)
-        y = y + xp.astype(_directions(xp.astype(x, wide), M) @ E, y.dtype)
+        z = _directions(xp.astype(x, wide), M)
+        z = z if route is None else xp.where((route == number)[..., None], z, xp.zeros_like(z))
+        y = y + xp.astype(z @ E, y.dtype)
     return y
 
 

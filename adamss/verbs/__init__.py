@@ -4,7 +4,7 @@ Written once for all frameworks. Each finds the backend from the type of the mod
 be checked before anything is changed, so that a call that fails leaves the model as it was.
 """
 
-from adamss.verbs.activating import activate, adapters
+from adamss.verbs.activating import activate, adapters, routed
 from adamss.verbs.attaching import attach, detach, disabled, summary, trainable_parameters
 from adamss.verbs.exchange import from_peft, to_lora, to_peft
 from adamss.verbs.files import load, save
@@ -21,6 +21,7 @@ __all__ = [
     "load",
     "merge",
     "merge_and_unload",
+    "routed",
     "save",
     "summary",
     "to_lora",

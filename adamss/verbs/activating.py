@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from adamss.backend.bank import Route
 from adamss.backend.interface import Model
 from adamss.backend.ledger import switch
 from adamss.backend.registry import backend_for
 from adamss.config import AdamssConfig
-from adamss.errors import StateError
+from adamss.errors import ConfigError, StateError
 from adamss.verbs.common import adapted, as_weights, chosen
 
-__all__ = ["AdapterInfo", "activate", "adapters"]
+__all__ = ["AdapterInfo", "activate", "adapters", "routed"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,73 @@ def adapters(model: Model) -> dict[str, AdapterInfo]:
         name: AdapterInfo(each.config, tuple(each.layers), each.saved, each.weight, each.trained, each.merged)
         for name, each in backend_for(model).bank(model).adapters.items()
     }
+
+
+@contextmanager
+def routed(model: Model, names: Iterable[str | None], *, axis: int = 0) -> Iterator[Model]:
+    """Run each row of a batch through an adapter of its own, within a ``with`` block.
+
+    All adapters of a layer are computed in one pair of products. Which are active, and with what weights, does not
+    matter meanwhile.
+
+    Parameters
+    ----------
+    model
+        An adapted model.
+    names
+        For each row of the input the name of its adapter, or None for the base model. Where a layer gets a multiple
+        of that many rows (flattened tokens, windows, beams), each row's share must be contiguous.
+    axis
+        Along which the rows lie, in the input of the model and of its layers.
+
+    Yields
+    ------
+    Model
+        The same object where the framework's models are mutable; else a model that is routed.
+
+    Raises
+    ------
+    StateError
+        If the model has no such adapter; if the weights hold the update of one, or one has ``modules_to_save`` or
+        ``trained_tokens``, which are one for all rows; within `disabled` or another block of this.
+    LayerError
+        If a layer has one weight for all rows (experts, attentions); when the model runs, if a layer gets another
+        number of rows. The message names it.
+
+    Examples
+    --------
+    >>> import numpy as np, adamss
+    >>> from adamss.backend import NumpyLinear, NumpyModel
+    >>> model = NumpyModel({"query": NumpyLinear(np.eye(4))})
+    >>> settings = adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2)
+    >>> model = adamss.attach(adamss.attach(model, settings, name="a"), settings, name="b")
+    >>> with adamss.routed(model, ["a", None, "b"]) as mixed:
+    ...     mixed["query"](np.ones((3, 4))).shape
+    (3, 4)
+    """
+    backend, bank = adapted(model, "routed")
+    rows = [names] if isinstance(names, str) else list(names)
+    if not rows:
+        raise ConfigError("routed: names is empty; it has one entry for each row of the batch")
+    used = chosen(bank, dict.fromkeys((name for name in rows if name is not None), 1.0), "routed", empty=True)
+    for name in {*used, *bank.active}:
+        each = bank.adapters[name]
+        if what := "modules_to_save" if each.saved else "trained_tokens" if each.tokens else "":
+            remedy = "route others" if name in used else "activate another first"
+            raise StateError(f"routed: {name!r} has {what}, which are one for all rows of a batch; {remedy}")
+    if bank.ledger.held:
+        held = next(iter(bank.ledger.held))
+        raise StateError(
+            f"routed: the weights hold the update of {held!r} for all rows; call adamss.unmerge(model)"
+        )
+    order = [name for name, each in bank.adapters.items() if not each.saved and not each.tokens]
+    route = Route(tuple(order), tuple(-1 if name is None else order.index(name) for name in rows), axis)
+    mixed = backend.routed(model, route)
+    try:
+        yield mixed
+    finally:
+        if mixed is model:
+            backend.routed(model, None)
 
 
 def activate(
@@ -110,7 +179,7 @@ def activate(
     """
     backend, bank = adapted(model, "activate")
     names = as_weights(() if what is None else what, "activate")
-    weights = chosen(bank, names, "activate") if names else {}
+    weights = chosen(bank, names, "activate", empty=True)
     trained = as_weights(train, "activate") if train is not None else {}
     if wrong := next((name for name in trained if name not in weights), None):
         raise StateError(f"activate: train names {wrong!r}, which is none of those to activate")

@@ -76,12 +76,20 @@ def adapted(model: Model, verb: str) -> tuple[Backend, Bank]:
     if not bank:
         raise StateError(f"{verb}: the model has no adapters; call adamss.attach or adamss.load first")
     require_unchanged(backend, model, verb)
-    if bank.disabled and verb not in READ_ONLY:
-        raise StateError(f"{verb}: the model is switched off by adamss.disabled; leave its with block first")
+    _require_unlocked(bank, verb)
     return backend, bank
 
 
-def chosen(bank: Bank, name: Name, verb: str) -> dict[str, float]:
+def _require_unlocked(bank: Bank, verb: str) -> None:
+    if bank.disabled and verb not in READ_ONLY:
+        raise StateError(f"{verb}: the model is switched off by adamss.disabled; leave its with block first")
+    if bank.route is not None and verb not in (*READ_ONLY, "save"):
+        raise StateError(
+            f"{verb}: the rows of the model are routed by adamss.routed; leave its with block first"
+        )
+
+
+def chosen(bank: Bank, name: Name, verb: str, *, empty: bool = False) -> dict[str, float]:
     """Return which adapters a verb means, in their order, and the weight of each.
 
     Parameters
@@ -93,6 +101,8 @@ def chosen(bank: Bank, name: Name, verb: str) -> dict[str, float]:
         or what is active.
     verb
         What messages call the caller.
+    empty
+        Whether there may be none.
     """
     if name is None:
         weights = dict.fromkeys(bank.adapters, 1.0) | bank.active if len(bank.adapters) == 1 else bank.active
@@ -103,7 +113,7 @@ def chosen(bank: Bank, name: Name, verb: str) -> dict[str, float]:
     for one in weights:
         if one not in bank.adapters:
             raise StateError(f"{verb}: no adapter is called {one!r}; there are {_names(bank)}")
-    if not weights:
+    if not weights and not empty:
         raise StateError(f"{verb}: name is empty; there are {_names(bank)}")
     if not isinstance(name, Mapping):
         weights |= {one: weight for one, weight in bank.active.items() if one in weights}
@@ -161,8 +171,7 @@ def new_name(backend: Backend, model: Model, name: str, verb: str, *, replace: b
             f"{verb}: a name has letters, digits, '-' and '_', and begins with a letter or digit, found {name!r}"
         )
     bank = backend.bank(model)
-    if bank.disabled:
-        raise StateError(f"{verb}: the model is switched off by adamss.disabled; leave its with block first")
+    _require_unlocked(bank, verb)
     if name in bank.adapters and not replace:
         ways = "choose another name=, or call adamss.detach(model, name=...) first"
         if verb == "load":

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from adamss.backend import Adaptation, Backend, Bank, Division, Kind, Ledger, Site
-from adamss.backend.bank import Rows, State
+from adamss.backend.bank import Route, Rows, State
 from adamss.backend.sites import Fragment, LoraForm
 from adamss.backend.stores import exchange_all
 from adamss.backend.tensors import StoredTensor, join_path
@@ -54,6 +54,7 @@ from adamss_torch.kinds import (
 )
 from adamss_torch.paths import named_parameters, unwrapped, walk
 from adamss_torch.quantised import PACKING, QuantisedStore, float_layer, packing_layers, unpack
+from adamss_torch.routing import LayerRoute
 from adamss_torch.sharding import is_partitioned, is_sharded, local, rebuilt, shape_of
 from adamss_torch.stores import ParameterStore, exchanged, execution_device, stores, writing_refused
 from adamss_torch.tokens import TrainedRows, is_known
@@ -119,6 +120,8 @@ class _Record:
         The names that were added to `UNSYNCHRONISED`.
     disabled
         Whether the model is within an `adamss.disabled` block.
+    route
+        As of `Bank`.
     seen
         What a `Watch` has seen of its forwards.
     """
@@ -129,6 +132,7 @@ class _Record:
     originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     unsynchronised: frozenset[str] = frozenset()
     disabled: bool = False
+    route: Route | None = None
     seen: Seen = field(default_factory=Seen)
 
     @property
@@ -402,6 +406,7 @@ class TorchBackend(Backend):
             {path: bank.base for path, bank in banks.items() if bank.holds},
             {path: layer for path, bank in banks.items() for layer in bank.put_away},
             record.disabled,
+            record.route,
         )
 
     def followed(self, model: nn.Module, name: str) -> bool:
@@ -768,6 +773,32 @@ class TorchBackend(Backend):
             bank.look()
         return model
 
+    def routed(self, model: nn.Module, route: Route | None) -> nn.Module:
+        owner, record = _owner(model)
+        assert record is not None
+        banks, modules, found = _banks(owner, record), self.modules(owner), dict[str, LayerRoute]()
+        used = set() if route is None else {route.names[row] for row in route.rows if row >= 0}
+        for path, bank in banks.items() if route is not None else ():
+            assert route is not None
+            own = [name for name in route.names if name in bank.adapters]
+            site = self.site(modules[path], path)
+            if not bank.hooked or bank.places or self._unseen_reader(model, site) is not None:
+                if used & {*own}:
+                    raise LayerError(
+                        f"{path}: its weight is read by a module that takes it for all rows (experts, attentions, a "
+                        "forward of its own); rows cannot be routed through it, leave it out of targets"
+                    )
+            elif own:
+                numbers = {number: own.index(name) for number, name in enumerate(route.names) if name in own}
+                rows = [numbers.get(row, len(own)) for row in route.rows]
+                axis = _axis_of_rows(path, modules, route.axis)
+                found[path] = LayerRoute(path, [bank.adapters[name] for name in own], rows, axis)
+        record.route = route
+        for path, bank in banks.items():
+            bank.route, bank.routing = found.get(path), route is not None
+            bank.look()
+        return model
+
     def switched(self, model: nn.Module, *, on: bool) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
@@ -776,6 +807,18 @@ class TorchBackend(Backend):
             bank.off = not on
             bank.look()
         return model
+
+
+def _axis_of_rows(path: str, modules: Mapping[str, Any], axis: int) -> int:
+    """Return along which axis the rows of a batch lie in a layer: some modules put the sequence first."""
+    outer = [modules.get(path[: at.start()]) for at in re.finditer(r"\.", path)]
+    for module in [modules.get(""), *outer]:
+        first = getattr(
+            module, "batch_first", getattr(getattr(module, "self_attn", None), "batch_first", None)
+        )
+        if first is False:
+            return 1
+    return axis
 
 
 def adapters_of(model: nn.Module, name: str | None = None) -> dict[str, Adapter]:

@@ -25,6 +25,7 @@ from adamss_torch.in_place import put, take_back
 from adamss_torch.kernel import without_autocast
 from adamss_torch.kinds import Embedding, Part
 from adamss_torch.paths import plain
+from adamss_torch.routing import LayerRoute
 from adamss_torch.tokens import TrainedRows, is_known
 from adamss_torch.watch import Watch
 
@@ -85,6 +86,10 @@ class LayerBank(nn.Module):
         The quantised layer whose place this one has taken, or nothing; a tuple, so that it is no part of the model.
     off
         Whether nothing is added to the output for now.
+    route
+        How the rows of a batch go through its adapters, as long as `adamss.routed` lasts.
+    routing
+        Whether it does.
     active
         Names of the adapters that are active.
     merged
@@ -112,6 +117,8 @@ class LayerBank(nn.Module):
         self.put_away: tuple[nn.Module, ...] = ()
         self.off = self.placed = self.hooked = False
         self.active = self.merged = frozenset[str]()
+        self.route: LayerRoute | None = None
+        self.routing = False
         self.places: tuple[Any, ...] = ()
         self.computed: tuple[str, ...] = ()
         self._input = "input"
@@ -123,7 +130,7 @@ class LayerBank(nn.Module):
 
     def look(self) -> None:
         """See which adapters there is something to compute of."""
-        on = frozenset[str]() if self.off else self.active - self.merged
+        on = frozenset[str]() if self.off or self.routing else self.active - self.merged
         self.computed = tuple(name for name in self._modules if name in on)
 
     def install(self, layer: Any, reader: nn.Module | None, view: View) -> None:
@@ -245,6 +252,8 @@ def _add_updates(
     # That of the layer which is called: it may be a replica, with children of its own.
     bank: LayerBank = layer._modules[CHILD]  # type: ignore[assignment]
     # It stays on a merged layer rather than come and go: others hook in before and behind it.
+    if bank.route is not None and not bank.off:
+        return bank.route(layer, bank.kind, args[0] if args else kwargs[bank._input], output)
     if not bank.computed or bank.placed:
         return None
     x = args[0] if args else kwargs[bank._input]

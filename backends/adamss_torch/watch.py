@@ -276,6 +276,8 @@ def _lookups(kind: Any) -> frozenset[tuple[str, str]]:
     """
     found = set()
     for each in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        if each.__module__.startswith("torch."):
+            continue  # its fused paths look for hooks, and step aside
         try:
             tree = ast.parse(dedent(getsource(each)))
         except (OSError, TypeError, SyntaxError):
