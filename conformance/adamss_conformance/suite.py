@@ -16,13 +16,22 @@ from adamss_conformance.laws.files import FileLaws
 from adamss_conformance.laws.linear import LinearLaws
 from adamss_conformance.laws.merge import MergeLaws
 from adamss_conformance.laws.names import NameLaws
+from adamss_conformance.laws.routing import RoutingLaws
 from adamss_conformance.laws.start import StartLaws
 
 __all__ = ["BackendSuite"]
 
 
 class BackendSuite(
-    StartLaws, LinearLaws, MergeLaws, BudgetLaws, FileLaws, CompilationLaws, AgreementLaws, NameLaws
+    StartLaws,
+    LinearLaws,
+    MergeLaws,
+    BudgetLaws,
+    FileLaws,
+    CompilationLaws,
+    AgreementLaws,
+    NameLaws,
+    RoutingLaws,
 ):
     """The laws, each test named after its law's number.
 

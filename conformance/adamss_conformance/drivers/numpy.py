@@ -38,6 +38,8 @@ class NumpyDriver(LoopDriver):
 
     def call(self, model: NumpyModel, path: str, x: Array) -> Array:
         layer = model[path]
+        if layer.route is not None:
+            return core.linear(x, layer.W, layer.b, *layer.computed, route=layer.route(x))
         if not layer.computed:
             return self.base_linear(x, layer.W, layer.b)
         return self.backend.linear(x, layer.W, layer.b, *layer.computed)

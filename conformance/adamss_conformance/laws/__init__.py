@@ -21,6 +21,7 @@ LAWS = {
     12: "Determinism, and no global random state touched",
     13: "Agreement of backends on labels and energy",
     14: "Names: adapters do not disturb each other",
+    15: "Routing: a mixed batch equals separate runs",
 }
 
 

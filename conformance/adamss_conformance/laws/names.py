@@ -28,7 +28,7 @@ from adamss_conformance.laws.helpers import (
     outputs_of,
 )
 
-__all__ = ["NameLaws"]
+__all__ = ["NameLaws", "with_adapters"]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "a": {},
@@ -36,6 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "c": {"targets": ["value", "query"], "basis": "per_subspace", "include_bias": True},
 }
 """Of three adapters, on the same layers and on others; two of them save the head."""
+
+OTHERS: dict[str, dict[str, Any]] = SETTINGS | {
+    "c": SETTINGS["c"] | {"modules_to_save": []},
+    "d": {"targets": ["value"], "subspaces": 4, "modules_to_save": []},
+}
+"""Of adapters that save nothing, but for the first."""
 
 WEIGHTS = ({"a": 0.7, "b": -0.3}, {"b": 2.0}, {"a": 1.0, "b": 1.0}, {})
 
@@ -48,9 +54,11 @@ class NameLaws:
     def test_law_14_one_at_a_time(self, driver: Driver, dtype: str, mode: str) -> None:
         """With one active, outputs are those of a model that has it alone, to the bit; with none, of the base."""
         with case(driver, dtype, "models"):
-            alone = {name: outputs_of(driver, _with(driver, dtype, name), dtype, mode) for name in SETTINGS}
+            alone = {
+                name: outputs_of(driver, with_adapters(driver, dtype, name), dtype, mode) for name in SETTINGS
+            }
             base = outputs_of(driver, driver.model(LAYERS, dtype), dtype, mode)
-            model = _with(driver, dtype, *SETTINGS)
+            model = with_adapters(driver, dtype, *SETTINGS)
             assert_same(outputs_of(driver, model, dtype, mode), alone["c"], "the last one is active")
             for name in ("a", "b", "c", "a"):
                 model = adamss.activate(model, name)
@@ -64,7 +72,7 @@ class NameLaws:
     def test_law_14_updates_add_up(self, driver: Driver, mode: str, weights: dict[str, float]) -> None:
         """Outputs are those of ``W0 + sum of weight * delta``, in float64; merged and as a file they are the same."""
         with case(driver, "float32", "models"):
-            model = adamss.activate(_with(driver, "float32", "a", "b"), weights)
+            model = adamss.activate(with_adapters(driver, "float32", "a", "b"), weights)
             expected = _expected(driver, model, weights)
             actual = {path: outputs_of(driver, model, mode=mode)[path] for path in expected}
             assert_outputs_agree(actual, expected, f"weights {weights}")
@@ -79,13 +87,13 @@ class NameLaws:
             for added, removed in zip(
                 permutations(SETTINGS), reversed([*permutations(SETTINGS)]), strict=True
             ):
-                model, left = _with(driver, "float32", *added), set(added)
+                model, left = with_adapters(driver, "float32", *added), set(added)
                 for name in removed:
                     model = adamss.detach(model, name=name)
                     left.remove(name)
                     assert adamss.adapters(model).keys() == left
                     for one in left:
-                        alone = outputs_of(driver, _with(driver, "float32", one))
+                        alone = outputs_of(driver, with_adapters(driver, "float32", one))
                         model = adamss.activate(model, one)
                         assert_same(outputs_of(driver, model), alone, f"{one} without {name}")
                 assert_same(everything_of(driver, model), base, f"detached as {removed}")
@@ -94,9 +102,9 @@ class NameLaws:
         """What is not trained keeps its numbers, and its head, to the bit, whatever the optimiser."""
         with case(driver, "float32", "models"):
             optimiser = an_optimiser(driver)
-            model = _with(driver, "float32", "a", "c")
+            model = with_adapters(driver, "float32", "a", "c")
             before = _numbers(driver, model)
-            alone = _with(driver, "float32", "c")
+            alone = with_adapters(driver, "float32", "c")
             model = driver.train(model, INPUTS, steps=3, optimiser=optimiser, rate=0.05)
             alone = driver.train(alone, INPUTS, steps=3, optimiser=optimiser, rate=0.05)
             assert_same(_numbers(driver, model)["a"], before["a"], "a, while c is trained")
@@ -108,7 +116,7 @@ class NameLaws:
     def test_law_14_merged_one_after_the_other(self, driver: Driver) -> None:
         """Merging a and b and unmerging a is merging b alone, to the bit, and the way back is W0."""
         with case(driver, "float32", "models"):
-            model = adamss.activate(_with(driver, "float32", "a", "b"), ["a", "b"])
+            model = adamss.activate(with_adapters(driver, "float32", "a", "b"), ["a", "b"])
             both = outputs_of(driver, model)
             only_b = outputs_of(driver, adamss.merge(model, name="b"))
             model = adamss.unmerge(model) if adamss.adapters(model)["b"].merged else model
@@ -132,7 +140,7 @@ class NameLaws:
     def test_law_14_files(self, driver: Driver, tmp_path: Path) -> None:
         """Each adapter has its file, whichever is active; it replaces the numbers of another of its shapes."""
         with case(driver, "float32", "models"):
-            model = _with(driver, "float32", *SETTINGS)
+            model = with_adapters(driver, "float32", *SETTINGS)
             loaded = driver.model(LAYERS, "float32")
             for name in SETTINGS:
                 adamss.save(model, tmp_path / name, name=name, training=True)
@@ -141,17 +149,19 @@ class NameLaws:
             for name in SETTINGS:
                 one, other = adamss.activate(model, name), adamss.activate(loaded, name)
                 assert_same(outputs_of(driver, other), outputs_of(driver, one), f"{name}, loaded")
-            fresh = _with(driver, "float32", "b", "a", seed=7)
+            fresh = with_adapters(driver, "float32", "b", "a", seed=7)
             fresh = adamss.load(fresh, tmp_path / "a", name="a", replace=True)
-            alone = _with(driver, "float32", "a")
+            alone = with_adapters(driver, "float32", "a")
             assert_same(outputs_of(driver, fresh), outputs_of(driver, alone), "a, replaced")
 
 
-def _with(driver: Driver, dtype: str, *names: str, seed: int = 0) -> Any:
+def with_adapters(
+    driver: Driver, dtype: str, *names: str, seed: int = 0, settings: Mapping[str, Any] = SETTINGS
+) -> Any:
     """Return the small model with these adapters, trained, the last one active."""
     model = driver.model(LAYERS, dtype)
     for name in names:
-        model = adamss.attach(model, config(**SETTINGS[name]), name=name)
+        model = adamss.attach(model, config(**settings[name]), name=name)
         adaptation = driver.backend.bank(model).adapters[name]
         new = {}
         for number, (path, factors) in enumerate(adaptation.layers.items()):
