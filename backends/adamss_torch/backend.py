@@ -142,6 +142,22 @@ class _Record:
         return tuple(dict.fromkeys(every))
 
 
+class _Layers(Mapping[str, Factors]):
+    """The factors of adapters, made when they are looked up."""
+
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, path: str) -> Factors:
+        return self._adapters[path].factors()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+
 class TorchBackend(Backend):
     """PyTorch: any `torch.nn.Module`, changed in place."""
 
@@ -233,8 +249,6 @@ class TorchBackend(Backend):
         found: dict[str, Any] = {}
         parts: dict[int, dict[str, Part]] = {}
         for path, module in walk(owner):
-            if isinstance(module, Adapter | TrainedRows | LayerBank | PartBanks):
-                continue
             found[path] = module
             # One object for each, also where its module appears twice.
             for name, part in parts.setdefault(id(module), dict(fragments(module))).items():
@@ -388,10 +402,10 @@ class TorchBackend(Backend):
         banks: dict[str, Any] = {path: bank for path, bank in every.items() if path not in lost}
         adapters = {}
         for name, own in record.adapters.items():
-            layers = {path: banks[path].adapters[name] for path in own.paths if path in banks}
+            layers = {path: banks[path]._modules[name] for path in own.paths if path in banks}
             adapters[name] = Adaptation(
                 config=own.config,
-                layers={path: adapter.factors() for path, adapter in layers.items()},
+                layers=_Layers(layers),
                 shapes={path: (each.d, each.labels.numel()) for path, each in layers.items()},
                 saved=own.saved,
                 name=name,
@@ -436,10 +450,9 @@ class TorchBackend(Backend):
             elif path not in banks:
                 found[path] = "has been replaced by another module, without its adapter"
             else:
-                adapters: Any = banks[path].children()
-                why = [_why_it_does_not_fit(modules[path], banks[path].kind, adapter) for adapter in adapters]
-                if clause := next(filter(None, why), None):
-                    found[path] = clause
+                adapters: Any = banks[path]._modules.values()
+                if (why := _why_it_does_not_fit(modules[path], banks[path].kind, adapters)) is not None:
+                    found[path] = why
         return found
 
     def insert(
@@ -498,6 +511,9 @@ class TorchBackend(Backend):
         )
         record.originals = {**kept, **record.originals}
         record.unsynchronised |= _leave_unsynchronised(owner)
+        for _, module in walk(owner):
+            if isinstance(module, nn.TransformerEncoder) and vars(module).get("use_nested_tensor"):
+                OffWithGradients(module, "use_nested_tensor")
         return model
 
     def activated(self, model: nn.Module, states: Mapping[str, State]) -> nn.Module:
@@ -515,13 +531,13 @@ class TorchBackend(Backend):
                 kept={path: _detached(values) for path, values in state.kept.items()},
             )
             for path in own.paths + own.tokens:
-                if path in banks:
-                    adapter: Any = banks[path]._modules[name]
-                    adapter.requires_grad_(state.trained)
+                adapter: Any = banks[path]._modules[name] if path in banks else None
+                for parameter in () if adapter is None else adapter._parameters.values():
+                    parameter.requires_grad = state.trained
                     if not state.trained:
-                        adapter.zero_grad(set_to_none=True)
-                    if isinstance(adapter, Adapter):
-                        adapter.scale = 1.0 if state.weight is None else state.weight
+                        parameter.grad = None
+                if isinstance(adapter, Adapter):
+                    adapter.scale = 1.0 if state.weight is None else state.weight
         active = frozenset(name for name, state in states.items() if state.weight is not None)
         for bank in banks.values():
             bank.active = active
@@ -535,17 +551,14 @@ class TorchBackend(Backend):
         for path in trained_paths & modules.keys():
             for parameter in modules[path].parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        if trained:
+        if trained - before:
             for layer in packing_layers(owner):
                 unpack(layer)
                 Off(layer, PACKING)
-            for module in owner.modules():
+            for _, module in walk(owner):
                 # By this the Trainer of transformers knows models that are quantised and have nothing to train.
                 if vars(module).get("is_quantized"):
                     Off(module, "is_quantized")
-        for module in owner.modules():
-            if isinstance(module, nn.TransformerEncoder) and vars(module).get("use_nested_tensor"):
-                OffWithGradients(module, "use_nested_tensor")
         _watch_from_now_on(owner, record, modules)
         return model
 
@@ -632,7 +645,9 @@ class TorchBackend(Backend):
         return model
 
     def check_writable(self, model: nn.Module, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
-        layers = list(layers)
+        layers, saved = list(layers), list(saved)
+        if not layers and not saved:
+            return
         super().check_writable(model, layers, saved)
         owner, record = _owner(model)
         counts, modules = _parameter_counts(owner), self.modules(owner)
@@ -829,7 +844,8 @@ def adapters_of(model: nn.Module, name: str | None = None) -> dict[str, Adapter]
     if name is None:
         (name,) = record.adapters
     banks = _banks(owner, record)
-    return {path: banks[path].adapters[name] for path in record.adapters[name].paths if path in banks}
+    found: Any = {path: banks[path]._modules[name] for path in record.adapters[name].paths if path in banks}
+    return dict(found)
 
 
 def record_of(model: nn.Module) -> object:
@@ -843,6 +859,8 @@ def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
     It may lie within the model (the encoder of a classifier), or be wrapped (DistributedDataParallel,
     `torch.compile`).
     """
+    if RECORD in vars(model):
+        return model, vars(model)[RECORD]
     found = [module for module in model.modules() if RECORD in vars(module)]
     if len(found) > 1:
         raise StateError(
@@ -1006,10 +1024,11 @@ def _outputs(layer: nn.Module, bank: LayerBank) -> tuple[Tensor, Tensor] | str |
     return (outputs[0], outputs[2]) if torch.equal(*outputs[:2]) else None
 
 
-def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter | TrainedRows) -> str | None:
-    """Return what somebody has changed in a layer since its adapter came, as a clause."""
+def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapters: Iterable[Any]) -> str | None:
+    """Return what somebody has changed in a layer since its adapters came, as a clause."""
     weight: Any = getattr(layer, kind.weight, None)
     bias = getattr(layer, kind.bias, None)
+    adapter, *others = adapters  # of one shape
     if isinstance(adapter, TrainedRows):
         (V, E), own = shape_of(weight), adapter.value()
         fits = own.ids[-1] < V and shape_of(adapter.rows)[1] == E
@@ -1022,7 +1041,7 @@ def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter | Traine
         view, shape = kind.view(layer, ""), shape_of(weight)
         if len(shape) != len(view.axes) or view.shape(shape) != (adapter.d, adapter.labels.numel()):
             return f"has a weight of shape {shape} now, which its adapter does not fit"
-    if bias is None and adapter.A.shape[1] > adapter.d:
+    if bias is None and any(each.A.shape[1] > each.d for each in (adapter, *others)):
         return "has no bias any more, which its adapter moves"
     return None
 

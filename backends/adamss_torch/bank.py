@@ -24,7 +24,7 @@ from adamss_torch.adapter import HELD, Adapter
 from adamss_torch.in_place import put, take_back
 from adamss_torch.kernel import without_autocast
 from adamss_torch.kinds import Embedding, Part
-from adamss_torch.paths import plain
+from adamss_torch.paths import CHILD, plain
 from adamss_torch.routing import LayerRoute
 from adamss_torch.tokens import TrainedRows, is_known
 from adamss_torch.watch import Watch
@@ -40,9 +40,6 @@ __all__ = [
     "check_state",
     "without_weights",
 ]
-
-CHILD = "adamss"
-"""Name of the bank among the children of its layer, or of the banks of a module's own Parameters."""
 
 HOOK = -1
 """Key of our hook among the forward hooks of the layer."""
@@ -66,6 +63,8 @@ ROWS = "_adamss_rows"
 
 class PartBanks(nn.Module):
     """The banks of what is adapted of a module beside layers, its own Parameters; children by their names."""
+
+    holds_adapters = True
 
 
 class LayerBank(nn.Module):
@@ -107,6 +106,7 @@ class LayerBank(nn.Module):
         Whether W + delta stands in the place of the weight for now (`adamss_torch.in_place`): nothing is added then.
     """
 
+    holds_adapters = True
     sharing: list[tuple[nn.Module, str]] | tuple[()] = ()
 
     def __init__(self, kind: Kind) -> None:

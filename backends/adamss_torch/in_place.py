@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adamss.backend.views import View
 from adamss.errors import StateError
 from adamss_torch.kernel import without_autocast
+from adamss_torch.paths import walk
 from adamss_torch.sharding import is_partitioned, is_sharded
 from adamss_torch.tokens import TrainedRows
 
@@ -222,7 +223,7 @@ def take_back(bank: Any) -> None:
 def restore(model: nn.Module, *_: Any) -> None:
     """Put back what a forward that was interrupted (`KeyboardInterrupt` runs no hook) has left in its place."""
     thread = get_ident()
-    for module in model.modules():
+    for _, module in walk(model):
         for place in vars(module).get(READS, ()):
             if place.running.keys() <= {thread}:
                 place.restore()
