@@ -223,7 +223,7 @@ def take_back(bank: Any) -> None:
 def restore(model: nn.Module, *_: Any) -> None:
     """Put back what a forward that was interrupted (`KeyboardInterrupt` runs no hook) has left in its place."""
     thread = get_ident()
-    for _, module in walk(model):
+    for module in dict(walk(model)).values():
         for place in vars(module).get(READS, ()):
             if place.running.keys() <= {thread}:
                 place.restore()

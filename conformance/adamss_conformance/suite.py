@@ -18,6 +18,7 @@ from adamss_conformance.laws.merge import MergeLaws
 from adamss_conformance.laws.names import NameLaws
 from adamss_conformance.laws.routing import RoutingLaws
 from adamss_conformance.laws.start import StartLaws
+from adamss_conformance.laws.walks import WalkLaws
 
 __all__ = ["BackendSuite"]
 
@@ -32,6 +33,7 @@ class BackendSuite(
     AgreementLaws,
     NameLaws,
     RoutingLaws,
+    WalkLaws,
 ):
     """The laws, each test named after its law's number.
 
