@@ -390,6 +390,8 @@ def hold(
                 raise ArrayValueError(f"{part_path}: {error}") from error
             # Only those of one layer are whole at a time. A bias that the update does not move is left alone.
             moved = merged.b is not None and any(each.A.shape[1] > base.W.shape[0] for each in own)
+            # Or it has been moved by another.
+            moved = moved or part.kind.bias in (bank.base.get(owner_of(part_path)) or {})
             b = backend.spread(merged.b, like=base.b) if moved else None
             weights[part_path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
             parts[part_path], lost[path] = part, max(lost.get(path, 0.0), float(merged.lost))
@@ -399,7 +401,9 @@ def hold(
         model, before = _exchanged(stack, backend.exchange, model, arrays)
         layers = (bank.layers if put_away is None else put_away) if keep_base else {}
         former_weights: dict[str, Any] = {
-            owner: bank.base.get(owner, before[owner]) if keep_base else None
+            owner: None
+            if not keep_base or bank.base.get(owner, before[owner]) is None
+            else {**before[owner], **(bank.base.get(owner) or {})}
             for owner in owners | dict.fromkeys(tokens)
         }
         former_weights |= {owner: {} for owner in layers}
