@@ -522,7 +522,7 @@ class TorchBackend(Backend):
         sharding.reshard(model)
         before = {name for name, own in record.adapters.items() if own.state.trained}
         trained = {name for name, state in states.items() if state.trained}
-        if trained != before and before:
+        if trained - before:
             _check_wrappers(model)
         banks, modules = _banks(owner, record), self.modules(owner)
         for name, state in states.items():
@@ -974,8 +974,8 @@ def _check_wrappers(model: nn.Module) -> None:
     """Check that nothing has taken stock of the Parameters already that would not notice the new ones."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise StateError(
-            "DistributedDataParallel would not synchronise the gradients of adapters that come after it; attach or "
-            "load first, and wrap the model then"
+            "DistributedDataParallel would not synchronise the gradients of adapters that come, or are trained, after "
+            "it has wrapped the model; attach, load or activate first, and wrap the model then"
         )
 
 
