@@ -546,15 +546,15 @@ def test_training_goes_on_after_consolidating(kind, keep_base, tmp_path):
         layers = factors(loop.synchronise())
         adamss.save(loop.model, tmp_path / "before.safetensors", training=True)
         y = consolidated()
-        adaptation = backend.bank(loop.model).only()
-        assert adaptation.ledger.keeps_base == keep_base
+        bank = backend.bank(loop.model)
+        assert bank.ledger.keeps_base == keep_base
         for path, f in layers.items():
-            np.testing.assert_array_equal(adaptation.ledger.held[path], ~f.active)
-            for a, b in zip(f, adaptation.layers[path], strict=True):
+            np.testing.assert_array_equal(bank.only().held[path], ~f.active)
+            for a, b in zip(f, bank.only().layers[path], strict=True):
                 np.testing.assert_array_equal(a, b)
-        for path, site in sites_of(backend, loop.model, adaptation).items():
+        for path, site in sites_of(backend, loop.model, bank.paths).items():
             own = base_weight(backend, backend.site(backend.modules(base)[path], path))
-            for a, b in zip(base_weight(backend, site, adaptation), own, strict=True):
+            for a, b in zip(base_weight(backend, site, bank), own, strict=True):
                 if b is not None:
                     np.testing.assert_allclose(a, b, atol=1e-14)
         if keep_base:
