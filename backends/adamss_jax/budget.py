@@ -136,8 +136,8 @@ def budgeted(
     ------
     StateError
         If the model has no such adapter, several are trained and none is named, or it is not trained, or merged, or
-        consolidated and the schedule revives; in ``init``, if there is a `budgeted` of the adapter inside; in ``init``
-        and ``update``, if the parameters are those of another model.
+        consolidated and the schedule revives; in ``init``, if there is a `budgeted` of the adapter inside; in
+        ``init`` and ``update``, if the parameters are those of another model.
     ConfigError
         If there is no schedule, or the model cannot keep to it (see `adamss.core.plan_budget`). If the schedule
         revives and the model has frozen subspaces, but was attached without such a schedule: they get no gradients.

@@ -637,11 +637,12 @@ class NnxBackend(JaxModels):
         others = {*record.trained} - {*names}
         prefix = _prefix(dict(_walk(model)))
         saved = tuple(join_path(f"{prefix}{path}".rstrip("."), "") for path in record.saved(others))
-        factors = {path for name in others for path in self.leaf_names(model, name)}
+        factors = {path: name for name in record.trained for path in self.leaf_names(model, name)}
 
         def meant(path: tuple[Any, ...], _: Any) -> bool:
             spelled = ".".join(map(str, path))
-            return spelled not in factors and not spelled.startswith(saved)
+            # A module that one adapter saves may hold factors of another.
+            return factors[spelled] not in others if spelled in factors else not spelled.startswith(saved)
 
         return nnx.state(model, nnx.All(AdamssParam, meant))
 
