@@ -332,16 +332,12 @@ def budgeted_state(
     """
     name, every = name if adaptation is None else adaptation.name, _states(opt_state)
     found = [state for state in every if name in (None, _adapter_of(state))]
-    if len(found) != 1 and every:
-        names = ", ".join(repr(_adapter_of(state)) for state in every)
-        raise StateError(
-            f"{verb}: the optimiser has the budgets of the adapters {names}; "
-            + ("say by name= which is meant" if name is None else f"none is of {name!r}")
-        )
     if len(found) != 1:
+        names = ", ".join(repr(_adapter_of(state)) for state in every)
+        others = f", and say by name= which adapter is meant: there are {names}" if every else ""
         raise StateError(
             f"{verb}: found {len(found) or 'no'} states of adamss_jax.budgeted in {type(opt_state).__name__}; pass "
-            "the nnx.Optimizer, or the state of the transformation that budgeted returned"
+            f"the nnx.Optimizer, or the state of the transformation that budgeted returned{others}"
         )
     state: BudgetedState = jax.tree.map(
         lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, found[0], is_leaf=is_variable
