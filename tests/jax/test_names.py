@@ -227,7 +227,7 @@ def test_budgets_of_two(library, x):
     assert adamss_jax.allocation(state).active.keys() == {"value", "head"}
     model = adamss_jax.synchronise(loop.model, state, name="b")
     assert [adamss.summary(model, name=name).total.active for name in "ab"] == [6, 2]
-    with pytest.raises(errors.StateError, match="found no states .* there are 'b'"):
+    with pytest.raises(errors.StateError, match=r"found no states .* there are 'b'"):
         adamss_jax.synchronise(model, state, name="a")
     assert loop.traces == 1
 
@@ -239,7 +239,7 @@ def test_budgets_of_two(library, x):
         loop.step(x)
     state = loop.optimizer if library is Nnx else loop.state
     assert [int(adamss_jax.allocation(state, name=name).total) for name in "ab"] == [2, 2]
-    with pytest.raises(errors.StateError, match="found 2 states .* 'a', 'b'"):
+    with pytest.raises(errors.StateError, match=r"found 2 states .* 'a', 'b'"):
         adamss_jax.allocation(state)
 
 
