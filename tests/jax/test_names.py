@@ -317,3 +317,20 @@ def test_stacks(x, tmp_path):
     adamss.detach(adamss.consolidate(model), name="b")
     same(run(adamss.activate(model, "a")), expected["a"])
     same(run(adamss.detach(model)), run(make()))
+
+
+def test_the_head_of_an_embedding_stays_that_of_the_base(x):
+    table = nnx.Dict(embed=nnx.Embed(12, 8, rngs=nnx.Rngs(0)))
+    base, ids = table["embed"].attend(x), jnp.arange(12)
+    for name, seed in (("a", 1), ("b", 2)):
+        settings = config(targets=["embed"], segmentation="random", seed=seed)
+        table = with_values(adamss.attach(table, settings, name=name), name, seed)
+    table = adamss.activate(table, {"a": 0.5, "b": -2.0})
+    y = table["embed"](ids)
+    with pytest.warns(errors.AdamssWarning, match="attend of an adapted"):
+        same(table["embed"].attend(x), base)
+    merged = adamss.merge(table)
+    np.testing.assert_allclose(merged["embed"](ids), y, atol=2e-5)
+    with pytest.warns(errors.AdamssWarning, match="attend of an adapted"):
+        np.testing.assert_allclose(merged["embed"].attend(x), base, atol=2e-5)
+    same(adamss.detach(merged)["embed"].attend(x), base)
