@@ -120,9 +120,7 @@ def test_vmap_over_inputs_is_the_batched_call(variant, order, x64):
 def test_vmap_over_layers_and_their_factors(variant, order, x64):
     """Labels and masks differ from layer to layer: nothing of them is a constant of the program."""
     layers = [problem(variant, seed=seed) for seed in range(3)]
-    layers[2] = layers[2]._replace(
-        factors=layers.bank.only().layers[2]._replace(active=np.asarray([False, True, True]))
-    )
+    layers[2] = layers[2]._replace(factors=layers[2].factors._replace(active=np.asarray([False, True, True])))
     assert len({tuple(p.factors.labels) for p in layers}) == 3
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(on_device, layers))
     y, trained, dx = gradients(stacked, jax.jit(jax.vmap(by(order))))
@@ -154,7 +152,7 @@ def test_scan_over_stacked_layers(variant, order, remat, x64):
     agrees(y, between[-1], "y")
     upstream = layers[0].dy
     for i in (2, 1, 0):
-        expected = core.linear_vjp(upstream, between[i], layers[i].W, layers.bank.only().layers[i])
+        expected = core.linear_vjp(upstream, between[i], layers[i].W, layers[i].factors)
         for name in "BC":
             agrees(found[name][i], getattr(expected, name), f"gradient of {name} in layer {i}")
         upstream = expected.x

@@ -234,7 +234,7 @@ def parted(model):
     if isinstance(model, nnx.Module):
         graph, trained, rest = nnx.split(model, nnx.LoRAParam, ...)
         return trained, rest, partial(nnx.merge, graph, copy=True)
-    adapted = backend_for(model).bank(model)
+    adapted = bool(backend_for(model).bank(model))
     trained, rest = eqx.partition(model, adapted and adamss_jax.equinox.trainable_filter(model))
     arrays, rest = eqx.partition(rest, eqx.is_array)
     return trained, arrays, lambda trained, arrays: eqx.combine(trained, arrays, rest)

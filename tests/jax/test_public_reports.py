@@ -210,4 +210,4 @@ def test_a_schedule_that_nobody_follows_is_told_when_saving(tmp_path):
 def test_what_cannot_be_inside_a_budget_is_refused(tx, why):
     model = attached("nnx", budget=BudgetConfig(target=2, end_step=4))
     with pytest.raises(ConfigError, match=why):
-        adamss_jax.budgeted(tx(), model).init(backend_for(model).parameters(model))
+        adamss_jax.budgeted(tx(), model).init(adamss.trainable_parameters(model))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,13 @@ class MergeLaws:
             before = outputs_of(driver, model)
             model = adamss.merge(model, keep_base=False)
             assert_outputs_agree(outputs_of(driver, model), before, "merged")
-            for verb in (adamss.unmerge, adamss.detach, lambda m: adamss.disabled(m).__enter__()):
+
+            def switched_off(model: Any) -> None:
+                with adamss.disabled(model):
+                    pass
+
+            verbs: tuple[Callable[[Any], Any], ...] = adamss.unmerge, adamss.detach, switched_off
+            for verb in verbs:
                 with pytest.raises(StateError, match="keep_base=False"):
                     verb(model)
 
