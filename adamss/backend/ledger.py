@@ -24,7 +24,7 @@ from adamss.backend.tensors import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, device, namespace
-from adamss.errors import AdamssWarning, ArrayValueError, LayerError, StateError
+from adamss.errors import AdamssWarning, ArrayValueError, LayerError, StateError, TargetError
 
 __all__ = [
     "base_weight",
@@ -187,6 +187,7 @@ def put(
     tokens
         Rows to train, by path of the embedding.
     """
+    _check_apart(backend.bank(model), [*layers, *(tokens or ())], list(saved))
     kept = {path: values for path, values in saved.items() if values is not None}
     adaptation = Adaptation(
         config, layers, shapes, tuple(saved), name, tokens or {}, trainable=trained, kept=kept
@@ -538,6 +539,19 @@ def switched_off(backend: Backend, model: Model, bank: Bank) -> Iterator[Model]:
         if off is model:
             undo.callback(backend.switched, model, on=True)
         yield backend.switched(off, on=False)
+
+
+def _check_apart(bank: Bank, layers: Iterable[str], saved: Iterable[str]) -> None:
+    """Check that no adapter adapts what another saves: the base weight would depend on which of them is active."""
+    for name, each in bank.adapters.items():
+        pairs = [(path, outer) for path in layers for outer in each.saved]
+        pairs += [(path, outer) for path in (*each.layers, *each.tokens) for outer in saved]
+        for path, outer in pairs:
+            if f"{path}.".startswith(join_path(outer, "")):
+                raise TargetError(
+                    f"{path} would be adapted by one adapter and be trained whole by another, {name!r} among them, "
+                    f"as one of modules_to_save ({outer or 'the model itself'}); leave it out of one of them"
+                )
 
 
 def check_together(bank: Bank, weights: Mapping[str, float]) -> None:

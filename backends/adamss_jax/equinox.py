@@ -33,7 +33,7 @@ from adamss_jax.leaves import spelled
 from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
 from adamss_jax.parts import Part
 
-__all__ = ["AdaptedLayer", "Adapter", "EquinoxBackend", "kinds", "stores", "trainable_filter"]
+__all__ = ["AdaptedLayer", "Adapter", "EquinoxBackend", "kinds", "route_axes", "stores", "trainable_filter"]
 
 
 # ---- kinds of layers, and how they keep their numbers -----------------------------------------------
@@ -84,6 +84,10 @@ class Conv(ExampleKind):
 
     def spread(self, layer: Any, z: Array, E: Array) -> Array:
         return jnp.tensordot(E.T, z, 1)
+
+    def last(self, z: Array) -> Array:
+        # The directions come first, as the channels do.
+        return jnp.swapaxes(z, 0, -1)
 
     def example(self, layer: Any) -> Array:
         # Larger than the window in every dimension, so that no padding fills one alone.
@@ -150,6 +154,9 @@ class Adapter(eqx.Module):
         structure of the tree: set it, by `dataclasses.replace` of the adapter, before the optimiser's state is made.
     kept
         While the adapter is not active, in one of its layers, its values of ``modules_to_save``.
+    gate
+        While the rows of a batch are routed, which of them go through the adapter: (rows,) booleans, over which the
+        caller maps the model together with its inputs, by `route_axes`.
     """
 
     part: Part
@@ -161,6 +168,7 @@ class Adapter(eqx.Module):
     active: Array
     order: str | None = eqx.field(static=True, default=None)
     kept: dict[str, Array] = eqx.field(default_factory=dict)
+    gate: Array | None = None
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""
@@ -269,6 +277,31 @@ def _filter(model: Any, names: Iterable[str]) -> Any:
 
     leaves, structure = _flattened(model)
     return structure.unflatten([trained(path, leaf) for path, leaf in leaves])
+
+
+def route_axes(model: Any) -> Any:
+    """Return over which axes of a model `adamss.routed` has it mapped, with the rows of a batch.
+
+    Equinox's layers take one input, and a batch by ``vmap``. For ``eqx.filter_vmap(call, in_axes=(route_axes(model), 0))``.
+
+    Parameters
+    ----------
+    model
+        An adapted Equinox model, within `adamss.routed`.
+
+    Examples
+    --------
+    >>> import adamss, equinox as eqx, jax
+    >>> from adamss_jax.equinox import route_axes
+    >>> model = {"query": eqx.nn.Linear(6, 8, key=jax.random.key(0))}
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=3), name="a")
+    >>> with adamss.routed(model, ["a", None]) as mixed:
+    ...     run = eqx.filter_vmap(lambda model, x: model["query"](x), in_axes=(route_axes(mixed), 0))
+    ...     run(mixed, jax.numpy.ones((2, 6))).shape
+    (2, 8)
+    """
+    leaves, structure = _flattened(model)
+    return structure.unflatten([leaf.ndim - 1 if path.endswith(".gate") else None for path, leaf in leaves])
 
 
 class EquinoxBackend(JaxModels):

@@ -274,6 +274,9 @@ class Conv(DeclaredKind, ExampleKind):
             kernel = kernel * jnp.asarray(layer.mask[..., :1], kernel.dtype)
         return _computed_with(nnx.Conv, layer, x, kernel=kernel, bias=None, use_bias=False, mask=None)
 
+    def rows(self, layer: Any, x: Array) -> tuple[int, ...]:
+        return x.shape[: -len(layer.kernel_size) - 1]
+
     def example(self, layer: Any) -> Array:
         # Larger than the window in every dimension, so that no padding fills one alone.
         sizes = [8 * size for size in layer.kernel_size]
@@ -294,6 +297,9 @@ class Embed(DeclaredKind, ExampleKind):
 
     def project(self, layer: Any, x: Array, M: Array) -> Array:
         return _computed_with(nnx.Embed, layer, x, embedding=M, features=M.shape[1])
+
+    def rows(self, layer: Any, x: Array) -> tuple[int, ...]:
+        return x.shape
 
     def example(self, layer: Any) -> Array:
         return jnp.arange(layer.num_embeddings)
@@ -361,10 +367,13 @@ class Adapter(nnx.Module):
         would add the update once more: Flax puts a Variable in the place of None, but no Dict.
     elsewhere
         While the adapter is not active, in one of its layers, variables with its values of ``modules_to_save``.
+    through
+        While the rows of a batch are routed, which of them go through the adapter: (rows,) booleans.
     """
 
     in_weight: nnx.Dict[Any] | None = None
     elsewhere: nnx.Dict[Any] | None = None
+    through: nnx.Variable[Any] | None = None
 
     def __init__(self, factors: Factors) -> None:
         for name, array in factors._asdict().items():
@@ -385,8 +394,21 @@ class Adapter(nnx.Module):
         """Return its values of ``modules_to_save`` that are here."""
         return _values(self.elsewhere)
 
+    @property
+    def gate(self) -> Array:
+        """Return which rows of a batch go through it."""
+        assert self.through is not None
+        gate: Array = self.through.get_value()
+        return gate
+
     def write(self, name: str, value: Any) -> None:
-        """Give it another value of a field of `Factors`, of `part` or of `kept`."""
+        """Give it another value of a field of `Factors`, of `part`, of `kept` or of `gate`."""
+        if name == "gate":
+            if "through" in vars(self):
+                del self.through
+            if value is not None:
+                self.through = nnx.Variable(value)
+            return
         if name in Factors._fields:
             getattr(self, name).set_value(value)
             return

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adamss.backend import Kind
-from adamss.backend.bank import scaled
+from adamss.backend.bank import rows_of, scaled
 from adamss.core import contract, expand
 from adamss_jax.arrays import restored
 from adamss_jax.functional import update, with_constants
@@ -35,6 +35,14 @@ class ExampleKind(Kind):
     @abstractmethod
     def example(self, layer: Any) -> Array:
         """Return an input that the layer takes."""
+
+    def rows(self, layer: Any, x: Array) -> tuple[int, ...]:
+        """Return the axes of an input among which those of a batch are; none, where a layer takes one input alone."""
+        return ()
+
+    def last(self, z: Array) -> Array:
+        """Return an array of `Kind.project` with its directions in the last axis; it undoes itself."""
+        return z
 
 
 class MatrixKind(Kind):
@@ -82,6 +90,10 @@ def with_updates(
     rest
         Positional and named arguments of the layer's call, without its input.
     """
+    if record.route is not None:
+        names, axis = record.route
+        routed = [adapters[name] for name in names if name in adapters]
+        return _with_routed(kind, layer, y, jnp.asarray(x), routed, axis, rest) if routed else y
     active = [
         (own, own.weight, adapters[name], restored(adapters[name].part))
         for name, own in record.adapters
@@ -111,3 +123,43 @@ def with_updates(
             z = jnp.nan_to_num(kind.project(layer, x, M.astype(y.dtype)))
             y = y + kind.spread(layer, z, E.astype(y.dtype))
     return y
+
+
+def _with_routed(
+    kind: Kind, layer: Any, y: Array, x: Array, adapters: list[Any], axis: int, rest: Rest
+) -> Array:
+    """Return the output of a layer with the update of one adapter for each row, in one pair of products for all."""
+    factors = [with_constants(adapter.factors()) for adapter in adapters]
+    Ms, Es = [contract(each) for each in factors], [expand(each) for each in factors]
+    most = max(M.shape[0] for M in Ms)  # some move the bias too
+    M = jnp.concatenate([jnp.pad(M, ((0, most - M.shape[0]), (0, 0))) for M in Ms], axis=1).astype(y.dtype)
+    E = jnp.concatenate(Es, axis=0).astype(y.dtype)
+    gates = [
+        jnp.broadcast_to(each.gate[..., None], (*each.gate.shape, M.shape[1]))
+        for each, M in zip(adapters, Ms, strict=True)
+    ]
+    gate = jnp.concatenate(gates, axis=-1)  # (rows, q), or (q,) of the one row of a vmap
+    args, kwargs = rest
+    if isinstance(kind, MatrixKind) or kind.linear:
+        inputs = x.astype(y.dtype)
+        inputs = kind.inputs(layer, inputs, *args, **kwargs) if isinstance(kind, MatrixKind) else inputs
+        d = inputs.shape[-1]
+        z = inputs @ M[:d] + (M[d] if most > d else 0)
+        leading = inputs.shape[:-1]
+    else:
+        assert isinstance(kind, ExampleKind)
+        x = x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(y.dtype)
+        z, leading = kind.last(kind.project(layer, x, M)), kind.rows(layer, x)
+    if gate.ndim > 1:
+        share = rows_of(type(layer).__name__, leading, len(gate), axis)
+        shape = [1] * z.ndim
+        shape[axis], shape[-1] = leading[axis], gate.shape[-1]
+        gate = jnp.reshape(jnp.repeat(gate, share, axis=0), shape)
+    z = jnp.where(gate & jnp.isfinite(z), z, jnp.zeros_like(z))
+    if isinstance(kind, MatrixKind):
+        return y + kind.outputs(layer, z @ E, *args, **kwargs)
+    if kind.linear:
+        return y + z @ E
+    assert isinstance(kind, ExampleKind)
+    result: Array = y + kind.spread(layer, kind.last(z), E)
+    return result

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from adamss.backend import Adaptation, Backend, Bank, Ledger, Site, StackedLayer, backend_for
-from adamss.backend.bank import State, Values
+from adamss.backend.bank import Route, State, Values
 from adamss.backend.interface import Model, Module
 from adamss.backend.sites import Index, by_owner, owner_of, split_path
 from adamss.backend.stores import exchange_all
@@ -80,10 +80,14 @@ class Record:
         By name, in the order in which they came.
     originals
         Path of each of the ``modules_to_save`` of all of them, and its base values.
+    route
+        While the rows of a batch are routed, the names that they may go through, and the axis along which they lie.
+        Which rows go where is an array (`gate`) of each adapter.
     """
 
     adapters: tuple[tuple[str, Own], ...] = ()
     originals: tuple[tuple[str, HostCopies], ...] = ()
+    route: tuple[tuple[str, ...], int] | None = None
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -200,7 +204,7 @@ class JaxModels(JaxArrays, Backend):
     def rewritten(self, model: Model, name: str, values: Mapping[str, Mapping[str, Any]]) -> Model:
         """Return the model with other values in an adapter, by the keys of `attached` and then by name.
 
-        Names are the fields of `Factors`, ``part`` and ``kept``.
+        Names are the fields of `Factors`, ``part``, ``kept`` and ``gate``.
         """
 
     @abstractmethod
@@ -281,7 +285,10 @@ class JaxModels(JaxArrays, Backend):
                 kept=_unpacked(kept, {path: originals[path] for path in own.saved}),
             )
         base = {owner: each.base for owner, each in found.items() if owner in holding}
-        return Bank(adapters, originals, base, disabled=any(each.off for each in found.values()))
+        off = any(each.off for each in found.values())
+        names, axis = record.route or ((), 0)
+        route = None if record.route is None else Route(names, (), axis)  # the rows may be traced
+        return Bank(adapters, originals, base, disabled=off, route=route)
 
     def followed(self, model: Model, name: str) -> bool:
         return self.bank(model).adapters[name].config.budget in FOLLOWED
@@ -359,6 +366,21 @@ class JaxModels(JaxArrays, Backend):
             adapters.append((name, replace(own, weight=weight, trainable=trainable, trained=trained)))
             model = self._keeping(model, name, kept)
         return self.with_record(model, replace(record, adapters=tuple(adapters)))
+
+    def routed(self, model: Model, route: Route | None) -> Model:
+        record, found = self._record(model), self.attached(model)
+        for name, own in record.adapters:
+            gates = {}
+            for owner in own.owners:
+                gate = None
+                if route is not None and name in route.names:
+                    rows = np.asarray(route.rows) == route.names.index(name)
+                    leading = found[owner].adapters[name].factors().ranks.shape[:-1]
+                    gate = jnp.broadcast_to(jnp.asarray(rows), (*leading, len(rows)))
+                gates[owner] = {"gate": gate}
+            model = self.rewritten(model, name, gates)
+        names = None if route is None else (route.names, route.axis)
+        return self.with_record(model, replace(record, route=names))
 
     def _record(self, model: Model) -> Record:
         return next(iter(self.attached(model).values())).record

@@ -492,14 +492,14 @@ class TorchBackend(Backend):
             record = _Record(required_grad, guards)
             setattr(owner, RECORD, record)
         for path, adapter in new.items():
-            banks[path].add_module(name, adapter)
+            banks[path]._modules[name] = adapter  # whatever the name, be it that of a method
             banks[path].install(adapted[path], _reader_of(adapted[path], path, modules), sites[path].view)
             weight = getattr(adapted[path], banks[path].kind.weight, None)
             if is_sharded(weight):
                 sharding.shard_adapter(adapter, weight)
             adapter.requires_grad_(False)
         for path, (bank, rows) in tokens.items():
-            bank.add_module(name, rows)
+            bank._modules[name] = rows
             bank.install(modules[path], None, self.site(modules[path], path).view)
             rows.requires_grad_(False)
         record.adapters[name] = _Own(
