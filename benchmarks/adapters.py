@@ -1,8 +1,8 @@
 """Many adapters on one model: a mixed batch beside PEFT's, and a hundred adapters on MiniLM.
 
 The time of a forward whose rows go through adapters of their own, over the frozen base, and beside PEFT's LoRA with
-``adapter_names``, which runs the rows of each adapter apart. Then the bytes of each of a hundred adapters, and the time
-of a switch. ::
+``adapter_names``, which runs the rows of each adapter apart. Then the bytes of each of a hundred adapters, and the
+time of a switch. ::
 
     python benchmarks/adapters.py
     python benchmarks/adapters.py --quick

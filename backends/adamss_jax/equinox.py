@@ -282,7 +282,8 @@ def _filter(model: Any, names: Iterable[str]) -> Any:
 def route_axes(model: Any) -> Any:
     """Return over which axes of a model `adamss.routed` has it mapped, with the rows of a batch.
 
-    Equinox's layers take one input, and a batch by ``vmap``. For ``eqx.filter_vmap(call, in_axes=(route_axes(model), 0))``.
+    Equinox's layers take one input, and a batch by ``vmap``. For ``in_axes=(route_axes(model), 0)`` of
+    ``eqx.filter_vmap``.
 
     Parameters
     ----------

@@ -974,8 +974,8 @@ def _check_wrappers(model: nn.Module) -> None:
     """Check that nothing has taken stock of the Parameters already that would not notice the new ones."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise StateError(
-            "DistributedDataParallel would not synchronise the gradients of adapters that come, or are trained, after "
-            "it has wrapped the model; attach, load or activate first, and wrap the model then"
+            "DistributedDataParallel would not synchronise the gradients of adapters that come, or are trained, "
+            "after it has wrapped the model; attach, load or activate first, and wrap the model then"
         )
 
 

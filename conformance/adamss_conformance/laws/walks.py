@@ -239,7 +239,7 @@ class WalkLaws:
         """Attached, trained, activated, routed, merged, consolidated, saved, detached: in any order."""
         with case(driver, DTYPE, "models", "consolidates"):
             run_state_machine_as_test(
-                lambda: Walk(driver),
+                lambda: Walk(driver),  # type: ignore[arg-type]
                 settings=settings(
                     max_examples=WALKS if cases.THOROUGH else WALKS // 3,
                     stateful_step_count=20,
