@@ -123,6 +123,10 @@ class LayerBank(nn.Module):
         self.computed: tuple[str, ...] = ()
         self._input = "input"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # An adapter may have the name of an attribute, which PyTorch would take for an attempt to replace it.
+        object.__setattr__(self, name, value)
+
     @property
     def adapters(self) -> dict[str, Adapter]:
         """The adapters by name."""

@@ -417,3 +417,28 @@ def test_what_has_one_weight_for_all_rows_cannot_be_routed():
     with pytest.raises(errors.LayerError, match=r"^0\.q_proj: .*for all rows"), adamss.routed(model, ["a"]):
         pass
     assert adamss.adapters(model)["a"].active
+
+
+@pytest.mark.parametrize("name", ["base", "train", "route", "active", "forward", "weight"])
+def test_names_that_are_also_something_else(net, x, name):
+    model = adamss.attach(net(), settings("b"), name=name)
+    for parameter in adamss.trainable_parameters(model):
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    y = model(x)
+    again = pickle.loads(pickle.dumps(model.train().eval()))
+    assert torch.equal(again(x), y)
+    fresh = adamss.attach(net(), settings("b"), name=name)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), y)
+    assert_same_state(adamss.detach(model), net())
+
+
+def test_what_one_adapts_another_does_not_save(net):
+    model = adamss.attach(net(), settings("a"), name="a")
+    before = state(model)
+    with pytest.raises(
+        errors.TargetError, match=r"classifier would be adapted by one adapter .*'a' among them"
+    ):
+        adamss.attach(model, settings("c", targets=["classifier"]), name="c")
+    assert_same_state(model, before)
+    assert adamss.adapters(model)["a"].trained
