@@ -11,6 +11,8 @@ from adamss._version import __version__ as __version__
 from adamss.config import AdamssConfig, BudgetConfig
 from adamss.errors import AdamssError, AdamssWarning
 from adamss.verbs import (
+    activate,
+    adapters,
     attach,
     consolidate,
     detach,
@@ -19,6 +21,7 @@ from adamss.verbs import (
     load,
     merge,
     merge_and_unload,
+    routed,
     save,
     summary,
     to_lora,
@@ -26,15 +29,19 @@ from adamss.verbs import (
     trainable_parameters,
     unmerge,
 )
+from adamss.verbs.activating import AdapterInfo
 from adamss.verbs.table import Summary, SummaryRow
 
 __all__ = [
     "AdamssConfig",
     "AdamssError",
     "AdamssWarning",
+    "AdapterInfo",
     "BudgetConfig",
     "Summary",
     "SummaryRow",
+    "activate",
+    "adapters",
     "attach",
     "consolidate",
     "core",
@@ -45,6 +52,7 @@ __all__ = [
     "load",
     "merge",
     "merge_and_unload",
+    "routed",
     "save",
     "summary",
     "to_lora",

@@ -268,7 +268,7 @@ def agreement(folder: Path) -> list[dict[str, Any]]:
     backend = adamss.backend.get_backend("torch")
     layers = {
         path: core.Factors(*(array.numpy() for array in f))
-        for path, f in backend.adaptation(small_model()).layers.items()
+        for path, f in backend.bank(small_model()).only().layers.items()
     }
     gradients, rows, records = recorded_gradients(layers), [], []
     for name, config in SCHEDULES.items():
@@ -379,7 +379,7 @@ def accuracies(steps: int, seeds: int) -> list[dict[str, Any]]:
             outcome.accuracy.append(accuracy(logits.numpy(), session.test))
             loss = nn.functional.cross_entropy(logits, torch.as_tensor(session.test.labels))
             outcome.cross_entropy.append(float(loss))
-            layers = adamss.backend.get_backend("torch").adaptation(run.model).layers.values()
+            layers = adamss.backend.get_backend("torch").bank(run.model).only().layers.values()
             outcome.parameters.append(sum(core.count_factors(f, active_only=True) for f in layers))
         for controller in controllers:
             controller.remove()

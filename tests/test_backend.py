@@ -9,6 +9,7 @@ import pytest
 import adamss
 from adamss.backend import (
     Backend,
+    Bank,
     NumpyBackend,
     NumpyLinear,
     NumpyModel,
@@ -113,8 +114,8 @@ class TestRegistry:
             def handles(self, model):
                 return model == "mine"
 
-            def adaptation(self, model):
-                return None
+            def bank(self, model):
+                return Bank()
 
         assert "mine" in available_backends()
         assert isinstance(backend_for("mine"), Mine)
@@ -125,7 +126,7 @@ class TestRegistry:
         class Half(Backend):
             name = "half"
 
-        with pytest.raises(BackendError, match=r"it lacks adaptation, arrays, .*with_masks"):
+        with pytest.raises(BackendError, match=r"it lacks activated, arrays, bank, .*with_masks"):
             register_backend(Half)
         with pytest.raises(BackendError, match="concrete subclass"):
             register_backend(dict)
@@ -136,7 +137,7 @@ class TestNumpyModel:
         base, x = model(), np.random.default_rng(1).standard_normal((3, 6))
         expected = {path: base[path](x) for path in base.layers}
         adapted = adamss.attach(base, CONFIG)
-        assert base.bank is None
+        assert not base.bank
         for path in CONFIG.targets:
             adamss.trainable_parameters(adapted)[f"encoder.{path}"]["C"][...] = 0.5
         y = adapted["encoder.query"](x)
@@ -150,9 +151,11 @@ class TestNumpyModel:
             assert np.array_equal(plain["encoder.query"](x), expected["encoder.query"])
 
     def test_half_precision_gets_float32_factors(self):
-        layer = adamss.attach(model(np.float16), CONFIG)["encoder.query"]
-        assert {array.dtype for array in layer.factors[:3]} == {np.dtype(np.float32)}
-        assert layer(np.ones((2, 6), np.float16)).dtype == np.float16
+        adapted = adamss.attach(model(np.float16), CONFIG)
+        assert {array.dtype for array in adapted.bank.only().layers["encoder.query"][:3]} == {
+            np.dtype(np.float32)
+        }
+        assert adapted["encoder.query"](np.ones((2, 6), np.float16)).dtype == np.float16
 
     def test_bad_layers(self):
         with pytest.raises(ArrayTypeError, match="q: W must be a NumPy array, found list"):

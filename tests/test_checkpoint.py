@@ -36,8 +36,8 @@ def adapted(seed=1, **changes):
     settings = {"targets": ["query"], "rank": 5, "subspaces": 3, "subspace_rank": 2} | changes
     model = adamss.attach(base(), adamss.AdamssConfig(**settings))
     rng = np.random.default_rng(seed)
-    for layer in model.layers.values():
-        layer.factors.C[...] = random_C(layer.factors, rng)
+    for factors in model.bank.only().layers.values():
+        factors.C[...] = random_C(factors, rng)
     return model
 
 
@@ -101,7 +101,7 @@ class TestContent:
         assert json.loads(metadata["config"])["rank"] == 5
         assert json.loads(metadata["writer"])["numpy"] == np.__version__
         assert content["layer.0.query.labels"].dtype == np.uint8
-        factors = model["layer.0.query"].factors
+        factors = model.bank.only().layers["layer.0.query"]
         assert np.array_equal(content["layer.0.query.labels"], factors.labels)
         assert np.array_equal(content["layer.0.query.C"], factors.C)
 
@@ -172,7 +172,7 @@ class TestBadFiles:
         with pytest.raises(kind, match=match) as caught:
             adamss.load(model, path)
         assert isinstance(caught.value, AdamssError)
-        assert model.bank is None
+        assert not model.bank
 
     def test_truncated_anywhere(self, path):
         content = path.read_bytes()
@@ -294,7 +294,7 @@ class TestBadFiles:
 
     def test_save_keeps_what_diverged(self, tmp_path):
         model = adapted()
-        model["layer.0.query"].factors.C[0, 0] = np.nan
+        model.bank.only().layers["layer.0.query"].C[0, 0] = np.nan
         adamss.save(model, tmp_path / "a.safetensors")
         assert np.isnan(tensor_of(tmp_path / "a.safetensors", "layer.0.query.C")[0, 0])
         self.refused(tmp_path / "a.safetensors", r"layer\.0\.query.*C holds NaN")
@@ -449,7 +449,7 @@ class TestDtypes:
             targets=["query"], modules_to_save=["head"], rank=3, subspaces=2, **settings
         )
         model = adamss.attach(NumpyModel(layers), config)
-        model["query"].factors.C[0, 0] = C
+        model.bank.only().layers["query"].C[0, 0] = C
         model["head"].W[0, 0] = head
         adamss.save(model, tmp_path / "a.safetensors")
         return tmp_path / "a.safetensors"
@@ -465,11 +465,12 @@ class TestDtypes:
         with pytest.raises(CheckpointError, match="query: the file holds numbers too large for float32"):
             adamss.load(self.narrow(), path, trainable=trainable)
         wide = adamss.load(self.narrow("float64"), path, trainable=trainable)
-        assert wide["query"].factors.C[0, 0] == 1e300
+        assert wide.bank.only().layers["query"].C[0, 0] == 1e300
 
     def test_factors_in_half_precision(self, tmp_path):
         path = self.saved(tmp_path, "float32", C=6e4, factor_dtype="float16")
-        assert adamss.load(self.narrow(), path)["query"].factors.C[0, 0] == np.float16(6e4)
+        layers = adamss.load(self.narrow(), path).bank.only().layers
+        assert layers["query"].C[0, 0] == np.float16(6e4)
         C = tensor_of(path, "query.C").astype(np.float32)
         C[0, 0] = 7e4
         rewrite_with_checksum(path, tensors={"query.C": C})
@@ -502,16 +503,16 @@ class TestDtypes:
     def test_padding_of_C_is_never_read(self, tmp_path):
         # Ten columns in four subspaces: 3, 3, 2 and 2, so that the last two have rank 2 of 3.
         model = adapted(subspaces=4, subspace_rank=3, segmentation="contiguous", rank=6)
-        expected = {path: core.delta(layer.factors) for path, layer in model.layers.items()}
-        for layer in model.layers.values():
-            _, _, C, labels, ranks, _ = layer.factors
+        layers = model.bank.only().layers
+        expected = {path: core.delta(factors) for path, factors in layers.items()}
+        for _, _, C, labels, ranks, _ in layers.values():
             beyond = np.arange(C.shape[0])[:, None] >= ranks[labels]
             assert beyond.any()
             C[beyond] = 1e6
         adamss.save(model, tmp_path / "a.safetensors")
         loaded = adamss.load(base(), tmp_path / "a.safetensors")
         for path, update in expected.items():
-            np.testing.assert_allclose(core.delta(loaded[path].factors), update, atol=1e-12)
+            np.testing.assert_allclose(core.delta(loaded.bank.only().layers[path]), update, atol=1e-12)
 
 
 class TestWriting:
@@ -542,7 +543,9 @@ class TestWriting:
         for thread in threads:
             thread.join()
         loaded = core.delta(checkpoint.read(path).layers["layer.0.query"].factors())
-        assert any(np.allclose(loaded, core.delta(model["layer.0.query"].factors)) for model in models)
+        assert any(
+            np.allclose(loaded, core.delta(model.bank.only().layers["layer.0.query"])) for model in models
+        )
         assert os.listdir(tmp_path) == ["a.safetensors"]
 
     def test_what_load_would_refuse_is_not_written(self, path):
@@ -566,7 +569,7 @@ class TestWriting:
         link.symlink_to(path.name)
         adamss.save(adapted(2), link)
         assert link.is_symlink()
-        assert adamss.load(base(), path)["layer.0.query"].factors.C.any()
+        assert adamss.load(base(), path).bank.only().layers["layer.0.query"].C.any()
         assert path.read_bytes() == link.read_bytes()
         os.mkfifo(pipe)
         with pytest.raises(CheckpointError, match="is a device, pipe or socket"):
@@ -631,6 +634,6 @@ def test_show_counts_as_summary_does(tmp_path, capsys):
         adamss.save(model, tmp_path / f"{number}", training=True)
         assert cli.main(["show", str(tmp_path / f"{number}")]) == 0
         assert str(replace(adamss.summary(model), targets=None)) in capsys.readouterr().out
-        for row, layer in zip(adamss.summary(model).rows, model.layers.values(), strict=True):
-            assert row.trained == core.count_factors(layer.factors)
-            assert max(core.basis_ranks(layer.factors)) == row.R
+        for row, factors in zip(adamss.summary(model).rows, model.bank.only().layers.values(), strict=True):
+            assert row.trained == core.count_factors(factors)
+            assert max(core.basis_ranks(factors)) == row.R

@@ -46,7 +46,7 @@ def test_a_file_loads_and_holds_what_it_held(make, path, trainable):
     assert model.bank.only().config.to_dict() == adamss.AdamssConfig.from_dict(wanted["config"]).to_dict()
     # A setting that did not exist then has its default; none that did has another value.
     assert wanted["config"].items() <= model.bank.only().config.to_dict().items()
-    layers = {name: layer.factors for name, layer in model.layers.items() if layer.factors is not None}
+    layers = model.bank.only().layers
     assert layers.keys() == wanted["layers"].keys()
     tolerance = {"float32": 1e-6, "float64": 1e-13}[wanted["dtype"]]
     for name, factors in layers.items():

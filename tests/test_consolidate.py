@@ -34,9 +34,9 @@ def trained(base, seed=0, **settings):
     options |= {"modules_to_save": ["head"]}
     model = adamss.attach(base, adamss.AdamssConfig(**options | settings))
     rng = np.random.default_rng(seed)
-    before = {path: model[path].factors for path in PATHS}
+    before = {path: model.bank.only().layers[path] for path in PATHS}
     new = {p: f._replace(C=rng.standard_normal(f.C.shape).astype(f.C.dtype)) for p, f in before.items()}
-    return get_backend("numpy").with_factors(model, new)
+    return get_backend("numpy").with_factors(model, "default", new)
 
 
 def frozen(model, masks):
@@ -70,7 +70,7 @@ def magnitude(model, x):
     """The largest sum of the terms of an output: what its rounding is relative to, in either form."""
     sizes = []
     for path in PATHS:
-        W, b, f = abs(model[path].W), model[path].b, model[path].factors
+        W, b, f = abs(model[path].W), model[path].b, model.bank.only().layers[path]
         terms = core.delta(magnitudes(f))
         rows = np.concatenate([W, np.zeros((1, W.shape[1])) if b is None else abs(b)[None, :]])
         rows[: terms.shape[0]] += terms
@@ -87,7 +87,12 @@ def assert_same_outputs(actual, expected, x, what):
 
 def assert_same_factors(actual, expected):
     for path in PATHS:
-        pairs = zip(core.Factors._fields, actual[path].factors, expected[path].factors, strict=True)
+        pairs = zip(
+            core.Factors._fields,
+            actual.bank.only().layers[path],
+            expected.bank.only().layers[path],
+            strict=True,
+        )
         for name, a, b in pairs:
             assert np.array_equal(a, b), f"{path}: {name}"
 
@@ -109,7 +114,7 @@ def models(draw):
     model = trained(base, **options)
     masks = {}
     for path in PATHS:
-        K = model[path].factors.ranks.size
+        K = model.bank.only().layers[path].ranks.size
         masks[path] = draw(st.lists(st.booleans(), min_size=K, max_size=K))
     if not any(map(any, masks.values())):
         masks[PATHS[0]][0] = True
@@ -130,9 +135,11 @@ def test_outputs_and_gradients_are_those_of_before(pair, keep_base):
     for path in PATHS:
         before, layer = model[path], after[path]
         dy = np.random.default_rng(6).standard_normal((len(x), before.W.shape[1])).astype(x.dtype)
-        expected = core.linear_vjp(dy, x, before.W, before.factors)
-        actual = core.linear_vjp(dy, x, layer.W, layer.computed)
-        scales = core.linear_vjp(abs(dy), abs(x), abs(before.W), magnitudes(before.factors), revive=True)
+        expected = core.linear_vjp(dy, x, before.W, model.bank.only().layers[path])
+        actual = core.linear_vjp(dy, x, layer.W, *layer.computed)
+        scales = core.linear_vjp(
+            abs(dy), abs(x), abs(before.W), magnitudes(model.bank.only().layers[path]), revive=True
+        )
         for name in ("x", "B", "C"):
             one, other, scale = (getattr(each, name) for each in (actual, expected, scales))
             what = f"{path}: gradient of {name}"
@@ -146,7 +153,7 @@ def test_the_weight_holds_the_frozen_subspaces_and_only_those(pair):
     base, model = pair
     after = adamss.consolidate(model)
     for path in PATHS:
-        f = model[path].factors
+        f = model.bank.only().layers[path]
         own = ~f.active[f.labels]
         update = np.where(own, core.delta(f), 0)
         terms = core.delta(magnitudes(f)).max()
@@ -197,7 +204,7 @@ def test_the_file_is_that_of_before(tmp_path_factory, pair, training, keep_base)
     loaded = adamss.load(base, folder / "after")
     assert_same_outputs(loaded, model, inputs(model), "loaded")
     for path in PATHS:
-        assert np.array_equal(loaded[path].factors.active, model[path].factors.active)
+        assert np.array_equal(loaded.bank.only().layers[path].active, model.bank.only().layers[path].active)
     assert_same_outputs(adamss.consolidate(loaded), model, inputs(model), "loaded and consolidated")
 
 
@@ -244,9 +251,9 @@ def test_training_goes_on_in_the_rest():
     after = adamss.consolidate(model)
 
     def moved(model):
-        before = {path: model[path].factors for path in PATHS}
+        before = {path: model.bank.only().layers[path] for path in PATHS}
         new = {p: f._replace(C=np.where(f.active[f.labels], f.C + 1, f.C)) for p, f in before.items()}
-        return get_backend("numpy").with_factors(model, new)
+        return get_backend("numpy").with_factors(model, "default", new)
 
     x = inputs(model)
     assert_same_outputs(moved(after), moved(model), x, "trained on")
@@ -271,7 +278,7 @@ class TestErrors:
         """The layer is named, and no layer is changed."""
         base = base_model("float32")
         model = some_frozen(trained(base))
-        f = model[PATHS[1]].factors
+        f = model.bank.only().layers[PATHS[1]]
         f.C[:, f.labels == 0] = np.float32(3e38)
         f.B[...] *= 1e3
         with (
@@ -284,7 +291,7 @@ class TestErrors:
     def test_not_finite_where_it_is_not_folded(self):
         """What is still trained is not folded, and may be anything."""
         model = some_frozen(trained(base_model("float32")))
-        f = model[PATHS[1]].factors
+        f = model.bank.only().layers[PATHS[1]]
         f.C[:, f.labels != 0] = np.nan
         assert np.isfinite(adamss.consolidate(model)[PATHS[1]].W).all()
 

@@ -25,7 +25,7 @@ def adapted(shapes, *, seed=0, **settings):
         }
     )
     model = adamss.attach(base, adamss.AdamssConfig(targets=["query"], **settings))
-    for factors in get_backend("numpy").adaptation(model).layers.values():
+    for factors in get_backend("numpy").bank(model).only().layers.values():
         factors.C[...] = rng.standard_normal(factors.C.shape)
     return model
 
@@ -42,7 +42,7 @@ def test_the_product_is_the_update(tmp_path_factory, shapes, rank, subspaces, su
     folder = tmp_path_factory.mktemp("lora")
     written = adamss.to_lora(model, folder)
     tensors = load_file(folder / "adapter_model.safetensors")
-    layers = get_backend("numpy").adaptation(model).layers
+    layers = get_backend("numpy").bank(model).only().layers
     assert len(tensors) == 2 * len(layers) == 2 * written.layers
     for path, factors in layers.items():
         A = tensors[f"base_model.model.{path}.lora_A.weight"].astype(np.float64)

@@ -17,11 +17,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
-from adamss.backend.bank import Adaptation, Bank, Ledger
+from adamss.backend.bank import DEFAULT, Adaptation, Bank, Ledger, Route, Rows, State, Values
 from adamss.backend.sites import BaseWeight, Kinds, LoraForm, Site, StackedLayer
 from adamss.backend.stores import Stores
 from adamss.backend.tensors import StoredTensor
@@ -166,10 +167,10 @@ class Arrays(ABC):
     """Numbers of the framework, and their bytes."""
 
     @abstractmethod
-    def linear(self, x: Array, weight: Array, bias: Array | None, factors: Factors) -> Array:
-        """Return ``x @ (weight + delta(factors)) + bias``, differentiable in x, B and C.
+    def linear(self, x: Array, weight: Array, bias: Array | None, *factors: Factors) -> Array:
+        """Return ``x @ (weight + sum of delta) + bias``, differentiable in x, B and C.
 
-        ``linear(x, W, b, f) ~ core.linear(x, W, b, f)`` within the dtype's tolerance, gradients
+        ``linear(x, W, b, *f) ~ core.linear(x, W, b, *f)`` within the dtype's tolerance, gradients
         likewise ``~ core.linear_vjp``; with C = 0, ``linear(x, W, b, f) == x @ W + b``.
 
         Parameters
@@ -179,7 +180,7 @@ class Arrays(ABC):
         weight, bias
             (d, n) and (n,) or None.
         factors
-            Factors of the layer.
+            Factors of the layer, of each adapter.
         """
 
     @abstractmethod
@@ -403,12 +404,16 @@ class Models(ABC):
         return {}
 
     @abstractmethod
-    def adaptation(self, model: Model) -> Adaptation | None:
-        """Return what is attached to the model, or None; arrays as they are, not copies."""
+    def bank(self, model: Model) -> Bank:
+        """Return what is attached to the model, an empty bank if nothing is; arrays as they are, not copies."""
 
-    def followed(self, model: Model) -> bool:
-        """Return whether something in this process keeps the model to the schedule of its config; True if unknown."""
+    def followed(self, model: Model, name: str) -> bool:
+        """Return whether something in this process keeps an adapter to its schedule; True if unknown."""
         return True
+
+    def controlled(self, model: Model, name: str) -> bool:
+        """Return whether a controller that has not been removed holds the optimiser of an adapter."""
+        return False
 
     def probed(self, model: Model) -> Mapping[str, tuple[Array, Array] | str]:
         """Return what adapted layers make of some input, with their updates and without; the same at each call.
@@ -421,61 +426,78 @@ class Models(ABC):
     def lost(self, model: Model) -> Mapping[str, str]:
         """Return the adapted layers that somebody has replaced or resized since, and what happened, as a clause.
 
-        They are not among those of `adaptation`.
+        They are not among those of `bank`.
         """
         return {}
 
     @abstractmethod
-    def originals(self, model: Model) -> Mapping[str, Mapping[str, Array]]:
-        """Return the base values of ``modules_to_save`` that `insert` was given, by module path and name."""
+    def insert(self, model: Model, adaptation: Adaptation, originals: Values) -> Model:
+        """Return the model with one more adapter, which is not active, and everything but adapters frozen.
 
-    @abstractmethod
-    def insert(
-        self,
-        model: Model,
-        adaptation: Adaptation,
-        *,
-        originals: Mapping[str, Mapping[str, Array]],
-        values: Mapping[str, Mapping[str, Array]],
-    ) -> Model:
-        """Return the model with an adapter, and everything else but it and ``modules_to_save`` frozen.
-
-        ``adaptation(insert(m, a, ...)).layers == a.layers``, and the model computes `Arrays.linear` in these layers.
+        ``bank(insert(m, a, o)).adapters[a.name].layers == a.layers``. With the first adapter, what requires a
+        gradient is remembered for `remove`, if the framework has such a mark.
 
         Parameters
         ----------
         model
-            A model without adapters.
+            A model in which no adapter has that name.
         adaptation
-            Settings, factors by module path, paths of ``modules_to_save``, and, where `trains_rows`, trained rows,
-            which are in the place of those of the weight for whoever reads it.
+            Settings, factors by module path, paths of ``modules_to_save``, their values (`Adaptation.kept`), and,
+            where `trains_rows`, trained rows, which are in the place of those of the weight for whoever reads it.
         originals
-            Arrays of the modules to save as they are, kept for `originals`.
-        values
-            Other values that modules to save get, as from `arrays`; those that are not named stay as they are.
+            Base values of its modules to save, kept for `Bank.originals`.
         """
 
     @abstractmethod
-    def remove(self, model: Model) -> Model:
-        """Return the model without adapters; weights and saved modules stay as they are.
+    def remove(self, model: Model, names: Iterable[str]) -> Model:
+        """Return the model without these adapters; weights and saved modules stay as they are.
 
-        What required a gradient before `insert` does again, if the framework has such a mark.
+        With the last one, what required a gradient before `insert` does again.
         """
 
     @abstractmethod
-    def parameters(self, model: Model) -> Any:
-        """Return what an optimiser gets, in the framework's own form: B and C of each layer, and saved modules."""
+    def activated(self, model: Model, states: Mapping[str, State]) -> Model:
+        """Return the model in which other adapters are active, and trained.
 
-    @abstractmethod
-    def with_masks(self, model: Model, active: Mapping[str, Array]) -> Model:
-        """Return the model with other masks: ``adaptation(with_masks(m, a)).layers[path].active == a[path]``.
-
-        Nothing that is compiled may depend on the values of a mask.
+        A model computes `Arrays.linear` in adapted layers, with the updates of all active adapters, each times its
+        weight. What is not trained gets no gradient; modules to save are trained with the active adapter that saves
+        them.
 
         Parameters
         ----------
         model
-            An adapted model.
+            An adapted model. Its modules to save have the values of the adapters that will be active.
+        states
+            Of every adapter, by name.
+        """
+
+    @abstractmethod
+    def parameters(self, model: Model, names: Iterable[str]) -> Any:
+        """Return what an optimiser gets, in the framework's own form: of those of these adapters that are trained.
+
+        B and C of each layer, trained rows, and saved modules.
+        """
+
+    @abstractmethod
+    def with_factors(self, model: Model, name: str, layers: Mapping[str, Factors]) -> Model:
+        """Return the model with other factors in some layers of an adapter, of the shapes that they have.
+
+        ``bank(with_factors(m, n, f)).adapters[n].layers[path] == f[path]``. Nothing that is compiled may depend on
+        their values, and variables stay the objects that an optimiser knows.
+        """
+
+    def with_rows(self, model: Model, name: str, tokens: Mapping[str, Rows]) -> Model:
+        """Return the model with other values of the trained rows of an adapter; where `trains_rows`, override it."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def with_masks(self, model: Model, name: str, active: Mapping[str, Array]) -> Model:
+        """Return the model with other masks: `with_factors`, of masks alone.
+
+        Parameters
+        ----------
+        model, name
+            An adapted model, and one of its adapters.
         active
             (K,) booleans by module path; a layer that is not named keeps its mask.
         """
@@ -534,7 +556,7 @@ class Models(ABC):
 
     @abstractmethod
     def enter(self, model: Model, ledger: Ledger) -> Model:
-        """Return the model with another ledger: ``adaptation(enter(m, l)).ledger == l``.
+        """Return the model with another ledger: ``bank(enter(m, l)).ledger == l``.
 
         Its adapters compute what the weights do not hold, and nothing else. W0 is kept in the host's memory.
         """
@@ -552,16 +574,26 @@ class Models(ABC):
     def switched(self, model: Model, *, on: bool) -> Model:
         """Return the model with its adapters in what it computes, or (while `adamss.disabled` lasts) without them."""
 
+    def routed(self, model: Model, route: Route | None) -> Model:
+        """Return the model in which each row of a batch goes through an adapter of its own, None for as before.
+
+        What is compiled does not depend on the rows, if there are as many.
+
+        Raises
+        ------
+        LayerError
+            If a layer cannot be routed, because it has one weight for all rows; the message names it.
+        StateError
+            If the backend has no routing.
+        """
+        raise StateError(f"routed: the backend {type(self).__name__} cannot route the rows of a batch")
+
 
 class ValueModels(Models):
     """Models that are values and have a field for a `Bank`: what is attached is one more value, and no code.
 
     For frameworks whose models are trees that nobody trains by `parameters` (NumPy), and for a first backend.
     """
-
-    @abstractmethod
-    def bank(self, model: Model) -> Bank | None:
-        """Return the bank of a model, or None."""
 
     @abstractmethod
     def with_arrays(self, model: Model, values: Mapping[str, Mapping[str, Array]]) -> Model:
@@ -572,8 +604,8 @@ class ValueModels(Models):
         """
 
     @abstractmethod
-    def with_bank(self, model: Model, bank: Bank | None) -> Model:
-        """Return the model with another bank, or none; its layers compute the factors that `computed` returns."""
+    def with_bank(self, model: Model, bank: Bank) -> Model:
+        """Return the model with another bank; its layers compute the factors that `Bank.computed` returns."""
 
     def own_arrays(self, site: Site) -> dict[str, Array | None]:
         """Return `arrays` of the layer, so that one form of them is enough."""
@@ -586,49 +618,50 @@ class ValueModels(Models):
     def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
         """Return: a value can have any arrays."""
 
-    def adaptation(self, model: Model) -> Adaptation | None:
-        """See `Models.adaptation`."""
-        bank = self.bank(model)
-        return None if bank is None else bank.only()
-
-    def originals(self, model: Model) -> Mapping[str, Mapping[str, Array]]:
-        """See `Models.originals`."""
-        bank = self.bank(model)
-        return {} if bank is None else bank.originals
-
-    def insert(
-        self,
-        model: Model,
-        adaptation: Adaptation,
-        *,
-        originals: Mapping[str, Mapping[str, Array]],
-        values: Mapping[str, Mapping[str, Array]],
-    ) -> Model:
+    def insert(self, model: Model, adaptation: Adaptation, originals: Values) -> Model:
         """See `Models.insert`."""
-        bank = Bank({adaptation.name: adaptation}, originals)
-        return self.with_arrays(self.with_bank(model, bank), {**originals, **values})
+        bank = self.bank(model)
+        adapters = {**bank.adapters, adaptation.name: adaptation}
+        return self.with_bank(
+            model, replace(bank, adapters=adapters, originals={**originals, **bank.originals})
+        )
 
-    def remove(self, model: Model) -> Model:
+    def remove(self, model: Model, names: Iterable[str]) -> Model:
         """See `Models.remove`."""
-        return self.with_bank(model, None)
+        bank, gone = self.bank(model), {*names}
+        left = {name: each for name, each in bank.adapters.items() if name not in gone}
+        saved = {path for each in left.values() for path in each.saved}
+        originals = {path: values for path, values in bank.originals.items() if path in saved}
+        return self.with_bank(model, replace(bank, adapters=left, originals=originals) if left else Bank())
 
-    def parameters(self, model: Model) -> Any:
-        """Return the arrays by path and name."""
-        bank, modules = self.bank(model) or Bank(), self.modules(model)
-        adapters = [each for each in bank.adapters.values() if each.trained]
-        factors = {path: f for each in adapters for path, f in each.layers.items()}
-        trained = {path: {"B": f.B, "C": f.C} for path, f in factors.items()}
-        return trained | {path: self.arrays(modules[path]) for each in adapters for path in each.saved}
+    def activated(self, model: Model, states: Mapping[str, State]) -> Model:
+        """See `Models.activated`."""
+        bank = self.bank(model)
+        for name, state in states.items():
+            bank = bank.changed(name, **state._asdict())
+        return self.with_bank(model, bank)
 
-    def with_factors(self, model: Model, factors: Mapping[str, Factors]) -> Model:
-        """Return the model with other factors in some layers, as a step of an optimiser makes them."""
-        bank = self.bank(model) or Bank()
-        return self.with_bank(model, bank.changed(layers={**bank.only().layers, **factors}))
+    def parameters(self, model: Model, names: Iterable[str]) -> Any:
+        """Return the arrays by path and name; those of several adapters by their names first."""
+        bank, modules = self.bank(model), self.modules(model)
+        found = {}
+        for name in names:
+            each = bank.adapters[name]
+            if each.trained:
+                trained = {path: {"B": f.B, "C": f.C} for path, f in each.layers.items()}
+                found[name] = trained | {path: self.arrays(modules[path]) for path in each.saved}
+        return next(iter(found.values()), {}) if len(found) < 2 else found
 
-    def with_masks(self, model: Model, active: Mapping[str, Array]) -> Model:
+    def with_factors(self, model: Model, name: str, layers: Mapping[str, Factors]) -> Model:
+        """See `Models.with_factors`; an optimiser's step is one too."""
+        bank = self.bank(model)
+        return self.with_bank(model, bank.changed(name, layers={**bank.adapters[name].layers, **layers}))
+
+    def with_masks(self, model: Model, name: str, active: Mapping[str, Array]) -> Model:
         """See `Models.with_masks`."""
-        layers = (self.bank(model) or Bank()).only().layers
-        return self.with_factors(model, {p: layers[p]._replace(active=mask) for p, mask in active.items()})
+        layers = self.bank(model).adapters[name].layers
+        new = {path: layers[path]._replace(active=mask) for path, mask in active.items()}
+        return self.with_factors(model, name, new)
 
     def exchange(
         self, model: Model, arrays: Mapping[str, Mapping[str, Array]]
@@ -642,11 +675,18 @@ class ValueModels(Models):
 
     def enter(self, model: Model, ledger: Ledger) -> Model:
         """See `Models.enter`."""
-        return self.with_bank(model, (self.bank(model) or Bank()).changed(ledger=ledger))
+        bank = replace(self.bank(model), base=ledger.base, layers=ledger.layers)
+        for name in bank.adapters:
+            bank = bank.changed(name, held=ledger.held.get(name, {}))
+        return self.with_bank(model, bank)
 
     def switched(self, model: Model, *, on: bool) -> Model:
         """See `Models.switched`."""
-        return self.with_bank(model, (self.bank(model) or Bank()).changed(disabled=not on))
+        return self.with_bank(model, replace(self.bank(model), disabled=not on))
+
+    def routed(self, model: Model, route: Route | None) -> Model:
+        """See `Models.routed`; the layers pass `Bank.numbers` of their input to `adamss.core.linear`."""
+        return self.with_bank(model, replace(self.bank(model), route=route))
 
 
 class Backend(Arrays, Processes, Models):
@@ -655,7 +695,7 @@ class Backend(Arrays, Processes, Models):
     name: ClassVar[str]
     """Name under which the backend is registered, such as ``"torch"``."""
 
-    def set_active(self, model: Model, active: Mapping[str, Array]) -> Model:
+    def set_active(self, model: Model, active: Mapping[str, Array], name: str = DEFAULT) -> Model:
         """Return `with_masks`, after a check that none of them thaws a subspace whose update a weight holds.
 
         Raises
@@ -665,8 +705,7 @@ class Backend(Arrays, Processes, Models):
         ArrayValueError
             If a mask is of another shape. Messages name the layer.
         """
-        adaptation = self.adaptation(model)
-        assert adaptation is not None
+        adaptation = self.bank(model).adapters[name]
         for path, mask in active.items():
             if path not in adaptation.layers:
                 raise StateError(f"{path!r} is no adapted layer of the model")
@@ -675,7 +714,7 @@ class Backend(Arrays, Processes, Models):
                 raise ArrayValueError(
                     f"{path}: the mask has shape {tuple(mask.shape)}, not {tuple(ranks.shape)}"
                 )
-            held = adaptation.ledger.held.get(path)
+            held = adaptation.held.get(path)
             thawed = None if held is None else held & np.asarray(self.to_stored(mask).numpy())
             if thawed is not None and thawed.any():
                 remedy = "adamss.unmerge(model)" if adaptation.merged else "adamss.merge and adamss.unmerge"
@@ -683,4 +722,4 @@ class Backend(Arrays, Processes, Models):
                     f"{path}: the mask thaws subspace {int(thawed.argmax())}, whose update the weight holds; keep it "
                     f"frozen, or call {remedy} first"
                 )
-        return self.with_masks(model, active)
+        return self.with_masks(model, name, active)

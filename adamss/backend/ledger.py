@@ -1,43 +1,51 @@
-"""Movements of updates into the weights of a model and out again, written once for all frameworks.
+"""Movements of adapters on a model, written once for all frameworks: into its weights and out, on and off.
 
-The ledger says, for every weight, the update of which subspaces it holds. Merging lets it hold all of them,
-consolidating those that are frozen, unmerging and detaching none; each is one call of `hold` or `release`.
+The ledger says, for every weight, the update of which subspaces of which adapters it holds. Merging lets it hold all
+of an adapter, consolidating those that are frozen, unmerging and detaching none; each is one call of `hold` or
+`release`. `switch` says whose updates the model computes, and whose values its ``modules_to_save`` have.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from array_api_compat import to_device
 
 from adamss import core
-from adamss.backend.bank import Adaptation, Ledger, Rows
+from adamss.backend.bank import DEFAULT, Adaptation, Bank, Ledger, Rows, State, scaled
 from adamss.backend.interface import Backend, Model
 from adamss.backend.sites import BaseWeight, Site, arrays_of, owner_of
+from adamss.backend.tensors import join_path
 from adamss.config import AdamssConfig
 from adamss.core import Factors
 from adamss.core._array import check_concrete, device, namespace
-from adamss.errors import AdamssWarning, ArrayValueError, LayerError, StateError
+from adamss.errors import AdamssWarning, ArrayValueError, LayerError, StateError, TargetError
 
 __all__ = [
     "base_weight",
+    "check_together",
     "hold",
     "put",
     "reading",
     "release",
+    "replaced",
     "require_kept_base",
     "require_unchanged",
     "sites_of",
+    "switch",
     "switched_off",
+    "values_of_saved",
     "whole",
+    "withdraw",
 ]
 
 
-def require_kept_base(adaptation: Adaptation, verb: str) -> None:
+def require_kept_base(bank: Bank, verb: str) -> None:
     """Check that the base weights can be given back.
 
     Raises
@@ -45,7 +53,7 @@ def require_kept_base(adaptation: Adaptation, verb: str) -> None:
     StateError
         If they were dropped.
     """
-    if not adaptation.ledger.keeps_base:
+    if not bank.ledger.keeps_base:
         raise StateError(
             f"{verb}: the base weights were dropped (keep_base=False); load the base model afresh"
         )
@@ -67,10 +75,10 @@ def require_unchanged(backend: Backend, model: Model, verb: str) -> None:
     )
 
 
-def sites_of(backend: Backend, model: Model, adaptation: Adaptation) -> dict[str, Site]:
-    """Return the site of each adapted layer, by path."""
+def sites_of(backend: Backend, model: Model, paths: Iterable[str]) -> dict[str, Site]:
+    """Return the sites of adapted layers, by path."""
     modules = backend.modules(model)
-    return {path: backend.site(modules[path], path) for path in adaptation.layers}
+    return {path: backend.site(modules[path], path) for path in paths}
 
 
 def whole(backend: Backend, arrays: Any) -> Any:
@@ -90,9 +98,7 @@ def reading(path: str, weight: Any) -> Iterator[None]:
         ) from error
 
 
-def base_weight(
-    backend: Backend, site: Site, adaptation: Adaptation | None = None, *, values: bool = True
-) -> BaseWeight:
+def base_weight(backend: Backend, site: Site, bank: Bank | None = None, *, values: bool = True) -> BaseWeight:
     """Return W0 and its bias at a site, whatever the weight holds at the moment.
 
     What is left of a dropped W0 is the weight without the updates that it holds, up to rounding.
@@ -103,7 +109,7 @@ def base_weight(
         Of the model.
     site
         Where.
-    adaptation
+    bank
         What is attached to the model.
     values
         Whether they are needed, and not only shape and dtype.
@@ -115,10 +121,10 @@ def base_weight(
     StateError
         If W0 was dropped by ``merge(keep_base=False)``.
     """
-    ledger = Ledger() if adaptation is None else adaptation.ledger
-    if owner_of(site.path) in ledger.layers:
-        return base_weight(backend, backend.site(ledger.layers[owner_of(site.path)], site.path))
-    kept, arrays = ledger.base.get(owner_of(site.path)), backend.own_arrays(site)
+    bank = bank or Bank()
+    if owner_of(site.path) in bank.layers:
+        return base_weight(backend, backend.site(bank.layers[owner_of(site.path)], site.path))
+    kept, arrays = bank.base.get(owner_of(site.path)), backend.own_arrays(site)
     # Kept in the host's memory, and wanted where the layer is.
     on = {name: None if array is None else device(array) for name, array in arrays.items()}
     arrays |= kept or {}
@@ -132,20 +138,22 @@ def base_weight(
         raise LayerError(
             f"{site.path} is on the meta device: its weight has no values; load the weights first"
         )
-    whole_path = site.path if adaptation is None or site.path in adaptation.layers else owner_of(site.path)
-    held = ledger.held.get(whole_path)
-    if adaptation is None or held is None or kept is not None:
+    whole_path = site.path if site.path in bank.paths else owner_of(site.path)
+    holding = [each for each in bank.adapters.values() if whole_path in each.held]
+    if not holding or kept is not None:
         return base
-    if adaptation.merged:
+    if any(each.merged for each in holding):
         raise StateError(f"{site.path}: the base weight was dropped by merge(keep_base=False)")
-    xp, factors = namespace(base.W), _only(adaptation.layers[whole_path], held)
-    if whole_path != site.path:
-        factors = core.split(factors, site.kind.blocks(site.layer))[site.index[0]]
-    update, d = core.delta(factors), base.W.shape[0]
-    b = base.b
-    if b is not None and update.shape[0] > d:
-        b = b - xp.astype(update[d, :], b.dtype)
-    return BaseWeight(base.W - xp.astype(update[:d, :], base.W.dtype), b)
+    xp, (d, _), (W, b) = namespace(base.W), base.W.shape, base
+    for each in holding:
+        factors = _held_factors(each, whole_path, each.layers[whole_path], each.held)
+        if whole_path != site.path:
+            factors = core.split(factors, site.kind.blocks(site.layer))[site.index[0]]
+        update = core.delta(factors)
+        W = W - xp.astype(update[:d, :], W.dtype)
+        if b is not None and update.shape[0] > d:
+            b = b - xp.astype(update[d, :], b.dtype)
+    return BaseWeight(W, b)
 
 
 def put(
@@ -156,58 +164,191 @@ def put(
     *,
     config: AdamssConfig,
     saved: Mapping[str, Mapping[str, Any] | None],
+    name: str = DEFAULT,
     trained: bool = True,
     tokens: Mapping[str, Rows] | None = None,
 ) -> Model:
-    """Return the model with an adapter on it.
+    """Return the model with one more adapter on it, which is the one that is active.
 
     Parameters
     ----------
     backend, model
-        A model without adapters.
+        A model in which no adapter has that name.
     layers, shapes
         Factors, and (d, n) of the weight, by module path.
     config
         The settings.
     saved
         Paths of ``modules_to_save``, and the values that they get, as from `Models.arrays` (None: as they are).
+    name
+        Of the adapter.
     trained
         Whether the adapter and ``modules_to_save`` are trained from now on.
     tokens
         Rows to train, by path of the embedding.
     """
-    modules = backend.modules(model)
-    return backend.insert(
-        model,
-        Adaptation(config, layers, shapes, tuple(saved), trained=trained, tokens=tokens or {}),
-        originals={path: backend.arrays(modules[path]) for path in saved},
-        values={path: values for path, values in saved.items() if values is not None},
+    _check_apart(backend.bank(model), [*layers, *(tokens or ())], list(saved))
+    kept = {path: values for path, values in saved.items() if values is not None}
+    adaptation = Adaptation(
+        config, layers, shapes, tuple(saved), name, tokens or {}, trainable=trained, kept=kept
     )
+    with ExitStack() as undo:
+        # With the base values in all modules to save.
+        if backend.bank(model):
+            model = switch(backend, model, {}, trained=(), undo=undo)
+        modules = backend.modules(model)
+        before = model
+        model = backend.insert(model, adaptation, {path: backend.arrays(modules[path]) for path in saved})
+        if model is before:
+            undo.callback(backend.remove, model, [name])
+        model = switch(backend, model, {name: 1.0}, trained=[name] if trained else ())
+        undo.pop_all()
+    return model
+
+
+def replaced(backend: Backend, model: Model, new: Adaptation) -> Model:
+    """Return the model with other numbers in an adapter: those of one of the same settings and shapes.
+
+    Raises
+    ------
+    StateError
+        If they are others, or a weight holds its update. The model is unchanged.
+    """
+    old = backend.bank(model).adapters[new.name]
+    if old.held:
+        raise StateError(f"the weights hold the update of {new.name!r}; call adamss.unmerge(model) first")
+    for what, there, here in (
+        ("adapted layers", sorted(new.layers), sorted(old.layers)),
+        ("modules_to_save", sorted(new.saved), sorted(old.saved)),
+        (
+            "trained_tokens",
+            {p: r.ids for p, r in new.tokens.items()},
+            {p: r.ids for p, r in old.tokens.items()},
+        ),
+    ):
+        if there != here:
+            raise StateError(
+                f"{new.name!r} has other {what} than the file: {here} and {there}; load it under another name"
+            )
+    for path, factors in new.layers.items():
+        for name, there, here in zip(Factors._fields, factors, old.layers[path], strict=True):
+            if tuple(there.shape) != tuple(here.shape):
+                raise StateError(
+                    f"{path}: {name} of {new.name!r} has shape {tuple(here.shape)}, that of the file "
+                    f"{tuple(there.shape)}; load it under another name"
+                )
+    with ExitStack() as undo:
+        if old.active and new.kept:
+            model, _ = _exchanged(undo, backend.exchange_saved, model, new.kept)
+        model = backend.with_factors(model, new.name, new.layers)
+        if new.tokens:
+            model = backend.with_rows(model, new.name, new.tokens)
+        undo.pop_all()
+    if new.kept and not old.active:
+        states = {
+            name: State(
+                each.weight, each.trainable, each.trained, new.kept if name == new.name else each.kept
+            )
+            for name, each in backend.bank(model).adapters.items()
+        }
+        model = backend.activated(model, states)
+    return model
+
+
+def switch(
+    backend: Backend,
+    model: Model,
+    weights: Mapping[str, float],
+    *,
+    trained: Iterable[str],
+    undo: ExitStack | None = None,
+) -> Model:
+    """Return the model computing with these adapters, each update times its weight, and no others.
+
+    Modules to save get the values of the active adapter that saves them, or else those of the base.
+
+    Parameters
+    ----------
+    backend, model
+        An adapted model.
+    weights
+        By name of the adapters.
+    trained
+        Those of them that are trained; the flag of each is set for good.
+    undo
+        What is to undo this if something fails later.
+
+    Raises
+    ------
+    StateError
+        If two of them have values of one module to save, or of rows of one embedding, or the weights hold the update
+        of an adapter that would be active no longer, or with another weight.
+    """
+    bank, trained = backend.bank(model), {*trained}
+    check_together(bank, weights)
+    kept = {name: dict(each.kept) for name, each in bank.adapters.items()}
+    leaving = {
+        path: name
+        for name, each in bank.adapters.items()
+        if each.active and name not in weights
+        for path in each.saved
+    }
+    coming = {
+        path: name
+        for name in weights
+        if not bank.adapters[name].active
+        for path in bank.adapters[name].saved
+        if path in kept[name]
+    }
+    with ExitStack() as own:
+        off = {path: bank.originals[path] for path in leaving}
+        _check_saved(backend, model, off)
+        backend.check_writable(model, (), {**leaving, **coming})
+        if off:
+            model, before = _exchanged(own, backend.exchange_saved, model, off)
+            for path, name in leaving.items():
+                kept[name][path] = before[path]
+        if coming:
+            on = {path: kept[name].pop(path) for path, name in coming.items()}
+            model, _ = _exchanged(own, backend.exchange_saved, model, on)
+        former = {name: each.state for name, each in bank.adapters.items()}
+        states = {
+            name: State(weights.get(name), state.trainable or name in trained, name in trained, kept[name])
+            for name, state in former.items()
+        }
+        changed = backend.activated(model, states)
+        if changed is model:
+            own.callback(backend.activated, model, former)
+        _hand_over(own, undo)
+    return changed
 
 
 def hold(
     backend: Backend,
     model: Model,
-    adaptation: Adaptation,
-    subspaces: Mapping[str, np.ndarray[Any, Any]],
+    bank: Bank,
+    held: Mapping[str, Mapping[str, np.ndarray[Any, Any]]],
     *,
     keep_base: bool,
     put_away: Mapping[str, Any] | None = None,
+    undo: ExitStack | None = None,
 ) -> tuple[Model, dict[str, float]]:
-    """Let each weight hold the update of just these subspaces: ``round(W0 + sum over k of A_k B_k C_k)``.
+    """Let the weights hold the updates of just these subspaces: ``round(W0 + sum over k of A_k B_k C_k)``.
 
-    Where these are all subspaces, the embeddings hold the trained rows of tokens too.
+    Where these are all subspaces of an adapter, the embeddings hold its trained rows of tokens too.
 
     Parameters
     ----------
-    backend, model, adaptation
+    backend, model, bank
         An adapted model.
-    subspaces
-        (K,) booleans on the host, by path of every adapted layer.
+    held
+        (K,) booleans on the host, by name of an active adapter and path of every layer that it adapts.
     keep_base
         Whether W0 is kept. One that was dropped before stays so.
     put_away
         By path of the module, quantised layers whose place those of the model have taken, and which have W0.
+    undo
+        What is to undo this if something fails later.
 
     Returns
     -------
@@ -221,56 +362,68 @@ def hold(
     ArrayValueError
         If one would not be finite. The message names the layer, and no layer is changed.
     """
-    sites = sites_of(backend, model, adaptation)
+    adapters = {name: bank.adapters[name] for name in held}
+    sites = sites_of(backend, model, dict.fromkeys(path for each in held.values() for path in each))
     owners = dict.fromkeys(map(owner_of, sites))
-    everything = all(mask.all() for mask in subspaces.values())
-    owners |= dict.fromkeys(adaptation.tokens if everything else ())
-    backend.check_writable(model, owners)
-    rows, lost = _rounded_rows(backend, model, adaptation) if everything else ({}, {})
+    whole_ones = [each for name, each in adapters.items() if all(mask.all() for mask in held[name].values())]
+    tokens = {path: rows for each in whole_ones for path, rows in each.tokens.items()}
+    # What holds no update any more gets W0 back.
+    former = {owner: arrays for owner, arrays in bank.base.items() if owner not in owners | tokens and arrays}
+    backend.check_writable(model, owners | dict.fromkeys(tokens) | former)
+    rows, lost = _rounded_rows(backend, model, bank, tokens)
     weights: dict[str, BaseWeight] = {}
     parts: dict[str, Site] = {}
     for path, site in sites.items():
-        check_concrete(*adaptation.layers[path], name=path)
-        factors = _only(whole(backend, adaptation.layers[path]), subspaces[path])
-        for (part_path, part), own in zip(
-            site.split().items(), core.split(factors, site.blocks), strict=True
-        ):
-            base = base_weight(backend, part, adaptation)
+        split = site.split()
+        blocks = []
+        for name, each in adapters.items():
+            if path in held[name]:
+                check_concrete(*each.layers[path], name=path)
+                factors = _held_factors(each, path, whole(backend, each.layers[path]), held[name])
+                blocks.append(core.split(factors, site.blocks))
+        for (part_path, part), own in zip(split.items(), zip(*blocks, strict=True), strict=True):
+            base = base_weight(backend, part, bank)
             check_concrete(*base, name=path)
             try:
                 W, b = whole(backend, base)
-                merged = core.merge(W, b, own)
+                merged = core.merge(W, b, *own)
             except ArrayValueError as error:
                 raise ArrayValueError(f"{part_path}: {error}") from error
             # Only those of one layer are whole at a time. A bias that the update does not move is left alone.
-            moved = merged.b is not None and own.A.shape[1] > base.W.shape[0]
+            moved = merged.b is not None and any(each.A.shape[1] > base.W.shape[0] for each in own)
+            # Or it has been moved by another.
+            moved = moved or part.kind.bias in (bank.base.get(owner_of(part_path)) or {})
             b = backend.spread(merged.b, like=base.b) if moved else None
             weights[part_path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
             parts[part_path], lost[path] = part, max(lost.get(path, 0.0), float(merged.lost))
-    arrays, kept = arrays_of(weights, parts, backend.own_arrays) | rows, adaptation.ledger.base
+    arrays = arrays_of(weights, parts, backend.own_arrays) | rows | former
     outputs = _probed(backend, model)
-    with ExitStack() as undo:
-        model, before = _exchanged(undo, backend.exchange, model, arrays)
-        layers = {} if put_away is None or not keep_base else put_away
-        former = {owner: kept.get(owner, before[owner]) if keep_base else None for owner in owners}
-        former |= {owner: {} for owner in layers}
-        ledger = Ledger(dict(subspaces), former, layers)
-        model = _entered(undo, backend, model, adaptation.ledger, ledger)
+    with ExitStack() as stack:
+        model, before = _exchanged(stack, backend.exchange, model, arrays)
+        layers = (bank.layers if put_away is None else put_away) if keep_base else {}
+        former_weights: dict[str, Any] = {
+            owner: None
+            if not keep_base or bank.base.get(owner, before[owner]) is None
+            else {**before[owner], **(bank.base.get(owner) or {})}
+            for owner in owners | dict.fromkeys(tokens)
+        }
+        former_weights |= {owner: {} for owner in layers}
+        model = _entered(stack, backend, model, bank.ledger, Ledger(held, former_weights, layers))
         again = backend.probed(model) if outputs else {}
-        for path in outputs.keys() & again.keys():
+        for path in outputs.keys() & again.keys() & weights.keys():
             _check_output(path, *outputs[path], again[path][0], weights[path].W)
-        undo.pop_all()
+        _hand_over(stack, undo)
     return model, lost
 
 
 def _rounded_rows(
-    backend: Backend, model: Model, adaptation: Adaptation
+    backend: Backend, model: Model, bank: Bank, tokens: Mapping[str, Rows]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Return the trained rows as `Models.exchange` takes them, and what share of their change is rounded away."""
     modules = backend.modules(model)
     found: dict[str, dict[str, Any]] = {}
     lost: dict[str, float] = {}
-    for path, (ids, values) in adaptation.tokens.items():
+    for path, (ids, values) in tokens.items():
         site = backend.site(modules[path], path)
         W, values = base_weight(backend, site).W, backend.whole(values)
         check_concrete(values, name=path)
@@ -314,41 +467,126 @@ def _check_output(path: str, before: Any, base: Any, after: Any, W: Any) -> None
         )
 
 
-def release(backend: Backend, model: Model, adaptation: Adaptation, *, saved: bool = False) -> Model:
-    """Give every weight W0 back, to the bit: it holds no update then. If asked, saved modules get their values too.
+def release(
+    backend: Backend,
+    model: Model,
+    bank: Bank,
+    names: Iterable[str] | None = None,
+    undo: ExitStack | None = None,
+) -> Model:
+    """Take the updates of these adapters, None for all, out of the weights; one that holds none is W0, to the bit.
 
     Raises
     ------
     LayerError
-        If one cannot be written.
+        If a weight cannot be written.
     """
-    base, originals = _kept(adaptation), backend.originals(model) if saved else {}
-    _check_saved(backend, model, originals)
-    backend.check_writable(model, base, originals)
+    names = {*bank.adapters} if names is None else {*names}
+    if not any(bank.adapters[name].held for name in names):
+        return model
+    left = {name: held for name, held in bank.ledger.held.items() if name not in names}
+    if left:
+        return hold(backend, model, bank, left, keep_base=True, undo=undo)[0]
+    base = _kept(bank)
+    backend.check_writable(model, base)
+    with ExitStack() as own:
+        model, _ = _exchanged(own, backend.exchange, model, base)
+        model, _ = _exchanged(own, backend.exchange_layers, model, bank.layers)
+        model = _entered(own, backend, model, bank.ledger, Ledger())
+        _hand_over(own, undo)
+    return model
+
+
+def withdraw(backend: Backend, model: Model, names: Iterable[str]) -> Model:
+    """Return the model with these adapters neither in its weights nor active."""
+    bank, names = backend.bank(model), {*names}
+    saved = {path for name in names if bank.adapters[name].active for path in bank.adapters[name].saved}
+    _check_saved(backend, model, {path: bank.originals[path] for path in saved})
+    backend.check_writable(model, (), saved)
+    left = {name: weight for name, weight in bank.active.items() if name not in names}
+    trained = [name for name in left if bank.adapters[name].trained]
     with ExitStack() as undo:
-        if adaptation.ledger.held:
-            model, _ = _exchanged(undo, backend.exchange, model, base)
-            model, _ = _exchanged(undo, backend.exchange_layers, model, adaptation.ledger.layers)
-            model = _entered(undo, backend, model, adaptation.ledger, Ledger())
-        if originals:
-            model, _ = _exchanged(undo, backend.exchange_saved, model, originals)
+        model = release(backend, model, bank, names, undo)
+        model = switch(backend, model, left, trained=trained)
         undo.pop_all()
     return model
 
 
+def values_of_saved(
+    backend: Backend, model: Model, bank: Bank, adaptation: Adaptation
+) -> dict[str, Mapping[str, Any]]:
+    """Return the values that an adapter has for its modules to save, of those that are still there."""
+    modules = backend.modules(model)
+    if adaptation.active:
+        return {path: backend.arrays(modules[path]) for path in adaptation.saved if path in modules}
+    return {
+        path: adaptation.kept.get(path, bank.originals[path]) for path in adaptation.saved if path in modules
+    }
+
+
 @contextmanager
-def switched_off(backend: Backend, model: Model, adaptation: Adaptation) -> Iterator[Model]:
+def switched_off(backend: Backend, model: Model, bank: Bank) -> Iterator[Model]:
     """Give a model that computes what the base model computes, saved modules included, and undo that afterwards."""
-    base, originals = _kept(adaptation), backend.originals(model)
+    base = _kept(bank)
+    saved = {path for each in bank.adapters.values() if each.active for path in each.saved}
+    originals = {path: bank.originals[path] for path in saved}
     _check_saved(backend, model, originals)
     backend.check_writable(model, base, originals)
     with ExitStack() as undo:
         off, _ = _exchanged(undo, backend.exchange, model, base)
-        off, _ = _exchanged(undo, backend.exchange_layers, off, adaptation.ledger.layers)
+        off, _ = _exchanged(undo, backend.exchange_layers, off, bank.layers)
         off, _ = _exchanged(undo, backend.exchange_saved, off, originals)
         if off is model:
             undo.callback(backend.switched, model, on=True)
         yield backend.switched(off, on=False)
+
+
+def _check_apart(bank: Bank, layers: Iterable[str], saved: Iterable[str]) -> None:
+    """Check that no adapter adapts what another saves: the base weight would depend on which of them is active."""
+    for name, each in bank.adapters.items():
+        pairs = [(path, outer) for path in layers for outer in each.saved]
+        pairs += [(path, outer) for path in (*each.layers, *each.tokens) for outer in saved]
+        for path, outer in pairs:
+            if f"{path}.".startswith(join_path(outer, "")):
+                raise TargetError(
+                    f"{path} would be adapted by one adapter and be trained whole by another, {name!r} among them, "
+                    f"as one of modules_to_save ({outer or 'the model itself'}); leave it out of one of them"
+                )
+
+
+def check_together(bank: Bank, weights: Mapping[str, float]) -> None:
+    """Check that these adapters can be active together, and that none is left out whose update a weight holds."""
+    for name, each in bank.adapters.items():
+        if each.held and weights.get(name) != each.weight:
+            raise StateError(
+                f"the weights hold the update of {name!r}, which can be taken off, or get another factor, after "
+                f"adamss.unmerge(model, name={name!r}) alone"
+            )
+    for one, other in combinations(weights, 2):
+        first, second = bank.adapters[one], bank.adapters[other]
+        for path in first.saved:
+            if any(_overlap(path, its) for its in second.saved):
+                raise StateError(
+                    f"{one!r} and {other!r} both have values of {path}, one of modules_to_save, which cannot be "
+                    "added up; activate one of them"
+                )
+        if common := first.tokens.keys() & second.tokens.keys():
+            raise StateError(
+                f"{one!r} and {other!r} both have rows of trained_tokens for {min(common)}, which cannot be added "
+                "up; activate one of them"
+            )
+
+
+def _overlap(path: str, other: str) -> bool:
+    """Whether one of two modules lies within the other, or is it."""
+    return f"{path}.".startswith(join_path(other, "")) or f"{other}.".startswith(join_path(path, ""))
+
+
+def _hand_over(own: ExitStack, undo: ExitStack | None) -> None:
+    """Let what was done stand, unless what comes after it fails, if there is somebody who undoes it then."""
+    kept = own.pop_all()
+    if undo is not None:
+        undo.callback(kept.close)
 
 
 def _check_saved(backend: Backend, model: Model, originals: Mapping[str, Mapping[str, Any]]) -> None:
@@ -382,14 +620,17 @@ def _entered(undo: ExitStack, backend: Backend, model: Model, former: Ledger, le
     return backend.enter(model, ledger)
 
 
-def _kept(adaptation: Adaptation) -> dict[str, Mapping[str, Any]]:
+def _kept(bank: Bank) -> dict[str, Mapping[str, Any]]:
     """Return the W0 that are kept, by the path of the module; not those of layers that are put away."""
-    return {path: arrays for path, arrays in adaptation.ledger.base.items() if arrays}
+    return {path: arrays for path, arrays in bank.base.items() if arrays}
 
 
-def _only(factors: Factors, subspaces: np.ndarray[Any, Any]) -> Factors:
-    """Return factors of which some subspaces alone have an update."""
-    on = device(factors.labels)
-    return (
-        factors if subspaces.all() else core.only(factors, namespace(factors.C).asarray(subspaces, device=on))
-    )
+def _held_factors(
+    adaptation: Adaptation, path: str, factors: Factors, held: Mapping[str, np.ndarray[Any, Any]]
+) -> Factors:
+    """Return factors of which some subspaces alone have an update, times the weight of the adapter."""
+    assert adaptation.weight is not None
+    if not held[path].all():
+        subspaces = namespace(factors.C).asarray(held[path], device=device(factors.labels))
+        factors = core.only(factors, subspaces)
+    return scaled(factors, adaptation.weight)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class NumpyLinear:
-    """A linear layer ``y = x @ W + b``, and its adapter if it has one.
+    """A linear layer ``y = x @ W + b``, and the updates of its adapters.
 
     Attributes
     ----------
@@ -32,22 +33,21 @@ class NumpyLinear:
         Weight (d, n).
     b
         Bias (n,) or None.
-    factors
-        The adapter, or None.
     computed
-        What of it is added to the frozen product: `Bank.computed`.
+        What is added to the frozen product: `Bank.computed`.
+    route
+        Says by the input which of these is added to each of its rows; None for all.
     """
 
     W: Array
     b: Array | None = None
-    factors: Factors | None = None
-    computed: Factors | None = None
+    computed: tuple[Factors, ...] = ()
+    route: Callable[[Array], Array | None] | None = None
 
     def __call__(self, x: Array) -> Array:
         """Return the output (..., n) for inputs (..., d)."""
-        if self.computed is None:
-            return x @ self.W if self.b is None else x @ self.W + self.b
-        return np.asarray(core.linear(x, self.W, self.b, self.computed))
+        route = None if self.route is None else self.route(x)
+        return np.asarray(core.linear(x, self.W, self.b, *self.computed, route=route))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class NumpyModel:
     layers
         Layers by path, such as ``"encoder.0.query"``.
     bank
-        What is attached; None for nothing.
+        What is attached.
 
     Examples
     --------
@@ -72,7 +72,7 @@ class NumpyModel:
     """
 
     layers: Mapping[str, NumpyLinear]
-    bank: Bank | None = None
+    bank: Bank = field(default_factory=Bank)
 
     def __getitem__(self, path: str) -> NumpyLinear:
         return self.layers[path]
@@ -92,8 +92,8 @@ class NumpyBackend(ValueModels, Backend):
     array_type: type = np.ndarray
     """What a layer holds; a subclass for another namespace of the array API changes it."""
 
-    def linear(self, x: Array, weight: Array, bias: Array | None, factors: Factors) -> Array:
-        return np.asarray(core.linear(x, weight, bias, factors))
+    def linear(self, x: Array, weight: Array, bias: Array | None, *factors: Factors) -> Array:
+        return np.asarray(core.linear(x, weight, bias, *factors))
 
     def linear_vjp(self, dy: Array, x: Array, weight: Array, factors: Factors) -> Gradients:
         """Return the gradients of `linear`, written by hand: see `adamss.core.linear_vjp`."""
@@ -137,16 +137,21 @@ class NumpyBackend(ValueModels, Backend):
             raise ArrayTypeError(f"{site.path}: W must be a NumPy array, found {type(site.layer.W).__name__}")
         return super().own_arrays(site)
 
-    def bank(self, model: NumpyModel) -> Bank | None:
+    def bank(self, model: NumpyModel) -> Bank:
         return model.bank
 
-    def with_bank(self, model: NumpyModel, bank: Bank | None) -> NumpyModel:
-        layers = {path: NumpyLinear(layer.W, layer.b) for path, layer in model.layers.items()}
-        if bank is None:
-            return NumpyModel(layers)
-        in_rows = {path: Factors(*map(_in_rows, factors)) for path, factors in bank.only().layers.items()}
-        bank = bank.changed(layers=in_rows)
-        layers |= {p: replace(layers[p], factors=f, computed=bank.computed(p)) for p, f in in_rows.items()}
+    def with_bank(self, model: NumpyModel, bank: Bank) -> NumpyModel:
+        for name, adaptation in bank.adapters.items():
+            rows = {path: Factors(*map(_in_rows, factors)) for path, factors in adaptation.layers.items()}
+            bank = bank.changed(name, layers=rows)
+        layers = {
+            path: replace(
+                layer,
+                computed=tuple(bank.computed(path)),
+                route=None if bank.route is None else partial(bank.numbers, path),
+            )
+            for path, layer in model.layers.items()
+        }
         return NumpyModel(layers, bank)
 
     def with_arrays(self, model: NumpyModel, values: Mapping[str, Mapping[str, Array]]) -> NumpyModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,11 @@ from adamss.config import BudgetConfig
 from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import ConfigError, ConfigTypeError, StateError
 
-__all__ = ["adaptation_in_training", "identity", "same_subspaces", "schedule_of"]
+__all__ = ["adapter_in_training", "adapter_of", "identity", "same_subspaces", "schedule_of"]
 
 
-def adaptation_in_training(backend: Backend, model: Model, who: str) -> Adaptation:
-    """Return what is attached to a model that is to be trained.
+def adapter_of(backend: Backend, model: Model, who: str, name: str | None = None) -> Adaptation:
+    """Return the adapter that a training is about: by its name, the only one, or the one that is trained.
 
     Parameters
     ----------
@@ -27,21 +27,50 @@ def adaptation_in_training(backend: Backend, model: Model, who: str) -> Adaptati
         The model, and its backend.
     who
         What messages call the caller.
+    name
+        Of the adapter, or None.
 
     Raises
     ------
     StateError
-        If there are no adapters, or they are merged.
+        If there is no such adapter, or it is merged.
     """
-    adaptation = backend.adaptation(model)
-    if adaptation is None:
-        raise StateError(f"{who}: the model has no adapters; call adamss.attach first")
+    adapters = backend.bank(model).adapters
+    if not adapters:
+        raise StateError(f"{who}: the model has no adapters; call adamss.attach or adamss.load first")
     require_unchanged(backend, model, who)
-    if not adaptation.trained:
-        raise StateError(f"{who}: the adapter is not trained; load it without trainable=False")
-    if adaptation.merged:
+    meant = [name] if name else [one for one, each in adapters.items() if each.trained or len(adapters) == 1]
+    if len(meant) != 1:
+        raise StateError(
+            f"{who}: {len(meant)} adapters are trained; say by name= which of {_names(adapters)} is meant"
+        )
+    if meant[0] not in adapters:
+        raise StateError(f"{who}: no adapter is called {name!r}; there are {_names(adapters)}")
+    found = adapters[meant[0]]
+    if found.merged:
         raise StateError(f"{who}: the updates are merged; call adamss.unmerge(model) first")
-    return adaptation
+    return found
+
+
+def adapter_in_training(backend: Backend, model: Model, who: str, name: str | None = None) -> Adaptation:
+    """Return `adapter_of`, if it is trained.
+
+    Raises
+    ------
+    StateError
+        If it is not, or there is none.
+    """
+    found = adapter_of(backend, model, who, name)
+    if not found.trained:
+        raise StateError(
+            f"{who}: the adapter is not trained; load it without trainable=False, or call adamss.activate(model, "
+            f"{found.name!r}, train={found.name!r})"
+        )
+    return found
+
+
+def _names(adapters: Iterable[str]) -> str:
+    return ", ".join(map(repr, adapters))
 
 
 def schedule_of(adaptation: Adaptation, config: BudgetConfig | None, who: str) -> BudgetConfig:

@@ -119,11 +119,11 @@ def delta(factors: Factors) -> Array:
     return contract(factors) @ expand(factors)
 
 
-def linear(x: Array, W: Array, b: Array | None, factors: Factors) -> Array:
-    """Return ``x @ (W + delta) + b`` without forming delta.
+def linear(x: Array, W: Array, b: Array | None, *factors: Factors, route: Array | None = None) -> Array:
+    """Return ``x @ (W + sum of delta) + b`` without forming delta.
 
     ``y = (x @ W + b) + (x @ M) @ E``, in the dtype of ``x @ W``. The base product is that of the frozen
-    layer, to the bit: the update is added to it.
+    layer, to the bit: the updates are added to it, one after the other.
 
     Parameters
     ----------
@@ -134,7 +134,10 @@ def linear(x: Array, W: Array, b: Array | None, factors: Factors) -> Array:
     b
         Bias (n,) or None.
     factors
-        Factors of the layer; with d + 1 input rows, the last of them moves the bias.
+        Factors of the layer, of each adapter; with d + 1 input rows, the last of them moves the bias.
+    route
+        Integers that broadcast against x without its last axis: the one set of factors, by its number, whose update
+        is added there, and no other; below zero for none. None: all of them, everywhere.
 
     Returns
     -------
@@ -142,10 +145,14 @@ def linear(x: Array, W: Array, b: Array | None, factors: Factors) -> Array:
         (..., n).
     """
     xp = namespace(x, W)
-    base = x @ W if b is None else x @ W + b
-    wide = as_working_precision(base).dtype
-    M, E = xp.astype(contract(factors), wide), xp.astype(expand(factors), wide)
-    return base + xp.astype(_directions(xp.astype(x, wide), M) @ E, base.dtype)
+    y = x @ W if b is None else x @ W + b
+    wide = as_working_precision(y).dtype
+    for number, each in enumerate(factors):
+        M, E = xp.astype(contract(each), wide), xp.astype(expand(each), wide)
+        z = _directions(xp.astype(x, wide), M)
+        z = z if route is None else xp.where((route == number)[..., None], z, xp.zeros_like(z))
+        y = y + xp.astype(z @ E, y.dtype)
+    return y
 
 
 def linear_vjp(dy: Array, x: Array, W: Array, factors: Factors, *, revive: bool = False) -> Gradients:
@@ -216,10 +223,10 @@ def factor_gradients(
     return xp.where(trained_B, dB, xp.zeros_like(dB)), xp.where(trained_C, dC, xp.zeros_like(dC))
 
 
-def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
-    """Return ``round(W + delta)`` and how much of delta the rounding to the dtype of W destroyed.
+def merge(W: Array, b: Array | None, *factors: Factors) -> Merged:
+    """Return ``round(W + sum of delta)`` and how much of the sum the rounding to the dtype of W destroyed.
 
-    The sum is formed in float32, or in the wider of the dtypes of W and the factors.
+    Sums are formed in float32, or in the wider of the dtypes of W and the factors.
 
     Parameters
     ----------
@@ -228,7 +235,7 @@ def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
     b
         Base bias (n,) or None.
     factors
-        Factors of the layer.
+        Factors of the layer, of one adapter or several.
 
     Returns
     -------
@@ -240,18 +247,23 @@ def merge(W: Array, b: Array | None, factors: Factors) -> Merged:
     ArrayValueError
         If the merged weight or bias is not finite.
     """
-    check_concrete(W, b, *factors, name="weight and factors")
+    check_concrete(W, b, *(array for each in factors for array in each), name="weight and factors")
     xp = namespace(W)
     d = W.shape[0]
-    update = delta(factors._replace(**{name: as_working_precision(getattr(factors, name)) for name in "ABC"}))
-    exact = as_working_precision(W) + update[:d, :]
+    updates = [
+        delta(each._replace(**{name: as_working_precision(getattr(each, name)) for name in "ABC"}))
+        for each in factors
+    ]
+    update = sum((each[:d, :] for each in updates[1:]), start=updates[0][:d, :])
+    exact = as_working_precision(W) + update
     merged = xp.astype(exact, W.dtype)
     merged_b = b
-    if update.shape[0] > d and b is not None:
-        merged_b = xp.astype(as_working_precision(b) + update[d, :], b.dtype)
+    moved = [each[d, :] for each in updates if each.shape[0] > d]
+    if moved and b is not None:
+        merged_b = xp.astype(sum(moved, start=as_working_precision(b)), b.dtype)
     if not bool(xp.all(xp.isfinite(merged))) or not bool(merged_b is None or xp.all(xp.isfinite(merged_b))):
         raise ArrayValueError("the update holds NaN or infinity, or overflows the weight's dtype: not merged")
-    size = xp.linalg.vector_norm(update[:d, :])
+    size = xp.linalg.vector_norm(update)
     error = xp.linalg.vector_norm(xp.astype(merged, exact.dtype) - exact)
     lost = xp.where(size > 0, error / xp.where(size > 0, size, xp.ones_like(size)), xp.zeros_like(size))
     return Merged(merged, merged_b, lost)

@@ -7,14 +7,14 @@ q (Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022): 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from adamss import core
-from adamss.backend.bank import Adaptation
+from adamss.backend.bank import Adaptation, scaled
 from adamss.backend.interface import Backend
 from adamss.backend.sites import Fragment, Site
 from adamss.backend.tensors import StoredTensor
@@ -106,14 +106,19 @@ class LoraLayer(NamedTuple):
 
 
 def lora_layers(
-    backend: Backend, adaptation: Adaptation, sites: Mapping[str, Site], forms: Mapping[str, str]
+    backend: Backend,
+    adapters: Sequence[tuple[Adaptation, float]],
+    sites: Mapping[str, Site],
+    forms: Mapping[str, str],
 ) -> dict[str, LoraLayer]:
-    """Return the update of every layer as a LoRA.
+    """Return the sum of the updates of every layer as a LoRA.
 
     Parameters
     ----------
-    backend, adaptation
+    backend
         Of the model.
+    adapters
+        Whose updates, each with its weight.
     sites, forms
         Of every adapted layer, and how PEFT writes its update.
 
@@ -126,16 +131,22 @@ def lora_layers(
         If factors are not finite.
     """
     found = {}
-    for path, factors in adaptation.layers.items():
+    for path, site in sites.items():
         check_layer_name(path, "to_lora")
-        site = sites[path]
-        d, _ = adaptation.shapes[path]
-        blocks = core.split(Factors(*(backend.whole(array) for array in factors)), site.blocks)
-        _check_rank(path, max(blocks, key=lambda block: block.B.shape[1]))
-        pairs = [(core.contract(block), core.expand(block)) for block in blocks]
+        shapes = [each.shapes[path] for each, _ in adapters if path in each.shapes]
+        d, _ = shapes[0]
+        # Beside each other: the matrices of each adapter, with the weight in C.
+        sets = [
+            core.split(scaled(Factors(*map(backend.whole, each.layers[path])), weight), site.blocks)
+            for each, weight in adapters
+            if path in each.layers
+        ]
+        blocks = list(zip(*sets, strict=True))
+        _check_rank(path, max(blocks, key=lambda block: sum(own.B.shape[1] for own in block)))
+        pairs = [[(core.contract(own), core.expand(own)) for own in block] for block in blocks]
         with np.errstate(over="ignore"):
-            arrays = [[backend.to_stored(a).numpy().astype(np.float32) for a in pair] for pair in pairs]
-        q = max(block.B.shape[1] for block in blocks)
+            arrays = [_side_by_side(backend, block) for block in pairs]
+        q = max(M.shape[1] for M, _ in arrays)
         M = np.stack([np.pad(a, ((0, 0), (0, q - a.shape[1]))) for a, _ in arrays])
         E = np.stack([np.pad(b, ((0, q - b.shape[0]), (0, 0))) for _, b in arrays])
         if not (np.isfinite(M).all() and np.isfinite(E).all()):
@@ -229,10 +240,26 @@ def _rank(layers: Mapping[str, LoraLayer]) -> int:
     return max(int(layer.M.shape[2]) for layer in layers.values())
 
 
-def _check_rank(path: str, factors: Factors) -> None:
-    _, q = factors.B.shape
+def _side_by_side(
+    backend: Backend, pairs: Sequence[tuple[Any, Any]]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return M: (d, q) and E: (q, n) in float32 of which the product is the sum of those of all pairs."""
+    host = [[backend.to_stored(array).numpy().astype(np.float32) for array in pair] for pair in pairs]
+    d = max(M.shape[0] for M, _ in host)  # some move the bias too
+    M = np.concatenate([np.pad(M, ((0, d - M.shape[0]), (0, 0))) for M, _ in host], axis=1)
+    return M, np.concatenate([E for _, E in host])
+
+
+def _check_rank(path: str, adapters: Sequence[Factors]) -> None:
+    q = sum(each.B.shape[1] for each in adapters)
     if q <= LARGEST_RANK:
         return
+    if len(adapters) > 1:
+        raise StateError(
+            f"to_lora: {path} has q = {q} directions of {len(adapters)} adapters together, and servers take LoRA up "
+            f"to rank {LARGEST_RANK}; write fewer of them, or merge the model"
+        )
+    factors = adapters[0]
     K, r = factors.ranks.shape[0], factors.C.shape[0]
     ways = []
     if K <= LARGEST_RANK:

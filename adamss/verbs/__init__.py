@@ -4,12 +4,15 @@ Written once for all frameworks. Each finds the backend from the type of the mod
 be checked before anything is changed, so that a call that fails leaves the model as it was.
 """
 
+from adamss.verbs.activating import activate, adapters, routed
 from adamss.verbs.attaching import attach, detach, disabled, summary, trainable_parameters
 from adamss.verbs.exchange import from_peft, to_lora, to_peft
 from adamss.verbs.files import load, save
 from adamss.verbs.merging import consolidate, merge, merge_and_unload, unmerge
 
 __all__ = [
+    "activate",
+    "adapters",
     "attach",
     "consolidate",
     "detach",
@@ -18,6 +21,7 @@ __all__ = [
     "load",
     "merge",
     "merge_and_unload",
+    "routed",
     "save",
     "summary",
     "to_lora",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import groupby
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from adamss import core
-from adamss.backend.bank import Rows
+from adamss.backend.bank import DEFAULT, Bank, Rows
 from adamss.backend.interface import Backend, Division, Model, Weights, batches
-from adamss.backend.ledger import base_weight, put, reading, release, require_kept_base, switched_off
+from adamss.backend.ledger import base_weight, put, reading, require_kept_base, switched_off, withdraw
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight, Site, owner_of
 from adamss.config import AdamssConfig
@@ -25,14 +25,17 @@ from adamss.errors import (
     AdamssWarning,
     ConfigError,
     ConfigTypeError,
+    StateError,
 )
 from adamss.verbs.choosing import choose
 from adamss.verbs.common import (
     adapted,
     cast_factors,
+    chosen,
     factor_dtype,
+    new_name,
+    one_of,
     progress,
-    require_base,
     tied_weights,
     with_bias_row,
 )
@@ -44,7 +47,7 @@ _OFF: ContextVar[tuple[Model, ...]] = ContextVar("_OFF", default=())
 """What `disabled` has yielded and not yet taken back: where models are values, nothing in them says so."""
 
 
-def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
+def attach(model: Model, config: AdamssConfig, *, name: str = DEFAULT, divide: bool = True) -> Model:
     """Adapt the layers of a model that ``config.targets`` names, and freeze the rest.
 
     Only the factors B and C, the ``modules_to_save`` and the rows of ``trained_tokens`` are trained afterwards. C
@@ -61,6 +64,9 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         A model of any framework with a backend. PyTorch: changed in place.
     config
         What to adapt, and how.
+    name
+        Of the adapter: letters, digits, ``-`` and ``_``. On a model that has others, it becomes the one that is
+        active and trained (`activate`).
     divide
         Where several processes run (`torch.distributed`): each layer is decomposed by one of them, which sends the
         factors to the others. All processes must call `attach` then, and an error on one is raised on all; those
@@ -81,8 +87,10 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         If a matched module has no weight that can be adapted.
     ArrayTypeError, ArrayValueError
         If a weight is complex or integer, or holds NaN or infinity; the message names the layer.
+    ConfigError
+        If the name is none.
     StateError
-        If adapters are attached already.
+        If an adapter of that name is attached already, or the weights hold the update of another.
 
     Warns
     -----
@@ -93,11 +101,11 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
         raise ConfigTypeError(f"config must be an adamss.AdamssConfig, found {type(config).__name__}")
     backend = backend_for(model)
     with backend.exact(), backend.divided(model, enabled=divide) as division:
-        require_base(backend, model, "attach")
+        bank = new_name(backend, model, name, "attach")
         config, sites, saved, embeddings = choose(backend, model, config)
-        tokens = {path: _initial_rows(backend, site, config) for path, site in embeddings.items()}
+        tokens = {path: _initial_rows(backend, site, config, bank) for path, site in embeddings.items()}
         parts = {path: part for site in sites.values() for path, part in site.split().items()}
-        weights = Weights(parts, lambda path: base_weight(backend, parts[path]))
+        weights = Weights(parts, lambda path: base_weight(backend, parts[path], bank))
         layers: dict[str, Factors] = {}
         with progress(len(weights)) as count:
             for batch in batches(division.share(weights, json.dumps(config.to_dict()))):
@@ -114,7 +122,8 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
             path: _shape([weights.shape(part) for part in site.split()]) for path, site in sites.items()
         }
         tied = tied_weights(backend, model, [path for path, site in sites.items() if not site.kind.linear])
-        model = put(backend, model, ordered, shapes, config=config, saved=dict.fromkeys(saved), tokens=tokens)
+        heads = dict.fromkeys(saved)
+        model = put(backend, model, ordered, shapes, config=config, saved=heads, name=name, tokens=tokens)
     if tied:
         warnings.warn(
             f"attach: {tied}; the adapter changes what the adapted layer computes, and the other goes on with the "
@@ -125,31 +134,40 @@ def attach(model: Model, config: AdamssConfig, *, divide: bool = True) -> Model:
     return model
 
 
-def detach(model: Model) -> Model:
-    """Take the adapters off: the base model back, bit for bit, ``modules_to_save`` included.
+def detach(model: Model, *, name: str | Iterable[str] | None = None) -> Model:
+    """Take adapters off: with the last of them the base model is back, bit for bit, ``modules_to_save`` included.
 
     Parameters
     ----------
     model
         An adapted model, merged or not.
+    name
+        Of the adapter, or of several; None for the only one, or what is active.
 
     Returns
     -------
     Model
-        The base model; the same object where the framework's models are mutable.
+        The model without them; the same object where the framework's models are mutable.
 
     Raises
     ------
     StateError
-        If the model has no adapters, or was merged with ``keep_base=False``.
+        If the model has no such adapter, or W0 was dropped by ``keep_base=False``; if others are left, and a budget
+        controller trains the adapter.
 
     See Also
     --------
     adamss.merge_and_unload : the adapters taken off, and what they have learnt kept.
     """
-    backend, adaptation = adapted(model, "detach")
-    require_kept_base(adaptation, "detach")
-    return backend.remove(release(backend, model, adaptation, saved=True))
+    backend, bank = adapted(model, "detach")
+    names = list(chosen(bank, name, "detach"))
+    if any(bank.adapters[one].held for one in names):
+        require_kept_base(bank, "detach")
+    for one in names if len(names) < len(bank.adapters) else ():
+        if backend.controlled(model, one):
+            raise StateError(f"detach: a budget controller trains {one!r}; call its remove() first")
+    with backend.exact():
+        return backend.remove(withdraw(backend, model, names), names)
 
 
 @contextmanager
@@ -165,7 +183,7 @@ def disabled(model: Model) -> Iterator[Model]:
     ------
     Model
         The same object, switched off, where the framework's models are mutable; else a model without
-        the update.
+        the updates.
 
     Raises
     ------
@@ -175,12 +193,12 @@ def disabled(model: Model) -> Iterator[Model]:
     if any(model is off for off in _OFF.get()):
         yield model
         return
-    backend, adaptation = adapted(model, "disabled")
-    require_kept_base(adaptation, "disabled")
-    if adaptation.disabled:
+    backend, bank = adapted(model, "disabled")
+    require_kept_base(bank, "disabled")
+    if bank.disabled:
         yield model
         return
-    with switched_off(backend, model, adaptation) as base:
+    with switched_off(backend, model, bank) as base:
         _OFF.set((*_OFF.get(), base))
         try:
             yield base
@@ -189,13 +207,15 @@ def disabled(model: Model) -> Iterator[Model]:
             _OFF.set(tuple(off for off in _OFF.get() if off is not base))
 
 
-def summary(model: Model) -> Summary:
-    """Return effective settings and counts of every adapted layer; prints as a table.
+def summary(model: Model, *, name: str | None = None) -> Summary:
+    """Return effective settings and counts of every layer of an adapter; prints as a table.
 
     Parameters
     ----------
     model
         An adapted model.
+    name
+        Of the adapter; None for the only one, or the one that is active.
 
     Returns
     -------
@@ -205,9 +225,10 @@ def summary(model: Model) -> Summary:
     Raises
     ------
     StateError
-        If the model has no adapters.
+        If the model has no such adapter, or several are active and none is named.
     """
-    backend, adaptation = adapted(model, "summary")
+    backend, bank = adapted(model, "summary")
+    adaptation = one_of(bank, name, "summary")
     rows = [summarise(path, adaptation.shapes[path], factors) for path, factors in adaptation.layers.items()]
     modules = backend.modules(model)
     saved = (array for path in adaptation.saved for array in backend.arrays(modules[path]).values())
@@ -218,10 +239,11 @@ def summary(model: Model) -> Summary:
         size,
         targets if isinstance(targets, str) else tuple(targets or ()),
         tokens=sum(int(np.prod(values.shape)) for _, values in adaptation.tokens.values()),
+        name=adaptation.name,
     )
 
 
-def trainable_parameters(model: Model) -> Any:
+def trainable_parameters(model: Model, *, name: str | Iterable[str] | None = None) -> Any:
     """Return what to hand to an optimiser, in the framework's own form.
 
     B and C of every adapted layer, the rows of ``trained_tokens``, then the parameters of ``modules_to_save``.
@@ -231,20 +253,24 @@ def trainable_parameters(model: Model) -> Any:
     ----------
     model
         An adapted model.
+    name
+        Of the adapter, or of several; None for all that are trained.
 
     Raises
     ------
     StateError
-        If the model has no adapters.
+        If the model has no such adapter.
     """
-    backend, _ = adapted(model, "trainable_parameters")
-    return backend.parameters(model)
+    backend, bank = adapted(model, "trainable_parameters")
+    return backend.parameters(
+        model, bank.adapters if name is None else chosen(bank, name, "trainable_parameters")
+    )
 
 
-def _initial_rows(backend: Backend, site: Site, config: AdamssConfig) -> Rows:
+def _initial_rows(backend: Backend, site: Site, config: AdamssConfig, bank: Bank) -> Rows:
     """Return the rows of an embedding that are trained, as they are."""
     assert isinstance(config.trained_tokens, Mapping)
-    base, ids = base_weight(backend, site), config.trained_tokens[site.path]
+    base, ids = base_weight(backend, site, bank), config.trained_tokens[site.path]
     values = base.W[namespace(base.W).asarray(ids), :]
     check_matrix(values, name=f"{site.path}: the rows of trained_tokens")
     # Steps are lost to the rounding of half precision. Another dtype of factors would not start equal.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from adamss.backend.bank import Adaptation
+from adamss.backend.bank import Adaptation, Bank
 from adamss.backend.interface import Backend, Model
 from adamss.backend.ledger import require_unchanged
 from adamss.backend.registry import backend_for
@@ -35,13 +37,17 @@ from adamss.errors import (
 )
 
 __all__ = [
+    "Name",
     "adapted",
+    "as_weights",
     "cast_factors",
     "checked_path",
+    "chosen",
     "embedding_of",
     "factor_dtype",
+    "new_name",
+    "one_of",
     "progress",
-    "require_base",
     "require_distinct",
     "require_modules",
     "require_one_path",
@@ -54,25 +60,135 @@ __all__ = [
 COUNTERS = ("num_batches_tracked",)
 """What PyTorch counts in its layers and other frameworks do not: a file may lack it, or have it in vain."""
 
-READ_ONLY = ("summary", "trainable_parameters", "disabled")
+READ_ONLY = ("summary", "trainable_parameters", "disabled", "adapters")
+
+NAME = re.compile(r"[^\W_][\w-]*")
+"""What a name of an adapter consists of: it is part of names in states and of paths in models."""
+
+Name: TypeAlias = str | Iterable[str] | Mapping[str, float] | None
+"""Which adapters a verb means: see `chosen`."""
 
 
-def adapted(model: Model, verb: str) -> tuple[Backend, Adaptation]:
+def adapted(model: Model, verb: str) -> tuple[Backend, Bank]:
     """Return the backend of an adapted model and what is attached; `verb` is what the message calls the caller."""
     backend = backend_for(model)
-    adaptation = backend.adaptation(model)
-    if adaptation is None:
+    bank = backend.bank(model)
+    if not bank:
         raise StateError(f"{verb}: the model has no adapters; call adamss.attach or adamss.load first")
     require_unchanged(backend, model, verb)
-    if adaptation.disabled and verb not in READ_ONLY:
+    _require_unlocked(bank, verb)
+    return backend, bank
+
+
+def _require_unlocked(bank: Bank, verb: str) -> None:
+    if bank.disabled and verb not in READ_ONLY:
         raise StateError(f"{verb}: the model is switched off by adamss.disabled; leave its with block first")
-    return backend, adaptation
+    if bank.route is not None and verb not in (*READ_ONLY, "save"):
+        raise StateError(
+            f"{verb}: the rows of the model are routed by adamss.routed; leave its with block first"
+        )
 
 
-def require_base(backend: Backend, model: Model, verb: str) -> None:
-    """Check that a model has no adapters."""
-    if backend.adaptation(model) is not None:
-        raise StateError(f"{verb}: the model has adapters already; call adamss.detach(model) first")
+def chosen(bank: Bank, name: Name, verb: str, *, empty: bool = False) -> dict[str, float]:
+    """Return which adapters a verb means, in their order, and the weight of each.
+
+    Parameters
+    ----------
+    bank
+        What is attached.
+    name
+        A name or several, whose weight is 1, or what it is active with; weights by name; None for the only adapter,
+        or what is active.
+    verb
+        What messages call the caller.
+    empty
+        Whether there may be none.
+    """
+    if name is None:
+        weights = dict.fromkeys(bank.adapters, 1.0) | bank.active if len(bank.adapters) == 1 else bank.active
+        if not weights:
+            raise StateError(f"{verb}: no adapter is active; say by name= which is meant: {_names(bank)}")
+        return weights
+    weights = as_weights(name, verb)
+    for one in weights:
+        if one not in bank.adapters:
+            raise StateError(f"{verb}: no adapter is called {one!r}; there are {_names(bank)}")
+    if not weights and not empty:
+        raise StateError(f"{verb}: name is empty; there are {_names(bank)}")
+    if not isinstance(name, Mapping):
+        weights |= {one: weight for one, weight in bank.active.items() if one in weights}
+    return {one: weights[one] for one in bank.adapters if one in weights}
+
+
+def one_of(bank: Bank, name: str | None, verb: str) -> Adaptation:
+    """Return the adapter that a verb means which takes one."""
+    found = chosen(bank, name, verb)
+    if len(found) > 1:
+        raise StateError(f"{verb} takes one adapter; say by name= which of {', '.join(map(repr, found))}")
+    return bank.adapters[next(iter(found))]
+
+
+def as_weights(name: str | Iterable[str] | Mapping[str, float], verb: str) -> dict[str, float]:
+    """Return weights by name, 1 where none are given."""
+    if isinstance(name, str):
+        return {name: 1.0}
+    if isinstance(name, Mapping):
+        for one, weight in name.items():
+            number = isinstance(weight, float | int | np.floating | np.integer) and not isinstance(
+                weight, bool
+            )
+            if not number or not math.isfinite(weight):
+                raise ConfigTypeError(
+                    f"{verb}: the weight of {one!r} must be a finite number, found {weight!r}"
+                )
+        names, weights = list(name), {one: float(weight) for one, weight in name.items()}
+    else:
+        names = list(name) if isinstance(name, Iterable) else [name]
+        weights = dict.fromkeys(names, 1.0)
+    if not all(isinstance(one, str) for one in names):
+        raise ConfigTypeError(
+            f"{verb}: an adapter is meant by its name, several by a list or by weights by name, found {name!r}"
+        )
+    if len(weights) < len(names):
+        raise ConfigError(f"{verb}: {names!r} names an adapter twice")
+    return weights
+
+
+def new_name(backend: Backend, model: Model, name: str, verb: str, *, replace: bool = False) -> Bank:
+    """Check that a name can be that of one more adapter; return what is attached.
+
+    Raises
+    ------
+    ConfigError, ConfigTypeError
+        If it is no name.
+    StateError
+        If it is taken, or another adapter cannot be deactivated now.
+    """
+    if not isinstance(name, str):
+        raise ConfigTypeError(f"{verb}: name must be a string, found {name!r}")
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{verb}: a name has letters, digits, '-' and '_', and begins with a letter or digit, found {name!r}"
+        )
+    bank = backend.bank(model)
+    _require_unlocked(bank, verb)
+    if name in bank.adapters and not replace:
+        ways = "choose another name=, or call adamss.detach(model, name=...) first"
+        if verb == "load":
+            ways = "choose another name=, or put the file in its place by replace=True"
+        raise StateError(
+            f"{verb}: an adapter called {name!r} is attached already; {ways}. There are {_names(bank)}"
+        )
+    if bank.ledger.held and not (replace and name in bank.adapters):
+        raise StateError(
+            f"{verb}: the weights hold the update of {', '.join(map(repr, bank.ledger.held))}, beside which no "
+            "adapter can be added; call adamss.unmerge(model) first"
+        )
+    return bank
+
+
+def _names(bank: Bank) -> str:
+    return ", ".join(map(repr, bank.adapters))
 
 
 @contextmanager

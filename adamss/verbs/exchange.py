@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_torch_array
 
+from adamss.backend.bank import DEFAULT
 from adamss.backend.interface import Backend, Model
-from adamss.backend.ledger import base_weight, put, sites_of, whole
+from adamss.backend.ledger import base_weight, check_together, put, sites_of, values_of_saved, whole
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight, Site
 from adamss.backend.targets import match
@@ -34,11 +35,14 @@ from adamss.io.lora import LoraFolder, lora_layers, write_lora
 from adamss.io.peft import Grouping, PeftAdapter, PeftFolder
 from adamss.io.peft_folder import PREFIX, check_layer_name, write_folder
 from adamss.verbs.common import (
+    Name,
     adapted,
     cast_factors,
     checked_path,
+    chosen,
+    new_name,
+    one_of,
     progress,
-    require_base,
     require_distinct,
     require_modules,
     require_one_path,
@@ -56,8 +60,8 @@ EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 """What the layers of experts were called before transformers 5 made one Parameter of all."""
 
 
-def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
-    """Write the adapter as a LoRA, without loss: what servers (vLLM, llama.cpp, SGLang, TGI, diffusers) read.
+def to_lora(model: Model, folder: str | os.PathLike[str], *, name: Name = None) -> LoraFolder:
+    """Write an adapter as a LoRA, without loss: what servers (vLLM, llama.cpp, SGLang, TGI, diffusers) read.
 
     M and the block-structured expansion of C are a LoRA of rank q. The folder has PEFT's two files, ``lora_alpha``
     equal to the rank so that the scale is 1, one rank for all layers (the largest q; zeros fill the rest up), and
@@ -74,6 +78,9 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
         are what servers look for, and an adapter trained elsewhere gets them by `save` and `load`.
     folder
         Where to; made if it does not exist, and the files in it replaced.
+    name
+        Of the adapter; several, or weights by name, for one LoRA of the sum of their updates, whose rank is the sum
+        of theirs; None for the only one, or what is active.
 
     Returns
     -------
@@ -85,7 +92,8 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     LayerError
         If a layer appears in the model twice, or PEFT's LoRA has no form for its update, or for its trained rows.
     StateError
-        If the model has no adapters; if the update of a bias is not zero; if q is above 512, the most that servers
+        If the model has no such adapter; if the update of a bias is not zero; if several have values of one module,
+        or of rows of one embedding, which do not add up; if q is above 512, the most that servers
         take (the message says which K and r_k would fit); if a layer is one of a stack.
     ArrayValueError
         If factors are not finite.
@@ -97,29 +105,36 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
         are. If the weight of an adapted layer is tied to another (embeddings and ``lm_head``).
     """
     path = checked_path(folder, name="folder", to_write=True)
-    backend, adaptation = adapted(model, "to_lora")
+    backend, bank = adapted(model, "to_lora")
+    weights = chosen(bank, name, "to_lora")
+    if isinstance(name, str):
+        weights = {name: 1.0}
+    check_together(bank, weights)
+    adapters = {one: bank.adapters[one] for one in weights}
+    every = dict.fromkeys(path for each in adapters.values() for path in each.layers)
+    rows = {path: own for each in adapters.values() for path, own in each.tokens.items()}
     modules = backend.modules(model)
-    require_one_path([*adaptation.layers, *adaptation.tokens], modules, "to_lora")
-    for path_of_rows in adaptation.tokens:
+    require_one_path([*every, *rows], modules, "to_lora")
+    for path_of_rows in rows:
         if (why := backend.rows_refusal(model, path_of_rows)) is not None:
             raise LayerError(
                 f"to_lora: {path_of_rows} has trained_tokens, with which PEFT would compute something else: {why}; "
                 "adamss.save takes it, or merge the model and save that"
             )
-    sites = sites_of(backend, model, adaptation)
+    sites = sites_of(backend, model, every)
     forms: dict[str, str] = {path: backend.lora_form(model, site) for path, site in sites.items()}
     renamed = _taken_for_experts(forms, modules)
     forms |= dict.fromkeys(renamed, "parameter")
     with backend.exact():
-        layers = lora_layers(backend, adaptation, sites, forms)
+        layers = lora_layers(backend, [(each, weights[one]) for one, each in adapters.items()], sites, forms)
         saved = {
             join_path(path, name): backend.to_stored(backend.whole(array))
-            for path in adaptation.saved
-            for name, array in backend.arrays(modules[path]).items()
+            for each in adapters.values()
+            for path, values in values_of_saved(backend, model, bank, each).items()
+            for name, array in values.items()
         }
         tokens = {
-            path: (ids, backend.to_stored(backend.whole(values)))
-            for path, (ids, values) in adaptation.tokens.items()
+            path: (ids, backend.to_stored(backend.whole(values))) for path, (ids, values) in rows.items()
         }
     named = [path for path, layer in layers.items() if layer.form != "parameter"]
     targets, base = _shortest_targets(named, modules), _name_of(modules)
@@ -159,8 +174,8 @@ def to_lora(model: Model, folder: str | os.PathLike[str]) -> LoraFolder:
     return written
 
 
-def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
-    """Write the adapter as one of PEFT's AdaMSS, where its format has room for it.
+def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = None) -> PeftFolder:
+    """Write an adapter as one of PEFT's AdaMSS, where its format has room for it.
 
     PEFT does not store which columns make a subspace, but finds them again at each load, by a procedure of its own.
     So this is for adapters that came from PEFT (`from_peft`), trained further here or not, and for those of one
@@ -175,6 +190,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
         An adapted model of any framework, merged or not. Module paths become the names in the file.
     folder
         Where to; made if it does not exist, and the files in it replaced.
+    name
+        Of the adapter; None for the only one, or the one that is active.
 
     Returns
     -------
@@ -186,9 +203,9 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
     LayerError
         If a layer appears in the model twice.
     StateError
-        If the model has no adapters, or PEFT would take them for others: it would group the columns otherwise, there
-        is a basis for each subspace, or a module to save is tied to another; if there are ``trained_tokens``. The
-        message names which.
+        If the model has no such adapter, or PEFT would take it for another: it would group the columns otherwise,
+        there is a basis for each subspace, or a module to save is tied to another; if there are ``trained_tokens``.
+        The message names which.
     ArrayValueError
         If factors are not finite.
     MissingBackendError
@@ -200,7 +217,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
         If subspaces are frozen: the format has no mask, and PEFT would train all of them.
     """
     path = checked_path(folder, name="folder", to_write=True)
-    backend, adaptation = adapted(model, "to_peft")
+    backend, bank = adapted(model, "to_peft")
+    adaptation = one_of(bank, name, "to_peft")
     modules, config = backend.modules(model), adaptation.config
     require_one_path(adaptation.layers, modules, "to_peft")
     for name, others in backend.shared(model, adaptation.saved).items():
@@ -214,13 +232,13 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
             f"to_peft: {', '.join(adaptation.tokens)} has trained_tokens, for which PEFT's AdaMSS has no place; "
             "adamss.to_lora writes them"
         )
-    layers, sites = {}, sites_of(backend, model, adaptation)
+    layers, sites = {}, sites_of(backend, model, adaptation.layers)
     _require_linear(sites, "to_peft")
     with backend.exact():
         for layer_path, site in sites.items():
             check_layer_name(layer_path, "to_peft")
             base, factors = (
-                whole(backend, base_weight(backend, site, adaptation)),
+                whole(backend, base_weight(backend, site, bank)),
                 adaptation.layers[layer_path],
             )
             arrays = _host_factors(backend, whole(backend, factors), layer_path)
@@ -235,8 +253,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
             layers[layer_path] = layer
         saved = {
             join_path(module_path, name): backend.to_stored(backend.whole(array))
-            for module_path in adaptation.saved
-            for name, array in backend.arrays(modules[module_path]).items()
+            for module_path, values in values_of_saved(backend, model, bank, adaptation).items()
+            for name, array in values.items()
         }
     frozen = sum(
         int((~np.asarray(backend.to_stored(f.active).numpy())).sum()) for f in adaptation.layers.values()
@@ -260,7 +278,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str]) -> PeftFolder:
     return PeftFolder(Path(path), len(layers), adaptation.saved)
 
 
-def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
+def from_peft(base_model: Model, folder: str | os.PathLike[str], *, name: str = DEFAULT) -> Model:
     """Attach an adapter that PEFT's AdaMSS wrote (`save_pretrained`), of the same outputs.
 
     PEFT does not store which columns of a weight make a subspace. They are found again by its own procedure, and what
@@ -274,10 +292,11 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
     Parameters
     ----------
     base_model
-        The model that the adapter was trained on, in the same dtype, without adapters. Paths of its modules are the
-        names in the file.
+        The model that the adapter was trained on, in the same dtype. Paths of its modules are the names in the file.
     folder
         With ``adapter_config.json`` and ``adapter_model.safetensors``.
+    name
+        Of the adapter in this model, as in `load`.
 
     Returns
     -------
@@ -295,13 +314,13 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
     LayerError
         If a layer of it appears in the model twice.
     StateError
-        If adapters are attached already.
+        If an adapter of that name is attached already, or the weights hold the update of another.
     MissingBackendError
         If PyTorch or scikit-learn is not installed.
     """
     backend = backend_for(base_model)
     with backend.exact():
-        require_base(backend, base_model, "from_peft")
+        bank = new_name(backend, base_model, name, "from_peft")
         adapter = peft.read_folder(checked_path(folder, name="folder"))
         modules = backend.modules(base_model)
         require_modules([*adapter.layers, *adapter.saved], modules)
@@ -326,7 +345,7 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
         shapes = {}
         with progress(len(sites)) as count:
             for layer_path, site in sites.items():
-                base = base_weight(backend, site)
+                base = base_weight(backend, site, bank)
                 check_matrix(base.W, name=f"{layer_path}: weight")
                 shapes[layer_path] = int(base.W.shape[0]), int(base.W.shape[1])
                 layers[layer_path] = _factors_from_peft(backend, adapter, layer_path, base)
@@ -340,7 +359,7 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str]) -> Model:
             include_bias=True,
             seed=adapter.seed,
         )
-        return put(backend, base_model, layers, shapes, config=config, saved=saved)
+        return put(backend, base_model, layers, shapes, config=config, saved=saved, name=name)
 
 
 def _name_of(modules: Mapping[str, Any]) -> str | None:

@@ -7,16 +7,25 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import replace as changed
 from typing import Any
 
 import numpy as np
 
 from adamss import core
 from adamss._version import __version__
-from adamss.backend.bank import Adaptation, Rows
+from adamss.backend.bank import DEFAULT, Adaptation, Bank, Rows
 from adamss.backend.interface import Backend, Model, Weights, batches
-from adamss.backend.ledger import base_weight, put, reading, require_kept_base, sites_of, whole
+from adamss.backend.ledger import (
+    base_weight,
+    put,
+    reading,
+    replaced,
+    require_kept_base,
+    sites_of,
+    values_of_saved,
+    whole,
+)
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight, Site, owner_of
 from adamss.backend.tensors import StoredTensor, join_path
@@ -40,8 +49,9 @@ from adamss.verbs.common import (
     checked_path,
     embedding_of,
     factor_dtype,
+    new_name,
+    one_of,
     progress,
-    require_base,
     require_distinct,
     require_modules,
     require_shared,
@@ -52,8 +62,10 @@ from adamss.verbs.common import (
 __all__ = ["load", "save"]
 
 
-def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) -> None:
-    """Write the adapter, ``modules_to_save`` and the rows of ``trained_tokens`` to one safetensors file.
+def save(
+    model: Model, path: str | os.PathLike[str], *, name: str | None = None, training: bool = False
+) -> None:
+    """Write an adapter, its ``modules_to_save`` and the rows of ``trained_tokens`` to one safetensors file.
 
     Where several processes hold parts of the model (PyTorch's ``fully_shard``), all of them call this and one
     writes.
@@ -64,13 +76,16 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
         An adapted model, merged or not.
     path
         Where to; an existing file is replaced, whole or not at all.
+    name
+        Of the adapter; None for the only one, or the one that is active.
     training
         False: portable, with ``M = A B``, the smallest. True: A and B, to resume training to the bit.
 
     Raises
     ------
     StateError
-        If the model has no adapters, or was merged with ``keep_base=False``.
+        If the model has no such adapter, several are active and none is named, or it was merged with
+        ``keep_base=False``.
     CheckpointError
         If two tensors would have one name, or if names are so long, and the layers so small, that `load` would take
         the file for a hostile one. Nothing is written.
@@ -78,24 +93,25 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
         If the path is empty.
     """
     path = checked_path(path, to_write=True)
-    backend, adaptation = adapted(model, "save")
+    backend, bank = adapted(model, "save")
+    adaptation = one_of(bank, name, "save")
     if adaptation.merged:
-        require_kept_base(adaptation, "save")
+        require_kept_base(bank, "save")
     _warn_of_a_budget_nobody_follows(backend, model, adaptation)
     modules = backend.modules(model)
     layers = {}
     with backend.exact():
-        for layer_path, site in sites_of(backend, model, adaptation).items():
+        for layer_path, site in sites_of(backend, model, adaptation.layers).items():
             factors = adaptation.layers[layer_path]
             check_concrete(*factors, name=layer_path)
-            mark = _fingerprint_of(backend, site, adaptation)
+            mark = _fingerprint_of(backend, site, bank)
             stored = _stored_layer(backend, whole(backend, factors), mark, training=training)
             rank = adaptation.config.for_layer(layer_path).rank
             own_rank = None if rank == adaptation.config.rank else rank
-            layers[layer_path] = replace(stored, blocks=site.blocks, view=site.view, rank=own_rank)
+            layers[layer_path] = changed(stored, blocks=site.blocks, view=site.view, rank=own_rank)
         if not layers:
             raise StateError("save: no adapted layer of the model is left; nothing is written")
-        saved = {}
+        saved, values = {}, values_of_saved(backend, model, bank, adaptation)
         for module_path in adaptation.saved:
             if module_path not in modules:
                 warnings.warn(
@@ -104,7 +120,7 @@ def save(model: Model, path: str | os.PathLike[str], *, training: bool = False) 
                     stacklevel=2,
                 )
                 continue
-            arrays = backend.arrays(modules[module_path])
+            arrays = values[module_path]
             check_concrete(*arrays.values(), name=module_path)
             saved[module_path] = {
                 name: backend.to_stored(backend.whole(array)) for name, array in arrays.items()
@@ -129,6 +145,8 @@ def load(
     base_model: Model,
     path: str | os.PathLike[str],
     *,
+    name: str = DEFAULT,
+    replace: bool = False,
     trainable: bool = True,
     check_base: bool = True,
     divide: bool = False,
@@ -141,9 +159,14 @@ def load(
     Parameters
     ----------
     base_model
-        The model that the adapter was trained on, in any dtype, without adapters.
+        The model that the adapter was trained on, in any dtype, with or without others.
     path
         A file that `save` wrote.
+    name
+        Of the adapter in this model. On a model that has others, it becomes the one that is active (`activate`).
+    replace
+        Put the numbers of the file in the place of those of the adapter of that name, if it has the same settings and
+        shapes: what is compiled, and what optimisers know, stays as it is. The flags of the adapter stay too.
     trainable
         Whether the adapter and ``modules_to_save`` are trained from now on. False: no parameter of a PyTorch model
         requires a gradient, and `trainable_parameters` has none. Of a portable file, True makes the basis
@@ -174,21 +197,24 @@ def load(
         overflows the dtype that it gets in this model. The message says which. The model is unchanged.
     LayerError
         If a weight has no values, on the meta device, and they are needed.
+    ConfigError
+        If the name is none.
     StateError
-        If adapters are attached already.
+        If an adapter of that name is attached already, and ``replace`` is False, or does not fit the file; if the
+        weights hold the update of another.
     """
     backend = backend_for(base_model)
     with backend.exact(), backend.divided(base_model, enabled=divide) as division:
-        require_base(backend, base_model, "load")
+        bank = new_name(backend, base_model, name, "load", replace=replace)
         modules = backend.modules(base_model)
         stored = files.read(checked_path(path), modules=len(modules))
         require_modules([*stored.layers, *stored.saved, *stored.tokens], modules)
         require_distinct([*stored.layers, *stored.saved, *stored.tokens], modules)
         require_shared(backend, base_model, stored.saved, stored.shared, modules)
-        tokens = _loaded_rows(backend, base_model, stored, modules)
+        tokens = _loaded_rows(backend, base_model, stored, modules, bank)
         sites = {path: backend.site(modules[path], path) for path in stored.layers}
         parts = {path: part for site in sites.values() for path, part in site.split().items()}
-        weights = Weights(parts, lambda path: base_weight(backend, parts[path], values=False))
+        weights = Weights(parts, lambda path: base_weight(backend, parts[path], bank, values=False))
         stored_parts: dict[str, StoredLayer] = {}
         for layer_path, layer in stored.layers.items():
             own = sites[layer_path].split()
@@ -230,7 +256,7 @@ def load(
             layers = division.gather(layers)
         if check_base:
             for path in sites.keys() - parts.keys():  # the fingerprint is of all blocks of a weight together
-                whole_mark = fingerprint(base_weight(backend, sites[path]).W)
+                whole_mark = fingerprint(base_weight(backend, sites[path], bank).W)
                 _check_base_values(path, stored.layers[path].base, whole_mark)
         ordered = {path: core.join([layers[part] for part in site.split()]) for path, site in sites.items()}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
@@ -241,13 +267,24 @@ def load(
             if layer.rank
         }
         config = stored.config.unchecked(overrides=ranks)
+        if name in bank.adapters:
+            new = Adaptation(config, ordered, shapes, tuple(saved), name, tokens, kept=saved)
+            return replaced(backend, base_model, new)
         return put(
-            backend, base_model, ordered, shapes, config=config, saved=saved, trained=trainable, tokens=tokens
+            backend,
+            base_model,
+            ordered,
+            shapes,
+            config=config,
+            saved=saved,
+            name=name,
+            trained=trainable,
+            tokens=tokens,
         )
 
 
 def _loaded_rows(
-    backend: Backend, model: Model, stored: Checkpoint, modules: Mapping[str, Any]
+    backend: Backend, model: Model, stored: Checkpoint, modules: Mapping[str, Any], bank: Bank
 ) -> dict[str, Rows]:
     """Return the rows of ``trained_tokens`` in the dtype that they are trained in."""
     found = {}
@@ -259,7 +296,7 @@ def _loaded_rows(
             site = embedding_of(backend, modules, path, ids)
         except (TargetError, LayerTypeError) as error:
             raise CheckpointError(str(error)) from error
-        base = base_weight(backend, site, values=False)
+        base = base_weight(backend, site, bank, values=False)
         if rows.shape[1] != base.W.shape[1]:
             raise CheckpointError(
                 f"trained_tokens: the rows of {path} have {base.W.shape[1]} numbers, the file's {rows.shape[1]}: it "
@@ -280,7 +317,7 @@ def _loaded_rows(
 def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation: Adaptation) -> None:
     """Tell whoever has trained without a controller that the schedule of the config had no effect."""
     budget, layers = adaptation.config.budget, adaptation.layers
-    if budget is None or backend.followed(model):
+    if budget is None or backend.followed(model, adaptation.name):
         return
     active = np.concatenate([backend.to_stored(f.active).numpy() for f in layers.values()])
     started = any(bool(namespace(f.C).any(backend.whole(f.C) != 0)) for f in layers.values())
@@ -294,12 +331,12 @@ def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation:
         )
 
 
-def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fingerprint:
+def _fingerprint_of(backend: Backend, site: Site, bank: Bank) -> Fingerprint:
     """Return the fingerprint of a base weight; of one that nobody can read any more, one that fits no weight."""
     try:
-        base = whole(backend, base_weight(backend, site, adaptation))
+        base = whole(backend, base_weight(backend, site, bank))
         with reading(site.path, base.W):
-            return fingerprint(base.W, backend.noise(_base_site(backend, site, adaptation)))
+            return fingerprint(base.W, backend.noise(_base_site(backend, site, bank)))
     except LayerError as error:
         warnings.warn(
             f"save: the base weight of {site.path} cannot be read ({error}), so that the file cannot be compared "
@@ -307,12 +344,14 @@ def _fingerprint_of(backend: Backend, site: Site, adaptation: Adaptation) -> Fin
             AdamssWarning,
             stacklevel=3,
         )
-        return unknown(adaptation.shapes[site.path])
+        return unknown(
+            next(each.shapes[site.path] for each in bank.adapters.values() if site.path in each.shapes)
+        )
 
 
-def _base_site(backend: Backend, site: Site, adaptation: Adaptation) -> Site:
+def _base_site(backend: Backend, site: Site, bank: Bank) -> Site:
     """Return the site of W0: that of the quantised layer, where a float one has taken its place."""
-    layer = adaptation.ledger.layers.get(owner_of(site.path))
+    layer = bank.layers.get(owner_of(site.path))
     return site if layer is None else backend.site(layer, site.path)
 
 

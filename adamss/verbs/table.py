@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import tabulate
 
+from adamss.backend.bank import DEFAULT
 from adamss.core import Factors, basis_ranks, count_factors
 from adamss.core.factors import outline
 
@@ -62,6 +63,8 @@ class Summary:
         What the layers were chosen by; None if unknown.
     tokens
         Parameters of ``trained_tokens``.
+    name
+        Of the adapter.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -69,6 +72,7 @@ class Summary:
     saved: int = 0
     targets: str | tuple[str, ...] | None = None
     tokens: int = 0
+    name: str = DEFAULT
 
     def __str__(self) -> str:
         columns = ["layer", "shape", "K", "R", "q", "trained", "active"]
@@ -87,6 +91,8 @@ class Summary:
         text: str = tabulate.tabulate(
             table, columns, colalign=("left", "left", *["right"] * 5), missingval=""
         )
+        if self.name != DEFAULT:
+            text += f"\nadapter: {self.name}"
         if self.targets is not None:
             text += f"\ntargets: {self.targets if isinstance(self.targets, str) else ', '.join(self.targets)}"
         text += f"\ntrained_tokens: {self.tokens:,} parameters" if self.tokens else ""

@@ -29,8 +29,8 @@ N = TypeVar("N", bound=Any)
 class JaxArrays(Arrays):
     """What needs JAX and no library of models."""
 
-    def linear(self, x: Array, weight: Array, bias: Array | None, factors: Factors) -> Array:
-        return linear(x, weight, bias, Factors(*map(jnp.asarray, factors)))
+    def linear(self, x: Array, weight: Array, bias: Array | None, *factors: Factors) -> Array:
+        return linear(x, weight, bias, *(Factors(*map(jnp.asarray, each)) for each in factors))
 
     def to_stored(self, array: Array) -> StoredTensor:
         host = np.asarray(array)
@@ -92,6 +92,11 @@ class HostCopies(Mapping[str, Array]):
     def of(cls, arrays: Mapping[str, Array] | None) -> HostCopies | None:
         """Return copies of arrays; None, and what is a copy already, as it is."""
         return arrays if arrays is None or isinstance(arrays, HostCopies) else cls(arrays)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each."""
+        return {name: array.shape for name, array in self._arrays.items()}
 
     def __getitem__(self, name: str) -> Array:
         array: Array = jax.device_put(self._arrays[name], self._shardings.get(name))

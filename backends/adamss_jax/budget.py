@@ -19,7 +19,8 @@ import numpy as np
 from jax import Array
 
 from adamss.backend import Adaptation
-from adamss.backend.training import adaptation_in_training, identity, same_subspaces, schedule_of
+from adamss.backend.bank import DEFAULT
+from adamss.backend.training import adapter_in_training, identity, same_subspaces, schedule_of
 from adamss.config import BudgetConfig
 from adamss.core import BudgetState, Factors, advance, initial_budget_state, observe, plan_budget
 from adamss.core._array import check_concrete
@@ -53,9 +54,10 @@ class BudgetedState(NamedTuple):
     revive
         Whether a frozen subspace may return, 0-d boolean.
     sizes
-        Number K of subspaces by path, 0-d integers.
+        Number K of subspaces by path, 0-d integers. Before the path stands the name of the adapter, if it has one:
+        ``"a: encoder.query"``.
     identity
-        What tells whose subspaces these are, (6,) float32 by path.
+        What tells whose subspaces these are, (6,) float32 by the same keys.
     """
 
     inner: Any
@@ -94,7 +96,11 @@ class Allocation(NamedTuple):
 
 
 def budgeted(
-    tx: optax.GradientTransformation, model: Any, config: BudgetConfig | None = None
+    tx: optax.GradientTransformation,
+    model: Any,
+    config: BudgetConfig | None = None,
+    *,
+    name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Reduce the trained subspaces while training, and keep those that are frozen where they are.
 
@@ -105,7 +111,8 @@ def budgeted(
 
     All of it is compiled with the training step, and no allocation compiles it anew. The masks live in the state:
     `adamss_jax.synchronise` writes them into the model, before `adamss.save` or `adamss.summary`. To accumulate
-    gradients, put `optax.MultiSteps` around it, which calls it once per step.
+    gradients, put `optax.MultiSteps` around it, which calls it once per step. Of several adapters that are trained
+    together, each may have a budget: put one `budgeted` into the other.
 
     Parameters
     ----------
@@ -115,7 +122,9 @@ def budgeted(
         The adapted model whose parameters it gets (``wrt=nnx.LoRAParam``, or `adamss_jax.equinox.trainable_filter`).
         Its masks are those at the start.
     config
-        The schedule; None for that of the config which the model was attached with.
+        The schedule; None for that of the config which the adapter was attached with.
+    name
+        Of the adapter; None for the one that is trained.
 
     Returns
     -------
@@ -126,8 +135,9 @@ def budgeted(
     Raises
     ------
     StateError
-        If the model has no adapters, or is merged, or is consolidated and the schedule revives; in ``init``, if there
-        is a `budgeted` inside; in ``init`` and ``update``, if the parameters are those of another model.
+        If the model has no such adapter, several are trained and none is named, or it is not trained, or merged, or
+        consolidated and the schedule revives; in ``init``, if there is a `budgeted` of the adapter inside; in
+        ``init`` and ``update``, if the parameters are those of another model.
     ConfigError
         If there is no schedule, or the model cannot keep to it (see `adamss.core.plan_budget`). If the schedule
         revives and the model has frozen subspaces, but was attached without such a schedule: they get no gradients.
@@ -158,14 +168,17 @@ def budgeted(
     2
     """
     backend = models_of(model)
-    adaptation = adaptation_in_training(backend, model, "budgeted")
+    adaptation = adapter_in_training(backend, model, "budgeted", name)
     config = schedule_of(adaptation, config, "budgeted")
     FOLLOWED.add(adaptation.config.budget)
     _check_may_return(config, adaptation)
-    leaves = backend.leaves(model)
+    leaves = backend.leaves(model, adaptation.name)
     plan = plan_budget(leaves.outlines, config)
-    sizes = {path: np.asarray(size, np.int32) for path, size in zip(plan.paths, plan.sizes, strict=True)}
-    names = {path: np.asarray(_identity(f), np.float32) for path, f in adaptation.layers.items()}
+    keys = _keys(adaptation)
+    sizes = {
+        keys[path]: np.asarray(size, np.int32) for path, size in zip(plan.paths, plan.sizes, strict=True)
+    }
+    names = {keys[path]: np.asarray(_identity(f), np.float32) for path, f in adaptation.layers.items()}
     inner = optax.with_extra_args_support(tx)
 
     def elements(tree: Any, where: Any) -> Array:
@@ -183,7 +196,7 @@ def budgeted(
 
     def init(params: Any) -> BudgetedState:
         state = inner.init(params)
-        if _states(state):
+        if any(_adapter_of(own) == adaptation.name for own in _states(state)):
             raise StateError("budgeted: there is another budgeted inside; one of them is enough")
         _check_inner(state)
         where = leaves.positions(params, "budgeted")
@@ -218,7 +231,7 @@ def budgeted(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def synchronise(model: Any, opt_state: Any) -> Any:
+def synchronise(model: Any, opt_state: Any, *, name: str | None = None) -> Any:
     """Write the masks of the optimiser's state into the model, where `adamss.save` and `adamss.summary` read them.
 
     Parameters
@@ -227,6 +240,8 @@ def synchronise(model: Any, opt_state: Any) -> Any:
         The adapted model that is being trained.
     opt_state
         An `nnx.Optimizer`, or whatever holds the state of `budgeted`.
+    name
+        Of the adapter; None for the one that is trained.
 
     Returns
     -------
@@ -236,7 +251,8 @@ def synchronise(model: Any, opt_state: Any) -> Any:
     Raises
     ------
     StateError
-        If there is no state of `budgeted`, or it is of another model; if a mask thaws what was consolidated.
+        If there is no state of `budgeted`, or it is of another model or adapter; if a mask thaws what was
+        consolidated.
     ArrayTypeError
         If the state is being traced.
 
@@ -247,10 +263,11 @@ def synchronise(model: Any, opt_state: Any) -> Any:
         but the model was attached without such a schedule, and so gives them no gradients.
     """
     backend = models_of(model)
-    adaptation = adaptation_in_training(backend, model, "synchronise")
+    adaptation = adapter_in_training(backend, model, "synchronise", name)
     state = budgeted_state(opt_state, adaptation, "synchronise")
-    paths = sorted(state.sizes)
-    ends = np.cumsum([int(state.sizes[path]) for path in paths])
+    keys = _keys(adaptation)
+    paths = sorted(keys)
+    ends = np.cumsum([int(state.sizes[keys[path]]) for path in paths])
     active = dict(zip(paths, np.split(np.asarray(state.budget.active), ends[:-1]), strict=True))
     left_out = int(state.budget.left_out)
     if left_out:
@@ -268,10 +285,11 @@ def synchronise(model: Any, opt_state: Any) -> Any:
             stacklevel=2,
         )
     layers = adaptation.layers
-    return backend.set_active(model, {path: placed_as(active[path], layers[path].active) for path in layers})
+    masks = {path: placed_as(active[path], layers[path].active) for path in layers}
+    return backend.set_active(model, masks, adaptation.name)
 
 
-def allocation(opt_state: Any) -> Allocation:
+def allocation(opt_state: Any, *, name: str | None = None) -> Allocation:
     """Return where the reduction stands, for a log.
 
     Parameters
@@ -279,22 +297,26 @@ def allocation(opt_state: Any) -> Allocation:
     opt_state
         An `nnx.Optimizer`, or whatever holds the state of `budgeted`. Under ``jit`` too: return the result with the
         loss, or hand it to `jax.debug.callback`.
+    name
+        Of the adapter; None for the only one that has a budget.
 
     Raises
     ------
     StateError
-        If there is no state of `budgeted`.
+        If there is no state of `budgeted`, or of several adapters and none is named.
     """
-    state = budgeted_state(opt_state, None, "allocation")
+    state = budgeted_state(opt_state, None, "allocation", name)
     step, waiting, left_out, mask, *_ = state.budget
     up_to, active, end = jnp.cumulative_sum(mask, dtype=int, include_initial=True), {}, jnp.zeros((), int)
-    for path in sorted(state.sizes):
-        start, end = end, end + state.sizes[path]
-        active[path] = up_to[end] - up_to[start]
+    for key in sorted(state.sizes):
+        start, end = end, end + state.sizes[key]
+        active[key.removeprefix(_prefix(_adapter_of(state)))] = up_to[end] - up_to[start]
     return Allocation(step, state.limit, active, up_to[-1], waiting, left_out)
 
 
-def budgeted_state(opt_state: Any, adaptation: Adaptation | None, verb: str) -> BudgetedState:
+def budgeted_state(
+    opt_state: Any, adaptation: Adaptation | None, verb: str, name: str | None = None
+) -> BudgetedState:
     """Return the state of `budgeted`, as plain arrays, that something holds.
 
     Parameters
@@ -305,12 +327,17 @@ def budgeted_state(opt_state: Any, adaptation: Adaptation | None, verb: str) -> 
         Of the model that it should be of, with all values at hand; None for any, also traced.
     verb
         What the messages call the caller.
+    name
+        Of the adapter that it should be of; None for that of `adaptation`, or the only one.
     """
-    found = _states(opt_state)
+    name, every = name if adaptation is None else adaptation.name, _states(opt_state)
+    found = [state for state in every if name in (None, _adapter_of(state))]
     if len(found) != 1:
+        names = ", ".join(repr(_adapter_of(state)) for state in every)
+        others = f", and say by name= which adapter is meant: there are {names}" if every else ""
         raise StateError(
             f"{verb}: found {len(found) or 'no'} states of adamss_jax.budgeted in {type(opt_state).__name__}; pass "
-            "the nnx.Optimizer, or the state of the transformation that budgeted returned"
+            f"the nnx.Optimizer, or the state of the transformation that budgeted returned{others}"
         )
     state: BudgetedState = jax.tree.map(
         lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, found[0], is_leaf=is_variable
@@ -318,7 +345,8 @@ def budgeted_state(opt_state: Any, adaptation: Adaptation | None, verb: str) -> 
     if adaptation is not None:
         check_concrete(*jax.tree.leaves(state), name=f"{verb}: the state of budgeted")
         sizes = {path: int(size) for path, size in state.sizes.items()}
-        own = {path: factors.active.shape[0] for path, factors in adaptation.layers.items()}
+        keys = _keys(adaptation)
+        own = {keys[path]: factors.active.shape[0] for path, factors in adaptation.layers.items()}
         if sizes != own:
             differing = sorted(path for path in sizes | own if sizes.get(path) != own.get(path))
             raise StateError(
@@ -326,9 +354,24 @@ def budgeted_state(opt_state: Any, adaptation: Adaptation | None, verb: str) -> 
                 f"{', '.join(differing[:3])}"
             )
         for path, factors in adaptation.layers.items():
-            if not same_subspaces([float(value) for value in state.identity[path]], _identity(factors)):
+            if not same_subspaces([float(value) for value in state.identity[keys[path]]], _identity(factors)):
                 raise StateError(f"{verb}: the state is of another model: {path} has other subspaces there")
     return state
+
+
+def _prefix(name: str) -> str:
+    return "" if name == DEFAULT else f"{name}: "
+
+
+def _keys(adaptation: Adaptation) -> dict[str, str]:
+    """Return the keys of `BudgetedState.sizes` by path of the layer."""
+    return {path: _prefix(adaptation.name) + path for path in adaptation.layers}
+
+
+def _adapter_of(state: BudgetedState) -> str:
+    """Return the name of the adapter whose state it is."""
+    name, colon, _ = next(iter(state.sizes)).partition(": ")
+    return name if colon else DEFAULT
 
 
 def _identity(factors: Factors) -> tuple[float, ...]:
@@ -343,11 +386,12 @@ def is_variable(node: Any) -> bool:
 def _states(opt_state: Any) -> list[BudgetedState]:
     tree = getattr(opt_state, "opt_state", opt_state)
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, BudgetedState))
-    return [node for node in nodes if isinstance(node, BudgetedState)]
+    found = [node for node in nodes if isinstance(node, BudgetedState)]
+    return [state for node in found for state in (node, *_states(node.inner))]
 
 
 def _check_may_return(config: BudgetConfig, adaptation: Adaptation) -> None:
-    if config.revive and adaptation.ledger.held:
+    if config.revive and adaptation.held:
         raise StateError(
             "budgeted: revive = True, but adamss.consolidate has folded subspaces into the weights: none of them can "
             "return; load the adapter into the base model afresh"

@@ -8,7 +8,7 @@ Each layer that is adapted is replaced by an `AdaptedLayer` around it, with an `
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, ClassVar
 
 from adamss.errors import MissingBackendError
@@ -22,18 +22,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adamss.backend import Adaptation, Kinds, StackedLayer, Stores, View
+from adamss.backend import Kinds, Site, StackedLayer, Stores, View
 from adamss.backend.sites import stack_paths
 from adamss.backend.tensors import join_path
 from adamss.core import Factors
 from adamss.errors import LayerError, StateError
 from adamss_jax.arrays import HostCopies, LeafStore, placed_as, restored
-from adamss_jax.kinds import ExampleKind, MatrixKind, must_be_tried, with_update
+from adamss_jax.kinds import ExampleKind, MatrixKind, must_be_tried, with_updates
 from adamss_jax.leaves import spelled
 from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
 from adamss_jax.parts import Part
 
-__all__ = ["AdaptedLayer", "Adapter", "EquinoxBackend", "kinds", "stores", "trainable_filter"]
+__all__ = ["AdaptedLayer", "Adapter", "EquinoxBackend", "kinds", "route_axes", "stores", "trainable_filter"]
 
 
 # ---- kinds of layers, and how they keep their numbers -----------------------------------------------
@@ -84,6 +84,10 @@ class Conv(ExampleKind):
 
     def spread(self, layer: Any, z: Array, E: Array) -> Array:
         return jnp.tensordot(E.T, z, 1)
+
+    def last(self, z: Array) -> Array:
+        # The directions come first, as the channels do.
+        return jnp.swapaxes(z, 0, -1)
 
     def example(self, layer: Any) -> Array:
         # Larger than the window in every dimension, so that no padding fills one alone.
@@ -148,6 +152,11 @@ class Adapter(eqx.Module):
         In which order its products are taken, one of `adamss.core.cost.ORDERS`; None is ``"factors_first"``, the
         cheaper one for the many inputs of a ``vmap``: see `adamss_jax.update`. It is in no file, and is part of the
         structure of the tree: set it, by `dataclasses.replace` of the adapter, before the optimiser's state is made.
+    kept
+        While the adapter is not active, in one of its layers, its values of ``modules_to_save``.
+    gate
+        While the rows of a batch are routed, which of them go through the adapter: (rows,) booleans, over which the
+        caller maps the model together with its inputs, by `route_axes`.
     """
 
     part: Part
@@ -158,6 +167,8 @@ class Adapter(eqx.Module):
     ranks: Array
     active: Array
     order: str | None = eqx.field(static=True, default=None)
+    kept: dict[str, Array] = eqx.field(default_factory=dict)
+    gate: Array | None = None
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""
@@ -165,10 +176,10 @@ class Adapter(eqx.Module):
 
 
 class AdaptedLayer(eqx.Module):
-    """``y = base(x) + (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C.
+    """``y = base(x) + sum of weight * (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C, over the adapters.
 
     Sizes and other static fields are those of the frozen layer. It has no ``weight`` of its own: code that multiplies
-    by ``layer.weight`` itself would not see the adapter, and fails instead.
+    by ``layer.weight`` itself would not see the adapters, and fails instead.
 
     Attributes
     ----------
@@ -180,9 +191,9 @@ class AdaptedLayer(eqx.Module):
         What the adapted layers of a model share.
     merged, consolidated
         While the weight of `base` holds an update: copies of its arrays as they were, or None if they were dropped.
-        They are static where all updates of the model are held. Where some go on being trained, they are a leaf that
-        is no array, as Equinox's models have more of (``eqx.filter_jit``): a static field would change the tree's
-        structure, which would no longer match that of the optimiser's state.
+        They are static where the weights of the model hold all that is computed. Where something goes on being
+        trained, they are a leaf that is no array, as Equinox's models have more of (``eqx.filter_jit``): a static
+        field would change the tree's structure, which would no longer match that of the optimiser's state.
     """
 
     adapters: dict[str, Adapter]
@@ -193,8 +204,9 @@ class AdaptedLayer(eqx.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter that is attached."""
-        return self.adapters[self.record.name]
+        """The adapter of the layer, if it has one alone."""
+        (adapter,) = self.adapters.values()
+        return adapter
 
     def __getattr__(self, name: str) -> Any:
         # It is asked only for what this class does not have.
@@ -214,15 +226,15 @@ class AdaptedLayer(eqx.Module):
         """Return the output for an input, as the frozen layer does."""
         y: Array = self.base(x, *args, **kwargs)
         kind = kinds.of(self.base, "an adapted layer")
-        rest, revive = (args, kwargs), self.record.revives
-        return with_update(kind, self.base, y, x, self.adapter, revive=revive, rest=rest)
+        return with_updates(kind, self.base, y, x, self.adapters, record=self.record, rest=(args, kwargs))
 
 
 def trainable_filter(model: Any) -> Any:
     """Return a tree of the model's structure that is True at every trained leaf, and False elsewhere.
 
-    Trained are B and C of every adapted layer and the floating-point arrays of ``modules_to_save``; nothing of an
-    adapter that was loaded with ``trainable=False``. For ``eqx.partition(model, trainable_filter(model))``.
+    Of each adapter that is trained (`adamss.activate`), these are B and C and the floating-point arrays of
+    ``modules_to_save``; of one that was loaded with ``trainable=False``, nothing. For
+    ``eqx.partition(model, trainable_filter(model))``.
 
     Parameters
     ----------
@@ -247,18 +259,50 @@ def trainable_filter(model: Any) -> Any:
     adapted = _adapted(model)
     if not adapted:
         raise StateError("trainable_filter: the model has no adapters; call adamss.attach first")
-    prefix, record = _prefix(adapted), next(iter(adapted.values())).record
-    saved, factors = [prefix + path for path in record.saved], EquinoxBackend().leaf_names(model)
+    return _filter(model, next(iter(adapted.values())).record.trained)
+
+
+def _filter(model: Any, names: Iterable[str]) -> Any:
+    """Return `trainable_filter` of some adapters that are trained."""
+    adapted, names = _adapted(model), list(names)
+    prefix, record = _prefix(adapted), next((layer.record for layer in adapted.values()), Record())
+    saved = tuple(join_path(f"{prefix}{path}".rstrip("."), "") for path in record.saved(names))
+    factors = {path for name in names for path in EquinoxBackend().leaf_names(model, name)}
+    banks = tuple(join_path(path, "adapters.") for path in adapted)
 
     def trained(path: str, leaf: Any) -> bool:
-        if path in factors or not record.trained:
-            return record.trained
-        return eqx.is_inexact_array(leaf) and any(
-            f"{path}.".startswith(join_path(module, "")) for module in saved
-        )
+        if path.startswith(banks):
+            return path in factors
+        return eqx.is_inexact_array(leaf) and f"{path}.".startswith(saved)
 
     leaves, structure = _flattened(model)
     return structure.unflatten([trained(path, leaf) for path, leaf in leaves])
+
+
+def route_axes(model: Any) -> Any:
+    """Return over which axes of a model `adamss.routed` has it mapped, with the rows of a batch.
+
+    Equinox's layers take one input, and a batch by ``vmap``. For ``in_axes=(route_axes(model), 0)`` of
+    ``eqx.filter_vmap``.
+
+    Parameters
+    ----------
+    model
+        An adapted Equinox model, within `adamss.routed`.
+
+    Examples
+    --------
+    >>> import adamss, equinox as eqx, jax
+    >>> from adamss_jax.equinox import route_axes
+    >>> model = {"query": eqx.nn.Linear(6, 8, key=jax.random.key(0))}
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=3), name="a")
+    >>> with adamss.routed(model, ["a", None]) as mixed:
+    ...     run = eqx.filter_vmap(lambda model, x: model["query"](x), in_axes=(route_axes(mixed), 0))
+    ...     run(mixed, jax.numpy.ones((2, 6))).shape
+    (2, 8)
+    """
+    leaves, structure = _flattened(model)
+    return structure.unflatten([leaf.ndim - 1 if path.endswith(".gate") else None for path, leaf in leaves])
 
 
 class EquinoxBackend(JaxModels):
@@ -299,6 +343,7 @@ class EquinoxBackend(JaxModels):
         return modules
 
     def named_arrays(self, module: Any) -> dict[str, Array]:
+        module = _plain(module)
         leaves, _ = _flattened(module)
         arrays = {path: jnp.asarray(leaf) for path, leaf in leaves if _is_stored(leaf)}
         # Equinox keeps the bias of a convolution as (outputs, 1, 1), PyTorch as (outputs,).
@@ -309,45 +354,63 @@ class EquinoxBackend(JaxModels):
         return arrays | {path: jnp.reshape(arrays[path], -1) for path in biases}
 
     def attached(self, model: Any) -> dict[str, Attached]:
-        found = {}
-        for path, layer in _by_owner(model).items():
-            base = layer.consolidated if layer.merged is None else layer.merged
-            found[path] = Attached(layer.record, layer.adapter.factors(), layer.adapter.part, base)
-        return found
-
-    def insert(
-        self,
-        model: Any,
-        adaptation: Adaptation,
-        *,
-        originals: Mapping[str, Mapping[str, Array]],
-        values: Mapping[str, Mapping[str, Array]],
-    ) -> Any:
-        record, placed = self.placed(model, adaptation, originals)
-        adapted = {
-            path: AdaptedLayer({record.name: Adapter(Part(), **factors._asdict())}, site.layer, record)
-            for path, (site, factors) in placed.items()
+        return {
+            path: Attached(
+                layer.record, layer.adapters, layer.consolidated if layer.merged is None else layer.merged
+            )
+            for path, layer in _by_owner(model).items()
         }
-        modules = self.modules(model)
-        changed = {path: _with_arrays(modules[path], own) for path, own in values.items()}
-        model = _replaced(model, adapted | changed)
+
+    def added(self, model: Any, name: str, placed: Mapping[str, tuple[Site, Factors]], record: Record) -> Any:
+        present, prefix = _by_owner(model), _prefix(_adapted(model))
+        model, adapted = self.with_record(model, record), {}
+        for path, (site, factors) in placed.items():
+            adapters = {**present[path].adapters} if path in present else {}
+            adapters[name] = Adapter(Part(), **factors._asdict())
+            adapted[f"{prefix}{path}".rstrip(".")] = AdaptedLayer(adapters, site.layer, record)
+        model = _replaced(model, adapted)
         _check_shared(model)
         return model
 
-    def remove(self, model: Any) -> Any:
-        return _mapped(model, lambda _, layer: layer.base)
+    def without(self, model: Any, names: Set[str], record: Record) -> Any:
+        def left(_: str, layer: AdaptedLayer) -> Any:
+            adapters = {name: adapter for name, adapter in layer.adapters.items() if name not in names}
+            return _changed(layer, adapters=adapters, record=record) if adapters else layer.base
 
-    def parameters(self, model: Any) -> Any:
+        return _mapped(model, left)
+
+    def with_record(self, model: Any, record: Record) -> Any:
+        return _mapped(model, lambda _, layer: _changed(layer, record=record))
+
+    def rewritten(self, model: Any, name: str, values: Mapping[str, Mapping[str, Any]]) -> Any:
+        def changed(path: str, layer: AdaptedLayer) -> Any:
+            if path not in values:
+                return layer
+            return _changed(
+                layer, adapters={**layer.adapters, name: _changed(layer.adapters[name], **values[path])}
+            )
+
+        return _mapped(model, changed)
+
+    def with_base(self, model: Any, base: Mapping[str, HostCopies | None], *, constant: bool) -> Any:
+        fields = ("merged", "consolidated") if constant else ("consolidated", "merged")
+        return _mapped(
+            model, lambda path, layer: _changed(layer, **dict(zip(fields, (base[path], None), strict=True)))
+        )
+
+    def parameters(self, model: Any, names: Iterable[str]) -> Any:
         """Return the tree of the trained leaves, None elsewhere: what an optimiser's ``init`` gets."""
-        return eqx.filter(model, trainable_filter(model))
+        record = next(iter(_adapted(model).values())).record
+        return eqx.filter(model, _filter(model, {*names} & {*record.trained}))
 
-    def leaf_names(self, model: Any) -> dict[str, tuple[str, int]]:
+    def leaf_names(self, model: Any, name: str) -> dict[str, tuple[str, int]]:
         adapted = _adapted(model)
         prefix = _prefix(adapted)
         return {
-            join_path(path, f"adapters.{layer.record.name}.{name}"): (_within(path, prefix), number)
+            join_path(path, f"adapters.{name}.{letter}"): (_within(path, prefix), number)
             for path, layer in adapted.items()
-            for number, name in enumerate("BC")
+            if name in layer.adapters
+            for number, letter in enumerate("BC")
         }
 
     def adapted_layers(self, model: Any) -> dict[str, Any]:
@@ -363,32 +426,14 @@ class EquinoxBackend(JaxModels):
     def with_layers(self, model: Any, layers: Mapping[str, Any]) -> Any:
         return _mapped(model, lambda path, layer: _changed(layer, base=layers.get(path, layer.base)))
 
-    def with_active(self, model: Any, active: Mapping[str, Array]) -> Any:
-        return _mapped(
-            model,
-            lambda path, layer: _with_adapter(layer, active=active.get(path, layer.adapter.active)),
-        )
-
-    def with_parts(self, model: Any, parts: Mapping[str, tuple[Part, HostCopies | None]]) -> Any:
-        field = "merged" if all(part.empty for part, _ in parts.values()) else "consolidated"
-
-        def changed(path: str, layer: AdaptedLayer) -> Any:
-            part, base = parts[path]
-            new = {"merged": None, "consolidated": None, field: base}
-            return _changed(_with_adapter(layer, part=part), **new)
-
-        return _mapped(model, changed)
-
     def saved_exchanged(self, model: Any, arrays: Mapping[str, Mapping[str, Array]]) -> Any:
-        modules, prefix = self.modules(model), _prefix(_adapted(model))
-        return _replaced(
-            model,
-            {f"{prefix}{path}".rstrip("."): _with_arrays(modules[path], own) for path, own in arrays.items()},
-        )
+        prefix, found = _prefix(_adapted(model)), dict(_walk(model))
+        places = {f"{prefix}{path}".rstrip("."): own for path, own in arrays.items()}
+        return _replaced(model, {place: _written(found[place], own) for place, own in places.items()})
 
     def switched(self, model: Any, *, on: bool) -> Any:
         """Return the model; off, it is the base model, and the other is still there to be switched on."""
-        return model if on else self.remove(model)
+        return model if on else _plain(model)
 
 
 def _check_shared(model: Any) -> None:
@@ -482,11 +527,6 @@ def _changed(module: Any, **values: Any) -> Any:
     return new
 
 
-def _with_adapter(layer: AdaptedLayer, **values: Any) -> Any:
-    """Return a layer with other values of some fields of its adapter."""
-    return _changed(layer, adapters={layer.record.name: _changed(layer.adapter, **values)})
-
-
 def _is_stored(leaf: Any) -> bool:
     return eqx.is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -499,3 +539,17 @@ def _with_arrays(module: Any, values: Mapping[str, Array]) -> Any:
 
     leaves, structure = _flattened(module)
     return structure.unflatten([new(path, leaf) for path, leaf in leaves])
+
+
+def _plain(module: Any) -> Any:
+    """Return a module without the adapters of layers within it."""
+    return _replaced(module, {path: layer.base for path, layer in _adapted(module).items()})
+
+
+def _written(module: Any, values: Mapping[str, Array]) -> Any:
+    """Return a module with other arrays, by the names of `EquinoxBackend.named_arrays`; adapters within it stay."""
+    new = _with_arrays(_plain(module), values)
+    within = dict(_walk(new))
+    return _replaced(
+        new, {path: _changed(layer, base=within[path]) for path, layer in _adapted(module).items()}
+    )

@@ -1,9 +1,9 @@
 """Flax NNX: layers change in place, and stay the objects that they were.
 
 An adapted layer keeps its variables and their paths. Its class becomes a subclass that adds the update to the
-output, and its child `adamss`, a `LayerBank`, holds an `Adapter` by its name: ``layer.adamss.default``. B and C are
-`AdamssParam`, a kind of `nnx.LoRAParam`, so that ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)`` and libraries built
-on that filter train them; basis, labels, ranks and mask are plain `nnx.Variable`.
+output, and its child `adamss`, a `LayerBank`, holds an `Adapter` by its name: ``layer.adamss.default``. B and C of
+adapters that are trained are `AdamssParam`, a kind of `nnx.LoRAParam`, so that ``nnx.Optimizer(model, tx,
+wrt=nnx.LoRAParam)`` and libraries built on that filter train them; all other variables are plain `nnx.Variable`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from functools import lru_cache
 from itertools import islice
 from types import SimpleNamespace
@@ -32,14 +32,15 @@ import numpy as np
 from flax.nnx.nn import dtypes
 from jax import Array
 
-from adamss.backend import Adaptation, Kind, Kinds, Site, StackedLayer, Stores, View
+from adamss.backend import Kind, Kinds, Site, StackedLayer, Stores, View
+from adamss.backend.bank import scaled
 from adamss.backend.sites import stack_paths
 from adamss.backend.tensors import join_path
 from adamss.core import Factors, contract, expand, only
 from adamss.errors import AdamssWarning, LayerError, TargetError
 from adamss_jax.arrays import HostCopies, LeafStore, placed_as, restored
 from adamss_jax.functional import with_constants
-from adamss_jax.kinds import ExampleKind, MatrixKind, Rest, must_be_tried, with_update
+from adamss_jax.kinds import ExampleKind, MatrixKind, Rest, must_be_tried, with_updates
 from adamss_jax.models import Attached, JaxModels, Record, owner_prefix
 from adamss_jax.parts import Part
 
@@ -273,6 +274,9 @@ class Conv(DeclaredKind, ExampleKind):
             kernel = kernel * jnp.asarray(layer.mask[..., :1], kernel.dtype)
         return _computed_with(nnx.Conv, layer, x, kernel=kernel, bias=None, use_bias=False, mask=None)
 
+    def rows(self, layer: Any, x: Array) -> tuple[int, ...]:
+        return x.shape[: -len(layer.kernel_size) - 1]
+
     def example(self, layer: Any) -> Array:
         # Larger than the window in every dimension, so that no padding fills one alone.
         sizes = [8 * size for size in layer.kernel_size]
@@ -293,6 +297,9 @@ class Embed(DeclaredKind, ExampleKind):
 
     def project(self, layer: Any, x: Array, M: Array) -> Array:
         return _computed_with(nnx.Embed, layer, x, embedding=M, features=M.shape[1])
+
+    def rows(self, layer: Any, x: Array) -> tuple[int, ...]:
+        return x.shape
 
     def example(self, layer: Any) -> Array:
         return jnp.arange(layer.num_embeddings)
@@ -345,13 +352,11 @@ class Adapter(nnx.Module):
     ----------
     factors
         Factors of the layer.
-    trained
-        Whether B and C are trained.
 
     Attributes
     ----------
     B, C
-        `AdamssParam`, (P, q) and (r, n); `nnx.Variable` if they are not trained.
+        (P, q) and (r, n): `AdamssParam` while they are trained, else `nnx.Variable`.
     A, labels, ranks, active
         `nnx.Variable`, as in `adamss.core.Factors`.
     order
@@ -360,16 +365,19 @@ class Adapter(nnx.Module):
     in_weight
         While the kernel holds an update, variables by the fields of `Part`. A state with them is to fit no model that
         would add the update once more: Flax puts a Variable in the place of None, but no Dict.
+    elsewhere
+        While the adapter is not active, in one of its layers, variables with its values of ``modules_to_save``.
+    through
+        While the rows of a batch are routed, which of them go through the adapter: (rows,) booleans.
     """
 
     in_weight: nnx.Dict[Any] | None = None
-    active: nnx.Variable[Any]
+    elsewhere: nnx.Dict[Any] | None = None
+    through: nnx.Variable[Any] | None = None
 
-    def __init__(self, factors: Factors, *, trained: bool = True) -> None:
-        kind = AdamssParam if trained else nnx.Variable
-        self.B, self.C = kind(factors.B), kind(factors.C)
-        for name in ("A", "labels", "ranks", "active"):
-            setattr(self, name, nnx.Variable(getattr(factors, name)))
+    def __init__(self, factors: Factors) -> None:
+        for name, array in factors._asdict().items():
+            setattr(self, name, nnx.Variable(array))
         self.order: str | None = None
 
     def factors(self) -> Factors:
@@ -379,21 +387,48 @@ class Adapter(nnx.Module):
     @property
     def part(self) -> Part:
         """Return what the kernel holds of it."""
-        return restored(Part(**{name: v.get_value() for name, v in (self.in_weight or {}).items()}))
+        return restored(Part(**_values(self.in_weight)))
 
-    def hold(self, part: Part) -> None:
-        """Say what the kernel holds of it."""
-        if "in_weight" in vars(self):
-            del self.in_weight  # NNX would not let it go from variables to none, or back
-        variables = {name: nnx.Variable(a) for name, a in part._asdict().items() if a is not None}
+    @property
+    def kept(self) -> dict[str, Array]:
+        """Return its values of ``modules_to_save`` that are here."""
+        return _values(self.elsewhere)
+
+    @property
+    def gate(self) -> Array:
+        """Return which rows of a batch go through it."""
+        assert self.through is not None
+        gate: Array = self.through.get_value()
+        return gate
+
+    def write(self, name: str, value: Any) -> None:
+        """Give it another value of a field of `Factors`, of `part`, of `kept` or of `gate`."""
+        if name == "gate":
+            if "through" in vars(self):
+                del self.through
+            if value is not None:
+                self.through = nnx.Variable(value)
+            return
+        if name in Factors._fields:
+            getattr(self, name).set_value(value)
+            return
+        name, arrays = ("in_weight", value._asdict()) if name == "part" else ("elsewhere", value)
+        if name in vars(self):
+            delattr(self, name)  # NNX would not let it go from variables to none, or back
+        variables = {key: nnx.Variable(array) for key, array in arrays.items() if array is not None}
         if variables:
-            self.in_weight = nnx.Dict(variables)
+            setattr(self, name, nnx.Dict(variables))
+
+
+def _values(variables: nnx.Dict[Any] | None) -> dict[str, Array]:
+    return {name: variable.get_value() for name, variable in (variables or {}).items()}
 
 
 class LayerBank(nnx.Module):
-    """``y = base(x) + (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C, for the adapters of one layer.
+    """``y = base(x) + sum of weight * (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C, over the adapters.
 
-    Its children are the adapters, by their names.
+    Its children are the adapters of one layer, by their names. Names of adapters do not begin with an underscore, as
+    those of its own attributes do.
 
     Parameters
     ----------
@@ -402,51 +437,54 @@ class LayerBank(nnx.Module):
 
     Attributes
     ----------
-    base
+    _base
         While the kernel holds an update: copies of kernel and bias as they were, or None if they were dropped.
-    off
+    _off
         Whether nothing is added to the output for now.
     """
 
     def __init__(self, record: Record) -> None:
-        self.record = record
-        self.base: HostCopies | None = None
-        self.off = False
-
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter that is attached."""
-        adapter: Adapter = getattr(self, self.record.name)
-        return adapter
+        self._record = record
+        self._base: HostCopies | None = None
+        self._off = False
 
     def __call__(self, layer: Any, y: Array, x: Array, rest: Rest) -> Array:
-        """Return the output of the layer: its frozen product y, and the update of its input x; see `with_update`."""
-        if self.off:
+        """Return the output of the layer: its frozen product y, and the updates of its input x."""
+        if self._off:
             return y
         kind = kinds.of(layer, "an adapted layer")
-        return with_update(kind, layer, y, x, self.adapter, revive=self.record.revives, rest=rest)
+        return with_updates(kind, layer, y, x, adapters_of(self), record=self._record, rest=rest)
 
-    def head(self, y: Array, query: Array) -> Array:
-        """Return what ``attend`` of the frozen `nnx.Embed` gives, from what it gives now.
 
-        A head that has the weight of an embedding is not adapted with it, in any framework, so that a file means the
-        same in all of them. Here both are one object: what its weight holds of the update is taken off again.
-        """
-        if self.off:
-            return y
+def adapters_of(bank: LayerBank) -> dict[str, Adapter]:
+    """Return the adapters of one layer by name."""
+    # No method of the bank: an adapter may have the name of one.
+    return {name: vars(bank)[name] for name, _ in bank._record.adapters if name in vars(bank)}
+
+
+def _head(bank: LayerBank, y: Array, query: Array) -> Array:
+    """Return what ``attend`` of the frozen `nnx.Embed` gives, from what it gives now.
+
+    A head that has the weight of an embedding is not adapted with it, in any framework, so that a file means the same
+    in all of them. Here both are one object: what its weight holds of updates is taken off again.
+    """
+    if bank._off:
+        return y
+    own, adapters = dict(bank._record.adapters), adapters_of(bank)
+    if any(own[name].weight is not None for name in adapters):
         warnings.warn(
             "attend of an adapted nnx.Embed goes on giving the head of the base weight: the adapter of an embedding "
             "changes the embedding alone",
             AdamssWarning,
             stacklevel=4,
         )
-        held = self.adapter.part.held
-        if held is None:
-            return y
-        factors = with_constants(only(self.adapter.factors(), jnp.asarray(held)))
+    for name, adapter in adapters.items():
+        if (held := adapter.part.held) is None:
+            continue
+        factors = scaled(with_constants(only(adapter.factors(), jnp.asarray(held))), own[name].weight)  # type: ignore[arg-type]
         M, E = contract(factors).astype(y.dtype), expand(factors).astype(y.dtype)
-        result: Array = y - (query.astype(y.dtype) @ E.T) @ M.T
-        return result
+        y = y - (query.astype(y.dtype) @ E.T) @ M.T
+    return y
 
 
 _CLASSES: dict[Any, Any] = {}
@@ -478,7 +516,7 @@ def adapted_class(kind: Any) -> Any:
 
 def _attend_of(kind: Any) -> Any:
     def attend(self: Any, query: Array, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, CHILD).head(kind.attend(self, query, *args, **kwargs), query)
+        return _head(getattr(self, CHILD), kind.attend(self, query, *args, **kwargs), query)
 
     return attend
 
@@ -545,68 +583,98 @@ class NnxBackend(JaxModels):
         }
 
     def attached(self, model: nnx.Module) -> dict[str, Attached]:
-        found = {}
-        for path, bank in _banks(model).items():
-            adapter = bank.adapter
-            found[path] = Attached(bank.record, adapter.factors(), adapter.part, bank.base, bank.off)
-        return found
+        return {
+            path: Attached(bank._record, adapters_of(bank), bank._base, bank._off)
+            for path, bank in _banks(model).items()
+        }
 
-    def insert(
+    def added(
         self,
         model: nnx.Module,
-        adaptation: Adaptation,
-        *,
-        originals: Mapping[str, Mapping[str, Array]],
-        values: Mapping[str, Mapping[str, Array]],
+        name: str,
+        placed: Mapping[str, tuple[Site, Factors]],
+        record: Record,
     ) -> nnx.Module:
-        modules = self.modules(model)
-        record, placed = self.placed(model, adaptation, originals)
+        modules, own = self.modules(model), dict(record.adapters)[name]
         _check_disjoint(
-            [site.layer for site, _ in placed.values()], {path: modules[path] for path in originals}
+            [site.layer for site, _ in placed.values()], {path: modules[path] for path in own.saved}
         )
+        banks = [*_banks(model).values()]
         # From here on nothing can fail.
-        for path in originals:
-            _write(modules[path], values.get(path, {}))
-            for variable in _trained_whole(modules[path]) if adaptation.trained else ():
-                variable.set_metadata(adamss_kind=type(variable))
-                _set_class(variable, AdamssParam)
         for site, factors in placed.values():
-            bank = LayerBank(record)
-            setattr(bank, record.name, Adapter(factors, trained=adaptation.trained))
-            setattr(site.layer, CHILD, bank)
-            _set_class(site.layer, adapted_class(type(site.layer)))
+            bank = getattr(site.layer, CHILD, None)
+            if bank is None:
+                bank = LayerBank(record)
+                setattr(site.layer, CHILD, bank)
+                _set_class(site.layer, adapted_class(type(site.layer)))
+            setattr(bank, name, Adapter(factors))
+            banks.append(bank)
+        _set_record(banks, modules, record)
         return model
 
-    def remove(self, model: nnx.Module) -> nnx.Module:
-        layers, modules = self.adapted_layers(model), self.modules(model)
-        for path in self.originals(model):
-            for _, variable in _variables(modules[path]):
-                if variable.has_metadata("adamss_kind"):
-                    _set_class(variable, variable.get_metadata("adamss_kind"))
-                    variable.del_metadata("adamss_kind")
+    def without(self, model: nnx.Module, names: Set[str], record: Record) -> nnx.Module:
+        modules, layers = self.modules(model), self.adapted_layers(model)
         for path, layer in layers.items():
-            if isinstance(layer, nnx.Embed) and getattr(layer, CHILD).adapter.part.held is not None:
+            own = adapters_of(getattr(layer, CHILD))
+            if isinstance(layer, nnx.Embed) and any(
+                own[name].part.held is not None for name in names & own.keys()
+            ):
                 warnings.warn(
                     f"{path or 'the model itself'} is an nnx.Embed that keeps the update in its weight: if the model "
                     "calls its attend, that head changes too from now on",
                     AdamssWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
-            delattr(layer, CHILD)
-            _set_class(layer, type(layer).__bases__[0])
+        banks = {path: getattr(layer, CHILD) for path, layer in layers.items()}
+        _set_record(banks.values(), modules, record)
+        for path, layer in layers.items():
+            for name in names & vars(banks[path]).keys():
+                delattr(banks[path], name)
+            if not adapters_of(banks[path]):
+                delattr(layer, CHILD)
+                _set_class(layer, type(layer).__bases__[0])
         return model
 
-    def parameters(self, model: nnx.Module) -> nnx.State[Any, Any]:
-        """Return the `nnx.State` of the trained variables, what ``wrt=nnx.LoRAParam`` selects."""
-        return nnx.state(model, AdamssParam)
+    def with_record(self, model: nnx.Module, record: Record) -> nnx.Module:
+        _set_record(_banks(model).values(), self.modules(model), record)
+        return model
 
-    def leaf_names(self, model: nnx.Module) -> dict[str, tuple[str, int]]:
+    def rewritten(self, model: nnx.Module, name: str, values: Mapping[str, Mapping[str, Any]]) -> nnx.Module:
+        banks = _banks(model)
+        for path, own in values.items():
+            for field, value in own.items():
+                adapters_of(banks[path])[name].write(field, value)
+        return model
+
+    def with_base(
+        self, model: nnx.Module, base: Mapping[str, HostCopies | None], *, constant: bool
+    ) -> nnx.Module:
+        for path, bank in _banks(model).items():
+            bank._base = base[path]
+        return model
+
+    def parameters(self, model: nnx.Module, names: Iterable[str]) -> nnx.State[Any, Any]:
+        """Return the `nnx.State` of the trained variables: of all adapters, what ``wrt=nnx.LoRAParam`` selects."""
+        record = next((bank._record for bank in _banks(model).values()), Record())
+        others = {*record.trained} - {*names}
+        prefix = _prefix(dict(_walk(model)))
+        saved = tuple(join_path(f"{prefix}{path}".rstrip("."), "") for path in record.saved(others))
+        factors = {path: name for name in record.trained for path in self.leaf_names(model, name)}
+
+        def meant(path: tuple[Any, ...], _: Any) -> bool:
+            spelled = ".".join(map(str, path))
+            # A module that one adapter saves may hold factors of another.
+            return factors[spelled] not in others if spelled in factors else not spelled.startswith(saved)
+
+        return nnx.state(model, nnx.All(AdamssParam, meant))
+
+    def leaf_names(self, model: nnx.Module, name: str) -> dict[str, tuple[str, int]]:
         owners = {id(bank): path for path, bank in _banks(model).items()}
         return {
-            join_path(path, f"{node.record.name}.{name}"): (owners[id(node)], number)
+            join_path(path, f"{name}.{letter}"): (owners[id(node)], number)
             for path, node in _walk(model)
-            if isinstance(node, LayerBank)
-            for number, name in enumerate("BC")
+            if isinstance(node, LayerBank) and name in adapters_of(node)
+            for number, letter in enumerate("BC")
         }
 
     def adapted_layers(self, model: nnx.Module) -> dict[str, Any]:
@@ -631,20 +699,6 @@ class NnxBackend(JaxModels):
     def with_layers(self, model: nnx.Module, layers: Mapping[str, Any]) -> nnx.Module:
         return model
 
-    def with_active(self, model: nnx.Module, active: Mapping[str, Array]) -> nnx.Module:
-        banks = _banks(model)
-        for path, mask in active.items():
-            banks[path].adapter.active.set_value(mask)
-        return model
-
-    def with_parts(
-        self, model: nnx.Module, parts: Mapping[str, tuple[Part, HostCopies | None]]
-    ) -> nnx.Module:
-        for path, bank in _banks(model).items():
-            part, bank.base = parts[path]
-            bank.adapter.hold(part)
-        return model
-
     def saved_exchanged(self, model: nnx.Module, arrays: Mapping[str, Mapping[str, Array]]) -> nnx.Module:
         modules = self.modules(model)
         for path, values in arrays.items():
@@ -653,7 +707,7 @@ class NnxBackend(JaxModels):
 
     def switched(self, model: nnx.Module, *, on: bool) -> nnx.Module:
         for bank in _banks(model).values():
-            bank.off = not on
+            bank._off = not on
         return model
 
 
@@ -730,14 +784,14 @@ def _prefix(found: Mapping[str, Any]) -> str:
     for path, node in found.items():
         if isinstance(node, LayerBank):
             # A layer that appears twice was adapted at its first path.
-            records.setdefault(id(node), (path.removesuffix(CHILD).removesuffix("."), node.record))
+            records.setdefault(id(node), (path.removesuffix(CHILD).removesuffix("."), node._record))
     return owner_prefix(dict(records.values()))
 
 
 def _adapted(model: Any) -> dict[str, Any]:
     """Return the adapted modules that are still there, by the paths under which they were attached."""
     found = dict(_walk(model))
-    record = next((node.record for node in found.values() if isinstance(node, LayerBank)), None)
+    record = next((node._record for node in found.values() if isinstance(node, LayerBank)), None)
     if record is None:
         return {}
     prefix = _prefix(found)
@@ -751,6 +805,27 @@ def _adapted(model: Any) -> dict[str, Any]:
 
 def _banks(model: Any) -> dict[str, LayerBank]:
     return {path: getattr(layer, CHILD) for path, layer in _adapted(model).items()}
+
+
+def _set_record(banks: Iterable[LayerBank], modules: Mapping[str, Any], record: Record) -> None:
+    """Give banks another record, and variables the kind by which optimisers find those that are trained."""
+    saved = dict.fromkeys(path for path, _ in record.originals)
+    for bank in banks:
+        saved |= dict.fromkeys(path for path, _ in bank._record.originals)
+        bank._record = record
+        for name, own in record.adapters:
+            adapter = vars(bank).get(name)
+            for variable in () if adapter is None else (adapter.B, adapter.C):
+                _set_class(variable, AdamssParam if own.trained else nnx.Variable)
+    for path in saved:
+        for _, variable in _variables(modules[path]) if path in modules else ():
+            if variable.has_metadata("adamss_kind"):
+                _set_class(variable, variable.get_metadata("adamss_kind"))
+                variable.del_metadata("adamss_kind")
+    for path in record.saved(record.trained):
+        for variable in _trained_whole(modules[path]) if path in modules else ():
+            variable.set_metadata(adamss_kind=type(variable))
+            _set_class(variable, AdamssParam)
 
 
 def _check_disjoint(adapted: Iterable[Any], saved: Mapping[str, Any]) -> None:
@@ -775,7 +850,7 @@ def _called(layer: Any) -> tuple[Any, Any, bool]:
         return layer, layer, True
     # Copies, in which statistics and counts may change.
     with_update, without = nnx.clone(layer), nnx.clone(layer)
-    getattr(without, CHILD).off = True
+    getattr(without, CHILD)._off = True
     return with_update, without, False
 
 

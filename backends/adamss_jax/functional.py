@@ -24,13 +24,12 @@ from adamss.core.linear import factor_gradients
 __all__ = ["linear", "update", "with_constants"]
 
 
-def linear(
-    x: Array, kernel: Array, bias: Array | None, factors: Factors, *, order: str | None = None
-) -> Array:
-    """Return ``x @ (kernel + delta) + bias`` without forming delta.
+def linear(x: Array, kernel: Array, bias: Array | None, *factors: Factors, order: str | None = None) -> Array:
+    """Return ``x @ (kernel + sum of delta) + bias`` without forming delta.
 
     ``y = (x @ kernel + bias) + (x @ M) @ E`` with ``M = [A_k B_k]`` and E the expansion of C, or
-    ``((x @ A) @ B) @ E`` where that costs less. The base product is that of the frozen layer, to the bit.
+    ``((x @ A) @ B) @ E`` where that costs less. The base product is that of the frozen layer, to the bit: the updates
+    of several adapters are added to it, one after the other.
 
     Parameters
     ----------
@@ -41,8 +40,8 @@ def linear(
     bias
         (n,) or None.
     factors
-        Factors of the layer; trained are B and C. With d + 1 input rows, the last of them moves the bias.
-        They may be sharded over mesh axes that XLA manages; over axes of type Explicit they are replicated.
+        Factors of the layer, of each adapter; trained are B and C. With d + 1 input rows, the last of them moves the
+        bias. They may be sharded over mesh axes that XLA manages; over axes of type Explicit they are replicated.
     order
         See `update`.
 
@@ -81,7 +80,9 @@ def linear(
     y = x @ kernel
     if bias is not None:
         y = y + jnp.expand_dims(bias, range(y.ndim - 1))
-    return y + update(x.astype(y.dtype), factors, order=order)
+    for each in factors:
+        y = y + update(x.astype(y.dtype), each, order=order)
+    return y
 
 
 def update(x: Array, factors: Factors, *, order: str | None = None) -> Array:

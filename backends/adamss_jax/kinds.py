@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from adamss.backend import Kind
+from adamss.backend.bank import rows_of, scaled
 from adamss.core import contract, expand
 from adamss_jax.arrays import restored
 from adamss_jax.functional import update, with_constants
 from adamss_jax.parts import computed
 
-__all__ = ["ExampleKind", "MatrixKind", "Rest", "example_input", "must_be_tried", "with_update"]
+if TYPE_CHECKING:
+    from adamss_jax.models import Record
+
+__all__ = ["ExampleKind", "MatrixKind", "Rest", "example_input", "must_be_tried", "with_updates"]
 
 Rest: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and named arguments of a call."""
@@ -31,6 +35,14 @@ class ExampleKind(Kind):
     @abstractmethod
     def example(self, layer: Any) -> Array:
         """Return an input that the layer takes."""
+
+    def rows(self, layer: Any, x: Array) -> tuple[int, ...]:
+        """Return the axes of an input among which those of a batch are; none, where a layer takes one input alone."""
+        return ()
+
+    def last(self, z: Array) -> Array:
+        """Return an array of `Kind.project` with its directions in the last axis; it undoes itself."""
+        return z
 
 
 class MatrixKind(Kind):
@@ -60,10 +72,10 @@ def must_be_tried(kind: Kind, layer: type) -> bool:
     return (kind.linear or isinstance(kind, ExampleKind)) and not kind.defines(layer, "__call__")
 
 
-def with_update(
-    kind: Kind, layer: Any, y: Array, x: Array, adapter: Any, *, revive: bool, rest: Rest
+def with_updates(
+    kind: Kind, layer: Any, y: Array, x: Array, adapters: Mapping[str, Any], *, record: Record, rest: Rest
 ) -> Array:
-    """Return the output of a layer: its frozen product y, and the update of its input x.
+    """Return the output of a layer: its frozen product y, and the updates of its input x by the active adapters.
 
     Parameters
     ----------
@@ -71,30 +83,83 @@ def with_update(
         The layer, and its kind.
     y, x
         Its output and input. `Kind.project` gets an input of integers as it is, since these may be ids.
-    adapter
-        With `factors()`, the `part` of them that is computed, and the `order` of `adamss_jax.update`.
-    revive
-        Whether frozen subspaces get gradients all the same, because they may return.
+    adapters
+        By name, each with `factors()`, the `part` of them that is computed, and the `order` of `adamss_jax.update`.
+    record
+        Of the model: which adapters are active.
     rest
         Positional and named arguments of the layer's call, without its input.
     """
-    part, order = restored(adapter.part), adapter.order
-    if part.empty:
+    if record.route is not None:
+        names, axis = record.route
+        routed = [adapters[name] for name in names if name in adapters]
+        return _with_routed(kind, layer, y, jnp.asarray(x), routed, axis, rest) if routed else y
+    active = [
+        (own, own.weight, adapters[name], restored(adapters[name].part))
+        for name, own in record.adapters
+        if own.weight is not None and name in adapters
+    ]
+    active = [each for each in active if not each[-1].empty]
+    if not active:
         return y
-    factors, x = computed(adapter.factors(), part), jnp.asarray(x)
+    x = jnp.asarray(x)
     if kind.linear or not jnp.issubdtype(x.dtype, jnp.integer):
         x = x.astype(y.dtype)
-    if revive:
-        factors = factors._replace(active=jnp.ones_like(factors.active))
+    for own, weight, adapter, part in active:
+        factors, order = scaled(computed(adapter.factors(), part), weight), adapter.order
+        if own.revives:
+            # Frozen subspaces get gradients all the same, because they may return.
+            factors = factors._replace(active=jnp.ones_like(factors.active))
+        if isinstance(kind, MatrixKind):
+            args, kwargs = rest
+            u = update(kind.inputs(layer, x, *args, **kwargs), factors, order=order)
+            y = y + kind.outputs(layer, u, *args, **kwargs)
+        elif kind.linear:
+            y = y + update(x, factors, order=order)
+        else:
+            factors = with_constants(factors)
+            M, E = contract(factors), expand(factors)
+            # Law 1: what overflows in z must be finite, or infinity times C = 0 would be NaN.
+            z = jnp.nan_to_num(kind.project(layer, x, M.astype(y.dtype)))
+            y = y + kind.spread(layer, z, E.astype(y.dtype))
+    return y
+
+
+def _with_routed(
+    kind: Kind, layer: Any, y: Array, x: Array, adapters: list[Any], axis: int, rest: Rest
+) -> Array:
+    """Return the output of a layer with the update of one adapter for each row, in one pair of products for all."""
+    factors = [with_constants(adapter.factors()) for adapter in adapters]
+    Ms, Es = [contract(each) for each in factors], [expand(each) for each in factors]
+    most = max(M.shape[0] for M in Ms)  # some move the bias too
+    M = jnp.concatenate([jnp.pad(M, ((0, most - M.shape[0]), (0, 0))) for M in Ms], axis=1).astype(y.dtype)
+    E = jnp.concatenate(Es, axis=0).astype(y.dtype)
+    gates = [
+        jnp.broadcast_to(each.gate[..., None], (*each.gate.shape, M.shape[1]))
+        for each, M in zip(adapters, Ms, strict=True)
+    ]
+    gate = jnp.concatenate(gates, axis=-1)  # (rows, q), or (q,) of the one row of a vmap
+    args, kwargs = rest
+    if isinstance(kind, MatrixKind) or kind.linear:
+        inputs = x.astype(y.dtype)
+        inputs = kind.inputs(layer, inputs, *args, **kwargs) if isinstance(kind, MatrixKind) else inputs
+        d = inputs.shape[-1]
+        z = inputs @ M[:d] + (M[d] if most > d else 0)
+        leading = inputs.shape[:-1]
+    else:
+        assert isinstance(kind, ExampleKind)
+        x = x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(y.dtype)
+        z, leading = kind.last(kind.project(layer, x, M)), kind.rows(layer, x)
+    if gate.ndim > 1:
+        share = rows_of(type(layer).__name__, leading, len(gate), axis)
+        shape = [1] * z.ndim
+        shape[axis], shape[-1] = leading[axis], gate.shape[-1]
+        gate = jnp.reshape(jnp.repeat(gate, share, axis=0), shape)
+    z = jnp.where(gate & jnp.isfinite(z), z, jnp.zeros_like(z))
     if isinstance(kind, MatrixKind):
-        args, kwargs = rest
-        u = update(kind.inputs(layer, x, *args, **kwargs), factors, order=order)
-        return y + kind.outputs(layer, u, *args, **kwargs)
+        return y + kind.outputs(layer, z @ E, *args, **kwargs)
     if kind.linear:
-        return y + update(x, factors, order=order)
-    factors = with_constants(factors)
-    M, E = contract(factors), expand(factors)
-    # Law 1: what overflows in z must be finite, or infinity times C = 0 would be NaN.
-    z = jnp.nan_to_num(kind.project(layer, x, M.astype(y.dtype)))
-    result: Array = y + kind.spread(layer, z, E.astype(y.dtype))
+        return y + z @ E
+    assert isinstance(kind, ExampleKind)
+    result: Array = y + kind.spread(layer, kind.last(z), E)
     return result

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamss.backend import Adaptation, Backend, Ledger, Site, StackedLayer, backend_for
+from adamss.backend import Adaptation, Backend, Bank, Ledger, Site, StackedLayer, backend_for
+from adamss.backend.bank import Route, State, Values
 from adamss.backend.interface import Model, Module
 from adamss.backend.sites import Index, by_owner, owner_of, split_path
 from adamss.backend.stores import exchange_all
@@ -26,49 +28,86 @@ from adamss_jax.arrays import HostCopies, JaxArrays, beside, check_values, resto
 from adamss_jax.kinds import example_input
 from adamss_jax.leaves import Leaves, Pair
 from adamss_jax.parts import Part, part_of
-from adamss_jax.stacks import factors_at, stacked_factors
+from adamss_jax.stacks import factors_at, stacked_factors, with_layer
 
-__all__ = ["Attached", "JaxModels", "Record", "models_of", "owner_prefix"]
+__all__ = ["Attached", "JaxModels", "Own", "Record", "models_of", "owner_prefix"]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a `Record` has of one adapter.
+
+    Attributes
+    ----------
+    config
+        The settings.
+    shapes
+        Path of each adapted layer, from the module that was adapted, and (d, n) of its weight.
+    saved
+        Paths of its ``modules_to_save``.
+    weight, trainable, trained
+        As of `Adaptation`.
+    """
+
+    config: AdamssConfig
+    shapes: tuple[tuple[str, tuple[int, int]], ...]
+    saved: tuple[str, ...]
+    weight: float | None = None
+    trainable: bool = True
+    trained: bool = False
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Paths of the modules that hold its factors: a stack of layers has one."""
+        return tuple(dict.fromkeys(owner_of(path) for path, _ in self.shapes))
+
+    @property
+    def revives(self) -> bool:
+        """Whether a frozen subspace may return, so that it must go on getting gradients."""
+        return self.config.budget is not None and self.config.budget.revive
 
 
 @dataclass(frozen=True)
 class Record:
     """What every adapted layer of a model remembers of the whole; a constant of compiled functions.
 
+    No number that training changes is part of it: a model would no longer fit the state of its optimiser, and would
+    be compiled anew, after each switch from one adapter to another and back.
+
     Attributes
     ----------
-    config
-        The settings.
-    name
-        Of the adapter.
-    shapes
-        Path of each adapted layer, from the module that was adapted, and (d, n) of its weight.
+    adapters
+        By name, in the order in which they came.
     originals
-        Path of each of ``modules_to_save``, and its base values.
-    trained
-        Whether the adapter is trained, and not only computed.
+        Path of each of the ``modules_to_save`` of all of them, and its base values.
+    route
+        While the rows of a batch are routed, the names that they may go through, and the axis along which they lie.
+        Which rows go where is an array (`gate`) of each adapter.
     """
 
-    config: AdamssConfig
-    name: str
-    shapes: tuple[tuple[str, tuple[int, int]], ...]
-    originals: tuple[tuple[str, HostCopies], ...]
-    trained: bool = True
+    adapters: tuple[tuple[str, Own], ...] = ()
+    originals: tuple[tuple[str, HostCopies], ...] = ()
+    route: tuple[tuple[str, ...], int] | None = None
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """Paths of the modules that hold the adapters: a stack of layers has one."""
-        return tuple(dict.fromkeys(owner_of(path) for path, _ in self.shapes))
+        """Paths of the modules that hold factors of any adapter."""
+        return tuple(dict.fromkeys(owner for _, own in self.adapters for owner in own.owners))
 
     @property
-    def saved(self) -> tuple[str, ...]:
-        """Paths of ``modules_to_save``."""
-        return tuple(path for path, _ in self.originals)
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d, n) of the weight of each layer that any of them adapts."""
+        return {path: shape for _, own in self.adapters for path, shape in own.shapes}
 
     @property
-    def revives(self) -> bool:
-        """Whether a frozen subspace may return, so that it must go on getting gradients."""
-        return self.config.budget is not None and self.config.budget.revive
+    def trained(self) -> tuple[str, ...]:
+        """Names of the adapters that are trained."""
+        return tuple(name for name, own in self.adapters if own.trained)
+
+    def saved(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the paths of ``modules_to_save`` of these adapters."""
+        own = dict(self.adapters)
+        return tuple(path for name in names for path in own[name].saved)
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self
@@ -85,19 +124,17 @@ class Attached(NamedTuple):
     ----------
     record
         Of the model.
-    factors
-        Of all its layers, stacked.
-    part
-        What the weight holds.
+    adapters
+        By name, those that adapt it: each has `factors()` of all its layers, stacked; the `part` of them that the
+        weight holds; and in one of its layers, while the adapter is not active, its ``modules_to_save`` (`kept`).
     base
-        While it holds an update: its arrays as they were; None if they were dropped.
+        While the weight holds an update: its arrays as they were; None if they were dropped.
     off
         Whether nothing is added to the output for now.
     """
 
     record: Record
-    factors: Factors
-    part: Part
+    adapters: Mapping[str, Any]
     base: HostCopies | None
     off: bool = False
 
@@ -125,8 +162,8 @@ class JaxModels(JaxArrays, Backend):
         """Return `arrays` of anything but a layer of a stack."""
 
     @abstractmethod
-    def leaf_names(self, model: Model) -> dict[str, tuple[str, int]]:
-        """Return which leaves of `parameters` are factors: path of their module, and 0 for B or 1 for C.
+    def leaf_names(self, model: Model, name: str) -> dict[str, tuple[str, int]]:
+        """Return which leaves of `parameters` are factors of an adapter: path of the module, and 0 for B or 1 for C.
 
         By the `adamss_jax.leaves.spelled` path of the leaf; a module that appears twice may be listed twice.
         """
@@ -150,12 +187,39 @@ class JaxModels(JaxArrays, Backend):
         """Return the model with layers of `adapted_layers` that have been written to."""
 
     @abstractmethod
-    def with_active(self, model: Model, active: Mapping[str, Array]) -> Model:
-        """Return the model with other masks, stacked, by the keys of `attached`."""
+    def added(
+        self, model: Model, name: str, placed: Mapping[str, tuple[Site, Factors]], record: Record
+    ) -> Model:
+        """Return the model with one more adapter, its site and factors by the path of the module, and that record."""
 
     @abstractmethod
-    def with_parts(self, model: Model, parts: Mapping[str, tuple[Part, HostCopies | None]]) -> Model:
-        """Return the model with other `Attached.part` and `Attached.base`, by the keys of `attached`."""
+    def without(self, model: Model, names: Set[str], record: Record) -> Model:
+        """Return the model without some adapters, and with that record; layers that have none are as they were."""
+
+    @abstractmethod
+    def with_record(self, model: Model, record: Record) -> Model:
+        """Return the model with another record of the same adapters, whose variables are trained as it says."""
+
+    @abstractmethod
+    def rewritten(self, model: Model, name: str, values: Mapping[str, Mapping[str, Any]]) -> Model:
+        """Return the model with other values in an adapter, by the keys of `attached` and then by name.
+
+        Names are the fields of `Factors`, ``part``, ``kept`` and ``gate``.
+        """
+
+    @abstractmethod
+    def with_base(self, model: Model, base: Mapping[str, HostCopies | None], *, constant: bool) -> Model:
+        """Return the model with other `Attached.base`.
+
+        Parameters
+        ----------
+        model
+            An adapted model.
+        base
+            By the keys of `attached`.
+        constant
+            Whether the weights hold all that is computed, so that nobody trains the model.
+        """
 
     @abstractmethod
     def saved_exchanged(self, model: Model, arrays: Mapping[str, Mapping[str, Array]]) -> Model:
@@ -190,37 +254,49 @@ class JaxModels(JaxArrays, Backend):
             )
         return self.named_arrays(module)
 
-    def adaptation(self, model: Model) -> Adaptation | None:
-        found = self.attached(model)
+    def bank(self, model: Model) -> Bank:
+        found, adapters = self.attached(model), {}
         if not found:
-            return None
-        record = next(iter(found.values())).record
-        places = {path: split_path(path) for path, _ in record.shapes}
-        places = {path: place for path, place in places.items() if place[0] in found}
-        held = {owner: _on_host(each.part) for owner, each in found.items() if each.part.held is not None}
-        return Adaptation(
-            config=record.config,
-            layers={path: factors_at(found[owner].factors, index) for path, (owner, index) in places.items()},
-            shapes={path: shape for path, shape in record.shapes if path in places},
-            saved=record.saved,
-            ledger=Ledger(
-                {path: held[owner][index] for path, (owner, index) in places.items() if owner in held},
-                {owner: found[owner].base for owner in held},
-            ),
-            disabled=any(each.off for each in found.values()),
-            revives=record.revives,
-            name=record.name,
-            trained=record.trained,
-        )
+            return Bank()
+        record, holding = next(iter(found.values())).record, set[str]()
+        originals = dict(record.originals)
+        for name, own in record.adapters:
+            mine = {
+                owner: found[owner].adapters[name]
+                for owner in own.owners
+                if owner in found and name in found[owner].adapters
+            }
+            factors = {owner: adapter.factors() for owner, adapter in mine.items()}
+            places = {path: split_path(path) for path, _ in own.shapes if owner_of(path) in mine}
+            held = {owner: _on_host(each.part) for owner, each in mine.items() if each.part.held is not None}
+            holding |= held.keys()
+            kept: Mapping[str, Array] = next((adapter.kept for adapter in mine.values() if adapter.kept), {})
+            adapters[name] = Adaptation(
+                config=own.config,
+                layers={path: factors_at(factors[owner], index) for path, (owner, index) in places.items()},
+                shapes={path: shape for path, shape in own.shapes if path in places},
+                saved=own.saved,
+                name=name,
+                weight=own.weight,
+                trainable=own.trainable,
+                trained=own.trained,
+                revives=own.revives,
+                held={path: held[owner][index] for path, (owner, index) in places.items() if owner in held},
+                kept=_unpacked(kept, {path: originals[path] for path in own.saved}),
+            )
+        base = {owner: each.base for owner, each in found.items() if owner in holding}
+        off = any(each.off for each in found.values())
+        names, axis = record.route or ((), 0)
+        route = None if record.route is None else Route(names, (), axis)  # the rows may be traced
+        return Bank(adapters, originals, base, disabled=off, route=route)
 
-    def followed(self, model: Model) -> bool:
-        adaptation = self.adaptation(model)
-        return adaptation is None or adaptation.config.budget in FOLLOWED
+    def followed(self, model: Model, name: str) -> bool:
+        return self.bank(model).adapters[name].config.budget in FOLLOWED
 
     def probed(self, model: Model) -> Mapping[str, tuple[Array, Array] | str]:
         called = {path: own for path, own in self.called_layers(model).items() if not own[2]}
         layers = self.adapted_layers(model) if called else {}
-        shapes = dict(next(iter(self.attached(model).values())).record.shapes) if called else {}
+        shapes = next(iter(self.attached(model).values())).record.shapes if called else {}
         found: dict[str, tuple[Array, Array] | str] = {}
         for path in called.keys() & shapes.keys():  # those of a stack have no path of their own
             layer, base, _ = called[path]
@@ -239,7 +315,7 @@ class JaxModels(JaxArrays, Backend):
         found = self.attached(model)
         record = next(iter(found.values())).record if found else None
         lost, layers = {}, self.adapted_layers(model) if found else {}
-        for path, shape in record.shapes if record else ():
+        for path, shape in record.shapes.items() if record else ():
             owner, index = split_path(path)
             if owner not in found:
                 lost[owner] = "has been replaced by another module, without its adapter"
@@ -252,29 +328,79 @@ class JaxModels(JaxArrays, Backend):
                     lost[owner] = f"has a weight of shape {now} now, which its adapter does not fit"
         return lost
 
-    def originals(self, model: Model) -> Mapping[str, Mapping[str, Array]]:
-        return dict(next((each.record.originals for each in self.attached(model).values()), ()))
-
-    def placed(
-        self, model: Model, adaptation: Adaptation, originals: Mapping[str, Mapping[str, Array]]
-    ) -> tuple[Record, dict[str, tuple[Site, Factors]]]:
-        """Return what `insert` attaches: the record, and by owner its site and its factors, beside its weight."""
-        modules, found = self.modules(model), {}
+    def insert(self, model: Model, adaptation: Adaptation, originals: Values) -> Model:
+        modules, placed, name = self.modules(model), {}, adaptation.name
         self._check_not_normalised(modules, adaptation.layers)
-        first = by_owner({path: path for path in adaptation.layers})
         for owner, layers in by_owner(adaptation.layers).items():
-            path = next(iter(first[owner].values()))
+            path = next(path for path in adaptation.layers if owner_of(path) == owner)
             site = self.site(modules[path], path)
             weight = self.stores.read(site.layer, site.kind.weight)
             near = {
                 index: Factors(*(beside(array, weight) for array in factors))
                 for index, factors in layers.items()
             }
-            leading = site.kind.leading(site.layer)
-            found[owner] = site, stacked_factors(near, leading, owner)
-        kept = tuple((path, HostCopies(arrays)) for path, arrays in originals.items())
-        shapes = tuple(adaptation.shapes.items())
-        return Record(adaptation.config, adaptation.name, shapes, kept, adaptation.trained), found
+            placed[owner] = site, stacked_factors(near, site.kind.leading(site.layer), owner)
+        before = next((each.record for each in self.attached(model).values()), Record())
+        own = Own(
+            adaptation.config,
+            tuple(adaptation.shapes.items()),
+            adaptation.saved,
+            trainable=adaptation.trainable,
+        )
+        copies = {path: HostCopies(arrays) for path, arrays in originals.items()} | dict(before.originals)
+        record = Record((*before.adapters, (name, own)), tuple(copies.items()))
+        return self._keeping(self.added(model, name, placed, record), name, adaptation.kept)
+
+    def remove(self, model: Model, names: Iterable[str]) -> Model:
+        before, gone = self._record(model), {*names}
+        left = Record(tuple((name, own) for name, own in before.adapters if name not in gone))
+        saved = left.saved(name for name, _ in left.adapters)
+        originals = tuple((path, arrays) for path, arrays in before.originals if path in saved)
+        return self.without(model, gone, replace(left, originals=originals))
+
+    def activated(self, model: Model, states: Mapping[str, State]) -> Model:
+        record = self._record(model)
+        adapters = []
+        for name, own in record.adapters:
+            weight, trainable, trained, kept = states[name]
+            adapters.append((name, replace(own, weight=weight, trainable=trainable, trained=trained)))
+            model = self._keeping(model, name, kept)
+        return self.with_record(model, replace(record, adapters=tuple(adapters)))
+
+    def routed(self, model: Model, route: Route | None) -> Model:
+        record, found = self._record(model), self.attached(model)
+        for name, own in record.adapters:
+            gates = {}
+            for owner in own.owners:
+                gate = None
+                if route is not None and name in route.names:
+                    rows = np.asarray(route.rows) == route.names.index(name)
+                    leading = found[owner].adapters[name].factors().ranks.shape[:-1]
+                    gate = jnp.broadcast_to(jnp.asarray(rows), (*leading, len(rows)))
+                gates[owner] = {"gate": gate}
+            model = self.rewritten(model, name, gates)
+        names = None if route is None else (route.names, route.axis)
+        return self.with_record(model, replace(record, route=names))
+
+    def _record(self, model: Model) -> Record:
+        return next(iter(self.attached(model).values())).record
+
+    def _keeping(self, model: Model, name: str, kept: Values) -> Model:
+        """Return the model with other values of the modules to save of an adapter that is not active.
+
+        They are arrays of one of its layers, so that they are saved, copied and moved with the model; of one that is
+        in no stack, if there is such a layer.
+        """
+        mine = {
+            owner: each.adapters[name]
+            for owner, each in self.attached(model).items()
+            if name in each.adapters
+        }
+        if not kept and not any(adapter.kept for adapter in mine.values()):
+            return model
+        found = {owner: adapter.factors().ranks.shape[:-1] for owner, adapter in mine.items()}
+        owner = min(found, key=lambda owner: len(found[owner]))
+        return self.rewritten(model, name, {owner: {"kept": _packed(kept, found[owner])}})
 
     def _check_not_normalised(self, modules: Mapping[str, Any], paths: Iterable[str]) -> None:
         wrappers = {path: module for path, module in modules.items() if isinstance(module, self.normalising)}
@@ -287,14 +413,22 @@ class JaxModels(JaxArrays, Backend):
                         "the place of the wrapper"
                     )
 
-    def with_masks(self, model: Model, active: Mapping[str, Array]) -> Model:
-        found, stacked = self.attached(model), {}
-        for owner, masks in by_owner(active).items():
-            mask = found[owner].factors.active
-            for index, own in masks.items():
-                mask = mask.at[index].set(own) if index else jnp.asarray(own, bool)
-            stacked[owner] = mask
-        return self.with_active(model, stacked)
+    def with_factors(self, model: Model, name: str, layers: Mapping[str, Factors]) -> Model:
+        return self._with_arrays(model, name, {path: each._asdict() for path, each in layers.items()})
+
+    def with_masks(self, model: Model, name: str, active: Mapping[str, Array]) -> Model:
+        return self._with_arrays(model, name, {path: {"active": mask} for path, mask in active.items()})
+
+    def _with_arrays(self, model: Model, name: str, layers: Mapping[str, Mapping[str, Array]]) -> Model:
+        """Return the model with other arrays of an adapter, by path of the layer and field of `Factors`."""
+        found, values = self.attached(model), dict[str, dict[str, Array]]()
+        for owner, own in by_owner(layers).items():
+            whole = found[owner].adapters[name].factors()._asdict()
+            values[owner] = {}
+            for index, arrays in own.items():
+                for field, array in arrays.items():
+                    whole[field] = values[owner][field] = with_layer(whole[field], index, array)
+        return self.rewritten(model, name, values)
 
     def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
         adapted = self.adapted_layers(model)
@@ -323,26 +457,26 @@ class JaxModels(JaxArrays, Backend):
         return self.saved_exchanged(model, arrays), before
 
     def enter(self, model: Model, ledger: Ledger) -> Model:
-        adaptation = self.adaptation(model)
-        assert adaptation is not None
-        found, parts = self.attached(model), {}
-        held = by_owner(ledger.held)
-        for owner, layers in by_owner(adaptation.layers).items():
-            factors, part = found[owner].factors, Part()
-            if owner in held:
-                part = part_of(layers, held[owner], factors.ranks.shape[:-1])
-                part = Part(*(None if array is None else beside(array, factors.C) for array in part))
-            parts[owner] = part, HostCopies.of(ledger.base.get(owner))
-        return self.with_parts(model, parts)
+        found, constant = self.attached(model), True
+        for name, each in self.bank(model).adapters.items():
+            held, parts = by_owner(ledger.held.get(name, {})), dict[str, dict[str, Any]]()
+            for owner, layers in by_owner(each.layers).items():
+                factors, part = found[owner].adapters[name].factors(), Part()
+                if owner in held:
+                    part = part_of(layers, held[owner], factors.ranks.shape[:-1])
+                    part = Part(*(None if array is None else beside(array, factors.C) for array in part))
+                parts[owner] = {"part": part}
+                constant = constant and (part.empty or not each.active)
+            model = self.rewritten(model, name, parts)
+        base = {owner: HostCopies.of(ledger.base.get(owner)) for owner in found}
+        return self.with_base(model, base, constant=constant)
 
     # ---- for optimisers ------------------------------------------------------------------------------
 
-    def leaves(self, model: Model) -> Leaves:
-        """Return where in `parameters` the factors of each layer are."""
-        adaptation = self.adaptation(model)
-        assert adaptation is not None
+    def leaves(self, model: Model, name: str) -> Leaves:
+        """Return where in `parameters` the factors of each layer of an adapter are."""
         layers: dict[str, dict[str, tuple[Index, Factors]]] = {}
-        for path, factors in adaptation.layers.items():
+        for path, factors in self.bank(model).adapters[name].layers.items():
             owner, index = split_path(path)
             layers.setdefault(owner, {})[path] = index, outline(factors, name=path)
         # A stack is adapted as a whole: the last of its layers says how long its axes are.
@@ -350,19 +484,24 @@ class JaxModels(JaxArrays, Backend):
             owner: Pair(tuple(axis + 1 for axis in max(index for index, _ in own.values())), own)
             for owner, own in layers.items()
         }
-        return Leaves(self.leaf_names(model), pairs)
+        return Leaves(self.leaf_names(model, name), pairs)
 
     def trained_elements(self, model: Model) -> Any:
-        """Return a tree of the structure of `parameters`, with booleans that broadcast: True where trained."""
-        leaves = self.leaves(model)
-        masks = leaves.masks({path: jnp.asarray(f.active) for path, f in leaves.outlines.items()})
-        everything = jnp.ones((), bool)
+        """Return a tree of the structure of `parameters`, with booleans that broadcast: True where trained.
+
+        Of all adapters that are trained.
+        """
+        names = self._record(model).trained
+        everything, known = jnp.ones((), bool), []
+        for leaves in (self.leaves(model, name) for name in names):
+            masks = leaves.masks({path: jnp.asarray(f.active) for path, f in leaves.outlines.items()})
+            known.append((leaves, masks))
 
         def trained(path: tuple[Any, ...], _: Any) -> Array:
-            name = leaves.name(path)
-            return everything if name is None else masks[name]
+            found = ((leaves.name(path), masks) for leaves, masks in known)
+            return next((masks[leaf] for leaf, masks in found if leaf is not None), everything)
 
-        return jax.tree_util.tree_map_with_path(trained, self.parameters(model))
+        return jax.tree_util.tree_map_with_path(trained, self.parameters(model, names))
 
 
 def models_of(model: Model) -> JaxModels:
@@ -419,3 +558,29 @@ def _on_host(part: Part) -> np.ndarray[Any, Any]:
     # A traced mask has no values. That it does not hold all is known, and is what `adamss.disabled` asks for.
     traced = isinstance(part.held, jax.core.Tracer)
     return np.zeros(part.held.shape, bool) if traced else np.asarray(restored(part).held)
+
+
+def _packed(values: Values, leading: Index) -> dict[str, Array]:
+    """Return the arrays of modules to save by name, with the leading axes of the layer that keeps them.
+
+    A ``scan`` or ``vmap`` over a stack of layers takes all its arrays apart, these too.
+    """
+    found = {join_path(path, name): array for path, own in values.items() for name, array in own.items()}
+    if leading:
+        size = math.prod(leading)
+        for name, array in found.items():
+            flat = jnp.pad(jnp.reshape(array, -1), (0, -array.size % size))
+            found[name] = jnp.reshape(flat, (*leading, -1))
+    return found
+
+
+def _unpacked(packed: Mapping[str, Array], originals: Mapping[str, HostCopies]) -> Values:
+    """Undo `_packed`, with the shapes of the base values."""
+    found: dict[str, dict[str, Array]] = {}
+    for path, base in originals.items():
+        for name, shape in base.shapes.items():
+            if (array := packed.get(join_path(path, name))) is not None:
+                if array.shape != shape:
+                    array = jnp.reshape(jnp.reshape(array, -1)[: math.prod(shape)], shape)
+                found.setdefault(path, {})[name] = array
+    return found

@@ -61,7 +61,7 @@ def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientT
         If the model has no adapters.
     """
     backend = models_of(model)
-    if backend.adaptation(model) is None:
+    if not backend.bank(model):
         raise StateError("hold_frozen: the model has no adapters; call adamss.attach first")
     trained, tx = backend.trained_elements(model), optax.with_extra_args_support(tx)
 

@@ -11,8 +11,9 @@ import numpy as np
 from adamss.backend.sites import Index
 from adamss.core import Factors
 from adamss.errors import LayerError
+from adamss_jax.arrays import placed_as
 
-__all__ = ["factors_at", "stacked_factors"]
+__all__ = ["factors_at", "stacked_factors", "with_layer"]
 
 
 def stacked_factors(factors: Mapping[Index, Factors], leading: Index, path: str) -> Factors:
@@ -56,3 +57,10 @@ def factors_at(factors: Factors, index: Index) -> Factors:
     if A.shape[0] > 1:
         P = min(P, int(jnp.max(jnp.bincount(labels, length=ranks.shape[0]))))
     return Factors(A[:, :, :P], B[:P, :q], C[:r], labels, ranks, active)
+
+
+def with_layer(whole: jax.Array, index: Index, array: jax.Array) -> jax.Array:
+    """Return one of the arrays of stacked factors with that of one layer in its place, in the dtype that it has."""
+    array = jnp.asarray(array, whole.dtype)
+    padding = [(0, size - own) for size, own in zip(whole.shape[len(index) :], array.shape, strict=True)]
+    return placed_as(whole.at[index].set(jnp.pad(array, padding)) if index else array, whole)

@@ -89,9 +89,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.d, self.blocks = d, blocks
         self.order: str | None = None
+        self.scale = 1.0
         self.revive = False
         self.loads = 0
-        self.followed = False
+        self.followed = self.controlled = False
         self.held: Tensor | None = None
         self.kept: tuple[Tensor, Tensor] | None = None
         self.keeper: object = None
@@ -133,6 +134,8 @@ class Adapter(nn.Module):
             layout = self._derive()
         if not self.revive:
             B, C = self._frozen_in(B, C)
+        if self.scale != 1:
+            C = C * self.scale
         return update(base, x, B, C, Plan(A, layout, self.order, weight, overwrite, input_kept))
 
     def products(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -157,6 +160,7 @@ class Adapter(nn.Module):
                 places = block_places(self.labels, C.shape[0], self.ranks.numel(), self.blocks)
             if not is_transformed():  # what is made within a transformation is of no use outside
                 self._places = places
+        C = C if self.scale == 1 else C * self.scale
         A = self.A if rows is None else self.A[:, rows]
         return block_products(A, B, C, self.layout, places, self.ranks.numel())
 
@@ -216,6 +220,7 @@ class Adapter(nn.Module):
             "revive": False,
             "kept": None,
             "keeper": None,
+            "controlled": False,
             "_parameters": {**self._parameters, **drifted},
         }
         return {**self.__dict__, **alone}

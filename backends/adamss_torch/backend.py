@@ -18,8 +18,8 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from adamss.backend import Adaptation, Backend, Division, Kind, Ledger, Site
-from adamss.backend.bank import Rows
+from adamss.backend import Adaptation, Backend, Bank, Division, Kind, Ledger, Site
+from adamss.backend.bank import Route, Rows, State
 from adamss.backend.sites import Fragment, LoraForm
 from adamss.backend.stores import exchange_all
 from adamss.backend.tensors import StoredTensor, join_path
@@ -40,7 +40,7 @@ from adamss_torch.bank import (
     check_state,
 )
 from adamss_torch.division import divided
-from adamss_torch.in_place import leave, readable, readers, restore
+from adamss_torch.in_place import readable, readers, restore
 from adamss_torch.kernel import Plan, is_transformed, make_layout, trained_elements, update
 from adamss_torch.kinds import (
     PROJECTIONS,
@@ -54,6 +54,7 @@ from adamss_torch.kinds import (
 )
 from adamss_torch.paths import named_parameters, unwrapped, walk
 from adamss_torch.quantised import PACKING, QuantisedStore, float_layer, packing_layers, unpack
+from adamss_torch.routing import LayerRoute
 from adamss_torch.sharding import is_partitioned, is_sharded, local, rebuilt, shape_of
 from adamss_torch.stores import ParameterStore, exchanged, execution_device, stores, writing_refused
 from adamss_torch.tokens import TrainedRows, is_known
@@ -66,6 +67,9 @@ RECORD = "_adamss_record"
 WATCH, WATCH_KEY = "_adamss_watch", -3
 """Attribute of a model in the forward of which a `Watch` is in force, and key of the hooks that see to it."""
 
+KEPT = "adamss_kept"
+"""First component of the keys of a state under which inactive adapters keep their ``modules_to_save``."""
+
 WATCHED: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
 """The adapted model of each module of it whose forward is watched, if nobody has called that of the model."""
 
@@ -74,8 +78,8 @@ UNSYNCHRONISED = "_ddp_params_and_buffers_to_ignore"
 
 
 @dataclass
-class _Record:
-    """What an adapted model remembers; an attribute of the module that was adapted, copied with it.
+class _Own:
+    """What an adapted model remembers of one adapter.
 
     Attributes
     ----------
@@ -83,37 +87,75 @@ class _Record:
         The settings.
     paths
         Paths of the adapted layers.
-    originals
-        Base values of ``modules_to_save``, by path and name.
-    required_grad
-        Which parameters required gradients before.
-    guards
-        Of the hooks that look at a state before it is loaded, and at the model before it is written.
-    unsynchronised
-        The names that were added to `UNSYNCHRONISED`.
-    name
-        Of the adapter.
-    disabled
-        Whether the model is within an `adamss.disabled` block.
-    trained
-        Whether the adapter is trained, and not only computed.
-    seen
-        What a `Watch` has seen of its forwards.
+    saved
+        Paths of the modules to save.
     tokens
         Paths of the embeddings of which rows are trained.
+    state
+        How the model stands with it.
     """
 
     config: AdamssConfig
     paths: tuple[str, ...]
-    originals: dict[str, dict[str, Tensor]]
+    saved: tuple[str, ...]
+    tokens: tuple[str, ...]
+    state: State
+
+
+@dataclass
+class _Record:
+    """What an adapted model remembers; an attribute of the module that was adapted, copied with it.
+
+    Attributes
+    ----------
+    required_grad
+        Which parameters required gradients before.
+    guards
+        Of the hooks that look at a state before it is loaded, and at the model before it is written.
+    adapters
+        By name.
+    originals
+        Base values of ``modules_to_save``, by path and name.
+    unsynchronised
+        The names that were added to `UNSYNCHRONISED`.
+    disabled
+        Whether the model is within an `adamss.disabled` block.
+    route
+        As of `Bank`.
+    seen
+        What a `Watch` has seen of its forwards.
+    """
+
     required_grad: dict[str, bool]
     guards: tuple[RemovableHandle, ...]
-    unsynchronised: frozenset[str]
-    name: str
+    adapters: dict[str, _Own] = field(default_factory=dict)
+    originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    unsynchronised: frozenset[str] = frozenset()
     disabled: bool = False
-    trained: bool = True
+    route: Route | None = None
     seen: Seen = field(default_factory=Seen)
-    tokens: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all that has a bank: adapted layers, and embeddings of which rows are trained."""
+        every = (path for own in self.adapters.values() for path in own.paths + own.tokens)
+        return tuple(dict.fromkeys(every))
+
+
+class _Layers(Mapping[str, Factors]):
+    """The factors of adapters, made when they are looked up."""
+
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, path: str) -> Factors:
+        return self._adapters[path].factors()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
 
 
 class TorchBackend(Backend):
@@ -126,13 +168,14 @@ class TorchBackend(Backend):
 
     # ---- arrays -------------------------------------------------------------------------------------
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
-        base = F.linear(x, weight.t(), bias)
-        A, B, C, labels, ranks, active = factors
-        layout = make_layout(labels, ranks, C.shape[0], B.shape[1], dtype=C.dtype)
-        rows, columns = trained_elements(active, labels, layout.groups)
-        B, C = torch.where(rows, B.t(), B.t().detach()), torch.where(columns, C, C.detach())
-        return update(base, x, B, C, Plan(A, layout))
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Factors) -> Tensor:
+        y = F.linear(x, weight.t(), bias)
+        for A, B, C, labels, ranks, active in factors:
+            layout = make_layout(labels, ranks, C.shape[0], B.shape[1], dtype=C.dtype)
+            rows, columns = trained_elements(active, labels, layout.groups)
+            B, C = torch.where(rows, B.t(), B.t().detach()), torch.where(columns, C, C.detach())
+            y = update(y, x, B, C, Plan(A, layout))
+        return y
 
     def to_stored(self, array: Tensor) -> StoredTensor:
         flat = array.detach().cpu().contiguous().view(-1)
@@ -206,8 +249,6 @@ class TorchBackend(Backend):
         found: dict[str, Any] = {}
         parts: dict[int, dict[str, Part]] = {}
         for path, module in walk(owner):
-            if isinstance(module, Adapter | TrainedRows | LayerBank | PartBanks):
-                continue
             found[path] = module
             # One object for each, also where its module appears twice.
             for name, part in parts.setdefault(id(module), dict(fragments(module))).items():
@@ -249,7 +290,7 @@ class TorchBackend(Backend):
         assert record is not None
         modules = self.modules(owner)
         layer: Any = modules[path]
-        others = [module for module, _ in _banks(owner, record.tokens)[path].sharing if module is not layer]
+        others = [module for module, _ in _banks(owner, record)[path].sharing if module is not layer]
         ties = getattr(getattr(owner, "config", None), "tie_word_embeddings", False)
         if not is_known(layer) and not hasattr(layer, "embed_scale"):
             return f"it knows no {type(layer).__name__}, and takes it for a torch.nn.Embedding"
@@ -350,43 +391,49 @@ class TorchBackend(Backend):
             if name.startswith(inside)
         }
 
-    def adaptation(self, model: nn.Module) -> Adaptation | None:
+    def bank(self, model: nn.Module) -> Bank:
         sharding.check_not_flattened(model)
         sharding.reshard(model)
         owner, record = _owner(model)
         if record is None:
-            return None
+            return Bank()
         restore(owner)
-        lost = self.lost(model)
-        banks = {path: bank for path, bank in _banks(owner, record.paths).items() if path not in lost}
-        adapters = {path: bank.adapters[record.name] for path, bank in banks.items()}
-        tokens: Any = {path: b for path, b in _banks(owner, record.tokens).items() if path not in lost}
-        return Adaptation(
-            config=record.config,
-            layers={path: adapter.factors() for path, adapter in adapters.items()},
-            shapes={path: (a.d, a.labels.numel()) for path, a in adapters.items()},
-            saved=tuple(record.originals),
-            ledger=Ledger(
-                {path: a.held.numpy() for path, a in adapters.items() if a.held is not None},
-                {path: bank.base for path, bank in banks.items() if adapters[path].held is not None}
-                | {path: bank.base for path, bank in tokens.items() if bank.merged},
-                {path: layer for path, bank in banks.items() for layer in bank.put_away},
-            ),
-            disabled=record.disabled,
-            revives=any(adapter.revive for adapter in adapters.values()),
-            name=record.name,
-            trained=record.trained,
-            tokens={path: bank.rows[record.name].value() for path, bank in tokens.items()},
+        lost, every = self.lost(model), _banks(owner, record)
+        banks: dict[str, Any] = {path: bank for path, bank in every.items() if path not in lost}
+        adapters = {}
+        for name, own in record.adapters.items():
+            layers = {path: banks[path]._modules[name] for path in own.paths if path in banks}
+            adapters[name] = Adaptation(
+                config=own.config,
+                layers=_Layers(layers),
+                shapes={path: (each.d, each.labels.numel()) for path, each in layers.items()},
+                saved=own.saved,
+                name=name,
+                tokens={path: banks[path].rows[name].value() for path in own.tokens if path in banks},
+                revives=any(adapter.revive for adapter in layers.values()),
+                held={path: each.held.numpy() for path, each in layers.items() if each.held is not None},
+                **own.state._asdict(),
+            )
+        return Bank(
+            adapters,
+            record.originals,
+            {path: bank.base for path, bank in banks.items() if bank.holds},
+            {path: layer for path, bank in banks.items() for layer in bank.put_away},
+            record.disabled,
+            record.route,
         )
 
-    def followed(self, model: nn.Module) -> bool:
-        return any(adapter.followed for adapter in adapters_of(model).values())
+    def followed(self, model: nn.Module, name: str) -> bool:
+        return any(adapter.followed for adapter in adapters_of(model, name).values())
+
+    def controlled(self, model: nn.Module, name: str) -> bool:
+        return any(adapter.controlled for adapter in adapters_of(model, name).values())
 
     def probed(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor] | str]:
         owner, record = _owner(model)
         assert record is not None
         modules, found = self.modules(owner), {}
-        for path, bank in _banks(owner, record.paths).items():
+        for path, bank in _banks(owner, record).items():
             outputs = _outputs(modules[path], bank)
             if outputs is not None:
                 found[path] = outputs
@@ -396,119 +443,155 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         if record is None:
             return {}
-        modules, banks, found = self.modules(owner), _banks(owner, record.paths + record.tokens), {}
-        for path in record.paths + record.tokens:
+        modules, banks, found = self.modules(owner), _banks(owner, record), {}
+        for path in record.paths:
             if path not in modules:
                 found[path] = "is not in the model any more"
             elif path not in banks:
                 found[path] = "has been replaced by another module, without its adapter"
             else:
-                own: Any = banks[path]._modules[record.name]
-                why = _why_it_does_not_fit(modules[path], banks[path].kind, own)
-                found |= {} if why is None else {path: why}
+                adapters: Any = banks[path]._modules.values()
+                if (why := _why_it_does_not_fit(modules[path], banks[path].kind, adapters)) is not None:
+                    found[path] = why
         return found
 
-    def originals(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-        _, record = _owner(model)
-        return {} if record is None else record.originals
-
     def insert(
-        self,
-        model: nn.Module,
-        adaptation: Adaptation,
-        *,
-        originals: Mapping[str, Mapping[str, Tensor]],
-        values: Mapping[str, Mapping[str, Tensor]],
+        self, model: nn.Module, adaptation: Adaptation, originals: Mapping[str, Mapping[str, Tensor]]
     ) -> nn.Module:
-        owner, _ = _owner(model)
-        modules = self.modules(owner)
+        owner, record = _owner(model)
+        modules, name = self.modules(owner), adaptation.name
         adapted = {path: modules[path] for path in adaptation.layers}
-        _check_parameters(owner, list(adapted.values()), {path: modules[path] for path in originals})
+        _check_parameters(owner, list(adapted.values()), {path: modules[path] for path in adaptation.saved})
         _check_wrappers(model)
-        banks, sites = {}, {}
+        present = {} if record is None else _banks(owner, record)
+        banks: dict[str, LayerBank] = {}
+        sites, new = {}, {}
         for path, layer in adapted.items():
             sites[path] = site = self.site(layer, path)
             sharding.check_spread(model, layer, getattr(layer, site.kind.weight, None), path)
             adapter = Adapter(adaptation.layers[path], adaptation.shapes[path][0], site.blocks)
-            banks[path] = LayerBank(site.kind)
-            banks[path].add(adaptation.name, adapter.to(execution_device(layer)))
-        tokens = _token_banks(owner, modules, adaptation, originals)
-        kept = {path: {name: array.clone() for name, array in own.items()} for path, own in originals.items()}
+            new[path] = adapter.to(execution_device(layer))
+            banks[path] = present.get(path) or LayerBank(site.kind)
+            if isinstance(banks[path], TokenBank):
+                raise TargetError(
+                    f"{path}: another adapter trains rows of it by trained_tokens; leave it out of targets"
+                )
+        tokens = _token_banks(owner, modules, adaptation, present)
+        kept = {path: {n: array.clone() for n, array in values.items()} for path, values in originals.items()}
         # By every name: merging gives a layer that shares its weight one of its own.
-        required_grad = {name: parameter.requires_grad for name, parameter in named_parameters(owner)}
+        required_grad = {n: parameter.requires_grad for n, parameter in named_parameters(owner)}
         # From here on nothing can fail.
-        owner.requires_grad_(False)
-        for path in originals:
-            for name, value in values.get(path, {}).items():
-                sharding.copy_into(self.arrays(modules[path])[name], value)
-            for parameter in modules[path].parameters():
-                real = parameter.is_floating_point() or parameter.is_complex()
-                parameter.requires_grad_(real and adaptation.trained)
-        for path, bank in banks.items():
-            bank.install(adapted[path], _reader_of(adapted[path], path, modules), sites[path].view)
-            weight = getattr(adapted[path], bank.kind.weight, None)
+        if record is None:
+            owner.requires_grad_(False)
+            guards = (
+                owner.register_load_state_dict_pre_hook(check_state),  # type: ignore[no-untyped-call]
+                owner.register_state_dict_pre_hook(restore),  # type: ignore[no-untyped-call]
+                owner.register_load_state_dict_pre_hook(_load_kept),  # type: ignore[no-untyped-call]
+                owner._register_state_dict_hook(_add_kept),  # type: ignore[no-untyped-call]
+            )
+            record = _Record(required_grad, guards)
+            setattr(owner, RECORD, record)
+        for path, adapter in new.items():
+            banks[path]._modules[name] = adapter  # whatever the name, be it that of a method
+            banks[path].install(adapted[path], _reader_of(adapted[path], path, modules), sites[path].view)
+            weight = getattr(adapted[path], banks[path].kind.weight, None)
             if is_sharded(weight):
-                sharding.shard_adapter(bank.adapters[adaptation.name], weight)
-            bank.requires_grad_(adaptation.trained)
-        for path, bank in tokens.items():
+                sharding.shard_adapter(adapter, weight)
+            adapter.requires_grad_(False)
+        for path, (bank, rows) in tokens.items():
+            bank._modules[name] = rows
             bank.install(modules[path], None, self.site(modules[path], path).view)
-            bank.requires_grad_(adaptation.trained)
-        if adaptation.trained:
+            rows.requires_grad_(False)
+        record.adapters[name] = _Own(
+            adaptation.config,
+            tuple(adapted),
+            adaptation.saved,
+            tuple(tokens),
+            State(None, adaptation.trainable, False, adaptation.kept),
+        )
+        record.originals = {**kept, **record.originals}
+        record.unsynchronised |= _leave_unsynchronised(owner)
+        for _, module in walk(owner):
+            if isinstance(module, nn.TransformerEncoder) and vars(module).get("use_nested_tensor"):
+                OffWithGradients(module, "use_nested_tensor")
+        return model
+
+    def activated(self, model: nn.Module, states: Mapping[str, State]) -> nn.Module:
+        owner, record = _owner(model)
+        assert record is not None
+        sharding.reshard(model)
+        before = {name for name, own in record.adapters.items() if own.state.trained}
+        trained = {name for name, state in states.items() if state.trained}
+        if trained - before:
+            _check_wrappers(model)
+        banks, modules = _banks(owner, record), self.modules(owner)
+        for name, state in states.items():
+            own = record.adapters[name]
+            own.state = state._replace(
+                kept={path: _detached(values) for path, values in state.kept.items()},
+            )
+            for path in own.paths + own.tokens:
+                adapter: Any = banks[path]._modules[name] if path in banks else None
+                for parameter in () if adapter is None else adapter._parameters.values():
+                    parameter.requires_grad = state.trained
+                    if not state.trained:
+                        parameter.grad = None
+                if isinstance(adapter, Adapter):
+                    adapter.scale = 1.0 if state.weight is None else state.weight
+        active = frozenset(name for name, state in states.items() if state.weight is not None)
+        for bank in banks.values():
+            bank.active = active
+            bank.look()
+        trained_paths = {path for name in trained for path in record.adapters[name].saved}
+        for path in record.originals:
+            for parameter in modules[path].parameters() if path in modules else ():
+                parameter.requires_grad_(False)
+                if path not in trained_paths:
+                    parameter.grad = None
+        for path in trained_paths & modules.keys():
+            for parameter in modules[path].parameters():
+                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        if trained - before:
             for layer in packing_layers(owner):
                 unpack(layer)
                 Off(layer, PACKING)
-            for module in owner.modules():
+            for _, module in walk(owner):
                 # By this the Trainer of transformers knows models that are quantised and have nothing to train.
                 if vars(module).get("is_quantized"):
                     Off(module, "is_quantized")
-        for module in owner.modules():
-            if isinstance(module, nn.TransformerEncoder) and vars(module).get("use_nested_tensor"):
-                OffWithGradients(module, "use_nested_tensor")
-        names = _leave_unsynchronised(owner)
-        guards = (
-            owner.register_load_state_dict_pre_hook(check_state),  # type: ignore[no-untyped-call]
-            owner.register_state_dict_pre_hook(restore),  # type: ignore[no-untyped-call]
-        )
-        paths = tuple(adapted)
-        record = _Record(
-            adaptation.config,
-            paths,
-            kept,
-            required_grad,
-            guards,
-            names,
-            adaptation.name,
-            trained=adaptation.trained,
-            tokens=tuple(tokens),
-        )
-        setattr(owner, RECORD, record)
-        inner = {path[: at.start()] for path in (*adapted, *tokens) for at in re.finditer(r"\.", path)}
-        for place in {"", *inner} if owner not in adapted.values() else ():
-            module = modules[place]
-            WATCHED[module] = ref(owner)
-            module._forward_pre_hooks[WATCH_KEY] = _watch
-            module._forward_hooks[WATCH_KEY] = _stop_watching
-            module._forward_hooks_always_called[WATCH_KEY] = True
+        _watch_from_now_on(owner, record, modules)
         return model
 
-    def remove(self, model: nn.Module) -> nn.Module:
+    def remove(self, model: nn.Module, names: Iterable[str]) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
-        modules = self.modules(owner)
-        leave(owner)
-        _forget_watch(owner)
-        for path, bank in _banks(owner, record.paths + record.tokens).items():
-            bank.uninstall(modules[path])
-            # FSDP2 goes on managing them, and is not to wait for their gradients.
-            bank.requires_grad_(False)
-        for path in record.originals:
+        modules, banks, names = self.modules(owner), _banks(owner, record), list(names)
+        for path, bank in banks.items():
+            for name in names:
+                if (adapter := bank._modules.pop(name, None)) is not None:
+                    # FSDP2 goes on managing it, and is not to wait for its gradients.
+                    adapter.requires_grad_(False)
+            bank.look()
+            if not bank._modules:
+                bank.uninstall(modules[path])
+        for name in names:
+            del record.adapters[name]
+        left = {path for own in record.adapters.values() for path in own.saved}
+        for path in record.originals.keys() - left:
             modules[path].zero_grad(set_to_none=True)
+            modules[path].requires_grad_(False)
+        record.originals = {path: values for path, values in record.originals.items() if path in left}
+        if record.adapters:
+            return model
+        _forget_watch(owner)
         for name, parameter in named_parameters(owner):
             if name in record.required_grad:
                 parameter.requires_grad_(record.required_grad[name])
-        left = [name for name in getattr(owner, UNSYNCHRONISED) if name not in record.unsynchronised]
-        if left:
-            setattr(owner, UNSYNCHRONISED, left)
+        unsynchronised = [
+            name for name in getattr(owner, UNSYNCHRONISED) if name not in record.unsynchronised
+        ]
+        if unsynchronised:
+            setattr(owner, UNSYNCHRONISED, unsynchronised)
         else:
             delattr(owner, UNSYNCHRONISED)
         for guard in record.guards:
@@ -518,23 +601,43 @@ class TorchBackend(Backend):
             OnLoan.give_back(module)
         return model
 
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+    def parameters(self, model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
         owner, record = _owner(model)
-        if record is None or not record.trained:
-            return []
-        trained = [
-            parameter for adapter in adapters_of(owner).values() for parameter in (adapter.B, adapter.C)
-        ]
-        modules = self.modules(owner)
-        banks: Any = _banks(owner, record.tokens).values()
-        trained += [bank.rows[record.name].rows for bank in banks]
-        for path in record.originals:
-            trained += [p for p in modules[path].parameters() if p.requires_grad]
+        modules, trained = self.modules(owner), list[nn.Parameter]()
+        for name in names if record is not None else ():
+            own = record.adapters[name]  # type: ignore[union-attr]
+            if own.state.trained:
+                trained += [
+                    p for adapter in adapters_of(owner, name).values() for p in (adapter.B, adapter.C)
+                ]
+                banks: Any = _banks(owner, record)  # type: ignore[arg-type]
+                trained += [banks[path].rows[name].rows for path in own.tokens if path in banks]
+                trained += [p for path in own.saved for p in modules[path].parameters() if p.requires_grad]
         # A parameter shared by two saved modules is handed out once: an optimiser refuses duplicates.
         return list({id(parameter): parameter for parameter in trained}.values())
 
-    def with_masks(self, model: nn.Module, active: Mapping[str, Tensor]) -> nn.Module:
-        adapters = adapters_of(model)
+    def with_factors(self, model: nn.Module, name: str, layers: Mapping[str, Factors]) -> nn.Module:
+        sharding.reshard(model)
+        adapters = adapters_of(model, name)
+        for path, factors in layers.items():
+            adapter = adapters[path]
+            state = {**factors._asdict(), "B": factors.B.t()}
+            whole = {n: sharding.shard_like(state[n], getattr(adapter, n)) for n in "ABC"}
+            adapter.load_state_dict({**state, **whole})
+            adapter.look()
+        return model
+
+    def with_rows(self, model: nn.Module, name: str, tokens: Mapping[str, Rows]) -> nn.Module:
+        owner, record = _owner(model)
+        assert record is not None
+        banks: Any = _banks(owner, record)
+        with torch.no_grad():
+            for path, rows in tokens.items():
+                banks[path].rows[name].rows.copy_(rows.values)
+        return model
+
+    def with_masks(self, model: nn.Module, name: str, active: Mapping[str, Tensor]) -> nn.Module:
+        adapters = adapters_of(model, name)
         for path, mask in active.items():
             adapters[path].look()
             adapters[path].active.copy_(mask)
@@ -542,15 +645,19 @@ class TorchBackend(Backend):
         return model
 
     def check_writable(self, model: nn.Module, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
-        layers = list(layers)
+        layers, saved = list(layers), list(saved)
+        if not layers and not saved:
+            return
         super().check_writable(model, layers, saved)
         owner, record = _owner(model)
         counts, modules = _parameter_counts(owner), self.modules(owner)
+        banks = {} if record is None else _banks(owner, record)
         for path in layers:
             site = self.site(modules[path], path)
             heads = set() if record is None else record.seen.heads
-            adapter = None if record is None else adapters_of(owner).get(path)
-            embeds = isinstance(site.kind, Embedding) and adapter is not None and adapter.held is None
+            bank = banks.get(path)
+            embeds = isinstance(site.kind, Embedding) and isinstance(bank, LayerBank) and not bank.holds
+            embeds = embeds and not isinstance(bank, TokenBank)
             if embeds and (path in heads or self._unseen_reader(model, site)):
                 raise LayerError(
                     f"{path}: another module takes the weight of this embedding for a head, by a function, which "
@@ -558,7 +665,8 @@ class TorchBackend(Backend):
                     + ("" if path in heads else ", or run the model once, so that it is seen whether it does")
                 )
             for name, parameter in _own_parameters(modules[path]).items():
-                if is_sharded(parameter) and record is not None and path in record.tokens:
+                tokens = record is not None and any(path in own.tokens for own in record.adapters.values())
+                if is_sharded(parameter) and tokens:
                     raise LayerError(
                         f"{path}: its {name} is spread by fully_shard, and single rows of it cannot be written; "
                         "leave the adapter unmerged"
@@ -620,7 +728,7 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         assert record is not None
         modules, found = self.modules(owner), dict[str, nn.Module]()
-        for path in _banks(owner, record.paths):
+        for path in _banks(owner, record):
             site = self.site(modules[path], path)
             if not (site.kind.linear and self.noise(site)):
                 continue
@@ -649,7 +757,7 @@ class TorchBackend(Backend):
     ) -> tuple[nn.Module, dict[str, nn.Module]]:
         owner, record = _owner(model)
         assert record is not None
-        modules, banks = self.modules(owner), _banks(owner, record.paths)
+        modules, banks = self.modules(owner), _banks(owner, record)
         former = {path: modules[path] for path in layers}
         others = {id(former[path]): layer for path, layer in layers.items()}
         for path, layer in layers.items():
@@ -663,14 +771,46 @@ class TorchBackend(Backend):
     def enter(self, model: nn.Module, ledger: Ledger) -> nn.Module:
         owner, record = _owner(model)
         assert record is not None
-        kept = {path: None if own is None else _on_host(own) for path, own in ledger.base.items()}
-        for path, bank in _banks(owner, record.paths + record.tokens).items():
-            mask = ledger.held.get(path)
-            for adapter in bank.adapters.values():
+        base = {path: None if own is None else _on_host(own) for path, own in ledger.base.items()}
+        merged = frozenset(
+            name
+            for name, held in ledger.held.items()
+            if all(path in held and held[path].all() for path in record.adapters[name].paths)
+        )
+        for path, bank in _banks(owner, record).items():
+            for name, adapter in bank.adapters.items():
+                mask = ledger.held.get(name, {}).get(path)
                 adapter.hold(None if mask is None else torch.from_numpy(mask.copy()))
-            bank.base = kept.get(path)
+            bank.base = base.get(path)
+            bank.holds = path in base
             bank.put_away = (ledger.layers[path],) if path in ledger.layers else ()
-            bank.merged = ledger.holds_all(record.paths)
+            bank.merged = merged
+            bank.look()
+        return model
+
+    def routed(self, model: nn.Module, route: Route | None) -> nn.Module:
+        owner, record = _owner(model)
+        assert record is not None
+        banks, modules, found = _banks(owner, record), self.modules(owner), dict[str, LayerRoute]()
+        used = set() if route is None else {route.names[row] for row in route.rows if row >= 0}
+        for path, bank in banks.items() if route is not None else ():
+            assert route is not None
+            own = [name for name in route.names if name in bank.adapters]
+            site = self.site(modules[path], path)
+            if not bank.hooked or bank.places or self._unseen_reader(model, site) is not None:
+                if used & {*own}:
+                    raise LayerError(
+                        f"{path}: its weight is read by a module that takes it for all rows (experts, attentions, a "
+                        "forward of its own); rows cannot be routed through it, leave it out of targets"
+                    )
+            elif own:
+                numbers = {number: own.index(name) for number, name in enumerate(route.names) if name in own}
+                rows = [numbers.get(row, len(own)) for row in route.rows]
+                axis = _axis_of_rows(path, modules, route.axis)
+                found[path] = LayerRoute(path, [bank.adapters[name] for name in own], rows, axis)
+        record.route = route
+        for path, bank in banks.items():
+            bank.route, bank.routing = found.get(path), route is not None
             bank.look()
         return model
 
@@ -678,17 +818,34 @@ class TorchBackend(Backend):
         owner, record = _owner(model)
         assert record is not None
         record.disabled = not on
-        for bank in _banks(owner, record.paths + record.tokens).values():
+        for bank in _banks(owner, record).values():
             bank.off = not on
             bank.look()
         return model
 
 
-def adapters_of(model: nn.Module) -> dict[str, Adapter]:
-    """Return the adapters of an adapted model by module path."""
+def _axis_of_rows(path: str, modules: Mapping[str, Any], axis: int) -> int:
+    """Return along which axis the rows of a batch lie in a layer: some modules put the sequence first."""
+    outer = [modules.get(path[: at.start()]) for at in re.finditer(r"\.", path)]
+    for module in [modules.get(""), *outer]:
+        first = getattr(
+            module, "batch_first", getattr(getattr(module, "self_attn", None), "batch_first", None)
+        )
+        if first is False:
+            return 1
+    return axis
+
+
+def adapters_of(model: nn.Module, name: str | None = None) -> dict[str, Adapter]:
+    """Return the adapters of a name, or of the only one there is, by module path."""
     owner, record = _owner(model)
-    banks = {} if record is None else _banks(owner, record.paths)
-    return {path: bank.adapters[record.name] for path, bank in banks.items()}  # type: ignore[union-attr]
+    if record is None:
+        return {}
+    if name is None:
+        (name,) = record.adapters
+    banks = _banks(owner, record)
+    found: Any = {path: banks[path]._modules[name] for path in record.adapters[name].paths if path in banks}
+    return dict(found)
 
 
 def record_of(model: nn.Module) -> object:
@@ -702,6 +859,8 @@ def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
     It may lie within the model (the encoder of a classifier), or be wrapped (DistributedDataParallel,
     `torch.compile`).
     """
+    if RECORD in vars(model):
+        return model, vars(model)[RECORD]
     found = [module for module in model.modules() if RECORD in vars(module)]
     if len(found) > 1:
         raise StateError(
@@ -771,17 +930,22 @@ def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping
 
 
 def _token_banks(
-    owner: nn.Module, modules: Mapping[str, Any], adaptation: Adaptation, saved: Iterable[str]
-) -> dict[str, TokenBank]:
+    owner: nn.Module, modules: Mapping[str, Any], adaptation: Adaptation, present: Mapping[str, LayerBank]
+) -> dict[str, tuple[TokenBank, TrainedRows]]:
     """Return the banks of embeddings of which rows are trained, after all that could be in their way."""
     adapted = [p for path in adaptation.layers for p in _own_parameters(modules[path]).values()]
     taken = {id(p): "a layer that targets adapts" for p in adapted}
-    taken |= {id(p): "one of modules_to_save" for path in saved for p in modules[path].parameters()}
-    found = {}
+    taken |= {
+        id(p): "one of modules_to_save" for path in adaptation.saved for p in modules[path].parameters()
+    }
+    found: dict[str, tuple[TokenBank, TrainedRows]] = {}
     for path, rows in adaptation.tokens.items():
-        layer = modules[path]
+        layer, bank = modules[path], present.get(path)
         weight = layer._parameters.get("weight")
-        if other := taken.get(id(weight)):
+        other = taken.get(id(weight))
+        if not isinstance(bank, TokenBank | None):
+            other = "a layer that another adapter adapts"
+        if other:
             raise TargetError(
                 f"trained_tokens: {path} shares its weight with {other}; leave one of them out, or untie them in the "
                 "base model (tie_word_embeddings)"
@@ -795,8 +959,8 @@ def _token_banks(
                 "none"
             )
         taken[id(weight)] = f"{path}, of which trained_tokens trains rows too"
-        found[path] = TokenBank(kinds.of(layer, path), sharing)
-        found[path].add(adaptation.name, TrainedRows(rows))
+        own = bank if isinstance(bank, TokenBank) else TokenBank(kinds.of(layer, path), sharing)
+        found[path] = own, TrainedRows(rows)
     return found
 
 
@@ -810,8 +974,8 @@ def _check_wrappers(model: nn.Module) -> None:
     """Check that nothing has taken stock of the Parameters already that would not notice the new ones."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise StateError(
-            "DistributedDataParallel would not synchronise the gradients of adapters that come after it; attach or "
-            "load first, and wrap the model then"
+            "DistributedDataParallel would not synchronise the gradients of adapters that come, or are trained, "
+            "after it has wrapped the model; attach, load or activate first, and wrap the model then"
         )
 
 
@@ -860,10 +1024,11 @@ def _outputs(layer: nn.Module, bank: LayerBank) -> tuple[Tensor, Tensor] | str |
     return (outputs[0], outputs[2]) if torch.equal(*outputs[:2]) else None
 
 
-def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter | TrainedRows) -> str | None:
-    """Return what somebody has changed in a layer since its adapter came, as a clause."""
+def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapters: Iterable[Any]) -> str | None:
+    """Return what somebody has changed in a layer since its adapters came, as a clause."""
     weight: Any = getattr(layer, kind.weight, None)
     bias = getattr(layer, kind.bias, None)
+    adapter, *others = adapters  # of one shape
     if isinstance(adapter, TrainedRows):
         (V, E), own = shape_of(weight), adapter.value()
         fits = own.ids[-1] < V and shape_of(adapter.rows)[1] == E
@@ -876,7 +1041,7 @@ def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapter: Adapter | Traine
         view, shape = kind.view(layer, ""), shape_of(weight)
         if len(shape) != len(view.axes) or view.shape(shape) != (adapter.d, adapter.labels.numel()):
             return f"has a weight of shape {shape} now, which its adapter does not fit"
-    if bias is None and adapter.A.shape[1] > adapter.d:
+    if bias is None and any(each.A.shape[1] > each.d for each in (adapter, *others)):
         return "has no bias any more, which its adapter moves"
     return None
 
@@ -904,6 +1069,18 @@ def _reader_of(layer: Any, path: str, modules: Mapping[str, Any]) -> nn.Module |
     return None if known else layer
 
 
+def _watch_from_now_on(owner: nn.Module, record: _Record, modules: Mapping[str, Any]) -> None:
+    """Have the next forwards watched, for layers that nobody has seen."""
+    record.seen.forwards = {True: 0, False: 0}
+    paths = record.paths
+    inner = {path[: at.start()] for path in paths for at in re.finditer(r"\.", path)} & modules.keys()
+    for module in [] if "" in paths else [owner, *(modules[path] for path in inner)]:
+        WATCHED[module] = ref(owner)
+        module._forward_pre_hooks[WATCH_KEY] = _watch
+        module._forward_hooks[WATCH_KEY] = _stop_watching
+        module._forward_hooks_always_called[WATCH_KEY] = True
+
+
 def _watch(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of an adapted model, and of the modules within: have a `Watch` look at the first forwards."""
     if is_transformed() or getattr(module, "_is_replica", False):
@@ -912,11 +1089,11 @@ def _watch(module: nn.Module, args: Any) -> None:
     if owner is None or vars(owner).get(WATCH) is not None:
         return
     record: _Record = vars(owner)[RECORD]
-    paths = record.paths + record.tokens
-    if record.seen.done(owner.training, {*paths}):
+    banks = _computed(owner, record)
+    if not banks or record.seen.done(owner.training, banks.keys()):
         return
     modules = TorchBackend().modules(owner)
-    layers = {path: (modules[path], bank) for path, bank in _banks(owner, paths).items() if path in modules}
+    layers = {path: (modules[path], bank) for path, bank in banks.items() if path in modules}
     watch = Watch(layers, record.seen, owner.training, module)
     # That of parts which run as they are written meanwhile is to be short.
     watch.compiled = any(
@@ -937,8 +1114,14 @@ def _stop_watching(module: nn.Module, args: Any, output: Any) -> None:
     watch.__exit__(None, None, None)
     record: _Record = vars(owner)[RECORD]
     watch.end()
-    if all(record.seen.done(mode, {*record.paths, *record.tokens}) for mode in (True, False)):
+    paths = _computed(owner, record).keys()
+    if all(record.seen.done(mode, paths) for mode in (True, False)):
         _forget_watch(owner)
+
+
+def _computed(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
+    """Return the banks of layers whose adapters are active."""
+    return {path: bank for path, bank in _banks(owner, record).items() if bank.computed}
 
 
 def _watched(module: nn.Module) -> nn.Module | None:
@@ -959,14 +1142,53 @@ def _forget_watch(owner: nn.Module) -> None:
             table.pop(WATCH_KEY, None)
 
 
-def _banks(owner: nn.Module, paths: tuple[str, ...]) -> dict[str, LayerBank]:
-    """Return the banks of the layers of these paths that are still there."""
+def _banks(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
+    """Return the banks of the layers that are still there."""
     found: dict[str, Any] = {}
     for path, module in walk(owner):
         child = module._modules.get(CHILD)
         parts = child._modules if isinstance(child, PartBanks) else {"": child}
         found |= {join_path(path, name) if name else path: bank for name, bank in parts.items()}
-    return {path: bank for path in paths if isinstance(bank := found.get(path), LayerBank)}
+    return {path: bank for path in record.paths if isinstance(bank := found.get(path), LayerBank)}
+
+
+def _add_kept(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """State-dict hook: what inactive adapters have for ``modules_to_save`` is part of the state."""
+    state_dict.update({f"{prefix}{name}": tensor for name, tensor in _kept(vars(owner)[RECORD]).items()})
+
+
+def _load_kept(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take back what `_add_kept` has written, before a state is loaded.
+
+    Raises
+    ------
+    StateError
+        If others were active when the state was written, whose values it has for ``modules_to_save``.
+    """
+    record: _Record = vars(owner)[RECORD]
+    given = {name: state_dict.pop(name) for name in [*state_dict] if name.startswith(f"{prefix}{KEPT}.")}
+    here = {f"{prefix}{name}": tensor for name, tensor in _kept(record).items()}
+    saved = tuple(f"{prefix}{path}." for path in record.originals)
+    if given.keys() != here.keys() and (given or any(name.startswith(saved) for name in state_dict if saved)):
+        raise StateError(
+            "the state has other values for modules_to_save than the model: other adapters were active when it was "
+            "written; call adamss.activate as it was done there, and load it then"
+        )
+    for name, tensor in given.items():
+        here[name].copy_(tensor)
+
+
+def _kept(record: _Record) -> dict[str, Tensor]:
+    return {
+        f"{KEPT}.{name}.{path}.{own}": tensor
+        for name, each in record.adapters.items()
+        for path, values in each.state.kept.items()
+        for own, tensor in values.items()
+    }
+
+
+def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in values.items()}
 
 
 def _parameter_counts(owner: nn.Module) -> Counter[int]:

@@ -21,10 +21,11 @@ from adamss.backend import Kind, View
 from adamss.backend.bank import DEFAULT
 from adamss.errors import StateError
 from adamss_torch.adapter import HELD, Adapter
-from adamss_torch.in_place import put
+from adamss_torch.in_place import put, take_back
 from adamss_torch.kernel import without_autocast
 from adamss_torch.kinds import Embedding, Part
-from adamss_torch.paths import plain
+from adamss_torch.paths import CHILD, plain
+from adamss_torch.routing import LayerRoute
 from adamss_torch.tokens import TrainedRows, is_known
 from adamss_torch.watch import Watch
 
@@ -39,9 +40,6 @@ __all__ = [
     "check_state",
     "without_weights",
 ]
-
-CHILD = "adamss"
-"""Name of the bank among the children of its layer, or of the banks of a module's own Parameters."""
 
 HOOK = -1
 """Key of our hook among the forward hooks of the layer."""
@@ -66,6 +64,8 @@ ROWS = "_adamss_rows"
 class PartBanks(nn.Module):
     """The banks of what is adapted of a module beside layers, its own Parameters; children by their names."""
 
+    holds_adapters = True
+
 
 class LayerBank(nn.Module):
     """The adapters of one layer, children by their names.
@@ -79,13 +79,21 @@ class LayerBank(nn.Module):
     ----------
     base
         While the weight holds an update: the tensors that the layer had before, by name; None if they were dropped.
+    holds
+        Whether the weight holds an update.
     put_away
         The quantised layer whose place this one has taken, or nothing; a tuple, so that it is no part of the model.
     off
         Whether nothing is added to the output for now.
+    route
+        How the rows of a batch go through its adapters, as long as `adamss.routed` lasts.
+    routing
+        Whether it does.
+    active
+        Names of the adapters that are active.
     merged
-        Whether the weights of the model hold every update. Where this weight does and others do not, zero is added
-        all the same: B and C are trained parameters, and those who train expect a gradient of each.
+        Names of those of which the weights of the model hold every update. Where this weight does and others do not,
+        zero is added all the same: B and C are trained parameters, and those who train expect a gradient of each.
     computed
         Names of the adapters whose update is added to the output.
     places
@@ -98,31 +106,36 @@ class LayerBank(nn.Module):
         Whether W + delta stands in the place of the weight for now (`adamss_torch.in_place`): nothing is added then.
     """
 
+    holds_adapters = True
     sharing: list[tuple[nn.Module, str]] | tuple[()] = ()
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
         self.base: dict[str, Any] | None = None
+        self.holds = False
         self.put_away: tuple[nn.Module, ...] = ()
-        self.off = self.merged = self.placed = self.hooked = False
+        self.off = self.placed = self.hooked = False
+        self.active = self.merged = frozenset[str]()
+        self.route: LayerRoute | None = None
+        self.routing = False
         self.places: tuple[Any, ...] = ()
         self.computed: tuple[str, ...] = ()
         self._input = "input"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # An adapter may have the name of an attribute, which PyTorch would take for an attempt to replace it.
+        object.__setattr__(self, name, value)
 
     @property
     def adapters(self) -> dict[str, Adapter]:
         """The adapters by name."""
         return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
-    def add(self, name: str, adapter: nn.Module) -> None:
-        """Add an adapter."""
-        self.add_module(name, adapter)
-        self.look()
-
     def look(self) -> None:
         """See which adapters there is something to compute of."""
-        self.computed = () if self.off or self.merged else tuple(self._modules)
+        on = frozenset[str]() if self.off or self.routing else self.active - self.merged
+        self.computed = tuple(name for name in self._modules if name in on)
 
     def install(self, layer: Any, reader: nn.Module | None, view: View) -> None:
         """Become a child of the layer, and hook its forward, or that of the module that reads its weight."""
@@ -154,9 +167,13 @@ class LayerBank(nn.Module):
         self.install(other, None, kind.view(other, ""))
 
     def uninstall(self, layer: Any) -> None:
-        """Leave the layer as it was before `install`, but for what `in_place.leave` does."""
+        """Leave the layer as it was before `install`."""
+        take_back(self)
         if isinstance(layer, Part):
-            layer.module._modules.pop(CHILD, None)
+            banks: Any = layer.module._modules[CHILD]
+            del banks._modules[layer.part]
+            if not banks._modules:
+                del layer.module._modules[CHILD]
             return
         # A copied or unpickled layer has hooks but no handles: the tables are the only way.
         layer._forward_hooks.pop(HOOK, None)
@@ -214,7 +231,8 @@ class TokenBank(LayerBank):
                 put(module, module, name, self, None, view)
 
     def uninstall(self, layer: nn.Module) -> None:
-        """Leave all of them as they were before `install`, but for what `in_place.leave` does."""
+        """Leave all of them as they were before `install`."""
+        take_back(self)
         for module, _ in self.sharing:
             if vars(module).pop(ROWS, None) is not None:
                 module._forward_hooks.pop(HOOK, None)
@@ -238,6 +256,8 @@ def _add_updates(
     # That of the layer which is called: it may be a replica, with children of its own.
     bank: LayerBank = layer._modules[CHILD]  # type: ignore[assignment]
     # It stays on a merged layer rather than come and go: others hook in before and behind it.
+    if bank.route is not None and not bank.off:
+        return bank.route(layer, bank.kind, args[0] if args else kwargs[bank._input], output)
     if not bank.computed or bank.placed:
         return None
     x = args[0] if args else kwargs[bank._input]

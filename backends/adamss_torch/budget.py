@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from adamss.backend.training import adaptation_in_training, identity, same_subspaces, schedule_of
+from adamss.backend.training import adapter_in_training, identity, same_subspaces, schedule_of
 from adamss.config import BudgetConfig
 from adamss.core import BudgetPlan, BudgetState, advance, initial_budget_state, observe, plan_budget
 from adamss.core.budget import Processes
@@ -186,7 +186,9 @@ class BudgetController:
         That trains all of its B and C, in any number of groups; wrappers with an ``optimizer`` of their own
         (`accelerate`) are looked through. Not `torch.optim.LBFGS`, whose step takes many gradients.
     config
-        The schedule; None for the one that the model was attached with.
+        The schedule; None for the one that the adapter was attached with.
+    name
+        Of the adapter; None for the one that is trained. Steps while it is not trained are none of its schedule.
     on_allocation
         Called with an `Allocation` after each.
 
@@ -231,12 +233,13 @@ class BudgetController:
         optimizer: torch.optim.Optimizer,
         config: BudgetConfig | None = None,
         *,
+        name: str | None = None,
         on_allocation: Callable[[Allocation], None] | None = None,
     ) -> None:
-        adaptation = adaptation_in_training(TorchBackend(), model, "BudgetController")
+        adaptation = adapter_in_training(TorchBackend(), model, "BudgetController", name)
         self.config = schedule_of(adaptation, config, "BudgetController")
         self._optimizer = bare_optimizer(optimizer)
-        self._adapters = adapters_of(model)
+        self._adapters = adapters_of(model, adaptation.name)
         self.plan = plan_budget(adaptation.layers, self.config)
         # In the order of the plan, which is that of no model.
         self._adapters = {path: self._adapters[path] for path in self.plan.paths}
@@ -264,7 +267,7 @@ class BudgetController:
         self._loads = sum(adapter.loads for adapter in self._adapters.values())
         # From here on nothing can fail.
         for adapter in self._adapters.values():
-            adapter.revive, adapter.followed = self.config.revive, True
+            adapter.revive, adapter.followed, adapter.controlled = self.config.revive, True, True
             _CONTROLLED[adapter] = weakref.ref(self)
         _CONTROLLED[self._optimizer] = weakref.ref(self)
         self._handles = (
@@ -306,7 +309,7 @@ class BudgetController:
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         self._look_for_loaded_masks()
         self._observed = None
-        if not self._scoring:
+        if not self._scoring or not self._in_training:
             return None
         this, *given = args  # the optimiser itself comes first
         closure = given[0] if given else kwargs.get("closure")
@@ -343,6 +346,8 @@ class BudgetController:
             return
         if self._any_frozen:
             self._frozen.restore()
+        if not self._in_training:
+            return
         reductions = self._reductions
         reductions.row = reductions.mask = None
         self._state = self._observed or self._state
@@ -386,6 +391,11 @@ class BudgetController:
     @property
     def _scoring(self) -> bool:
         return bool(self._state.waiting) or self.step < self.config.end_step
+
+    @property
+    def _in_training(self) -> bool:
+        """Whether the adapter is trained, and not another of the model."""
+        return self._parameters[0].requires_grad
 
     @property
     def _any_frozen(self) -> bool:
@@ -544,7 +554,8 @@ def _ended(progress: _Progress, frozen: FrozenElements) -> None:
         moved = frozen.moved()
         frozen.release()
     for adapter in frozen.adapters:
-        adapter.revive, adapter.followed = False, adapter.followed and bool(progress.state.step)
+        adapter.revive = adapter.controlled = False
+        adapter.followed = adapter.followed and bool(progress.state.step)
     progress.tell(moved=moved)
 
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from adamss.backend.views import View
 from adamss.errors import StateError
 from adamss_torch.kernel import without_autocast
+from adamss_torch.paths import walk
 from adamss_torch.sharding import is_partitioned, is_sharded
 from adamss_torch.tokens import TrainedRows
 
-__all__ = ["STANDING", "Place", "leave", "put", "readable", "readers", "restore"]
+__all__ = ["STANDING", "Place", "put", "readable", "readers", "restore", "take_back"]
 
 READS = "_adamss_reads"
 """Attribute of a module whose forward reads weights that are put in place: a list of `Place`."""
@@ -200,23 +201,29 @@ def readers(model: nn.Module) -> dict[int, nn.Module]:
     return {id(place.module): reader for reader in model.modules() for place in vars(reader).get(READS, ())}
 
 
-def leave(model: nn.Module) -> None:
-    """Undo `put` in all modules of a model."""
-    restore(model)
-    for module in model.modules():
-        if vars(module).pop(READS, None) is not None:
-            for table in (
-                module._forward_pre_hooks,
-                module._forward_hooks,
-                module._forward_hooks_always_called,
-            ):
-                table.pop(KEY, None)
+def take_back(bank: Any) -> None:
+    """Undo `put` of a bank."""
+    for place in bank.places:
+        place.restore()
+        place.banks = [entry for entry in place.banks if entry[0] is not bank]
+        for reader in place.readers if not place.banks else ():
+            left = [other for other in vars(reader).get(READS, ()) if other is not place]
+            if left:
+                vars(reader)[READS] = left
+            elif vars(reader).pop(READS, None) is not None:
+                for table in (
+                    reader._forward_pre_hooks,
+                    reader._forward_hooks,
+                    reader._forward_hooks_always_called,
+                ):
+                    table.pop(KEY, None)
+    bank.places = ()
 
 
 def restore(model: nn.Module, *_: Any) -> None:
     """Put back what a forward that was interrupted (`KeyboardInterrupt` runs no hook) has left in its place."""
     thread = get_ident()
-    for module in model.modules():
+    for module in dict(walk(model)).values():
         for place in vars(module).get(READS, ()):
             if place.running.keys() <= {thread}:
                 place.restore()

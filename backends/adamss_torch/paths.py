@@ -9,7 +9,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from adamss.backend.tensors import join_path
 
-__all__ = ["named_parameters", "plain", "unwrapped", "walk"]
+__all__ = ["CHILD", "named_parameters", "plain", "unwrapped", "walk"]
+
+CHILD = "adamss"
+"""Name of the bank among the children of its layer, or of the banks of a module's own Parameters."""
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What a compiled module, one whose activations are checkpointed, and one of FSDP1 call the module within."""
@@ -36,7 +39,9 @@ def plain(path: str) -> str:
 def walk(
     module: nn.Module, path: str = "", *, parametrizations: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield modules by path, parents first; one that appears twice is yielded twice, and wrappers are passed over.
+    """Yield modules by path, parents first; one that appears twice is yielded twice.
+
+    Wrappers and banks are passed over.
 
     Parameters
     ----------
@@ -49,6 +54,8 @@ def walk(
     yield path, module
     for name, child in module._modules.items():
         if child is None or (name == "parametrizations" and not parametrizations and is_parametrized(module)):
+            continue
+        if name == CHILD and getattr(child, "holds_adapters", False):
             continue
         yield from walk(child, join_path(path, name), parametrizations=parametrizations)
 

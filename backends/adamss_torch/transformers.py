@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import adamss
 from adamss.backend import Adaptation
 from adamss.backend.ledger import base_weight, sites_of
+from adamss.backend.training import adapter_of
 from adamss.config import BudgetConfig
 from adamss.core.fingerprint import FINGERPRINT_TOLERANCE, Fingerprint, fingerprint
 from adamss.errors import AdamssWarning, ConfigError, ConfigTypeError, MissingBackendError, StateError
@@ -79,7 +80,9 @@ class AdamssCallback(TrainerCallback):
     Parameters
     ----------
     budget
-        The schedule; None for the one that the model was attached with. If there is none either, nothing is frozen.
+        The schedule; None for the one that the adapter was attached with. If there is none either, nothing is frozen.
+    name
+        Of the adapter; None for the one that is trained when the training begins.
     on_allocation
         Called with an `adamss_torch.Allocation` after each.
 
@@ -98,6 +101,7 @@ class AdamssCallback(TrainerCallback):
         self,
         budget: BudgetConfig | None = None,
         *,
+        name: str | None = None,
         on_allocation: Callable[[Allocation], None] | None = None,
     ) -> None:
         if budget is not None and not isinstance(budget, BudgetConfig):
@@ -105,6 +109,7 @@ class AdamssCallback(TrainerCallback):
                 f"AdamssCallback: budget must be an adamss.BudgetConfig or None, found {type(budget).__name__}"
             )
         self.budget = budget
+        self.name = name
         self.on_allocation = on_allocation
         self.controller: BudgetController | None = None
         self._hook: Any = None
@@ -120,24 +125,26 @@ class AdamssCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the model save what is trained."""
-        _save_what_is_trained(kwargs["model"])
+        _save_what_is_trained(kwargs["model"], self.name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put a controller on the optimiser, in the state of the checkpoint if there is one."""
         model = kwargs["model"]
-        adaptation = _save_what_is_trained(model)
+        adaptation = _save_what_is_trained(model, self.name)
         self._remove()
         bare = bare_optimizer(kwargs["optimizer"])
         # Loading a checkpoint has put it there.
         stored = bare.state.pop(KEY, None) or {}  # type: ignore[call-overload]
-        if not any(is_sharded(adapter.B) for adapter in adapters_of(model).values()):
-            self._base = _fingerprints(model)
+        if not any(is_sharded(adapter.B) for adapter in adapters_of(model, adaptation.name).values()):
+            self._base = _fingerprints(model, adaptation)
             _check_base(stored.get("base", {}), self._base)
             self._hook = bare.register_state_dict_post_hook(self._add_state)
         config = adaptation.config.budget if self.budget is None else self.budget
         if config is None:
             return
-        self.controller = BudgetController(model, bare, config, on_allocation=self.on_allocation)
+        self.controller = BudgetController(
+            model, bare, config, name=adaptation.name, on_allocation=self.on_allocation
+        )
         if stored.get("controller") is not None:
             self.controller.load_state_dict(stored["controller"])
         elif state.global_step:
@@ -186,14 +193,13 @@ class AdamssCallback(TrainerCallback):
         return vars(self) | {"controller": None, "_hook": None}
 
 
-def _fingerprints(model: nn.Module) -> dict[str, list[Any]]:
+def _fingerprints(model: nn.Module, adaptation: Adaptation) -> dict[str, list[Any]]:
     """Return what tells the base weights of the adapted layers from others, in plain values."""
     backend = TorchBackend()
-    adaptation = backend.adaptation(model)
-    assert adaptation is not None
+    bank = backend.bank(model)
     with backend.exact():
-        sites = sites_of(backend, model, adaptation)
-        marks = {path: fingerprint(base_weight(backend, site, adaptation).W) for path, site in sites.items()}
+        sites = sites_of(backend, model, adaptation.layers)
+        marks = {path: fingerprint(base_weight(backend, site, bank).W) for path, site in sites.items()}
     return {path: [list(mark.shape), mark.norm, list(mark.projections)] for path, mark in marks.items()}
 
 
@@ -217,21 +223,15 @@ def _check_base(stored: dict[str, list[Any]], ours: dict[str, list[Any]]) -> Non
 # ---- files ---------------------------------------------------------------------------------------------
 
 
-def _save_what_is_trained(model: nn.Module) -> Adaptation:
-    """Have a model write what is trained alone, as long as it is adapted and not merged.
+def _save_what_is_trained(model: nn.Module, name: str | None) -> Adaptation:
+    """Have a model write what is trained alone, as long as it is adapted and not merged; return the adapter.
 
     Raises
     ------
     StateError
-        If it has no adapters, or is merged.
+        If it has no such adapter, or that is merged.
     """
-    adaptation = TorchBackend().adaptation(model)
-    if adaptation is None:
-        raise StateError(
-            "AdamssCallback: the Trainer's model has no adapters; call adamss.attach or adamss.load first"
-        )
-    if adaptation.merged:
-        raise StateError("AdamssCallback: the updates are merged; call adamss.unmerge(model) first")
+    adaptation = adapter_of(TorchBackend(), model, "AdamssCallback", name)
     if isinstance(model, PreTrainedModel):
         _SavePretrained(model)
         # The Trainer compares what a checkpoint lacks with this, and tells of the difference.
@@ -243,8 +243,8 @@ def _save_what_is_trained(model: nn.Module) -> Adaptation:
 
 def _untrained(model: nn.Module) -> set[str]:
     """Return the names of the frozen parameters of the base; none of a model that is merged, or has no adapters."""
-    adaptation = TorchBackend().adaptation(model)
-    if adaptation is None or adaptation.merged:
+    adapters = TorchBackend().bank(model).adapters.values()
+    if not adapters or any(each.merged for each in adapters):
         return set()
     ours = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
     named = model.named_parameters(remove_duplicate=False)
@@ -310,7 +310,8 @@ def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     save_file(without_weights(kept), folder / TRAINER_FILE, metadata={"format": "pt"})
-    adamss.save(model, folder / ADAPTER_FILE)
+    name = adapter_of(TorchBackend(), model, "AdamssCallback").name
+    adamss.save(model, folder / ADAPTER_FILE, name=name)
 
 
 def _shrink(model: nn.Module, folder: Path) -> None:

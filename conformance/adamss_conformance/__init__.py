@@ -1,4 +1,4 @@
-"""The conformance suite of `adamss`: thirteen laws that every backend keeps, yours too.
+"""The conformance suite of `adamss`: fifteen laws that every backend keeps, yours too.
 
 From the command line, for a backend by name or class::
 

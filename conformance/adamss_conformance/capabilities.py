@@ -13,7 +13,7 @@ __all__ = ["DTYPES", "OPTIMISERS", "TABLE", "Capabilities"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 OPTIMISERS = ("sgd", "adamw", "adafactor", "muon")
-WHETHER = ("models", "arrays", "gradients", "compiles", "budget", "consolidates")
+WHETHER = ("models", "arrays", "gradients", "compiles", "budget", "consolidates", "routes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,11 @@ class Capabilities:
         Whether it has a controller of the budget in training.
     consolidates
         Whether the backend has `Backend.consolidate`.
+    routes
+        Whether the backend has `Backend.routed`.
     missing
         For everything above that is lacking, why: by the dtype, by the optimiser, or by ``"models"``, ``"arrays"``,
-        ``"gradients"``, ``"compiles"``, ``"budget"``, ``"consolidates"``.
+        ``"gradients"``, ``"compiles"``, ``"budget"``, ``"consolidates"``, ``"routes"``.
 
     Raises
     ------
@@ -66,6 +68,7 @@ class Capabilities:
     compiles: bool = False
     budget: bool = False
     consolidates: bool = False
+    routes: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,6 +91,7 @@ TABLE: dict[str, Capabilities] = {
         gradients=True,
         budget=True,
         consolidates=True,
+        routes=True,
         missing={"bfloat16": "NumPy has no bfloat16", "compiles": "NumPy compiles nothing", **_NO_OPTIMISERS},
     ),
     "strict": Capabilities(
@@ -99,6 +103,7 @@ TABLE: dict[str, Capabilities] = {
         gradients=True,
         budget=True,
         consolidates=True,
+        routes=True,
         missing={
             **dict.fromkeys(("bfloat16", "float16"), "the array API standard has no half precision"),
             "compiles": "array-api-strict compiles nothing",
@@ -115,6 +120,7 @@ TABLE: dict[str, Capabilities] = {
         compiles=True,
         budget=True,
         consolidates=True,
+        routes=True,
     ),
     "jax-nnx": Capabilities(
         models="flax.nnx.Module",
@@ -126,6 +132,7 @@ TABLE: dict[str, Capabilities] = {
         compiles=True,
         budget=True,
         consolidates=True,
+        routes=True,
     ),
     "jax-equinox": Capabilities(
         models="equinox.Module",
@@ -136,6 +143,7 @@ TABLE: dict[str, Capabilities] = {
         compiles=True,
         budget=True,
         consolidates=True,
+        routes=True,
         missing={"arrays": "the functions on arrays are those that jax-nnx tries"},
     ),
 }

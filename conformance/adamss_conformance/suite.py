@@ -15,12 +15,26 @@ from adamss_conformance.laws.compilation import CompilationLaws
 from adamss_conformance.laws.files import FileLaws
 from adamss_conformance.laws.linear import LinearLaws
 from adamss_conformance.laws.merge import MergeLaws
+from adamss_conformance.laws.names import NameLaws
+from adamss_conformance.laws.routing import RoutingLaws
 from adamss_conformance.laws.start import StartLaws
+from adamss_conformance.laws.walks import WalkLaws
 
 __all__ = ["BackendSuite"]
 
 
-class BackendSuite(StartLaws, LinearLaws, MergeLaws, BudgetLaws, FileLaws, CompilationLaws, AgreementLaws):
+class BackendSuite(
+    StartLaws,
+    LinearLaws,
+    MergeLaws,
+    BudgetLaws,
+    FileLaws,
+    CompilationLaws,
+    AgreementLaws,
+    NameLaws,
+    RoutingLaws,
+    WalkLaws,
+):
     """The laws, each test named after its law's number.
 
     Run it from the command line with the plugin::

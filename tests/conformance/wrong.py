@@ -59,15 +59,16 @@ class BaseMutated(NumpyBackend):
 class OriginalsLost(NumpyBackend):
     """`detach` leaves the trained head in place."""
 
-    def originals(self, model):
-        return {}
+    def bank(self, model):
+        bank = super().bank(model)
+        return replace(bank, originals={path: self.arrays(model[path]) for path in bank.originals})
 
 
 class StartsOff(NumpyBackend):
     """The base product is fused with the update's, and rounded otherwise."""
 
-    def linear(self, x, weight, bias, factors):
-        y = x @ (weight + core.delta(factors)[: weight.shape[0]]).astype(weight.dtype)
+    def linear(self, x, weight, bias, *factors):
+        y = x @ (weight + core.delta(factors[0])[: weight.shape[0]]).astype(weight.dtype)
         y = y.astype(np.float64) * (1 + 1e-7)
         y = y.astype(weight.dtype)
         return y if bias is None else y + bias
@@ -77,10 +78,10 @@ class MergedTwice(NumpyBackend):
     """`unmerge` subtracts what was added instead of giving W0 back."""
 
     def exchange(self, model, arrays):
-        held = self.adaptation(model).ledger.held
+        (adaptation,) = model.bank.adapters.values()
         arrays = {path: dict(own) for path, own in arrays.items()}
-        for path in held:
-            factors, W = model[path].factors, model[path].W
+        for path in adaptation.held:
+            factors, W = adaptation.layers[path], model[path].W
             arrays[path]["weight"] = (W - core.delta(factors)[: W.shape[0]].astype(W.dtype)).T
         return super().exchange(model, arrays)
 
@@ -96,16 +97,16 @@ class PaddingTrained(NumpyBackend):
 class GlobalSeedTouched(NumpyBackend):
     """`attach` seeds NumPy's global generator."""
 
-    def insert(self, model, adaptation, **arrays):
+    def insert(self, model, adaptation, originals):
         np.random.seed(adaptation.config.seed)  # noqa: NPY002 (this is what is wrong with it)
-        return super().insert(model, adaptation, **arrays)
+        return super().insert(model, adaptation, originals)
 
 
 class SilentUpcast(NumpyBackend):
     """Half-precision outputs come back as float32."""
 
-    def linear(self, x, weight, bias, factors):
-        y = super().linear(x, weight, bias, factors)
+    def linear(self, x, weight, bias, *factors):
+        y = super().linear(x, weight, bias, *factors)
         return y.astype(np.float32) if y.dtype == np.float16 else y
 
 
@@ -137,8 +138,8 @@ class DecomposesRounded(NumpyBackend):
 class WrongDevice(StrictBackend):
     """Results are brought back to the host."""
 
-    def linear(self, x, weight, bias, factors):
-        return super().linear(x, weight, bias, factors).to_device(HOST)
+    def linear(self, x, weight, bias, *factors):
+        return super().linear(x, weight, bias, *factors).to_device(HOST)
 
 
 class WrongDeviceDriver(StrictDriver):
@@ -213,8 +214,9 @@ class FoldedTwice(NumpyBackend):
 
     def enter(self, model, ledger):
         model = super().enter(model, ledger)
-        layers = {p: replace(layer, computed=layer.factors) for p, layer in model.layers.items()}
-        return replace(model, layers=layers)
+        (adaptation,) = model.bank.adapters.values()
+        layers = {p: replace(model[p], computed=(f,)) for p, f in adaptation.layers.items()}
+        return replace(model, layers={**model.layers, **layers})
 
 
 class FrozenDecayed(NumpyDriver):
@@ -240,9 +242,7 @@ class CompilesMasks(NumpyDriver):
         seen = set()
 
         def call(model, x):
-            seen.add(
-                tuple(layer.factors.active.tobytes() for layer in model.layers.values() if layer.factors)
-            )
+            seen.add(tuple(f.active.tobytes() for layer in model.layers.values() for f in layer.computed))
             return function(model, x)
 
         call.seen = seen

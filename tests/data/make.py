@@ -45,9 +45,9 @@ def adapted(dtype: str, **settings: Any) -> NumpyModel:
         targets=["query", "value"], modules_to_save=["head"], segmentation="contiguous", **settings
     )
     model = adamss.attach(base_model(dtype), config)
-    for step, layer in enumerate(model.layers.values(), start=2):
-        if layer.factors is not None:
-            _, _, C, labels, ranks, active = layer.factors
+    for step, path in enumerate(model.layers, start=2):
+        if path in model.bank.only().layers:
+            _, _, C, labels, ranks, active = model.bank.only().layers[path]
             C[...] = np.where(np.arange(len(C))[:, None] < ranks[labels], numbers(C.shape, step), 0)
             active[step % len(active)] = False
     model["head"].W[...] = numbers(SHAPES["head"], 17)
@@ -70,11 +70,10 @@ def held(model: NumpyModel) -> dict[str, Any]:
     """Return what a file of the model has to hold, in plain numbers."""
     layers = {
         path: {
-            "update": update_of(layer.factors).tolist(),
-            **{name: getattr(layer.factors, name).tolist() for name in ("labels", "ranks", "active")},
+            "update": update_of(factors).tolist(),
+            **{name: getattr(factors, name).tolist() for name in ("labels", "ranks", "active")},
         }
-        for path, layer in model.layers.items()
-        if layer.factors is not None
+        for path, factors in model.bank.only().layers.items()
     }
     head = {"weight": model["head"].W.T.tolist(), "bias": model["head"].b.tolist()}
     return {

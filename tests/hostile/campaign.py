@@ -142,12 +142,10 @@ def origins(folder: Path) -> list[Origin]:
         model = adamss.attach(
             base_model(weights), adamss.AdamssConfig(**{"targets": ["query"], **common, **settings})
         )
-        for layer in model.layers.values():
-            if layer.factors is not None:
-                _, _, C, labels, ranks, active = layer.factors
-                within = np.arange(C.shape[0])[:, None] < ranks[labels]
-                C[...] = np.where(within, rng.standard_normal(C.shape), 0.0)
-                active[rng.integers(active.size)] = False
+        for _, _, C, labels, ranks, active in model.bank.only().layers.values():
+            within = np.arange(C.shape[0])[:, None] < ranks[labels]
+            C[...] = np.where(within, rng.standard_normal(C.shape), 0.0)
+            active[rng.integers(active.size)] = False
         path = folder / f"{number}.safetensors"
         adamss.save(model, path, training=options.get("training", False))
         draft = draft_of(path.read_bytes())
@@ -302,7 +300,7 @@ class Target(ABC):
         model = adamss.load(self.model(origin), path, **options)
 
         def check(content: bytes) -> None:
-            adaptation, modules = self.backend.adaptation(model), self.backend.modules(model)
+            adaptation, modules = self.backend.bank(model).only(), self.backend.modules(model)
             layers = {name: Factors(*map(self.numpy, f)) for name, f in adaptation.layers.items()}
             saved = {
                 name: {key: self.numpy(array) for key, array in self.backend.arrays(modules[name]).items()}
@@ -337,7 +335,7 @@ class NumpyTarget(Target):
         return base_model(weights)
 
     def state(self, model: NumpyModel) -> Any:
-        adapted = model.bank is not None or any(layer.factors is not None for layer in model.layers.values())
+        adapted = bool(model.bank) or any(layer.computed for layer in model.layers.values())
         return adapted, {
             path: layer.W.tobytes() + (b"" if layer.b is None else layer.b.tobytes())
             for path, layer in model.layers.items()

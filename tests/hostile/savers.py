@@ -29,8 +29,8 @@ def adapted(seed):
     model = adamss.attach(
         model, adamss.AdamssConfig(targets=["query"], rank=60, subspaces=4, subspace_rank=20)
     )
-    for layer in model.layers.values():
-        layer.factors.C[...] = np.random.default_rng(seed).standard_normal(layer.factors.C.shape)
+    for factors in model.bank.only().layers.values():
+        factors.C[...] = np.random.default_rng(seed).standard_normal(factors.C.shape)
     return model
 
 

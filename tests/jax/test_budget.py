@@ -118,7 +118,7 @@ def steps_of(loop, numbers):
 
 
 def factors(model):
-    return backend_for(model).adaptation(model).layers
+    return backend_for(model).bank(model).only().layers
 
 
 def same_file(first, second):
@@ -169,7 +169,7 @@ def test_it_decides_what_the_state_machine_in_numpy_decides(schedule, kind):
         plan = core.plan_budget(layers, budget)
         expected = core.initial_budget_state(plan, plan.join_elements(elements_of(layers)))
         tx = adamss_jax.budgeted(optax.sgd(0.1), model, budget)
-        params = backend_for(model).parameters(model)
+        params = adamss.trainable_parameters(model)
         state = tx.init(params)
         update = jax.jit(tx.update)
         rng = np.random.default_rng(0)
@@ -280,7 +280,7 @@ def test_gradients_of_frozen_subspaces_count_in_no_norm_unless_they_may_return(k
     model = attached(kind, {"target": 1, "end_step": 2, "revive": revive})
     mask = {path: jnp.arange(K) == 1 for path in factors(model)}
     model = backend_for(model).set_active(model, mask)
-    params = backend_for(model).parameters(model)
+    params = adamss.trainable_parameters(model)
     gradients = random_like(params, np.random.default_rng(3))
     tx = adamss_jax.budgeted(optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0)), model)
     updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
@@ -295,7 +295,7 @@ def test_gradients_of_frozen_subspaces_count_in_no_norm_unless_they_may_return(k
 
 def test_saved_modules_train_as_without_a_budget():
     model = attached("nnx", modules_to_save=["head"])
-    params = backend_for(model).parameters(model)
+    params = adamss.trainable_parameters(model)
     gradients = random_like(params, np.random.default_rng(0))
     tx = adamss_jax.budgeted(optax.sgd(0.5), model, BudgetConfig(target=1, end_step=2))
     updates, _ = tx.update(gradients, tx.init(params), params)
@@ -312,7 +312,7 @@ def test_further_arguments_reach_the_transformation():
 
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     model = attached("equinox")
-    params = backend_for(model).parameters(model)
+    params = adamss.trainable_parameters(model)
     budget = adamss_jax.budgeted(tx, model, BudgetConfig(target=1, end_step=2))
     budget.update(params, budget.init(params), params, value=7)
     assert seen == [7]
@@ -320,7 +320,7 @@ def test_further_arguments_reach_the_transformation():
 
 def test_accumulated_gradients_are_one_step():
     model = attached("equinox")
-    params = backend_for(model).parameters(model)
+    params = adamss.trainable_parameters(model)
     tx = optax.MultiSteps(adamss_jax.budgeted(optax.sgd(0.1), model, BudgetConfig(target=1, end_step=9)), 3)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -433,7 +433,7 @@ def test_revive_without_its_budget_in_the_model_is_refused_or_warned_of():
     # The other way round nothing is lost: `budgeted` masks the gradients itself.
     model = attached("nnx", {"target": 1, "end_step": 2, "revive": True})
     one_way = adamss_jax.budgeted(optax.sgd(0.1), model, BudgetConfig(target=1, end_step=2))
-    assert not one_way.init(backend_for(model).parameters(model)).revive
+    assert not one_way.init(adamss.trainable_parameters(model)).revive
 
 
 LONG = {"target": 2, "end_step": 9, "interval": 3, "power": 1}
@@ -441,7 +441,7 @@ LONG = {"target": 2, "end_step": 9, "interval": 3, "power": 1}
 
 def kept_for_backward(model, x):
     """Return the shapes of what the backward of a model's parameters keeps that have a row per token."""
-    params = backend_for(model).parameters(model)
+    params = adamss.trainable_parameters(model)
     if isinstance(model, nnx.Module):
         graph, trained_variables, rest = nnx.split(model, nnx.LoRAParam, ...)
         run = lambda p: nnx.merge(graph, p, rest)(x)  # noqa: E731
@@ -546,15 +546,15 @@ def test_training_goes_on_after_consolidating(kind, keep_base, tmp_path):
         layers = factors(loop.synchronise())
         adamss.save(loop.model, tmp_path / "before.safetensors", training=True)
         y = consolidated()
-        adaptation = backend.adaptation(loop.model)
-        assert adaptation.ledger.keeps_base == keep_base
+        bank = backend.bank(loop.model)
+        assert bank.ledger.keeps_base == keep_base
         for path, f in layers.items():
-            np.testing.assert_array_equal(adaptation.ledger.held[path], ~f.active)
-            for a, b in zip(f, adaptation.layers[path], strict=True):
+            np.testing.assert_array_equal(bank.only().held[path], ~f.active)
+            for a, b in zip(f, bank.only().layers[path], strict=True):
                 np.testing.assert_array_equal(a, b)
-        for path, site in sites_of(backend, loop.model, adaptation).items():
+        for path, site in sites_of(backend, loop.model, bank.paths).items():
             own = base_weight(backend, backend.site(backend.modules(base)[path], path))
-            for a, b in zip(base_weight(backend, site, adaptation), own, strict=True):
+            for a, b in zip(base_weight(backend, site, bank), own, strict=True):
                 if b is not None:
                     np.testing.assert_allclose(a, b, atol=1e-14)
         if keep_base:
@@ -630,7 +630,7 @@ def test_budgeted_refuses():
         adamss_jax.budgeted(sgd, model, BudgetConfig(target=9, end_step=4))
     with pytest.raises(StateError, match="the updates are merged"):
         adamss_jax.budgeted(sgd, adamss.merge(attached("nnx")), budget)
-    params, tx = backend_for(model).parameters(model), adamss_jax.budgeted(sgd, model, budget)
+    params, tx = adamss.trainable_parameters(model), adamss_jax.budgeted(sgd, model, budget)
     with pytest.raises(
         ConfigError, match=r"needs the parameters, as in tx\.update\(gradients, state, params\)"
     ):
@@ -667,7 +667,7 @@ def test_synchronise_and_allocation_refuse():
 
 def test_the_state_is_found_where_it_is():
     model = attached("equinox")
-    params = backend_for(model).parameters(model)
+    params = adamss.trainable_parameters(model)
     budget = adamss_jax.budgeted(optax.sgd(0.1), model, BudgetConfig(target=2, end_step=4))
     tx = optax.chain(
         optax.identity(), optax.inject_hyperparams(lambda rate: optax.chain(budget, optax.scale(rate)))(1.0)

@@ -214,7 +214,7 @@ def node(model, path):
 def moved(case, settings, dtype, mask):
     """Return factors of the layers with other values of C than zero, perhaps a frozen subspace, and their shapes."""
     model = adamss.attach(case.model(dtype), settings)
-    adaptation, layers = backend_for(model).adaptation(model), {}
+    adaptation, layers = backend_for(model).bank(model).only(), {}
     for seed, (path, f) in enumerate(adaptation.layers.items()):
         within = jnp.arange(f.C.shape[0])[:, None] < f.ranks[f.labels][None]
         C = jnp.where(within, 0.3 * inputs(*f.C.shape, seed=seed), 0).astype(f.C.dtype)
@@ -234,7 +234,7 @@ def parted(model):
     if isinstance(model, nnx.Module):
         graph, trained, rest = nnx.split(model, nnx.LoRAParam, ...)
         return trained, rest, partial(nnx.merge, graph, copy=True)
-    adapted = backend_for(model).adaptation(model) is not None
+    adapted = bool(backend_for(model).bank(model))
     trained, rest = eqx.partition(model, adapted and adamss_jax.equinox.trainable_filter(model))
     arrays, rest = eqx.partition(rest, eqx.is_array)
     return trained, arrays, lambda trained, arrays: eqx.combine(trained, arrays, rest)
@@ -244,7 +244,7 @@ def dense(adapted, model):
     """Return a model without adapters with W + delta in the place of each weight that the other one adapts."""
     backend = backend_for(adapted)
     modules = backend.modules(model)
-    for path, f in backend.adaptation(adapted).layers.items():
+    for path, f in backend.bank(adapted).only().layers.items():
         site, owner = backend.site(modules[path], path), owner_of(path)
         name = site.kind.weight
         W = getattr(node(model, owner), name)
@@ -353,7 +353,7 @@ def test_trains_to_its_budget_and_goes_on_from_a_file(case, tmp_path):
     model = adamss.attach(case.model(), settings)
     loop = train(model, case.loss, case.x, tx=adamss_jax.budgeted(optax.adam(0.05), model), steps=3)
     model = loop.synchronise()
-    layers = backend_for(model).adaptation(model).layers
+    layers = backend_for(model).bank(model).only().layers
     assert sum(int(f.active.sum()) for f in layers.values()) == total - 1
     y = case.run(model[0], case.x)
     assert float(jnp.square(y).sum()) < case.loss(case.model(), case.x)
@@ -361,7 +361,7 @@ def test_trains_to_its_budget_and_goes_on_from_a_file(case, tmp_path):
         adamss.save(model, tmp_path / "a.safetensors", training=training)
         loaded = adamss.load(case.model(), tmp_path / "a.safetensors")
         close(case.run(loaded[0], case.x), y, "from a file")
-    for path, factors in backend_for(loaded).adaptation(loaded).layers.items():
+    for path, factors in backend_for(loaded).bank(loaded).only().layers.items():
         assert all(map(np.array_equal, factors, layers[path])), path
 
 
@@ -724,7 +724,7 @@ def test_a_store_from_outside_is_read_and_refuses_to_be_written(registered, tmp_
     model, base = filled(case), case.run(case.model()[0], case.x)
     assert jnp.array_equal(case.run(adamss.attach(case.model(), CONFIG)[0], case.x), base)
     y = case.run(model[0], case.x)
-    close(y - base, case.x @ core.delta(backend_for(model).adaptation(model).layers["0"]), "update")
+    close(y - base, case.x @ core.delta(backend_for(model).bank(model).only().layers["0"]), "update")
     adamss.save(model, tmp_path / "a.safetensors")
     close(case.run(adamss.load(case.model(), tmp_path / "a.safetensors")[0], case.x), y, "loaded")
     for verb in (adamss.merge, adamss.consolidate, adamss.merge_and_unload):

@@ -115,7 +115,7 @@ def with_frozen(model):
     backend = adamss.backend.backend_for(model)
     masks = {
         path: jnp.arange(len(factors.active)) % 2 == 0
-        for path, factors in backend.adaptation(model).layers.items()
+        for path, factors in backend.bank(model).only().layers.items()
     }
     return backend.set_active(model, masks)
 

@@ -31,7 +31,7 @@ def attached(kind, *, seed=2, consolidated=False, **settings):
     )
     backend = backend_for(model)
     model = backend.set_active(model, {"0": jnp.arange(4) != 1})
-    C = jax.random.normal(jax.random.key(seed), backend.adaptation(model).layers["0"].C.shape)
+    C = jax.random.normal(jax.random.key(seed), backend.bank(model).only().layers["0"].C.shape)
     if kind == "nnx":
         model[0].adamss.default.C.set_value(C)
     else:
@@ -123,7 +123,7 @@ def test_where_no_rank_is_promoted():
         for verb in (adamss.consolidate, adamss.merge, adamss.unmerge):
             model = verb(model)
             np.testing.assert_allclose(model[0](X), y, rtol=1e-4, atol=1e-5)
-        f = backend_for(model).adaptation(model).layers["0"]
+        f = backend_for(model).bank(model).only().layers["0"]
         base = adamss.detach(model)
         kernel, bias = base[0].kernel.get_value(), base[0].bias.get_value()
         np.testing.assert_allclose(adamss_jax.linear(X, kernel, bias, f), y, rtol=1e-4, atol=1e-5)
@@ -210,4 +210,4 @@ def test_a_schedule_that_nobody_follows_is_told_when_saving(tmp_path):
 def test_what_cannot_be_inside_a_budget_is_refused(tx, why):
     model = attached("nnx", budget=BudgetConfig(target=2, end_step=4))
     with pytest.raises(ConfigError, match=why):
-        adamss_jax.budgeted(tx(), model).init(backend_for(model).parameters(model))
+        adamss_jax.budgeted(tx(), model).init(adamss.trainable_parameters(model))

@@ -70,7 +70,7 @@ def test_every_layer_of_a_stack_has_factors_of_its_own(config):
         if config.include_bias:
             W = np.concatenate([W, np.zeros((1, WIDTH), np.float32)])  # the bias starts at zero
         expected = core.segment(core.decompose(W, 6), 4)
-        factors = backend_for(model).adaptation(model).layers[row.path]
+        factors = backend_for(model).bank(model).only().layers[row.path]
         np.testing.assert_array_equal(factors.labels, expected)
         assert row.trained == core.count_factors(factors)
         core.check_factors(factors, shape=(WIDTH, WIDTH))
@@ -105,12 +105,12 @@ def test_masks_and_frozen_elements(x):
     backend = backend_for(model)
     mask = jnp.asarray([True, False, True, False])
     backend.set_active(model, {"block.query[1]": mask})
-    before = backend.adaptation(model).layers
+    before = backend.bank(model).only().layers
     assert [int(f.active.sum()) for f in before.values()] == [4, 2, 4, 4, 4, 4]
     shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(backend.trained_elements(model)))
     q = model.block.query.adamss.default.B.shape[-1]
     assert shapes["block"]["query"]["adamss"]["default"] == {"B": (LAYERS, 1, q), "C": (LAYERS, 1, WIDTH)}
-    after = backend.adaptation(step(model, x)).layers
+    after = backend.bank(step(model, x)).only().layers
     frozen = ~mask[before["block.query[1]"].labels]
     old, new = (layers["block.query[1]"].C for layers in (before, after))
     assert jnp.array_equal(new[:, frozen], old[:, frozen])
@@ -151,7 +151,7 @@ def test_scanned_equinox_models(config, x, tmp_path):
     assert jnp.array_equal(run(adapted)(x), start)
     assert [row.path for row in adamss.summary(adapted).rows] == [f"block.query[{i}]" for i in range(LAYERS)]
     backend = backend_for(model)
-    layers, shapes = backend.adaptation(adapted).layers, backend.adaptation(adapted).shapes
+    layers, shapes = backend.bank(adapted).only().layers, backend.bank(adapted).only().shapes
     rng = np.random.default_rng(0)
     moved = {
         path: f._replace(C=jnp.asarray(random_C(Factors(*map(np.asarray, f)), rng), f.C.dtype))

@@ -216,7 +216,7 @@ def test_a_float32_file_on_a_bfloat16_base(source, target, training, trained):
     make_net, _, run = FRAMEWORKS[target]
     model = adamss.load(make_net("bfloat16"), folder / f"{training}.safetensors")
     backend = adamss.backend.backend_for(model)
-    factors = backend.adaptation(model).layers["query"]
+    factors = backend.bank(model).only().layers["query"]
     assert {backend.dtype_name(factors.B), backend.dtype_name(factors.C)} == {"float32"}
     agrees(run(model), y, dtype="bfloat16")
 

@@ -454,7 +454,7 @@ def attach_fails_on_all_or_none():
     twice = net()
     if rank == 0:
         adamss.attach(twice, config(), divide=False)
-    with raising(errors.StateError, "adapters already"):
+    with raising(errors.StateError, "attached already"):
         adamss.attach(twice, config())
     # All are in step again.
     assert_same_adapters(adamss.attach(net(), config()), adapted())

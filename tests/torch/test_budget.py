@@ -59,7 +59,7 @@ def batches(steps: int = STEPS, dtype=torch.float64) -> torch.Tensor:
 
 
 def adamss_layers(model):
-    return TorchBackend().adaptation(model).layers
+    return TorchBackend().bank(model).only().layers
 
 
 def active(model) -> dict[str, np.ndarray]:

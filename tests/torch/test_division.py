@@ -92,7 +92,7 @@ def test_large_ones_one_by_one_where_all_threads_work_on_them():
 def test_layers_of_one_shape_are_computed_together_and_their_order_is_that_of_the_model():
     mixed = {name: torch.zeros(side, 1024) for name, side in {"b": 8, "a": EXACT_SIDE + 1, "c": 8}.items()}
     assert list(computed(str, weights(mixed))) == ["b", "c", "a"]
-    assert list(TorchBackend().adaptation(adamss.attach(net(), config())).layers) == list(SIZES)
+    assert list(TorchBackend().bank(adamss.attach(net(), config())).only().layers) == list(SIZES)
 
 
 def test_threads_are_afterwards_what_they_were():

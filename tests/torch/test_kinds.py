@@ -254,7 +254,7 @@ def trained(name, steps=3, **options):
 
 def put_updates_in(model):
     """Detach the adapters, and write W + delta into the weights."""
-    backend, adaptation = backend_for(model), backend_for(model).adaptation(model)
+    backend, adaptation = backend_for(model), backend_for(model).bank(model).only()
     adamss.detach(model)
     modules = backend.modules(model)
     for path, factors in adaptation.layers.items():

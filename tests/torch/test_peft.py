@@ -322,7 +322,9 @@ class TestRefusals:
 
     def test_a_model_with_adapters(self, net, config, folder):
         model = adamss.attach(net(), config())
-        with pytest.raises(errors.StateError, match="from_peft: the model has adapters already"):
+        with pytest.raises(
+            errors.StateError, match="from_peft: an adapter called 'default' is attached already"
+        ):
             adamss.from_peft(model, folder)
 
     def test_without_scikit_learn(self, net, folder, monkeypatch):

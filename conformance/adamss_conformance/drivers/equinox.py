@@ -17,7 +17,7 @@ import adamss_jax
 from adamss_conformance.capabilities import TABLE
 from adamss_conformance.driver import Budget, Inputs, Training
 from adamss_conformance.drivers.jax import JaxDriver
-from adamss_jax.equinox import trainable_filter
+from adamss_jax.equinox import route_axes, trainable_filter
 
 __all__ = ["EquinoxDriver", "EquinoxTraining"]
 
@@ -50,6 +50,13 @@ class EquinoxDriver(JaxDriver):
 
     def call(self, model: Any, path: str, x: Array) -> Array:
         layer = self._layer(model, path)
+        adapters = getattr(layer, "adapters", {}).values()
+        gates = [adapter.gate for adapter in adapters if adapter.gate is not None]
+        if gates:
+            tokens = jnp.reshape(x, (len(gates[0]), -1, x.shape[-1]))
+            of_a_row = eqx.filter_vmap(lambda layer, x: layer(x), in_axes=(None, 0))
+            outputs = eqx.filter_vmap(of_a_row, in_axes=(route_axes(layer), 0))(layer, tokens)
+            return jnp.reshape(outputs, (*x.shape[:-1], outputs.shape[-1]))
         flat = jax.vmap(layer)(jnp.reshape(x, (-1, x.shape[-1])))
         return jnp.reshape(flat, (*x.shape[:-1], flat.shape[-1]))
 

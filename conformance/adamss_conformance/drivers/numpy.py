@@ -38,10 +38,11 @@ class NumpyDriver(LoopDriver):
 
     def call(self, model: NumpyModel, path: str, x: Array) -> Array:
         layer = model[path]
-        factors = layer.computed
-        if factors is None:
+        if layer.route is not None:
+            return core.linear(x, layer.W, layer.b, *layer.computed, route=layer.route(x))
+        if not layer.computed:
             return self.base_linear(x, layer.W, layer.b)
-        return self.backend.linear(x, layer.W, layer.b, factors)
+        return self.backend.linear(x, layer.W, layer.b, *layer.computed)
 
     def gradients(
         self, linear: Callable[..., Array], x: Array, W: Array, b: Array | None, factors: Factors, dy: Array
@@ -93,31 +94,42 @@ class NumpyTraining(Training):
         self._number += 1
         driver, layers = self._driver, dict(self._model.layers)
         before = None if self._state is None else self._weights()
-        gradients, after = {}, {}
+        bank, gradients = self._model.bank, {}
+        trained = {name: each for name, each in bank.adapters.items() if each.trained}
+        after: dict[str, dict[str, Factors]] = {name: {} for name in trained}
+        saved = {path for each in trained.values() for path in each.saved}
         for path, values in self._inputs.items():
             layer = layers[path]
             x = driver.array(values, driver.backend.dtype_name(layer.W))
             y = driver.call(self._model, path, x)
             dy = y * (2 / y.size)
-            if layer.factors is None:
-                layers[path] = NumpyLinear(layer.W - self._rate * (x.T @ dy), layer.b)
-                continue
-            factors = layer.computed
-            assert factors is not None
-            if self._state is not None and self._plan.config.revive:
-                factors = factors._replace(active=factors.active | ~factors.active)
-            slopes = driver.backend.linear_vjp(dy, x, layer.W, factors)  # type: ignore[attr-defined]
-            gradients[path] = slopes.B, slopes.C
-            new = {
-                name: self._updated(path + name, getattr(layer.factors, name), getattr(slopes, name))
-                for name in "BC"
-            }
-            after[path] = driver.hold_frozen(layer.factors, layer.factors._replace(**new))
-        self._model = driver.backend.with_factors(replace(self._model, layers=layers), after)  # type: ignore[attr-defined]
+            if path in saved:
+                layers[path] = replace(layer, W=layer.W - self._rate * (x.T @ dy))
+            for adapter, each in trained.items():
+                if path not in each.layers:
+                    continue
+                own, weight = each.layers[path], each.weight
+                (factors,) = replace(bank, adapters={adapter: each}).computed(path)
+                if self._state is not None and self._plan.config.revive:
+                    factors = factors._replace(active=factors.active | ~factors.active)
+                slopes = driver.backend.linear_vjp(dy, x, layer.W, factors)  # type: ignore[attr-defined]
+                slopes = slopes._replace(C=slopes.C * weight)
+                gradients[path] = slopes.B, slopes.C
+                new = {
+                    name: self._updated(adapter + path + name, getattr(own, name), getattr(slopes, name))
+                    for name in "BC"
+                }
+                after[adapter][path] = driver.hold_frozen(own, own._replace(**new))
+        self._model = replace(self._model, layers=layers)
+        for adapter, new_factors in after.items():
+            self._model = driver.backend.with_factors(self._model, adapter, new_factors)
         if self._state is not None:
             slopes = self._plan.join_elements(gradients)
             self._state = driver.decide(self._state, self._plan, before, slopes)
-            self._model = driver.backend.set_active(self._model, self._plan.split(self._state.active))
+            (adapter,) = trained
+            self._model = driver.backend.set_active(
+                self._model, self._plan.split(self._state.active), adapter
+            )
 
     def save(self, folder: Path) -> None:
         (folder / "state").write_bytes(pickle.dumps((self._number, self._optimiser, self._state)))
@@ -130,8 +142,8 @@ class NumpyTraining(Training):
         return [np.asarray(leaf) if isinstance(leaf, int) else self._driver.numpy(leaf) for leaf in leaves]
 
     def _factors(self) -> dict[str, Factors]:
-        adaptation = self._driver.backend.adaptation(self._model)
-        return {} if adaptation is None else dict(adaptation.layers)
+        adapters = self._model.bank.adapters.values()
+        return {path: factors for each in adapters if each.trained for path, factors in each.layers.items()}
 
     def _weights(self) -> Array:
         return self._plan.join_elements({path: (f.B, f.C) for path, f in self._factors().items()})

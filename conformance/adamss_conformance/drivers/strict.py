@@ -35,8 +35,8 @@ class StrictBackend(NumpyBackend):
     def handles(self, model: Any) -> bool:
         return super().handles(model) and any(isinstance(m.W, self.array_type) for m in model.layers.values())
 
-    def linear(self, x: Array, weight: Array, bias: Array | None, factors: Factors) -> Array:
-        return linear(x, weight, bias, factors)
+    def linear(self, x: Array, weight: Array, bias: Array | None, *factors: Factors) -> Array:
+        return linear(x, weight, bias, *factors)
 
     def to_stored(self, array: Array) -> StoredTensor:
         return StoredTensor.of(np.from_dlpack(array.to_device(HOST)))

@@ -1,4 +1,4 @@
-"""The thirteen laws by number; every test of the suite carries the number of its law in its name."""
+"""The laws by number; every test of the suite carries the number of its law in its name."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ LAWS = {
     11: "Compilation changes nothing, an allocation compiles nothing",
     12: "Determinism, and no global random state touched",
     13: "Agreement of backends on labels and energy",
+    14: "Names: adapters do not disturb each other",
+    15: "Routing: a mixed batch equals separate runs",
 }
 
 

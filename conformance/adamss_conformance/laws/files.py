@@ -94,7 +94,7 @@ class FileLaws:
             loaded = adamss.load(driver.model(turned, "float32"), tmp_path / "adapter.safetensors")
             assert {row.path for row in adamss.summary(loaded).rows} == set(TARGETS)
             assert_outputs_agree(outputs_of(driver, loaded), outputs_of(driver, model), "loaded")
-            assert driver.backend.adaptation(adamss.detach(loaded)) is None
+            assert not driver.backend.bank(adamss.detach(loaded))
 
     def test_law_09_travel_refuses_another_base(self, driver: Driver, tmp_path: Path) -> None:
         """The wrong model is an error that names the layer, and is left as it was."""
@@ -105,7 +105,7 @@ class FileLaws:
             before = everything_of(driver, other)
             with pytest.raises(adamss.errors.CheckpointError, match=r"encoder\.0\.value"):
                 adamss.load(other, path)
-            assert driver.backend.adaptation(other) is None
+            assert not driver.backend.bank(other)
             assert_same(everything_of(driver, other), before, "after a refused load")
 
     def test_law_10_resume(self, driver: Driver, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def weights_of(driver: Driver, model: Any) -> dict[str, dict[str, np.ndarray]]:
     weights = {}
     for path in TARGETS:
         site = driver.backend.site(modules[path], path)
-        W, b = base_weight(driver.backend, site, driver.backend.adaptation(model))
+        W, b = base_weight(driver.backend, site, driver.backend.bank(model))
         arrays = {"W": driver.numpy(W)} if b is None else {"W": driver.numpy(W), "b": driver.numpy(b)}
         # A copy: a model that is changed in place must not change what it is compared with.
         weights[path] = {name: array.copy() for name, array in arrays.items()}
@@ -170,9 +170,7 @@ def factors_of(driver: Driver, model: Any) -> dict[str, Factors]:
 
 def own_factors(driver: Driver, model: Any) -> Mapping[str, Factors]:
     """Return the factors of each adapted layer as the framework's arrays."""
-    adaptation = driver.backend.adaptation(model)
-    assert adaptation is not None
-    return adaptation.layers
+    return driver.backend.bank(model).only().layers
 
 
 def with_random_C(
@@ -185,8 +183,7 @@ def with_random_C(
     relative: float | None = None,
 ) -> Any:
     """Return a model whose C is as after training: through `Backend.insert`, by no optimiser's luck."""
-    attached = driver.backend.adaptation(adamss.attach(model, settings))
-    assert attached is not None
+    attached = driver.backend.bank(adamss.attach(model, settings)).only()
     new = {}
     for number, (path, factors) in enumerate(attached.layers.items()):
         f = on_host(driver, factors)
