@@ -6,6 +6,7 @@ string. Sums are in float64 unless a scenario says otherwise, since processes an
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import hashlib
@@ -815,6 +816,65 @@ def fsdp_merges_and_detaches():
             if "shape" not in options:
                 again = adamss.attach(model, config())
                 Run(again, mine, schedule()).equals(alone_with(schedule()))
+
+
+def with_two(base: nn.Module) -> nn.Module:
+    """Attach two adapters to a model, each moved, on layers that they share and on others."""
+    for name, targets in (("a", ["query", "value"]), ("b", ["query", "dense"])):
+        adamss.attach(base, config(targets=targets, modules_to_save=[]), name=name)
+        moved(base)
+    return base
+
+
+def steps_of(model: nn.Module, share: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    """Take three steps with the adapter that is trained, and return the numbers of both."""
+    optimizer = adamw(model)
+    for number in range(3):
+        optimizer.zero_grad()
+        model(share(batch(number))).square().mean().backward()
+        optimizer.step()
+    both = [adapters_of(model, name).values() for name in ("a", "b")]
+    return [whole(p.detach()) for adapters in both for adapter in adapters for p in (adapter.B, adapter.C)]
+
+
+@scenario
+def ddp_trains_one_of_two_adapters():
+    for name in ("a", "b"):
+        alone, model = (adamss.activate(with_two(net()), name) for _ in range(2))
+        expected, wrapped = steps_of(alone, everything), nn.parallel.DistributedDataParallel(model)
+        torch.testing.assert_close(steps_of(wrapped, mine), expected, rtol=1e-9, atol=1e-12)
+        other = "b" if name == "a" else "a"
+        with raising(errors.StateError, "activate first"):
+            adamss.activate(wrapped, other)
+        adamss.activate(wrapped, name)
+
+
+@scenario
+def fsdp_has_several_adapters():
+    x = batch(7)
+    for name in ("a", "b"):
+        alone = adamss.activate(with_two(net()), name)
+        for model in (with_two(sharded(net())), sharded(with_two(net()))):
+            adamss.activate(model, name)
+            expected = steps_of(copy.deepcopy(alone), everything)
+            torch.testing.assert_close(steps_of(model, mine), expected, rtol=1e-9, atol=1e-12)
+            other = copy.deepcopy(alone)
+            steps_of(other, everything)
+            for what in ({"a": 0.5, "b": 2.0}, "a", []):
+                with torch.no_grad():
+                    actual, wanted = (adamss.activate(each, what)(x) for each in (model, other))
+                torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+            for each in (model, other):
+                adamss.activate(each, ["a", "b"])
+                adamss.unmerge(adamss.merge(adamss.merge(each, name="a"), name="b"), name="a")
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), other(x), rtol=1e-9, atol=1e-12)
+            ours, theirs = folder() / f"several-{name}", folder() / f"alone-{name}-{dist.get_rank()}"
+            adamss.save(model, ours, name=name, training=True)
+            adamss.save(other, theirs, name=name, training=True)
+            dist.barrier()
+            loaded = [adamss.load(net(), path) for path in (ours, theirs)]
+            torch.testing.assert_close(trained(loaded[0]), trained(loaded[1]), rtol=1e-9, atol=1e-12)
 
 
 @scenario
