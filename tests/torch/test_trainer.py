@@ -199,6 +199,25 @@ class TestFiles:
         loaded = adamss.load(bert(), tmp_path / "final" / ADAPTER_FILE)
         assert_close(logits(loaded), logits(trainer.model))
 
+    def test_one_of_several_adapters_is_trained_saved_and_resumed(self, tmp_path):
+        def both():
+            old = {"targets": ["dense"], "rank": 4, "subspaces": 2, "modules_to_save": ["classifier"]}
+            model = adamss.attach(bert(), adamss.AdamssConfig(**old), name="old")
+            settings = {"targets": ["query", "value"], "rank": 8, "subspaces": 3, "budget": SCHEDULE}
+            return adamss.attach(
+                model, adamss.AdamssConfig(modules_to_save=["classifier"], **settings), name="new"
+            )
+
+        trainer, callback = trained(both(), tmp_path)
+        assert callback.controller.active_count == adamss.summary(trainer.model, name="new").total.active == 3
+        resumed, _ = trained(both(), tmp_path / "again", resume=tmp_path / "checkpoint-6")
+        assert_same_state(ours(resumed.model), ours(trainer.model))
+        trainer.save_model(tmp_path / "final")
+        loaded = adamss.load(bert(), tmp_path / "final" / ADAPTER_FILE)
+        assert_close(logits(loaded), logits(trainer.model))
+        with pytest.raises(errors.StateError, match="no adapter is called 'other'"):
+            trainer_of(both(), tmp_path, AdamssCallback(name="other"))
+
     @pytest.mark.parametrize("was_a_model", [False, True])
     def test_a_folder_is_no_model(self, tmp_path, was_a_model):
         if was_a_model:
