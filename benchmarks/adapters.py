@@ -2,7 +2,8 @@
 
 The time of a forward whose rows go through adapters of their own, over the frozen base, and beside PEFT's LoRA with
 ``adapter_names``, which runs the rows of each adapter apart. Then the bytes of each of a hundred adapters, and the
-time of a switch. ::
+time of a switch. Last, what PEFT's LoRA does with several adapters, and ours of the same updates: the largest
+difference of their outputs. ::
 
     python benchmarks/adapters.py
     python benchmarks/adapters.py --quick
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from methods import BASE, RANK, OneLayer, duplicate, minilm
@@ -85,35 +88,96 @@ def mixed(width: int, count: int, tokens: int, repeats: int) -> list[object]:
 
 
 def hundred(count: int) -> list[list[str]]:
-    """Return bytes and times of many adapters on MiniLM."""
+    """Return bytes and times of many adapters on MiniLM, loaded for inference, beside as many of PEFT's LoRA."""
     model = minilm().requires_grad_(False)
     before = sum(p.nbytes for p in model.parameters())
-    start = time.perf_counter()
-    many = several(model, ["query", "value"], count)
-    attached = time.perf_counter() - start
-    one = adapters_of(many, "a0").values()
-    trained = sum(p.nbytes for adapter in one for p in (adapter.B, adapter.C))
-    bases = sum(adapter.A.nbytes for adapter in one)
-    switches = []
+    with tempfile.TemporaryDirectory() as folder:
+        adamss.save(several(model, ["query", "value"], 1), f"{folder}/adapter", name="a0")
+        size = Path(folder, "adapter").stat().st_size
+        many, start = duplicate(model), time.perf_counter()
+        for number in range(count):
+            adamss.load(many, f"{folder}/adapter", name=f"a{number}", trainable=False)
+        loaded = time.perf_counter() - start
+    one = [adapter.state_dict() for adapter in adapters_of(many, "a0").values()]
+    theirs = several_lora(model, ["query", "value"], count)
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for number in range(count):
-        start = time.perf_counter()
-        adamss.activate(many, f"a{number}")
-        switches.append(time.perf_counter() - start)
+        for name, call in (
+            ("ours", lambda name: adamss.activate(many, name)),
+            ("theirs", lambda name: theirs.set_adapter(name)),
+        ):
+            start = time.perf_counter()
+            call(f"a{number}")
+            times[name].append(time.perf_counter() - start)
     start = time.perf_counter()
     with adamss.routed(many, [f"a{number % count}" for number in range(ROWS)]):
         routed = time.perf_counter() - start
+    switch = {name: f"{1e3 * sorted(own)[count // 2]:.2f}" for name, own in times.items()}
     return [
         ["base, MB", f"{before / 1e6:.1f}"],
-        ["B and C of one adapter, KB", f"{trained / 1e3:.1f}"],
-        ["bases A of one adapter, KB", f"{bases / 1e3:.1f}"],
-        [f"attach, ms for each of {count}", f"{1e3 * attached / count:.1f}"],
-        [f"activate one of {count}, ms, median", f"{1e3 * sorted(switches)[count // 2]:.2f}"],
+        ["file of one adapter, KB", f"{size / 1e3:.1f}"],
+        ["one adapter in memory, KB", f"{sum(t.nbytes for own in one for t in own.values()) / 1e3:.1f}"],
+        [f"load, ms for each of {count}", f"{1e3 * loaded / count:.1f}"],
+        [f"activate one of {count}, ms", switch["ours"]],
+        [f"PEFT's set_adapter, one of {count}, ms", switch["theirs"]],
         [f"enter routed with {count}, ms", f"{1e3 * routed:.1f}"],
     ]
 
 
+def behaviours() -> list[list[str]]:
+    """Return what PEFT's LoRA does with two adapters on MiniLM, and how far ours of the same updates is from it."""
+    base, tokens = minilm().eval(), torch.randint(1000, 20000, (4, 12))
+    model = several(base, ["query", "value"], 2)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        theirs = get_peft_model(duplicate(base), LoraConfig(r=1, target_modules=["query"]), "unused").eval()
+        for name in ("a0", "a1"):
+            adamss.to_lora(model, f"{folder}/{name}", name=name)
+            theirs.load_adapter(f"{folder}/{name}", adapter_name=name)
+
+        def compare(what: str, **options: object) -> None:
+            one, other = (
+                model(tokens).last_hidden_state,
+                theirs(input_ids=tokens, **options).last_hidden_state,
+            )
+            difference = float((one - other).abs().max() / other.abs().max())
+            rows.append([what, "ok" if difference < 1e-5 else "differs", f"{difference:.1e}"])
+
+        for name in ("a0", "a1", "a0"):
+            adamss.activate(model, name)
+            theirs.set_adapter(name)
+            compare(f"switch to {name}")
+        with adamss.disabled(model), theirs.disable_adapter():
+            compare("disabled within a0")
+        theirs.base_model.add_weighted_adapter(["a0", "a1"], [0.7, 0.3], "both", combination_type="cat")
+        theirs.set_adapter("both")
+        adamss.activate(model, {"a0": 0.7, "a1": 0.3})
+        compare("weighted")
+        with adamss.routed(model, ["a0", None, "a1", "a0"]):
+            compare("mixed batch", adapter_names=["a0", "__base__", "a1", "a0"])
+        adamss.activate(model, ["a0", "a1"])
+        for name in ("a0", "a1"):
+            adamss.merge(model, name=name)
+        theirs.base_model.merge_adapter(["a0", "a1"])
+        compare("merge several")
+        adamss.unmerge(model)
+        theirs.base_model.unmerge_adapter()
+        adamss.save(model, f"{folder}/file", name="a1")
+        theirs.save_pretrained(f"{folder}/saved", selected_adapters=["a1"])
+        adamss.detach(model, name="a1")
+        theirs.delete_adapter("a1")
+        adamss.activate(model, "a0")
+        theirs.set_adapter("a0")
+        compare("delete a1")
+        adamss.load(model, f"{folder}/file", name="again", trainable=False)
+        theirs.load_adapter(f"{folder}/saved/a1", adapter_name="again")
+        theirs.set_adapter("again")
+        compare("save a1 alone, and load it")
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print two tables."""
+    """Measure, and print three tables."""
     parser = argparse.ArgumentParser(description="Many adapters on one model.")
     parser.add_argument("--repeats", type=int, default=60, help="alternations (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 768])
@@ -136,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     headers = ["d = n", "adapters", "tokens", "AdaMSS / base", "LoRA r=8 / base", "AdaMSS / LoRA"]
     print(tabulate(rows, headers=headers, disable_numparse=True))
     print("", tabulate(hundred(arguments.many), disable_numparse=True), sep="\n")
+    headers = ["behaviour", "AdaMSS beside PEFT's LoRA", "largest difference"]
+    print("", tabulate(behaviours(), headers=headers, disable_numparse=True), sep="\n")
     return 0
 
 

@@ -74,6 +74,10 @@ class Adapter(nn.Module):
         How often a state was loaded into it.
     followed
         Whether a controller keeps, or kept, it to a schedule.
+    controlled
+        Whether one does now.
+    scale
+        The weight that it is active with.
     order
         In which order its products are taken, one of `adamss.core.cost.ORDERS`; None for the one that costs less.
         With bases of their own the factors come first all the same.
@@ -138,18 +142,19 @@ class Adapter(nn.Module):
             C = C * self.scale
         return update(base, x, B, C, Plan(A, layout, self.order, weight, overwrite, input_kept))
 
-    def products(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def products(self, rows: Tensor | None = None, *, scaled: bool = True) -> tuple[Tensor, Tensor]:
         """Return M: (d, q') and E: (q', n) of a weight that is one matrix; see `block_products`.
 
         With `rows`, (...) int64, M is (..., q'), of these rows alone.
         """
-        M, E = self.block_products(None if rows is None else rows.reshape(-1))
+        M, E = self.block_products(None if rows is None else rows.reshape(-1), scaled=scaled)
         return (M[0] if rows is None else M[0].reshape(*rows.shape, M.shape[-1])), E[0]
 
-    def block_products(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def block_products(self, rows: Tensor | None = None, *, scaled: bool = True) -> tuple[Tensor, Tensor]:
         """Return M: (L, d, q') and E: (L, q', n / L), of each of the L blocks; of M these rows, (N,), alone.
 
-        Gradients reach the active subspaces through them, and no others.
+        E has the weight that the adapter is active with, if it is scaled. Gradients reach the active subspaces
+        through them, and no others.
         """
         B, C = (self.B, self.C) if self.revive else self._frozen_in(self.B, self.C)
         if self.layout.rows.device != self.A.device:
@@ -160,7 +165,7 @@ class Adapter(nn.Module):
                 places = block_places(self.labels, C.shape[0], self.ranks.numel(), self.blocks)
             if not is_transformed():  # what is made within a transformation is of no use outside
                 self._places = places
-        C = C if self.scale == 1 else C * self.scale
+        C = C * self.scale if scaled and self.scale != 1 else C
         A = self.A if rows is None else self.A[:, rows]
         return block_products(A, B, C, self.layout, places, self.ranks.numel())
 

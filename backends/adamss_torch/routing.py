@@ -103,7 +103,7 @@ def _finite(z: Tensor) -> Tensor:
 
 
 def _stacked(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    pairs = [adapter.products() for adapter in adapters]
+    pairs = [adapter.products(scaled=False) for adapter in adapters]  # whatever weights are active
     d, q = (max(M.shape[axis] for M, _ in pairs) for axis in (0, 1))
     pad = nn.functional.pad
     Ms = [pad(M.to(dtype), (0, q - M.shape[1], 0, d - M.shape[0])) for M, _ in pairs]

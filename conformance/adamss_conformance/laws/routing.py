@@ -46,7 +46,7 @@ class RoutingLaws:
                 alone = {
                     name: _run(driver, adamss.activate(model, name or []), arrays) for name in (*NAMES, None)
                 }
-                model = adamss.activate(model, "d")
+                model = adamss.activate(model, {"b": -2.0, "d": 0.5})  # of no consequence for a route
                 for route in ROUTES:
                     with adamss.routed(model, route) as mixed:
                         outputs = _run(driver, mixed, arrays)
