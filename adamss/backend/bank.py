@@ -260,7 +260,7 @@ class Bank:
         return replace(self, adapters={**self.adapters, name: replace(self.adapters[name], **values)})
 
 
-def rows_of(path: str, leading: tuple[int, ...], rows: int, axis: int) -> int:
+def rows_of(path: str, leading: tuple[int, ...], rows: int, axis: int, *, exact: bool = False) -> int:
     """Return how many entries of the input of a layer, along one of its leading axes, belong to each row of a batch.
 
     Raises
@@ -269,7 +269,7 @@ def rows_of(path: str, leading: tuple[int, ...], rows: int, axis: int) -> int:
         If its axis is no multiple of the rows.
     """
     length = leading[axis] if axis < len(leading) else 0
-    if length == 0 or length % rows or (axis and length != rows):
+    if length == 0 or length % rows or ((axis or exact) and length != rows):
         raise LayerError(
             f"{path}: axis {axis} of its input, of {tuple(leading)} entries, is no multiple of the {rows} rows of "
             "the route; leave the layer out of targets, or run the rows apart"

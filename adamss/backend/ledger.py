@@ -302,7 +302,7 @@ def switch(
     }
     with ExitStack() as own:
         off = {path: bank.originals[path] for path in leaving}
-        _check_saved(backend, model, off)
+        _check_saved(backend, model, {path: bank.originals[path] for path in {**leaving, **coming}})
         backend.check_writable(model, (), {**leaving, **coming})
         if off:
             model, before = _exchanged(own, backend.exchange_saved, model, off)

@@ -104,9 +104,8 @@ def near_matches(targets: Iterable[str], paths: Iterable[str]) -> str:
     )
     if close:
         return f"near matches: {', '.join(close)}"
-    some = list(
-        dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit())
-    )
+    last = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+    some = [name for name in last if not name.isdigit()] or list(last)
     return (
         f"the model has modules called {', '.join(some[:12])}" if some else "the model has no named modules"
     )

@@ -39,6 +39,8 @@ def adapter_of(backend: Backend, model: Model, who: str, name: str | None = None
     if not adapters:
         raise StateError(f"{who}: the model has no adapters; call adamss.attach or adamss.load first")
     require_unchanged(backend, model, who)
+    if not isinstance(name, str | None):
+        raise ConfigTypeError(f"{who}: name must be that of one adapter, found {name!r}")
     meant = [name] if name else [one for one, each in adapters.items() if each.trained or len(adapters) == 1]
     if len(meant) != 1:
         raise StateError(

@@ -206,6 +206,8 @@ def load(
     backend = backend_for(base_model)
     with backend.exact(), backend.divided(base_model, enabled=divide) as division:
         bank = new_name(backend, base_model, name, "load", replace=replace)
+        if name in bank.adapters:  # the flags stay, and with them the form of the basis
+            trainable = bank.adapters[name].trainable
         modules = backend.modules(base_model)
         stored = files.read(checked_path(path), modules=len(modules))
         require_modules([*stored.layers, *stored.saved, *stored.tokens], modules)

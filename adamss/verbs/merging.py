@@ -113,12 +113,13 @@ def merge_and_unload(model: Model, *, name: Name = None, dequantise: bool = Fals
         raise StateError(
             f"{verb}: the weights hold the update of {other!r} too; name it, or unmerge it first"
         )
-    with backend.exact():
+    with backend.exact(), ExitStack() as undo:
         if bank.active != weights:
             trained = [one for one in weights if bank.adapters[one].trained]
-            model = switch(backend, model, weights, trained=trained)
+            model = switch(backend, model, weights, trained=trained, undo=undo)
         if not all(bank.adapters[one].merged for one in weights):
             model = _merged(backend, model, weights, verb, keep_base=False, dequantise=dequantise)
+        undo.pop_all()
         return backend.remove(model, bank.adapters)
 
 

@@ -521,6 +521,7 @@ class TorchBackend(Backend):
         assert record is not None
         sharding.reshard(model)
         before = {name for name, own in record.adapters.items() if own.state.trained}
+        former = {path: name for name in before for path in record.adapters[name].saved}
         trained = {name for name, state in states.items() if state.trained}
         if trained - before:
             _check_wrappers(model)
@@ -542,13 +543,13 @@ class TorchBackend(Backend):
         for bank in banks.values():
             bank.active = active
             bank.look()
-        trained_paths = {path for name in trained for path in record.adapters[name].saved}
+        trained_paths = {path: name for name in trained for path in record.adapters[name].saved}
         for path in record.originals:
             for parameter in modules[path].parameters() if path in modules else ():
                 parameter.requires_grad_(False)
-                if path not in trained_paths:
-                    parameter.grad = None
-        for path in trained_paths & modules.keys():
+                if trained_paths.get(path) != former.get(path):
+                    parameter.grad = None  # it is of the values of another adapter
+        for path in trained_paths.keys() & modules.keys():
             for parameter in modules[path].parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         if trained - before:
@@ -683,8 +684,11 @@ class TorchBackend(Backend):
         self, model: nn.Module, arrays: Mapping[str, Mapping[str, Tensor]]
     ) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
         sharding.reshard(model)
-        owner, _ = _owner(model)
+        owner, record = _owner(model)
         counts, modules = _parameter_counts(owner), self.modules(owner)
+        # One that is kept as the W0 of a layer that shared it is still shared.
+        banks = {} if record is None else _banks(owner, record)
+        counts.update(id(t) for bank in banks.values() for t in (bank.base or {}).values())
 
         def exchange(path: str, name: str, value: Any) -> Any:
             layer = modules[path]
@@ -807,7 +811,10 @@ class TorchBackend(Backend):
                 numbers = {number: own.index(name) for number, name in enumerate(route.names) if name in own}
                 rows = [numbers.get(row, len(own)) for row in route.rows]
                 axis = _axis_of_rows(path, modules, route.axis)
-                found[path] = LayerRoute(path, [bank.adapters[name] for name in own], rows, axis)
+                weight: Any = getattr(site.layer, site.kind.weight)
+                dtype = weight.dtype if weight.is_floating_point() else torch.float32
+                adapters = [bank.adapters[name] for name in own]
+                found[path] = LayerRoute(path, adapters, rows, axis, dtype)
         record.route = route
         for path, bank in banks.items():
             bank.route, bank.routing = found.get(path), route is not None
@@ -1157,25 +1164,45 @@ def _add_kept(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
     state_dict.update({f"{prefix}{name}": tensor for name, tensor in _kept(vars(owner)[RECORD]).items()})
 
 
-def _load_kept(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _load_kept(
+    owner: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _: Any,
+    __: Any,
+    ___: Any,
+    ____: Any,
+    errors: list[str],
+) -> None:
     """Take back what `_add_kept` has written, before a state is loaded.
 
     Raises
     ------
     StateError
-        If others were active when the state was written, whose values it has for ``modules_to_save``.
+        If an adapter is active here and was not when the state was written, or the other way round, and the state has
+        values for ``modules_to_save``.
     """
     record: _Record = vars(owner)[RECORD]
-    given = {name: state_dict.pop(name) for name in [*state_dict] if name.startswith(f"{prefix}{KEPT}.")}
     here = {f"{prefix}{name}": tensor for name, tensor in _kept(record).items()}
-    saved = tuple(f"{prefix}{path}." for path in record.originals)
-    if given.keys() != here.keys() and (given or any(name.startswith(saved) for name in state_dict if saved)):
-        raise StateError(
-            "the state has other values for modules_to_save than the model: other adapters were active when it was "
-            "written; call adamss.activate as it was done there, and load it then"
-        )
-    for name, tensor in given.items():
-        here[name].copy_(tensor)
+    for name, own in record.adapters.items():
+        kept = any(key.startswith(f"{prefix}{KEPT}.{name}.") for key in state_dict)
+        factors = any(f".{CHILD}.{name}." in f".{key}" for key in state_dict)
+        saved = tuple(f"{prefix}{path}." for path in own.saved)
+        values = any(key.startswith(saved) for key in state_dict) if saved else False
+        if factors and values and kept != bool(own.state.kept):
+            raise StateError(
+                f"the state has values for modules_to_save from when {name!r} was {'not ' * kept}active, and it is "
+                f"{'' if kept else 'not '}here; call adamss.activate as it was done there, and load it then"
+            )
+    for key in here.keys() & state_dict.keys():
+        tensor = state_dict.pop(key)
+        if tensor.shape != here[key].shape:
+            errors.append(
+                f"size mismatch for {key}: the state has shape {tuple(tensor.shape)}, this model "
+                f"{tuple(here[key].shape)}."
+            )
+            continue
+        here[key].copy_(tensor)
 
 
 def _kept(record: _Record) -> dict[str, Tensor]:

@@ -35,22 +35,27 @@ class LayerRoute:
         For each row the number of its adapter among them, A for none.
     axis
         Of the input, along which the rows lie.
+    dtype
+        That the layer mostly computes in.
     """
 
-    def __init__(self, path: str, adapters: list[Adapter], rows: list[int], axis: int) -> None:
+    def __init__(
+        self, path: str, adapters: list[Adapter], rows: list[int], axis: int, dtype: torch.dtype
+    ) -> None:
         self.path, self.adapters, self.axis = path, adapters, axis
         self.rows = torch.tensor(rows, device=adapters[0].A.device)
         self._key: tuple[Any, ...] = ()
         self._stack: tuple[Tensor, Tensor] | None = None
+        self.stacked(dtype)
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return M and E of all adapters, anew if one of them is trained or has changed."""
-        trained = [adapter for adapter in self.adapters if adapter.B.requires_grad]
-        if trained and torch.is_grad_enabled():
+        """Return M and E of all adapters: anew if one is trained, or, where nothing is compiled, has changed."""
+        if any(adapter.B.requires_grad for adapter in self.adapters):
             return _stacked(self.adapters, dtype)
         if torch.compiler.is_compiling() and self._stack is not None:
-            return self._stack
-        key = (dtype, *(t._version for adapter in trained for t in (adapter.B, adapter.C)))
+            M, E = self._stack
+            return M.to(dtype), E.to(dtype)
+        key = (dtype, *(t._version for adapter in self.adapters for t in (adapter.B, adapter.C)))
         if self._stack is None or key != self._key:
             with torch.inference_mode(False), torch.no_grad():
                 self._stack = _stacked(self.adapters, dtype)
@@ -64,7 +69,9 @@ class LayerRoute:
             return self._linear(x.to(output.dtype), M, E, output)
         count, _, q = M.shape
         leading = x.shape if isinstance(kind, Embedding) else x.shape[: x.ndim > len(layer.weight.shape) - 1]
-        share = rows_of(self.path, tuple(leading), len(self.rows), self.axis)
+        # Ids of one axis are those of rows, or positions that are one for all rows.
+        exact = isinstance(kind, Embedding) and len(leading) == 1
+        share = rows_of(self.path, tuple(leading), len(self.rows), self.axis, exact=exact)
         z = kind.project(layer, x, torch.cat([*M[:-1]], dim=1))
         own = (self.rows[:, None] == torch.arange(count - 1, device=z.device)).repeat_interleave(q, dim=1)
         own = own.repeat_interleave(share, dim=0)

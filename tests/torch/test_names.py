@@ -54,7 +54,7 @@ def test_keys_of_a_state_stay_when_an_adapter_is_added(net):
 
 def test_a_state_goes_into_a_model_in_which_the_same_is_active(net, x):
     model, other = trained(net(), "a", "b"), trained(net(), "a", "b", seed=9)
-    with pytest.raises(errors.StateError, match="other adapters were active"):
+    with pytest.raises(errors.StateError, match="when .a. was not active, and it is here"):
         adamss.activate(copy.deepcopy(model), "a").load_state_dict(other.state_dict())
     model.load_state_dict(other.state_dict())
     for name in ("a", "b", []):
@@ -442,3 +442,96 @@ def test_what_one_adapts_another_does_not_save(net):
         adamss.attach(model, settings("c", targets=["classifier"]), name="c")
     assert_same_state(model, before)
     assert adamss.adapters(model)["a"].trained
+
+
+# ---- what was once wrong -------------------------------------------------------------------------------------
+
+
+def test_layers_that_share_a_weight_are_merged_one_after_the_other():
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), torch.randn(5, 16)
+    base[2].weight = base[0].weight
+    for first in ("a", "b"):
+        model = copy.deepcopy(base)
+        for name, target in (("a", "0"), ("b", "2")):
+            adamss.attach(model, adamss.AdamssConfig(targets=[target], rank=6, subspaces=2), name=name)
+            adapters_of(model, name)[target].C.data.normal_(std=0.3)
+        adamss.activate(model, ["a", "b"])
+        y = model(x)
+        with pytest.warns(errors.AdamssWarning, match="one tensor"):
+            adamss.merge(adamss.merge(model, name=first), name="b" if first == "a" else "a")
+        torch.testing.assert_close(model(x), y)
+        for name in ("a", "b"):
+            torch.testing.assert_close(adamss.unmerge(model, name=name)(x), y)
+        adamss.detach(model)
+        assert_same_state(model, base)
+        assert model[0].weight is model[2].weight
+
+
+def test_a_saved_module_that_was_replaced_while_its_adapter_was_off(net):
+    for head in (nn.Linear(16, 7), nn.Linear(16, 5, bias=False), nn.Tanh()):
+        model = trained(net(), "a", "b")
+        model.classifier = head
+        before = state(model)
+        with pytest.raises(errors.StateError, match=r"classifier of modules_to_save has been replaced"):
+            adamss.activate(model, "a")
+        assert_same_state(model, before)
+
+
+def test_a_merge_for_good_that_fails_changes_nothing(net):
+    model = trained(net(), "b", "c")
+    adapters_of(model, "b")["layers.0.query"].C.data[0, 0] = torch.nan
+    before = state(model), adamss.adapters(model), required(model)
+    with pytest.raises(errors.ArrayValueError):
+        adamss.merge_and_unload(model, name="b")
+    assert_same_state(model, before[0])
+    assert (adamss.adapters(model), required(model)) == before[1:]
+
+
+def test_gradients_of_a_saved_module_are_not_those_of_another_adapter(net, x):
+    model = adamss.attach(trained(net(), "a"), settings("c", modules_to_save=["classifier"]), name="c")
+    model(x).sum().backward()
+    assert model.classifier.weight.grad is not None
+    adamss.activate(model, "a")
+    assert model.classifier.weight.grad is None
+
+
+def test_a_route_follows_what_is_trained_and_loaded(net, x):
+    model, other = trained(net(), "b"), trained(net(), "b", seed=7)
+    with adamss.routed(model, ["b"] * 4), torch.no_grad():
+        model(x)
+        for parameter in adamss.trainable_parameters(model):
+            parameter.data.mul_(1.5)
+        y = model(x)
+    torch.testing.assert_close(model(x), y)
+    adamss.activate(model, [])
+    with adamss.routed(model, ["b"] * 4), torch.no_grad():
+        model(x)
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(x), other(x))
+
+
+def test_a_part_of_a_state_is_loaded_whatever_is_active(net):
+    model = adamss.attach(trained(net(), "a"), settings("c", modules_to_save=["classifier"]), name="c")
+    model.load_state_dict(net().state_dict(), strict=False)
+    trained_alone = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.load_state_dict(trained_alone, strict=False)
+    key = "adamss_kept.a.classifier.weight"
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {key}"):
+        model.load_state_dict(model.state_dict() | {key: torch.zeros(1)})
+
+
+def test_a_file_replaces_the_adapter_that_came_from_it(net, x):
+    path = _file(trained(net(), "b"), "b")
+    for trainable in (True, False):
+        model = adamss.load(net(), path, name="b", trainable=trainable)
+        y = model(x)
+        torch.testing.assert_close(adamss.load(model, path, name="b", replace=True)(x), y)
+        assert adamss.adapters(model)["b"].trained == trainable
+
+
+def test_positions_are_no_rows():
+    model = nn.Sequential(nn.Embedding(8, 6))
+    adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=4, subspaces=2), name="a")
+    with adamss.routed(model, ["a", None]), pytest.raises(errors.LayerError, match=r"^0: .*2 rows"):
+        model(torch.arange(4))
