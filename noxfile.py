@@ -48,6 +48,7 @@ BENCHMARKS = (
     "scaling",
     "inference",
     "stores",
+    "adapters",
     "step_time_jax",
     "budget",
 )

@@ -245,12 +245,8 @@ def replaced(backend: Backend, model: Model, new: Adaptation) -> Model:
             model = backend.with_rows(model, new.name, new.tokens)
         undo.pop_all()
     if new.kept and not old.active:
-        states = {
-            name: State(
-                each.weight, each.trainable, each.trained, new.kept if name == new.name else each.kept
-            )
-            for name, each in backend.bank(model).adapters.items()
-        }
+        states = {name: each.state for name, each in backend.bank(model).adapters.items()}
+        states[new.name] = states[new.name]._replace(kept=new.kept)
         model = backend.activated(model, states)
     return model
 
