@@ -13,7 +13,7 @@ from adamss_torch.kinds import Convolution, Embedding
 
 __all__ = ["LayerRoute"]
 
-GATHER_COST = 30
+GATHER_COST = 14
 """What it costs to gather the factors of one row, in products of one token with as many numbers."""
 
 
