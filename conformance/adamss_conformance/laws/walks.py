@@ -35,12 +35,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "b": {"targets": ["query"], "subspaces": 2, "seed": 5, "modules_to_save": []},
     "c": {"basis": "per_subspace", "include_bias": True, "modules_to_save": []},
 }
-WALKS = 40
+WALKS = 150
 """Walks of a run; a third of them by default."""
 
 DTYPE = "float64"
 names = st.sampled_from(sorted(SETTINGS))
-weights = st.dictionaries(names, st.sampled_from([1.0, 0.5, -2.0]))
+weights = st.tuples(*[st.sampled_from([0.5, -2.0, 1.0, None])] * len(SETTINGS))
 
 
 class Walk(RuleBasedStateMachine):
@@ -93,7 +93,8 @@ class Walk(RuleBasedStateMachine):
             return self.refused(lambda: adamss.attach(self.model, config(**SETTINGS[name]), name=name))
         self.model = adamss.attach(self.model, config(**SETTINGS[name]), name=name)
         self.weights = {name: 1.0}
-        return self.look(name)
+        self.look(name)
+        return self.train(name, seed=10)  # an update of zero would show nothing
 
     @rule(name=names, seed=st.integers(0, 9))
     def train(self, name: str, seed: int) -> None:
@@ -122,11 +123,14 @@ class Walk(RuleBasedStateMachine):
             masks[path] = self.driver.array(mask)
         self.model = self.driver.backend.set_active(self.model, masks, name)
 
-    @rule(what=weights)
-    def activate(self, what: dict[str, float]) -> None:
-        unknown = not what.keys() <= self.deltas.keys()
+    @rule(chosen=weights)
+    def activate(self, chosen: tuple[float | None, ...]) -> None:
+        all_of_them = dict(zip(SETTINGS, chosen, strict=True))
+        what = {
+            name: weight for name, weight in all_of_them.items() if weight is not None and name in self.deltas
+        }
         moves = any(what.get(name) != self.weights[name] for name in self.held)
-        if not self.deltas or unknown or moves:
+        if not self.deltas or moves:
             return self.refused(lambda: adamss.activate(self.model, what))
         self.model = adamss.activate(self.model, what)
         self.weights = dict(what)
@@ -187,9 +191,10 @@ class Walk(RuleBasedStateMachine):
     @precondition(
         lambda self: self.deltas and not self.held and "routes" not in self.driver.capabilities.missing
     )
-    @rule(rows=st.lists(st.none() | names, min_size=7, max_size=7))
-    def route(self, rows: list[str | None]) -> None:
-        rows = [name if name in self.deltas else None for name in rows]
+    @rule(places=st.lists(st.integers(0, 3), min_size=7, max_size=7))
+    def route(self, places: list[int]) -> None:
+        there = [*self.deltas, None]
+        rows = [there[place % len(there)] for place in places]
         with adamss.routed(self.model, rows) as mixed:
             outputs = outputs_of(self.driver, mixed, DTYPE)
         for path in TARGETS:
