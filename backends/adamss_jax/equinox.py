@@ -157,6 +157,8 @@ class Adapter(eqx.Module):
     gate
         While the rows of a batch are routed, which of them go through the adapter: (rows,) booleans, over which the
         caller maps the model together with its inputs, by `route_axes`.
+    place
+        The path of the layer meanwhile, for messages.
     """
 
     part: Part
@@ -169,6 +171,7 @@ class Adapter(eqx.Module):
     order: str | None = eqx.field(static=True, default=None)
     kept: dict[str, Array] = eqx.field(default_factory=dict)
     gate: Array | None = None
+    place: str | None = eqx.field(static=True, default=None)
 
     def factors(self) -> Factors:
         """Return the factors, canonical."""

@@ -369,11 +369,14 @@ class Adapter(nnx.Module):
         While the adapter is not active, in one of its layers, variables with its values of ``modules_to_save``.
     through
         While the rows of a batch are routed, which of them go through the adapter: (rows,) booleans.
+    place
+        The path of the layer meanwhile, for messages. At other times layers that are alike are to be compiled once.
     """
 
     in_weight: nnx.Dict[Any] | None = None
     elsewhere: nnx.Dict[Any] | None = None
     through: nnx.Variable[Any] | None = None
+    place: str | None = None
 
     def __init__(self, factors: Factors) -> None:
         for name, array in factors._asdict().items():
@@ -403,11 +406,12 @@ class Adapter(nnx.Module):
 
     def write(self, name: str, value: Any) -> None:
         """Give it another value of a field of `Factors`, of `part`, of `kept` or of `gate`."""
-        if name == "gate":
-            if "through" in vars(self):
-                del self.through
+        if name in ("gate", "place"):
+            attribute = "through" if name == "gate" else name
+            if attribute in vars(self):
+                delattr(self, attribute)
             if value is not None:
-                self.through = nnx.Variable(value)
+                setattr(self, attribute, nnx.Variable(value) if name == "gate" else value)
             return
         if name in Factors._fields:
             getattr(self, name).set_value(value)

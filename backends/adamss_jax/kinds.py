@@ -153,7 +153,7 @@ def _with_routed(
     if gate.ndim > 1:
         # Ids of one axis are those of rows, or positions that are one for all rows.
         exact = len(leading) == 1 and not kind.linear and jnp.issubdtype(x.dtype, jnp.integer)
-        share = rows_of(type(layer).__name__, leading, len(gate), axis, exact=exact)
+        share = rows_of(adapters[0].place or type(layer).__name__, leading, len(gate), axis, exact=exact)
         shape = [1] * z.ndim
         shape[axis], shape[-1] = leading[axis], gate.shape[-1]
         gate = jnp.reshape(jnp.repeat(gate, share, axis=0), shape)

@@ -204,7 +204,7 @@ class JaxModels(JaxArrays, Backend):
     def rewritten(self, model: Model, name: str, values: Mapping[str, Mapping[str, Any]]) -> Model:
         """Return the model with other values in an adapter, by the keys of `attached` and then by name.
 
-        Names are the fields of `Factors`, ``part``, ``kept`` and ``gate``.
+        Names are the fields of `Factors`, ``part``, ``kept``, ``gate`` and ``place``.
         """
 
     @abstractmethod
@@ -377,7 +377,7 @@ class JaxModels(JaxArrays, Backend):
                     rows = np.asarray(route.rows) == route.names.index(name)
                     leading = found[owner].adapters[name].factors().ranks.shape[:-1]
                     gate = jnp.broadcast_to(jnp.asarray(rows), (*leading, len(rows)))
-                gates[owner] = {"gate": gate}
+                gates[owner] = {"gate": gate, "place": None if gate is None else owner}
             model = self.rewritten(model, name, gates)
         names = None if route is None else (route.names, route.axis)
         return self.with_record(model, replace(record, route=names))

@@ -19,6 +19,7 @@ import adamss_jax
 from adamss import BudgetConfig, core, errors
 from adamss.backend import backend_for
 from adamss_conformance.cases import random_C
+from adamss_jax.equinox import route_axes
 from adamss_jax.flax import AdamssParam
 from adamss_jax.optax import hold_frozen
 
@@ -334,3 +335,59 @@ def test_the_head_of_an_embedding_stays_that_of_the_base(x):
     with pytest.warns(errors.AdamssWarning, match="attend of an adapted"):
         np.testing.assert_allclose(merged["embed"].attend(x), base, atol=2e-5)
     same(adamss.detach(merged)["embed"].attend(x), base)
+
+
+# ---- rows of a batch -----------------------------------------------------------------------------------------
+
+
+def test_rows_go_through_a_scan_over_layers(x):
+    model, route = Stack(3), ["a", None, "b", "a", "b"]
+    for name in "ab":
+        settings = config(targets=["query"], rank=3 + ord(name) % 2, subspaces=2, segmentation="kmeans")
+        model = with_values(adamss.attach(model, settings, name=name), name, seed=ord(name))
+    run = nnx.jit(lambda model, x: model(x))
+    with adamss.routed(model, route):
+        mixed = run(model, x)
+        with pytest.raises(errors.LayerError, match=r"^block\.query: .* 5 rows"):
+            run(model, x[:3])
+    for row, name in enumerate(route):
+        expected = run(adamss.activate(model, name), x)[row]
+        np.testing.assert_allclose(mixed[row], expected, rtol=1e-5, atol=1e-5)
+
+
+KINDS = {
+    "nnx conv": (
+        lambda: nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)),
+        lambda: inputs(3 * 36, 3).reshape(3, 6, 6, 3),
+    ),
+    "nnx embed": (lambda: nnx.Embed(9, 6, rngs=nnx.Rngs(0)), lambda: jnp.arange(12).reshape(3, 4) % 9),
+    "equinox conv": (
+        lambda: eqx.nn.Conv2d(3, 4, 3, key=jax.random.key(0)),
+        lambda: inputs(3 * 36, 3).reshape(3, 3, 6, 6),
+    ),
+    "equinox embedding": (lambda: eqx.nn.Embedding(9, 6, key=jax.random.key(0)), lambda: jnp.arange(3)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_other_kinds(kind):
+    make, batch = KINDS[kind]
+    model, x, route = {"layer": make()}, batch(), ["a", None, "b"]
+    library = "nnx" if kind.startswith("nnx") else "equinox"
+    model = nnx.Dict(model) if library == "nnx" else model
+    for name in "ab":
+        settings = adamss.AdamssConfig(
+            targets=["layer"], rank=4, subspaces=2, subspace_rank=ord(name) % 2 + 1
+        )
+        model = with_values(adamss.attach(model, settings, name=name), name, seed=ord(name))
+
+    def run(model, axes=None):
+        if library == "nnx":
+            return model["layer"](x)
+        return eqx.filter_vmap(lambda model, x: model["layer"](x), in_axes=(axes, 0))(model, x)
+
+    with adamss.routed(model, route) as routed:
+        mixed = run(routed, None if library == "nnx" else route_axes(routed))
+    for row, name in enumerate(route):
+        expected = run(adamss.activate(model, name))[row]
+        np.testing.assert_allclose(mixed[row], expected, rtol=1e-5, atol=1e-5)
