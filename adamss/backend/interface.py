@@ -487,8 +487,8 @@ class Models(ABC):
         """
 
     def with_rows(self, model: Model, name: str, tokens: Mapping[str, Rows]) -> Model:
-        """Return the model with other values of the trained rows of an adapter; where `trains_rows`, override it."""
-        raise NotImplementedError
+        """Return the model with other values of the trained rows of an adapter; called where `trains_rows` alone."""
+        raise StateError(f"the backend {type(self).__name__} trains no rows of embeddings")
 
     @abstractmethod
     def with_masks(self, model: Model, name: str, active: Mapping[str, Array]) -> Model:

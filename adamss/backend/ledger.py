@@ -282,6 +282,12 @@ def switch(
     """
     bank, trained = backend.bank(model), {*trained}
     check_together(bank, weights)
+    for name, each in bank.adapters.items():
+        if each.held and weights.get(name) != each.weight:
+            raise StateError(
+                f"the weights hold the update of {name!r}, which can be taken off, or get another factor, after "
+                f"adamss.unmerge(model, name={name!r}) alone"
+            )
     kept = {name: dict(each.kept) for name, each in bank.adapters.items()}
     leaving = {
         path: name
@@ -397,14 +403,13 @@ def hold(
     with ExitStack() as stack:
         model, before = _exchanged(stack, backend.exchange, model, arrays)
         layers = (bank.layers if put_away is None else put_away) if keep_base else {}
-        former_weights: dict[str, Any] = {
-            owner: None
-            if not keep_base or bank.base.get(owner, before[owner]) is None
-            else {**before[owner], **(bank.base.get(owner) or {})}
-            for owner in owners | dict.fromkeys(tokens)
-        }
-        former_weights |= {owner: {} for owner in layers}
-        model = _entered(stack, backend, model, bank.ledger, Ledger(held, former_weights, layers))
+        kept: dict[str, Any] = {}
+        for owner in owners | dict.fromkeys(tokens):
+            known = bank.base.get(owner, {})  # None if it was dropped
+            # What was kept before comes last: what is there now is W0 of the other arrays alone.
+            kept[owner] = {**before[owner], **known} if keep_base and known is not None else None
+        kept |= {owner: {} for owner in layers}
+        model = _entered(stack, backend, model, bank.ledger, Ledger(held, kept, layers))
         again = backend.probed(model) if outputs else {}
         for path in outputs.keys() & again.keys() & weights.keys():
             _check_output(path, *outputs[path], again[path][0], weights[path].W)
@@ -550,26 +555,20 @@ def _check_apart(bank: Bank, layers: Iterable[str], saved: Iterable[str]) -> Non
                 )
 
 
-def check_together(bank: Bank, weights: Mapping[str, float]) -> None:
-    """Check that these adapters can be active together, and that none is left out whose update a weight holds."""
-    for name, each in bank.adapters.items():
-        if each.held and weights.get(name) != each.weight:
-            raise StateError(
-                f"the weights hold the update of {name!r}, which can be taken off, or get another factor, after "
-                f"adamss.unmerge(model, name={name!r}) alone"
-            )
-    for one, other in combinations(weights, 2):
+def check_together(bank: Bank, names: Iterable[str]) -> None:
+    """Check that no two of these adapters have values of one module to save, or rows of one embedding."""
+    for one, other in combinations(names, 2):
         first, second = bank.adapters[one], bank.adapters[other]
         for path in first.saved:
             if any(_overlap(path, its) for its in second.saved):
                 raise StateError(
                     f"{one!r} and {other!r} both have values of {path}, one of modules_to_save, which cannot be "
-                    "added up; activate one of them"
+                    "added up; name one of them"
                 )
         if common := first.tokens.keys() & second.tokens.keys():
             raise StateError(
                 f"{one!r} and {other!r} both have rows of trained_tokens for {min(common)}, which cannot be added "
-                "up; activate one of them"
+                "up; name one of them"
             )
 
 

@@ -107,8 +107,8 @@ def to_lora(model: Model, folder: str | os.PathLike[str], *, name: Name = None) 
     path = checked_path(folder, name="folder", to_write=True)
     backend, bank = adapted(model, "to_lora")
     weights = chosen(bank, name, "to_lora")
-    if isinstance(name, str):
-        weights = {name: 1.0}
+    if name is not None and not isinstance(name, Mapping):
+        weights = dict.fromkeys(weights, 1.0)  # whatever it is active with
     check_together(bank, weights)
     adapters = {one: bank.adapters[one] for one in weights}
     every = dict.fromkeys(path for each in adapters.values() for path in each.layers)

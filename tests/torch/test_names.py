@@ -535,3 +535,13 @@ def test_positions_are_no_rows():
     adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=4, subspaces=2), name="a")
     with adamss.routed(model, ["a", None]), pytest.raises(errors.LayerError, match=r"^0: .*2 rows"):
         model(torch.arange(4))
+
+
+def test_adapters_are_exported_alone_while_others_are_merged_or_weighted(net, x):
+    model = adamss.activate(trained(net(), "b", "c", include_bias=False), {"b": 0.5})
+    adamss.merge(model)
+    for names in ("b", "c", ["b", "c"]):
+        adamss.to_lora(model, _file.folder / "lora", name=names)
+        lora = PeftModel.from_pretrained(net(), _file.folder / "lora").eval()
+        expected = adamss.activate(trained(net(), "b", "c", include_bias=False), names)(x)
+        torch.testing.assert_close(lora(x), expected, atol=1e-5, rtol=1e-5)
