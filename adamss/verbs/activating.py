@@ -88,6 +88,8 @@ def routed(model: Model, names: Iterable[str | None], *, axis: int = 0) -> Itera
 
     Raises
     ------
+    ConfigError
+        If there are no rows, or the axis is none.
     StateError
         If the model has no such adapter; if the weights hold the update of one, or one has ``modules_to_save`` or
         ``trained_tokens``, which are one for all rows; within `disabled` or another block of this.
@@ -110,6 +112,8 @@ def routed(model: Model, names: Iterable[str | None], *, axis: int = 0) -> Itera
     rows = [names] if isinstance(names, str) else list(names)
     if not rows:
         raise ConfigError("routed: names is empty; it has one entry for each row of the batch")
+    if not isinstance(axis, int) or axis < 0:
+        raise ConfigError(f"routed: axis counts from the first axis of the input, 0; found {axis!r}")
     used = chosen(bank, dict.fromkeys((name for name in rows if name is not None), 1.0), "routed", empty=True)
     for name in {*used, *bank.active}:
         each = bank.adapters[name]

@@ -416,6 +416,8 @@ def test_what_has_one_weight_for_all_rows_cannot_be_routed():
     adamss.attach(model, adamss.AdamssConfig(targets=["q_proj"], rank=6, subspaces=3), name="a")
     with pytest.raises(errors.LayerError, match=r"^0\.q_proj: .*for all rows"), adamss.routed(model, ["a"]):
         pass
+    with pytest.raises(errors.ConfigError, match="axis counts from"), adamss.routed(model, [None], axis=-1):
+        pass
     assert adamss.adapters(model)["a"].active
 
 
