@@ -156,6 +156,12 @@ class Adaptation:
         """Whether the weights hold the update of every subspace."""
         return all(path in self.held and bool(self.held[path].all()) for path in self.layers)
 
+    @property
+    def way_out(self) -> str:
+        """Return what takes its update out of the weights, for messages."""
+        unmerge = f"adamss.unmerge(model, name={self.name!r})"
+        return unmerge if self.merged else f"adamss.merge(model, name={self.name!r}) and then {unmerge}"
+
 
 @dataclass(frozen=True)
 class Bank:

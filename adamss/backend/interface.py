@@ -717,9 +717,8 @@ class Backend(Arrays, Processes, Models):
             held = adaptation.held.get(path)
             thawed = None if held is None else held & np.asarray(self.to_stored(mask).numpy())
             if thawed is not None and thawed.any():
-                remedy = "adamss.unmerge(model)" if adaptation.merged else "adamss.merge and adamss.unmerge"
                 raise StateError(
                     f"{path}: the mask thaws subspace {int(thawed.argmax())}, whose update the weight holds; keep it "
-                    f"frozen, or call {remedy} first"
+                    f"frozen, or call {adaptation.way_out} first"
                 )
         return self.with_masks(model, name, active)

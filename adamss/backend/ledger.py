@@ -216,7 +216,7 @@ def replaced(backend: Backend, model: Model, new: Adaptation) -> Model:
     """
     old = backend.bank(model).adapters[new.name]
     if old.held:
-        raise StateError(f"the weights hold the update of {new.name!r}; call adamss.unmerge(model) first")
+        raise StateError(f"the weights hold the update of {new.name!r}; call {old.way_out} first")
     for what, there, here in (
         ("adapted layers", sorted(new.layers), sorted(old.layers)),
         ("modules_to_save", sorted(new.saved), sorted(old.saved)),
@@ -285,8 +285,8 @@ def switch(
     for name, each in bank.adapters.items():
         if each.held and weights.get(name) != each.weight:
             raise StateError(
-                f"the weights hold the update of {name!r}, which can be taken off, or get another factor, after "
-                f"adamss.unmerge(model, name={name!r}) alone"
+                f"the weights hold the update of {name!r}, which can be switched off, or get another weight, after "
+                f"{each.way_out} alone"
             )
     kept = {name: dict(each.kept) for name, each in bank.adapters.items()}
     leaving = {

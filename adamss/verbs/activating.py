@@ -121,9 +121,9 @@ def routed(model: Model, names: Iterable[str | None], *, axis: int = 0) -> Itera
             remedy = "route others" if name in used else "activate another first"
             raise StateError(f"routed: {name!r} has {what}, which are one for all rows of a batch; {remedy}")
     if bank.ledger.held:
-        held = next(iter(bank.ledger.held))
+        held = bank.adapters[next(iter(bank.ledger.held))]
         raise StateError(
-            f"routed: the weights hold the update of {held!r} for all rows; call adamss.unmerge(model)"
+            f"routed: the weights hold the update of {held.name!r} for all rows; call {held.way_out} first"
         )
     order = [name for name, each in bank.adapters.items() if not each.saved and not each.tokens]
     route = Route(tuple(order), tuple(-1 if name is None else order.index(name) for name in rows), axis)

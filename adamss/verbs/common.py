@@ -182,7 +182,7 @@ def new_name(backend: Backend, model: Model, name: str, verb: str, *, replace: b
     if bank.ledger.held and not (replace and name in bank.adapters):
         raise StateError(
             f"{verb}: the weights hold the update of {', '.join(map(repr, bank.ledger.held))}, beside which no "
-            "adapter can be added; call adamss.unmerge(model) first"
+            f"adapter can be added; call {bank.adapters[next(iter(bank.ledger.held))].way_out} first"
         )
     return bank
 

@@ -547,3 +547,15 @@ def test_adapters_are_exported_alone_while_others_are_merged_or_weighted(net, x)
         lora = PeftModel.from_pretrained(net(), _file.folder / "lora").eval()
         expected = adamss.activate(trained(net(), "b", "c", include_bias=False), names)(x)
         torch.testing.assert_close(lora(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_way_out_of_what_the_weights_hold_is_named_and_works(net):
+    model = trained(net(), "b", "c")
+    for adapter in adapters_of(model, "c").values():
+        adapter.active[0] = False
+    adamss.consolidate(model)
+    for verb in (lambda: adamss.activate(model, "b"), lambda: adamss.attach(model, settings("a"), name="a")):
+        with pytest.raises(errors.StateError, match=r"merge\(model, name='c'\) and then adamss.unmerge"):
+            verb()
+    adamss.unmerge(adamss.merge(model, name="c"), name="c")
+    adamss.activate(model, "b")
