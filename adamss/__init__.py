@@ -8,7 +8,7 @@ imports no framework.
 
 from adamss import core, errors
 from adamss._version import __version__ as __version__
-from adamss.config import AdamssConfig, BudgetConfig
+from adamss.config import AdamssConfig, BudgetConfig, SubspaceEstimate
 from adamss.errors import AdamssError, AdamssWarning
 from adamss.verbs import (
     activate,
@@ -38,6 +38,7 @@ __all__ = [
     "AdamssWarning",
     "AdapterInfo",
     "BudgetConfig",
+    "SubspaceEstimate",
     "Summary",
     "SummaryRow",
     "activate",

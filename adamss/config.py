@@ -23,12 +23,13 @@ __all__ = [
     "Basis",
     "BudgetConfig",
     "InitialB",
+    "SubspaceEstimate",
     "shown",
 ]
 
-Segmentation = Literal["kmeans", "spectral", "ksubspaces", "contiguous", "random"]
+Segmentation = Literal["kmeans", "ncut", "spectral", "ksubspaces", "contiguous", "random"]
 Basis = Literal["shared", "per_subspace"]
-InitialB = Literal["orthonormal", "weighted"]
+InitialB = Literal["orthonormal", "weighted", "qr"]
 Unit = Literal["subspaces", "parameters"]
 Window = Literal["reset", "running"]
 FactorDtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -38,6 +39,7 @@ SEGMENTATIONS, BASES, INITIAL_B, UNITS, WINDOWS, FACTOR_DTYPES = map(
 )
 LARGEST_POWER = 100
 ALL_LINEAR = "all-linear"
+ESTIMATE = "estimate"
 
 OVERRIDABLE = {
     *("rank", "subspaces", "subspace_rank", "segmentation", "segmentation_dimension"),
@@ -152,6 +154,52 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubspaceEstimate:
+    """K from the weight itself, for every layer its own: `adamss.core.estimate_subspaces` (the paper's Algorithm 2).
+
+    Parameters
+    ----------
+    tau
+        Soft threshold of the Laplacian's eigenvalues, in (0, 1].
+    minimum
+        K0: lowest K.
+    maximum
+        Highest K; None for the rank R of the decomposition, or `minimum` where that is more.
+    exponent
+        Of the affinity between columns, positive. Segmentation ``"ncut"`` uses it too, and 2 where K is a number:
+        ``SubspaceEstimate(minimum=10, maximum=10, exponent=4)`` is K = 10 with another.
+
+    Raises
+    ------
+    ConfigError, ConfigTypeError
+        If a value cannot be used; the message names it.
+
+    Examples
+    --------
+    >>> AdamssConfig(targets=["query"], subspaces="estimate").subspaces
+    SubspaceEstimate(tau=0.01, minimum=10, maximum=None, exponent=2.0)
+    """
+
+    tau: float = 0.01
+    minimum: int = 10
+    maximum: int | None = None
+    exponent: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_real(self, "tau", low=0.0, high=None)
+        if self.tau > 1:
+            raise ConfigError(f"tau must be at most 1, found {self.tau}")
+        _set_integer(self, "minimum", minimum=1)
+        if self.maximum is not None:
+            _set_integer(self, "maximum", minimum=1)
+            if self.maximum < self.minimum:
+                raise ConfigError(f"maximum = {self.maximum} is less than minimum = {self.minimum}; raise it")
+        _check_real(self, "exponent", low=0.0, high=None)
+        if self.exponent > LARGEST_POWER:
+            raise ConfigError(f"exponent must be at most {LARGEST_POWER}, found {self.exponent}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdamssConfig:
     """What to adapt, and how.
 
@@ -174,7 +222,7 @@ class AdamssConfig:
     rank
         R, rank of the truncated SVD of the weight.
     subspaces
-        K, number of subspaces.
+        K, number of subspaces; ``"estimate"`` or a `SubspaceEstimate` for one that each layer finds in its weight.
     subspace_rank
         r_k, trained rank of each.
     modules_to_save
@@ -186,13 +234,14 @@ class AdamssConfig:
         embedding: ``{"embed_tokens": [32000, 32001]}``. A head that shares the weight uses the trained rows too.
         They are kept in ascending order. Not by every backend.
     segmentation
-        How columns are grouped: ``"kmeans"``, ``"spectral"``, ``"ksubspaces"``, ``"contiguous"``, ``"random"``.
+        How columns are grouped: ``"kmeans"``, ``"ncut"``, ``"spectral"``, ``"ksubspaces"``, ``"contiguous"``,
+        ``"random"``: see `adamss.core.segment`.
     segmentation_dimension
         Dimension of each subspace, for ``"ksubspaces"``.
     basis
         ``"shared"`` or ``"per_subspace"``: see `adamss.core.initial_factors`.
     initial_B
-        ``"orthonormal"`` or ``"weighted"``: see `adamss.core.initial_factors`.
+        ``"orthonormal"``, ``"weighted"`` or ``"qr"``: see `adamss.core.initial_factors`.
     include_bias
         Whether the update moves the bias too, as one more input row of the weight. A layer without a
         bias is adapted without.
@@ -220,7 +269,7 @@ class AdamssConfig:
     exclude: str | Iterable[str] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     rank: int = 100
-    subspaces: int = 10
+    subspaces: int | Literal["estimate"] | SubspaceEstimate = 10
     subspace_rank: int = 1
     modules_to_save: Iterable[str] = ()
     trained_tokens: Iterable[int] | Mapping[str, Iterable[int]] | None = field(default=None, hash=False)
@@ -234,7 +283,8 @@ class AdamssConfig:
     budget: BudgetConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "subspaces", "subspace_rank"):
+        _set_subspaces(self)
+        for name in ("rank", "subspace_rank"):
             _set_integer(self, name, minimum=1)
         _set_integer(self, "seed", minimum=0)
         for name in ("targets", "exclude"):
@@ -281,6 +331,7 @@ class AdamssConfig:
             raise ConfigTypeError(
                 f"overrides must be a dictionary of settings by pattern, found {shown(self.overrides)}"
             )
+        overrides = {}
         for pattern, settings in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(settings, Mapping):
                 raise ConfigTypeError(
@@ -295,10 +346,10 @@ class AdamssConfig:
                     f"itself is {', '.join(sorted(OVERRIDABLE))}"
                 )
             try:
-                dataclasses.replace(self, overrides={}, **settings)
+                checked = dataclasses.replace(self, overrides={}, **settings)
             except (ConfigError, ConfigTypeError) as error:
                 raise type(error)(f"overrides[{shown(pattern)}]: {error}") from error
-        overrides = {pattern: dict(settings) for pattern, settings in self.overrides.items()}
+            overrides[pattern] = {name: getattr(checked, name) for name in settings}
         object.__setattr__(self, "overrides", overrides)
 
     def for_layer(self, path: str) -> Self:
@@ -315,6 +366,45 @@ class AdamssConfig:
         for name, value in values.items():
             object.__setattr__(new, name, value)
         return new
+
+    @classmethod
+    def paper(cls, **settings: Any) -> Self:
+        """Return the method as the paper describes it (Algorithms 1 and 2), with other settings of the caller's.
+
+        K estimated for every layer, normalised cuts, a basis per subspace, B from a QR; R = 100, r_k = 1.
+
+        Examples
+        --------
+        >>> AdamssConfig.paper(targets=["query", "value"]).basis
+        'per_subspace'
+        """
+        own: dict[str, Any] = {
+            "subspaces": ESTIMATE,
+            "segmentation": "ncut",
+            "basis": "per_subspace",
+            "initial_B": "qr",
+        }
+        return cls(**own | settings)
+
+    @classmethod
+    def reference(cls, **settings: Any) -> Self:
+        """Return the method as the paper's code runs it, with other settings of the caller's.
+
+        K = 10, k-means, one basis shared by all subspaces, the bias as one more input row; R = 100, r_k = 1. The
+        published parameter counts are those of this method.
+
+        Examples
+        --------
+        >>> AdamssConfig.reference(targets=["query", "value"], subspaces=5).include_bias
+        True
+        """
+        own: dict[str, Any] = {
+            "subspaces": 10,
+            "segmentation": "kmeans",
+            "basis": "shared",
+            "include_bias": True,
+        }
+        return cls(**own | settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a dictionary of plain values, fit for JSON."""
@@ -353,10 +443,10 @@ class AdamssConfig:
         overrides = settings.get("overrides")
         if isinstance(overrides, Mapping):
             harmless["overrides"] = {f"{number}": own for number, own in enumerate(overrides.values())}
-            patterns["overrides"] = {
-                pattern: dict(own) for pattern, own in overrides.items() if isinstance(own, Mapping)
-            }
-        return cls.from_dict({**settings, **harmless}).unchecked(**patterns)
+        config = cls.from_dict({**settings, **harmless})
+        if isinstance(overrides, Mapping):
+            patterns["overrides"] = dict(zip(overrides, config.overrides.values(), strict=True))
+        return config.unchecked(**patterns)
 
 
 def _run_of_components(pattern: str) -> str:
@@ -390,6 +480,23 @@ def _set_integer(config: object, name: str, *, minimum: int) -> None:
     if number < minimum:
         raise ConfigError(f"{name} must be at least {minimum}, found {number}")
     object.__setattr__(config, name, number)
+
+
+def _set_subspaces(config: AdamssConfig) -> None:
+    """Set K to an integer, or to how it is estimated: by default, or as a file says it."""
+    value = config.subspaces
+    if value == ESTIMATE:
+        value = SubspaceEstimate()
+    elif isinstance(value, Mapping):
+        value = _from_dict(SubspaceEstimate, value)
+    elif isinstance(value, str):
+        raise ConfigError(
+            f"subspaces must be an integer, 'estimate' or a SubspaceEstimate, found {shown(value)}"
+        )
+    if isinstance(value, SubspaceEstimate):
+        object.__setattr__(config, "subspaces", value)
+    else:
+        _set_integer(config, "subspaces", minimum=1)
 
 
 def _set_names(config: object, name: str) -> None:

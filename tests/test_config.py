@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from adamss import AdamssConfig, BudgetConfig
+from adamss import AdamssConfig, BudgetConfig, SubspaceEstimate
 from adamss.errors import AdamssError, ConfigError, ConfigTypeError
 
 BUDGET = {"target": 10, "end_step": 100}
@@ -17,6 +17,18 @@ BUDGET = {"target": 10, "end_step": 100}
     [
         ({"rank": 0}, ConfigError, "rank must be at least 1, found 0"),
         ({"subspaces": -1}, ConfigError, "subspaces must be at least 1"),
+        (
+            {"subspaces": "guess"},
+            ConfigError,
+            "subspaces must be an integer, 'estimate' or a Sub.*found 'guess'",
+        ),
+        ({"subspaces": {"tau": -1}}, ConfigError, "tau must be positive"),
+        ({"subspaces": {"tua": 1}}, ConfigError, "SubspaceEstimate has no setting tua"),
+        (
+            {"overrides": {"a": {"subspaces": {"minimum": 0}}}},
+            ConfigError,
+            r"overrides\['a'\]: minimum must be at",
+        ),
         ({"subspace_rank": 0}, ConfigError, "subspace_rank must be at least 1"),
         ({"rank": 1.5}, ConfigTypeError, "rank must be an integer, found 1.5"),
         ({"rank": True}, ConfigTypeError, "rank must be an integer, found True"),
@@ -99,6 +111,35 @@ def test_travels_through_json(targets, changes):
         targets=targets, modules_to_save=["head"], basis="per_subspace", seed=3, budget=budget
     )
     assert AdamssConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    "subspaces", ["estimate", SubspaceEstimate(tau=0.1, maximum=12, exponent=4), 7], ids=str
+)
+def test_the_way_to_the_number_of_subspaces_travels_through_json(subspaces):
+    config = AdamssConfig(targets=["query"], subspaces=subspaces, overrides={"a.b": {"subspaces": subspaces}})
+    again = AdamssConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    expected = SubspaceEstimate() if subspaces == "estimate" else subspaces
+    assert again.subspaces == again.for_layer("a.b").subspaces == expected
+    assert (
+        AdamssConfig.from_file(json.loads(json.dumps(config.to_dict()))).for_layer("a.b").subspaces
+        == expected
+    )
+
+
+def test_the_settings_of_the_paper_and_of_its_code():
+    paper, reference = AdamssConfig.paper(targets=["q"]), AdamssConfig.reference(targets=["q"], subspaces=3)
+    assert (paper.subspaces, paper.rank, paper.subspace_rank) == (
+        SubspaceEstimate(tau=0.01, minimum=10),
+        100,
+        1,
+    )
+    assert (paper.segmentation, paper.basis, paper.initial_B, paper.include_bias) == (
+        ("ncut", "per_subspace", "qr", False)
+    )
+    assert (reference.subspaces, reference.rank, reference.subspace_rank) == (3, 100, 1)
+    assert (reference.segmentation, reference.basis, reference.include_bias) == ("kmeans", "shared", True)
 
 
 def test_budget_travels_through_json():

@@ -7,6 +7,51 @@ with d inputs and n outputs, ``y = x @ W + b``.
 The order of use is `decompose` -> `segment` -> `initial_factors` -> `linear`. A training with a budget starts with
 `plan_budget` and calls `observe` and `advance` in every step. `adamss.core.analysis` measures what the
 paper speaks about.
+
+Examples
+--------
+Algorithms 1 and 2 of the paper, step by step. The columns of W0 lie in three planes; R = 6, K0 = 2, r_k = 1.
+
+>>> import numpy as np
+>>> rng = np.random.default_rng(0)
+>>> planes = [rng.standard_normal((12, 2)) @ rng.standard_normal((2, 6)) for _ in range(3)]
+>>> W0, R, K0, r, tau = np.concatenate(planes, axis=1)[:, rng.permutation(18)], 6, 2, 1, 0.01
+>>> U0, S0, V0 = np.linalg.svd(W0)
+>>> U0, S0, V0 = U0[:, :R], S0[:R], V0[:R, :].T
+>>> W_hat, Z = (U0 * S0) @ V0.T, V0 @ V0.T
+
+Algorithm 2: affinity, normalised Laplacian, the number of subspaces, normalised cuts.
+
+>>> rows = V0 / np.linalg.norm(V0, axis=1, keepdims=True)
+>>> F = (rows @ rows.T) ** 2
+>>> D = np.sum(F, axis=1)
+>>> L = np.eye(18) - F / np.sqrt(D[:, None] * D)
+>>> s = np.linalg.svd(L, compute_uv=False)
+>>> K = max(K0, 18 - round(np.sum(np.where(s >= tau, 1.0, np.log2(1 + s**2 / tau**2)))))
+>>> cuts = np.linalg.eigh(L)[1][:, :K] / np.sqrt(D)[:, None]
+>>> cuts = cuts / np.linalg.norm(cuts, axis=1, keepdims=True)  # the same for all columns of one subspace
+>>> same = cuts @ cuts.T > 0.5
+
+Algorithm 1: a basis for each subspace, B from a QR, C = 0; here the directions A(k) B(k).
+
+>>> directions = []
+>>> for k in dict.fromkeys(int(np.argmax(row)) for row in same):
+...     I = same[k]
+...     U, S, V = np.linalg.svd(W_hat[:, I], full_matrices=False)
+...     Q, _ = np.linalg.qr(S[:, None] * V @ Z[np.ix_(I, I)])
+...     directions.append(U @ Q[:, :r])
+
+The same by this package; singular vectors are determined up to their sign.
+
+>>> decomposition = decompose(W0, R)
+>>> found = estimate_subspaces(decomposition, tau=tau, minimum=K0)
+>>> labels = segment(decomposition, found, "ncut")
+>>> factors = initial_factors(decomposition, labels, r, basis="per_subspace", initial_B="qr")
+>>> found == K and np.array_equal(labels[:, None] == labels, same)
+True
+>>> cosines = np.sum(np.concatenate(directions, axis=1) * contract(factors), axis=0)
+>>> bool(np.allclose(np.abs(cosines), 1.0))
+True
 """
 
 from adamss.core import analysis
@@ -38,6 +83,7 @@ from adamss.core.factors import (
 )
 from adamss.core.linear import Gradients, Merged, contract, delta, expand, linear, linear_vjp, merge
 from adamss.core.segmentation import segment, subspace_sizes
+from adamss.core.spectral import estimate_subspaces
 
 __all__ = [
     "BudgetPlan",
@@ -61,6 +107,7 @@ __all__ = [
     "count_trainable",
     "decompose",
     "delta",
+    "estimate_subspaces",
     "expand",
     "factors_from_directions",
     "hold_frozen",

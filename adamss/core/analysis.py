@@ -13,12 +13,14 @@ from adamss.core.counting import subspace_costs
 from adamss.core.decomposition import Decomposition, effective_coordinates
 from adamss.core.factors import Factors, column_index
 from adamss.core.linear import expand
+from adamss.core.spectral import laplacian_spectrum
 from adamss.errors import ConfigError
 
 __all__ = [
     "block_diagonality",
     "count_trainable_bound",
     "generalisation_bound",
+    "laplacian_spectrum",
     "lowest_rank_representation",
     "ordering",
     "spectral_norms",

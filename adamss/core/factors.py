@@ -109,6 +109,10 @@ def initial_factors(
         B_k = A_k^T W_hat[:, I_k] Q_k           ("weighted", the paper's B_w B_z)
         B_k = orth(V_k^T Q_k)                   ("orthonormal", shared basis)
         B_k = orth(A_k^T W_hat[:, I_k] Q_k)     ("orthonormal", basis per subspace)
+        B_k = Q of the QR of A_k^T W_hat[:, I_k] Z*_k, its first r_k columns    ("qr", Algorithm 1 as written)
+
+    where ``Z*_k = V_k V_k^T``. The last depends on the order of the columns: the QR starts with the first r_k columns
+    of the subspace, whatever they are, where the others start with its leading directions.
 
     Parameters
     ----------
@@ -185,13 +189,14 @@ def initial_factors(
         members = one_hot(labels, subspaces, dtype=decomposition.V.dtype)
         principal = _principal_columns(decomposition.V, members, leading)
     if not plain:
-        stacked = decomposition.S[:, None] * (xp.matrix_transpose(decomposition.V) @ principal)
+        columns = _first_columns(decomposition.V, members, sizes, r) if initial_B == "qr" else principal
+        stacked = decomposition.S[:, None] * (xp.matrix_transpose(decomposition.V) @ columns)
     if basis == "per_subspace":
         coordinates = _column_spaces(decomposition, labels, sizes, max(limits))  # (K, R, P)
         A = decomposition.U @ coordinates
         stacked = xp.matrix_transpose(coordinates) @ stacked
-        if initial_B == "orthonormal":
-            stacked = xp.linalg.qr(stacked, mode="reduced")[0]
+    if initial_B == "qr" or (initial_B == "orthonormal" and basis == "per_subspace"):
+        stacked = xp.linalg.qr(stacked, mode="reduced")[0]
     P = stacked.shape[1]
     on = device(stacked)
     kept = xp.asarray([k * r + i for k, rank in enumerate(ranks) for i in range(rank)], device=on)
@@ -561,6 +566,19 @@ def _member_rows(ordered: Array, sizes: list[int], chosen: list[int], width: int
     index = np.where(places < own, ends - own + places, ordered.shape[0] - 1)
     rows = xp.take(ordered, xp.asarray(index.reshape(-1), device=device(ordered)), axis=0)
     return xp.reshape(rows, (*index.shape, -1))
+
+
+def _first_columns(V: Array, members: Array, sizes: list[int], r: int) -> Array:
+    """Return the first r columns of every Z*_k, (K, n, r), zero outside I_k; the last again where there are fewer."""
+    xp = namespace(V)
+    order = xp.argsort(xp.argmax(members, axis=1), stable=True)
+    ends = np.cumsum(sizes)
+    places = [
+        int(end) - size + min(i, size - 1) for end, size in zip(ends, sizes, strict=True) for i in range(r)
+    ]
+    first = xp.take(V, xp.take(order, xp.asarray(places, dtype=order.dtype, device=device(V))), axis=0)
+    Z = xp.reshape(V @ first.T, (V.shape[0], len(sizes), r))
+    return xp.permute_dims(Z * members[:, :, None], (1, 0, 2))
 
 
 def _principal_columns(V: Array, members: Array, leading: Array) -> Array:

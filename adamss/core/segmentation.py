@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
-from adamss.config import SEGMENTATIONS
+from adamss.config import SEGMENTATIONS, SubspaceEstimate
 from adamss.core._array import Array, check_concrete, device, eigh, namespace, one_hot
 from adamss.core.decomposition import Decomposition, check_count, effective_coordinates
+from adamss.core.spectral import EXACT_COLUMNS, directions_of_columns, spectral_embedding
 from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = ["segment", "subspace_sizes"]
@@ -35,14 +36,16 @@ def segment(
     method: str = "kmeans",
     dimension: int | None = None,
     seed: int = 0,
+    exponent: float = 2.0,
 ) -> Array:
     """Group the columns of a weight, or of each of several weights of one shape, into subspaces.
 
     ``{0, ..., n-1} = I_0 + ... + I_{K-1}``, a partition without empty parts, by one of
 
     - ``"kmeans"``: Euclidean k-means on the rows of V;
-    - ``"spectral"``: spectral clustering with the affinity ``|Z*| = |V V^T|``, the way of low-rank
-      representation;
+    - ``"ncut"``: the paper's Algorithm 2, normalised cuts of the graph with the affinity ``|<v_i, v_j>|^exponent``,
+      where v_i is row i of V at unit length;
+    - ``"spectral"``: the same with the affinity ``|Z*| = |V V^T|``, of rows as long as they are;
     - ``"ksubspaces"``: from the spectral labels of the leading ``K dimension`` directions, alternate between
       fitting a subspace of the given dimension to each group of columns of ``W_hat`` and giving each column
       to the subspace that keeps most of it;
@@ -62,6 +65,8 @@ def segment(
         Dimension of each subspace, for ``"ksubspaces"`` and only for it.
     seed
         Seed of the k-means restarts and of ``"random"``.
+    exponent
+        Of the affinity of ``"ncut"``, positive; 2 is that of Liu et al.
 
     Returns
     -------
@@ -72,7 +77,7 @@ def segment(
     ------
     ConfigError
         If the method is unknown, ``subspaces`` is not an integer of at least 1, or ``dimension`` is not
-        one for ``"ksubspaces"`` or is given for another method.
+        one for ``"ksubspaces"`` or is given for another method, or the exponent is not positive.
     ArrayValueError
         If the leading axes of U, S and V differ.
 
@@ -83,6 +88,8 @@ def segment(
     G. Liu, Z. Lin, S. Yan, J. Sun, Y. Yu and Y. Ma, "Robust recovery of subspace structures by low-rank
     representation", IEEE Transactions on Pattern Analysis and Machine Intelligence 35(1), 2013.
     A. Y. Ng, M. I. Jordan and Y. Weiss, "On spectral clustering: analysis and an algorithm", NeurIPS 2001.
+    J. Shi and J. Malik, "Normalized cuts and image segmentation", IEEE Transactions on Pattern Analysis and Machine
+    Intelligence 22(8), 2000.
 
     Examples
     --------
@@ -105,6 +112,7 @@ def segment(
             f"dimension is for method 'ksubspaces' only, found {dimension!r} with method {method!r}; "
             "leave it out"
         )
+    exponent = SubspaceEstimate(exponent=exponent).exponent
     check_concrete(*decomposition, name="decomposition")
     U, S, V = decomposition
     *outer, n, _ = V.shape
@@ -117,7 +125,7 @@ def segment(
     if 0 in outer:
         return xp.zeros((*outer, n), dtype=xp.arange(1).dtype, device=device(V))
     each = _stacked(decomposition)
-    labels = _segment(each, min(subspaces, n), method, dimension, np.random.default_rng(seed))
+    labels = _segment(each, min(subspaces, n), method, dimension, exponent, np.random.default_rng(seed))
     return xp.reshape(labels, (*outer, n))
 
 
@@ -133,7 +141,12 @@ def _stacked(decomposition: Decomposition) -> Decomposition:
 
 
 def _segment(
-    each: Decomposition, subspaces: int, method: str, dimension: int | None, rng: np.random.Generator
+    each: Decomposition,
+    subspaces: int,
+    method: str,
+    dimension: int | None,
+    exponent: float,
+    rng: np.random.Generator,
 ) -> Array:
     """Return labels (L, n)."""
     V = each.V
@@ -149,13 +162,15 @@ def _segment(
             labels = xp.stack([xp.asarray(rng.permutation(n), device=device(V)) % subspaces] * count)
         case "kmeans":
             labels = _kmeans(coordinates, subspaces, rng)
+        case "ncut":
+            labels = _spectral(directions_of_columns(each), exponent, subspaces, rng)
         case "spectral":
-            labels = _spectral(coordinates, subspaces, rng)
+            labels = _spectral(coordinates, 1.0, subspaces, rng)
         case "ksubspaces":
             assert dimension is not None
             # K subspaces of that dimension fill no more than K times as many directions; the rest is noise.
             leading = min(subspaces * dimension, coordinates.shape[2])
-            starts = _spectral(coordinates[:, :, :leading], subspaces, rng)
+            starts = _spectral(coordinates[:, :, :leading], 1.0, subspaces, rng)
             layers = zip(map(Decomposition, *map(xp.unstack, each)), xp.unstack(starts), strict=True)
             labels = xp.stack([_ksubspaces(one, start, subspaces, dimension) for one, start in layers])
         case _:
@@ -191,28 +206,16 @@ def subspace_sizes(labels: Array, subspaces: int) -> Array:
     return xp.searchsorted(ordered, numbers, side="right") - xp.searchsorted(ordered, numbers, side="left")
 
 
-def _spectral(coordinates: Array, subspaces: int, rng: np.random.Generator) -> Array:
-    """Return labels (L, n) by spectral clustering of ``|V V^T|``, for coordinates V: (L, n, R)."""
-    xp = namespace(coordinates)
-    points = xp.stack([_spectral_embedding(one, subspaces) for one in xp.unstack(coordinates)])
-    return _kmeans(points, subspaces, rng)
-
-
-def _spectral_embedding(coordinates: Array, subspaces: int) -> Array:
-    """Return points (n, K) of unit length, one for each column of a weight, to be grouped by k-means."""
-    xp = namespace(coordinates)
-    affinity = xp.abs(coordinates @ coordinates.T)
-    degree = xp.sum(affinity, axis=1)
-    # A zero column has no affinity, not even to itself; it stays alone.
-    inverse_root = 1 / xp.sqrt(xp.where(degree > 0, degree, xp.ones_like(degree)))
-    similarity = affinity * inverse_root[:, None] * inverse_root[None, :]
-    # The Laplacian is I - D^-1/2 |Z*| D^-1/2: its smallest eigenvalues are the largest of the similarity.
-    # They lie close together, where a search that stops at captured energy would mix them up.
-    _, eigenvectors = eigh(similarity)
-    vectors = eigenvectors[:, -subspaces:]
-    length = xp.sqrt(xp.sum(vectors**2, axis=1, keepdims=True))
-    unit: Array = vectors / xp.where(length > 0, length, xp.ones_like(length))
-    return unit
+def _spectral(points: Array, exponent: float, subspaces: int, rng: np.random.Generator) -> Array:
+    """Return labels (L, n) of L sets of points (L, n, R) by spectral clustering, ``F_ij = |<x_i, x_j>|^exponent``."""
+    xp = namespace(points)
+    # Each search starts from the same directions: a layer's labels must not depend on its batch.
+    seed = int(rng.integers(2**32)) if points.shape[1] > EXACT_COLUMNS else 0
+    embedded = [
+        spectral_embedding(one, exponent, subspaces, np.random.default_rng(seed))
+        for one in xp.unstack(points)
+    ]
+    return _kmeans(xp.stack(embedded), subspaces, rng)
 
 
 def _kmeans(points: Array, clusters: int, rng: np.random.Generator) -> Array:

@@ -402,6 +402,7 @@ def _relative(difference: Array, whole: Array) -> float:
 
 def adamss_config(
     config: AdamssConfig,
+    subspaces: int,
     subspace_rank: int,
     targets: list[str] | str,
     saved: tuple[str, ...],
@@ -410,7 +411,7 @@ def adamss_config(
     """Return the settings of PEFT's AdaMSS."""
     return base_config(METHOD, targets, saved, base=base) | {
         "r": config.rank,
-        "num_subspaces": config.subspaces,
+        "num_subspaces": subspaces,
         "subspace_rank": subspace_rank,
         "random_seed": config.seed,
         "init_weights": "orthogonal",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +19,8 @@ from adamss.backend.bank import DEFAULT, Bank, Rows
 from adamss.backend.interface import Backend, Division, Model, Weights, batches
 from adamss.backend.ledger import base_weight, put, reading, require_kept_base, switched_off, withdraw
 from adamss.backend.registry import backend_for
-from adamss.backend.sites import BaseWeight, Site, owner_of
-from adamss.config import AdamssConfig
+from adamss.backend.sites import BaseWeight, Site, by_owner, owner_of
+from adamss.config import AdamssConfig, SubspaceEstimate
 from adamss.core import Factors
 from adamss.core._array import check_matrix, namespace
 from adamss.errors import (
@@ -106,15 +108,13 @@ def attach(model: Model, config: AdamssConfig, *, name: str = DEFAULT, divide: b
         tokens = {path: _initial_rows(backend, site, config, bank) for path, site in embeddings.items()}
         parts = {path: part for site in sites.values() for path, part in site.split().items()}
         weights = Weights(parts, lambda path: base_weight(backend, parts[path], bank))
-        layers: dict[str, Factors] = {}
-        with progress(len(weights)) as count:
-            for batch in batches(division.share(weights, json.dumps(config.to_dict()))):
-                with division.carrying() as go:
-                    # Neighbours of one shape may have settings of their own.
-                    for own, alike in groupby(batch, lambda path: config.for_layer(owner_of(path))):
-                        some = {path: batch[path] for path in alike}
-                        layers |= _initial_factors(backend, some, own, division, count) if go else {}
-            layers = division.gather(layers)
+        layers = _all_factors(backend, weights, config, division)
+        # The matrices of a stack have factors of one shape: where an estimate of K differs, the highest is for all.
+        for owner, subspaces in _highest_in_uneven_stacks(layers).items():
+            own = config.unchecked(overrides={**config.overrides, re.escape(owner): {"subspaces": subspaces}})
+            stack = Weights([path for path in layers if owner_of(path) == owner], weights.__getitem__)
+            # Each process for itself: others may have found no such stack, and would not answer.
+            layers |= _all_factors(backend, stack, own, Division())
         ordered = {path: core.join([layers[part] for part in site.split()]) for path, site in sites.items()}
         if config.budget is not None:
             core.plan_budget(ordered, config.budget)  # complains of what cannot be kept to
@@ -278,6 +278,27 @@ def _initial_rows(backend: Backend, site: Site, config: AdamssConfig, bank: Bank
     return Rows(tuple(ids), backend.cast(values, dtype))
 
 
+def _all_factors(
+    backend: Backend, weights: Weights, config: AdamssConfig, division: Division
+) -> dict[str, Factors]:
+    """Return the factors of layers, to start a training from, computed batch by batch and by all processes."""
+    layers: dict[str, Factors] = {}
+    with progress(len(weights)) as count:
+        for batch in batches(division.share(weights, json.dumps(config.to_dict()))):
+            with division.carrying() as go:
+                # Neighbours of one shape may have settings of their own.
+                for own, alike in groupby(batch, lambda path: config.for_layer(owner_of(path))):
+                    some = {path: batch[path] for path in alike}
+                    layers |= _initial_factors(backend, some, own, division, count) if go else {}
+        return division.gather(layers)
+
+
+def _highest_in_uneven_stacks(layers: Mapping[str, Factors]) -> dict[str, int]:
+    """Return the highest K in each stack of matrices whose K differ."""
+    numbers = {owner: {f.ranks.shape[0] for f in parts.values()} for owner, parts in by_owner(layers).items()}
+    return {owner: max(found) for owner, found in numbers.items() if len(found) > 1}
+
+
 def _initial_factors(
     backend: Backend,
     batch: Mapping[str, BaseWeight],
@@ -295,15 +316,7 @@ def _initial_factors(
         return decomposition
 
     decompositions = dict(zip(batch, division.each(decomposed, batch), strict=True))
-    xp = namespace(*next(iter(decompositions.values())))
-    labels = core.segment(
-        core.Decomposition(*map(xp.stack, zip(*decompositions.values(), strict=True))),
-        config.subspaces,
-        config.segmentation,
-        dimension=config.segmentation_dimension,
-        seed=config.seed,
-    )
-    labels_of = dict(zip(batch, xp.unstack(labels), strict=True))
+    labels_of = _labels(decompositions, config)
 
     def initial(path: str) -> Factors:
         factors = core.initial_factors(
@@ -316,6 +329,33 @@ def _initial_factors(
         return cast_factors(backend, factors, factor_dtype(backend, batch[path], config))
 
     return dict(zip(batch, division.each(initial, batch), strict=True))
+
+
+def _labels(decompositions: Mapping[str, core.Decomposition], config: AdamssConfig) -> dict[str, Any]:
+    """Return the labels of layers of one shape, those with the same K segmented together."""
+    estimate = config.subspaces
+    assert not isinstance(estimate, str)  # the config has made settings of "estimate"
+    labels: dict[str, Any] = {}
+    by_number: dict[int, list[str]] = {}
+    for path, decomposition in decompositions.items():
+        if isinstance(estimate, SubspaceEstimate):
+            number = core.estimate_subspaces(decomposition, **dataclasses.asdict(estimate))
+        else:
+            number = estimate
+        by_number.setdefault(number, []).append(path)
+    for number, paths in by_number.items():
+        alike = [decompositions[path] for path in paths]
+        xp = namespace(*alike[0])
+        found = core.segment(
+            core.Decomposition(*map(xp.stack, zip(*alike, strict=True))),
+            number,
+            config.segmentation,
+            dimension=config.segmentation_dimension,
+            seed=config.seed,
+            exponent=2.0 if isinstance(estimate, int) else estimate.exponent,
+        )
+        labels |= dict(zip(paths, xp.unstack(found), strict=True))
+    return labels
 
 
 def _decomposition_input(backend: Backend, path: str, base: BaseWeight, config: AdamssConfig) -> Any:

@@ -233,6 +233,8 @@ def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = 
             "adamss.to_lora writes them"
         )
     layers, sites = {}, sites_of(backend, model, adaptation.layers)
+    # PEFT has one number for all layers, and cuts it as we do where a layer has fewer columns.
+    subspaces = max(factors.ranks.shape[0] for factors in adaptation.layers.values())
     _require_linear(sites, "to_peft")
     with backend.exact():
         for layer_path, site in sites.items():
@@ -242,8 +244,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = 
                 adaptation.layers[layer_path],
             )
             arrays = _host_factors(backend, whole(backend, factors), layer_path)
-            own = config.for_layer(layer_path)
-            found = _peft_grouping(backend, base, own.rank, own.subspaces, config.seed)
+            found = _peft_grouping(backend, base, config.rank, subspaces, config.seed)
             layer = peft.layer_of(arrays, found.labels, found.basis.shape)
             if isinstance(layer, str):
                 raise StateError(
@@ -268,6 +269,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = 
         )
     settings = peft.adamss_config(
         config,
+        subspaces=subspaces,
         subspace_rank=max(A.shape[0] for layer in layers.values() for A in layer.A),
         targets=_shortest_targets(layers, modules),
         saved=adaptation.saved,

@@ -67,6 +67,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias": {"include_bias": True},
     "bias per subspace": {"include_bias": True, "basis": "per_subspace"},
     "spectral": {"segmentation": "spectral"},
+    "the paper's": {
+        "subspaces": adamss.SubspaceEstimate(minimum=3),
+        "segmentation": "ncut",
+        "basis": "per_subspace",
+        "initial_B": "qr",
+    },
     "ksubspaces": {"segmentation": "ksubspaces", "segmentation_dimension": 2},
     "contiguous": {"segmentation": "contiguous"},
     "random": {"segmentation": "random"},

@@ -28,3 +28,15 @@ def awkward_weights(draw, d, n):
             ]
         )
     )
+
+
+def planted(seed, *, d, subspaces, dimension, noise=0.0):
+    """Give a matrix whose columns lie in independent subspaces, in random order, and their labels."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(5 * dimension, 8 * dimension + 1, subspaces)
+    blocks = [rng.standard_normal((d, dimension)) @ rng.standard_normal((dimension, size)) for size in sizes]
+    order = rng.permutation(np.sum(sizes))
+    W = np.concatenate(blocks, axis=1)[:, order]
+    disturbance = rng.standard_normal(W.shape)
+    W = W + noise * np.linalg.norm(W) / np.linalg.norm(disturbance) * disturbance
+    return W.astype(np.float32), np.repeat(np.arange(subspaces), sizes)[order]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adamss import core
+from adamss.config import INITIAL_B
 from adamss.core import Factors
 from adamss.core.analysis import spectral_norms
 from adamss.core.factors import factors_from_directions, outline, select
@@ -58,10 +59,11 @@ def agrees(actual, expected, what, scale=None):
 
 
 BASES = st.sampled_from(["shared", "per_subspace"])
+INITIAL = st.sampled_from(INITIAL_B)
 
 
 class TestInitialFactors:
-    @given(problems(), st.integers(1, 4), BASES, st.sampled_from(["orthonormal", "weighted"]))
+    @given(problems(), st.integers(1, 4), BASES, INITIAL)
     def test_start_is_zero_and_shapes_are_canonical(self, problem, r, basis, initial_B):
         W, decomposition, labels = problem
         f = core.initial_factors(decomposition, labels, r, basis=basis, initial_B=initial_B)
@@ -76,7 +78,7 @@ class TestInitialFactors:
         assert all(np.isfinite(array).all() for array in f[:3])
         for _, A, B, _ in per_subspace(f):
             agrees(A.T @ A, np.eye(A.shape[1]), "A_k^T A_k")
-            if initial_B == "orthonormal":
+            if initial_B != "weighted":
                 agrees(B.T @ B, np.eye(B.shape[1]), "B_k^T B_k")
 
     @given(problems(), BASES)
@@ -100,6 +102,17 @@ class TestInitialFactors:
         W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
         scale = max(1.0, np.abs(W).max())
         agrees(core.delta(f), W_hat, "A B_w B_z C", scale=10 * scale)
+
+    @given(problems(), st.integers(1, 4), BASES)
+    def test_B_of_a_qr_spans_what_the_paper_says(self, problem, r, basis):
+        """The first r_k columns of S(k) V(k)^T Z*(k); where they are dependent, Q goes on with any others."""
+        _, decomposition, labels = problem
+        f = core.initial_factors(decomposition, labels, r, basis=basis, initial_B="qr")
+        W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
+        for columns, A, B, _ in per_subspace(f):
+            V_k = decomposition.V[columns]
+            first = A.T @ W_hat[:, columns] @ (V_k @ V_k.T)[:, : B.shape[1]]
+            agrees(B @ (B.T @ first), first, "B B^T S V^T Z*", scale=max(1.0, np.abs(W_hat).max()))
 
     @given(problems(), BASES, st.sampled_from(["orthonormal", "weighted"]))
     def test_B_spans_the_leading_directions(self, problem, basis, initial_B):
@@ -268,7 +281,7 @@ def test_check_factors_names_what_does_not_fit(changes, match):
 
 
 @pytest.mark.parametrize("basis", ["shared", "per_subspace"])
-@pytest.mark.parametrize("initial_B", ["orthonormal", "weighted"])
+@pytest.mark.parametrize("initial_B", INITIAL_B)
 def test_every_framework_computes_the_same(xp, to_numpy, basis, initial_B):
     """The very same functions on each framework's arrays; from the same factors, the same numbers."""
     W = np.random.default_rng(0).standard_normal((9, 12)).astype(np.float32)

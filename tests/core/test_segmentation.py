@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from core_helpers import awkward_weights, gaussian
+from core_helpers import awkward_weights, gaussian, planted
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,18 +12,6 @@ from adamss_conformance.cases import adjusted_rand_index
 
 def settings_for(method, dimension=2):
     return {"method": method, "dimension": dimension if method == "ksubspaces" else None}
-
-
-def planted(seed, *, d, subspaces, dimension, noise=0.0):
-    """Give a matrix whose columns lie in independent subspaces, in random order, and their labels."""
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(5 * dimension, 8 * dimension + 1, subspaces)
-    blocks = [rng.standard_normal((d, dimension)) @ rng.standard_normal((dimension, size)) for size in sizes]
-    order = rng.permutation(np.sum(sizes))
-    W = np.concatenate(blocks, axis=1)[:, order]
-    disturbance = rng.standard_normal(W.shape)
-    W = W + noise * np.linalg.norm(W) / np.linalg.norm(disturbance) * disturbance
-    return W.astype(np.float32), np.repeat(np.arange(subspaces), sizes)[order]
 
 
 def renumbered(labels):
@@ -78,7 +66,7 @@ def test_planted_subspaces_are_recovered_exactly(shape, surplus):
     for seed in range(4):
         W, labels = planted(seed, **shape)
         decomposition = decompose(W, rank)
-        for method in ("spectral", "ksubspaces"):
+        for method in ("ncut", "spectral", "ksubspaces"):
             found = segment(decomposition, shape["subspaces"], **settings_for(method, shape["dimension"]))
             np.testing.assert_array_equal(found, renumbered(labels), err_msg=f"{method}, seed {seed}")
 
@@ -91,8 +79,9 @@ def test_planted_subspaces_are_recovered_from_noise(shape):
         if (
             shape["dimension"] > 1
         ):  # On a line, a column is as long as its one coordinate; some drown in noise.
-            spectral = segment(decompose(W, rank), shape["subspaces"], "spectral")
-            assert adjusted_rand_index(spectral, labels) >= 0.9
+            for method in ("ncut", "spectral"):
+                found = segment(decompose(W, rank), shape["subspaces"], method)
+                assert adjusted_rand_index(found, labels) >= 0.9
         # Knowing the dimension, this one does not mind directions that hold nothing but noise.
         for surplus in (0, 100):
             found = segment(
@@ -169,6 +158,10 @@ def test_subspace_sizes(xp, to_numpy):
             "dimension must be .* at least 1, found 0",
         ),
         ({"subspaces": 2, "dimension": 3}, "dimension is for method 'ksubspaces' only, found 3"),
+        (
+            {"subspaces": 2, "method": "ncut", "exponent": 0},
+            "exponent must be positive and finite, found 0.0",
+        ),
     ],
 )
 def test_settings_that_cannot_be_used(arguments, message):

@@ -1,5 +1,6 @@
 """Which layers a config means: "all-linear", default targets, exclude, overrides."""
 
+import copy
 import warnings
 
 import pytest
@@ -119,6 +120,47 @@ def test_overrides_match_a_run_of_whole_components_and_later_ones_win():
     assert forms["player.0"] == (3, 6, 3)
     biases = [path for path, adapter in adapters_of(model).items() if adapter.A.shape[1] > adapter.d]
     assert biases == ["layer.0.fc", "layer.1.fc"]
+
+
+def planted(*numbers, d=24, n=40):
+    """Return matrices (n, d) whose rows fall into so many independent groups each."""
+    blocks = [[torch.randn(n // K, 1) @ torch.randn(1, d // K) for _ in range(K)] for K in numbers]
+    return torch.stack(
+        [
+            nn.functional.pad(b, (0, d - b.shape[1], 0, n - b.shape[0]))
+            for b in (torch.block_diag(*own) for own in blocks)
+        ]
+    )
+
+
+def test_each_layer_finds_its_own_number_of_subspaces(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(24, 40), "b": nn.Linear(24, 40), "c": nn.Linear(24, 40)})
+    for layer, weight in zip(model.values(), planted(3, 6, 3), strict=True):
+        layer.weight.data.copy_(weight)
+    estimate = adamss.SubspaceEstimate(minimum=2)
+    settings = {"subspaces": estimate, "segmentation": "ncut", "overrides": {"c": {"subspaces": 5}}}
+    base = copy.deepcopy(model)
+    adamss.attach(model, adamss.AdamssConfig(targets=["a", "b", "c"], rank=12, **settings))
+    assert [(row.path, row.K) for row in adamss.summary(model).rows] == [("a", 3), ("b", 6), ("c", 5)]
+    adamss.save(model, tmp_path / "a.safetensors")
+    loaded = adamss.load(base, tmp_path / "a.safetensors")
+    assert adamss.summary(loaded).rows == adamss.summary(model).rows
+    assert adamss.adapters(loaded)["default"].config.subspaces == estimate
+
+
+def test_matrices_of_a_stack_have_the_highest_number_that_one_of_them_finds():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(planted(3, 6, 4).mT.contiguous())
+
+        def forward(self, x):
+            return x @ self.up
+
+    model, estimate = Experts(), adamss.SubspaceEstimate(minimum=2)
+    adamss.attach(model, adamss.AdamssConfig(targets=["up"], rank=12, subspaces=estimate))
+    assert adamss.summary(model).total.K == 3 * 6
+    model(torch.randn(3, 5, 24)).sum().backward()
 
 
 def test_overrides_that_change_nothing_are_told():

@@ -535,6 +535,7 @@ class TestToPeft:
         ("changes", "match"),
         [
             ({"segmentation": "contiguous"}, "group its columns in another way"),
+            ({"overrides": {r"layers\.0": {"subspaces": 2}}}, "group its columns in another way"),
             ({"basis": "per_subspace"}, "a basis for each subspace"),
         ],
     )
