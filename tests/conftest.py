@@ -55,6 +55,8 @@ SLOW = (
     "tests/jax/test_travel.py",
     "tests/torch/test_demo.py",
     "tests/torch/test_distributed.py",
+    "tests/torch/test_evidence.py",
+    "tests/torch/test_paper_tables.py",
     "tests/torch/test_trainer.py",
     "test_a_block_that_is_wrapped",
     "test_exported_for_any_number_of_rows",

@@ -12,6 +12,7 @@ DRY_RUNS = {
     "file_size": ["--quick"],
     "inference": ["--quick"],
     "scaling": ["--quick"],
+    "segmentation": ["--quick", "--widths", "384"],
     "step_time": ["--quick", "--no-model", "--widths", "384"],
     "step_time_jax": ["--quick"],
     "stores": ["--quick"],

@@ -66,7 +66,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "weighted per subspace": {"initial_B": "weighted", "basis": "per_subspace"},
     "bias": {"include_bias": True},
     "bias per subspace": {"include_bias": True, "basis": "per_subspace"},
-    "spectral": {"segmentation": "spectral"},
     "the paper's": {
         "subspaces": adamss.SubspaceEstimate(minimum=3),
         "segmentation": "ncut",
@@ -74,11 +73,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "initial_B": "qr",
     },
     "ksubspaces": {"segmentation": "ksubspaces", "segmentation_dimension": 2},
-    "contiguous": {"segmentation": "contiguous"},
-    "random": {"segmentation": "random"},
     "clamped": {"rank": 1000, "subspaces": 1000, "subspace_rank": 1000},
     "one subspace": {"subspaces": 1, "subspace_rank": 4},
 }
+"""Settings that give factors of different forms. Other segmentations change labels alone."""
 
 SCHEDULES = {
     "one way": BudgetConfig(target=2, end_step=6, interval=4),

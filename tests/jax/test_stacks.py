@@ -76,6 +76,16 @@ def test_every_layer_of_a_stack_has_factors_of_its_own(config):
         core.check_factors(factors, shape=(WIDTH, WIDTH))
 
 
+def test_layers_of_a_stack_have_the_highest_number_of_subspaces_that_one_of_them_finds(x):
+    blocks = [np.kron(np.eye(K), np.ones((WIDTH // K, WIDTH // K))) for K in (2, 4, 1)]
+    weight = jnp.asarray(np.stack(blocks), jnp.float32)
+    model = eqx.tree_at(lambda model: model.block.query.weight, EquinoxStack(), weight)
+    estimate = adamss.SubspaceEstimate(minimum=1)
+    model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=6, subspaces=estimate))
+    assert [row.K for row in adamss.summary(model).rows] == [4, 4, 4]
+    step(model, x[0])
+
+
 def test_scanned_models_start_equal_train_and_come_back(config, x, tmp_path):
     model = Stack(LAYERS)
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))

@@ -1,0 +1,158 @@
+"""What each choice within AdaMSS is worth: one factor at a time around a centre.
+
+The centre has R = 100, K = 10, r_k = 1, k-means, a shared basis, orthonormal B, no bias and no budget. Each variant
+changes one setting, has a search of its own for the learning rate (see `evidence.study`), and is compared with the
+centre within the seeds. Budgets take the centre's rate. A second table asks whether the importance score chooses
+better than chance: at equal budgets, the subspaces that stay are chosen by the score, at random, by the smallest
+score, or by the l1 norm of the trained factors, with more seeds than the rest. ::
+
+    python benchmarks/evidence/ablation.py --tasks digits docstrings
+    python benchmarks/evidence/ablation.py --quick
+
+``"the paper's algorithms"`` changes several settings at once: K is estimated (10 at least, and 10 in all of these
+layers), normalised cuts group the columns, each subspace has a basis of its own, and B comes from a QR.
+Where a variant draws at random (segmentation, B), each seed has a draw of its own. ``"ksubspaces"`` fits subspaces of
+dimension R / K = 10, and ``"contiguous, as heads"`` has one subspace for each attention head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages demo and evidence
+
+from tabulate import tabulate
+
+from evidence import study
+from evidence.methods import ALGORITHMS, Budget, ours
+from evidence.study import Entry, Outcome, Settings
+from evidence.tasks import NETWORKS, PLANS
+from evidence.training import Journal, Runner
+
+CENTRE = "centre"
+SHARES = {"a third": 1 / 3, "a tenth": 0.1}
+SELECTIONS = ("score", "random", "smallest", "l1 norm")
+QUICK = (CENTRE, "K=3", "segmentation random", "B random", "a third, score", "a third, random")
+
+
+def variants(task: str, more_seeds: int) -> dict[str, Entry]:
+    """Return the variants by name.
+
+    Parameters
+    ----------
+    task : str
+    more_seeds : int
+        Seeds of the centre and of the comparison of selections.
+    """
+
+    def of(changes: Mapping[str, Any], **fields: Any) -> Entry:
+        settings = {"subspaces": 10, "subspace_rank": 1, **changes}
+        return Entry(method=dataclasses.replace(ours("", **settings), **fields))
+
+    def under(budget: Budget, seeds: int | None = None) -> Entry:
+        return dataclasses.replace(of({}, budget=budget), follows=CENTRE, seeds=seeds)
+
+    heads = NETWORKS[PLANS[task].network].heads
+    found = {CENTRE: dataclasses.replace(of({}), seeds=more_seeds)}
+    found |= {f"K={K}": of({"subspaces": K}) for K in (1, 3, 32, 100)}
+    found |= {f"r_k={r}": of({"subspace_rank": r}) for r in (2, 3, 8)}
+    found |= {
+        f"segmentation {name}": of({"segmentation": name}) for name in ("ncut", "spectral", "contiguous")
+    }
+    found |= {
+        "segmentation ksubspaces": of({"segmentation": "ksubspaces", "segmentation_dimension": 10}),
+        "segmentation contiguous, as heads": of({"segmentation": "contiguous", "subspaces": heads}),
+        "segmentation random": of({"segmentation": "random", "seed": None}),
+        "basis per_subspace": of({"basis": "per_subspace"}),
+        "B weighted": of({"initial_B": "weighted"}),
+        "B qr": of({"initial_B": "qr"}),
+        "B random": of({}, random_B=True),
+        "bias included": of({"include_bias": True}),
+    }
+    found["the paper's algorithms"] = of(ALGORITHMS)
+    found |= {f"rate of B {ratio:g} of C's": of({}, rate_ratio=ratio) for ratio in (0.25, 4.0, 16.0)}
+    found |= {
+        f"{share}, {selection}": under(Budget(share=value, selection=selection), more_seeds)
+        for share, value in SHARES.items()
+        for selection in SELECTIONS
+    }
+    found |= {f"a third, power {power:g}": under(Budget(power=power)) for power in (1.0, 2.0, 5.0)}
+    found |= {
+        "a third, running window": under(Budget(window="running")),
+        "two thirds": under(Budget(share=2 / 3)),
+    }
+    return {
+        name: dataclasses.replace(each, method=dataclasses.replace(each.method, name=name))
+        for name, each in found.items()
+    }
+
+
+def selection_rows(found: Mapping[str, Outcome]) -> list[list[str]]:
+    """Return the lines of the second table: what is gained over a choice at random of equally many."""
+    rows = []
+    for share in SHARES:
+        by_lot = found.get(f"{share}, random")
+        for selection in SELECTIONS:
+            outcome = found.get(f"{share}, {selection}")
+            if outcome is not None and by_lot is not None:
+                gains = [
+                    study.paired(outcome.values(name), by_lot.values(name)) for name in ("test", "test_loss")
+                ]
+                shown = ["", ""] if selection == "random" else [str(gains[0]), nats(gains[1])]
+                rows.append([f"{share}, {selection}", outcome.trained(), f"{100 * outcome.mean:.1f}", *shown])
+    return rows
+
+
+def nats(difference: study.Difference) -> str:
+    """Return a difference of cross entropies."""
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
+def print_tables(task: str, found: Mapping[str, Outcome]) -> None:
+    """Print the tables of one task."""
+    print(f"\n{task}: test accuracy in percent, mean and deviation over seeds")
+    header = ["variant", *(title.format(baseline=CENTRE) for title in study.HEADER[1:])]
+    print(tabulate(study.rows(found, CENTRE), headers=header, disable_numparse=True))
+    if rows := selection_rows(found):
+        seeds = max(each.runs for name, each in found.items() if name.endswith(", random"))
+        print(f"\n{task}: which subspaces stay, {seeds} seeds")
+        header = ["left", "trained", "accuracy", "minus random", "cross entropy minus random"]
+        print(tabulate(rows, headers=header, disable_numparse=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing and print the tables; return the exit status."""
+    parser = study.parser("Change one choice of AdaMSS at a time.", "results/ablation.jsonl beside this file")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to run, beside the centre")
+    parser.add_argument("--more-seeds", type=int, help="of the centre and the selections (default: 10)")
+    arguments = parser.parse_args(argv)
+    quick = arguments.quick
+    names = arguments.tasks or (["digits"] if quick else ["digits", "docstrings"])
+    settings = Settings(
+        seeds=arguments.seeds or (2 if quick else 5),
+        steps=arguments.steps or (20 if quick else None),
+        rates=2 if quick else None,
+    )
+    more = arguments.more_seeds or (2 if quick else 10)
+    journal = Journal(arguments.journal or study.default_journal("ablation", quick=quick))
+    wanted = {CENTRE, *(arguments.variants or ())} if arguments.variants else set(QUICK) if quick else None
+    studies = {task: variants(task, more) for task in names}
+    unknown = sorted((wanted or set()) - studies[names[0]].keys())
+    if unknown:
+        raise SystemExit(f"no variant {', '.join(unknown)}; there are {', '.join(studies[names[0]])}")
+    with Runner(journal, arguments.processes, arguments.cache) as runner:
+        for task, entries in studies.items():
+            some = {name: entry for name, entry in entries.items() if wanted is None or name in wanted}
+            if not arguments.report:
+                study.conduct(runner, settings, task, some, "ablation")
+            print_tables(task, study.outcomes(journal, settings, task, some))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

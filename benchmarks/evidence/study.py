@@ -1,0 +1,376 @@
+"""A study: for every task and method the learning rate is chosen, then seeds are run, then they are compared.
+
+The rate is chosen by validation accuracy of one run with a seed of its own; of equal ones the smallest rate. Where
+the best is at the edge of the method's grid, up to two further rates beyond that edge are tried; if the best is at
+the edge still, the tables mark it with an asterisk. With the best rate, the head's other rate is tried
+(`evidence.methods.HEAD_RATES`; all runs before have the first of them) and kept if it is better. A run that diverged
+is never chosen and never averaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from evidence.methods import Method, Rates
+from evidence.tasks import PLANS, default_cache
+from evidence.training import Job, Journal, Record, Runner
+
+RESULTS = Path(__file__).parent / "results"
+
+SEARCH_SEED = 1000
+"""Of the runs that choose a learning rate; the runs that are reported have seeds 0, 1, 2, ..."""
+
+EXTENSIONS = 2
+"""Most rates that are tried beyond either edge of a grid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A method in a study.
+
+    Attributes
+    ----------
+    method : Method
+    follows : str or None
+        Name of the method whose rate it takes; None: it has a search of its own.
+    seeds : int or None
+        Seeds to run, if not those of the study.
+    """
+
+    method: Method
+    follows: str | None = None
+    seeds: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a study is run.
+
+    Attributes
+    ----------
+    seeds : int
+    steps : int or None
+        Training steps; None for those of the task's plan.
+    rates : int or None
+        How many rates of a grid are tried, from its middle; None for all, and beyond its edges.
+    """
+
+    seeds: int = 5
+    steps: int | None = None
+    rates: int | None = None
+
+    def job(self, task: str, method: Method, rates: Rates, seed: int | None) -> Job:
+        """Return a job; without a seed, that of the search."""
+        return Job(
+            task=task,
+            method=method,
+            rate=rates.adapter,
+            head_rate=rates.head,
+            seed=SEARCH_SEED if seed is None else seed,
+            steps=self.steps or PLANS[task].steps,
+            search=seed is None,
+        )
+
+    def final_jobs(self, task: str, entry: Entry, choice: Choice) -> dict[int, Job]:
+        """Return the jobs with the chosen rates by seed."""
+        rates = Rates(adapter=choice.rate, head=choice.head_rate)
+        return {seed: self.job(task, entry.method, rates, seed) for seed in range(entry.seeds or self.seeds)}
+
+    def grid(self, method: Method) -> tuple[float, ...]:
+        """Return the rates that are tried first."""
+        if self.rates is None:
+            return method.rates
+        first = (len(method.rates) - self.rates + 1) // 2
+        return method.rates[first : first + self.rates]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The rate that was chosen.
+
+    Attributes
+    ----------
+    rate : float
+        NaN if every run of the search diverged.
+    edge : bool
+        Whether it is the lowest or the highest that was tried.
+    head_rate : float
+        Of the head; NaN before it is chosen.
+    """
+
+    rate: float
+    edge: bool
+    head_rate: float = math.nan
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1g}{'*' if self.edge else ''}"
+
+
+# --- The learning rate ------------------------------------------------------------------------------------
+
+
+def choose(found: Mapping[float, Record]) -> Choice:
+    """Choose the rate of the highest validation accuracy; of equal ones the smallest.
+
+    Parameters
+    ----------
+    found : mapping of float to dict
+        The record of each rate that was tried.
+    """
+    alive = {rate: record["validation"] for rate, record in found.items() if not record["diverged"]}
+    if not alive:
+        return Choice(rate=math.nan, edge=True)
+    best = min(alive, key=lambda rate: (-alive[rate], rate))
+    return Choice(rate=best, edge=len(found) > 1 and best in (min(found), max(found)))
+
+
+def beyond(grid: Sequence[float], tried: Sequence[float], best: float) -> float | None:
+    """Return the rate to try next, a step of the grid beyond the edge at which the best is, or None.
+
+    Examples
+    --------
+    >>> beyond([0.001, 0.003, 0.01, 0.03], [0.001, 0.003, 0.01, 0.03], 0.03)
+    0.09
+    >>> beyond([0.001, 0.003, 0.01, 0.03], [0.001, 0.003, 0.01, 0.03], 0.01)
+    """
+    above, below = (sum(r > grid[-1] for r in tried), sum(r < grid[0] for r in tried))
+    step = (grid[-1] / grid[0]) ** (1 / (len(grid) - 1)) if len(grid) > 1 else 1.0
+    if best == max(tried) and above < EXTENSIONS:
+        return float(f"{grid[-1] * step ** (above + 1):.1g}")
+    if best == min(tried) and below < EXTENSIONS:
+        return float(f"{grid[0] / step ** (below + 1):.1g}")
+    return None
+
+
+def search(
+    journal: Journal, settings: Settings, task: str, method: Method
+) -> tuple[Choice | None, list[Job]]:
+    """Choose both rates by the journal, or return the runs that are needed next.
+
+    Returns
+    -------
+    Choice or None
+        None as long as a run is missing.
+    list of Job
+        The runs that are missing, as far as they can be known by now.
+    """
+
+    def at(rate: float, head_rate: float = method.head_rates[0]) -> Job:
+        return settings.job(task, method, Rates(adapter=rate, head=head_rate), None)
+
+    grid = settings.grid(method)
+    rates = list(grid)
+    while True:
+        if missing := [at(rate) for rate in rates if at(rate) not in journal]:
+            return None, missing
+        choice = choose({rate: journal[at(rate)] for rate in rates})
+        if math.isnan(choice.rate) or settings.rates is not None:
+            return dataclasses.replace(choice, head_rate=method.head_rates[0]), []
+        further = beyond(grid, rates, choice.rate)
+        if further is None:
+            break
+        rates.append(further)
+    heads = {head: at(choice.rate, head) for head in method.head_rates}
+    if missing := [job for job in heads.values() if job not in journal]:
+        return None, missing
+    best = choose({head: journal[job] for head, job in heads.items()})
+    return dataclasses.replace(choice, head_rate=best.rate), []
+
+
+def rate_of(
+    journal: Journal, settings: Settings, task: str, entry: Entry, entries: Mapping[str, Entry]
+) -> Choice | None:
+    """Return the chosen rates of a method, or of the one that it follows; None if there are none yet."""
+    leader = entries[entry.follows].method if entry.follows else entry.method
+    choice, _ = search(journal, settings, task, leader)
+    return None if choice is None or math.isnan(choice.rate) else choice
+
+
+def conduct(runner: Runner, settings: Settings, task: str, entries: Mapping[str, Entry], label: str) -> None:
+    """Do all runs of a study on one task that the journal lacks."""
+    journal = runner.journal
+    while jobs := [
+        job
+        for entry in entries.values()
+        if entry.follows is None
+        for job in search(journal, settings, task, entry.method)[1]
+    ]:
+        runner.run(jobs, f"{label} {task}, learning rates")
+    runner.run(final_jobs(journal, settings, task, entries), f"{label} {task}, seeds")
+
+
+def final_jobs(
+    journal: Journal, settings: Settings, task: str, entries: Mapping[str, Entry]
+) -> Iterator[Job]:
+    """Yield the runs with the chosen rates."""
+    for entry in entries.values():
+        choice = rate_of(journal, settings, task, entry, entries)
+        if choice is not None:
+            yield from settings.final_jobs(task, entry, choice).values()
+
+
+# --- Outcomes ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A mean difference with its 95 % interval.
+
+    Attributes
+    ----------
+    mean, low, high : float
+        NaN where there are fewer than two pairs for an interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "-"
+        if math.isnan(self.low):
+            return f"{100 * self.mean:+.1f}"
+        return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    """Return the mean of ``ours - theirs`` over the seeds that both have, with the t interval.
+
+    Parameters
+    ----------
+    ours, theirs : mapping of int to float
+        A value for each seed.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    differences = np.asarray([ours[seed] - theirs[seed] for seed in seeds])
+    if not len(differences):
+        return Difference(mean=math.nan, low=math.nan, high=math.nan)
+    mean = float(differences.mean())
+    if len(differences) < 2:
+        return Difference(mean=mean, low=math.nan, high=math.nan)
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
+    return Difference(mean=mean, low=mean - half, high=mean + half)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a method came to on one task.
+
+    Attributes
+    ----------
+    choice : Choice
+        Its learning rate.
+    records : dict
+        By seed, those that diverged left out.
+    diverged : int
+        How many of the seeds diverged.
+    runs : int
+        How many seeds were run.
+    """
+
+    choice: Choice
+    records: Mapping[int, Record]
+    diverged: int
+    runs: int
+
+    def values(self, name: str = "test") -> dict[int, float]:
+        """Return one figure of the records by seed."""
+        return {seed: record[name] for seed, record in self.records.items()}
+
+    @property
+    def mean(self) -> float:
+        """Mean test accuracy; NaN if there is none."""
+        return float(np.mean(list(self.values().values()))) if self.records else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds."""
+        return float(np.std(list(self.values().values()), ddof=1)) if len(self.records) > 1 else math.nan
+
+    @property
+    def parameters(self) -> float:
+        """Trained parameters without the head, on average over the steps."""
+        return float(np.mean(list(self.values("mean_trained").values()))) if self.records else math.nan
+
+    def trained(self) -> str:
+        """Return the trained parameters; under a budget, their average over the steps and what is left."""
+        if not self.records:
+            return "-"
+        ends = float(np.mean(list(self.values("end_trained").values())))
+        start = next(iter(self.records.values()))["trained"]
+        return f"{start:,}" if ends == start else f"{self.parameters:,.0f} (end {ends:,.0f})"
+
+
+def outcomes(
+    journal: Journal, settings: Settings, task: str, entries: Mapping[str, Entry]
+) -> dict[str, Outcome]:
+    """Return the outcome of every method of which the journal has a run with the chosen rate."""
+    found = {}
+    for name, entry in entries.items():
+        choice = rate_of(journal, settings, task, entry, entries)
+        if choice is None:
+            continue
+        jobs = settings.final_jobs(task, entry, choice)
+        records = {seed: journal[job] for seed, job in jobs.items() if job in journal}
+        if records:
+            alive = {seed: record for seed, record in records.items() if not record["diverged"]}
+            found[name] = Outcome(
+                choice=choice, records=alive, diverged=len(records) - len(alive), runs=len(records)
+            )
+    return found
+
+
+HEADER = ["method", "trained", "rate", "head's", "accuracy", "deviation", "minus {baseline}", "diverged"]
+
+
+def rows(found: Mapping[str, Outcome], baseline: str) -> list[list[str]]:
+    """Return the lines of a task's table, in percent."""
+    reference = found[baseline].values() if baseline in found else {}
+    return [
+        [
+            name,
+            outcome.trained(),
+            str(outcome.choice),
+            "" if name == "head alone" else f"{outcome.choice.head_rate:.1g}",
+            "-" if math.isnan(outcome.mean) else f"{100 * outcome.mean:.1f}",
+            "-" if math.isnan(outcome.deviation) else f"{100 * outcome.deviation:.1f}",
+            "" if name == baseline else str(paired(outcome.values(), reference)),
+            f"{outcome.diverged} of {outcome.runs}" if outcome.diverged else "",
+        ]
+        for name, outcome in found.items()
+    ]
+
+
+# --- The command line -------------------------------------------------------------------------------------
+
+
+def default_journal(name: str, *, quick: bool) -> Path:
+    """Return the journal of a study: beside this file, or that of its dry run in the cache."""
+    return default_cache() / f"{name}-quick.jsonl" if quick else RESULTS / f"{name}.jsonl"
+
+
+def parser(description: str, journal: str) -> argparse.ArgumentParser:
+    """Return the options that all studies share."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--tasks", nargs="+", choices=list(PLANS), help="tasks to run on")
+    result.add_argument("--seeds", type=int, help="runs of each method with the chosen learning rate")
+    result.add_argument("--steps", type=int, help="training steps (default: those of the task's plan)")
+    result.add_argument("--journal", type=Path, help=f"file of the runs (default: {journal})")
+    result.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: the cores")
+    result.add_argument("--cache", type=Path, help="folder for hidden states (default: the user's cache)")
+    result.add_argument(
+        "--report", action="store_true", help="print the tables of the journal and run nothing"
+    )
+    result.add_argument("--quick", action="store_true", help="a dry run of a few minutes, journal of its own")
+    return result

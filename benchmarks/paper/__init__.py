@@ -1,0 +1,1 @@
+"""The tables of the paper, one command each: `glue`, `image`, `generation`, `parameters`."""

@@ -1,0 +1,592 @@
+"""What the commands of the tables share: arguments, a journal of runs, methods, training, and the table itself.
+
+A table is a grid of runs (method, task, seed). Each run is one line of JSON in the journal, and a run that was
+interrupted goes on from its last checkpoint: the same command can be given again until the table is full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo.in_torch import find_targets
+from demo.sentences import quiet_transformers
+from evidence.training import Journal
+from tabulate import tabulate
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+import adamss
+from adamss.config import SEGMENTATIONS
+from adamss_torch.backend import adapters_of
+from adamss_torch.transformers import AdamssCallback
+from paper.settings import MEAN, RANK, SUBSPACES, Method, Rates, Row, Schedule
+
+HEAD = "classifier"
+
+
+class MissingError(Exception):
+    """A model or a data set is not here; the message says what to give."""
+
+
+class DivergedError(Exception):
+    """The loss, or a prediction, is no finite number; the argument says when."""
+
+
+# --- Loading ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def told_if_missing(what: str, name: str, option: str) -> Iterator[None]:
+    """Turn any failure to load something into one line that says what to download or which folder to give."""
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise MissingError(f"{what}: there is no {name}; give another folder with {option}")
+    try:
+        yield
+    except Exception as error:  # the hub, datasets and transformers each raise their own kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MissingError(
+            f"{what} could not be loaded: download {name}, or give a folder with {option} ({reason})"
+        ) from error
+
+
+def pretrained(loader: Any, name: str, **options: Any) -> Any:
+    """Return ``loader.from_pretrained(name)``.
+
+    Raises
+    ------
+    MissingError
+        If it is neither a folder nor to be had from the hub.
+    """
+    with told_if_missing(f"the {loader.__name__.removeprefix('Auto')}", name, "--model"):
+        return loader.from_pretrained(name, **options)
+
+
+def data_set(folder: Path | None, name: str, *hub: str, split: str | None = None) -> Any:
+    """Return a data set: of a folder that has one of this name, or from the hub.
+
+    Parameters
+    ----------
+    folder : Path or None
+        ``folder/name`` was written by `save_to_disk`, or holds files that `datasets.load_dataset` reads (CSV, JSON
+        lines, Parquet, images in folders of classes).
+    name : str
+        Folder of the data set in it.
+    hub : str
+        Name on the hub, and configuration.
+    split : str or None
+        One split of it; None for all.
+
+    Raises
+    ------
+    MissingError
+        If there is none.
+    """
+    import datasets
+
+    path = Path(folder).resolve() / name if folder else None
+    with told_if_missing(f"the data set {name}", str(path or hub[0]), "--data"):
+        if path and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(*([str(path)] if path else hub))
+        return found if split is None else found[split]
+
+
+# --- Runs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the paper: what is run, and how it is trained.
+
+    Attributes
+    ----------
+    title : str
+    rows : mapping of str to Row
+        The models.
+    methods : mapping of str to Method
+    tasks : tuple of str
+        One training each.
+    columns : tuple of str
+        What is scored; the tasks, where a training has one score.
+    seeds : tuple of int
+    epochs, batch, device_batch : int
+        `device_batch` examples at a time on the device, accumulated to `batch`.
+    warmup : float
+        Share of the steps.
+    clip : float
+        Largest norm of the gradient; 0 for any.
+    budget : Schedule
+    subspaces : int or str
+        K, or "estimate".
+    dtype : str
+        Default of ``--dtype``.
+    save_steps : int or None
+        Optimiser steps between checkpoints; None for one an epoch.
+    note : str
+        What stands under the table.
+    """
+
+    title: str
+    rows: Mapping[str, Row]
+    methods: Mapping[str, Method]
+    tasks: tuple[str, ...]
+    columns: tuple[str, ...]
+    seeds: tuple[int, ...]
+    epochs: int
+    batch: int
+    device_batch: int
+    warmup: float
+    clip: float
+    budget: Schedule
+    subspaces: int | str = SUBSPACES
+    dtype: str = "fp32"
+    save_steps: int | None = None
+    note: str = ""
+
+    def parser(self, description: str) -> argparse.ArgumentParser:
+        """Return the arguments that the commands share."""
+        parser = argparse.ArgumentParser(description=description)
+        add = parser.add_argument
+        first = next(iter(self.rows))
+        add("--row", choices=list(self.rows), default=first, help="model of the paper (default: %(default)s)")
+        add("--model", help="folder or hub name of its weights (default: the paper's, from the hub)")
+        add("--data", type=Path, metavar="FOLDER", help="with a folder of each data set (default: the hub)")
+        add("--tasks", nargs="+", choices=self.tasks, default=list(self.tasks))
+        add("--methods", nargs="+", choices=list(self.methods), default=list(self.methods))
+        add("--seeds", nargs="+", type=int, default=list(self.seeds), help="default: the paper's")
+        add(
+            "--output", type=Path, default=Path("paper-output"), metavar="FOLDER", help="where the journal is"
+        )
+        add("--epochs", type=int, default=self.epochs, help="default: %(default)s")
+        more = "examples at a time, accumulated to the paper's batch (default: %(default)s)"
+        add("--device-batch", type=int, default=self.device_batch, metavar="N", help=more)
+        add("--dtype", choices=["fp32", "bf16"], default=self.dtype, help="default: %(default)s")
+        as_in = "AdaMSS as the authors' code or as their text has it (default: %(default)s)"
+        add("--variant", choices=["reference", "paper"], default="reference", help=as_in)
+        add(
+            "--subspaces",
+            type=subspaces,
+            default=self.subspaces,
+            metavar="K",
+            help='or "estimate": default %(default)s',
+        )
+        ways = [name for name in SEGMENTATIONS if name != "ksubspaces"]  # which needs a dimension
+        add("--segmentation", choices=ways, help="default: that of the variant")
+        add("--target", type=int, help="subspaces that the budget leaves (default: in settings.py)")
+        add("--learning-rate", type=float, help="of the adapter, for a try (default: the paper's)")
+        add("--workers", type=int, default=0, help="processes that load data (default: %(default)s)")
+        return parser
+
+
+def subspaces(text: str) -> int | str:
+    """Read ``--subspaces``."""
+    return text if text == "estimate" else int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training of a table.
+
+    Attributes
+    ----------
+    table : Table
+    arguments : argparse.Namespace
+    task : str
+    method : Method
+    seed : int
+    """
+
+    table: Table
+    arguments: argparse.Namespace
+    task: str
+    method: Method
+    seed: int
+
+    @property
+    def row(self) -> Row:
+        """The model of the paper."""
+        return self.table.rows[self.arguments.row]
+
+    @property
+    def model(self) -> str:
+        """Folder or hub name of the weights."""
+        return self.arguments.model or self.row.hub
+
+    @property
+    def rates(self) -> Rates:
+        """Learning rates and weight decay: the paper's for AdaMSS and the linear probe, else chosen."""
+        rates = self.row.chosen.get(self.method.kind, self.row.rates[self.task])
+        new = self.arguments.learning_rate
+        return rates if new is None else Rates(new, rates.head, rates.weight_decay)
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that its result depends on, as plain values; the journal writes them."""
+        given = vars(self.arguments)
+        elsewhere = {"tasks", "methods", "seeds", "output", "workers", "model"}
+        settings = {name: str(given[name]) for name in sorted(given.keys() - elsewhere)}
+        which = {"table": self.table.title, "task": self.task, "method": self.method.name, "seed": self.seed}
+        own = {"model": self.model, "rates": list(astuple(self.rates)), "row_target": self.row.target}
+        return which | settings | own
+
+    @property
+    def key(self) -> str:
+        """A hash of the settings, by which the journal finds the run."""
+        text = json.dumps(self.settings(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @property
+    def folder(self) -> Path:
+        """Where its checkpoints are."""
+        return self.arguments.output / "runs" / self.key
+
+
+def complete(
+    argv: Sequence[str] | None,
+    table: Table,
+    parser: argparse.ArgumentParser,
+    score: Callable[[Run], dict[str, Any]],
+) -> int:
+    """Do the runs of a table that the journal lacks, and print it.
+
+    Parameters
+    ----------
+    argv : sequence of str or None
+        Arguments of the command.
+    table : Table
+    parser : argparse.ArgumentParser
+    score : callable
+        ``run -> record``: trains, and returns a mapping with ``scores`` by column, in per cent, and ``trained``.
+
+    Returns
+    -------
+    int
+        Exit status; 2 where a model or a data set is missing.
+    """
+    arguments = parser.parse_args(argv)
+    if table.batch % arguments.device_batch:
+        parser.error(f"--device-batch must divide the batch of {table.batch}")
+    if torch.cuda.device_count() > 1:
+        parser.error("the batch is the paper's on one GPU: set CUDA_VISIBLE_DEVICES to one of them")
+    quiet_transformers()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of the processes that load data
+    warnings.filterwarnings("ignore", module=r"transformers\.|accelerate\.|torch\.|peft\.|datasets\.")
+    journal = Journal(arguments.output / "runs.jsonl")
+    records = []
+    for task in arguments.tasks:
+        for name in arguments.methods:
+            for seed in arguments.seeds:
+                method = table.methods[name]
+                run = Run(table=table, arguments=arguments, task=task, method=method, seed=seed)
+                if run not in journal:
+                    print(f"{task}, {name}, seed {seed}", file=sys.stderr)
+                    try:
+                        journal.add(run, finished(run, score))
+                    except MissingError as error:
+                        print(error, file=sys.stderr)
+                        return 2
+                records.append(journal[run])
+    print_table(table, arguments, records)
+    return 0
+
+
+def finished(run: Run, score: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of a run, and remove its checkpoints."""
+    # The seconds of a run that was resumed are those since then.
+    start, resumed = time.perf_counter(), last_checkpoint(run.folder) is not None
+    try:
+        found = score(run)
+    except DivergedError as error:
+        found = {"diverged": error.args[0]}
+    if torch.cuda.is_available():
+        gc.collect()  # model and optimiser hold each other
+        torch.cuda.empty_cache()
+    for checkpoint in run.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return found | {"seconds": round(time.perf_counter() - start, 1), "resumed": resumed}
+
+
+# --- Methods ----------------------------------------------------------------------------------------------
+
+
+def adapted(
+    model: nn.Module, run: Run, *, targets: Sequence[str] = (), head: Sequence[str] = ()
+) -> nn.Module:
+    """Freeze what the method does not train, and add its adapter.
+
+    Parameters
+    ----------
+    model : nn.Module
+    run : Run
+    targets : sequence of str
+        Names of the layers to adapt; none for query and value, whatever the architecture calls them.
+    head : sequence of str
+        Modules that are trained whole.
+    """
+    method, arguments = run.method, run.arguments
+    targets = list(targets) or find_targets(model)
+    if method.kind == "full":
+        return model
+    if method.kind == "head":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in head)
+        return model
+    if method.kind == "adamss":
+        given = {"subspaces": arguments.subspaces, "segmentation": arguments.segmentation}
+        config = getattr(adamss.AdamssConfig, arguments.variant)(
+            targets=targets,
+            rank=RANK,
+            subspace_rank=method.rank,
+            modules_to_save=list(head),
+            seed=run.seed,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        return adamss.attach(model, config)
+    from peft import LoraConfig, get_peft_model
+
+    pissa = method.kind == "pissa"
+    config = LoraConfig(
+        r=method.rank,
+        lora_alpha=method.rank if pissa else 2 * method.rank,
+        init_lora_weights="pissa_niter_4" if pissa else True,
+        bias="lora_only" if method.biases else "none",
+        target_modules=targets,
+        modules_to_save=list(head) or None,
+    )
+    return get_peft_model(model, config)
+
+
+def is_head(name: str) -> bool:
+    """Say whether a parameter of this name belongs to the head of a classifier."""
+    return HEAD in name.split(".")
+
+
+def trained(model: nn.Module) -> int:
+    """Count the numbers that are trained now: without the head, and without the subspaces that are frozen."""
+    adapters = adapters_of(model)
+    if adapters:
+        return sum(adamss.core.count_factors(each.factors(), active_only=True) for each in adapters.values())
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))
+
+
+# --- Training ---------------------------------------------------------------------------------------------
+
+
+class FineTuning(Trainer):
+    """The Trainer of transformers with two learning rates, that stops where it diverges.
+
+    Parameters
+    ----------
+    rates : Rates
+        Of AdamW: one for the head, one for all else.
+    """
+
+    def __init__(self, *arguments: Any, rates: Rates, **options: Any):
+        super().__init__(*arguments, **options)
+        self.rates = rates
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Put AdamW on what is trained."""
+        if self.optimizer is None:
+            groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    groups[is_head(name)].append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": groups[head], "lr": self.rates.head if head else self.rates.adapter}
+                    for head in groups
+                    if groups[head]
+                ],
+                weight_decay=self.rates.weight_decay,
+            )
+        return self.optimizer
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        """Take one step.
+
+        Raises
+        ------
+        DivergedError
+            If the loss is not finite.
+        """
+        loss = super().training_step(*arguments, **options)
+        if not torch.isfinite(loss):
+            raise DivergedError(f"step {self.state.global_step + 1}")
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log how many parameters are trained, beside what the Trainer logs."""
+        super().log(logs | {"trained": trained(self.model)}, start_time)
+
+
+def fit(
+    model: nn.Module,
+    run: Run,
+    *,
+    data: Any,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    evaluated: Any = None,
+    metric: Callable[[Any], dict[str, float]] | None = None,
+    autocast: bool = True,
+) -> FineTuning:
+    """Train an adapted model, from the last checkpoint of the run if there is one.
+
+    Parameters
+    ----------
+    model : nn.Module
+    run : Run
+    data : data set
+        Of the training.
+    collate : callable
+        Makes a batch of a list of examples.
+    evaluated : data set or None
+        Scored after each epoch.
+    metric : callable or None
+        ``predictions with labels -> scores``.
+    autocast : bool
+        Whether ``--dtype bf16`` means autocast over float32 weights; else the weights are bfloat16 themselves.
+
+    Returns
+    -------
+    FineTuning
+        The Trainer; ``state.log_history`` has what was logged, that of earlier processes too.
+    """
+    table, arguments = run.table, run.arguments
+    steps = math.ceil(len(data) / table.batch) * arguments.epochs
+    each = "epoch" if table.save_steps is None else "steps"
+    interval = min(table.save_steps or 1, steps)
+    settings = TrainingArguments(
+        output_dir=str(run.folder),
+        per_device_train_batch_size=arguments.device_batch,
+        per_device_eval_batch_size=4 * arguments.device_batch,
+        gradient_accumulation_steps=table.batch // arguments.device_batch,
+        num_train_epochs=arguments.epochs,
+        lr_scheduler_type="linear",
+        warmup_steps=round(table.warmup * steps),
+        max_grad_norm=table.clip,
+        bf16=autocast and arguments.dtype == "bf16",
+        eval_strategy="no" if evaluated is None else "epoch",
+        logging_strategy=each,
+        logging_steps=interval,
+        save_strategy=each,
+        save_steps=interval,
+        save_total_limit=2,
+        seed=run.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=arguments.workers,
+        logging_nan_inf_filter=False,  # a loss that is not finite ends the training
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+    callbacks = []
+    if run.method.kind == "adamss":
+        total = adamss.summary(model).total.K
+        target = arguments.target or run.row.target
+        falls = run.method.budget
+        callbacks.append(AdamssCallback(table.budget.config(steps, total, target) if falls else None))
+    trainer = FineTuning(
+        model,
+        settings,
+        rates=run.rates,
+        train_dataset=data,
+        eval_dataset=evaluated,
+        data_collator=collate,
+        compute_metrics=metric,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # the output is the table
+    trainer.train(resume_from_checkpoint=last_checkpoint(run.folder))
+    return trainer
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end: the Trainer writes its state last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _readable(path)]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _readable(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text()))
+    except json.JSONDecodeError:
+        return False
+
+
+def averaged(trainer: FineTuning) -> float:
+    """Return the trained parameters, averaged over the epochs (or whatever is logged) of the training."""
+    return statistics.fmean(entry["trained"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+# --- The table --------------------------------------------------------------------------------------------
+
+HEADERS = ["method", "task", "mean", "deviation", "median", "seeds", "paper"]
+HEADERS += ["trained", "paper: trained", "diverged"]
+
+
+def print_table(table: Table, arguments: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> None:
+    """Print our scores beside the paper's, then the runs that diverged, which no mean has."""
+    row = table.rows[arguments.row]
+    by_task = table.columns == table.tasks
+    columns = [name for name in table.columns if name in arguments.tasks or not by_task]
+    lines: list[list[Any]] = []
+    for name in arguments.methods:
+        own = [record for record in records if record["method"] == name]
+        printed = row.published.get(name)
+        means = []
+        for column in columns:
+            of_task = [r for r in own if column == r["task"] or not by_task]
+            done = [r for r in of_task if "scores" in r]
+            scores = [r["scores"][column] for r in done]
+            means += [statistics.fmean(scores)] if scores else []
+            lines.append(
+                [
+                    name,
+                    column,
+                    _shown(statistics.fmean(scores) if scores else None),
+                    _shown(statistics.stdev(scores) if len(scores) > 1 else None),
+                    _shown(statistics.median(scores) if scores else None),
+                    len(scores),
+                    _shown(printed.scores.get(column) if printed else None),
+                    f"{statistics.fmean(r['trained'] for r in done):,.0f}" if done else "-",
+                    printed.parameters if printed else "-",
+                    len(of_task) - len(done) or "-",
+                ]
+            )
+        if by_task and len(means) == len(table.columns):
+            published = _shown(printed.scores.get(MEAN) if printed else None)
+            lines.append(
+                [name, MEAN, _shown(statistics.fmean(means)), "-", "-", "-", published, "-", "-", "-"]
+            )
+    print(f"{table.title}, {arguments.row}: {arguments.model or row.hub}")
+    settings = f"{arguments.epochs} epochs, batch {table.batch}, {arguments.dtype}"
+    print(f"{settings}; AdaMSS: the {arguments.variant}'s, R = {RANK}, K = {arguments.subspaces}")
+    aligned = ("left", "left", *["right"] * (len(HEADERS) - 2))
+    print(tabulate(lines, headers=HEADERS, colalign=aligned, disable_numparse=True))
+    if table.note:
+        print(table.note)
+    for record in records:
+        if "diverged" in record:
+            where = f"{record['task']}, {record['method']}, seed {record['seed']}"
+            print(f"diverged, in no mean: {where}, at {record['diverged']}")
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

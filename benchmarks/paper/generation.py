@@ -1,0 +1,236 @@
+r"""Table 3 of the paper: language models trained on MetaMathQA, asked GSM8K and MATH.
+
+Trained on the first 100,000 examples, once; asked with greedy decoding in batches, prompts padded on the left. The
+prompt, which examples, their length, the warm-up, and the schedule of the budget are not said in the paper and are
+chosen here (`settings`). ::
+
+    python benchmarks/paper/generation.py --row LLaMA-2-7B --methods "AdaMSS*_base" --seeds 0
+    python benchmarks/paper/generation.py --model path/to/mistral --row Mistral-7B --data path/to/sets
+
+``--data`` is a folder with ``MetaMathQA`` (columns query and response), ``gsm8k`` (question, answer; part ``test``)
+and ``MATH`` (problem, solution; part ``test``). The answers are kept beside the journal.
+
+An answer is what follows the last "The answer is", else the last "####", else the last ``\boxed``, else the last
+number. It counts if it is the same text as the right one, spaces and spacing commands aside, or if math-verify finds
+the two equal: fractions, decimals, roots, sets, intervals, matrices, and expressions that simplify to each other;
+units, currency and degree signs are left out, and 50 % is both 50 and 1/2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages paper and demo
+
+import torch
+from math_verify import parse, verify
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
+
+from paper import settings
+from paper.common import (
+    Run,
+    Table,
+    adapted,
+    averaged,
+    complete,
+    data_set,
+    fit,
+    pretrained,
+)
+
+TRAINING_SET = "MetaMathQA"
+TABLE = Table(
+    title="Table 3 (generation)",
+    rows=settings.GENERATION,
+    methods=settings.GENERATION_METHODS,
+    tasks=(TRAINING_SET,),
+    columns=settings.GENERATION_TASKS,
+    seeds=settings.GENERATION_SEEDS,
+    epochs=settings.GENERATION_EPOCHS,
+    batch=settings.GENERATION_BATCH,
+    device_batch=settings.GENERATION_BATCH,
+    warmup=settings.GENERATION_WARMUP,
+    clip=1.0,
+    budget=settings.GENERATION_BUDGET,
+    dtype="bf16",
+    save_steps=1000,
+    note="A star: all seven projections are adapted. The paper's counts are those of C alone (parameters.py). "
+    "The rates and ranks of LoRA, PiSSA and full fine-tuning are chosen, the paper's are not known.",
+)
+
+
+# --- Answers ----------------------------------------------------------------------------------------------
+
+
+def boxed(text: str) -> str | None:
+    r"""Return the content of the last ``\boxed{...}``, braces within it and all; None if there is none."""
+    begin = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if begin < 0:
+        return None
+    depth, first = 0, text.index("{", begin)
+    for place in range(first, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[first + 1 : place]
+    return None
+
+
+def answer_of(text: str) -> str:
+    """Return the final answer in a solution; empty where it has none."""
+    for marker in ("The answer is", "####"):
+        if marker in text:
+            line = text.rpartition(marker)[2].strip(": \n").partition("\n")[0]
+            return tidy(boxed(line) or line)
+    found = boxed(text)
+    if found is not None:
+        return tidy(found)
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return tidy(numbers[-1]) if numbers else ""
+
+
+def tidy(answer: str) -> str:
+    """Return an answer without dollar signs and a point around it, commands of spacing, and words behind a number."""
+    answer = answer.lstrip(" $").rstrip(" $.")
+    answer = re.sub(r"(?<!\\)\\(?:[!,;:]|left(?![a-z])|right(?![a-z]))\s*", "", answer)
+    answer = re.sub(r"(?<!\\)\\(?: |q?quad(?![a-z]))|~", " ", answer)
+    return re.sub(r"(?<=\d)\s*[A-Za-z]{2,}(?:\s+[A-Za-z]+)*$", "", answer).strip()
+
+
+def same_answer(right: str, answer: str) -> bool:
+    """Say whether two answers are equal, as text or as mathematics."""
+    if not answer:
+        return False
+    if right.replace(" ", "") == answer.replace(" ", ""):
+        return True
+    return verify(parse(f"${right}$"), parse(f"${answer}$"))
+
+
+# --- Data -------------------------------------------------------------------------------------------------
+
+
+def prompt(question: str) -> str:
+    """Return what the model is given before it writes a solution."""
+    return f"Question: {question.strip()}\nSolution:"
+
+
+@cache
+def tokenizer_of(model: str) -> Any:
+    """Return the tokenizer, with something to pad with."""
+    tokenizer = pretrained(AutoTokenizer, model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+@cache
+def training_set(folder: Path | None, model: str, examples: int, length: int) -> Any:
+    """Return the examples as token ids; only the solution is learnt (label -100 elsewhere)."""
+    tokenizer = tokenizer_of(model)
+    rows = data_set(folder, TRAINING_SET, "meta-math/MetaMathQA", split="train")
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        given = tokenizer(prompt(row["query"]))["input_ids"]
+        if given and given[-1] == tokenizer.eos_token_id:
+            given = given[:-1]
+        learnt = tokenizer(f" {row['response'].strip()}", add_special_tokens=False)["input_ids"]
+        learnt += [tokenizer.eos_token_id]
+        labels = [-100] * len(given) + learnt
+        ids = (given + learnt)[:length]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels[:length]}
+
+    rows = rows.select(range(min(examples, len(rows))))
+    encoded = rows.map(encode, remove_columns=rows.column_names, keep_in_memory=True)
+    # A question that fills the whole length leaves nothing to learn.
+    return encoded.filter(lambda row: row["labels"][-1] >= 0, keep_in_memory=True)
+
+
+@cache
+def questions(folder: Path | None, task: str, most: int | None) -> list[tuple[str, str]]:
+    """Return questions with their right answers."""
+    if task == "GSM8K":
+        rows = data_set(folder, "gsm8k", "openai/gsm8k", "main", split="test")
+        pairs = [(row["question"], answer_of(row["answer"])) for row in rows]
+    else:
+        rows = data_set(folder, "MATH", "DigitalLearningGmbH/MATH-lighteval", split="test")
+        pairs = [(row["problem"], tidy(boxed(row["solution"]) or "")) for row in rows]
+    return pairs[:most]
+
+
+# --- Runs -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def solutions(model: nn.Module, run: Run, asked: Sequence[str], file: Path) -> list[str]:
+    """Return what the model writes after each prompt, decoded greedily; the file has what was written before."""
+    tokenizer, arguments = tokenizer_of(run.model), run.arguments
+    tokenizer.padding_side = "left"
+    model.eval()
+    done: list[str] = json.loads(file.read_text()) if file.exists() else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    batches = range(len(done), len(asked), arguments.answer_batch)
+    for first in tqdm(batches, desc=file.stem, unit="batch", disable=None):
+        texts = [prompt(text) for text in asked[first : first + arguments.answer_batch]]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+        written = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            max_new_tokens=arguments.answer_length,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        new = written[:, inputs["input_ids"].shape[1] :]
+        done += tokenizer.batch_decode(new, skip_special_tokens=True)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(done, indent=0))
+        unfinished.replace(file)
+    return done
+
+
+def score(run: Run) -> dict[str, Any]:
+    """Train on MetaMathQA and return the share of questions that are answered right."""
+    arguments = run.arguments
+    asked = {task: questions(arguments.data, task, arguments.questions) for task in TABLE.columns}
+    data = training_set(arguments.data, run.model, arguments.examples, arguments.length)
+    set_seed(run.seed)
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    model = pretrained(AutoModelForCausalLM, run.model, dtype=dtype)
+    targets = settings.SEVEN if run.method.starred else settings.QUERY_AND_VALUE
+    model = adapted(model, run, targets=targets)
+    collate = DataCollatorForSeq2Seq(tokenizer_of(run.model))
+    tokenizer_of(run.model).padding_side = "right"
+    trainer = fit(model, run, data=data, collate=collate, autocast=False)
+    scores = {}
+    for task, pairs in asked.items():
+        file = run.folder / f"{task}.json"
+        written = solutions(trainer.model, run, [question for question, _ in pairs], file)
+        right = [
+            same_answer(wanted, answer_of(text)) for (_, wanted), text in zip(pairs, written, strict=True)
+        ]
+        scores[task] = 100 * sum(right) / len(right)
+    return {"scores": scores, "trained": averaged(trainer)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do the runs that are missing and print the table."""
+    parser = TABLE.parser("Table 3 of the paper: MetaMathQA, then GSM8K and MATH.")
+    add = parser.add_argument
+    add("--examples", type=int, default=settings.GENERATION_EXAMPLES, help="default: %(default)s")
+    add("--length", type=int, default=settings.GENERATION_LENGTH, help="tokens (default: %(default)s)")
+    add("--answer-length", type=int, default=settings.GENERATION_ANSWER, help="tokens (default: %(default)s)")
+    add("--answer-batch", type=int, default=32, help="questions at a time (default: %(default)s)")
+    add("--questions", type=int, help="so many of each set, for a try (default: all)")
+    return complete(argv, TABLE, parser, score)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

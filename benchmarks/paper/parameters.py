@@ -1,0 +1,278 @@
+"""The trained parameters that the paper prints, and what counting gives.
+
+Counted from the shapes of the layers (models on the meta device: nothing is allocated, nothing downloaded) by
+`adamss.core`, and for RoBERTa and ViT also by attaching AdaMSS to layers with random weights. Of the rows whose
+budget falls, the paper prints the average over the epochs: here that of the schedule b(t), with the targets of the
+authors' scripts and with those that fit what is printed. ::
+
+    python benchmarks/paper/parameters.py
+
+The exit status is 1 if a count on an attached model and its formula differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages paper and demo
+
+import numpy as np
+import torch
+from demo.in_torch import find_targets
+from tabulate import tabulate
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    ViTConfig,
+)
+
+import adamss
+from adamss import core
+from paper import settings
+from paper.settings import RANK, SUBSPACES, Method, Row, Schedule
+
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "RoBERTa-base": RobertaConfig(**ROBERTA),
+    "RoBERTa-large": RobertaConfig(**ROBERTA, **LARGE),
+    "ViT-base": ViTConfig(),
+    "ViT-large": ViTConfig(**LARGE),
+    "LLaMA-2-7B": LlamaConfig(),
+    "Mistral-7B": MistralConfig(),
+    "Gemma-7B": GemmaConfig(),
+}
+"""The defaults of transformers are the base models, LLaMA-7B (whose shapes LLaMA-2 has), Mistral-7B and Gemma-7B."""
+
+GLUE_ROWS = {"SST-2": 67_349, "MRPC": 3_668, "CoLA": 8_551, "QNLI": 104_743, "RTE": 2_490, "STS-B": 5_749}
+IMAGE_ROWS = {"Pets": 3_312, "Cars": 7_329, "CIFAR10": 45_000, "EuroSAT": 16_200, "FGVC": 6_000}
+IMAGE_ROWS |= {"RESISC45": 18_900, "CIFAR100": 45_000}
+"""Training examples; of images without a validation part, nine tenths."""
+
+VIT_LARGE_SUBSPACES = 27
+"""K is estimated for images. 178K at r_k = 1 imply this mean for ViT-large, and 42K imply 10 for ViT-base."""
+
+NAMES = {"query": "q_proj", "value": "v_proj"}
+"""Of RoBERTa, by those of the other models."""
+
+
+@cache
+def linear_layers(model: str) -> tuple[dict[str, list[tuple[int, int]]], int]:
+    """Return the shapes (d, n) of the linear layers of a model by their own name, and all of its parameters."""
+    config = CONFIGS[model]
+    kind = AutoModelForCausalLM
+    if model in settings.GLUE:
+        kind = AutoModelForSequenceClassification
+    elif model in settings.IMAGE:
+        kind = AutoModelForImageClassification
+    with torch.device("meta"):
+        built = kind.from_config(config)
+    shapes: dict[str, list[tuple[int, int]]] = {}
+    for path, layer in built.named_modules():
+        if isinstance(layer, nn.Linear):
+            name = path.rpartition(".")[2]
+            shapes.setdefault(NAMES.get(name, name), []).append((layer.in_features, layer.out_features))
+    return shapes, sum(parameter.numel() for parameter in built.parameters())
+
+
+def subspaces_of(model: str) -> int:
+    """Return K of each layer."""
+    return VIT_LARGE_SUBSPACES if model == "ViT-large" else SUBSPACES
+
+
+def count(model: str, method: Method, *, only_C: bool = False) -> int:
+    """Return the trained parameters of a method without the head, at the start of the training.
+
+    Parameters
+    ----------
+    model : str
+    method : Method
+    only_C : bool
+        For AdaMSS: leave B out, as the paper's counts of language models do: ``sum r_k n_k``.
+    """
+    shapes, whole = linear_layers(model)
+    if method.kind == "full":
+        return whole
+    if method.kind == "head":
+        return 0
+    names = settings.SEVEN if method.starred else settings.QUERY_AND_VALUE
+    layers = [shape for name in names for shape in shapes[name]]
+    if method.kind != "adamss":
+        biases = sum(n for _, n in layers) if method.biases else 0
+        return sum(core.count_lora(d, n, method.rank) for d, n in layers) + biases
+    K = subspaces_of(model)
+
+    def of_layer(d: int, n: int) -> int:
+        sizes = [n // K + (k < n % K) for k in range(K)]  # their sum counts, whatever the segmentation
+        return core.count_trainable(sizes, K * [method.rank], K * [0 if only_C else min(RANK, d, n)])
+
+    return sum(of_layer(d, n) for d, n in layers)
+
+
+def total_subspaces(model: str, method: Method) -> int:
+    """Return the subspaces of the whole model."""
+    names = settings.SEVEN if method.starred else settings.QUERY_AND_VALUE
+    return subspaces_of(model) * sum(len(linear_layers(model)[0][name]) for name in names)
+
+
+def mean_share(schedule: Schedule, total: int, epochs: int, steps: int, target: int | None = None) -> float:
+    """Return the share of the subspaces that is trained, averaged over the ends of the epochs.
+
+    Parameters
+    ----------
+    schedule : Schedule
+    total : int
+        Subspaces of the model.
+    epochs, steps : int
+        Of the training; optimiser steps of an epoch.
+    target : int or None
+        In the place of the schedule's.
+    """
+    config = schedule.config(epochs * steps, total, target)
+    every = np.arange(1, epochs * steps + 1)
+    due = every[core.allocates_at(every, config)]
+    budgets = [total, *(core.budget_at(int(step), config, total) for step in due)]
+    ends = steps * np.arange(1, epochs + 1)
+    return float(np.mean([budgets[past] for past in np.searchsorted(due, ends, side="right")])) / total
+
+
+def budget_share(model: str, method: Method, target: int | None = None) -> float:
+    """Return `mean_share` over the trainings of a table: the mean of its tasks."""
+    total = total_subspaces(model, method)
+    if model in settings.GENERATION:
+        # One epoch, at whose log entries we average.
+        steps = settings.GENERATION_EXAMPLES // settings.GENERATION_BATCH // 25
+        return mean_share(settings.GENERATION_BUDGET, total, 25, steps, target)
+    glue = model in settings.GLUE
+    schedule = settings.GLUE_BUDGET if glue else settings.IMAGE_BUDGET
+    epochs = settings.GLUE_EPOCHS if glue else settings.IMAGE_EPOCHS
+    batch = settings.GLUE_BATCH if glue else settings.IMAGE_BATCH
+    rows: Mapping[str, int] = GLUE_ROWS if glue else IMAGE_ROWS
+    return statistics.fmean(
+        mean_share(schedule, total, epochs, math.ceil(size / batch), target) for size in rows.values()
+    )
+
+
+def figure(printed: str) -> float:
+    """Return the number that the paper prints, as ``0.042M`` or ``59K``."""
+    return float(printed[:-1]) * {"K": 1e3, "M": 1e6}[printed[-1]]
+
+
+def agrees(number: float, printed: str) -> bool:
+    """Say whether a number rounds to what is printed."""
+    decimals = len(printed[:-1].partition(".")[2])
+    unit = {"K": 1e3, "M": 1e6}[printed[-1]]
+    return round(number / unit, decimals) == float(printed[:-1])
+
+
+def lines_of(model: str, row: Row, methods: Mapping[str, Method]) -> list[list[object]]:
+    """Return the lines of a model: one for each count that the paper prints, and for each way to arrive at it."""
+    lines: list[list[object]] = []
+    generation = model in settings.GENERATION
+    for name, published in row.published.items():
+        method, printed = methods[name], published.parameters
+        if printed == "-":
+            continue
+        found: dict[str, float] = {}
+        for way, only_C in (("B and C", False), ("C alone", True)):
+            if only_C and not generation:
+                continue
+            number = count(model, method, only_C=only_C)
+            if not method.budget:
+                found[way if method.kind == "adamss" else ""] = number
+            elif generation:
+                found[f"{way}, averaged, half of them left (chosen)"] = number * budget_share(model, method)
+            else:
+                script = (
+                    settings.GLUE_SCRIPT_TARGET if model in settings.GLUE else settings.IMAGE_SCRIPT_TARGET
+                )
+                for what, target in (("script", script), ("inferred", row.target)):
+                    share = budget_share(model, method, target)
+                    found[f"{way}, averaged, target {target} ({what})"] = number * share
+        for how, value in found.items():
+            lines.append([model, name, how, round(value), printed, "yes" if agrees(value, printed) else "no"])
+    return lines
+
+
+def attached(model: str, layers: int) -> int:
+    """Attach AdaMSS to the first layers of a model with random weights, the vocabulary cut, and count."""
+    config = CONFIGS[model].to_dict() | {"vocab_size": 16, "num_hidden_layers": layers}
+    kind = AutoModelForSequenceClassification if model in settings.GLUE else AutoModelForImageClassification
+    built = kind.from_config(type(CONFIGS[model]).from_dict(config))
+    settled = adamss.AdamssConfig(
+        targets=find_targets(built),
+        rank=RANK,
+        subspaces=subspaces_of(model),
+        subspace_rank=1,
+    )
+    adamss.attach(built, settled)
+    found = sum(parameter.numel() for parameter in adamss.trainable_parameters(built))
+    if found != adamss.summary(built).total.trained:
+        raise AssertionError(f"{found} trained, {adamss.summary(built).total.trained} in the summary")
+    return found
+
+
+NOTES = """\
+RoBERTa: AdaMSS with B and C, R = 100, K = 10. LoRA r=1 has the biases of the adapted layers too.
+ViT: K is estimated from the weights, so shapes alone do not give it; 10 is taken for ViT-base and 27 for ViT-large,
+which is what the counts at r_k = 1 imply. At r_k = 3 the paper has fewer than thrice that: a subspace of one or two
+columns cannot have rank 3.
+Language models: without a budget the paper prints C alone, the sum of r_k n over the layers; it does not say why.
+Averages: over the epochs. The targets of the authors' scripts do not give what is printed; those called inferred are
+the multiples of 50 that come nearest to it, and are what glue.py and image.py use."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table and the check."""
+    parser = argparse.ArgumentParser(description="Trained parameters: the paper's, and by counting.")
+    parser.add_argument("--quick", action="store_true", help="attach to one layer of each model")
+    arguments = parser.parse_args(argv)
+    lines = []
+    for rows, methods in (
+        (settings.GLUE, settings.GLUE_METHODS),
+        (settings.IMAGE, settings.IMAGE_METHODS),
+        (settings.GENERATION, settings.GENERATION_METHODS),
+    ):
+        for model, row in rows.items():
+            lines += lines_of(model, row, methods)
+    headers = ["model", "method", "counted", "parameters", "paper", "agrees"]
+    print(
+        tabulate(
+            lines, headers=headers, intfmt=",", colalign=("left", "left", "left", "right", "right", "left")
+        )
+    )
+    print(NOTES)
+    same = True
+    for model in (*settings.GLUE, *settings.IMAGE):
+        whole = CONFIGS[model].num_hidden_layers
+        layers = 12 if model == "RoBERTa-base" and not arguments.quick else 1
+        found = attached(model, layers)
+        formula = count(model, Method("AdaMSS_base", "adamss")) * layers // whole
+        print(
+            f"attached to {layers} of {whole} layers of {model}: {found:,} trained, {formula:,} by the formula"
+        )
+        same &= found == formula
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The paper's Algorithm 2: whether it finds the subspaces that there are, and how long it takes.
+
+(1) Weights whose columns lie in planted subspaces, independent ones (their dimensions add up) and disjoint ones that
+are not independent (any two meet in zero alone, but together they have fewer dimensions): the number that is
+estimated, for several tau and levels of noise, and how well normalised cuts find the columns of each subspace if they
+are told the number. (2) The time of the estimate and of normalised cuts over that of `decompose` of one matrix. ::
+
+    python benchmarks/segmentation.py
+    python benchmarks/segmentation.py --only time --widths 384 4096 14336
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from paired import environment, paired_times, ratio
+from tabulate import tabulate
+
+from adamss import core
+from adamss_conformance.cases import adjusted_rand_index
+
+SUBSPACES, DIMENSION, PER_SUBSPACE = 12, 4, 30
+NOISE = (0.0, 0.01, 0.02, 0.05, 0.1)
+TAUS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
+AMBIENT = {"independent": SUBSPACES * DIMENSION + 16, "dependent": SUBSPACES * DIMENSION // 2}
+"""Inputs d: with fewer than K times the dimension, the subspaces cannot be independent."""
+RANK, WIDTHS = 100, (384, 768, 1536, 4096, 8192, 14336)
+LARGEST_HEIGHT = 4096
+
+
+def planted(kind: str, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a weight (d, n) whose columns lie in planted subspaces, and the subspace of each.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `AMBIENT`.
+    noise : float
+        Norm of the noise over that of the weight.
+    seed : int
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(SUBSPACES), PER_SUBSPACE))
+    bases = rng.standard_normal((SUBSPACES, AMBIENT[kind], DIMENSION))
+    W = np.einsum("ndr,nr->dn", bases[labels], rng.standard_normal((len(labels), DIMENSION)))
+    disturbance = rng.standard_normal(W.shape)
+    return W + noise * np.linalg.norm(W) / np.linalg.norm(disturbance) * disturbance, labels
+
+
+def recovery(seeds: int) -> None:
+    """Print the first table."""
+    rows = []
+    for kind, d in AMBIENT.items():
+        for noise in NOISE:
+            numbers: dict[float, list[int]] = {tau: [] for tau in TAUS}
+            found = []
+            for seed in range(seeds):
+                W, labels = planted(kind, noise, seed)
+                decomposition = core.decompose(W, min(d, SUBSPACES * DIMENSION))
+                for tau in TAUS:
+                    numbers[tau].append(core.estimate_subspaces(decomposition, tau=tau, minimum=1))
+                cut = core.segment(decomposition, SUBSPACES, "ncut")
+                found.append(adjusted_rand_index(cut, labels))
+            shown = [
+                f"{np.median(each):.0f}" if min(each) == max(each) else f"{min(each)} to {max(each)}"
+                for each in numbers.values()
+            ]
+            rows.append([kind, f"{100 * noise:.0f} %", *shown, f"{np.mean(found):.2f}"])
+    print(
+        f"{SUBSPACES} planted subspaces of dimension {DIMENSION}, {PER_SUBSPACE} columns each, {seeds} draws:\n"
+        "the number estimated (without a lower bound) by tau, and the adjusted Rand index of normalised cuts"
+    )
+    print(
+        tabulate(
+            rows,
+            headers=["subspaces", "noise", *(f"tau {tau:g}" for tau in TAUS), "cuts"],
+            disable_numparse=True,
+        )
+    )
+
+
+def times(widths: Sequence[int], repeats: int) -> None:
+    """Print the second table."""
+    rows = []
+    for n in widths:
+        d = min(n, LARGEST_HEIGHT)
+        W = torch.randn(d, n, generator=torch.Generator().manual_seed(0))
+        decomposition = core.decompose(W, RANK)
+        seconds = paired_times(
+            {
+                "decompose": lambda W=W: core.decompose(W, RANK),
+                "estimate": lambda D=decomposition: core.estimate_subspaces(D),
+                "ncut": lambda D=decomposition: core.segment(D, 10, "ncut"),
+                "kmeans": lambda D=decomposition: core.segment(D, 10, "kmeans"),
+            },
+            repeats=repeats,
+            warmup=1,
+            label=f"{d} x {n}",
+        )
+        whole = seconds["estimate"] + seconds["ncut"]
+        rows.append(
+            [
+                f"{d} x {n}",
+                *(f"{np.median(each):.3f}" for each in seconds.values()),
+                str(ratio(whole, seconds["decompose"])),
+            ]
+        )
+    print(
+        f"\nGaussian weights, PyTorch, float32, R = {RANK}, K = 10, medians of {repeats} alternations, seconds"
+    )
+    header = ["d x n", "decompose", "estimate", "ncut", "kmeans", "estimate + ncut over decompose"]
+    print(tabulate(rows, headers=header, disable_numparse=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="What the paper's Algorithm 2 finds, and how long it takes.")
+    parser.add_argument("--only", choices=["recovery", "time"], help="one table alone")
+    parser.add_argument("--widths", type=int, nargs="+", help="columns n")
+    parser.add_argument("--quick", action="store_true", help="fewer draws, alternations and widths")
+    arguments = parser.parse_args(argv)
+    if arguments.only != "time":
+        recovery(3 if arguments.quick else 10)
+    if arguments.only != "recovery":
+        widths = arguments.widths or (WIDTHS[:3] if arguments.quick else WIDTHS)
+        times(widths, 3 if arguments.quick else 7)
+        print(environment(["torch", "numpy", "adamss"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
