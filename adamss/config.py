@@ -193,7 +193,9 @@ class SubspaceEstimate:
         if self.maximum is not None:
             _set_integer(self, "maximum", minimum=1)
             if self.maximum < self.minimum:
-                raise ConfigError(f"maximum = {self.maximum} is less than minimum = {self.minimum}; raise it")
+                raise ConfigError(
+                    f"maximum = {self.maximum} is less than minimum = {self.minimum}; raise it, or lower minimum"
+                )
         _check_real(self, "exponent", low=0.0, high=None)
         if self.exponent > LARGEST_POWER:
             raise ConfigError(f"exponent must be at most {LARGEST_POWER}, found {self.exponent}")
@@ -223,6 +225,7 @@ class AdamssConfig:
         R, rank of the truncated SVD of the weight.
     subspaces
         K, number of subspaces; ``"estimate"`` or a `SubspaceEstimate` for one that each layer finds in its weight.
+        The matrices of a stack (experts, scanned layers) share the highest that one of them finds.
     subspace_rank
         r_k, trained rank of each.
     modules_to_save
@@ -391,7 +394,7 @@ class AdamssConfig:
         """Return the method as the paper's code runs it, with other settings of the caller's.
 
         K = 10, k-means, one basis shared by all subspaces, the bias as one more input row; R = 100, r_k = 1. The
-        published parameter counts are those of this method.
+        parameter counts of the paper's Tables 1 and 2 are those of this method.
 
         Examples
         --------
@@ -485,7 +488,7 @@ def _set_integer(config: object, name: str, *, minimum: int) -> None:
 def _set_subspaces(config: AdamssConfig) -> None:
     """Set K to an integer, or to how it is estimated: by default, or as a file says it."""
     value = config.subspaces
-    if value == ESTIMATE:
+    if isinstance(value, str) and value == ESTIMATE:
         value = SubspaceEstimate()
     elif isinstance(value, Mapping):
         value = _from_dict(SubspaceEstimate, value)

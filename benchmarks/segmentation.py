@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -33,7 +33,7 @@ TAUS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 AMBIENT = {"independent": SUBSPACES * DIMENSION + 16, "dependent": SUBSPACES * DIMENSION // 2}
 """Inputs d: with fewer than K times the dimension, the subspaces cannot be independent."""
 RANK, WIDTHS = 100, (384, 768, 1536, 4096, 8192, 14336)
-LARGEST_HEIGHT = 4096
+LARGEST_HEIGHT = SQUARE = 4096
 
 
 def planted(kind: str, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,36 +87,69 @@ def recovery(seeds: int) -> None:
     )
 
 
+def gaussian(d: int, n: int, seed: int = 0) -> torch.Tensor:
+    """Return the flattest spectrum, for which `decompose` takes the longest."""
+    return torch.randn(d, n, generator=torch.Generator().manual_seed(seed))
+
+
+def decaying(d: int, n: int) -> torch.Tensor:
+    """Return a weight whose singular values fall as 1 / i: those of trained weights fall more slowly."""
+    side = min(d, n)
+    (U, _), (V, _) = torch.linalg.qr(gaussian(d, side)), torch.linalg.qr(gaussian(n, side, seed=1))
+    return (U / torch.arange(1, side + 1)) @ V.T
+
+
+def in_planes(d: int, n: int) -> torch.Tensor:
+    """Return a weight whose columns lie in 50 planes, up to 2 % of noise: many eigenvalues near zero."""
+    columns = torch.arange(n).chunk(50)
+    W = torch.cat(
+        [gaussian(d, 2, seed=k) @ gaussian(2, len(own), seed=k) for k, own in enumerate(columns)], 1
+    )
+    noise = gaussian(d, n)
+    return W + 0.02 * W.norm() / noise.norm() * noise
+
+
+WEIGHTS: dict[str, Callable[[int, int], torch.Tensor]] = {
+    "Gaussian": gaussian,
+    "decaying": decaying,
+    "50 planes": in_planes,
+}
+
+
 def times(widths: Sequence[int], repeats: int) -> None:
     """Print the second table."""
     rows = []
     for n in widths:
-        d = min(n, LARGEST_HEIGHT)
-        W = torch.randn(d, n, generator=torch.Generator().manual_seed(0))
-        decomposition = core.decompose(W, RANK)
-        seconds = paired_times(
-            {
-                "decompose": lambda W=W: core.decompose(W, RANK),
-                "estimate": lambda D=decomposition: core.estimate_subspaces(D),
-                "ncut": lambda D=decomposition: core.segment(D, 10, "ncut"),
-                "kmeans": lambda D=decomposition: core.segment(D, 10, "kmeans"),
-            },
-            repeats=repeats,
-            warmup=1,
-            label=f"{d} x {n}",
-        )
-        whole = seconds["estimate"] + seconds["ncut"]
-        rows.append(
-            [
-                f"{d} x {n}",
-                *(f"{np.median(each):.3f}" for each in seconds.values()),
-                str(ratio(whole, seconds["decompose"])),
-            ]
-        )
-    print(
-        f"\nGaussian weights, PyTorch, float32, R = {RANK}, K = 10, medians of {repeats} alternations, seconds"
-    )
-    header = ["d x n", "decompose", "estimate", "ncut", "kmeans", "estimate + ncut over decompose"]
+        for kind, weight in WEIGHTS.items():
+            for d in sorted({min(n, LARGEST_HEIGHT), n // 4}) if n == SQUARE else [min(n, LARGEST_HEIGHT)]:
+                W = weight(d, n)
+                decomposition = core.decompose(W, RANK)
+                K = core.estimate_subspaces(decomposition)
+                seconds = paired_times(
+                    {
+                        "decompose": lambda W=W: core.decompose(W, RANK),
+                        "estimate": lambda D=decomposition: core.estimate_subspaces(D),
+                        "ncut": lambda D=decomposition, K=K: core.segment(D, K, "ncut"),
+                        "kmeans": lambda D=decomposition, K=K: core.segment(D, K, "kmeans"),
+                    },
+                    repeats=repeats,
+                    warmup=1,
+                    label=f"{kind}, {d} x {n}",
+                )
+                whole = seconds["estimate"] + seconds["ncut"]
+                medians = [f"{np.median(each):.3f}" for each in seconds.values()]
+                rows.append([f"{d} x {n}", kind, K, *medians, str(ratio(whole, seconds["decompose"]))])
+    print(f"\nPyTorch, float32, R = {RANK}, medians of {repeats} alternations, seconds")
+    header = [
+        "d x n",
+        "weight",
+        "K",
+        "decompose",
+        "estimate",
+        "ncut",
+        "kmeans",
+        "estimate + ncut over decompose",
+    ]
     print(tabulate(rows, headers=header, disable_numparse=True))
 
 

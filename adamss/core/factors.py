@@ -418,6 +418,11 @@ def join(blocks: Sequence[Factors]) -> Factors:
     Factors
         With L G bases and L K subspaces, those of the first block first, padded with zeros to the largest P and r.
 
+    Raises
+    ------
+    ArrayValueError
+        If K differs.
+
     Examples
     --------
     >>> import numpy as np
@@ -430,6 +435,10 @@ def join(blocks: Sequence[Factors]) -> Factors:
     if len(blocks) == 1:
         return blocks[0]
     xp, K = namespace(blocks[0].B), blocks[0].ranks.shape[0]
+    if any(f.ranks.shape[0] != K for f in blocks):
+        raise ArrayValueError(
+            f"blocks must have equally many subspaces, found {[f.ranks.shape[0] for f in blocks]}; segment them alike"
+        )
     P, r = max(f.B.shape[0] for f in blocks), max(f.C.shape[0] for f in blocks)
     return Factors(
         xp.concat([_padded(f.A, 2, P) for f in blocks], axis=0),

@@ -9,7 +9,7 @@ import numpy as np
 from adamss.config import SEGMENTATIONS, SubspaceEstimate
 from adamss.core._array import Array, check_concrete, device, eigh, namespace, one_hot
 from adamss.core.decomposition import Decomposition, check_count, effective_coordinates
-from adamss.core.spectral import EXACT_COLUMNS, directions_of_columns, spectral_embedding
+from adamss.core.spectral import directions_of_columns, spectral_embedding
 from adamss.errors import ArrayValueError, ConfigError
 
 __all__ = ["segment", "subspace_sizes"]
@@ -210,7 +210,7 @@ def _spectral(points: Array, exponent: float, subspaces: int, rng: np.random.Gen
     """Return labels (L, n) of L sets of points (L, n, R) by spectral clustering, ``F_ij = |<x_i, x_j>|^exponent``."""
     xp = namespace(points)
     # Each search starts from the same directions: a layer's labels must not depend on its batch.
-    seed = int(rng.integers(2**32)) if points.shape[1] > EXACT_COLUMNS else 0
+    seed = int(rng.integers(2**32))
     embedded = [
         spectral_embedding(one, exponent, subspaces, np.random.default_rng(seed))
         for one in xp.unstack(points)

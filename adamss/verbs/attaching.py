@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,8 +109,12 @@ def attach(model: Model, config: AdamssConfig, *, name: str = DEFAULT, divide: b
         weights = Weights(parts, lambda path: base_weight(backend, parts[path], bank))
         layers = _all_factors(backend, weights, config, division)
         # The matrices of a stack have factors of one shape: where an estimate of K differs, the highest is for all.
-        for owner, subspaces in _highest_in_uneven_stacks(layers).items():
-            own = config.unchecked(overrides={**config.overrides, re.escape(owner): {"subspaces": subspaces}})
+        for owner, highest in _highest_in_uneven_stacks(layers).items():
+            own = config.for_layer(owner)
+            assert isinstance(own.subspaces, SubspaceEstimate)
+            own = own.unchecked(
+                subspaces=dataclasses.replace(own.subspaces, minimum=highest, maximum=highest)
+            )
             stack = Weights([path for path in layers if owner_of(path) == owner], weights.__getitem__)
             # Each process for itself: others may have found no such stack, and would not answer.
             layers |= _all_factors(backend, stack, own, Division())

@@ -1,9 +1,9 @@
 """AdaMSS beside other methods: test accuracy over seeds, each at its own best learning rate.
 
-For every task and method four learning rates are tried with one seed, and five further seeds are run with the best of
-them (see `evidence.study`). A table for each task shows the paired difference to a baseline within the seeds with its
-95 % t interval; it is about the seeds alone: the examples of the test part are the same in all runs. A last table is
-over the tasks. ::
+For every task and method four learning rates are tried with one seed, and more where the best of them is at an
+edge; five further seeds are run with the best (see `evidence.study`). The column "trials" counts what was tried. A
+table for each task shows the paired difference to a baseline within the seeds with its 95 % t interval; it is about
+the seeds alone: the examples of the test part are the same in all runs. A last table is over the tasks. ::
 
     python benchmarks/evidence/accuracy.py --plot accuracy.svg
     python benchmarks/evidence/accuracy.py --quick

@@ -136,7 +136,7 @@ def rates_of(journal: Journal, task: str, name: str, *, quick: bool) -> Rates:
 def path_of(
     task: Task, name: str, rates: Rates, seed: int, steps: int, norms: dict[str, float]
 ) -> list[Point]:
-    """Train once, and return what was measured along the way."""
+    """Train once, and return what was measured along the way; nothing if the run diverged."""
     points: list[Point] = []
     every = max(1, steps // POINTS)
 
@@ -155,8 +155,8 @@ def path_of(
                 )
             )
 
-    run(task, METHODS[name], rates.adapter, seed, steps, head_rate=rates.head, watch=watch)
-    return points
+    record = run(task, METHODS[name], rates.adapter, seed, steps, head_rate=rates.head, watch=watch)
+    return [] if record["diverged"] else points
 
 
 def first_at(points: Sequence[Point], level: float) -> Point:
@@ -165,15 +165,13 @@ def first_at(points: Sequence[Point], level: float) -> Point:
 
 
 def level_rows(found: dict[str, list[list[Point]]], levels: Sequence[float]) -> list[list[str]]:
-    """Return for each method the second term where its seeds first reach each accuracy: mean, and how many did."""
+    """Return for each method the second term where its seeds first reach each accuracy: mean and range."""
     rows = []
     for name, paths in found.items():
         row = [name]
         for level in levels:
-            reached = [point.capacity for points in paths if (point := first_at(points, level))]
-            row.append(
-                f"{np.mean(reached):.2f} ({len(reached)} of {len(paths)})" if reached else "not reached"
-            )
+            terms = [first_at(points, level).capacity for points in paths]
+            row.append(f"{np.mean(terms):.1f} ({min(terms):.1f} to {max(terms):.1f})")
         rows.append(row)
     return rows
 
@@ -227,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--task", choices=list(tasks.PLANS), default="docstrings", help="default: %(default)s"
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, help="trainings of each method (default: %(default)s)"
+        "--seeds", type=study.positive, default=3, help="trainings of each method (default: %(default)s)"
     )
     parser.add_argument(
         "--journal", type=Path, default=RESULTS / "accuracy.jsonl", help="where the rates come from"
@@ -241,26 +239,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = tasks.PLANS[arguments.task].steps // (5 if arguments.quick else 1)
     seeds, norms = 1 if arguments.quick else arguments.seeds, input_norms(task)
     rates = {name: rates_of(journal, arguments.task, name, quick=arguments.quick) for name in COMPARED}
-    found = {
+    trained = {
         name: [
             path_of(task, name, rates[name], seed, steps, norms)
             for seed in tqdm(range(seeds), desc=name, leave=False, disable=None)
         ]
         for name in COMPARED
     }
-    # What every training reaches.
-    common = min(max(point.accuracy for point in points) for paths in found.values() for points in paths)
-    levels = sorted({math.floor(100 * share * common) / 100 for share in (0.5, 0.7, 0.85, 0.95, 1.0)})
+    found = {name: alive for name, paths in trained.items() if (alive := [path for path in paths if path])}
     print(f"{arguments.task}: m = {len(task.train)}, {seeds} seeds, {steps} steps")
     print(
         "rates of adapter and head: "
         + ", ".join(f"{name} {r.adapter:g} and {r.head:g}" for name, r in rates.items())
     )
     print("Rx: " + ", ".join(f"{path} {norm:.1f}" for path, norm in norms.items()))
+    for name, paths in trained.items():
+        if not all(paths):
+            print(f"diverged, in no figure: {paths.count([])} of {seeds} seeds of {name}")
+    if not found:
+        return 0
+    # What every training reaches.
+    common = min(max(point.accuracy for point in points) for paths in found.values() for points in paths)
+    levels = sorted({math.floor(100 * share * common) / 100 for share in (0.5, 0.7, 0.85, 0.95, 1.0)})
     print(
-        "\nSecond term, sum over the layers, where validation accuracy first reaches a level (seeds that reach it)"
+        "\nSecond term, sum over the layers, where validation accuracy first reaches a level: mean and range"
     )
-    print(tabulate(level_rows(found, levels), headers=["method", *(f"{level:.0%}" for level in levels)]))
+    headers = ["method", *(f"{level:.0%}" for level in levels)]
+    print(tabulate(level_rows(found, levels), headers=headers, disable_numparse=True))
     print("\nThe whole bound after training, beside the loss on examples that were not trained on")
     header = ["method", "training loss", "second term", "third", "bound", "validation loss", "accuracy"]
     print(tabulate(last_rows(found, len(task.train)), headers=header, disable_numparse=True))

@@ -105,11 +105,14 @@ class Choice:
         Whether it is the lowest or the highest that was tried.
     head_rate : float
         Of the head; NaN before it is chosen.
+    trials : int
+        Runs of the search, of both rates.
     """
 
     rate: float
     edge: bool
     head_rate: float = math.nan
+    trials: int = 0
 
     def __str__(self) -> str:
         return f"{self.rate:.1g}{'*' if self.edge else ''}"
@@ -174,7 +177,7 @@ def search(
             return None, missing
         choice = choose({rate: journal[at(rate)] for rate in rates})
         if math.isnan(choice.rate) or settings.rates is not None:
-            return dataclasses.replace(choice, head_rate=method.head_rates[0]), []
+            return dataclasses.replace(choice, head_rate=method.head_rates[0], trials=len(rates)), []
         further = beyond(grid, rates, choice.rate)
         if further is None:
             break
@@ -183,16 +186,15 @@ def search(
     if missing := [job for job in heads.values() if job not in journal]:
         return None, missing
     best = choose({head: journal[job] for head, job in heads.items()})
-    return dataclasses.replace(choice, head_rate=best.rate), []
+    return dataclasses.replace(choice, head_rate=best.rate, trials=len(rates) + len(heads) - 1), []
 
 
 def rate_of(
     journal: Journal, settings: Settings, task: str, entry: Entry, entries: Mapping[str, Entry]
 ) -> Choice | None:
-    """Return the chosen rates of a method, or of the one that it follows; None if there are none yet."""
+    """Return the chosen rates of a method, or of the one that it follows; None as long as runs are missing."""
     leader = entries[entry.follows].method if entry.follows else entry.method
-    choice, _ = search(journal, settings, task, leader)
-    return None if choice is None or math.isnan(choice.rate) else choice
+    return search(journal, settings, task, leader)[0]
 
 
 def conduct(runner: Runner, settings: Settings, task: str, entries: Mapping[str, Entry], label: str) -> None:
@@ -214,7 +216,7 @@ def final_jobs(
     """Yield the runs with the chosen rates."""
     for entry in entries.values():
         choice = rate_of(journal, settings, task, entry, entries)
-        if choice is not None:
+        if choice is not None and not math.isnan(choice.rate):
             yield from settings.final_jobs(task, entry, choice).values()
 
 
@@ -303,6 +305,12 @@ class Outcome:
         """Trained parameters without the head, on average over the steps."""
         return float(np.mean(list(self.values("mean_trained").values()))) if self.records else math.nan
 
+    def divergence(self) -> str:
+        """Return how many runs diverged, in words; empty if none did."""
+        if math.isnan(self.choice.rate):
+            return f"at all {self.choice.trials} rates"
+        return f"{self.diverged} of {self.runs}" if self.diverged else ""
+
     def trained(self) -> str:
         """Return the trained parameters; under a budget, their average over the steps and what is left."""
         if not self.records:
@@ -315,15 +323,15 @@ class Outcome:
 def outcomes(
     journal: Journal, settings: Settings, task: str, entries: Mapping[str, Entry]
 ) -> dict[str, Outcome]:
-    """Return the outcome of every method of which the journal has a run with the chosen rate."""
+    """Return the outcome of every method with a run at the chosen rate, or that diverged at every rate."""
     found = {}
     for name, entry in entries.items():
         choice = rate_of(journal, settings, task, entry, entries)
         if choice is None:
             continue
-        jobs = settings.final_jobs(task, entry, choice)
+        jobs = {} if math.isnan(choice.rate) else settings.final_jobs(task, entry, choice)
         records = {seed: journal[job] for seed, job in jobs.items() if job in journal}
-        if records:
+        if records or math.isnan(choice.rate):
             alive = {seed: record for seed, record in records.items() if not record["diverged"]}
             found[name] = Outcome(
                 choice=choice, records=alive, diverged=len(records) - len(alive), runs=len(records)
@@ -331,7 +339,17 @@ def outcomes(
     return found
 
 
-HEADER = ["method", "trained", "rate", "head's", "accuracy", "deviation", "minus {baseline}", "diverged"]
+HEADER = [
+    "method",
+    "trained",
+    "rate",
+    "head's",
+    "trials",
+    "accuracy",
+    "deviation",
+    "minus {baseline}",
+    "diverged",
+]
 
 
 def rows(found: Mapping[str, Outcome], baseline: str) -> list[list[str]]:
@@ -343,10 +361,11 @@ def rows(found: Mapping[str, Outcome], baseline: str) -> list[list[str]]:
             outcome.trained(),
             str(outcome.choice),
             "" if name == "head alone" else f"{outcome.choice.head_rate:.1g}",
+            str(outcome.choice.trials),
             "-" if math.isnan(outcome.mean) else f"{100 * outcome.mean:.1f}",
             "-" if math.isnan(outcome.deviation) else f"{100 * outcome.deviation:.1f}",
             "" if name == baseline else str(paired(outcome.values(), reference)),
-            f"{outcome.diverged} of {outcome.runs}" if outcome.diverged else "",
+            outcome.divergence(),
         ]
         for name, outcome in found.items()
     ]
@@ -360,14 +379,22 @@ def default_journal(name: str, *, quick: bool) -> Path:
     return default_cache() / f"{name}-quick.jsonl" if quick else RESULTS / f"{name}.jsonl"
 
 
+def positive(text: str) -> int:
+    """Read an argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
+    return number
+
+
 def parser(description: str, journal: str) -> argparse.ArgumentParser:
     """Return the options that all studies share."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--tasks", nargs="+", choices=list(PLANS), help="tasks to run on")
-    result.add_argument("--seeds", type=int, help="runs of each method with the chosen learning rate")
-    result.add_argument("--steps", type=int, help="training steps (default: those of the task's plan)")
+    result.add_argument("--seeds", type=positive, help="runs of each method with the chosen learning rate")
+    result.add_argument("--steps", type=positive, help="training steps (default: those of the task's plan)")
     result.add_argument("--journal", type=Path, help=f"file of the runs (default: {journal})")
-    result.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: the cores")
+    result.add_argument("--processes", type=positive, default=os.cpu_count() or 1, help="default: the cores")
     result.add_argument("--cache", type=Path, help="folder for hidden states (default: the user's cache)")
     result.add_argument(
         "--report", action="store_true", help="print the tables of the journal and run nothing"

@@ -202,7 +202,8 @@ def train_step(session: Session, batch: Part, step: int) -> float:
 class Journal:
     """Records in a file, one JSON object a line, in the order in which the runs ended.
 
-    A last line that an interruption has cut off is removed; any other line that cannot be read is an error.
+    A last line that an interruption has cut off is left out, and removed by the first `add`; any other line that
+    cannot be read is an error.
 
     Parameters
     ----------
@@ -213,6 +214,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self.records: dict[str, Record] = {}
+        self._repaired: bytes | None = None
         if not path.exists():
             return
         whole = path.read_bytes()
@@ -224,16 +226,19 @@ class Journal:
             except (ValueError, KeyError, TypeError) as error:
                 if number < len(lines) - 1:
                     raise SystemExit(f"{path}, line {number + 1} is damaged: {error}") from error
-                self._rewrite(whole[: len(whole) - len(line)])
+                self._repaired = whole[: len(whole) - len(line)]
                 return
             self.records[key] = record
         if lines and not lines[-1].endswith(b"\n"):
-            self._rewrite(whole + b"\n")
+            self._repaired = whole + b"\n"
 
-    def _rewrite(self, content: bytes) -> None:
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_bytes(content)
-        unfinished.replace(self.path)
+    def _repair(self) -> None:
+        """Mend the end of the file, which only who adds to it may: another command may be writing it."""
+        if self._repaired is not None:
+            unfinished = self.path.with_suffix(".unfinished")
+            unfinished.write_bytes(self._repaired)
+            unfinished.replace(self.path)
+            self._repaired = None
 
     def __contains__(self, job: Job) -> bool:
         return job.key in self.records
@@ -245,6 +250,7 @@ class Journal:
         """Append the record of a job."""
         whole = {"key": job.key, "name": job.method.name, **job.settings(), **record}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._repair()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(whole) + "\n")
             file.flush()

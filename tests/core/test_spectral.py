@@ -6,8 +6,8 @@ from core_helpers import awkward_weights, gaussian, planted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamss.core import analysis, decompose, estimate_subspaces, segment, spectral
-from adamss.errors import ConfigError
+from adamss.core import Decomposition, analysis, decompose, estimate_subspaces, segment, spectral
+from adamss.errors import ArrayValueError, ConfigError
 
 EXPONENTS = [1.0, 2.0, 3.5]
 
@@ -23,13 +23,14 @@ PLANTED = [
     {"d": 40, "subspaces": 10, "dimension": 1},
     {"d": 90, "subspaces": 24, "dimension": 3},
     {"d": 128, "subspaces": 64, "dimension": 2},
+    {"d": 300, "subspaces": 150, "dimension": 2},
 ]
 
 
 def assert_found_exactly(shape, surplus, xp=np, to_numpy=np.asarray):
     W, labels = planted(1, **shape)
     decomposition = decompose(xp.asarray(W), shape["subspaces"] * shape["dimension"] + surplus)
-    assert estimate_subspaces(decomposition, minimum=1) == shape["subspaces"]
+    assert estimate_subspaces(decomposition, minimum=1, maximum=200) == shape["subspaces"]
     found = to_numpy(segment(decomposition, shape["subspaces"], "ncut"))
     assert np.array_equal(found[:, None] == found, labels[:, None] == labels)
 
@@ -56,15 +57,16 @@ def test_the_number_follows_the_formula_of_the_paper(W, rank, tau, exponent):
     assert abs(found - np.clip(counted, 1, s.size)) <= 0.5 + 1e-6
 
 
-@pytest.mark.parametrize("tau", [0.01, 0.3, 0.8])
+@pytest.mark.parametrize("tau", [0.01, 0.3, 0.8, 1.0])
 def test_a_search_counts_what_all_eigenvalues_say(tau, monkeypatch):
     for seed in range(4):
         noise = [0.0, 0.05, 0.2, 1.0][seed]
         decomposition = decompose(planted(seed, d=64, subspaces=20, dimension=3, noise=noise)[0], 60)
-        exact = estimate_subspaces(decomposition, tau=tau, minimum=1)
-        with monkeypatch.context() as patch:
-            patch.setattr(spectral, "EXACT_COLUMNS", 0)
-            assert estimate_subspaces(decomposition, tau=tau, minimum=1) == exact
+        for maximum in (25, 60):
+            exact = estimate_subspaces(decomposition, tau=tau, minimum=1, maximum=maximum)
+            with monkeypatch.context() as patch:
+                patch.setattr(spectral, "EXACT_COLUMNS", 0)
+                assert estimate_subspaces(decomposition, tau=tau, minimum=1, maximum=maximum) == exact
 
 
 def test_a_graph_has_as_many_zero_eigenvalues_as_parts_and_none_above_two():
@@ -109,7 +111,7 @@ def test_bounds_and_columns_that_say_nothing():
         ({"tau": 0}, "tau must be positive and finite, found 0.0"),
         ({"tau": 1.5}, "tau must be at most 1, found 1.5"),
         ({"minimum": 0}, "minimum must be at least 1, found 0"),
-        ({"minimum": 5, "maximum": 4}, "maximum = 4 is less than minimum = 5; raise it"),
+        ({"minimum": 5, "maximum": 4}, "maximum = 4 is less than minimum = 5; raise it, or lower minimum"),
         ({"exponent": float("nan")}, "exponent must be positive and finite, found nan"),
         ({"exponent": 1e3}, "exponent must be at most 100, found 1000.0"),
     ],
@@ -117,3 +119,12 @@ def test_bounds_and_columns_that_say_nothing():
 def test_settings_that_cannot_be_used(settings, message):
     with pytest.raises(ConfigError, match=message):
         estimate_subspaces(decompose(gaussian(4, 6), 2), **settings)
+
+
+@pytest.mark.parametrize("function", [estimate_subspaces, analysis.laplacian_spectrum])
+def test_several_weights_at_once_are_refused(function):
+    U, S, V = decompose(gaussian(4, 6), 2)
+    with pytest.raises(
+        ArrayValueError, match=r"of one weight, found V of shape \(1, 6, 2\); call it for each"
+    ):
+        function(Decomposition(U[None], S[None], V[None]))

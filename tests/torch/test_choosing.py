@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import adamss
-from adamss import errors
+from adamss import core, errors
+from adamss.backend import backend_for
 from adamss.backend.targets import DEFAULT_TARGETS
 from adamss_torch.backend import adapters_of
 
@@ -157,9 +158,23 @@ def test_matrices_of_a_stack_have_the_highest_number_that_one_of_them_finds():
         def forward(self, x):
             return x @ self.up
 
-    model, estimate = Experts(), adamss.SubspaceEstimate(minimum=2)
-    adamss.attach(model, adamss.AdamssConfig(targets=["up"], rank=12, subspaces=estimate))
+    settings = {
+        "subspaces": adamss.SubspaceEstimate(minimum=2, exponent=4),
+        "segmentation": "ncut",
+        "subspace_rank": 2,
+    }
+    overrides = {"up": settings, ".*": {"basis": "per_subspace"}}
+    model = Experts()
+    adamss.attach(model, adamss.AdamssConfig(targets=["up"], rank=12, overrides=overrides))
     assert adamss.summary(model).total.K == 3 * 6
+    factors = core.split(backend_for(model).bank(model).only().layers["up"], 3)
+    for W, own in zip(model.up.detach(), factors, strict=True):
+        decomposition = core.decompose(W.T, 12)
+        expected = core.initial_factors(
+            decomposition, core.segment(decomposition, 6, "ncut", exponent=4), 2, basis="per_subspace"
+        )
+        assert torch.equal(own.labels, expected.labels)
+        assert torch.equal(own.ranks, expected.ranks)
     model(torch.randn(3, 5, 24)).sum().backward()
 
 

@@ -225,10 +225,18 @@ def test_a_run_that_diverges_is_told_and_not_averaged(evidence, tiny, tmp_path):
     journal.add(settings.job("tiny", method, evidence.methods.Rates(adapter=best, head=head), None), worse)
     entries = {"full": study.Entry(method=method)}
     found = study.outcomes(journal, settings, "tiny", entries)["full"]
-    assert found.choice == study.Choice(rate=best, edge=False, head_rate=method.head_rates[0])
+    assert found.choice == study.Choice(rate=best, edge=False, head_rate=method.head_rates[0], trials=5)
     assert (found.diverged, found.runs, sorted(found.records)) == (1, 3, [0, 2])
     assert found.mean == pytest.approx(0.8)
     assert study.rows({"full": found}, "full")[0][-1] == "1 of 3"
+
+    nothing = training.Journal(tmp_path / "nothing.jsonl")
+    for rate in method.rates:
+        nothing.add(
+            settings.job("tiny", method, evidence.methods.Rates(adapter=rate), None), {"diverged": True}
+        )
+    (row,) = study.rows(study.outcomes(nothing, settings, "tiny", entries), "full")
+    assert (row[0], row[-1]) == ("full", "at all 4 rates")
 
 
 # --- The choice of the rate, and intervals ------------------------------------------------------------------
