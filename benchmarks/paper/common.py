@@ -19,13 +19,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from demo.in_torch import find_targets
 from demo.sentences import quiet_transformers
+from evidence.methods import is_head
 from evidence.training import Journal
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ from adamss_torch.backend import adapters_of
 from adamss_torch.transformers import AdamssCallback
 from paper.settings import MEAN, RANK, SUBSPACES, Method, Rates, Row, Schedule
 
-HEAD = "classifier"
+PROTOCOL = 1
+"""Counts changes of these scripts that change weights or scores: records of another protocol are not reused."""
 
 
 class MissingError(Exception):
@@ -71,14 +73,14 @@ def pretrained(loader: Any, name: str, **options: Any) -> Any:
     Raises
     ------
     MissingError
-        If it is neither a folder nor to be had from the hub.
+        If it is neither a folder nor on the hub.
     """
     with told_if_missing(f"the {loader.__name__.removeprefix('Auto')}", name, "--model"):
         return loader.from_pretrained(name, **options)
 
 
-def data_set(folder: Path | None, name: str, *hub: str, split: str | None = None) -> Any:
-    """Return a data set: of a folder that has one of this name, or from the hub.
+def data_set(folder: Path | None, name: str, *hub: str, needs: Mapping[str, Sequence[str]]) -> Any:
+    """Return the parts of a data set: of a folder that has one of this name, or from the hub.
 
     Parameters
     ----------
@@ -89,13 +91,13 @@ def data_set(folder: Path | None, name: str, *hub: str, split: str | None = None
         Folder of the data set in it.
     hub : str
         Name on the hub, and configuration.
-    split : str or None
-        One split of it; None for all.
+    needs : mapping of str to sequence of str
+        The columns that each part has to have; ``"a or b"`` is either.
 
     Raises
     ------
     MissingError
-        If there is none.
+        If the data set, a part or a column is missing.
     """
     import datasets
 
@@ -105,7 +107,22 @@ def data_set(folder: Path | None, name: str, *hub: str, split: str | None = None
             found = datasets.load_from_disk(str(path))
         else:
             found = datasets.load_dataset(*([str(path)] if path else hub))
-        return found if split is None else found[split]
+    for part, columns in needs.items():
+        if part not in found:
+            raise MissingError(f"the data set {name} has no part {part}; give another folder with --data")
+        for column in columns:
+            if not set(column.split(" or ")) & set(found[part].column_names):
+                raise MissingError(
+                    f"the data set {name} has no column {column} in {part}; give another folder with --data"
+                )
+    return found
+
+
+def located(name: str | Path | None) -> str | None:
+    """Return one spelling of a path; the name as it is where nothing is there."""
+    if name is None:
+        return None
+    return str(Path(name).resolve() if Path(name).exists() else name)
 
 
 # --- Runs -------------------------------------------------------------------------------------------------
@@ -139,6 +156,10 @@ class Table:
         Default of ``--dtype``.
     save_steps : int or None
         Optimiser steps between checkpoints; None for one an epoch.
+    constants : mapping of str to Any
+        Further settings of the paper that determine the weights.
+    training_options, scoring_options : tuple of str
+        Arguments of this command alone that determine the weights, and that determine the scores of given weights.
     note : str
         What stands under the table.
     """
@@ -158,6 +179,9 @@ class Table:
     subspaces: int | str = SUBSPACES
     dtype: str = "fp32"
     save_steps: int | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    training_options: tuple[str, ...] = ()
+    scoring_options: tuple[str, ...] = ()
     note: str = ""
 
     def parser(self, description: str) -> argparse.ArgumentParser:
@@ -170,13 +194,19 @@ class Table:
         add("--data", type=Path, metavar="FOLDER", help="with a folder of each data set (default: the hub)")
         add("--tasks", nargs="+", choices=self.tasks, default=list(self.tasks))
         add("--methods", nargs="+", choices=list(self.methods), default=list(self.methods))
-        add("--seeds", nargs="+", type=int, default=list(self.seeds), help="default: the paper's")
+        add(
+            "--seeds",
+            nargs="+",
+            type=integer(0, 2**32 - 1),
+            default=list(self.seeds),
+            help="default: the paper's",
+        )
         add(
             "--output", type=Path, default=Path("paper-output"), metavar="FOLDER", help="where the journal is"
         )
-        add("--epochs", type=int, default=self.epochs, help="default: %(default)s")
+        add("--epochs", type=positive, default=self.epochs, help="default: %(default)s")
         more = "examples at a time, accumulated to the paper's batch (default: %(default)s)"
-        add("--device-batch", type=int, default=self.device_batch, metavar="N", help=more)
+        add("--device-batch", type=positive, default=self.device_batch, metavar="N", help=more)
         add("--dtype", choices=["fp32", "bf16"], default=self.dtype, help="default: %(default)s")
         as_in = "AdaMSS as the authors' code or as their text has it (default: %(default)s)"
         add("--variant", choices=["reference", "paper"], default="reference", help=as_in)
@@ -189,15 +219,31 @@ class Table:
         )
         ways = [name for name in SEGMENTATIONS if name != "ksubspaces"]  # which needs a dimension
         add("--segmentation", choices=ways, help="default: that of the variant")
-        add("--target", type=int, help="subspaces that the budget leaves (default: in settings.py)")
-        add("--learning-rate", type=float, help="of the adapter, for a try (default: the paper's)")
-        add("--workers", type=int, default=0, help="processes that load data (default: %(default)s)")
+        add("--target", type=positive, help="subspaces that the budget leaves (default: in settings.py)")
+        add("--learning-rate", type=float, help="of the adapter (default: the paper's)")
+        add("--workers", type=integer(0), default=0, help="processes that load data (default: %(default)s)")
+        add("--report", action="store_true", help="print the table of the journal and run nothing")
         return parser
+
+
+def integer(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Return what reads an argument between two limits."""
+
+    def read(text: str) -> int:
+        if not (text.isdecimal() and least <= int(text) <= most):
+            limits = f"of at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not an integer {limits}")
+        return int(text)
+
+    return read
+
+
+positive = integer(1)
 
 
 def subspaces(text: str) -> int | str:
     """Read ``--subspaces``."""
-    return text if text == "estimate" else int(text)
+    return text if text == "estimate" else positive(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,25 +282,57 @@ class Run:
         new = self.arguments.learning_rate
         return rates if new is None else Rates(new, rates.head, rates.weight_decay)
 
-    def settings(self) -> dict[str, Any]:
-        """Return all that its result depends on, as plain values; the journal writes them."""
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the budget, with the target of ``--target``, else of the row, else of the table."""
+        target = self.arguments.target or self.row.target or self.table.budget.target
+        return replace(self.table.budget, target=target)
+
+    def training(self) -> dict[str, Any]:
+        """Return all that determines the weights, as plain values."""
         given = vars(self.arguments)
-        elsewhere = {"tasks", "methods", "seeds", "output", "workers", "model"}
-        settings = {name: str(given[name]) for name in sorted(given.keys() - elsewhere)}
-        which = {"table": self.table.title, "task": self.task, "method": self.method.name, "seed": self.seed}
-        own = {"model": self.model, "rates": list(astuple(self.rates)), "row_target": self.row.target}
-        return which | settings | own
+        names = ["epochs", "dtype", *self.table.training_options]
+        special: dict[str, Any] = {}
+        if self.method.kind == "adamss":
+            names += ["variant", "subspaces", "segmentation"]
+            special["rank"] = RANK
+        if self.method.budget:
+            special["schedule"] = asdict(self.schedule)
+        return {
+            "protocol": PROTOCOL,
+            "table": self.table.title,
+            "task": self.task,
+            "method": asdict(self.method),
+            "seed": self.seed,
+            "model": located(self.model),
+            "data": located(self.arguments.data),
+            "rates": asdict(self.rates),
+            "batch": self.table.batch,
+            "warmup": self.table.warmup,
+            "clip": self.table.clip,
+            **self.table.constants,
+            **special,
+            **{name: given[name] for name in names},
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that its scores depend on, as plain values; the journal writes them."""
+        return self.training() | {name: vars(self.arguments)[name] for name in self.table.scoring_options}
 
     @property
     def key(self) -> str:
         """A hash of the settings, by which the journal finds the run."""
-        text = json.dumps(self.settings(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return hashed(self.settings())
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints are."""
-        return self.arguments.output / "runs" / self.key
+        """Where its checkpoints are: the same for all ways to score the same weights."""
+        return self.arguments.output / "runs" / hashed(self.training())
+
+
+def hashed(settings: Mapping[str, Any]) -> str:
+    """Return a short hash of plain values."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def complete(
@@ -272,38 +350,43 @@ def complete(
     table : Table
     parser : argparse.ArgumentParser
     score : callable
-        ``run -> record``: trains, and returns a mapping with ``scores`` by column, in per cent, and ``trained``.
+        ``run -> record``: trains, and returns ``scores`` by column, in per cent, and what `counted` returns.
 
     Returns
     -------
     int
-        Exit status; 2 where a model or a data set is missing.
+        Exit status; 2 where a model or a data set is missing; the table then lacks the runs that need it.
     """
     arguments = parser.parse_args(argv)
+    for name in ("tasks", "methods", "seeds"):
+        setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name))))
     if table.batch % arguments.device_batch:
         parser.error(f"--device-batch must divide the batch of {table.batch}")
-    if torch.cuda.device_count() > 1:
+    if torch.cuda.device_count() > 1 and not arguments.report:
         parser.error("the batch is the paper's on one GPU: set CUDA_VISIBLE_DEVICES to one of them")
     quiet_transformers()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of the processes that load data
     warnings.filterwarnings("ignore", module=r"transformers\.|accelerate\.|torch\.|peft\.|datasets\.")
     journal = Journal(arguments.output / "runs.jsonl")
     records = []
+    missing: dict[str, str] = {}  # what a task lacks
     for task in arguments.tasks:
         for name in arguments.methods:
             for seed in arguments.seeds:
                 method = table.methods[name]
                 run = Run(table=table, arguments=arguments, task=task, method=method, seed=seed)
-                if run not in journal:
+                if not (run in journal or arguments.report or task in missing):
                     print(f"{task}, {name}, seed {seed}", file=sys.stderr)
                     try:
                         journal.add(run, finished(run, score))
                     except MissingError as error:
-                        print(error, file=sys.stderr)
-                        return 2
-                records.append(journal[run])
+                        missing[task] = str(error)
+                if run in journal:
+                    records.append(journal[run])
     print_table(table, arguments, records)
-    return 0
+    for message in dict.fromkeys(missing.values()):
+        print(message, file=sys.stderr)
+    return 2 if missing else 0
 
 
 def finished(run: Run, score: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
@@ -340,6 +423,8 @@ def adapted(
         Modules that are trained whole.
     """
     method, arguments = run.method, run.arguments
+    if torch.cuda.is_available():
+        model.to("cuda")  # the Trainer would do so after the decompositions of the weights
     targets = list(targets) or find_targets(model)
     if method.kind == "full":
         return model
@@ -370,11 +455,6 @@ def adapted(
         modules_to_save=list(head) or None,
     )
     return get_peft_model(model, config)
-
-
-def is_head(name: str) -> bool:
-    """Say whether a parameter of this name belongs to the head of a classifier."""
-    return HEAD in name.split(".")
 
 
 def trained(model: nn.Module) -> int:
@@ -467,6 +547,11 @@ def fit(
     -------
     FineTuning
         The Trainer; ``state.log_history`` has what was logged, that of earlier processes too.
+
+    Raises
+    ------
+    DivergedError
+        If a loss, or a weight after the last step, is not finite.
     """
     table, arguments = run.table, run.arguments
     steps = math.ceil(len(data) / table.batch) * arguments.epochs
@@ -481,6 +566,7 @@ def fit(
         lr_scheduler_type="linear",
         warmup_steps=round(table.warmup * steps),
         max_grad_norm=table.clip,
+        use_cpu=not torch.accelerator.is_available(),  # else the Trainer takes bf16 for a GPU alone
         bf16=autocast and arguments.dtype == "bf16",
         eval_strategy="no" if evaluated is None else "epoch",
         logging_strategy=each,
@@ -499,9 +585,9 @@ def fit(
     callbacks = []
     if run.method.kind == "adamss":
         total = adamss.summary(model).total.K
-        target = arguments.target or run.row.target
-        falls = run.method.budget
-        callbacks.append(AdamssCallback(table.budget.config(steps, total, target) if falls else None))
+        if run.method.budget and run.schedule.target >= total:
+            print(NEVER_FALLS.format(total), file=sys.stderr)
+        callbacks.append(AdamssCallback(run.schedule.config(steps, total) if run.method.budget else None))
     trainer = FineTuning(
         model,
         settings,
@@ -514,6 +600,8 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)  # the output is the table
     trainer.train(resume_from_checkpoint=last_checkpoint(run.folder))
+    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+        raise DivergedError("the last step")  # whose loss was that of the weights before
     return trainer
 
 
@@ -530,25 +618,30 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def averaged(trainer: FineTuning) -> float:
-    """Return the trained parameters, averaged over the epochs (or whatever is logged) of the training."""
-    return statistics.fmean(entry["trained"] for entry in trainer.state.log_history if "loss" in entry)
+def counted(trainer: FineTuning) -> dict[str, Any]:
+    """Return the trained parameters, averaged over the epochs (or other logged intervals), and the subspaces."""
+    found = [entry["trained"] for entry in trainer.state.log_history if "loss" in entry]
+    total = adamss.summary(trainer.model).total.K if adapters_of(trainer.model) else None
+    return {"trained": statistics.fmean(found), "subspaces": total}
 
 
 # --- The table --------------------------------------------------------------------------------------------
 
 HEADERS = ["method", "task", "mean", "deviation", "median", "seeds", "paper"]
 HEADERS += ["trained", "paper: trained", "diverged"]
+NEVER_FALLS = (
+    "the budget never falls, so that AdaMSS is AdaMSS_base: its target is not below the {} subspaces"
+)
 
 
 def print_table(table: Table, arguments: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> None:
-    """Print our scores beside the paper's, then the runs that diverged, which no mean has."""
+    """Print our scores beside the paper's, then the runs that diverged or whose budget never fell."""
     row = table.rows[arguments.row]
     by_task = table.columns == table.tasks
     columns = [name for name in table.columns if name in arguments.tasks or not by_task]
     lines: list[list[Any]] = []
     for name in arguments.methods:
-        own = [record for record in records if record["method"] == name]
+        own = [record for record in records if record["name"] == name]
         printed = row.published.get(name)
         means = []
         for column in columns:
@@ -583,9 +676,11 @@ def print_table(table: Table, arguments: argparse.Namespace, records: Sequence[M
     if table.note:
         print(table.note)
     for record in records:
+        where = f"{record['task']}, {record['name']}, seed {record['seed']}"
         if "diverged" in record:
-            where = f"{record['task']}, {record['method']}, seed {record['seed']}"
             print(f"diverged, in no mean: {where}, at {record['diverged']}")
+        elif "schedule" in record and record["schedule"]["target"] >= record["subspaces"]:
+            print(f"{where}: {NEVER_FALLS.format(record['subspaces'])}")
 
 
 def _shown(value: float | None) -> str:

@@ -10,18 +10,25 @@ chosen here (`settings`). ::
 ``--data`` is a folder with ``MetaMathQA`` (columns query and response), ``gsm8k`` (question, answer; part ``test``)
 and ``MATH`` (problem, solution; part ``test``). The answers are kept beside the journal.
 
-An answer is what follows the last "The answer is", else the last "####", else the last ``\boxed``, else the last
-number. It counts if it is the same text as the right one, spaces and spacing commands aside, or if math-verify finds
-the two equal: fractions, decimals, roots, sets, intervals, matrices, and expressions that simplify to each other;
-units, currency and degree signs are left out, and 50 % is both 50 and 1/2.
+What a model writes ends where it goes on to another "Question:". Its answer is what follows the last "The answer is",
+else the last "####", else the last ``\boxed``, else the last number. It counts if it is the same text as the right
+one, spaces and spacing commands aside, or if math-verify finds the two equal: fractions, decimals, roots, sets,
+intervals, matrices, and expressions that simplify to each other; units in ``\text``, currency and degree signs are
+left out, and 50 % is both 50 and 1/2. Numbers with a base (``2516_8``) are compared as text. Answers of GSM8K are
+numbers, so words behind a number are left out there ("18 dollars").
+
+Full fine-tuning trains float32 weights whatever ``--dtype`` is, because bfloat16 would round most of its steps away.
+That takes 16 bytes a parameter for weights, gradients and averages. The answers are written in ``--dtype``.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,22 +37,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages paper and demo
 
 import torch
-from math_verify import parse, verify
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
 from paper import settings
-from paper.common import (
-    Run,
-    Table,
-    adapted,
-    averaged,
-    complete,
-    data_set,
-    fit,
-    pretrained,
-)
+from paper.common import Run, Table, adapted, complete, counted, data_set, fit, positive, pretrained
 
 TRAINING_SET = "MetaMathQA"
 TABLE = Table(
@@ -54,13 +52,16 @@ TABLE = Table(
     methods=settings.GENERATION_METHODS,
     tasks=(TRAINING_SET,),
     columns=settings.GENERATION_TASKS,
-    seeds=settings.GENERATION_SEEDS,
+    seeds=settings.CHOSEN_GENERATION_SEEDS,
     epochs=settings.GENERATION_EPOCHS,
     batch=settings.GENERATION_BATCH,
     device_batch=settings.GENERATION_BATCH,
-    warmup=settings.GENERATION_WARMUP,
-    clip=1.0,
-    budget=settings.GENERATION_BUDGET,
+    warmup=settings.CHOSEN_GENERATION_WARMUP,
+    clip=settings.CHOSEN_GENERATION_CLIP,
+    budget=settings.CHOSEN_GENERATION_BUDGET,
+    constants={"projections": (settings.QUERY_AND_VALUE, settings.SEVEN)},
+    training_options=("examples", "length"),
+    scoring_options=("questions", "answer_length"),
     dtype="bf16",
     save_steps=1000,
     note="A star: all seven projections are adapted. The paper's counts are those of C alone (parameters.py). "
@@ -71,21 +72,44 @@ TABLE = Table(
 # --- Answers ----------------------------------------------------------------------------------------------
 
 
+_LATEX = LatexExtractionConfig()
+# Else math-verify takes letters for units, and 2ab for 2.
+EXTRACTION = (
+    replace(_LATEX, normalization_config=replace(_LATEX.normalization_config, units=False)),
+    ExprExtractionConfig(),
+)
+
+
 def boxed(text: str) -> str | None:
-    r"""Return the content of the last ``\boxed{...}``, braces within it and all; None if there is none."""
-    begin = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if begin < 0:
+    r"""Return the content of the last ``\boxed{...}`` or ``\boxed ...``; None if there is none, or no end of it."""
+    found = re.split(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text)
+    if len(found) == 1:
         return None
-    depth, first = 0, text.index("{", begin)
-    for place in range(first, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    inside = found[-1]
+    if not inside.startswith("{"):
+        return re.split(r"[\s$]", inside)[0]
+    depth = 0
+    for place, character in enumerate(inside):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return text[first + 1 : place]
+            return inside[1:place]
     return None
 
 
-def answer_of(text: str) -> str:
-    """Return the final answer in a solution; empty where it has none."""
+def answer_of(text: str, *, words: bool = True) -> str:
+    """Return the final answer in what a model wrote; empty where it has none.
+
+    Parameters
+    ----------
+    text : str
+    words : bool
+        Whether words behind a number belong to the answer.
+    """
+    found = _answer_of(text.partition("Question:")[0])
+    return found if words else re.sub(r"(?<=\d)\s+[A-Za-z]{2,}(?:\s+[A-Za-z]+)*$", "", found)
+
+
+def _answer_of(text: str) -> str:
     for marker in ("The answer is", "####"):
         if marker in text:
             line = text.rpartition(marker)[2].strip(": \n").partition("\n")[0]
@@ -98,20 +122,24 @@ def answer_of(text: str) -> str:
 
 
 def tidy(answer: str) -> str:
-    """Return an answer without dollar signs and a point around it, commands of spacing, and words behind a number."""
+    r"""Return an answer without dollar signs and a point around it, commands of spacing, and a unit in ``\text``."""
     answer = answer.lstrip(" $").rstrip(" $.")
     answer = re.sub(r"(?<!\\)\\(?:[!,;:]|left(?![a-z])|right(?![a-z]))\s*", "", answer)
     answer = re.sub(r"(?<!\\)\\(?: |q?quad(?![a-z]))|~", " ", answer)
-    return re.sub(r"(?<=\d)\s*[A-Za-z]{2,}(?:\s+[A-Za-z]+)*$", "", answer).strip()
+    unit = r"(?<=[\d})])\s*\\(?:text|textrm|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$"
+    return re.sub(unit, "", answer.strip()).strip()
 
 
 def same_answer(right: str, answer: str) -> bool:
     """Say whether two answers are equal, as text or as mathematics."""
     if not answer:
         return False
-    if right.replace(" ", "") == answer.replace(" ", ""):
+    texts = [re.sub(r"_\{(\w+)\}", r"_\1", text.replace(" ", "")) for text in (right, answer)]
+    if texts[0] == texts[1]:
         return True
-    return verify(parse(f"${right}$"), parse(f"${answer}$"))
+    if any(re.search(r"[0-9A-F]_", text) for text in texts):
+        return False  # math-verify leaves out the base of a number
+    return verify(*(parse(f"${text}$", EXTRACTION) for text in (right, answer)))
 
 
 # --- Data -------------------------------------------------------------------------------------------------
@@ -135,7 +163,8 @@ def tokenizer_of(model: str) -> Any:
 def training_set(folder: Path | None, model: str, examples: int, length: int) -> Any:
     """Return the examples as token ids; only the solution is learnt (label -100 elsewhere)."""
     tokenizer = tokenizer_of(model)
-    rows = data_set(folder, TRAINING_SET, "meta-math/MetaMathQA", split="train")
+    needs = {"train": ("query", "response")}
+    rows = data_set(folder, TRAINING_SET, "meta-math/MetaMathQA", needs=needs)["train"]
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
         given = tokenizer(prompt(row["query"]))["input_ids"]
@@ -157,10 +186,12 @@ def training_set(folder: Path | None, model: str, examples: int, length: int) ->
 def questions(folder: Path | None, task: str, most: int | None) -> list[tuple[str, str]]:
     """Return questions with their right answers."""
     if task == "GSM8K":
-        rows = data_set(folder, "gsm8k", "openai/gsm8k", "main", split="test")
-        pairs = [(row["question"], answer_of(row["answer"])) for row in rows]
+        needs = {"test": ("question", "answer")}
+        rows = data_set(folder, "gsm8k", "openai/gsm8k", "main", needs=needs)["test"]
+        pairs = [(row["question"], tidy(row["answer"].rpartition("####")[2])) for row in rows]
     else:
-        rows = data_set(folder, "MATH", "DigitalLearningGmbH/MATH-lighteval", split="test")
+        needs = {"test": ("problem", "solution")}
+        rows = data_set(folder, "MATH", "DigitalLearningGmbH/MATH-lighteval", needs=needs)["test"]
         pairs = [(row["problem"], tidy(boxed(row["solution"]) or "")) for row in rows]
     return pairs[:most]
 
@@ -193,7 +224,7 @@ def solutions(model: nn.Module, run: Run, asked: Sequence[str], file: Path) -> l
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(done, indent=0))
         unfinished.replace(file)
-    return done
+    return done[: len(asked)]
 
 
 def score(run: Run) -> dict[str, Any]:
@@ -202,34 +233,44 @@ def score(run: Run) -> dict[str, Any]:
     asked = {task: questions(arguments.data, task, arguments.questions) for task in TABLE.columns}
     data = training_set(arguments.data, run.model, arguments.examples, arguments.length)
     set_seed(run.seed)
-    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    full, asking = run.method.kind == "full", torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    dtype = torch.float32 if full else asking
     model = pretrained(AutoModelForCausalLM, run.model, dtype=dtype)
     targets = settings.SEVEN if run.method.starred else settings.QUERY_AND_VALUE
     model = adapted(model, run, targets=targets)
     collate = DataCollatorForSeq2Seq(tokenizer_of(run.model))
     tokenizer_of(run.model).padding_side = "right"
-    trainer = fit(model, run, data=data, collate=collate, autocast=False)
+    trainer = fit(model, run, data=data, collate=collate, autocast=full)
+    if full:
+        trainer.model.to(asking)
     scores = {}
     for task, pairs in asked.items():
-        file = run.folder / f"{task}.json"
+        file = run.folder / f"{task}-{arguments.answer_length}.json"
         written = solutions(trainer.model, run, [question for question, _ in pairs], file)
         right = [
-            same_answer(wanted, answer_of(text)) for (_, wanted), text in zip(pairs, written, strict=True)
+            same_answer(wanted, answer_of(text, words=task != "GSM8K"))
+            for (_, wanted), text in zip(pairs, written, strict=True)
         ]
         scores[task] = 100 * sum(right) / len(right)
-    return {"scores": scores, "trained": averaged(trainer)}
+    return {"scores": scores, **counted(trainer)}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the arguments."""
+    parser = TABLE.parser("Table 3 of the paper: MetaMathQA, then GSM8K and MATH.")
+    add = parser.add_argument
+    tokens = "tokens (default: %(default)s)"
+    add("--examples", type=positive, default=settings.GENERATION_EXAMPLES, help="default: %(default)s")
+    add("--length", type=positive, default=settings.CHOSEN_GENERATION_LENGTH, help=tokens)
+    add("--answer-length", type=positive, default=settings.CHOSEN_GENERATION_ANSWER, help=tokens)
+    add("--answer-batch", type=positive, default=32, help="questions at a time (default: %(default)s)")
+    add("--questions", type=positive, metavar="N", help="ask the first N of each set (default: all)")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do the runs that are missing and print the table."""
-    parser = TABLE.parser("Table 3 of the paper: MetaMathQA, then GSM8K and MATH.")
-    add = parser.add_argument
-    add("--examples", type=int, default=settings.GENERATION_EXAMPLES, help="default: %(default)s")
-    add("--length", type=int, default=settings.GENERATION_LENGTH, help="tokens (default: %(default)s)")
-    add("--answer-length", type=int, default=settings.GENERATION_ANSWER, help="tokens (default: %(default)s)")
-    add("--answer-batch", type=int, default=32, help="questions at a time (default: %(default)s)")
-    add("--questions", type=int, help="so many of each set, for a try (default: all)")
-    return complete(argv, TABLE, parser, score)
+    return complete(argv, TABLE, parser(), score)
 
 
 if __name__ == "__main__":

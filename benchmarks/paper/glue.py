@@ -23,23 +23,13 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from demo.sentences import HEAD
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from paper import settings
-from paper.common import (
-    HEAD,
-    DivergedError,
-    Run,
-    Table,
-    adapted,
-    averaged,
-    complete,
-    data_set,
-    fit,
-    pretrained,
-)
+from paper.common import DivergedError, Run, Table, adapted, complete, counted, data_set, fit, pretrained
 
 TABLE = Table(
     title="Table 1 (GLUE)",
@@ -52,8 +42,9 @@ TABLE = Table(
     batch=settings.GLUE_BATCH,
     device_batch=settings.GLUE_BATCH,
     warmup=settings.GLUE_WARMUP,
-    clip=0.0,
+    clip=settings.GLUE_CLIP,
     budget=settings.GLUE_BUDGET,
+    constants={"length": settings.GLUE_LENGTH},
     note="Best validation epoch of each run; accuracy, CoLA: Matthews correlation, STS-B: Pearson correlation. "
     "The rates of LoRA, PiSSA and full fine-tuning are chosen, the paper's are not known. "
     "STS-B of RoBERTa-base: the paper's row of settings is scrambled.",
@@ -95,7 +86,8 @@ def tokenized(folder: Path | None, task: str, model: str) -> tuple[Any, Any, Any
     """Return training set, validation set, and what makes batches of them."""
     name = task.replace("-", "").lower()
     tokenizer = pretrained(AutoTokenizer, model)
-    found = data_set(folder, name, "nyu-mll/glue", name)
+    columns = (*COLUMNS[task], "label")
+    found = data_set(folder, name, "nyu-mll/glue", name, needs={"train": columns, "validation": columns})
 
     def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
         texts = [rows[column] for column in COLUMNS[task]]
@@ -124,7 +116,7 @@ def score(run: Run) -> dict[str, Any]:
     epochs = [entry["eval_score"] for entry in trainer.state.log_history if "eval_score" in entry]
     return {
         "scores": {run.task: max(epochs)},
-        "trained": averaged(trainer),
+        **counted(trainer),
         "best_epoch": epochs.index(max(epochs)) + 1,
         "last": epochs[-1],
     }

@@ -26,22 +26,12 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from demo.sentences import HEAD
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from paper import settings
-from paper.common import (
-    HEAD,
-    DivergedError,
-    Run,
-    Table,
-    adapted,
-    averaged,
-    complete,
-    data_set,
-    fit,
-    pretrained,
-)
+from paper.common import DivergedError, Run, Table, adapted, complete, counted, data_set, fit, pretrained
 
 TABLE = Table(
     title="Table 2 (images)",
@@ -53,12 +43,12 @@ TABLE = Table(
     epochs=settings.IMAGE_EPOCHS,
     batch=settings.IMAGE_BATCH,
     device_batch=settings.IMAGE_DEVICE_BATCH,
-    warmup=0.0,
-    clip=1.0,
+    warmup=settings.CHOSEN_IMAGE_WARMUP,
+    clip=settings.CHOSEN_IMAGE_CLIP,
     budget=settings.IMAGE_BUDGET,
     subspaces="estimate",
-    note="Accuracy on the test set after the last epoch. The rates of LoRA, PiSSA and full fine-tuning are chosen, "
-    "the paper's are not known.",
+    note="Accuracy on the test set after the last epoch. The rates of LoRA, PiSSA and full fine-tuning, warm-up and "
+    "clipping are chosen, the paper's are not known.",
 )
 HUB: dict[str, str | dict[str, str]] = {
     "Pets": "timm/oxford-iiit-pet",
@@ -125,10 +115,11 @@ def prepared(folder: Path | None, task: str, model: str) -> tuple[Any, Any, int]
     """Return training set, test set, and the number of classes."""
     hub, parts = HUB[task], {}
     processor = pretrained(AutoImageProcessor, model)
+    columns = ("image or img", "label or fine_label")
     if folder or isinstance(hub, str):
-        found = data_set(folder, task, str(hub))
+        found = data_set(folder, task, str(hub), needs={"train": columns, "test": columns})
     else:
-        found = {part: data_set(None, task, name, split=part) for part, name in hub.items()}
+        found = {part: data_set(None, task, name, needs={part: columns})[part] for part, name in hub.items()}
     train, test = found["train"], found["test"]
     if "validation" not in found:
         train = train.train_test_split(test_size=LEFT_OUT, seed=SPLIT_SEED)["train"]
@@ -161,7 +152,7 @@ def score(run: Run) -> dict[str, Any]:
     model = adapted(model, run, head=[HEAD])
     trainer = fit(model, run, data=data, collate=collate, metric=accuracy)
     found = trainer.evaluate(test)
-    return {"scores": {run.task: found["eval_score"]}, "trained": averaged(trainer)}
+    return {"scores": {run.task: found["eval_score"]}, **counted(trainer)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

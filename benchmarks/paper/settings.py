@@ -1,7 +1,8 @@
 """Settings and results of the paper (Zheng et al., NeurIPS 2025), as data.
 
-What the paper does not say stands apart from what it says, as ``CHOSEN``: a reproduction has to choose. Scores are
-those that the paper prints; what it prints as a mean over tasks has the column `MEAN`.
+A reproduction has to choose what the paper does not say. What is chosen here has ``CHOSEN`` in its name or is in
+`Row.chosen`; `Row.target` is inferred. Scores are those that the paper prints; its means over tasks have the column
+`MEAN`.
 """
 
 from __future__ import annotations
@@ -80,14 +81,17 @@ class Schedule:
         Subspaces that are left, or (below one) the share of them that is left.
     start, end, interval : int or float
         Optimiser steps, or (below one) shares of all steps.
+    power : float
+        Exponent.
     """
 
     target: float
     start: float
     end: float
     interval: float
+    power: float = POWER
 
-    def config(self, steps: int, subspaces: int, target: int | None = None) -> BudgetConfig:
+    def config(self, steps: int, subspaces: int) -> BudgetConfig:
         """Return the schedule for a training of so many steps and a model of so many subspaces.
 
         A training that is shorter than the schedule reaches the target at its last step.
@@ -98,11 +102,11 @@ class Schedule:
 
         end = max(1, resolved(self.end, steps))
         return BudgetConfig(
-            target=min(subspaces, target or max(1, resolved(self.target, subspaces))),
+            target=max(1, resolved(self.target, subspaces)),
             start_step=min(end - 1, resolved(self.start, steps)),
             end_step=end,
             interval=max(1, resolved(self.interval, steps)),
-            power=POWER,
+            power=self.power,
         )
 
 
@@ -150,7 +154,7 @@ def _named(*methods: Method) -> dict[str, Method]:
 
 GLUE_TASKS = ("SST-2", "MRPC", "CoLA", "QNLI", "RTE", "STS-B")
 GLUE_SEEDS = (0, 11111, 22222, 33333, 444444)  # the script of the authors has 44444
-GLUE_EPOCHS, GLUE_BATCH, GLUE_LENGTH, GLUE_WARMUP = 100, 32, 512, 0.06
+GLUE_EPOCHS, GLUE_BATCH, GLUE_LENGTH, GLUE_WARMUP, GLUE_CLIP = 100, 32, 512, 0.06, 0.0
 # Of the authors' script: first and last allocation at epochs 5 and 95 of 100, every 10 epochs. Its target gives fewer
 # parameters on average than the paper prints, so each row has one of its own.
 GLUE_SCRIPT_TARGET = 40
@@ -216,6 +220,7 @@ IMAGE_TASKS = ("Pets", "Cars", "CIFAR10", "EuroSAT", "FGVC", "RESISC45", "CIFAR1
 IMAGE_SEEDS = (7, 77, 777, 7777, 77777)
 # A batch of 10, four of which the authors' script accumulates.
 IMAGE_EPOCHS, IMAGE_BATCH, IMAGE_DEVICE_BATCH = 10, 40, 10
+CHOSEN_IMAGE_WARMUP, CHOSEN_IMAGE_CLIP = 0.0, 1.0  # defaults of transformers' Trainer
 # Of the authors' script: the target is reached at step 1000, an allocation every 100 steps.
 IMAGE_SCRIPT_TARGET = 200
 IMAGE_BUDGET = Schedule(target=IMAGE_SCRIPT_TARGET, start=1, end=1000, interval=100)
@@ -229,8 +234,7 @@ IMAGE_METHODS = _named(
     Method("linear probe", "head"),
     Method("full", "full"),
 )
-# Not said.
-_IMAGE_CHOSEN = {
+CHOSEN_IMAGE_RATES = {
     "lora": Rates(1e-3, 1e-3, 1e-2),
     "pissa": Rates(1e-3, 1e-3, 1e-2),
     "full": Rates(1e-4, 1e-3, 1e-2),
@@ -244,7 +248,7 @@ IMAGE = {
             "5e-3/5e-3/5e-4 1e-2/5e-3/0 1e-2/5e-3/0.05 1e-2/5e-4/0.05 1e-2/5e-3/5e-4 "
             "1e-2/5e-3/5e-4 1e-2/5e-3/0.05",
         ),
-        chosen=_IMAGE_CHOSEN,
+        chosen=CHOSEN_IMAGE_RATES,
         published={
             "linear probe": Published(scores={MEAN: 68.15}),
             "full": Published(scores={MEAN: 87.74}),
@@ -263,7 +267,7 @@ IMAGE = {
             "1e-3/5e-4/5e-4 1e-2/5e-3/0.1 1e-2/5e-2/0.1 1e-2/5e-4/0.01 1e-2/5e-4/5e-4 "
             "1e-2/5e-4/0.1 1e-2/5e-2/0.05",
         ),
-        chosen=_IMAGE_CHOSEN,
+        chosen=CHOSEN_IMAGE_RATES,
         published={
             "linear probe": Published(scores={MEAN: 72.91}),
             "full": Published(scores={MEAN: 91.40}),
@@ -279,29 +283,31 @@ IMAGE = {
 # --- Table 3: generation ----------------------------------------------------------------------------------
 
 GENERATION_TASKS = ("GSM8K", "MATH")
-GENERATION_SEEDS = (0, 1, 2)  # three runs; which seeds is not said
 GENERATION_EXAMPLES, GENERATION_EPOCHS, GENERATION_BATCH = 100_000, 1, 4
-# Not said: tokens of a training example, share of the warm-up, tokens of an answer, and the schedule of the budget.
-GENERATION_LENGTH, GENERATION_WARMUP, GENERATION_ANSWER = 512, 0.03, 512
-GENERATION_BUDGET = Schedule(target=0.5, start=0.05, end=0.5, interval=0.05)
+CHOSEN_GENERATION_SEEDS = (0, 1, 2)  # the paper has three runs
+CHOSEN_GENERATION_LENGTH = 512  # tokens of a training example
+CHOSEN_GENERATION_ANSWER = 512  # tokens of an answer
+CHOSEN_GENERATION_WARMUP, CHOSEN_GENERATION_CLIP, CHOSEN_GENERATION_DECAY = 0.03, 1.0, 0.0
+CHOSEN_GENERATION_BUDGET = Schedule(target=0.5, start=0.05, end=0.5, interval=0.05)
+CHOSEN_GENERATION_RANK = 16  # of LoRA and PiSSA
 GENERATION_METHODS = _named(
     Method("AdaMSS*_base", "adamss", 3, starred=True),
     Method("AdaMSS*", "adamss", 3, budget=True, starred=True),
     Method("AdaMSS_base", "adamss", 3),
-    # The rank of both is not said.
-    Method("LoRA*", "lora", 16, starred=True),
-    Method("PiSSA*", "pissa", 16, starred=True),
+    Method("LoRA*", "lora", CHOSEN_GENERATION_RANK, starred=True),
+    Method("PiSSA*", "pissa", CHOSEN_GENERATION_RANK, starred=True),
     Method("full", "full"),
 )
 
 
 def _generation(rate: float) -> dict[str, Any]:
+    decay = CHOSEN_GENERATION_DECAY
     return {
-        "rates": {"MetaMathQA": Rates(rate, rate, 0.0)},
+        "rates": {"MetaMathQA": Rates(rate, rate, decay)},
         "chosen": {
-            "lora": Rates(2e-4, 2e-4, 0.0),
-            "pissa": Rates(2e-5, 2e-5, 0.0),
-            "full": Rates(2e-5, 2e-5, 0.0),
+            "lora": Rates(2e-4, 2e-4, decay),
+            "pissa": Rates(2e-5, 2e-5, decay),
+            "full": Rates(2e-5, 2e-5, decay),
         },
     }
 
@@ -323,15 +329,16 @@ GENERATION = {
             "AdaMSS_base": _pair("0.8M", 44.41, 6.05),
         },
     ),
-    # Of Mistral-7B we have that both counts are those of C, and these are what C rounds to.
+    # That the counts without a budget are those of C is known, so that 4M and 0.5M can be inferred; what is printed
+    # is not known.
     "Mistral-7B": Row(
         hub="mistralai/Mistral-7B-v0.1",
         **_generation(6e-4),
         published={
             "full": _pair("-", 67.02, 18.60),
-            "AdaMSS*_base": _pair("4M", 70.71, 20.44),
+            "AdaMSS*_base": _pair("-", 70.71, 20.44),
             "AdaMSS*": _pair("2M", 70.74, 19.47),
-            "AdaMSS_base": Published("0.5M"),
+            "AdaMSS_base": Published(),
         },
     ),
     "Gemma-7B": Row(

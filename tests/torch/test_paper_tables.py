@@ -1,7 +1,9 @@
 """The scripts of the paper's tables, end to end on tiny models and data sets of their own, without a network."""
 
+import copy
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,8 +127,13 @@ def test_a_journal_saves_the_runs_that_it_has(glue, capsys, tmp_path, monkeypatc
     assert module.main(arguments) == 0
     before = capsys.readouterr().out
     monkeypatch.setattr(module, "fit", None)
-    assert module.main(arguments) == 0
-    assert capsys.readouterr().out == before
+    for more in ([], ["--report"], ["--seeds", "0", "0", "--device-batch", "8"]):
+        assert module.main([*arguments, *more]) == 0
+        assert capsys.readouterr().out == before
+    # What is not in the journal is not run.
+    assert module.main([*arguments, "--report", "--seeds", "0", "1", "--tasks", "CoLA", "QNLI"]) == 0
+    _, table = lines(capsys)
+    assert (table["AdaMSS_base", "CoLA"][3], table["AdaMSS_base", "QNLI"][3]) == ("1", "0")
 
 
 @pytest.mark.parametrize("method", ["AdaMSS", "PiSSA r=8"])
@@ -185,18 +192,47 @@ def test_a_run_that_diverges_is_listed_and_in_no_mean(glue, capsys, tmp_path, mo
     assert "nan" not in printed
 
 
-def test_what_is_missing_is_said_in_one_line(glue, capsys, tmp_path):
+def test_what_is_missing_is_said_in_one_line_and_all_else_is_done(glue, capsys, tmp_path):
     module, where = glue
-    arguments = [*where, "--methods", "AdaMSS_base", "--output", str(tmp_path)]
+    broken = datasets.Dataset.from_list([{"question": "word1", "label": 0}])
+    written(tmp_path, "qnli", train=broken.to_list(), validation=broken.to_list())
+    (tmp_path / "sst2").mkdir()
+    broken.rename_column("question", "sentence").to_csv(tmp_path / "sst2" / "train.csv")
+    arguments = [*where, "--methods", "AdaMSS_base", "LoRA r=8", "--output", str(tmp_path)]
     for more, told in (
-        (["--tasks", "QNLI"], "the data set qnli: there is no"),
-        (["--tasks", "RTE", "--model", str(tmp_path / "none")], "Tokenizer: there is no"),
-        (["--tasks", "RTE", "--model", str(tmp_path)], "could not be loaded"),
+        (["--tasks", "RTE", "--model", str(tmp_path / "none")], ["Tokenizer: there is no"]),
+        (["--tasks", "RTE", "--model", str(tmp_path)], ["could not be loaded"]),
+        (["--tasks", "QNLI", "--data", str(tmp_path)], ["qnli has no column sentence in train"]),
+        (["--tasks", "SST-2", "--data", str(tmp_path)], ["sst2 has no part validation"]),
+        (["--tasks", "QNLI", "CoLA", "MRPC", "--epochs", "1"], ["set qnli: there is no", "set mrpc: there"]),
     ):
         capsys.readouterr()
         assert module.main([*arguments, *more]) == 2
-        message = capsys.readouterr().err.splitlines()[-1]
-        assert told in message and ("--data" in message or "--model" in message), message
+        printed, errors = capsys.readouterr()
+        messages = [line for line in errors.splitlines() if "--data" in line or "--model" in line]
+        assert len(messages) == len(told)
+        assert all(part in message for part, message in zip(told, messages, strict=True)), messages
+    cells = [line.split() for line in printed.splitlines() if "CoLA  " in line]
+    assert len(cells) == 2 and all(line[-5] == "1" for line in cells)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--device-batch 0",
+        "--device-batch 5",
+        "--epochs 0",
+        "--seeds -1",
+        "--seeds 4294967296",
+        "--subspaces 0",
+        "--target 0",
+        "--workers -1",
+    ],
+)
+def test_bad_input_is_refused_in_one_line(glue, capsys, given):
+    with pytest.raises(SystemExit, match="2"):
+        glue[0].main(given.split())
+    assert given.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_correlation_with_a_constant_is_zero(script):
@@ -225,6 +261,16 @@ def image(script, tmp_path_factory):
                 Image.fromarray(values).save(where / f"{number}.png")
     where = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--tasks", "Pets"]
     return script("paper.image"), [*where, "--seeds", "7", "--subspaces", "3"]
+
+
+def test_a_budget_that_never_falls_is_said(image, capsys, tmp_path):
+    module, where = image
+    arguments = [*where, "--methods", "AdaMSS r_k=3", "--epochs", "1", "--output", str(tmp_path)]
+    for target, said in (("12", True), ("11", False)):
+        assert module.main([*arguments, "--target", target]) == 0
+        printed, errors = capsys.readouterr()
+        message = "the budget never falls, so that AdaMSS is AdaMSS_base: its target is not below the 12 sub"
+        assert (message in printed) is (message in errors) is said
 
 
 def test_image(image, capsys, tmp_path):
@@ -291,9 +337,16 @@ def test_generation_learns_to_answer_and_goes_on_where_it_was(
 ):
     module, where = generation
     arguments = [*where, "--dtype", "fp32", "--methods", "full", "--learning-rate", "1e-2", "--epochs", "2"]
-    monkeypatch.setattr(module, "TABLE", script("dataclasses").replace(module.TABLE, save_steps=10))
+    monkeypatch.setattr(module, "TABLE", replace(module.TABLE, save_steps=10))
+    training_step, steps = script("paper.common").FineTuning.training_step, []
+
+    def step(self, *given, **options):
+        steps.append(self.state.global_step)
+        return training_step(self, *given, **options)
+
     assert module.main([*arguments, "--output", str(tmp_path / "whole")]) == 0
     whole, table = lines(capsys)
+    monkeypatch.setattr(script("paper.common").FineTuning, "training_step", step)
     assert table["full", "GSM8K"][0] == table["full", "MATH"][0] == "100.00"
     decode, calls = transformers.PreTrainedTokenizerFast.batch_decode, []
 
@@ -304,13 +357,14 @@ def test_generation_learns_to_answer_and_goes_on_where_it_was(
         return decode(self, *given, **options)
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "batch_decode", interrupted)
-    for _ in range(2):
-        try:
-            assert module.main([*arguments, "--output", str(tmp_path / "parts")]) == 0
-        except KeyboardInterrupt:
-            capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        module.main([*arguments, "--output", str(tmp_path / "parts")])
+    assert len(steps) == 60
+    capsys.readouterr()
+    assert module.main([*arguments, "--output", str(tmp_path / "parts"), "--answer-batch", "3"]) == 0
     assert capsys.readouterr().out == whole
-    assert calls == [2, 2, 2, 1, 2, 2, 1]  # the first two answers were not written twice
+    # Nothing was trained again, and the first two answers were not written again.
+    assert len(steps) == 60 and calls == [2, 2, 3, 3, 2]
 
 
 def test_generation_in_bfloat16(generation, capsys, tmp_path):
@@ -328,18 +382,114 @@ def test_generation_in_bfloat16(generation, capsys, tmp_path):
     assert trained["AdaMSS*"] < trained["AdaMSS*_base"]
 
 
+def test_full_fine_tuning_moves_the_weights_in_bfloat16_too(generation, tmp_path, monkeypatch):
+    module, where = generation
+    before = transformers.AutoModelForCausalLM.from_pretrained(where[1]).state_dict()
+    after, answering, fit, solutions = {}, [], module.fit, module.solutions
+
+    def fitted(*given, **options):
+        trainer = fit(*given, **options)
+        after.update(copy.deepcopy(trainer.model.state_dict()))
+        return trainer
+
+    def answered(model, *given):
+        answering.append(model.dtype)
+        return solutions(model, *given)
+
+    monkeypatch.setattr(module, "fit", fitted)
+    monkeypatch.setattr(module, "solutions", answered)
+    assert module.main([*where, "--methods", "full", "--examples", "40", "--output", str(tmp_path)]) == 0
+    name = "model.layers.1.mlp.down_proj.weight"
+    rounded = before[name].bfloat16().float()  # as it would be loaded in bfloat16
+    moved = (after[name] != before[name]) & (after[name] != rounded)
+    assert moved.float().mean() > 0.95
+    assert answering == [torch.bfloat16] * 2
+
+
+def test_a_last_step_that_is_not_finite_is_a_run_that_diverged(
+    generation, script, capsys, tmp_path, monkeypatch
+):
+    module, where = generation
+    common = script("paper.common")
+    step = common.FineTuning.training_step
+
+    def spoiled(self, model, *given, **options):
+        loss = step(self, model, *given, **options)
+        if self.state.global_step == self.state.max_steps - 1:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(common.FineTuning, "training_step", spoiled)
+    arguments = [*where, "--methods", "AdaMSS_base", "--examples", "8", "--output", str(tmp_path)]
+    assert module.main(arguments) == 0
+    assert (
+        "diverged, in no mean: MetaMathQA, AdaMSS_base, seed 0, at the last step" in capsys.readouterr().out
+    )
+
+
+def run_of(module, method, *given, table=None):
+    table = table or module.TABLE
+    arguments = module.parser().parse_args(given)
+    return module.Run(
+        table=table, arguments=arguments, task="MetaMathQA", method=table.methods[method], seed=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "weights", "scores"),
+    [
+        ("AdaMSS*", "--answer-batch 8 --device-batch 1 --workers 2 --seeds 4", False, False),
+        ("AdaMSS*", "--data ./data/../data", False, False),
+        ("AdaMSS*", "--data other", True, True),
+        ("AdaMSS*", "--questions 10", False, True),
+        ("AdaMSS*", "--answer-length 10", False, True),
+        ("AdaMSS*", "--length 10", True, True),
+        ("AdaMSS*", "--examples 10", True, True),
+        ("AdaMSS*", "--target 10", True, True),
+        ("AdaMSS*_base", "--target 10", False, False),
+        ("AdaMSS*_base", "--subspaces 4", True, True),
+        ("AdaMSS*_base", "--variant paper", True, True),
+        ("LoRA*", "--target 10 --subspaces 4 --variant paper --segmentation ncut", False, False),
+        ("full", "--subspaces 4", False, False),
+        ("full", "--learning-rate 1", True, True),
+        ("full", "--dtype fp32", True, True),
+    ],
+)
+def test_a_run_is_known_by_what_determines_it(
+    script, tmp_path, monkeypatch, method, options, weights, scores
+):
+    module = script("paper.generation")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    one, other = (run_of(module, method, "--data", "data", *more) for more in ([], options.split()))
+    assert (one.folder != other.folder, one.key != other.key) == (weights, scores)
+
+
+@pytest.mark.parametrize("setting", ["warmup", "clip", "batch", "budget", "methods", "rows"])
+def test_a_setting_that_is_edited_makes_another_run(script, setting):
+    module = script("paper.generation")
+    table, name = module.TABLE, "AdaMSS*"
+    row = next(iter(table.rows))
+    rates = {"MetaMathQA": module.settings.Rates(1e-5, 1e-5, 0.0)}
+    edited = {
+        "warmup": 0.5,
+        "clip": 0.5,
+        "batch": 8,
+        "budget": replace(table.budget, power=2.0),
+        "methods": {name: replace(table.methods[name], rank=2)},
+        "rows": {row: replace(table.rows[row], rates=rates)},
+    }[setting]
+    other = replace(table, **{setting: edited})
+    assert run_of(module, name).folder != run_of(module, name, table=other).folder
+
+
 def test_batches_of_questions_do_not_change_the_answers(generation, tmp_path):
     module, where = generation
     model = transformers.AutoModelForCausalLM.from_pretrained(where[1])
     asked = ["word1 word2", "word3", "word4 word5 word6 word7 word8"]
     found = []
     for batch in ("1", "3"):
-        parser = module.TABLE.parser("")
-        for name in ("--answer-length", "--answer-batch", "--examples"):
-            parser.add_argument(name, type=int)
-        given = parser.parse_args([*where, "--answer-batch", batch])
-        method = module.TABLE.methods["full"]
-        run = module.Run(table=module.TABLE, arguments=given, task="MetaMathQA", method=method, seed=0)
+        run = run_of(module, "full", *where, "--answer-batch", batch)
         found.append(module.solutions(model, run, asked, tmp_path / f"{batch}.json"))
     assert found[0] == found[1] and len(found[0]) == 3
 
@@ -354,6 +504,10 @@ def test_batches_of_questions_do_not_change_the_answers(generation, tmp_path):
         (r"thus $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         (r"\boxed{1} or \boxed{x^{2}+1}", "x^{2}+1"),
         (r"The answer is: $\boxed{\left(1,\,2\right)}$", "(1,2)"),
+        (r"so \boxed 2, and $\boxed 23$.", "23"),
+        (r"\boxed{1} and \fbox \frac{1}{2} of it", r"\frac{1}{2}"),
+        ("#### 7\nQuestion: another\nSolution: The answer is: 9", "7"),
+        ("The answer is: 2xy", "2xy"),
         ("she has 3 and then -7.5 left", "-7.5"),
         ("I do not know", ""),
         (r"cut off \boxed{1", "1"),
@@ -375,8 +529,16 @@ def test_the_final_answer_is_found(script, text, answer):
         (r"\frac{1}{2}", "0.5", True),
         (r"\frac12", r"\dfrac{2}{4}", True),
         (r"5\text{ cm}", "5", True),
-        (r"\$18", "18 dollars", True),
-        ("18", "18 apples in all", True),
+        (r"5\text{ cm}^2", "5", True),
+        ("2", "2xy", False),
+        ("2", "2ab", False),
+        ("2ab", "2ba", True),
+        ("x^2+2", "x^2+2xy", False),
+        ("x^2", "x^2+3m", False),
+        ("2516_8", "2516", False),
+        ("2516_8", "2516_7", False),
+        ("2516_8", "2516_{8}", True),
+        ("1011_2", "1011_{10}", False),
         (r"90^\circ", "90", True),
         (r"3\sqrt{2}", r"\sqrt{18}", True),
         (r"11,\! 111,\! 100", "11111100", True),
@@ -397,6 +559,23 @@ def test_equal_answers(script, right, answer, equal):
     assert module.same_answer(module.tidy(right), module.tidy(answer)) is equal
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is: 18 dollars", "18"),
+        ("#### $18 apples in all.", "18"),
+        ("The answer is: 2xy", "2xy"),
+    ],
+)
+def test_words_behind_a_number_are_no_part_of_it(script, text, answer):
+    assert script("paper.generation").answer_of(text, words=False) == answer
+
+
+def test_the_right_answer_of_gsm8k_is_behind_the_mark(script, tmp_path):
+    written(tmp_path, "gsm8k", test=[{"question": "", "answer": "The answer is 3, or 4.\n#### 1,234"}])
+    assert script("paper.generation").questions(tmp_path, "GSM8K", None) == [("", "1,234")]
+
+
 # --- Parameters -------------------------------------------------------------------------------------------
 
 
@@ -414,15 +593,19 @@ def test_counts_of_roberta(parameters, capsys):
 
 
 def test_the_counts_of_language_models_are_those_of_c_alone(parameters):
-    found = {
-        (model, name): parameters.agrees(
-            parameters.count(model, parameters.settings.GENERATION_METHODS[name], only_C=True),
-            row.published[name].parameters,
-        )
+    printed = {
+        (model, method): row.published[method].parameters
         for model, row in parameters.settings.GENERATION.items()
-        for name in ("AdaMSS*_base", "AdaMSS_base")
+        for method in ("AdaMSS*_base", "AdaMSS_base")
     }
-    assert len(found) == 6 and all(found.values())
+    inferred = {("Mistral-7B", "AdaMSS*_base"): "4M", ("Mistral-7B", "AdaMSS_base"): "0.5M"}
+    assert {cell for cell, figure in printed.items() if figure == "-"} == inferred.keys()
+    for (model, name), figure in (printed | inferred).items():
+        method = parameters.settings.GENERATION_METHODS[name]
+        assert parameters.agrees(parameters.count(model, method, only_C=True), figure)
+    row = parameters.settings.GENERATION["Mistral-7B"]
+    own = parameters.lines_of("Mistral-7B", row, parameters.settings.GENERATION_METHODS)
+    assert [line[-2:] for line in own if line[1] == "AdaMSS_base"] == [["-", "-"]] * 2
 
 
 @pytest.mark.parametrize(
