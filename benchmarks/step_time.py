@@ -39,7 +39,6 @@ from methods import (
     with_adamss,
 )
 from paired import environment, paired_times, ratio
-from parameters import SIZES
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -98,7 +97,9 @@ def time_layer(width: int, tokens: int, subspaces: Sequence[int], repeats: int) 
 
 def roberta_base() -> nn.Module:
     """Return an encoder of RoBERTa-base's shape with random weights and a small vocabulary."""
-    return SIZES[0].build(vocabulary=1000)
+    from transformers import RobertaConfig, RobertaModel
+
+    return RobertaModel(RobertaConfig(vocab_size=1000, max_position_embeddings=514), add_pooling_layer=False)
 
 
 def time_model(
