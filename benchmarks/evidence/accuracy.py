@@ -5,7 +5,7 @@ edge; five further seeds are run with the best (see `evidence.study`). The colum
 table for each task shows the paired difference to a baseline within the seeds with its 95 % t interval; it is about
 the seeds alone: the examples of the test part are the same in all runs. A last table is over the tasks. ::
 
-    python benchmarks/evidence/accuracy.py --plot accuracy.svg
+    python benchmarks/evidence/accuracy.py --plot accuracy.png
     python benchmarks/evidence/accuracy.py --quick
 
 Every run is written to a journal at once: an interrupted command resumes, and ``--report`` prints what is there.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,7 +83,7 @@ class Session:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(ABC):
     """One way to fine-tune.
 
     Attributes
@@ -111,6 +112,7 @@ class Method:
         own = {key: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for key, v in own.items()}
         return {"family": type(self).__name__, **own}
 
+    @abstractmethod
     def start(self, top: Top, targets: tuple[str, ...], rates: Rates, seed: int, steps: int) -> Session:
         """Adapt a model and make its optimiser.
 
@@ -127,7 +129,6 @@ class Method:
         steps : int
             How many steps the run takes.
         """
-        raise NotImplementedError
 
 
 def adamw(model: nn.Module, rates: Rates, **others: float) -> torch.optim.AdamW:
