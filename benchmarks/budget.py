@@ -1,9 +1,8 @@
-"""The adaptive budget: whether it is kept exactly, whether the score matters, and what it saves.
+"""The adaptive budget: whether it is kept exactly, and what it saves.
 
-Four tables. (1) Step, budget and active count under several schedules in both units, and PEFT's count beside them.
-(2) NumPy, PyTorch and JAX, given the same gradients. (3) The demo's task at a third of the subspaces, chosen by the
-score, at random, and by the smallest score, beside all of them, over several seeds. (4) Step time and optimiser
-memory before and after the schedule has ended, and after ``consolidate``. ::
+Three tables. (1) Step, budget and active count under several schedules in both units, and PEFT's count beside them.
+(2) NumPy, PyTorch and JAX, given the same gradients. (3) Step time and optimiser memory before and after the schedule
+has ended, and after ``consolidate``. Whether the score matters is asked by ``evidence/ablation.py``. ::
 
     python benchmarks/budget.py --json budget.json
     python benchmarks/budget.py --quick
@@ -20,7 +19,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from demo import in_torch
-from demo.sentences import accuracy
 from methods import Encoder, kept_bytes
 from paired import environment, paired_times, ratio
 from tabulate import tabulate
@@ -292,135 +288,7 @@ def agreement(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-# --- 3: whether the score matters -------------------------------------------------------------------------
-
-
-class AtRandom(BudgetController):
-    """Keeps subspaces by lot."""
-
-    def scores(self) -> Tensor:
-        """Return random numbers above zero, the same for the same step."""
-        generator = torch.Generator().manual_seed(self.step)
-        return torch.rand(len(self.plan.costs), generator=generator) + 0.1
-
-
-class ByTheSmallest(BudgetController):
-    """Keeps the subspaces that the score would freeze."""
-
-    def scores(self) -> Tensor:
-        """Return the reciprocal of the score."""
-        return 1 / (super().scores() + 1e-30)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """How many subspaces are left, and which.
-
-    Attributes
-    ----------
-    share : int
-        One of so many is left; 1 for all.
-    kind : type
-        The controller that chooses.
-    """
-
-    share: int = 1
-    kind: type[BudgetController] = BudgetController
-
-
-ALL = "all"
-SELECTIONS = {
-    ALL: Selection(),
-    "a third, by the score": Selection(share=3),
-    "a third, at random": Selection(share=3, kind=AtRandom),
-    "a third, by the smallest score": Selection(share=3, kind=ByTheSmallest),
-}
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """What one selection came to, over the seeds.
-
-    Attributes
-    ----------
-    accuracy, cross_entropy : list of float
-        On the test sentences, by seed.
-    parameters : list of int
-        Trained parameters of the adapters that were left.
-    """
-
-    accuracy: list[float] = field(default_factory=list)
-    cross_entropy: list[float] = field(default_factory=list)
-    parameters: list[int] = field(default_factory=list)
-
-
-def accuracies(steps: int, seeds: int) -> list[dict[str, Any]]:
-    """Print the third table."""
-    outcomes = {name: Outcome() for name in SELECTIONS}
-    for seed in range(seeds):
-        session = in_torch.Session.open(
-            in_torch.parse(["--steps", str(steps), "--seed", str(seed), "--device", "cpu"])
-        )
-        runs = {name: session.start(in_torch.METHODS[in_torch.ADAMSS]) for name in SELECTIONS}
-        controllers = []
-        for name, selection in SELECTIONS.items():
-            total = adamss.summary(runs[name].model).total.K
-            schedule = BudgetConfig(
-                target=total // selection.share,
-                start_step=steps // 10,
-                end_step=steps // 2,
-                interval=max(steps // 20, 1),
-            )
-            controllers.append(selection.kind(runs[name].model, runs[name].optimizer, schedule))
-        session.fit(list(runs.values()), session.train)
-        for name, run in runs.items():
-            logits = session.logits(run.model, session.test)
-            outcome = outcomes[name]
-            outcome.accuracy.append(accuracy(logits.numpy(), session.test))
-            loss = nn.functional.cross_entropy(logits, torch.as_tensor(session.test.labels))
-            outcome.cross_entropy.append(float(loss))
-            layers = adamss.backend.get_backend("torch").bank(run.model).only().layers.values()
-            outcome.parameters.append(sum(core.count_factors(f, active_only=True) for f in layers))
-        for controller in controllers:
-            controller.remove()
-    _print_outcomes(outcomes, steps, seeds)
-    return [{"trained": name, **vars(outcome)} for name, outcome in outcomes.items()]
-
-
-def _print_outcomes(outcomes: dict[str, Outcome], steps: int, seeds: int) -> None:
-    def spread(values: Sequence[float]) -> str:
-        deviation = np.std(values, ddof=1) if seeds > 1 else float("nan")
-        return f"{np.mean(values):.4f} ({deviation:.4f})"
-
-    def against(outcome: Outcome, name: str) -> str:
-        difference = np.asarray(getattr(outcome, name)) - getattr(outcomes[ALL], name)
-        error = np.std(difference, ddof=1) / np.sqrt(seeds) if seeds > 1 else float("nan")
-        return f"{difference.mean():+.4f} ({error:.4f})"
-
-    rows = [
-        [
-            name,
-            f"{np.mean(outcome.parameters):,.0f}",
-            spread(outcome.accuracy),
-            against(outcome, "accuracy"),
-            spread(outcome.cross_entropy),
-            against(outcome, "cross_entropy"),
-        ]
-        for name, outcome in outcomes.items()
-    ]
-    headers = [
-        "trained at the end",
-        "parameters",
-        "accuracy (deviation)",
-        "less all (error)",
-        "cross entropy (deviation)",
-        "less all (error)",
-    ]
-    print(f"\nthe demo's task, {steps} steps, {seeds} seeds, the same batches and dropout for all")
-    print(tabulate(rows, headers=headers, disable_numparse=True))
-
-
-# --- 4: what it saves -------------------------------------------------------------------------------------
+# --- 3: what it saves -------------------------------------------------------------------------------------
 
 
 class Case:
@@ -487,7 +355,7 @@ class Case:
 
 
 def savings(repeats: int) -> list[dict[str, Any]]:
-    """Print the fourth table."""
+    """Print the third table."""
     from demo.sentences import bundled_model
     from transformers import AutoModel
 
@@ -559,8 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Print what the adaptive budget keeps to, decides and saves."
     )
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--quick", action="store_true", help="fewer steps, seeds and alternations")
-    parser.add_argument("--only", choices=["exact", "agree", "accuracy", "savings"], help="one table alone")
+    parser.add_argument("--quick", action="store_true", help="fewer alternations")
+    parser.add_argument("--only", choices=["exact", "agree", "savings"], help="one table alone")
     parser.add_argument("--folder", type=Path, default=Path("demo-output"), help="folder for adapter files")
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -568,7 +436,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables: dict[str, Callable[[], Any]] = {
         "exact": exactness,
         "agree": lambda: agreement(arguments.folder),
-        "accuracy": lambda: accuracies(20 if quick else 200, 2 if quick else 5),
         "savings": lambda: savings(10 if quick else 100),
     }
     results: dict[str, Any] = {"environment": environment(["torch", "jax", "numpy", "peft", "adamss"])}

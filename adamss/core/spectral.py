@@ -204,8 +204,8 @@ def spectral_embedding(points: Array, exponent: float, count: int, rng: np.rando
         def enough(_: np.ndarray, residuals: np.ndarray) -> bool:
             return bool(residuals[:count].max() <= EMBEDDING_RESIDUAL)
 
-        _, vectors = _search(_times_similarity(points, exponent), _start(points, block, rng), enough)
-        vectors = vectors[:, :count]
+        multiply = _times_similarity(points, exponent)
+        _, vectors = _search(points, multiply, block, rng, enough, vectors=count)
     length = xp.sqrt(xp.sum(vectors**2, axis=1, keepdims=True))
     unit: Array = vectors / xp.where(length > 0, length, xp.ones_like(length))
     return unit
@@ -239,7 +239,7 @@ def _count_subspaces(points: Array, exponent: float, tau: float, largest: int) -
 
     multiply = None if _all_at_once(n, block) else _times_similarity(points, exponent)
     while multiply is not None and not _all_at_once(n, block):
-        similarities, _ = _search(multiply, _start(points, block, rng), enough)
+        similarities, _ = _search(points, multiply, block, rng, enough, vectors=0)
         if np.sum(similarities > 1 - tau) < block:
             return counted(similarities)
         block *= 4
@@ -249,7 +249,10 @@ def _count_subspaces(points: Array, exponent: float, tau: float, largest: int) -
 def _affinity(points: Array, others: Array, exponent: float) -> Array:
     xp = namespace(points)
     products = points @ others.T
-    return products * products if exponent == 2 else xp.abs(products) ** exponent
+    if exponent != 2:
+        return xp.abs(products) ** exponent
+    products *= products  # in place where arrays can be: a fresh one of (n, n) takes a third of the time
+    return products
 
 
 def _inverse_roots(degrees: Array) -> Array:
@@ -292,54 +295,74 @@ def _times_affinity(points: Array, exponent: float) -> Callable[[Array], Array]:
     return lambda x: xp.concat([_affinity(part, points, exponent) @ x for part in parts], axis=0)
 
 
-def _start(points: Array, block: int, rng: np.random.Generator) -> Array:
-    """Return random directions (n, block) to start a search from."""
-    draws = rng.standard_normal((points.shape[0], block), dtype=np.float32)
-    return namespace(points).asarray(draws, dtype=points.dtype, device=device(points))
-
-
 def _search(
-    multiply: Callable[[Array], Array], start: Array, enough: Callable[[np.ndarray, np.ndarray], bool]
+    points: Array,
+    multiply: Callable[[Array], Array],
+    size: int,
+    rng: np.random.Generator,
+    enough: Callable[[np.ndarray, np.ndarray], bool],
+    *,
+    vectors: int,
 ) -> tuple[np.ndarray, Array]:
     """Find the largest eigenvalues of a symmetric operator in a growing block Krylov space (Rayleigh and Ritz).
 
+    The space is kept as its blocks, whose shape stays the same: JAX compiles every operation for each shape that it
+    meets. The small projected problem is solved in NumPy.
+
     Parameters
     ----------
+    points
+        (n, R), for the kind of array.
     multiply
-        The operator, on (n, m).
-    start
-        Random directions (n, block).
+        The operator, on (n, size).
+    size
+        Directions in a block.
+    rng
+        For the directions to start from.
     enough
         Of the eigenvalues so far, in descending order, and their residuals: whether to stop.
+    vectors
+        Number of eigenvectors to return, at most `size`.
 
     Returns
     -------
-    (m,) and (n, m) arrays
-        Eigenvalues in descending order, and eigenvectors.
+    (m,) and (n, vectors) arrays
+        Eigenvalues and eigenvectors, in descending order of the eigenvalues.
     """
-    xp = namespace(start)
-    n, size = start.shape
-    rounding = float(xp.finfo(start.dtype).eps)
-    block, _ = xp.linalg.qr(start)
-    basis, gram, looked = block[:, :0], None, 0
+    xp = namespace(points)
+    n, dtype = points.shape[0], points.dtype
+    rounding = float(xp.finfo(dtype).eps)
+
+    def random_directions() -> Array:
+        draws = rng.standard_normal((n, size), dtype=np.float32)
+        return xp.asarray(draws, dtype=dtype, device=device(points))
+
+    block, _ = xp.linalg.qr(random_directions())
+    blocks: list[Array] = []
+    gram, looked = np.zeros((0, 0)), 0
     while True:
-        basis, image = xp.concat([basis, block], axis=1), multiply(block)
-        border = basis.T @ image
-        gram = (
-            border
-            if gram is None
-            else xp.concat([xp.concat([gram, border[:-size, :]], axis=1), border.T], axis=0)
-        )
-        # Images of all blocks but the last lie within the basis, as the operator is symmetric.
-        rest = image - basis @ border
-        last = basis.shape[1] + size > min(n, max(LARGEST_BASIS, BLOCKS * size))
-        if last or basis.shape[1] >= 1.25 * looked:
-            looked = basis.shape[1]
-            values, vectors = eigh((gram + gram.T) / 2)
-            residuals = xp.sqrt(xp.sum((rest @ vectors[-size:, :]) ** 2, axis=0))
-            found = as_numpy(xp.flip(values))
-            if last or enough(found, as_numpy(xp.flip(residuals))):
-                return found, basis @ xp.flip(vectors, axis=1)
-        # Once the Krylov space is exhausted, noise supplies fresh directions; else it is negligible.
-        rest, _ = xp.linalg.qr(rest + rounding * xp.roll(start, looked, axis=0))
-        block, _ = xp.linalg.qr(rest - basis @ (basis.T @ rest))
+        blocks.append(block)
+        rest = multiply(block)
+        borders = [each.T @ rest for each in blocks]
+        for each, border in zip(blocks, borders, strict=True):
+            rest = rest - each @ border
+        # Once the Krylov space is exhausted, the random directions go on; else they are negligible.
+        rest, triangle = xp.linalg.qr(rest + rounding * random_directions())
+        column = np.concatenate([as_numpy(border) for border in borders]).astype(np.float64)
+        gram = np.block([[gram, column[:-size]], [column[:-size].T, column[-size:]]])
+        last = len(gram) + size > min(n, max(LARGEST_BASIS, BLOCKS * size))
+        if last or len(gram) >= 1.25 * looked:
+            looked = len(gram)
+            values, coordinates = np.linalg.eigh((gram + gram.T) / 2)
+            values, coordinates = values[::-1], coordinates[:, ::-1]
+            # Images of all blocks but the last lie within the space, as the operator is symmetric.
+            residuals = np.linalg.norm(as_numpy(triangle).astype(np.float64) @ coordinates[-size:], axis=0)
+            if last or enough(values, residuals):
+                parts = np.split(coordinates[:, :vectors], len(blocks))
+                found = xp.zeros((n, vectors), dtype=dtype, device=device(points))
+                for each, part in zip(blocks, parts, strict=True):
+                    found = found + each @ xp.asarray(part.copy(), dtype=dtype, device=device(points))
+                return values, found
+        for each in blocks:  # one pass more: rounding is larger beside a small rest
+            rest = rest - each @ (each.T @ rest)
+        block, _ = xp.linalg.qr(rest)
