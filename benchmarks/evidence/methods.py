@@ -244,12 +244,14 @@ SELECTIONS = {"score": ByScore, "random": AtRandom, "smallest": BySmallestScore,
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many subspaces stay trained, and which.
+    """How much stays trained, and which subspaces.
 
     Attributes
     ----------
     share : float
-        Of all subspaces of the model that is left at the end.
+        Of the model's subspaces, or of their parameters, that is left at the end.
+    unit : str
+        What is counted: ``"subspaces"`` or ``"parameters"``.
     start, end, interval : float
         When the reduction begins and ends, and how often it happens, as shares of the steps.
     power : float
@@ -261,6 +263,7 @@ class Budget:
     """
 
     share: float = 1 / 3
+    unit: str = "subspaces"
     start: float = 0.1
     end: float = 0.5
     interval: float = 0.05
@@ -268,11 +271,13 @@ class Budget:
     window: str = "reset"
     selection: str = "score"
 
-    def config(self, subspaces: int, steps: int) -> BudgetConfig:
-        """Return the schedule for a model with so many subspaces."""
+    def config(self, subspaces: int, parameters: int, steps: int) -> BudgetConfig:
+        """Return the schedule for a model with so many subspaces, and parameters in their factors."""
         start = round(self.start * steps)
+        total = parameters if self.unit == "parameters" else subspaces
         return BudgetConfig(
-            target=max(1, round(self.share * subspaces)),
+            target=max(1, round(self.share * total)),
+            unit=self.unit,  # type: ignore[arg-type]
             start_step=start,
             end_step=max(start + 1, round(self.end * steps)),
             interval=max(1, round(self.interval * steps)),
@@ -319,7 +324,7 @@ class Adamss(Method):
         SELECTIONS[self.budget.selection](  # the optimiser's hooks keep it
             model,
             optimizer,
-            self.budget.config(adamss.summary(model).total.K, steps),
+            self.budget.config(adamss.summary(model).total.K, counts[0], steps),
             seed=seed,
             on_allocation=lambda allocation: counts.append(allocation.parameters),
         )

@@ -41,13 +41,16 @@ class Entry:
     ----------
     method : Method
     follows : str or None
-        Name of the method whose rate it takes; None: it has a search of its own.
+        Name of the method whose rates it takes; None: it has a search of its own.
+    rate : float or None
+        A learning rate in the place of that method's, whose head's rate is kept.
     seeds : int or None
         Seeds to run, if not those of the study.
     """
 
     method: Method
     follows: str | None = None
+    rate: float | None = None
     seeds: int | None = None
 
 
@@ -194,7 +197,8 @@ def rate_of(
 ) -> Choice | None:
     """Return the chosen rates of a method, or of the one that it follows; None as long as runs are missing."""
     leader = entries[entry.follows].method if entry.follows else entry.method
-    return search(journal, settings, task, leader)[0]
+    choice, _ = search(journal, settings, task, leader)
+    return dataclasses.replace(choice, rate=entry.rate, edge=False) if choice and entry.rate else choice
 
 
 def conduct(runner: Runner, settings: Settings, task: str, entries: Mapping[str, Entry], label: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from adamss.config import SEGMENTATIONS
 from adamss.core import Decomposition, decompose, segment, subspace_sizes
 from adamss.errors import ArrayValueError, ConfigError
-from adamss_conformance.cases import adjusted_rand_index
+from adamss_conformance.cases import THOROUGH, adjusted_rand_index
 
 
 def settings_for(method, dimension=2):
@@ -172,6 +172,8 @@ def test_settings_that_cannot_be_used(arguments, message):
 @pytest.mark.parametrize("method", SEGMENTATIONS)
 @pytest.mark.parametrize("subspaces", [1, 4, 28, 30])
 def test_weights_together_are_grouped_as_each_alone(xp, to_numpy, method, subspaces):
+    if xp.__name__ == "jax.numpy" and subspaces != 4 and not THOROUGH:
+        pytest.skip("JAX compiles all operations of a segmentation anew for each K: ADAMSS_THOROUGH=1 does")
     weights = [gaussian(12, 30, seed=seed) for seed in range(5)]
     weights[1][:] = 0.0
     weights[2] = planted(1, d=12, subspaces=3, dimension=2)[0][:, :30]

@@ -145,6 +145,17 @@ def test_a_budget_is_kept_by_every_selection(selection, evidence, tiny):
     assert counts[0] == LAYERS * (C + 6 * WIDTH) > counts[-1]
 
 
+def test_a_budget_may_be_in_parameters(evidence):
+    budget = evidence.methods.Budget(share=0.25, unit="parameters")
+    schedule = budget.config(subspaces=12, parameters=1000, steps=100)
+    assert (schedule.target, schedule.unit, schedule.start_step, schedule.end_step) == (
+        250,
+        "parameters",
+        10,
+        50,
+    )
+
+
 def test_the_norm_is_that_of_the_factors(evidence, tiny):
     methods = evidence.methods
     torch.manual_seed(0)
@@ -354,6 +365,18 @@ def test_the_ablation_compares_with_its_centre(commands, tmp_path, capsys):
     assert "minus random" in output
     with pytest.raises(SystemExit, match="no variant K=7"):
         commands.ablation.main([*command, "--variants", "K=7"])
+
+
+def test_an_entry_may_have_a_rate_in_the_place_of_the_one_it_follows(evidence, tmp_path):
+    study, methods = evidence.study, evidence.methods
+    settings, journal = study.Settings(rates=1), evidence.training.Journal(tmp_path / "journal.jsonl")
+    entries = {"leader": study.Entry(method=methods.ours("leader", subspaces=3))}
+    entries["other"] = study.Entry(method=methods.ours("other", subspaces=3), follows="leader", rate=0.5)
+    assert study.rate_of(journal, settings, "digits", entries["other"], entries) is None
+    (job,) = study.search(journal, settings, "digits", entries["leader"].method)[1]
+    journal.add(job, {"validation": 0.5, "diverged": False})
+    assert study.rate_of(journal, settings, "digits", entries["leader"], entries).rate == job.rate
+    assert study.rate_of(journal, settings, "digits", entries["other"], entries).rate == 0.5
 
 
 @pytest.mark.parametrize("name", ["newsgroups", "digits"])
