@@ -40,7 +40,9 @@ EMBEDDING_RESIDUAL = 1e-2
 Planted subspaces under noise are found as well by it as by exact eigenvectors (adjusted Rand index within 0.001)."""
 
 EIGENVALUE_RESIDUAL = 1e-2
-"""Residual, over tau, of an eigenvalue that is good enough to be counted. Its error is at most as large."""
+"""Residual, over tau, of an eigenvalue that is good enough to be counted. Its error is at most as large.
+
+In float32 and with many columns the rounding unit of n sums may be larger, and is then good enough."""
 
 BOUNDARY_RESIDUAL = 1e-2
 """Residual of the first eigenvalue above tau from which on no other below it is expected: those converge sooner."""
@@ -240,7 +242,8 @@ def _count_subspaces(points: Array, exponent: float, tau: float, largest: int) -
     multiply = None if _all_at_once(n, block) else _times_similarity(points, exponent)
     while multiply is not None and not _all_at_once(n, block):
         similarities, _ = _search(points, multiply, block, rng, enough, vectors=0)
-        if np.sum(similarities > 1 - tau) < block:
+        # Values that a search finds are never above the eigenvalues: it cannot have counted too many.
+        if np.sum(similarities > 1 - tau) < block or counted(similarities) >= largest:
             return counted(similarities)
         block *= 4
     return counted(as_numpy(eigh(_similarity(points, exponent))[0]))
