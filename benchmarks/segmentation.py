@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from arguments import positive
 from paired import environment, paired_times, ratio
 from tabulate import tabulate
 
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description="What the paper's Algorithm 2 finds, and how long it takes.")
     parser.add_argument("--only", choices=["recovery", "time"], help="one table alone")
-    parser.add_argument("--widths", type=int, nargs="+", help="columns n")
+    parser.add_argument("--widths", type=positive, nargs="+", help="columns n")
     parser.add_argument("--quick", action="store_true", help="fewer draws, alternations and widths")
     arguments = parser.parse_args(argv)
     if arguments.only != "time":

@@ -40,7 +40,9 @@ EMBEDDING_RESIDUAL = 1e-2
 Planted subspaces under noise are found as well by it as by exact eigenvectors (adjusted Rand index within 0.001)."""
 
 EIGENVALUE_RESIDUAL = 1e-2
-"""Residual, over tau, of an eigenvalue that is good enough to be counted. Its error is at most as large."""
+"""Residual, over tau, of an eigenvalue that is good enough to be counted. Its error is at most as large.
+
+In float32 and with many columns the rounding unit of n sums may be larger, and is then good enough."""
 
 BOUNDARY_RESIDUAL = 1e-2
 """Residual of the first eigenvalue above tau from which on no other below it is expected: those converge sooner."""
@@ -240,7 +242,8 @@ def _count_subspaces(points: Array, exponent: float, tau: float, largest: int) -
     multiply = None if _all_at_once(n, block) else _times_similarity(points, exponent)
     while multiply is not None and not _all_at_once(n, block):
         similarities, _ = _search(points, multiply, block, rng, enough, vectors=0)
-        if np.sum(similarities > 1 - tau) < block:
+        # Values that a search finds are never above the eigenvalues: it cannot have counted too many.
+        if np.sum(similarities > 1 - tau) < block or counted(similarities) >= largest:
             return counted(similarities)
         block *= 4
     return counted(as_numpy(eigh(_similarity(points, exponent))[0]))
@@ -307,7 +310,8 @@ def _search(
     """Find the largest eigenvalues of a symmetric operator in a growing block Krylov space (Rayleigh and Ritz).
 
     The space is kept as its blocks, whose shape stays the same: JAX compiles every operation for each shape that it
-    meets. The small projected problem is solved in NumPy.
+    meets. The small projected problem is gathered in NumPy, and solved where the points are: the threads of NumPy's
+    linear algebra would wait for work on the cores that those of PyTorch need.
 
     Parameters
     ----------
@@ -339,7 +343,7 @@ def _search(
 
     block, _ = xp.linalg.qr(random_directions())
     blocks: list[Array] = []
-    gram, looked = np.zeros((0, 0)), 0
+    gram, looked = np.zeros((0, 0), dtype=as_numpy(block[:1, :1]).dtype), 0
     while True:
         blocks.append(block)
         rest = multiply(block)
@@ -348,21 +352,21 @@ def _search(
             rest = rest - each @ border
         # Once the Krylov space is exhausted, the random directions go on; else they are negligible.
         rest, triangle = xp.linalg.qr(rest + rounding * random_directions())
-        column = np.concatenate([as_numpy(border) for border in borders]).astype(np.float64)
+        column = np.concatenate([as_numpy(border) for border in borders])
         gram = np.block([[gram, column[:-size]], [column[:-size].T, column[-size:]]])
         last = len(gram) + size > min(n, max(LARGEST_BASIS, BLOCKS * size))
         if last or len(gram) >= 1.25 * looked:
             looked = len(gram)
-            values, coordinates = np.linalg.eigh((gram + gram.T) / 2)
-            values, coordinates = values[::-1], coordinates[:, ::-1]
+            values, coordinates = eigh(xp.asarray((gram + gram.T) / 2, device=device(points)))
             # Images of all blocks but the last lie within the space, as the operator is symmetric.
-            residuals = np.linalg.norm(as_numpy(triangle).astype(np.float64) @ coordinates[-size:], axis=0)
-            if last or enough(values, residuals):
-                parts = np.split(coordinates[:, :vectors], len(blocks))
+            residuals = xp.sqrt(xp.sum((triangle @ coordinates[-size:, :]) ** 2, axis=0))
+            similarities = as_numpy(xp.flip(values))
+            if last or enough(similarities, as_numpy(xp.flip(residuals))):
+                wanted = xp.flip(coordinates, axis=1)[:, :vectors]
                 found = xp.zeros((n, vectors), dtype=dtype, device=device(points))
-                for each, part in zip(blocks, parts, strict=True):
-                    found = found + each @ xp.asarray(part.copy(), dtype=dtype, device=device(points))
-                return values, found
+                for number, each in enumerate(blocks):
+                    found = found + each @ wanted[number * size : (number + 1) * size, :]
+                return similarities, found
         for each in blocks:  # one pass more: rounding is larger beside a small rest
             rest = rest - each @ (each.T @ rest)
         block, _ = xp.linalg.qr(rest)

@@ -2,12 +2,16 @@
 
 The centre has R = 100, K = 10, r_k = 1, k-means, a shared basis, orthonormal B, no bias and no budget. Each variant
 changes one setting, has a search of its own for the learning rate (see `evidence.study`), and is compared with the
-centre within the seeds. Budgets take the centre's rate. The centre at neighbouring rates shows what the choice of the
-rate is worth by itself: a search of one run for each rate may pick either of two rates that are nearly as good. A
-second table asks whether the importance score chooses better than chance: at equal budgets, the subspaces that stay
-are chosen by the score, at random, by the smallest score, or by the l1 norm of the trained factors, with more seeds
-than the rest. Subspaces are of different sizes, so that equally many may have more parameters or fewer; the same
-choices are made with a budget in parameters. ::
+centre within the seeds that both have. Budgets take the centre's rate. The centre and the selections have ten seeds,
+the others five; a mean is over all seeds of its variant.
+
+A search of one run for each rate may pick either of two rates that are nearly as good. The centre at other rates
+shows what that is worth, and a column compares each variant with the centre at the variant's own rate.
+
+A second table asks whether the importance score chooses better than chance: at equal budgets, the subspaces that stay
+are chosen by the score, at random, by the smallest score, or by the l1 norm of the trained factors. Subspaces are of
+different sizes, so that equally many may have more parameters or fewer; the same choices are made with a budget in
+parameters. ::
 
     python benchmarks/evidence/ablation.py
     python benchmarks/evidence/ablation.py --tasks tweets --variants "a third, score" "a third, random"
@@ -30,15 +34,17 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages demo and evidence
 
+from arguments import positive
 from tabulate import tabulate
 
 from evidence import study
 from evidence.methods import ALGORITHMS, Budget, ours
 from evidence.study import Entry, Outcome, Settings
 from evidence.tasks import NETWORKS, PLANS
-from evidence.training import Journal, Runner
+from evidence.training import Runner
 
 CENTRE = "centre"
+CENTRE_RATES = (3e-3, 1e-2, 3e-2)
 LEFT = {
     "a third": Budget(share=1 / 3),
     "a tenth": Budget(share=0.1),
@@ -70,7 +76,7 @@ def variants(task: str, more_seeds: int) -> dict[str, Entry]:
     found = {CENTRE: dataclasses.replace(of({}), seeds=more_seeds)}
     found |= {
         f"rate {rate:g}": dataclasses.replace(of({}), follows=CENTRE, rate=rate, seeds=more_seeds)
-        for rate in (3e-3, 3e-2)
+        for rate in CENTRE_RATES
     }
     found |= {f"K={K}": of({"subspaces": K}) for K in (1, 3, 32, 100)}
     found |= {f"r_k={r}": of({"subspace_rank": r}) for r in (2, 3, 8)}
@@ -105,6 +111,11 @@ def variants(task: str, more_seeds: int) -> dict[str, Entry]:
     }
 
 
+def at_rates(found: Mapping[str, Outcome]) -> list[str]:
+    """Return the names of the centre at its own rate and at others."""
+    return [name for name in (CENTRE, *(f"rate {rate:g}" for rate in CENTRE_RATES)) if name in found]
+
+
 def selection_rows(found: Mapping[str, Outcome]) -> list[list[str]]:
     """Return the lines of the second table: what is gained over a choice at random of equally many."""
     rows = []
@@ -129,8 +140,22 @@ def nats(difference: study.Difference) -> str:
 def print_tables(task: str, found: Mapping[str, Outcome]) -> None:
     """Print the tables of one task."""
     print(f"\n{task}: test accuracy in percent, mean and deviation over seeds")
-    header = ["variant", *(title.format(baseline=CENTRE) for title in study.HEADER[1:])]
-    print(tabulate(study.rows(found, CENTRE), headers=header, disable_numparse=True))
+    centres = {f"{found[name].choice.rate:g}": found[name] for name in at_rates(found)}
+    own = found[CENTRE].choice.rate if CENTRE in found else None
+    rows = []
+    for (name, outcome), row in zip(found.items(), study.rows(found, CENTRE), strict=True):
+        if name in at_rates(found) and outcome.choice.rate == own and name != CENTRE:
+            continue  # the centre once more
+        centre = centres.get(f"{outcome.choice.rate:g}")
+        same = (
+            ""
+            if centre is None or name in at_rates(found)
+            else str(study.paired(outcome.values(), centre.values()))
+        )
+        rows.append([*row[:-1], same, row[-1]])
+    titles = [title.format(baseline=CENTRE) for title in study.HEADER]
+    header = ["variant", *titles[1:-1], "at the same rate", titles[-1]]
+    print(tabulate(rows, headers=header, disable_numparse=True))
     if rows := selection_rows(found):
         seeds = max(each.runs for name, each in found.items() if name.endswith(", random"))
         print(f"\n{task}: which subspaces stay, {seeds} seeds")
@@ -142,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing and print the tables; return the exit status."""
     parser = study.parser("Change one choice of AdaMSS at a time.", "results/ablation.jsonl beside this file")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to run, beside the centre")
-    parser.add_argument("--more-seeds", type=int, help="of the centre and the selections (default: 10)")
+    parser.add_argument("--more-seeds", type=positive, help="of the centre and the selections (default: 10)")
     arguments = parser.parse_args(argv)
     quick = arguments.quick
     names = arguments.tasks or ["digits"]
@@ -152,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rates=2 if quick else None,
     )
     more = arguments.more_seeds or (2 if quick else 10)
-    journal = Journal(arguments.journal or study.default_journal("ablation", quick=quick))
+    journal = study.open_journal(arguments, "ablation")
     wanted = {CENTRE, *(arguments.variants or ())} if arguments.variants else set(QUICK) if quick else None
     studies = {task: variants(task, more) for task in names}
     unknown = sorted((wanted or set()) - studies[names[0]].keys())
@@ -164,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not arguments.report:
                 study.conduct(runner, settings, task, some, "ablation")
             print_tables(task, study.outcomes(journal, settings, task, some))
+    print(study.versions(journal))
     return 0
 
 

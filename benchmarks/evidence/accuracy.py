@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages demo and evidence
 
 import numpy as np
+from arguments import picture
 from scipy import stats
 from tabulate import tabulate
 
@@ -28,7 +29,7 @@ from evidence import study
 from evidence.methods import METHODS, NOT_COMPARED
 from evidence.study import Entry, Outcome, Settings
 from evidence.tasks import PLANS
-from evidence.training import Journal, Runner
+from evidence.training import Runner
 
 GROUPS = {"first": ("first",), "then": ("then",), "all": ("first", "then")}
 QUICK_METHODS = ("head alone", "LoRA r=8", "AdaMSS K=10 r=1", "AdaMSS K=10 r=1, budget")
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help="methods to run")
     parser.add_argument("--group", choices=list(GROUPS), default="all", help="which methods (default: all)")
     parser.add_argument("--baseline", choices=list(METHODS), default="LoRA r=8", metavar="NAME")
-    parser.add_argument("--plot", type=Path, help="file for the picture, .svg or .png")
+    parser.add_argument("--plot", type=picture, help="file for the picture, .png, .svg or .pdf")
     arguments = parser.parse_args(argv)
     quick = arguments.quick
     chosen = arguments.methods or (QUICK_METHODS if quick else METHODS)
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps=arguments.steps or (20 if quick else None),
         rates=2 if quick else None,
     )
-    journal = Journal(arguments.journal or study.default_journal("accuracy", quick=quick))
+    journal = study.open_journal(arguments, "accuracy")
     if not arguments.report:
         with Runner(journal, arguments.processes, arguments.cache) as runner:
             for group in groups:  # all tasks of the first group before any of the next
@@ -152,9 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for task in names:
                     study.conduct(runner, settings, task, some, group)
     found = {task: study.outcomes(journal, settings, task, entries) for task in names}
-    print_tables({task: each for task, each in found.items() if each}, arguments.baseline)
-    if arguments.plot:
-        draw({task: each for task, each in found.items() if each}, arguments.plot)
+    found = {task: each for task, each in found.items() if each}
+    print_tables(found, arguments.baseline)
+    print(study.versions(journal))
+    if arguments.plot and found:
+        draw(found, arguments.plot)
     return 0
 
 

