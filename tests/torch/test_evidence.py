@@ -236,10 +236,13 @@ def test_a_run_that_diverges_is_told_and_not_averaged(evidence, tiny, tmp_path):
     journal.add(settings.job("tiny", method, evidence.methods.Rates(adapter=best, head=head), None), worse)
     entries = {"full": study.Entry(method=method)}
     found = study.outcomes(journal, settings, "tiny", entries)["full"]
-    assert found.choice == study.Choice(rate=best, edge=False, head_rate=method.head_rates[0], trials=5)
+    assert found.choice == study.Choice(
+        rate=best, edge=False, head_rate=method.head_rates[0], trials=5, diverged=1
+    )
     assert (found.diverged, found.runs, sorted(found.records)) == (1, 3, [0, 2])
     assert found.mean == pytest.approx(0.8)
-    assert study.rows({"full": found}, "full")[0][-1] == "1 of 3"
+    (row,) = study.rows({"full": found}, "full")
+    assert (row[4], row[-1]) == ("5 (1 diverged)", "1 of 3")
 
     nothing = training.Journal(tmp_path / "nothing.jsonl")
     for rate in method.rates:
@@ -386,18 +389,6 @@ def test_arguments_are_checked_before_anything_runs(
     with pytest.raises(SystemExit) as stopped:
         getattr(commands, command).main(arguments)
     assert message in f"{stopped.value}{capsys.readouterr().err}"
-
-
-def test_a_search_tells_how_many_of_its_runs_diverged(evidence, tmp_path):
-    study, method = evidence.study, evidence.methods.ours("some", subspaces=3)
-    settings, journal = study.Settings(rates=2), evidence.training.Journal(tmp_path / "journal.jsonl")
-    for job, diverged in zip(
-        study.search(journal, settings, "digits", method)[1], (False, True), strict=True
-    ):
-        journal.add(job, {"validation": 0.5, "diverged": diverged})
-    choice, _ = study.search(journal, settings, "digits", method)
-    outcome = study.Outcome(choice=choice, records={}, diverged=0, runs=0)
-    assert "2 (1 diverged)" in study.rows({"some": outcome}, "")[0]
 
 
 def test_an_entry_may_have_a_rate_in_the_place_of_the_one_it_follows(evidence, tmp_path):
