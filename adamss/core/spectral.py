@@ -242,7 +242,7 @@ def _count_subspaces(points: Array, exponent: float, tau: float, largest: int) -
     multiply = None if _all_at_once(n, block) else _times_similarity(points, exponent)
     while multiply is not None and not _all_at_once(n, block):
         similarities, _ = _search(points, multiply, block, rng, enough, vectors=0)
-        # Values that a search finds are never above the eigenvalues: it cannot have counted too many.
+        # The values that a search finds are never above the eigenvalues, so that it never counts too many.
         if np.sum(similarities > 1 - tau) < block or counted(similarities) >= largest:
             return counted(similarities)
         block *= 4
@@ -254,7 +254,8 @@ def _affinity(points: Array, others: Array, exponent: float) -> Array:
     products = points @ others.T
     if exponent != 2:
         return xp.abs(products) ** exponent
-    products *= products  # in place where arrays can be: a fresh one of (n, n) takes a third of the time
+    # In place, where the framework can: to allocate another (n, n) would take a third of the time.
+    products *= products
     return products
 
 
@@ -322,7 +323,7 @@ def _search(
     size
         Directions in a block.
     rng
-        For the directions to start from.
+        For the directions to start from, and for those that go on where the Krylov space ends.
     enough
         Of the eigenvalues so far, in descending order, and their residuals: whether to stop.
     vectors
@@ -343,7 +344,7 @@ def _search(
 
     block, _ = xp.linalg.qr(random_directions())
     blocks: list[Array] = []
-    gram, looked = np.zeros((0, 0), dtype=as_numpy(block[:1, :1]).dtype), 0
+    gram, looked = np.zeros((0, 0)), 0
     while True:
         blocks.append(block)
         rest = multiply(block)
@@ -357,7 +358,7 @@ def _search(
         last = len(gram) + size > min(n, max(LARGEST_BASIS, BLOCKS * size))
         if last or len(gram) >= 1.25 * looked:
             looked = len(gram)
-            values, coordinates = eigh(xp.asarray((gram + gram.T) / 2, device=device(points)))
+            values, coordinates = eigh(xp.asarray((gram + gram.T) / 2, dtype=dtype, device=device(points)))
             # Images of all blocks but the last lie within the space, as the operator is symmetric.
             residuals = xp.sqrt(xp.sum((triangle @ coordinates[-size:, :]) ** 2, axis=0))
             similarities = as_numpy(xp.flip(values))

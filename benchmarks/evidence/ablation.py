@@ -111,9 +111,23 @@ def variants(task: str, more_seeds: int) -> dict[str, Entry]:
     }
 
 
-def at_rates(found: Mapping[str, Outcome]) -> list[str]:
-    """Return the names of the centre at its own rate and at others."""
-    return [name for name in (CENTRE, *(f"rate {rate:g}" for rate in CENTRE_RATES)) if name in found]
+def variant_rows(found: Mapping[str, Outcome]) -> list[list[str]]:
+    """Return the lines of the first table: those of a study, and the difference from the centre at the same rate."""
+    at_rates = [name for name in (CENTRE, *(f"rate {rate:g}" for rate in CENTRE_RATES)) if name in found]
+    centres: dict[float, str] = {}
+    for name in at_rates:  # one of CENTRE_RATES may be the rate that the centre has anyway
+        centres.setdefault(found[name].choice.rate, name)
+    rows = []
+    for (name, outcome), row in zip(found.items(), study.rows(found, CENTRE), strict=True):
+        centre = centres.get(outcome.choice.rate)
+        if name not in at_rates:
+            same = str(study.paired(outcome.values(), found[centre].values())) if centre else ""
+        elif name == centre:
+            same = ""
+        else:
+            continue
+        rows.append([*row[:-1], same, row[-1]])
+    return rows
 
 
 def selection_rows(found: Mapping[str, Outcome]) -> list[list[str]]:
@@ -140,22 +154,9 @@ def nats(difference: study.Difference) -> str:
 def print_tables(task: str, found: Mapping[str, Outcome]) -> None:
     """Print the tables of one task."""
     print(f"\n{task}: test accuracy in percent, mean and deviation over seeds")
-    centres = {f"{found[name].choice.rate:g}": found[name] for name in at_rates(found)}
-    own = found[CENTRE].choice.rate if CENTRE in found else None
-    rows = []
-    for (name, outcome), row in zip(found.items(), study.rows(found, CENTRE), strict=True):
-        if name in at_rates(found) and outcome.choice.rate == own and name != CENTRE:
-            continue  # the centre once more
-        centre = centres.get(f"{outcome.choice.rate:g}")
-        same = (
-            ""
-            if centre is None or name in at_rates(found)
-            else str(study.paired(outcome.values(), centre.values()))
-        )
-        rows.append([*row[:-1], same, row[-1]])
     titles = [title.format(baseline=CENTRE) for title in study.HEADER]
     header = ["variant", *titles[1:-1], "at the same rate", titles[-1]]
-    print(tabulate(rows, headers=header, disable_numparse=True))
+    print(tabulate(variant_rows(found), headers=header, disable_numparse=True))
     if rows := selection_rows(found):
         seeds = max(each.runs for name, each in found.items() if name.endswith(", random"))
         print(f"\n{task}: which subspaces stay, {seeds} seeds")

@@ -303,6 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     deals = 9 if arguments.quick else arguments.deals
 
     weights = list(matrices(path, arguments.include))[: 6 if arguments.quick else None]
+    if arguments.plot and not any(re.search(arguments.draw, name) for name, _ in weights):
+        raise SystemExit(f"no matrix to draw: none has {arguments.draw!r} in its name; see --draw")
     ways = segmentations(arguments.subspaces, arguments.heads)
     figures: dict[str, Figure] = {
         "|Z*| inside over between subspaces": inside_over_between,
@@ -326,8 +328,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for title, result in results.items():
             rows[title].append([name, *(result[way].add(*(pair[way] for pair in pairs)) for way in ways)])
 
-    if arguments.plot and not drawn:
-        raise SystemExit(f"no matrix has {arguments.draw!r} in its name, to be drawn; see --draw")
     places = [f"s_{(place - 1) / PLACES_OF:.0%}" for place in PLACES]
     print(
         f"Eigenvalues of the Laplacian in descending order, R = {arguments.rank}: the largest, those after so many\n"

@@ -355,10 +355,10 @@ def outcomes(
 
 def versions(journal: Journal) -> str:
     """Return which versions of the packages the runs of a journal had."""
-    found = {name: set[str]() for record in journal.records.values() for name in record.get("versions", {})}
+    found: dict[str, set[str]] = {}
     for record in journal.records.values():
         for name, version in record.get("versions", {}).items():
-            found[name].add(version)
+            found.setdefault(name, set()).add(version)
     named = (f"{name} {' and '.join(sorted(each))}" for name, each in found.items())
     return f"\n{len(journal.records):,} runs, with {', '.join(named)}"
 

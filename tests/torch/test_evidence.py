@@ -380,6 +380,7 @@ def test_the_ablation_compares_with_its_centre(commands, tmp_path, capsys):
         ("bound", ["--plot", "picture.txt"], "must end in .png, .svg, .pdf"),
         ("structure", ["--include", "("], "no regular expression"),
         ("structure", ["--rank", "0"], "not an integer of at least 1"),
+        ("structure", ["--plot", "picture.png", "--draw", "absent"], "no matrix to draw"),
     ],
 )
 def test_arguments_are_checked_before_anything_runs(
@@ -389,6 +390,28 @@ def test_arguments_are_checked_before_anything_runs(
     with pytest.raises(SystemExit) as stopped:
         getattr(commands, command).main(arguments)
     assert message in f"{stopped.value}{capsys.readouterr().err}"
+
+
+def test_a_variant_is_compared_with_the_centre_at_its_own_rate(evidence):
+    def outcome(rate, accuracies):
+        choice = evidence.study.Choice(rate=rate, edge=False, head_rate=0.01, trials=4)
+        records = {
+            seed: {"test": test, "trained": 1, "mean_trained": 1.0, "end_trained": 1}
+            for seed, test in enumerate(accuracies)
+        }
+        return evidence.study.Outcome(choice=choice, records=records, diverged=0, runs=len(records))
+
+    found = {
+        "centre": outcome(0.01, [0.5, 0.6, 0.9]),
+        "rate 0.01": outcome(0.01, [0.5, 0.6, 0.9]),
+        "rate 0.03": outcome(0.03, [0.6, 0.7, 0.8]),
+        "K=3": outcome(0.03, [0.5, 0.6]),
+        "K=1": outcome(0.001, [0.5, 0.6]),
+    }
+    rows = {row[0]: row[-3:-1] for row in evidence.ablation.variant_rows(found)}
+    assert list(rows) == ["centre", "rate 0.03", "K=3", "K=1"]  # the centre stands there once
+    assert [minus_centre.split()[0] for minus_centre, _ in list(rows.values())[2:]] == ["+0.0", "+0.0"]
+    assert [same.split(" ")[0] for _, same in rows.values()] == ["", "", "-10.0", ""]
 
 
 def test_an_entry_may_have_a_rate_in_the_place_of_the_one_it_follows(evidence, tmp_path):
