@@ -92,11 +92,11 @@ def hundred(count: int) -> list[list[str]]:
     model = minilm().requires_grad_(False)
     before = sum(p.nbytes for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        adamss.save(several(model, ["query", "value"], 1), f"{folder}/adapter", name="a0")
-        size = Path(folder, "adapter").stat().st_size
+        adamss.save(several(model, ["query", "value"], 1), f"{folder}/adapter.safetensors", name="a0")
+        size = Path(folder, "adapter.safetensors").stat().st_size
         many, start = duplicate(model), time.perf_counter()
         for number in range(count):
-            adamss.load(many, f"{folder}/adapter", name=f"a{number}", trainable=False)
+            adamss.load(many, f"{folder}/adapter.safetensors", name=f"a{number}", trainable=False)
         loaded = time.perf_counter() - start
     one = [adapter.state_dict() for adapter in adapters_of(many, "a0").values()]
     theirs = several_lora(model, ["query", "value"], count)
@@ -162,14 +162,14 @@ def behaviours() -> list[list[str]]:
         compare("merge several")
         adamss.unmerge(model)
         theirs.base_model.unmerge_adapter()
-        adamss.save(model, f"{folder}/file", name="a1")
+        adamss.save(model, f"{folder}/file.safetensors", name="a1")
         theirs.save_pretrained(f"{folder}/saved", selected_adapters=["a1"])
         adamss.detach(model, name="a1")
         theirs.delete_adapter("a1")
         adamss.activate(model, "a0")
         theirs.set_adapter("a0")
         compare("delete a1")
-        adamss.load(model, f"{folder}/file", name="again", trainable=False)
+        adamss.load(model, f"{folder}/file.safetensors", name="again", trainable=False)
         theirs.load_adapter(f"{folder}/saved/a1", adapter_name="again")
         theirs.set_adapter("again")
         compare("save a1 alone, and load it")

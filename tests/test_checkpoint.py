@@ -224,7 +224,7 @@ class TestBadFiles:
         self.refused(tmp_path / "other.safetensors", "not written by adamss")
         (tmp_path / "text").write_text("hello, this is no adapter at all")
         self.refused(tmp_path / "text", "no safetensors file")
-        self.refused(tmp_path, "no adapter file", CheckpointNotFoundError)
+        self.refused(tmp_path, "has no adapter of adamss", CheckpointNotFoundError)
 
     def test_newer_version(self, path):
         rewrite(path, metadata={"format_version": "2"})
@@ -616,11 +616,11 @@ def test_show_prints_no_commands_to_a_terminal(tmp_path, capsys, monkeypatch):
 
 def test_show_prints_names_that_the_encoding_lacks(tmp_path):
     model = NumpyModel({"编码.query": NumpyLinear(np.eye(4))})
-    adamss.save(adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=2)), tmp_path / "a")
+    adamss.save(adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=2)), tmp_path / "a.safetensors")
     command = [sys.executable, "-c", "import sys; from adamss import cli; sys.exit(cli.main(sys.argv[1:]))"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [*command, "show", str(tmp_path / "a")], capture_output=True, text=True, check=False, env=environment
+        [*command, "show", str(tmp_path / "a.safetensors")], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert r"\u7f16\u7801.query" in done.stdout
@@ -631,8 +631,8 @@ def test_show_counts_as_summary_does(tmp_path, capsys):
         ({}, {"basis": "per_subspace"}, {"basis": "per_subspace", "subspaces": 5})
     ):
         model = adapted(**options)
-        adamss.save(model, tmp_path / f"{number}", training=True)
-        assert cli.main(["show", str(tmp_path / f"{number}")]) == 0
+        adamss.save(model, tmp_path / f"{number}.safetensors", training=True)
+        assert cli.main(["show", str(tmp_path / f"{number}.safetensors")]) == 0
         assert str(replace(adamss.summary(model), targets=None)) in capsys.readouterr().out
         for row, factors in zip(adamss.summary(model).rows, model.bank.only().layers.values(), strict=True):
             assert row.trained == core.count_factors(factors)

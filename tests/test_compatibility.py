@@ -70,8 +70,8 @@ def test_a_file_loads_and_holds_what_it_held(make, path, trainable):
 def test_what_is_saved_again_is_the_same(make, path, tmp_path):
     wanted, old = expected(path), checkpoint.read(path)
     model = adamss.load(make.base_model(wanted["dtype"]), path)
-    adamss.save(model, tmp_path / "again", training="training" in path.stem)
-    new = checkpoint.read(tmp_path / "again")
+    adamss.save(model, tmp_path / "again.safetensors", training="training" in path.stem)
+    new = checkpoint.read(tmp_path / "again.safetensors")
     assert (new.config, new.saved) == (old.config, old.saved)
     for name, layer in new.layers.items():
         np.testing.assert_allclose(layer.directions(), old.layers[name].directions(), atol=1e-6)

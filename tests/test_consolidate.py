@@ -194,14 +194,14 @@ def test_the_file_is_that_of_before(tmp_path_factory, pair, training, keep_base)
     """Every subspace is written, under the fingerprint of W0, up to rounding where W0 comes from subtracting."""
     base, model = pair
     folder = tmp_path_factory.mktemp("files")
-    adamss.save(model, folder / "before", training=training)
+    adamss.save(model, folder / "before.safetensors", training=training)
     after = adamss.consolidate(model, keep_base=keep_base)
-    adamss.save(after, folder / "after", training=training)
-    before, written = read(folder / "before"), read(folder / "after")
+    adamss.save(after, folder / "after.safetensors", training=training)
+    before, written = read(folder / "before.safetensors"), read(folder / "after.safetensors")
     for path in PATHS:
         assert written.layers[path].tensors() == before.layers[path].tensors()
     assert not keep_base or written == before
-    loaded = adamss.load(base, folder / "after")
+    loaded = adamss.load(base, folder / "after.safetensors")
     assert_same_outputs(loaded, model, inputs(model), "loaded")
     for path in PATHS:
         assert np.array_equal(loaded.bank.only().layers[path].active, model.bank.only().layers[path].active)

@@ -9,7 +9,7 @@ import numpy as np
 
 from adamss.errors import CheckpointError
 
-__all__ = ["EXPONENTS", "STORABLE", "StoredTensor", "join_path"]
+__all__ = ["EXPONENTS", "STORABLE", "StoredTensor", "itemsize", "join_path"]
 
 STORABLE = (
     "float64",
@@ -50,14 +50,24 @@ class StoredTensor:
     data: bytes
 
     @classmethod
-    def of(cls, array: np.ndarray[Any, Any]) -> StoredTensor:
+    def of(cls, array: np.ndarray[Any, Any], dtype: str | None = None) -> StoredTensor:
         """Return a NumPy array as bytes.
+
+        Parameters
+        ----------
+        array
+            Of any dtype that can be stored.
+        dtype
+            Dtype to round to, ``"bfloat16"`` (from float32) among them. None keeps that of the array.
 
         Raises
         ------
         CheckpointError
             If the dtype cannot be stored.
         """
+        if dtype == "bfloat16":
+            return _as_bfloat16(array)
+        array = array if dtype is None else array.astype(dtype)
         if array.dtype.name not in STORABLE:
             raise CheckpointError(f"a tensor of dtype {array.dtype} cannot be stored; convert it to float32")
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -80,6 +90,20 @@ class StoredTensor:
         return not any(
             ((bits[start : start + _PIECE] & mask) == mask).any() for start in range(0, bits.size, _PIECE)
         )
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of one number of a dtype of `STORABLE`."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def _as_bfloat16(array: np.ndarray[Any, Any]) -> StoredTensor:
+    """Return float32 numbers rounded to the nearest bfloat16, ties to even: the upper half of their bits."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    # Half of the last bit that stays, less one if that bit is even. NaN could become infinity by the carry.
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    upper = np.where(np.isnan(bits.view(np.float32)), np.uint32(0x7FC0), rounded).astype("<u2")
+    return StoredTensor("bfloat16", tuple(array.shape), upper.tobytes())
 
 
 def join_path(path: str, name: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tabulate
@@ -11,8 +12,9 @@ import tabulate
 from adamss.backend.bank import DEFAULT
 from adamss.core import Factors, basis_ranks, count_factors
 from adamss.core.factors import outline
+from adamss.io.checkpoint import Checkpoint
 
-__all__ = ["Summary", "SummaryRow", "summarise", "total"]
+__all__ = ["Summary", "SummaryRow", "summarise", "summary_of_file", "total"]
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,30 @@ def total(rows: Sequence[SummaryRow]) -> SummaryRow:
         trained=sum(row.trained for row in rows),
         active=sum(row.active for row in rows),
     )
+
+
+def summary_of_file(stored: Checkpoint) -> Summary:
+    """Return what a file holds, with R and the trained parameters as they were in training.
+
+    A portable file has A B and not A, so that R is that of its settings, as far as the layer allows it. Names are as
+    the file has them, which may be from anyone: escape what you print.
+
+    Parameters
+    ----------
+    stored
+        A file that was read.
+    """
+    rows = []
+    for path, layer in stored.layers.items():
+        row = summarise(path, layer.base.shape, layer.outline())
+        if layer.M is not None:
+            R = layer.rank or stored.config.rank
+            ranks = layer.ranks.numpy().astype(np.int64)
+            sizes = np.bincount(layer.labels.numpy().astype(np.int64), minlength=ranks.size)
+            d, n = layer.M.shape[0], layer.base.shape[1] // layer.blocks
+            own = np.minimum(min(R, d, n), sizes if stored.config.basis == "per_subspace" else n)
+            row = replace(row, R=int(own.max()), trained=int((ranks * (sizes + own)).sum()))
+        rows.append(row)
+    saved = sum(math.prod(tensor.shape) for module in stored.saved.values() for tensor in module.values())
+    tokens = sum(math.prod(tensor.shape) for tensor in stored.tokens.values())
+    return Summary(tuple(rows), total(rows), saved, tokens=tokens)

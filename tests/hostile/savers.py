@@ -38,10 +38,10 @@ def references(folder):
     """Return two models, and what their files hold."""
     models = [adapted(1), adapted(2)]
     for number, model in enumerate(models):
-        adamss.save(model, folder / f"reference-{number}")
-    files = [checkpoint.read(folder / f"reference-{number}") for number in range(2)]
+        adamss.save(model, folder / f"reference-{number}.safetensors")
+    files = [checkpoint.read(folder / f"reference-{number}.safetensors") for number in range(2)]
     for number in range(2):
-        (folder / f"reference-{number}").unlink()
+        (folder / f"reference-{number}.safetensors").unlink()
     return models, files
 
 

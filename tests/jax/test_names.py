@@ -144,8 +144,8 @@ def test_saved_modules_follow_the_active_one_and_come_back(library, x, tmp_path)
         model = adamss.activate(model, name)
         same(library.call(model, x), heads[name])
         same(library.call(adamss.load(library.make(), tmp_path / name), x), heads[name])
-    adamss.save(model, tmp_path / "inactive", name="c", training=True)  # with the values that are kept
-    same(library.call(adamss.load(library.make(), tmp_path / "inactive"), x), heads["c"])
+    adamss.save(model, tmp_path / "inactive.safetensors", name="c", training=True)  # with the values that are kept
+    same(library.call(adamss.load(library.make(), tmp_path / "inactive.safetensors"), x), heads["c"])
     if library is Nnx:
         assert isinstance(model["head"].kernel, AdamssParam)
         adamss.activate(model, [])
@@ -189,7 +189,7 @@ def test_taken_off_in_any_order(library, order, x):
 
 
 def test_a_file_in_the_place_of_an_adapter_compiles_nothing(library, x, tmp_path):
-    adamss.save(adapted(library, "a"), tmp_path / "a", training=True)
+    adamss.save(adapted(library, "a"), tmp_path / "a.safetensors", training=True)
     model, traces = adapted(library), []
     for name in "bca":  # also where c has values of the head, and a is not active any more
         model = with_values(adamss.activate(model, name), name, seed=99)
@@ -202,17 +202,17 @@ def test_a_file_in_the_place_of_an_adapter_compiles_nothing(library, x, tmp_path
 
     compiled = {name: run(model := adamss.activate(model, name), x) for name in "cba"}
     structure = library.structure(model)
-    model = adamss.load(model, tmp_path / "a", name="a", replace=True)
+    model = adamss.load(model, tmp_path / "a.safetensors", name="a", replace=True)
     assert library.structure(model) == structure
     np.testing.assert_allclose(run(model, x), expected, rtol=1e-5, atol=1e-5)
     for name in "cb":
         model = adamss.activate(model, name)
         same(run(model, x), compiled[name])
-    model = adamss.load(model, tmp_path / "a", name="a", replace=True)
+    model = adamss.load(model, tmp_path / "a.safetensors", name="a", replace=True)
     same(library.call(adamss.activate(model, "a"), x), expected)
     assert len(traces) == 3
     with pytest.raises(errors.StateError, match="other adapted layers"):
-        adamss.load(model, tmp_path / "a", name="c", replace=True)
+        adamss.load(model, tmp_path / "a.safetensors", name="c", replace=True)
 
 
 def test_budgets_of_two(library, x):
@@ -308,8 +308,8 @@ def test_stacks(x, tmp_path):
     expected = {name: run(filled(name)) for name in "ab"}
     for name in "bab":
         same(run(adamss.activate(model, name)), expected[name])
-    adamss.save(model, tmp_path / "a", name="a")
-    np.testing.assert_allclose(run(adamss.load(make(), tmp_path / "a")), expected["a"], rtol=1e-4, atol=1e-5)
+    adamss.save(model, tmp_path / "a.safetensors", name="a")
+    np.testing.assert_allclose(run(adamss.load(make(), tmp_path / "a.safetensors")), expected["a"], rtol=1e-4, atol=1e-5)
     backend_for(model).set_active(model, {"block.query[1]": jnp.asarray([True, False])}, "b")
     loss = lambda model, x: jnp.square(model(x)).mean()  # noqa: E731
     train(model, loss, x, tx=hold_frozen(optax.adam(0.05), model))

@@ -57,8 +57,8 @@ def test_an_average_of_all_arrays(kind, consolidated, tmp_path):
     mean = averaged(kind, first, second)
     np.testing.assert_allclose(MODELS[kind][1](mean)(X), expected, rtol=1e-5, atol=1e-5)
     if not consolidated:  # a mean of merged weights is no weight that any mask describes
-        adamss.save(mean, tmp_path / "a")
-        again = adamss.load(MODELS[kind][0](), tmp_path / "a")
+        adamss.save(mean, tmp_path / "a.safetensors")
+        again = adamss.load(MODELS[kind][0](), tmp_path / "a.safetensors")
         np.testing.assert_allclose(MODELS[kind][1](again)(X), expected, rtol=1e-5, atol=1e-5)
         merged = adamss.merge(mean)
         np.testing.assert_allclose(MODELS[kind][1](merged)(X), expected, rtol=1e-5, atol=1e-5)
@@ -175,8 +175,8 @@ def test_a_layer_that_was_replaced_is_named(tmp_path):
             with pytest.raises(StateError, match="second has been replaced by another module"):
                 verb(model)
         with pytest.warns(adamss.AdamssWarning, match="second has been replaced .* the file is without it"):
-            adamss.save(model, tmp_path / "a")
-        assert [row.path for row in adamss.summary(adamss.load(fresh, tmp_path / "a")).rows] == ["first"]
+            adamss.save(model, tmp_path / "a.safetensors")
+        assert [row.path for row in adamss.summary(adamss.load(fresh, tmp_path / "a.safetensors")).rows] == ["first"]
 
 
 def test_a_schedule_that_nobody_follows_is_told_when_saving(tmp_path):
@@ -185,9 +185,9 @@ def test_a_schedule_that_nobody_follows_is_told_when_saving(tmp_path):
     with pytest.warns(
         adamss.AdamssWarning, match=r"a budget of 2 subspaces, but all 4 .*adamss_jax\.budgeted"
     ):
-        adamss.save(model, tmp_path / "a")
+        adamss.save(model, tmp_path / "a.safetensors")
     adamss_jax.budgeted(optax.sgd(0.1), model)
-    adamss.save(model, tmp_path / "a")
+    adamss.save(model, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,9 @@ def test_through_the_life_of_an_adapter(name, tmp_path):
         with torch.no_grad():
             y = call(model)
             assert not torch.allclose(y, y0), targets
-            adamss.save(model, tmp_path / "a")
+            adamss.save(model, tmp_path / "a.safetensors")
             torch.testing.assert_close(
-                call(adamss.load(copy.deepcopy(base), tmp_path / "a")), y, atol=1e-4, rtol=1e-4
+                call(adamss.load(copy.deepcopy(base), tmp_path / "a.safetensors")), y, atol=1e-4, rtol=1e-4
             )
             torch.testing.assert_close(call(adamss.merge(model)), y, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(call(adamss.unmerge(model)), y, atol=0, rtol=0)

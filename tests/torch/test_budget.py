@@ -451,8 +451,8 @@ def test_resumed_whichever_state_is_loaded_first(optimiser, budget_first, tmp_pa
     config = BudgetConfig(target=10, start_step=1, end_step=7, interval=3)
     whole, *_ = trained_with(config, steps=10, optimiser=optimiser)
     half, *states = trained_with(config, steps=5, optimiser=optimiser)
-    adamss.save(half, tmp_path / "half", training=True)
-    model = adamss.load(adamss.detach(build()), tmp_path / "half")
+    adamss.save(half, tmp_path / "half.safetensors", training=True)
+    model = adamss.load(adamss.detach(build()), tmp_path / "half.safetensors")
     optimizer = OPTIMISERS[optimiser](trainable(model))
     with controlled(model, optimizer, config) as budget:
         pairs = list(zip((optimizer, budget), states, strict=True))

@@ -195,14 +195,14 @@ def test_a_file_has_the_ranks_of_its_layers_and_no_pattern_of_it_is_compiled(tmp
     chosen(model, **settings)
     for adapter in adapters_of(model).values():
         adapter.C.data.normal_()
-    adamss.save(model, tmp_path / "a", training=training)
+    adamss.save(model, tmp_path / "a.safetensors", training=training)
     torch.manual_seed(0)
     other = Net()
     other.load_state_dict({n: t for n, t in model.state_dict().items() if ".adamss." not in n})
-    adamss.load(other, tmp_path / "a")
+    adamss.load(other, tmp_path / "a.safetensors")
     assert [row.R for row in adamss.summary(other).rows] == [4, 6, 4]
-    adamss.save(other, tmp_path / "b", training=training)
-    third = adamss.load(adamss.detach(other), tmp_path / "b")
+    adamss.save(other, tmp_path / "b.safetensors", training=training)
+    third = adamss.load(adamss.detach(other), tmp_path / "b.safetensors")
     assert [row.R for row in adamss.summary(third).rows] == [4, 6, 4]
 
 

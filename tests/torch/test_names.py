@@ -229,7 +229,7 @@ def test_what_is_meant_must_be_said(net, x):
     model = trained(net(), "a", "b", "c")
     verbs = {
         "summary": lambda name: adamss.summary(model, name=name),
-        "save": lambda name: adamss.save(model, _file.folder / "f", name=name),
+        "save": lambda name: adamss.save(model, _file.folder / "f.safetensors", name=name),
         "merge": lambda name: adamss.merge(model, name=name),
         "detach": lambda name: adamss.detach(model, name=name),
         "activate": lambda name: adamss.activate(model, name),

@@ -73,7 +73,7 @@ def test_an_average_of_models(decay, tmp_path):
     torch.testing.assert_close(adapter.C.detach(), expected)
     assert all(torch.equal(getattr(adapter, name), getattr(ours, name)) for name in STRUCTURE)
     assert (average(X) - net()(X)).abs().max() > 0.01
-    close(saved(average.module, tmp_path / "a"), average)
+    close(saved(average.module, tmp_path / "a.safetensors"), average)
 
 
 def test_an_average_that_is_written_into_a_state(tmp_path):
@@ -88,7 +88,7 @@ def test_an_average_that_is_written_into_a_state(tmp_path):
         torch.equal(getattr(average[2].adamss.default, n), getattr(model[2].adamss.default, n))
         for n in STRUCTURE
     )
-    close(saved(average, tmp_path / "a"), average)
+    close(saved(average, tmp_path / "a.safetensors"), average)
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.95])
@@ -103,7 +103,7 @@ def test_an_average_that_is_kept_as_a_state(decay, tmp_path):
     mean.load_state_dict(average)
     for adapter, ours in zip(adapters_of(mean).values(), adapters_of(model).values(), strict=True):
         assert all(torch.equal(getattr(adapter, name), getattr(ours, name)) for name in STRUCTURE)
-    close(saved(mean, tmp_path / "a"), mean)
+    close(saved(mean, tmp_path / "a.safetensors"), mean)
 
 
 # ---- copies that share a hook ------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_frozen_elements_stay_where_an_optimiser_evaluates(held_by, tmp_path):
     assert any(not adapter.trained_elements()[1].all() for adapter in adapters)
     evaluated = model(X)
     assert not torch.allclose(evaluated, trained)
-    close(saved(model, tmp_path / "a"), model)
+    close(saved(model, tmp_path / "a.safetensors"), model)
     twin = attached()
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(twin(X), evaluated)
@@ -283,7 +283,7 @@ WRAPPERS = pytest.mark.parametrize(
     "wraps", [(checkpoint_wrapper,), (compiled,), (in_parallel,), (checkpoint_wrapper, compiled)]
 )
 VERBS = {
-    "save": lambda model, folder: adamss.save(model, folder / "a"),
+    "save": lambda model, folder: adamss.save(model, folder / "a.safetensors"),
     "merge": lambda model, folder: adamss.unmerge(adamss.merge(model)),
     "consolidate": lambda model, folder: adamss.consolidate(model),
     "to_lora": lambda model, folder: adamss.to_lora(model, folder / "lora"),
@@ -325,8 +325,8 @@ def test_a_block_that_is_wrapped(verb, first, wraps, tmp_path):
     VERBS[verb](plain, tmp_path)
     torch.testing.assert_close(model(X), plain(X))
     if verb == "save":
-        torch.testing.assert_close(adamss.load(Blocks(), tmp_path / "a")(X), y)
-        torch.testing.assert_close(adamss.load(wrapped(Blocks(), wraps), tmp_path / "a")(X), y)
+        torch.testing.assert_close(adamss.load(Blocks(), tmp_path / "a.safetensors")(X), y)
+        torch.testing.assert_close(adamss.load(wrapped(Blocks(), wraps), tmp_path / "a.safetensors")(X), y)
     if verb in ("detach", "merge_and_unload"):
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert not any("adamss" in name for name in model.state_dict())
@@ -376,8 +376,8 @@ def test_a_layer_that_is_lost_is_named(change, what, tmp_path):
     with pytest.raises(StateError, match=what):
         BudgetController(model, adamw(first), BudgetConfig(target=5, end_step=4))
     with pytest.warns(AdamssWarning, match=f"save: {what}.*the file is without it"):
-        adamss.save(model, tmp_path / "a")
-    left = adamss.load(net(), tmp_path / "a")
+        adamss.save(model, tmp_path / "a.safetensors")
+    left = adamss.load(net(), tmp_path / "a.safetensors")
     assert [row.path for row in adamss.summary(left).rows] == ["0"]
     torch.testing.assert_close(left[0](X), first[0](X))
 
@@ -393,10 +393,10 @@ def test_a_saved_module_that_is_resized_leaves_nothing_half_done(tmp_path):
         ):
             verb(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    adamss.save(model, tmp_path / "a")
+    adamss.save(model, tmp_path / "a.safetensors")
     base = net()
     base[2] = nn.Linear(32, 40)
-    torch.testing.assert_close(adamss.load(base, tmp_path / "a")(X), y)
+    torch.testing.assert_close(adamss.load(base, tmp_path / "a.safetensors")(X), y)
     torch.testing.assert_close(adamss.merge_and_unload(model)(X), y)
 
 
@@ -549,18 +549,18 @@ def test_a_weight_that_nobody_can_read(tmp_path):
         adamss.merge(model)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        adamss.save(model, tmp_path / "a")
+        adamss.save(model, tmp_path / "a.safetensors")
     for number, warning in zip((0, 2), told, strict=True):
         assert f"base weight of {number} cannot be read" in str(warning.message)
         assert "load it with check_base=False" in str(warning.message)
-    torch.testing.assert_close(adamss.load(net(), tmp_path / "a", check_base=False)(X), y)
+    torch.testing.assert_close(adamss.load(net(), tmp_path / "a.safetensors", check_base=False)(X), y)
 
 
 def test_a_weight_that_can_be_dequantised(tmp_path):
     model = attached(lambda: quantised(net(), Dequantisable))
     train(model, adamw(model), 2)
     assert (model(X) - net()(X)).abs().max() > 0.01
-    close(saved(model, tmp_path / "a"), model)
+    close(saved(model, tmp_path / "a.safetensors"), model)
     with pytest.raises(
         LayerError, match=r"is quantised \(Dequantisable\), which would round the update away"
     ):
@@ -630,12 +630,12 @@ def test_a_schedule_without_a_controller_is_told_when_saving(tmp_path):
     model = attached(budget=schedule)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adamss.save(model, tmp_path / "fresh")
+        adamss.save(model, tmp_path / "fresh.safetensors")
     train(model, adamw(model), 2)
     with pytest.warns(
         AdamssWarning, match="a budget of 5 subspaces, but all 40 .*nothing in this process follows"
     ):
-        adamss.save(model, tmp_path / "a")
+        adamss.save(model, tmp_path / "a.safetensors")
     model = attached(budget=schedule)
     optimizer = adamw(model)
     budget = BudgetController(model, optimizer)

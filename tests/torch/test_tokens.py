@@ -421,25 +421,25 @@ def test_goes_into_a_file_and_back(name, training, tmp_path):
     for at in ("a", "b"):
         adamss.save(model, tmp_path / at, training=training)
         adamss.merge(model) if at == "a" else None
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     adamss.unmerge(model)
-    other = adamss.load(made(name), tmp_path / "a")
+    other = adamss.load(made(name), tmp_path / "a.safetensors")
     assert torch.equal(rows_of(other), rows_of(model))
     close(other(X), model(X))
-    stored = files.read(tmp_path / "a")
+    stored = files.read(tmp_path / "a.safetensors")
     assert stored.config.trained_tokens == {"embed": IDS}
     assert stored.tokens["embed"].shape == (3, E)
-    inference = adamss.load(made(name), tmp_path / "a", trainable=False)
+    inference = adamss.load(made(name), tmp_path / "a.safetensors", trainable=False)
     assert not any(parameter.requires_grad for parameter in inference.parameters())
     assert adamss.trainable_parameters(inference) == []
 
 
 def test_a_file_is_loaded_before_the_weights_come(tmp_path):
     model, _ = trained("of its own")
-    adamss.save(model, tmp_path / "a")
+    adamss.save(model, tmp_path / "a.safetensors")
     with torch.device("meta"):
         empty = made("of its own")
-    adamss.load(empty, tmp_path / "a", check_base=False, trainable=False)
+    adamss.load(empty, tmp_path / "a.safetensors", check_base=False, trainable=False)
     empty.load_state_dict(state(made("of its own")), strict=False, assign=True)
     torch.testing.assert_close(empty(X), model(X))
 
@@ -476,8 +476,8 @@ def test_a_file_is_loaded_before_the_weights_come(tmp_path):
     ],
 )
 def test_a_file_that_does_not_fit_or_lies_is_refused(change, message, tmp_path, monkeypatch):
-    adamss.save(trained("untied")[0], tmp_path / "a")
-    stored = files.read(tmp_path / "a")
+    adamss.save(trained("untied")[0], tmp_path / "a.safetensors")
+    stored = files.read(tmp_path / "a.safetensors")
     path, ids = change.get("path", "embed"), change.get("ids", list(IDS))
     asked = change.get("asked", {path: ids})
     to_dict = adamss.AdamssConfig.to_dict
@@ -489,7 +489,7 @@ def test_a_file_that_does_not_fit_or_lies_is_refused(change, message, tmp_path, 
             "shared": {f"{path}.weight": frozenset()},
             "saved": change.get("saved", {}),
         }
-        files.write(tmp_path / "a", dataclasses.replace(stored, **new))
+        files.write(tmp_path / "a.safetensors", dataclasses.replace(stored, **new))
     torch.manual_seed(0)
     model = made(change.get("base", "untied"))
     if "V" in change or "E" in change:
@@ -497,19 +497,19 @@ def test_a_file_that_does_not_fit_or_lies_is_refused(change, message, tmp_path, 
     model.embed = change.get("embed", model.embed)
     before = state(model)
     if message is None:
-        adamss.load(model, tmp_path / "a")
+        adamss.load(model, tmp_path / "a.safetensors")
         return
     with pytest.raises((errors.CheckpointError, errors.LayerTypeError), match=message):
-        adamss.load(model, tmp_path / "a")
+        adamss.load(model, tmp_path / "a.safetensors")
     assert_same_state(model, before)
 
 
 def test_a_file_of_a_tied_model_is_for_no_untied_one(tmp_path):
-    adamss.save(trained("tied")[0], tmp_path / "a")
+    adamss.save(trained("tied")[0], tmp_path / "a.safetensors")
     with pytest.raises(
         errors.CheckpointError, match=r"'embed\.weight' and 'out\.weight' are two tensors in this"
     ):
-        adamss.load(made("untied"), tmp_path / "a")
+        adamss.load(made("untied"), tmp_path / "a.safetensors")
 
 
 def test_saves_what_is_left_when_the_embedding_was_replaced(tmp_path):
@@ -517,11 +517,11 @@ def test_saves_what_is_left_when_the_embedding_was_replaced(tmp_path):
     with torch.no_grad():  # as resize_token_embeddings does it
         model.embed.weight.data = torch.cat([model.embed.weight.data, torch.ones(2, E)])
     assert model.embed(torch.tensor([12]))[0, 0] == 1
-    adamss.save(model, tmp_path / "a")
+    adamss.save(model, tmp_path / "a.safetensors")
     model.embed.weight.data = model.embed.weight.data[:5]
     with pytest.warns(errors.AdamssWarning, match=r"embed has a weight of shape \(5, 12\) now"):
-        adamss.save(model, tmp_path / "b")
-    assert files.read(tmp_path / "b").config.trained_tokens is None
+        adamss.save(model, tmp_path / "b.safetensors")
+    assert files.read(tmp_path / "b.safetensors").config.trained_tokens is None
     model.embed = nn.Embedding(V, E)
     with pytest.raises(errors.StateError, match="embed has been replaced by another module"):
         adamss.merge(model)
@@ -700,7 +700,7 @@ def test_an_untied_head_is_saved_or_adapted_beside_them():
 
 @pytest.mark.parametrize("framework", ["numpy", "flax", "equinox"])
 def test_a_backend_that_cannot_train_rows_says_so(framework, tmp_path):
-    adamss.save(trained("alone")[0], tmp_path / "a")
+    adamss.save(trained("alone")[0], tmp_path / "a.safetensors")
     model = _model_of(framework)
     with pytest.raises(
         errors.ConfigError, match=f"the backend {framework} cannot train rows of an embedding"
@@ -709,7 +709,7 @@ def test_a_backend_that_cannot_train_rows_says_so(framework, tmp_path):
     with pytest.raises(
         errors.ConfigError, match=f"the backend {framework} cannot train rows of an embedding"
     ):
-        adamss.load(model, tmp_path / "a")
+        adamss.load(model, tmp_path / "a.safetensors")
     adamss.attach(model, config(trained_tokens=None))
 
 

@@ -158,13 +158,13 @@ class FileLaws:
                 if step in resumed:
                     folder = tmp_path / str(step)
                     folder.mkdir()
-                    adamss.save(training.model, folder / "model", training=True)
+                    adamss.save(training.model, folder / "model.safetensors", training=True)
                     training.save(folder)
                 training.step()
             expected, memory = factors_of(driver, training.model), training.memory()
             for step in resumed:
                 folder = tmp_path / str(step)
-                model = adamss.load(driver.model(LAYERS, "float32"), folder / "model")
+                model = adamss.load(driver.model(LAYERS, "float32"), folder / "model.safetensors")
                 training = start_training(driver, model, schedule, EAGER, optimiser)
                 training.load(folder)
                 for _ in range(step, steps):
