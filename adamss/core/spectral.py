@@ -214,7 +214,7 @@ def spectral_embedding(points: Array, exponent: float, count: int, rng: np.rando
         Embedded points of shape (n, count).
     """
     xp = namespace(points)
-    # A block has at least `count` directions, since all wanted eigenvectors may belong to one eigenvalue, and a search
+    # A block has at least `count` directions: all wanted eigenvectors may belong to one eigenvalue, and a search
     # finds no more eigenvectors of an eigenvalue than a block has directions.
     block = max(SMALLEST_BLOCK, count)
     if _all_at_once(points.shape[0], block):
