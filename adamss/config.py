@@ -1,4 +1,4 @@
-"""The settings of AdaMSS: frozen, keyword-only, checked when made."""
+"""Settings of AdaMSS: frozen, keyword-only dataclasses that are validated when they are created."""
 
 from __future__ import annotations
 
@@ -355,8 +355,8 @@ class AdamssConfig:
             unknown = sorted(str(name) for name in settings.keys() - OVERRIDABLE)
             if unknown:
                 raise ConfigError(
-                    f"overrides[{shown(pattern)}] has {', '.join(unknown[:3])[:200]}; what a layer can have for "
-                    f"itself is {', '.join(sorted(OVERRIDABLE))}"
+                    f"overrides[{shown(pattern)}] has {', '.join(unknown[:3])[:200]}; the settings that can be "
+                    f"overridden for a layer are {', '.join(sorted(OVERRIDABLE))}"
                 )
             try:
                 checked = dataclasses.replace(self, overrides={}, **settings)
@@ -474,7 +474,9 @@ def _run_of_components(pattern: str) -> str:
 
 def _from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
     if not isinstance(settings, Mapping):
-        raise ConfigTypeError(f"{cls.__name__} is made of a dictionary, found {type(settings).__name__}")
+        raise ConfigTypeError(
+            f"{cls.__name__} must be made from a dictionary, found {type(settings).__name__}"
+        )
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     unknown = sorted(str(name) for name in settings.keys() - {field.name for field in fields})
     if unknown:

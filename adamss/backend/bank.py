@@ -205,7 +205,7 @@ class Bank:
         """
         if len(self.adapters) != 1:
             raise StateError(
-                f"the model has the adapters {', '.join(sorted(self.adapters)) or 'of no name'}; name one"
+                f"expected a model with one adapter, found {', '.join(sorted(self.adapters)) or 'none'}"
             )
         (adaptation,) = self.adapters.values()
         return adaptation
@@ -218,7 +218,7 @@ class Bank:
 
     @property
     def active(self) -> dict[str, float]:
-        """The weights of the active adapters, by name."""
+        """Weight of each active adapter, by name."""
         return {name: each.weight for name, each in self.adapters.items() if each.weight is not None}
 
     @property
@@ -295,8 +295,8 @@ def rows_of(path: str, leading: tuple[int, ...], rows: int, axis: int, *, exact:
     length = leading[axis] if axis < len(leading) else 0
     if length == 0 or length % rows or ((axis or exact) and length != rows):
         raise LayerError(
-            f"{path}: axis {axis} of its input, of {tuple(leading)} entries, is no multiple of the {rows} rows of "
-            "the route; leave the layer out of targets, or run the rows apart"
+            f"{path}: axis {axis} of its input, whose leading axes are {tuple(leading)}, is not a multiple of the "
+            f"{rows} rows of the route; leave the layer out of targets, or run the rows separately"
         )
     return length // rows
 

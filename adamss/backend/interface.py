@@ -89,7 +89,7 @@ class Division:
             yield path, weights[path]
 
     def gather(self, layers: Mapping[str, Factors]) -> dict[str, Factors]:
-        """Return the factors of all layers, collected from all processes. An error on one is raised on all of them."""
+        """Return the factors of all layers, collected from all processes. An error on one is raised on all."""
         return dict(layers)
 
     @contextmanager

@@ -105,7 +105,7 @@ def reading(path: str, weight: Any) -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise LayerError(
-            f"{path}: its weight is a {type(weight).__name__}, which nobody here can read ({str(error)[:80]}...); "
+            f"{path}: its weight is a {type(weight).__name__}, which no store can read ({str(error)[:80]}...); "
             "dequantise it first, or register an adamss.backend.Store that reads it"
         ) from error
 
@@ -319,8 +319,8 @@ def switch(
     for name, each in bank.adapters.items():
         if each.held and weights.get(name) != each.weight:
             raise StateError(
-                f"the weights hold the update of {name!r}, which can be switched off, or get another weight, after "
-                f"{each.way_out} alone"
+                f"the weights hold the update of {name!r}, which must be taken out of them before the adapter can be "
+                f"switched off or get another weight; call {each.way_out} first"
             )
     kept = {name: dict(each.kept) for name, each in bank.adapters.items()}
     leaving = {
@@ -485,8 +485,8 @@ def _probed(backend: Backend, model: Model) -> dict[str, tuple[Any, Any]]:
             outputs[path] = output
             continue
         warnings.warn(
-            f"{path}: its forward {output}, so that nobody has seen whether its output stays what it is with the "
-            "update in its weight: compare it before and after",
+            f"{path}: its forward {output}, so it was not checked whether its output stays the same with the update "
+            "in its weight; compare the output before and after",
             AdamssWarning,
             stacklevel=5,
         )
@@ -620,8 +620,8 @@ def _check_apart(bank: Bank, layers: Iterable[str], saved: Iterable[str]) -> Non
         for path, outer in pairs:
             if f"{path}.".startswith(join_path(outer, "")):
                 raise TargetError(
-                    f"{path} would be adapted by one adapter and be trained whole by another, {name!r} among them, "
-                    f"as one of modules_to_save ({outer or 'the model itself'}); leave it out of one of them"
+                    f"{path} would be adapted by one adapter and trained whole by another as one of modules_to_save "
+                    f"({outer or 'the model itself'}), and {name!r} is one of the two; leave it out of one of them"
                 )
 
 

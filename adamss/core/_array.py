@@ -155,7 +155,7 @@ def check_concrete(*arrays: Any, name: str) -> None:
     """
     if is_traced(*arrays):
         raise ArrayTypeError(
-            f"{name}: the values are needed here, and found was a tracer, which has none; call this outside of "
+            f"{name}: values are needed here, but found a JAX tracer, which has none; call this outside of "
             "jax.jit, jax.grad, jax.vmap and jax.lax.scan, and pass the result in"
         )
 

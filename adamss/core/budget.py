@@ -88,10 +88,10 @@ def budget_at(step: int, config: BudgetConfig, total: int | None = None) -> int:
     """
     start = config.initial if config.initial is not None else total
     if start is None:
-        raise ConfigError("the budget at the start is not known: give total= or BudgetConfig(initial=...)")
+        raise ConfigError("the initial budget is not known; pass total= or BudgetConfig(initial=...)")
     if start < config.target:
         raise ConfigError(
-            f"target = {config.target} is more than the {start} there are at the start; choose a lower target"
+            f"target = {config.target} is more than the initial budget {start}; choose a lower target"
         )
     if step <= config.start_step:
         return start
@@ -627,6 +627,7 @@ def advance(plan: BudgetPlan, state: BudgetState, processes: Processes = ALONE) 
 
         def allocated(state: BudgetState) -> BudgetState:
             decided = plan.decide(scores, state.active, plan.budget_at(state.step))
+            # Both branches of a traced `choose` must return the same types, hence `& False` and not a Python bool.
             state = state._replace(waiting=state.waiting & False, active=processes.agree(decided))
             if plan.config.window == "running":
                 return state

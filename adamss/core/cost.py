@@ -130,7 +130,7 @@ def update_cost(
         moved += N * d + N * q + d * q + contraction_moves
         kept = N * q if input_kept else N * (d + q)
     else:
-        # M once more, and dB = u^T dz
+        # M = A B for dx, and dB = u^T dz
         products += contraction + N * R * q
         moved += contraction_moves + N * R + N * q + R * q
         kept = N * (R + q)

@@ -197,6 +197,7 @@ def _leading_span(W: Array, wide: Array, rank: int) -> Array | None:
         return None
     eigenvalues, eigenvectors = eigh(W @ W.T)
     outer = d - width
+    # The coefficients divide by the gap between the leading eigenvalues and those outside of the basis.
     if float(eigenvalues[-rank] - eigenvalues[outer - 1]) <= xp.finfo(W.dtype).eps * float(eigenvalues[-1]):
         return None
     # The guards need no correction: their error enters only scaled by the small mixing coefficients.

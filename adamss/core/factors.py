@@ -513,7 +513,7 @@ def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, nam
     expect(
         min(K, n, *A.shape, *B.shape, *C.shape) > 0, "no axis may be empty", [tuple(a.shape) for a in factors]
     )
-    expect(K % A.shape[0] == 0, f"A must hold 1 or K = {K} bases, or one for so many in a row", A.shape[0])
+    expect(K % A.shape[0] == 0, f"A must hold 1 or K = {K} bases, or a divisor of K", A.shape[0])
     expect(B.shape[0] == A.shape[2], f"B must have P = {A.shape[2]} rows", B.shape[0])
     expect(C.shape[1] == n, f"C must have n = {n} columns", C.shape[1])
     expect(active.shape[0] == K, f"active must have K = {K} entries", active.shape[0])

@@ -327,6 +327,7 @@ def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.G
     count, n, _ = points.shape
     trials = 2 + int(math.log(clusters))
     draws = rng.random((clusters, RESTARTS, trials))
+    # The first centre is a single uniform draw, as in plain k-means++, so all of its trials are the same.
     draws[0, :, 1:] = draws[0, :, :1]
     uniform = xp.asarray(draws, dtype=points.dtype, device=device(points))
     rounding = _rounding(squares)

@@ -254,6 +254,7 @@ def _count_subspaces(points: Array, exponent: float, tau: float, largest: int) -
             return True
         if not np.all(residuals[:small] <= close):
             return False
+        # If the first eigenvalue above tau lies there whatever its error is, it need not be found accurately.
         away = similarities[small] + residuals[small] <= 1 - tau
         return counted(similarities) >= largest or bool(
             residuals[small] <= (BOUNDARY_RESIDUAL if away else close)
