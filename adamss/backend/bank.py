@@ -302,5 +302,5 @@ def rows_of(path: str, leading: tuple[int, ...], rows: int, axis: int, *, exact:
 
 
 def scaled(factors: Factors, weight: float) -> Factors:
-    """Return factors whose update is multiplied by a number."""
+    """Return factors with the update multiplied by `weight`."""
     return factors if weight == 1 else factors._replace(C=factors.C * weight)

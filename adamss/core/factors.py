@@ -362,7 +362,7 @@ def trained_elements(factors: Factors) -> tuple[Array, Array]:
 
 
 def only(factors: Factors, chosen: Array) -> Factors:
-    """Return factors whose update is that of the chosen subspaces only. The shapes stay the same.
+    """Set the update of all subspaces except the chosen ones to zero. The shapes stay the same.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ def segment(
     - ``"kmeans"``: Euclidean k-means on the rows of V.
     - ``"ncut"``: the paper's Algorithm 2, which is normalised cuts of the graph with the affinity
       ``|<v_i, v_j>|^exponent``, where v_i is row i of V scaled to unit length.
-    - ``"spectral"``: normalised cuts with the affinity ``|Z*| = |V V^T|``, whose rows are not scaled.
+    - ``"spectral"``: normalised cuts with the affinity ``|Z*| = |V V^T|``, for which the rows of V are not scaled.
     - ``"ksubspaces"``: alternate between fitting a subspace of the given dimension to each group of columns of
       ``W_hat`` and moving each column to the subspace that retains most of its energy. The initial groups are those
       of ``"spectral"`` on the leading ``K * dimension`` directions.
