@@ -616,11 +616,17 @@ def test_show_prints_no_commands_to_a_terminal(tmp_path, capsys, monkeypatch):
 
 def test_show_prints_names_that_the_encoding_lacks(tmp_path):
     model = NumpyModel({"编码.query": NumpyLinear(np.eye(4))})
-    adamss.save(adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=2)), tmp_path / "a.safetensors")
+    adamss.save(
+        adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=2)), tmp_path / "a.safetensors"
+    )
     command = [sys.executable, "-c", "import sys; from adamss import cli; sys.exit(cli.main(sys.argv[1:]))"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [*command, "show", str(tmp_path / "a.safetensors")], capture_output=True, text=True, check=False, env=environment
+        [*command, "show", str(tmp_path / "a.safetensors")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert r"\u7f16\u7801.query" in done.stdout

@@ -46,7 +46,7 @@ BUDGET = {"target": 10, "end_step": 100}
         ({"overrides": ["a"]}, ConfigTypeError, "overrides must be a dictionary of settings by pattern"),
         ({"overrides": {"a": 3}}, ConfigTypeError, r"overrides holds 'a': 3; write"),
         ({"overrides": {"(": {}}}, ConfigError, "overrides is not a regular expression"),
-        ({"overrides": {"a": {"seed": 1}}}, ConfigError, r"overrides\['a'\] has seed; what a layer can have"),
+        ({"overrides": {"a": {"seed": 1}}}, ConfigError, r"overrides\['a'\] has seed; the settings that"),
         ({"overrides": {"a": {"rank": 0}}}, ConfigError, r"overrides\['a'\]: rank must be at least 1"),
         ({"modules_to_save": "head"}, ConfigTypeError, r"modules_to_save must be a list.*write \['head'\]"),
         ({"segmentation": "k-means"}, ConfigError, "segmentation must be one of kmeans, .*'k-means'"),

@@ -1,4 +1,4 @@
-"""Tensors as bytes, of no framework: what backends exchange with files."""
+"""Tensors as bytes, the framework-independent form in which backends exchange tensors with files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ STORABLE = (
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (64, 32, 16, 8)),
     "bool",
 )
-"""Dtypes that a tensor may have, as NumPy and PyTorch spell them."""
+"""Dtypes that a stored tensor may have, as NumPy and PyTorch spell them."""
 
-# Where all these bits are set, a number is infinite or NaN; and the integers to look at them with.
+# By dtype, the integer dtype of the same size and the mask of the exponent bits. A number is infinite or NaN if all
+# of its exponent bits are set.
 EXPONENTS = {
     "float64": ("<u8", 0x7FF << 52),
     "float32": ("<u4", 0xFF << 23),
@@ -33,16 +34,16 @@ _PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as bytes: little-endian, row-major, of no framework.
+    """A tensor as little-endian bytes in row-major order, independent of any framework.
 
     Attributes
     ----------
     dtype
-        Name as NumPy and PyTorch spell it: ``"float32"``, ``"bfloat16"``, ``"bool"``, ...
+        Name of the dtype as NumPy and PyTorch spell it: ``"float32"``, ``"bfloat16"``, ``"bool"``, ...
     shape
         Lengths of the axes.
     data
-        The bytes.
+        The bytes of the tensor.
     """
 
     dtype: str
@@ -51,7 +52,7 @@ class StoredTensor:
 
     @classmethod
     def of(cls, array: np.ndarray[Any, Any], dtype: str | None = None) -> StoredTensor:
-        """Return a NumPy array as bytes.
+        """Create a stored tensor from a NumPy array.
 
         Parameters
         ----------
@@ -74,14 +75,14 @@ class StoredTensor:
         return cls(array.dtype.name, tuple(array.shape), little.tobytes(order="C"))
 
     def numpy(self) -> np.ndarray[Any, Any]:
-        """Return a NumPy array; bfloat16, which NumPy lacks, is widened to float32 without loss."""
+        """Return the tensor as a NumPy array. NumPy lacks bfloat16, so it is widened to float32 without loss."""
         if self.dtype == "bfloat16":
             bits = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << np.uint32(16)
             return bits.view(np.float32).reshape(self.shape)
         return np.frombuffer(self.data, dtype=np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
 
     def is_finite(self) -> bool:
-        """Return whether no number is NaN or infinite; it is looked for piece by piece, in little memory."""
+        """Return whether all numbers are finite. The bytes are checked piece by piece, to use little memory."""
         if self.dtype not in EXPONENTS:
             return True
         integer, exponent = EXPONENTS[self.dtype]
@@ -107,5 +108,5 @@ def _as_bfloat16(array: np.ndarray[Any, Any]) -> StoredTensor:
 
 
 def join_path(path: str, name: str) -> str:
-    """Join a module path and a name below it; the model itself has the empty path."""
+    """Join a module path and a name within the module. The path of the model itself is empty."""
     return f"{path}.{name}" if path else name

@@ -261,8 +261,8 @@ def inspect(model: str, targets: tuple[str, ...], rank: int, subspaces: int, seg
     legend = (
         f"energy: share of ||W||^2 in rank {rank}. n_k: least / median / most columns of {subspaces} subspaces "
         f"({segmentation}).\nK est.: Algorithm 2 without a lower bound. inside: share of ||Z*||^2 inside the "
-        "subspaces; by chance: of random groups of\nthese sizes; gain: inside over by chance; of random W: the gain for "
-        "a matrix with random singular vectors."
+        "subspaces; by chance: of random groups of\nthese sizes; gain: inside over by chance; of random W: the gain "
+        "for a matrix with random singular vectors."
     )
     document = {
         "rank": rank,

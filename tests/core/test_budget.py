@@ -53,9 +53,9 @@ def test_allocations_are_on_the_interval_and_always_at_the_end(t0, span, interva
 def test_initial_budget():
     config = BudgetConfig(target=5, end_step=10, initial=8)
     assert core.budget_at(0, config) == core.budget_at(0, config, total=100) == 8
-    with pytest.raises(ConfigError, match="budget at the start is not known"):
+    with pytest.raises(ConfigError, match="initial budget is not known"):
         core.budget_at(0, BudgetConfig(target=5, end_step=10))
-    with pytest.raises(ConfigError, match="target = 5 is more than the 4"):
+    with pytest.raises(ConfigError, match="target = 5 is more than the initial budget 4"):
         core.budget_at(0, BudgetConfig(target=5, end_step=10), total=4)
 
 
@@ -474,7 +474,7 @@ class TestPlan:
         jax = pytest.importorskip("jax")
         layers = as_arrays(jax.numpy, {"block.q": layer(np.random.default_rng(0))})
         config = BudgetConfig(target=1, end_step=5)
-        with pytest.raises(ArrayTypeError, match=r"^block\.q: the values are needed here"):
+        with pytest.raises(ArrayTypeError, match=r"^block\.q: values are needed here"):
             jax.jit(lambda layers: core.plan_budget(layers, config).total)(layers)
 
 

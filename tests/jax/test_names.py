@@ -144,7 +144,9 @@ def test_saved_modules_follow_the_active_one_and_come_back(library, x, tmp_path)
         model = adamss.activate(model, name)
         same(library.call(model, x), heads[name])
         same(library.call(adamss.load(library.make(), tmp_path / name), x), heads[name])
-    adamss.save(model, tmp_path / "inactive.safetensors", name="c", training=True)  # with the values that are kept
+    adamss.save(
+        model, tmp_path / "inactive.safetensors", name="c", training=True
+    )  # with the values that are kept
     same(library.call(adamss.load(library.make(), tmp_path / "inactive.safetensors"), x), heads["c"])
     if library is Nnx:
         assert isinstance(model["head"].kernel, AdamssParam)
@@ -309,7 +311,9 @@ def test_stacks(x, tmp_path):
     for name in "bab":
         same(run(adamss.activate(model, name)), expected[name])
     adamss.save(model, tmp_path / "a.safetensors", name="a")
-    np.testing.assert_allclose(run(adamss.load(make(), tmp_path / "a.safetensors")), expected["a"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        run(adamss.load(make(), tmp_path / "a.safetensors")), expected["a"], rtol=1e-4, atol=1e-5
+    )
     backend_for(model).set_active(model, {"block.query[1]": jnp.asarray([True, False])}, "b")
     loss = lambda model, x: jnp.square(model(x)).mean()  # noqa: E731
     train(model, loss, x, tx=hold_frozen(optax.adam(0.05), model))

@@ -176,7 +176,9 @@ def test_a_layer_that_was_replaced_is_named(tmp_path):
                 verb(model)
         with pytest.warns(adamss.AdamssWarning, match="second has been replaced .* the file is without it"):
             adamss.save(model, tmp_path / "a.safetensors")
-        assert [row.path for row in adamss.summary(adamss.load(fresh, tmp_path / "a.safetensors")).rows] == ["first"]
+        assert [row.path for row in adamss.summary(adamss.load(fresh, tmp_path / "a.safetensors")).rows] == [
+            "first"
+        ]
 
 
 def test_a_schedule_that_nobody_follows_is_told_when_saving(tmp_path):

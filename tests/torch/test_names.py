@@ -439,7 +439,7 @@ def test_what_one_adapts_another_does_not_save(net):
     model = adamss.attach(net(), settings("a"), name="a")
     before = state(model)
     with pytest.raises(
-        errors.TargetError, match=r"classifier would be adapted by one adapter .*'a' among them"
+        errors.TargetError, match=r"classifier would be adapted by one adapter .*'a' is one of the two"
     ):
         adamss.attach(model, settings("c", targets=["classifier"]), name="c")
     assert_same_state(model, before)
