@@ -117,9 +117,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except MemoryError:
             say("there is not enough memory")
             return 1
-        except (KeyboardInterrupt, click.Abort):
-            say("interrupted")
-            return 130
     return 0
 
 
@@ -128,8 +125,12 @@ def command(function: Callable[..., Result]) -> click.Command:
 
     @functools.wraps(function)
     def run(as_json: bool, **options: Any) -> None:
-        result = function(**options)
-        emit(result, as_json=as_json)
+        try:
+            result = function(**options)
+            emit(result, as_json=as_json)
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise SystemExit(130) from None
         if not result.right:
             raise SystemExit(1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adamss.core import count_lora
-from adamss.errors import CheckpointNotFoundError, ConfigError, MissingBackendError
+from adamss.errors import ConfigError, MissingBackendError
 from adamss.io.reader import short
 from adamss.io.weights import WeightFiles
 from adamss.offline.inspect import linear_layers, model_config
@@ -156,15 +156,11 @@ def layers_of(model: str) -> tuple[dict[str, tuple[int, int]], str | None]:
     config_only = path.name.endswith(".json") and path.is_file()
     folder = path.parent if config_only else path
     model_type = model_config(folder).get("model_type")
-    if not config_only:
-        try:
-            files = WeightFiles(path)
-        except CheckpointNotFoundError:
-            if not (path / "config.json").is_file():
-                raise
-        else:
-            return linear_layers(files), model_type if isinstance(model_type, str) else None
-    return _without_values(path if config_only else path / "config.json"), model_type
+    model_type = model_type if isinstance(model_type, str) else None
+    config = path if config_only else path / "config.json"
+    if config_only or (config.is_file() and not any(path.glob("*.safetensors*"))):
+        return _without_values(config), model_type
+    return linear_layers(WeightFiles(path)), model_type
 
 
 def _without_values(file: Path) -> dict[str, tuple[int, int]]:
