@@ -141,7 +141,7 @@ class TorchDivision(Division):
             return list(pool.map(function, batch))
         finally:
             pool.shutdown(cancel_futures=True)
-            # It holds for the calling thread only, but new threads inherit the last value set: restore it.
+            # The number holds for the thread that sets it, but new threads inherit the last value set, so restore it.
             torch.set_num_threads(threads)
 
     def tell(self, error: Exception) -> None:

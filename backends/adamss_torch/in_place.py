@@ -117,7 +117,10 @@ class Place:
             bank.placed = True
 
     def _goes_on(self) -> bool:
-        """Return whether the forward of a reader is running further out on the call stack of this thread."""
+        """Return whether the forward of a reader is running further out on the call stack of this thread.
+
+        One call of a reader is the present one, so at least two must be on the stack.
+        """
         frame: Any = sys._getframe(1)
         calls = 0
         while frame is not None:
@@ -139,6 +142,10 @@ class Place:
 
 
 def _updated(bank: Any, view: View | None, weight: Tensor) -> Tensor:
+    """Return a weight, or a bias if `view` is None, with the updates of a bank.
+
+    The factors are multiplied in the order in which the weight has its axes, so that the update is never transposed.
+    """
     for name in bank.computed:
         adapter: Any = bank._modules[name]
         if isinstance(adapter, TrainedRows):

@@ -199,6 +199,7 @@ class EightBitStore(QuantisedStore):
 
     def read(self, layer: Any, name: str) -> Tensor:
         """Return the dequantised values in half precision, in which the kernel computes."""
+        # SCB is the largest magnitude in each row, which is stored as 127.
         scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
         data: Tensor = layer.weight.data
         values: Tensor = data.float() * (scale.to(data.device) / 127)[:, None]
