@@ -35,24 +35,26 @@ except ImportError as error:
 __all__ = ["ADAPTER_FILE", "AdamssCallback"]
 
 ADAPTER_FILE = "adapter.safetensors"
-"""In each folder that the Trainer saves: what `adamss.load` reads."""
+"""File that `adamss.load` reads, in each folder that the Trainer saves."""
 
 TRAINER_FILE = "model.safetensors"
-"""Where the Trainer looks for what it saved; here, all that is trained and nothing else."""
+"""File from which the Trainer reads back what it saved. Here it holds what is trained and nothing else."""
 
 MODULES_FILE = "modules.json"
-"""In the folders of sentence-transformers."""
+"""File by which folders of sentence-transformers are recognised."""
 
 CONFIG_FILE = "config.json"
-"""Which makes a folder a model for `AutoModel`; beside an adapter alone, it would give one with weights at random."""
+"""File that makes a folder a model for `AutoModel`. Without base weights, the model would get random ones."""
 
 KEY = "adamss"
-"""Under which our state is part of the optimiser's, which keeps what belongs to no Parameter: that of the controller,
-and the fingerprints of the base weights."""
+"""Key of our state in the optimiser's state, which keeps entries that belong to no Parameter.
+
+Our state consists of that of the controller, and of the fingerprints of the base weights.
+"""
 
 
 class AdamssCallback(TrainerCallback):
-    """Trains an adapted model with `transformers.Trainer`: the budget, its log, and small checkpoints.
+    """Train an adapted model with `transformers.Trainer`: the budget, its log, and small checkpoints.
 
     ::
 
@@ -60,41 +62,43 @@ class AdamssCallback(TrainerCallback):
         trainer = Trainer(model, arguments, ..., callbacks=[AdamssCallback()])
         trainer.train()
 
-    - **Budget**: a `adamss_torch.BudgetController` on the Trainer's optimiser, from the beginning of `train` on.
-    - **Log**: ``adamss/active`` (subspaces that are trained) and ``adamss/budget`` beside the loss. The Trainer puts
-      its own reporters (TensorBoard, ...) before the callbacks that it is given; `lead` has them see it too.
-    - **Files**: as long as the model is adapted and not merged, the Trainer's checkpoints and ``trainer.save_model``
-      hold what is trained, not the base: ``model.safetensors``, which the Trainer reads, and ``adapter.safetensors``,
-      which `adamss.load` reads. There is no ``config.json``, for the folder is no model that `AutoModel` could
-      load; one that an earlier save has left there is removed with the weights that it belonged to. (Of a model that
-      is no `transformers.PreTrainedModel` the Trainer writes the whole first, and what is taken out afterwards is
-      only that of checkpoints.)
-    - **Resuming**: ``trainer.train(resume_from_checkpoint=...)`` on the base model, attached afresh, gives the bits
-      of the training that was not interrupted, on the CPU. The controller's state is in ``optimizer.pt``.
-      A second ``trainer.train()`` that resumes nothing begins the schedule anew, with what the first has left
-      trained: without ``revive``, what is frozen stays so.
+    - **Budget**: the callback puts a `adamss_torch.BudgetController` on the Trainer's optimiser when `train` begins.
+    - **Log**: ``adamss/active`` (the number of trained subspaces) and ``adamss/budget`` are logged with the loss. The
+      Trainer calls its own reporters (TensorBoard, ...) before the callbacks that it is given. Call `lead` so that
+      these reporters see the two values too.
+    - **Files**: while the model is adapted and not merged, the Trainer's checkpoints and ``trainer.save_model`` hold
+      what is trained, and not the base: ``model.safetensors``, which the Trainer reads, and ``adapter.safetensors``,
+      which `adamss.load` reads. They hold no ``config.json``, because `AutoModel` could not load the folder; a
+      ``config.json`` that an earlier save has left there is removed with the weights that it belonged to. (If the
+      model is not a `transformers.PreTrainedModel`, the Trainer writes all weights. The base is then taken out of
+      checkpoints, but not out of what ``trainer.save_model`` writes.)
+    - **Resuming**: attach to the base model again and call ``trainer.train(resume_from_checkpoint=...)``. On the CPU
+      this gives the same bits as a training that was not interrupted. The controller's state is in ``optimizer.pt``.
+      A second ``trainer.train()`` that resumes nothing begins the schedule again with the subspaces that the first
+      one has left trained: without ``revive``, frozen subspaces stay frozen.
 
-    Evaluation, accumulated gradients, mixed precision, ``load_best_model_at_end`` and `accelerate launch` are the
-    Trainer's own affair and work as ever. Not with DeepSpeed, which raises; with FSDP the budget cannot be resumed.
+    Evaluation, accumulated gradients, mixed precision, ``load_best_model_at_end`` and `accelerate launch` are handled
+    by the Trainer and work as usual. Training with DeepSpeed raises an error. With FSDP a budget cannot be resumed.
 
     Parameters
     ----------
     budget
-        The schedule; None for the one that the adapter was attached with. If there is none either, nothing is frozen.
+        Schedule of the budget. None means the one that the adapter was attached with; if that is None too, nothing is
+        frozen.
     name
-        Of the adapter; None for the one that is trained when the training begins.
+        Name of the adapter. None means the one that is trained when the training begins.
     on_allocation
-        Called with an `adamss_torch.Allocation` after each.
+        Function that is called with an `adamss_torch.Allocation` after each decision.
 
     Attributes
     ----------
     controller
-        The `BudgetController`, from the beginning of the training on; None without a schedule.
+        The `BudgetController`, once the training has begun. None without a schedule.
 
     Raises
     ------
     StateError
-        When the Trainer is made: if its model has no adapters, or is merged.
+        When the Trainer is made, if its model has no adapters or is merged.
     """
 
     def __init__(
@@ -124,7 +128,7 @@ class AdamssCallback(TrainerCallback):
     # ---- events -----------------------------------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the model save what is trained."""
+        """Make the model save only what is trained."""
         _save_what_is_trained(kwargs["model"], self.name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -133,7 +137,7 @@ class AdamssCallback(TrainerCallback):
         adaptation = _save_what_is_trained(model, self.name)
         self._remove()
         bare = bare_optimizer(kwargs["optimizer"])
-        # Loading a checkpoint has put it there.
+        # If a checkpoint was loaded, our state is in that of the optimiser.
         stored = bare.state.pop(KEY, None) or {}  # type: ignore[call-overload]
         if not any(is_sharded(adapter.B) for adapter in adapters_of(model, adaptation.name).values()):
             self._base = _fingerprints(model, adaptation)
@@ -156,7 +160,7 @@ class AdamssCallback(TrainerCallback):
             )
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the number of trained subspaces."""
+        """Add the number of trained subspaces and the budget to the log."""
         logs = kwargs["logs"]
         if self.controller is None or "loss" not in logs:
             return
@@ -166,13 +170,13 @@ class AdamssCallback(TrainerCallback):
             state.log_history[-1].update(more)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave what is trained of a checkpoint that the Trainer has written itself."""
+        """Take the base out of a checkpoint that the Trainer has written by itself."""
         model, folder = kwargs["model"], Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and not isinstance(vars(model).get("save_pretrained"), _SavePretrained):
             _shrink(model, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the controller off; it warns if the training was too short for its schedule."""
+        """Remove the controller, which warns if the training was too short for its schedule."""
         self._remove()
 
     # ---- the budget -------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ class AdamssCallback(TrainerCallback):
 
 
 def _fingerprints(model: nn.Module, adaptation: Adaptation) -> dict[str, list[Any]]:
-    """Return what tells the base weights of the adapted layers from others, in plain values."""
+    """Return the fingerprints of the base weights of the adapted layers, in plain values."""
     backend = TorchBackend()
     bank = backend.bank(model)
     with backend.exact():
@@ -209,7 +213,7 @@ def _check_base(stored: dict[str, list[Any]], ours: dict[str, list[Any]]) -> Non
     Raises
     ------
     StateError
-        If not; the message names a layer.
+        If it was trained on others; the message names a layer.
     """
     for path in stored.keys() & ours.keys():
         there, here = (Fingerprint(tuple(m[0]), m[1], tuple(m[2])) for m in (stored[path], ours[path]))
@@ -224,17 +228,17 @@ def _check_base(stored: dict[str, list[Any]], ours: dict[str, list[Any]]) -> Non
 
 
 def _save_what_is_trained(model: nn.Module, name: str | None) -> Adaptation:
-    """Have a model write what is trained alone, as long as it is adapted and not merged; return the adapter.
+    """Make a model save only what is trained while it is adapted and not merged, and return the adapter.
 
     Raises
     ------
     StateError
-        If it has no such adapter, or that is merged.
+        If the model has no such adapter, or if the adapter is merged.
     """
     adaptation = adapter_of(TorchBackend(), model, "AdamssCallback", name)
     if isinstance(model, PreTrainedModel):
         _SavePretrained(model)
-        # The Trainer compares what a checkpoint lacks with this, and tells of the difference.
+        # The Trainer compares the keys that a checkpoint lacks with these names, and warns if they differ.
         _Untrained(model)
     else:
         vars(model).setdefault("_keys_to_ignore_on_save", None)
@@ -242,7 +246,7 @@ def _save_what_is_trained(model: nn.Module, name: str | None) -> Adaptation:
 
 
 def _untrained(model: nn.Module) -> set[str]:
-    """Return the names of the frozen parameters of the base; none of a model that is merged, or has no adapters."""
+    """Return the names of the frozen parameters of the base; no names if the model is merged or has no adapters."""
     adapters = TorchBackend().bank(model).adapters.values()
     if not adapters or any(each.merged for each in adapters):
         return set()
@@ -252,7 +256,7 @@ def _untrained(model: nn.Module) -> set[str]:
 
 
 class _Untrained(OnLoan, Set[str]):
-    """In the place of a model's `_keys_to_ignore_on_save`: what is not trained at the time it is looked at."""
+    """Substitute for a model's `_keys_to_ignore_on_save`: the names of what is not trained when it is read."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "_keys_to_ignore_on_save")
@@ -274,9 +278,10 @@ class _Untrained(OnLoan, Set[str]):
 
 
 class _SavePretrained(OnLoan):
-    """In the place of a model's `save_pretrained`: what is trained, as long as it has these adapters, not merged.
+    """Substitute for a model's `save_pretrained` that saves what is trained.
 
-    An object that holds the model, and no closure: a copy of the model has one of its own.
+    It saves the whole model once that is merged or no longer has these adapters. It is an object that holds the
+    model, and not a closure, so that a copy of the model gets its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -294,8 +299,8 @@ class _SavePretrained(OnLoan):
         for name in ("push_to_hub", "variant"):
             if options.get(name):
                 raise ConfigError(
-                    f"save_pretrained: {name} is for whole models, and this one saves its adapter; merge it first, "
-                    "or upload the folder"
+                    f"save_pretrained: {name} is for whole models, and this model saves only its adapter; merge it "
+                    "first, or upload the folder"
                 )
         if is_main_process:
             state_dict = options.get("state_dict")
@@ -305,7 +310,7 @@ class _SavePretrained(OnLoan):
 
 def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> None:
     untrained = _untrained(model)
-    # Copies, for a file has no two names for one memory.
+    # Tensors are copied, because safetensors refuses two names for the same memory.
     kept = {name: tensor.detach().clone() for name, tensor in state_dict.items() if name not in untrained}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -315,12 +320,12 @@ def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> Non
 
 
 def _shrink(model: nn.Module, folder: Path) -> None:
-    """Take the base out of what the Trainer has written.
+    """Take the base out of a checkpoint that the Trainer has written.
 
     Raises
     ------
     StateError
-        If it cannot be read back: a Trainer of another library has written it in a form of its own.
+        If the Trainer is that of another library whose form of checkpoints cannot be read back into adapters.
     """
     weights = folder / TRAINER_FILE
     written = load_file(weights) if weights.is_file() else {}

@@ -45,7 +45,7 @@ def test_a_training_goes_on(states, training):
 @pytest.mark.parametrize("form", ["consolidated", "merged"])
 def test_what_the_weights_hold_goes_into_a_model_of_the_same_form(states, training, form):
     model, _, _ = training
-    with pytest.raises(RuntimeError, match="Bring the model into the same form first"):
+    with pytest.raises(RuntimeError, match="Merge, consolidate or unmerge the model likewise first"):
         model.load_state_dict(states[form]["model"])
     if form == "merged":
         adamss.merge(model)

@@ -369,7 +369,7 @@ class TestStatesThatDoNotFit:
         model = adamss.attach(net(), config())
         before, wrong = self.adapter_state(model), state(model)
         wrong[f"layers.0.query.adamss.default.{name}"][0] = value
-        with pytest.raises(RuntimeError, match="none of subspaces of this layer"):
+        with pytest.raises(RuntimeError, match="do not describe subspaces of this layer"):
             model.load_state_dict(wrong)
         assert_same_state(self.adapter_state(model), before)
 

@@ -843,7 +843,7 @@ def test_an_embedding_that_is_tied_to_a_head_is_adapted_alone(layer):
     adapter = adapters_of(model)["embed"]
     adapter.C.data.normal_()
     head = pytest.warns(
-        errors.AdamssWarning, match=r"^embed: Tied takes the weight of this embedding for a head too"
+        errors.AdamssWarning, match=r"^embed: Tied uses the weight of this embedding as a head too"
     )
     with contextlib.nullcontext() if layer else head:
         y = model(ids)
@@ -857,7 +857,7 @@ def test_an_embedding_that_is_tied_to_a_head_is_adapted_alone(layer):
         return
     for each in model, adamss.attach(Tied(layer), config):  # seen in its forward, and in its source
         with pytest.raises(
-            errors.LayerError, match=r"^embed: another module takes the weight of this embedding"
+            errors.LayerError, match=r"^embed: another module uses the weight of this embedding"
         ):
             adamss.merge(each)
 

@@ -54,7 +54,7 @@ def test_keys_of_a_state_stay_when_an_adapter_is_added(net):
 
 def test_a_state_goes_into_a_model_in_which_the_same_is_active(net, x):
     model, other = trained(net(), "a", "b"), trained(net(), "a", "b", seed=9)
-    with pytest.raises(errors.StateError, match="when 'a' was not active, and it is here"):
+    with pytest.raises(errors.StateError, match="when 'a' was not active, and it is active here"):
         adamss.activate(copy.deepcopy(model), "a").load_state_dict(other.state_dict())
     model.load_state_dict(other.state_dict())
     for name in ("a", "b", []):

@@ -514,7 +514,7 @@ def test_layers_that_accelerate_has_dispatched(name):
     assert torch.equal(model(x), output)
     model[2].forward = model[2].forward.__wrapped__
     del model[2]._hf_hook
-    with pytest.raises(errors.LayerError, match="2: somebody has put another forward on the layer"):
+    with pytest.raises(errors.LayerError, match="2: another forward was assigned to the layer"):
         adamss.merge(model, dequantise=True)
     assert torch.equal(model(x), output)
 

@@ -561,8 +561,8 @@ def test_peft_loads_them_as_trainable_token_indices(causal_lm, tied, tmp_path):
     [
         ("tied", "the weight is shared by 1 other modules"),
         ("tied, a bias", "the weight is shared by 1 other modules"),
-        ("twin", r"it would train rows of other\.embed too"),
-        ("own", "it knows no Other, and takes it for a torch"),
+        ("twin", r"PEFT would also train rows of other\.embed"),
+        ("own", "PEFT does not know Other, and treats it as a torch"),
     ],
 )
 def test_what_peft_would_compute_otherwise_is_refused(name, why, tmp_path):
