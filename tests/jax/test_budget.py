@@ -654,7 +654,7 @@ def test_synchronise_and_allocation_refuse():
         adamss_jax.allocation((loop.state, loop.state))
     with pytest.raises(StateError, match=r"another model.*differ in block\.query"):
         adamss_jax.synchronise(attached("stack"), loop.optimizer)
-    with pytest.raises(StateError, match="another model, or attached otherwise"):
+    with pytest.raises(StateError, match="another model, or one attached with other settings"):
         adamss_jax.synchronise(attached("nnx", subspaces=3), loop.optimizer)
     same_shapes = attached("nnx", segmentation="random", seed=1)
     with pytest.raises(StateError, match=r"another model: .* has other subspaces there"):
