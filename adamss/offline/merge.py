@@ -102,18 +102,16 @@ def merge(
 
     layers = {str(weight_name(in_files(path), files)): (path, layer) for path, layer in stored.layers.items()}
     _check_tied(layers, files)
-    whole = {
-        in_files(f"{path}.{name}"): tensor
-        for path, own in stored.saved.items()
-        for name, tensor in own.items()
-    }
+    saved = {f"{path}.{name}": tensor for path, own in stored.saved.items() for name, tensor in own.items()}
+    places = {name: next((n for n in (in_files(name), name) if n in files), None) for name in saved}
+    whole = {place: saved[name] for name, place in places.items() if place is not None}
+    added = {name: saved[name] for name, place in places.items() if place is None}
     ids: Any = stored.config.trained_tokens
     rows = {f"{in_files(path)}.weight": (ids[path], values) for path, values in stored.tokens.items()}
     for name in rows:
         if name not in files:
             raise CheckpointError(f"the base model has no embedding {name}, of which the adapter has rows")
     biases = _moved_biases(layers, files)
-    added = {name: tensor for name, tensor in whole.items() if name not in files}
     lost: dict[str, float] = {}
 
     def spelled(name: str) -> str:
@@ -144,9 +142,8 @@ def merge(
                 names[spelled(name)] = name_of_file
             _write(Path(folder) / name_of_file, file, entries, spelled, changed)
         if added:
-            own = {spelled(name): tensor for name, tensor in added.items()}
-            write_tensors(Path(folder) / written[-1], own, {"format": "pt"})
-            names |= dict.fromkeys(own, written[-1])
+            write_tensors(Path(folder) / written[-1], added, {"format": "pt"})
+            names |= dict.fromkeys(added, written[-1])
         if len(written) > 1:
             size = sum(entry.size for entry in files.values()) + sum(len(t.data) for t in added.values())
             index = {"metadata": {"total_size": size}, "weight_map": names}
@@ -154,7 +151,7 @@ def merge(
                 Path(folder) / f"{_stem(files.files)}{INDEX_ENDING}", json.dumps(index, indent=2) + "\n"
             )
         _copy_rest(files, Path(folder))
-    return Merged(tuple(written), lost, tuple(map(spelled, added)))
+    return Merged(tuple(written), lost, tuple(added))
 
 
 def _merged(path: str, layer: StoredLayer, files: WeightFiles, name: str) -> tuple[StoredTensor, float]:
