@@ -34,7 +34,7 @@ def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> 
     (wheel,) = folder.glob("*.whl")
     wanted = f"adamss[{','.join(extras)}] @ {wheel.as_uri()}" if extras else str(wheel)
     session.install("-q", "-c", str(CONSTRAINTS), wanted, *tools)
-    # pip keeps an installed version 0.1.0; after a change of the source it must be this build.
+    # pip keeps what is installed where the version is the same; what is tested must be this build.
     session.install("-q", "--no-deps", "--force-reinstall", str(wheel))
 
 
