@@ -6,6 +6,7 @@ Every session uses `venv` and `pip`, with versions from constraints.txt.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -14,6 +15,8 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
+# Of Python, too: CI has one version, and `versions` tries those that are there.
+nox.options.error_on_missing_interpreters = False
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -34,7 +37,7 @@ def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> 
     (wheel,) = folder.glob("*.whl")
     wanted = f"adamss[{','.join(extras)}] @ {wheel.as_uri()}" if extras else str(wheel)
     session.install("-q", "-c", str(CONSTRAINTS), wanted, *tools)
-    # pip keeps an installed version 0.1.0; after a change of the source it must be this build.
+    # pip keeps what is installed where the version is the same; what is tested must be this build.
     session.install("-q", "--no-deps", "--force-reinstall", str(wheel))
 
 
@@ -104,7 +107,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All that CI runs: lint, types, tests with every framework, doctests, the laws, and the core alone."""
+    """All that CI runs: lint, types, tests with every framework, doctests, the laws, the core alone, the package."""
     install(session, *FRAMEWORKS, tools=(*TEST_TOOLS, *STYLE_TOOLS))
     lint(session)
     types(session)
@@ -112,6 +115,7 @@ def tests(session: nox.Session) -> None:
     pytest(session)
     laws(session, "numpy", "strict", "torch", "jax")
     session.notify("core")
+    session.notify("package")
 
 
 @nox.session
@@ -123,15 +127,46 @@ def thorough(session: nox.Session) -> None:
     laws(session, "numpy", "strict", "torch", "jax")
 
 
-@nox.session
-def core(session: nox.Session) -> None:
-    """The core, the NumPy backend and the file format, with no framework installed."""
+def without_frameworks(session: nox.Session) -> None:
+    """Try the core, the NumPy backend and the file format where no framework is installed."""
     install(session, "conformance", tools=("pytest-xdist",))
     absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'jax')))"
     session.run("python", "-c", absent)
     folders = ("tests/torch", "tests/jax", "tests/conformance")
     pytest(session, "-m", "not slow", *(f"--ignore={folder}" for folder in folders))
     laws(session, "numpy")
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """The core, the NumPy backend and the file format, with no framework installed."""
+    without_frameworks(session)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def versions(session: nox.Session) -> None:
+    """The same on each version of Python that is supported; one that is not installed is skipped."""
+    without_frameworks(session)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build wheel and source archive, check both, and check and run a typed client of the installed wheel."""
+    tools = ("build", "twine", "hatchling", "trove-classifiers", "mypy")
+    session.install("-q", "-c", str(CONSTRAINTS), *tools)
+    folder = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(folder, ignore_errors=True)
+    # The wheel is built from the source archive, so that the archive is complete enough to be installed.
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    session.run("twine", "check", "--strict", *map(str, sorted(folder.iterdir())))
+    session.run("python", "tests/check_archives.py", str(folder))
+    (wheel,) = folder.glob("*.whl")
+    session.install("-q", "-c", str(CONSTRAINTS), str(wheel))
+    session.install("-q", "--no-deps", "--force-reinstall", str(wheel))
+    # From its own folder and without our settings: a client has the installed packages, not their sources.
+    session.chdir("tests/client")
+    session.run("mypy", "--strict", "--config-file=", ".")
+    session.run("python", "training.py")
 
 
 @nox.session
