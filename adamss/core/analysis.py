@@ -18,8 +18,10 @@ from adamss.errors import ConfigError
 
 __all__ = [
     "block_diagonality",
+    "cell_means",
     "count_trainable_bound",
     "generalisation_bound",
+    "inside_over_between",
     "laplacian_spectrum",
     "lowest_rank_representation",
     "ordering",
@@ -92,6 +94,80 @@ def block_diagonality(Z: Array, labels: Array) -> Array:
     outside = xp.astype(labels[:, None] != labels[None, :], Z.dtype)
     total = xp.sum(squares)
     return 1 - xp.sum(squares * outside) / xp.where(total > 0, total, xp.ones_like(total))
+
+
+def inside_over_between(Z: Array, labels: Array) -> Array:
+    """Compare the entries of a representation within subspaces with those between them.
+
+    The mean of ``|Z_ij|``, i != j, over ``labels_i = labels_j``, divided by the mean over ``labels_i != labels_j``:
+    about 1 for labels that have nothing to do with Z, infinity for a block diagonal matrix.
+
+    Parameters
+    ----------
+    Z
+        Representation of shape (n, n), real floating point.
+    labels
+        Integers of shape (n,).
+
+    Returns
+    -------
+    Array
+        A scalar; NaN where one of the two means has no entries, or both are zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> Z = np.asarray([[1.0, 0.5, 0.1], [0.5, 1.0, 0.1], [0.1, 0.1, 1.0]])
+    >>> round(float(inside_over_between(Z, np.asarray([0, 0, 1]))), 6)
+    5.0
+    """
+    xp = namespace(Z, labels)
+    columns = xp.arange(Z.shape[0], device=device(Z))
+    same = labels[:, None] == labels[None, :]
+    sizes = xp.abs(_normalised(Z))
+
+    def mean(chosen: Array) -> Array:
+        number = xp.sum(xp.astype(chosen, Z.dtype))
+        total = xp.sum(xp.where(chosen, sizes, xp.zeros_like(sizes)))
+        return total / xp.where(number > 0, number, xp.full_like(number, math.nan))
+
+    inside = mean(xp.logical_and(same, columns[:, None] != columns[None, :]))
+    between = mean(xp.logical_not(same))
+    without = xp.where(inside > 0, xp.full_like(inside, math.inf), xp.full_like(inside, math.nan))
+    return xp.where(between == 0, without, inside / xp.where(between == 0, xp.ones_like(between), between))
+
+
+def cell_means(Z: Array, cells: int) -> Array:
+    """Return the means of a square matrix over a grid of cells, which a picture can show where Z is too large.
+
+    ``M_ab = mean of Z_ij over i in cell a and j in cell b``. The cells are as equal as they can be: column i lies in
+    cell ``floor(i cells / n)``.
+
+    Parameters
+    ----------
+    Z
+        Matrix of shape (n, n), real floating point.
+    cells
+        Most cells on a side. Where n is no more, Z itself is returned.
+
+    Returns
+    -------
+    Array
+        Of shape (m, m), ``m = min(n, cells)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> cell_means(np.asarray([[1.0, 3.0, 0.0], [5.0, 7.0, 0.0], [2.0, 4.0, 9.0]]), 2).tolist()
+    [[4.0, 0.0], [3.0, 9.0]]
+    """
+    n = Z.shape[0]
+    if n <= cells:
+        return Z
+    xp = namespace(Z)
+    members = one_hot(xp.arange(n, device=device(Z)) * cells // n, cells, dtype=Z.dtype)
+    means = members / xp.sum(members, axis=0)
+    return means.T @ Z @ means
 
 
 def subspace_energy(decomposition: Decomposition, labels: Array, subspaces: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,6 +78,15 @@ class Summary:
     name: str = DEFAULT
 
     def __str__(self) -> str:
+        return "\n".join((self._table("simple"), *self._notes()))
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook, what else is printed as its caption."""
+        # Of the formats of tabulate, "html" escapes what is in the cells; paths may come from a file of anyone.
+        table, notes = self._table("html"), "<br>\n".join(map(html.escape, self._notes()))
+        return table.replace("<table>", f"<table>\n<caption>{notes}</caption>", 1) if notes else table
+
+    def _table(self, form: str) -> str:
         columns = ["layer", "shape", "K", "R", "q", "trained", "active"]
         table = [
             (
@@ -90,15 +100,22 @@ class Summary:
             )
             for row in (*self.rows, self.total)
         ]
-        text: str = tabulate.tabulate(
-            table, columns, colalign=("left", "left", *["right"] * 5), missingval=""
-        )
+        alignment = ("left", "left", *["right"] * 5)
+        return str(tabulate.tabulate(table, columns, form, colalign=alignment, missingval=""))
+
+    def _notes(self) -> list[str]:
+        """Return what is said below the table, a line each."""
+        lines = []
         if self.name != DEFAULT:
-            text += f"\nadapter: {self.name}"
+            lines.append(f"adapter: {self.name}")
         if self.targets is not None:
-            text += f"\ntargets: {self.targets if isinstance(self.targets, str) else ', '.join(self.targets)}"
-        text += f"\ntrained_tokens: {self.tokens:,} parameters" if self.tokens else ""
-        return text + (f"\nmodules_to_save: {self.saved:,} trained parameters" if self.saved else "")
+            names = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
+            lines.append(f"targets: {names}")
+        if self.tokens:
+            lines.append(f"trained_tokens: {self.tokens:,} parameters")
+        if self.saved:
+            lines.append(f"modules_to_save: {self.saved:,} trained parameters")
+        return lines
 
 
 def summarise(path: str, shape: tuple[int, int], factors: Factors) -> SummaryRow:

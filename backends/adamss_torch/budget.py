@@ -304,6 +304,12 @@ class BudgetController:
         return self._progress.active
 
     @property
+    def parameters(self) -> int:
+        """Trained parameters ``sum r_k (n_k + R_k)`` of the subspaces that are trained."""
+        active = self._state.active.tolist()
+        return sum(cost for cost, kept in zip(self.plan.costs, active, strict=True) if kept)
+
+    @property
     def masks(self) -> dict[str, Tensor]:
         """Masks of the subspaces that are trained, (K,) booleans on the CPU, by module path."""
         return {path: adapter.active.cpu().clone() for path, adapter in self._adapters.items()}
@@ -447,9 +453,10 @@ class BudgetController:
         self._frozen.look()
         self._progress.reached = self.step >= self.config.end_step
         if self._on_allocation is not None:
-            parameters = sum(cost for cost, kept in zip(self.plan.costs, mask.tolist(), strict=True) if kept)
             self._on_allocation(
-                Allocation(self.step, self.budget, self.active_count, parameters, self.plan.split(row), masks)
+                Allocation(
+                    self.step, self.budget, self.active_count, self.parameters, self.plan.split(row), masks
+                )
             )
 
     @torch.no_grad()

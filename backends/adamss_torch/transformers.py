@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adamss
+from adamss import plots
 from adamss.backend import Adaptation
 from adamss.backend.ledger import base_weight, sites_of
 from adamss.backend.training import adapter_of
@@ -27,6 +29,7 @@ from adamss_torch.sharding import is_sharded
 
 try:
     from transformers import PreTrainedModel, TrainerCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 except ImportError as error:
     raise MissingBackendError(
         "adamss_torch.transformers needs Hugging Face transformers: pip install 'adamss[transformers]'"
@@ -63,9 +66,10 @@ class AdamssCallback(TrainerCallback):
         trainer.train()
 
     - **Budget**: the callback puts a `adamss_torch.BudgetController` on the Trainer's optimiser when `train` begins.
-    - **Log**: ``adamss/active`` (the number of trained subspaces) and ``adamss/budget`` are logged with the loss. The
-      Trainer calls its own reporters (TensorBoard, ...) before the callbacks that it is given. Call `lead` so that
-      these reporters see the two values too.
+    - **Log**: ``adamss/active`` (the number of trained subspaces), ``adamss/parameters`` (the number of trained
+      parameters) and ``adamss/budget`` are logged with the loss. The Trainer calls its own reporters (TensorBoard, ...)
+      before the callbacks that it is given. Call `lead` so that these reporters see the values too, and so that
+      TensorBoard gets pictures. ``state.log_history`` has every allocation, which `adamss.plots.active` draws.
     - **Files**: while the model is adapted and not merged, the Trainer's checkpoints and ``trainer.save_model`` hold
       what is trained, and not the base: ``model.safetensors``, which the Trainer reads, and ``adapter.safetensors``,
       which `adamss.load` reads. They hold no ``config.json``, because `AutoModel` could not load the folder; a
@@ -117,13 +121,44 @@ class AdamssCallback(TrainerCallback):
         self.on_allocation = on_allocation
         self.controller: BudgetController | None = None
         self._hook: Any = None
+        self._told: list[Allocation] = []
+        self._counts: dict[str, int] = {}
+        self._reporters: Sequence[Any] = ()
+        self._sizes_due = False
         self._base: dict[str, list[Any]] = {}
 
-    def lead(self, trainer: Any) -> None:
-        """Put this callback before all others of a Trainer, so that its reporters see what it adds to the log."""
+    def lead(self, trainer: Any, *, pictures: bool = False) -> None:
+        """Put this callback before all others of a Trainer, so that its reporters see what it adds to the log.
+
+        Parameters
+        ----------
+        trainer
+            That has this callback.
+        pictures
+            Whether TensorBoard gets `adamss.plots.sizes` when the training begins and ends, and `adamss.plots.active`
+            after each allocation that changes something, which takes about a second. Nothing is drawn under
+            ``report_to="none"``.
+
+        Raises
+        ------
+        ConfigError
+            If pictures are asked for, and the Trainer reports, but not to TensorBoard.
+        MissingBackendError
+            If they are asked for and matplotlib is not installed.
+        """
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)
+        self._reporters = callbacks if pictures and trainer.args.report_to else ()
+        if not self._reporters:
+            return
+        if not any(isinstance(each, TensorBoardCallback) for each in callbacks):
+            raise ConfigError(
+                f"AdamssCallback: pictures are for TensorBoard, and report_to = {trainer.args.report_to!r}; add "
+                "'tensorboard' to it (pip install tensorboard)"
+            )
+        if find_spec("matplotlib") is None:
+            raise MissingBackendError("AdamssCallback: pictures need matplotlib: pip install 'adamss[plots]'")
 
     # ---- events -----------------------------------------------------------------------------------------
 
@@ -136,6 +171,7 @@ class AdamssCallback(TrainerCallback):
         model = kwargs["model"]
         adaptation = _save_what_is_trained(model, self.name)
         self._remove()
+        self._sizes_due = True
         bare = bare_optimizer(kwargs["optimizer"])
         # If a checkpoint was loaded, our state is in that of the optimiser.
         stored = bare.state.pop(KEY, None) or {}  # type: ignore[call-overload]
@@ -147,7 +183,7 @@ class AdamssCallback(TrainerCallback):
         if config is None:
             return
         self.controller = BudgetController(
-            model, bare, config, name=adaptation.name, on_allocation=self.on_allocation
+            model, bare, config, name=adaptation.name, on_allocation=self._allocated
         )
         if stored.get("controller") is not None:
             self.controller.load_state_dict(stored["controller"])
@@ -158,13 +194,38 @@ class AdamssCallback(TrainerCallback):
                 AdamssWarning,
                 stacklevel=2,
             )
+        self._told, self._counts = [], _counts(self.controller.masks)
+        if not any(plots.ALLOCATION in entry for entry in state.log_history):
+            self._record(state, self.controller.step, self._counts, budget=config.to_dict())
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the sizes of the subspaces, once: TensorBoard is not ready when the training begins."""
+        if self._sizes_due:
+            self._sizes_due = False
+            self._draw("sizes", kwargs["model"], state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the allocations of the step into the history, as far as they change something."""
+        told, self._told = self._told, []
+        for allocation in told:
+            counts = _counts(allocation.masks)
+            changed = {path: count for path, count in counts.items() if count != self._counts[path]}
+            if changed:
+                self._counts = counts
+                self._record(state, allocation.step, changed)
+                self._draw("active", state.log_history, state)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the number of trained subspaces and the budget to the log."""
         logs = kwargs["logs"]
         if self.controller is None or "loss" not in logs:
             return
-        more = {"adamss/active": self.controller.active_count, "adamss/budget": self.controller.budget}
+        controller = self.controller
+        more = {
+            "adamss/active": controller.active_count,
+            "adamss/parameters": controller.parameters,
+            "adamss/budget": controller.budget,
+        }
         logs.update(more)
         if state.log_history:
             state.log_history[-1].update(more)
@@ -176,8 +237,33 @@ class AdamssCallback(TrainerCallback):
             _shrink(model, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the controller, which warns if the training was too short for its schedule."""
+        """Draw the sizes once more and remove the controller, which warns if the training was too short for it."""
+        self._draw("sizes", kwargs["model"], state)
         self._remove()
+
+    # ---- what is drawn ----------------------------------------------------------------------------------
+
+    def _allocated(self, allocation: Allocation) -> None:
+        self._told.append(allocation)
+        if self.on_allocation is not None:
+            self.on_allocation(allocation)
+
+    def _record(self, state: Any, step: int, active: dict[str, int], **more: Any) -> None:
+        """Put an allocation into the history of the Trainer; its reporters take numbers alone, and do not see it."""
+        entry = {plots.ALLOCATION: {"step": step, "active": active, **more}}
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, **entry})
+
+    def _draw(self, name: str, source: Any, state: Any) -> None:
+        """Hand TensorBoard a picture of `adamss.plots`; on the process that writes, and if it is asked for."""
+        writers = [each.tb_writer for each in self._reporters if isinstance(each, TensorBoardCallback)]
+        for writer in writers:
+            if writer is not None:
+                from matplotlib.figure import Figure
+
+                # Not of pyplot, which would open a window where there is a screen.
+                figure = Figure(figsize=(8, 8), layout="constrained")
+                getattr(plots, name)(source, ax=figure.add_subplot())
+                writer.add_figure(f"adamss/{name}", figure, state.global_step)
 
     # ---- the budget -------------------------------------------------------------------------------------
 
@@ -194,7 +280,11 @@ class AdamssCallback(TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no hooks on an optimiser.
-        return vars(self) | {"controller": None, "_hook": None}
+        return vars(self) | {"controller": None, "_hook": None, "_reporters": ()}
+
+
+def _counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    return {path: int(mask.sum()) for path, mask in masks.items()}
 
 
 def _fingerprints(model: nn.Module, adaptation: Adaptation) -> dict[str, list[Any]]:

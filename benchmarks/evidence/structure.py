@@ -136,14 +136,8 @@ def segmentations(subspaces: int, heads: int) -> dict[str, Callable[[core.Decomp
 
 
 def inside_over_between(decomposition: core.Decomposition, labels: np.ndarray) -> float:
-    """Return the mean of ``|Z*_ij|``, i != j, within groups, over that between groups."""
-    Z = analysis.lowest_rank_representation(decomposition)
-    members = (labels[:, None] == np.arange(labels.max() + 1)).astype(Z.dtype)
-    sizes = members.sum(0)
-    sums = np.abs(Z) @ members
-    within = float((sums * members).sum() - np.abs(np.diag(Z)).sum())
-    between = float(sums.sum() - (sums * members).sum())
-    return within / (sizes @ (sizes - 1)) / (between / (len(labels) ** 2 - sizes @ sizes))
+    """Return `adamss.core.analysis.inside_over_between` of Z*."""
+    return float(analysis.inside_over_between(analysis.lowest_rank_representation(decomposition), labels))
 
 
 def kept_energy(decomposition: core.Decomposition, labels: np.ndarray, rank: int) -> float:
@@ -230,13 +224,6 @@ DRAWN = {
 }
 
 
-def pooled(Z: np.ndarray, most: int) -> np.ndarray:
-    """Return the means of square cells of a matrix; what does not fill a cell at its end is left out."""
-    step = -(-len(Z) // most)
-    count = len(Z) // step
-    return Z[: count * step, : count * step].reshape(count, step, count, step).mean((1, 3))
-
-
 def draw(name: str, decomposition: core.Decomposition, subspaces: int, heads: int, path: Path) -> None:
     """Draw ``|Z*|`` of one matrix in the order of its columns, and ordered by segmentations."""
     import matplotlib as mpl
@@ -251,7 +238,7 @@ def draw(name: str, decomposition: core.Decomposition, subspaces: int, heads: in
     for axis, (way, title) in zip(axes, DRAWN.items(), strict=True):
         labels = ways[way](decomposition)
         order = analysis.ordering(labels)
-        cells = pooled(Z[np.ix_(order, order)], CELLS)
+        cells = analysis.cell_means(Z[np.ix_(order, order)], CELLS)
         axis.imshow(
             cells,
             cmap="magma",
