@@ -288,7 +288,7 @@ class BudgetPlan:
     config
         The schedule.
     layers
-        `adamss.core.outline` of each layer by module path, sorted by path.
+        `adamss.core.factors.outline` of each layer by module path, sorted by path.
     costs
         Trained parameters of each of the T subspaces.
     total
