@@ -1,10 +1,11 @@
 """The examples of README and docs/ run as they stand; names, commands, links and files that pages name are there.
 
-Two comments in a page's source tell this file what to do, and nothing to the reader:
+Three comments in a page's source tell this file what to do, and nothing to the reader:
 
 - ``<!-- examples: each alone -->``: every python block has a namespace of its own. Otherwise the blocks of a page run
   in one, in order, as a reader would type them.
 - ``<!-- example not run: REASON -->`` before a block.
+- ``<!-- warnings allowed: REASON -->``: other libraries may warn in the examples of this page; `adamss` may not.
 
 Blocks whose language is ``py`` are parts of something longer, and another test runs that.
 """
@@ -14,12 +15,14 @@ import importlib
 import importlib.util
 import itertools
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from adamss import cli
+from adamss.errors import AdamssWarning
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -104,6 +107,7 @@ def imported(block: Block) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module or "")
+    found |= {"bitsandbytes"} if "BitsAndBytesConfig" in block.text else set()
     needs = {need for package, wanted in PACKAGES.items() if package in found for need in wanted}
     return {module.split(".")[0] for module in found | needs}
 
@@ -115,6 +119,9 @@ def test_examples_run(example, tmp_path, monkeypatch):
     lacking = sorted(module for module in wanted if importlib.util.find_spec(module) is None)
     if lacking:
         pytest.skip(f"the examples of this page use {', '.join(lacking)}")
+    if re.search(r"<!-- warnings allowed: (?:\S+ ){2,}-->", chosen[0].page.read_text(encoding="utf-8")):
+        warnings.simplefilter("default")
+        warnings.simplefilter("error", AdamssWarning)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "example"}
     for block in chosen:
