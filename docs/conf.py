@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from typing import Any
 
 from docutils import nodes
@@ -14,8 +16,12 @@ author = "The adamss authors"
 copyright = "the adamss authors"
 release = version = adamss.__version__
 
-extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+# Formulas are drawn by a copy of MathJax in the site: neither the build nor a reader of it needs the network.
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 exclude_patterns = ["_build"]
+if importlib.util.find_spec("adamss.plots") is None:
+    exclude_patterns.append("reference/adamss.plots.md")
+    suppress_warnings = ["toc.excluded"]
 nitpicky = True
 # Signatures name types that are not public: base classes, aliases, type variables. Names in docstrings must resolve.
 nitpick_ignore_regex = [("py:class", r"adamss.*")]
@@ -28,14 +34,19 @@ myst_heading_anchors = 3
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"show-inheritance": False}
 numpydoc_show_class_members = False
-python_maximum_signature_line_length = 88
+autodoc_type_aliases = {"Array": "Array", "Model": "Model"}  # of any framework: typing knows them as Any
+python_maximum_signature_line_length = 120
 add_module_names = False
 
 html_theme = "sphinx_book_theme"
 html_title = "adamss"
-html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "navbar_persistent": [],
+}
 
 # Single backticks in a docstring are a name of ours, another library's name, or code.
 default_role = "py:obj"
@@ -68,7 +79,20 @@ def skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, opti
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def shorten(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, result: str | None
+) -> tuple[str | None, str | None] | None:
+    """Leave types out of the signatures of classes: a config has twenty fields, which its docstring describes."""
+    if what != "class" or not signature:
+        return None
+    found = inspect.signature(obj)
+    plain = [each.replace(annotation=inspect.Parameter.empty) for each in found.parameters.values()]
+    text = str(found.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+    return text.replace("<factory>", "{}"), None
+
+
 def setup(app: Sphinx) -> None:
-    """Register the two functions above."""
+    """Register the functions above."""
+    app.connect("autodoc-process-signature", shorten)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip_fields)

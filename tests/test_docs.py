@@ -38,6 +38,8 @@ PACKAGES = {
     "adamss_jax": ("jax", "optax"),
 }
 """Packages whose `__all__` is public, and what they need."""
+if importlib.util.find_spec("adamss.plots"):
+    PACKAGES["adamss.plots"] = ("matplotlib",)
 
 MISSING_FROM_ALL = {"adamss_jax": ("allocation", "budgeted", "synchronise")}
 """Public names that a package imports when they are first asked for."""
