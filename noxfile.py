@@ -217,10 +217,16 @@ def types_session(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Examples of docstrings and README."""
-    install(session, *FRAMEWORKS, tools=TEST_TOOLS)
-    doctests(session)
-    pytest(session, "tests/test_readme.py")
+    """The site and the examples of pages and docstrings; `-- linkcheck` follows the links to other sites."""
+    install(session, *FRAMEWORKS, "docs", tools=TEST_TOOLS)
+    builder = "linkcheck" if "linkcheck" in session.posargs else "html"
+    options = ("-W", "--keep-going", "-n", "-q", "-b", builder)
+    session.run(
+        "python", "-m", "sphinx", *options, str(ROOT / "docs"), str(ROOT / "build" / "docs" / builder)
+    )
+    if builder == "html":
+        doctests(session)
+        pytest(session, "tests/test_docs.py")
 
 
 @nox.session

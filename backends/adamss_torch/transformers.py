@@ -67,8 +67,8 @@ class AdamssCallback(TrainerCallback):
 
     - **Budget**: the callback puts a `adamss_torch.BudgetController` on the Trainer's optimiser when `train` begins.
     - **Log**: ``adamss/active`` (the number of trained subspaces), ``adamss/parameters`` (the number of trained
-      parameters) and ``adamss/budget`` are logged with the loss. The Trainer calls its own reporters (TensorBoard, ...)
-      before the callbacks that it is given. Call `lead` so that these reporters see the values too, and so that
+      parameters) and ``adamss/budget`` are logged with the loss. The Trainer calls its own reporters (TensorBoard,
+      ...) before the callbacks that it is given. Call `lead` so that these reporters see the values too, and so that
       TensorBoard gets pictures. ``state.log_history`` has every allocation, which `adamss.plots.active` draws.
     - **Files**: while the model is adapted and not merged, the Trainer's checkpoints and ``trainer.save_model`` hold
       what is trained, and not the base: ``model.safetensors``, which the Trainer reads, and ``adapter.safetensors``,

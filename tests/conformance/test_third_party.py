@@ -1,4 +1,4 @@
-"""The README's backend, installed as a third party would, is held to the laws."""
+"""The backend of docs/guides/backend.md, installed as a third party would, is held to the laws."""
 
 import os
 import re
@@ -12,19 +12,19 @@ from adamss_conformance import LAWS
 
 pytest.importorskip("hatchling", reason="the project of a third party is built with it")
 
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "backend.md"
 LONGEST = 120
 
 
 @pytest.fixture(scope="module")
 def blocks():
-    text = README.read_text(encoding="utf-8")
+    text = GUIDE.read_text(encoding="utf-8")
     return re.findall(r"```(py|toml)\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def installed(blocks, tmp_path_factory):
-    """Return a folder into which pip has installed the project that the README writes out."""
+    """Return a folder into which pip has installed the project that the guide writes out."""
     project, site = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("site")
     for language, block in blocks:
         if language == "toml":

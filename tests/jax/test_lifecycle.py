@@ -1,4 +1,4 @@
-"""The life of an adapter on Flax NNX and Equinox models, from `attach` to `detach` and back; table in the README.
+"""The life of an adapter on Flax NNX and Equinox models, from `attach` to `detach` and back: docs/comparison.md.
 
 What other files hold already (copies, compilation, donated buffers, tied modules, ...) is not tried here again.
 """

@@ -1,4 +1,4 @@
-"""The life of an adapter, from `attach` to `detach` and back, as users of PEFT know it; the README has the table.
+"""The life of an adapter, from `attach` to `detach` and back, as users of PEFT know it: docs/comparison.md.
 
 What other files hold already (copies, autocast, shared weights, fused paths, ...) is not tried here again.
 """

@@ -533,7 +533,7 @@ def test_copies_of_adapted_models_are_models_of_their_own(name):
 
 
 def test_the_documentation_names_all_stores_and_tests_that_there_are():
-    text = (PATH.parents[1] / "docs" / "quantised.md").read_text(encoding="utf-8")
+    text = (PATH.parents[1] / "docs" / "guides" / "quantised.md").read_text(encoding="utf-8")
     table = text.split("| store | layers |")[1].split("\n\n")[0]
     stores_told = {line.split("|")[1].strip() for line in table.splitlines()[2:]}
     assert stores_told == {name for name in QUANTISERS if "used" not in name}
