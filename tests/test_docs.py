@@ -186,7 +186,7 @@ def test_commands_exist(page, capsys):
     for script in re.findall(r"\b(?:python|torchrun|accelerate launch) (?:-\S+ )*([\w/.-]+\.py)\b", text):
         assert (ROOT / script).is_file(), f"there is no {script}"
     for path in re.findall(
-        r"`((?:benchmarks|tests|docs|adamss|backends|conformance)/[\w/.-]+)`", prose(page)
+        r"`((?:benchmarks|tests|docs|adamss|backends|conformance)/[\w/.-]+\.\w+)`", prose(page)
     ):
         assert (ROOT / path).exists() or path in ELSEWHERE, f"there is no {path}"
     for block in blocks(page):
