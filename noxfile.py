@@ -195,7 +195,7 @@ def strict(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """The thirteen laws on every backend, with the summary; arguments go to pytest."""
+    """The fifteen laws on every backend, with the summary; arguments go to pytest."""
     install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     laws(session, "numpy", "strict", "torch", "jax")
     pytest(session, "tests/conformance")

@@ -21,7 +21,7 @@ extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.mathj
 exclude_patterns = ["_build"]
 if importlib.util.find_spec("adamss.plots") is None:
     exclude_patterns.append("reference/adamss.plots.md")
-    suppress_warnings = ["toc.excluded"]
+    suppress_warnings = ["toc.not_readable"]
 nitpicky = True
 # Signatures name types that are not public: base classes, aliases, type variables. Names in docstrings must resolve.
 nitpick_ignore_regex = [("py:class", r"adamss.*")]

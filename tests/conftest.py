@@ -41,6 +41,7 @@ SLOW = (
     "tests/conformance/test_suite.py",
     "tests/conformance/test_third_party.py",
     "tests/hostile/",
+    "tests/test_docs.py::test_examples_run[docs/guides",
     "tests/test_benchmarks.py",
     "tests/jax/test_bad_input.py",
     "tests/jax/test_budget.py",

@@ -1,4 +1,4 @@
-"""The programs that print the figures of the README run; what they measure is theirs to judge, but for agreement."""
+"""The programs that print the figures of docs/benchmarks.md run; the figures are not judged, except for agreement."""
 
 import pytest
 

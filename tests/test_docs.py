@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import itertools
 import re
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def blocks(page: Path) -> list[Block]:
     for match in FENCE.finditer(text):
         reason = NOT_RUN.search(text[: match.start()])
         line = text.count("\n", 0, match.start()) + 2
-        found.append(Block(page, line, match[2], match[3], reason and reason[1]))
+        found.append(Block(page, line, match[2], textwrap.dedent(match[3]), reason and reason[1]))
     return found
 
 
@@ -145,6 +146,10 @@ def test_blocks_that_are_not_run_say_why():
 # ---- commands and files ----------------------------------------------------------------------------------
 
 
+ELSEWHERE = {"tests/testing_common.py"}
+"""Files of other projects that pages name: this one is PEFT's."""
+
+
 def sessions() -> set[str]:
     """Return the names of the sessions in noxfile.py."""
     found = set()
@@ -180,6 +185,10 @@ def test_commands_exist(page, capsys):
     assert named - sessions() == set(), "noxfile.py has no such session"
     for script in re.findall(r"\b(?:python|torchrun|accelerate launch) (?:-\S+ )*([\w/.-]+\.py)\b", text):
         assert (ROOT / script).is_file(), f"there is no {script}"
+    for path in re.findall(
+        r"`((?:benchmarks|tests|docs|adamss|backends|conformance)/[\w/.-]+\.\w+)`", prose(page)
+    ):
+        assert (ROOT / path).exists() or path in ELSEWHERE, f"there is no {path}"
     for block in blocks(page):
         if block.language == "sh":
             for subcommand in re.findall(r"^(?:\$ )?adamss ([a-z]\w*)", block.text, flags=re.MULTILINE):
