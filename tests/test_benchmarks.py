@@ -1,4 +1,4 @@
-"""The programs that print the figures of the README run; what they measure is theirs to judge, but for agreement."""
+"""Test that the benchmarks behind the README's figures run. Only `agreement` judges what it measures."""
 
 import pytest
 

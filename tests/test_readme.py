@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, and its names are those of the packages."""
+"""Test that the README's examples run as written, and that the names in it are those of the packages."""
 
 import ast
 import importlib.util
@@ -51,18 +51,18 @@ def test_nothing_in_it_waits_to_be_filled_in():
 
 TESTS = Path(__file__).parent
 FOLDERS = {1: TESTS / "torch", 2: TESTS / "jax"}
-"""Where the tests are that a column names."""
+"""Folder of the tests that a column of the table names."""
 
 
 def lifecycle():
-    """Return the rows of the table, each a list of cells."""
+    """Return the rows of the README's lifecycle table, each as a list of cells."""
     section = README.read_text(encoding="utf-8").split("\n## Lifecycle\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def names_of_tests(file):
-    """Return the names of the tests of a file, as pytest spells them after the file's."""
+    """Return the names of the tests in a file, as in the part of a pytest node id after the file name."""
     found = set()
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         inner = node.body if isinstance(node, ast.ClassDef) else []
