@@ -75,6 +75,7 @@ COMPILED = {
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest in two processes with the arguments of this call and of the command line."""
     command = ("python", "-m", "pytest", "-q", *TWO_PROCESSES, *arguments)
     session.run(*command, *session.posargs, env=ONE_THREAD | COMPILED)
 
@@ -93,6 +94,7 @@ def doctests(session: nox.Session) -> None:
 
 
 def lint(session: nox.Session) -> None:
+    """Check style, formatting and the direction of imports."""
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     # import-linter reads the source, so the packages need not be installed.

@@ -385,6 +385,8 @@ def savings(repeats: int) -> list[dict[str, Any]]:
 def _savings_of(
     name: str, base: nn.Module, inputs: Tensor, targets: list[str], subspaces: int, repeats: int
 ) -> list[dict[str, Any]]:
+    """Measure one model at one K in all states of the budget, print the table, and return its records."""
+
     def case() -> Case:
         return Case(base, inputs, targets, subspaces)
 

@@ -64,6 +64,8 @@ def quiet() -> Iterator[None]:
 
 
 def _four_bits(kind: str, nested: bool = True) -> Callable[[nn.Linear], nn.Module]:
+    """Return a maker of bitsandbytes' four-bit layers; `nested` quantises the scales too."""
+
     def make(layer: nn.Linear) -> nn.Module:
         from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -110,6 +112,7 @@ def _torchao(config: Callable[[Any], Any]) -> Callable[[nn.Linear], nn.Module]:
 
 
 def _torchao_nf4(layer: nn.Linear) -> nn.Module:
+    """Replace the weight by a tensor of torchao, so that the layer itself stays a `torch.nn.Linear`."""
     with quiet():
         from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
     kept = to_nf4(layer.weight.data, block_size=64, scaler_block_size=layer.weight.numel() // 64)
@@ -118,6 +121,8 @@ def _torchao_nf4(layer: nn.Linear) -> nn.Module:
 
 
 def _quanto(kind: str, *, frozen: bool = True) -> Callable[[nn.Linear], nn.Module]:
+    """Return a maker of quanto's layers; one that is not frozen still has its float weight."""
+
     def make(layer: nn.Linear) -> nn.Module:
         with quiet():
             from optimum import quanto
@@ -153,6 +158,8 @@ def _groups(layer: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def _gptqmodel(module: str, name: str, *more: Callable[[nn.Linear], Tensor]) -> Callable[..., nn.Module]:
+    """Return a maker of a class of gptqmodel; `more` compute further arguments of its packing from the layer."""
+
     def make(layer: nn.Linear) -> nn.Module:
         with quiet():
             kind = getattr(__import__(f"gptqmodel.nn_modules.qlinear.{module}", fromlist=[name]), name)
@@ -185,6 +192,7 @@ def _autoawq(layer: nn.Linear) -> nn.Module:
 
 
 def _block_scaled(layer: nn.Linear) -> nn.Module:
+    """Quantise to float8 with one scale for each square block of the weight, for the FP8Linear of transformers."""
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
     block = GROUP

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; demo/in_torch.py says why
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # set before torch is loaded, see demo/in_torch.py
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; demo/in_torch.py says why
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # set before torch is loaded, see demo/in_torch.py
 
 import numpy as np
 import peft

@@ -76,9 +76,8 @@ def test_planted_subspaces_are_recovered_from_noise(shape):
     rank = shape["subspaces"] * shape["dimension"]
     for seed in range(4):
         W, labels = planted(seed, **shape, noise=0.05)
-        if (
-            shape["dimension"] > 1
-        ):  # in one dimension a column can have a tiny coordinate, and then drowns in the noise
+        # In one dimension a column may have a tiny coordinate, and then drowns in the noise.
+        if shape["dimension"] > 1:
             for method in ("ncut", "spectral"):
                 found = segment(decompose(W, rank), shape["subspaces"], method)
                 assert adjusted_rand_index(found, labels) >= 0.9

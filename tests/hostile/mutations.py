@@ -151,6 +151,7 @@ def written(draft: Draft, *, checksum: bool = True) -> bytes:
 
 
 def _written(draft: Draft) -> bytes:
+    """Return the bytes of a file; names in its header may repeat, which a dictionary could not express."""
     metadata = {
         name: encode(value) if name in TABLES and not isinstance(value, Raw) else value
         for name, value in draft.metadata.items()
@@ -454,6 +455,7 @@ def _ranks(draft: Draft, rng: np.random.Generator) -> None:
 
 
 def _integers(tensor: Tensor, rng: np.random.Generator) -> None:
+    """Permute or change integers of a tensor, or widen it to hold numbers that its dtype could not."""
     array = tensor.array().copy().reshape(-1)
     if array.size < 1 or tensor.dtype in FLOATS:
         return
@@ -466,7 +468,7 @@ def _integers(tensor: Tensor, rng: np.random.Generator) -> None:
         wide[where] = pick(rng, (2**64 - 1, 2**64 - 2, 2**63, 2**63 - 1, 2**32, 255, 256, 1))
         tensor.set(wide, "U64")
     elif kind == "move" and array.size > 1:
-        # One rank falls and another grows, so the sum of the ranks stays.
+        # The sum of the numbers stays, so that checks of the sum of the ranks pass.
         take, give = rng.choice(array.size, 2, replace=False)
         moved = array.astype("i8")
         moved[take] -= 1

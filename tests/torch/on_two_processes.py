@@ -287,6 +287,7 @@ def ddp_accumulates_without_synchronising():
 
 @scenario
 def ddp_decides_alike_even_if_gradients_are_not_synchronised():
+    """Within `no_sync` each process has its own scores. The first one decides, and the other warns if it differs."""
     for give_the_wrapper in (True, False):
         model = adapted()
         wrapper = DistributedDataParallel(model)
@@ -402,6 +403,7 @@ def assert_same_adapters(ours: nn.Module, theirs: nn.Module) -> None:
 
 @scenario
 def attach_decomposes_each_layer_once():
+    """The processes share the decompositions and exchange the results, which equal those of one process."""
     for changes in (
         {},
         {"targets": ["query", "value", "dense", "classifier"], "modules_to_save": []},
@@ -600,6 +602,7 @@ def fsdp_accumulates_gradients():
 
 @scenario
 def fsdp_keeps_frozen_elements_while_others_stand_in_their_places():
+    """A forward pass before the optimiser's step leaves gathered Parameters in the model, instead of the shards."""
     for build in (attached_first, attached_last):
         model = moved(partly_frozen(build(by="root")))
         optimizer = adamw(model)
@@ -666,6 +669,7 @@ def fsdp_leaves_a_step_out_on_all():
 
 @scenario
 def fsdp_resumes():
+    """A training resumes from a distributed checkpoint, and budget states move between one process and several."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 

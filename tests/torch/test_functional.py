@@ -71,9 +71,8 @@ def test_second_derivatives(order, basis, frozen):
         torch.testing.assert_close(h, e, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # PyTorch's forward mode uses its own torch.jit.script
+# PyTorch's forward mode uses torch.jit.script, which is deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @BOTH
 @pytest.mark.parametrize(
     "transform", ["hessian", "jvp", "vmap of grad", "autograd.functional", "forward mode"]
