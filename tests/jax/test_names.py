@@ -1,4 +1,4 @@
-"""Several adapters on one model, of Flax NNX and Equinox: what each computes is what it computes on its own."""
+"""Test several adapters on one model in Flax NNX and Equinox: each computes what it computes alone."""
 
 import copy
 import itertools
@@ -45,7 +45,7 @@ def loss_of(library):
 
 
 def with_values(model, name, seed):
-    """Return the model with other values than zero in the C of an adapter."""
+    """Return the model with random values in the C of an adapter."""
     backend, rng = backend_for(model), np.random.default_rng(seed)
     layers = {
         path: f._replace(C=jnp.asarray(0.3 * random_C(jax.tree.map(np.asarray, f), rng), f.C.dtype))
@@ -55,7 +55,7 @@ def with_values(model, name, seed):
 
 
 def adapted(library, names="bac"):
-    """Return a model with these adapters, as after training; those that save the head have one of their own."""
+    """Return a model with these adapters, as after training. Adapters that save the head have different heads."""
     model = library.make()
     for name in names:
         model = with_values(adamss.attach(model, SETTINGS[name], name=name), name, seed=ord(name))
@@ -146,7 +146,7 @@ def test_saved_modules_follow_the_active_one_and_come_back(library, x, tmp_path)
         same(library.call(adamss.load(library.make(), tmp_path / name), x), heads[name])
     adamss.save(
         model, tmp_path / "inactive.safetensors", name="c", training=True
-    )  # with the values that are kept
+    )  # the kept values of its head
     same(library.call(adamss.load(library.make(), tmp_path / "inactive.safetensors"), x), heads["c"])
     if library is Nnx:
         assert isinstance(model["head"].kernel, AdamssParam)
@@ -193,7 +193,7 @@ def test_taken_off_in_any_order(library, order, x):
 def test_a_file_in_the_place_of_an_adapter_compiles_nothing(library, x, tmp_path):
     adamss.save(adapted(library, "a"), tmp_path / "a.safetensors", training=True)
     model, traces = adapted(library), []
-    for name in "bca":  # also where c has values of the head, and a is not active any more
+    for name in "bca":  # change each adapter while it is active
         model = with_values(adamss.activate(model, name), name, seed=99)
     expected = library.call(adapted(library, "a"), x)
 
@@ -263,7 +263,7 @@ def test_copies(library, x):
 
 
 def test_a_state_has_the_names(x):
-    """Orbax writes such a dictionary of arrays, and the next process has another model of the same adapters."""
+    """Orbax writes such a dictionary of arrays, and another process restores it into an equally adapted model."""
     model = adamss.activate(train(adapted(Nnx), loss_of(Nnx), x).model, "b")
     other = adamss.activate(adapted(Nnx), "b")
     state = nnx.state(other)
@@ -287,7 +287,7 @@ def test_names_that_are_also_something_else(library, name, x):
 
 
 def test_stacks(x, tmp_path):
-    """The head that is kept goes through `scan` with the arrays of the layers."""
+    """The kept head goes through `scan` together with the arrays of the layers."""
 
     def make():
         return Stack(3)

@@ -1,4 +1,4 @@
-"""Situations that users of adapters, averaging and transformations have reported as bugs elsewhere."""
+"""Test situations that were reported as bugs in other libraries for adapters, averaging and transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ X = jax.random.normal(jax.random.key(1), (5, 16))
 
 
 def attached(kind, *, seed=2, consolidated=False, **settings):
-    """An adapted model with an update, the second subspace of it frozen, or held by the weight."""
+    """Return an adapted model with an update, whose second subspace is frozen, or folded if `consolidated`."""
     model = adamss.attach(
         MODELS[kind][0](), AdamssConfig(**{"targets": ["0"], "rank": 8, "subspaces": 4, **settings})
     )
@@ -40,7 +40,7 @@ def attached(kind, *, seed=2, consolidated=False, **settings):
 
 
 def averaged(kind, first, second):
-    """The mean of all arrays of two models, as if all were weights."""
+    """Return the weighted mean of all arrays of two models, as if all of them were weights."""
     if kind == "equinox":
         return jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b if eqx.is_array(a) else a, first, second)
     structure, state = nnx.split(first)
@@ -56,7 +56,7 @@ def test_an_average_of_all_arrays(kind, consolidated, tmp_path):
         first, second = adamss.consolidate(first), adamss.consolidate(second)
     mean = averaged(kind, first, second)
     np.testing.assert_allclose(MODELS[kind][1](mean)(X), expected, rtol=1e-5, atol=1e-5)
-    if not consolidated:  # a mean of merged weights is no weight that any mask describes
+    if not consolidated:  # no mask describes which subspaces a mean of folded weights contains
         adamss.save(mean, tmp_path / "a.safetensors")
         again = adamss.load(MODELS[kind][0](), tmp_path / "a.safetensors")
         np.testing.assert_allclose(MODELS[kind][1](again)(X), expected, rtol=1e-5, atol=1e-5)

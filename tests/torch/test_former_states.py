@@ -1,4 +1,4 @@
-"""States that version 0.1 wrote: `tests/data/make_state.py` says of what."""
+"""Test that the states of version 0.1 load; `tests/data/make_state.py` wrote them."""
 
 import runpy
 from pathlib import Path
@@ -22,7 +22,7 @@ def states():
 
 @pytest.fixture
 def training():
-    """Return an adapted model, its optimiser and its controller, which comes off again."""
+    """Yield an adapted model, its optimiser and its controller, and remove the controller afterwards."""
     model, optimizer, controller = MAKER["trained"](0)
     yield model, optimizer, controller
     controller.remove()

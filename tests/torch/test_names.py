@@ -1,4 +1,4 @@
-"""Several adapters on one PyTorch model: what the laws 14 and 15 do not see."""
+"""Test several adapters on one PyTorch model, beyond laws 14 and 15."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ def settings(name, **changes):
 
 
 def trained(model, *names, **changes):
-    """Attach these adapters, each with an update."""
+    """Attach these adapters with random updates, and return the model."""
     for name in names:
         adamss.attach(model, settings(name, **changes), name=name)
         torch.manual_seed(ord(name))
@@ -279,7 +279,7 @@ def test_a_weighted_sum_as_one_lora(net, x):
 
 
 def test_the_lifecycle_is_that_of_pefts_lora(net, x):
-    """The same updates, ours and as PEFT's LoRA, through what several adapters go through."""
+    """The same updates, as our adapters and as PEFT's LoRA, go through all operations on several adapters."""
     names = ("b", "c")
     model, base = trained(net(), *names, include_bias=False), net()
     peft_model = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["query"], r=2), "unused")
@@ -301,12 +301,12 @@ def test_the_lifecycle_is_that_of_pefts_lora(net, x):
         mixed = peft_model(x, adapter_names=["b", "__base__", "c", "b"])
         torch.testing.assert_close(model(x), mixed, atol=1e-5, rtol=1e-5)
     peft_model.base_model.add_weighted_adapter([*names], [0.7, 0.4], "both", combination_type="cat")
-    adamss.activate(model, {"b": 0.7, "c": 0.4})  # weighted
+    adamss.activate(model, {"b": 0.7, "c": 0.4})  # weight
     peft_model.set_adapter("both")
     same()
     adamss.activate(model, names)
     adamss.merge(model)
-    peft_model.base_model.merge_adapter([*names])  # several
+    peft_model.base_model.merge_adapter([*names])  # merge several
     same()
     adamss.unmerge(model)
     peft_model.base_model.unmerge_adapter()
@@ -320,7 +320,7 @@ def test_the_lifecycle_is_that_of_pefts_lora(net, x):
 
 
 class Windows(nn.Module):
-    """It runs a layer on windows of its tokens, whose number is a multiple of that of the rows."""
+    """A module that runs a layer on windows of its tokens; their number is a multiple of the number of rows."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Situations that users of adapters, averaging, wrapping and optimisers have reported as bugs elsewhere."""
+"""Test situations that were reported as bugs in other libraries for adapters, averaging, wrapping and optimisers."""
 
 import copy
 import gc
@@ -45,7 +45,7 @@ def train(model, optimizer, steps):
 
 
 def saved(model, path):
-    """What another process computes with the adapter that is saved of a model."""
+    """Save the adapter of a model, and return a fresh model with it, as another process would have."""
     adamss.save(model, path)
     return adamss.load(net(), path)
 
@@ -129,7 +129,7 @@ def test_the_replicas_of_data_parallel_use_their_own_factors():
 
 
 class ScheduleFree(torch.optim.SGD):
-    """Trains at one point and evaluates at another, to which `eval` moves the parameters (Defazio et al. 2024)."""
+    """SGD that trains at one point and evaluates at another; `eval` moves the parameters (Defazio et al. 2024)."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -185,7 +185,7 @@ def test_frozen_elements_stay_where_an_optimiser_evaluates(held_by, tmp_path):
 
 
 def held(target=10):
-    """A model whose controller has frozen a part of it; the rest is still trained."""
+    """Return a model, its optimiser and its controller, which has frozen some of the subspaces."""
     model = attached()
     optimizer = adamw(model)
     budget = BudgetController(model, optimizer, BudgetConfig(target=target, end_step=3))
@@ -298,7 +298,7 @@ def wrapped(model, wraps):
     return model
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from PyTorch's own compiler
 @pytest.mark.filterwarnings("ignore:to_lora")
 @WRAPPERS
 @pytest.mark.parametrize("first", ["wrapped", "attached"])
@@ -441,7 +441,7 @@ def test_half_of_an_update_is_missed_where_the_output_hides_it():
 
 
 class Gated(nn.Linear):
-    """Takes a second input, which nobody can make up."""
+    """A linear layer with a second input, which a merge cannot guess."""
 
     def forward(self, x, gate):
         return super().forward(x) * gate
@@ -452,7 +452,7 @@ class GatedNet(nn.Module):
         super().__init__()
         self.gated = Gated(32, 32)
         if hooked:
-            self.gated.forward = self.gated.forward  # its own, and nobody can know
+            self.gated.forward = self.gated.forward  # its computation is unknown
 
     def forward(self, x):
         return self.gated(x, 0.5)
@@ -468,7 +468,7 @@ def test_a_layer_that_cannot_be_tried_is_told():
 
 
 def test_a_layer_whose_class_has_a_forward_of_its_own_is_merged():
-    """W + delta stands in the place of its weight, whatever it does with that."""
+    """W + delta replaces its weight, whatever the forward does with it."""
     model = attached(lambda: GatedNet(hooked=False), targets=["gated"])
     model.gated.adamss.default.C.data.normal_()
     y = model(X)
@@ -476,7 +476,7 @@ def test_a_layer_whose_class_has_a_forward_of_its_own_is_merged():
 
 
 class Plain(nn.Linear):
-    """Says something, and computes what its class does."""
+    """A subclass whose forward computes the same as its base class."""
 
     def forward(self, x):
         return super().forward(x)
@@ -490,7 +490,7 @@ def test_a_subclass_that_is_linear_is_merged():
 
 
 class Codes(torch.Tensor):
-    """A tensor that knows a few operators only, as those of quantisers do."""
+    """A tensor subclass that supports only a few operators, like those of quantisers."""
 
     @staticmethod
     def __new__(cls, values):
@@ -519,7 +519,7 @@ class Dequantisable(Codes):
 
 
 class Transposable(Codes):
-    """Knows one operator more, with which it gets as far as its decomposition."""
+    """A tensor with one more operator, so that it fails only in the decomposition."""
 
     @classmethod
     def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):

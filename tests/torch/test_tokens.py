@@ -1,4 +1,4 @@
-"""Rows of an embedding that are trained, those of single tokens: `AdamssConfig(trained_tokens=...)`."""
+"""Test the training of single rows of an embedding: `AdamssConfig(trained_tokens=...)`."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ X = torch.tensor([[0, 3, 7, 3], [10, 1, 2, 8]])
 
 
 class Scaled(nn.Embedding):
-    """An embedding with a forward of its own, as Gemma has it."""
+    """An embedding with its own forward, as in Gemma."""
 
     embed_scale = 8.0
 
@@ -37,14 +37,14 @@ class Scaled(nn.Embedding):
 
 
 class Projection(nn.Linear):
-    """A head with a forward of its own."""
+    """A head with its own forward."""
 
     def forward(self, x):
         return 2 * super().forward(x)
 
 
 class Words(nn.Module):
-    """A language model; how its head has to do with its embedding is what differs."""
+    """A language model, whose head is related to the embedding in different ways."""
 
     def __init__(self, embed, head="none"):
         super().__init__()
@@ -66,7 +66,7 @@ class Words(nn.Module):
 
 
 class Fused(Words):
-    """It reads the weight of its head past that, as fused losses do."""
+    """A model that reads the weight of its head without calling the head, as fused losses do."""
 
     def forward(self, ids):
         return nn.functional.linear(torch.tanh(self.query(self.embed(ids))), self.out.weight)
@@ -105,7 +105,7 @@ def rows_of(model):
 
 
 def trained(name, **changes):
-    """Return an adapted model after some steps, and the base with the trained rows in its weight."""
+    """Return an adapted model after some training steps, and the base with the trained rows in its weight."""
     model = adamss.attach(made(name), config(**changes))
     optimizer = torch.optim.SGD(adamss.trainable_parameters(model), lr=0.5)
     for _ in range(3):
@@ -215,7 +215,8 @@ def test_within_the_forwards_of_accelerate(name):
         hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
     adamss.attach(wrapped, config())
     assert torch.equal(wrapped(X), made(name)(X))
-    assert (bank_module.ROWS in vars(wrapped.embed)) == (name == "tied")  # else a copy of the weight is made
+    # The other models compute with a copy of the weight.
+    assert (bank_module.ROWS in vars(wrapped.embed)) == (name == "tied")
     wrapped.load_state_dict(state(model))
     torch.testing.assert_close(wrapped(X), y)
 
@@ -284,7 +285,8 @@ def test_a_state_of_other_tokens_is_refused():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
-    ("name", "first"),  # a compiled first forward shows nobody who reads a weight past its layer
+    # If the first forward pass is compiled, nothing shows which module reads a weight without calling its layer.
+    ("name", "first"),
     [("tied", True), ("padded", True), ("tied, of its own", True), ("tied", False), ("reads", False)],
 )
 def test_compiles(name, first):
@@ -514,7 +516,7 @@ def test_a_file_of_a_tied_model_is_for_no_untied_one(tmp_path):
 
 def test_saves_what_is_left_when_the_embedding_was_replaced(tmp_path):
     model, _ = trained("untied")
-    with torch.no_grad():  # as resize_token_embeddings does it
+    with torch.no_grad():  # as in resize_token_embeddings
         model.embed.weight.data = torch.cat([model.embed.weight.data, torch.ones(2, E)])
     assert model.embed(torch.tensor([12]))[0, 0] == 1
     adamss.save(model, tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""`AdamssCallback` in the Trainer of transformers."""
+"""Test `AdamssCallback` in the Trainer of transformers."""
 
 import copy
 import os
@@ -34,7 +34,7 @@ def _one_thread_and_no_warnings_of_others():
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Tokens whose label is to be seen in them."""
+    """Random tokens with a label that depends on the first of them."""
 
     def __init__(self, count=24, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -57,7 +57,7 @@ def bert():
 
 
 class Plain(nn.Module):
-    """A model that is none of transformers', with its loss in what it returns."""
+    """A model that is not from transformers and returns its loss in a dictionary."""
 
     def __init__(self):
         super().__init__()
@@ -116,14 +116,14 @@ class TestBudget:
     def test_the_schedule_is_kept_and_logged(self, tmp_path):
         trainer, callback = trained(adapted(), tmp_path)
         active = [entry["adamss/active"] for entry in trainer.state.log_history if "loss" in entry]
-        # Allocations at steps 3 (8/125 of the way from 12 to 3 are left), 5 and 6.
+        # Allocations are at steps 3, 5 and 6. At step 3, 8/125 of the reduction from 12 to 3 is still left.
         assert active == [12, 12, 4, 4, 3, 3, 3, 3]
         assert adamss.summary(trainer.model).total.active == callback.controller.active_count == 3
 
     def test_it_is_that_of_a_loop_of_ones_own(self, tmp_path):
         trainer, _ = trained(adapted(), tmp_path, lr_scheduler_type="constant", max_grad_norm=0)
         model = adapted()
-        # The same batches and dropout: those of the Trainer's seed.
+        # The second Trainer has the same seed, and so the same batches and dropout.
         again = trainer_of(model, tmp_path / "2", lr_scheduler_type="constant", max_grad_norm=0)
         optimizer = again.create_optimizer()
         budget = adamss_torch.BudgetController(model, optimizer)
@@ -422,7 +422,7 @@ class TestResuming:
         again = trainer(tmp_path / "2")
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same_state(ours(again.model), expected)
-        # Once more with the same Trainer, as in a notebook.
+        # The same Trainer resumes again, as in a notebook.
         whole.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same_state(ours(whole.model), expected)
 
@@ -447,7 +447,7 @@ class TestResuming:
 
     def test_the_best_model_is_loaded_at_the_end(self, tmp_path):
         class Worse(transformers.TrainerCallback):
-            """Makes the evaluation after the first one worse."""
+            """A callback that makes each evaluation worse than the one before."""
 
             def on_evaluate(self, args, state, control, metrics, **kwargs):
                 metrics["eval_loss"] = float(state.global_step)
@@ -491,7 +491,7 @@ class TestTheTrainersOptions:
 
 
 def test_the_trainer_on_two_processes(tmp_path, on_two_processes):
-    """Decisions are one on both, checkpoints are written once, and resuming gives the same bits."""
+    """Both processes decide the same, checkpoints are written once, and resuming is exact to the bit."""
     output = on_two_processes("trainer_under_accelerate.py", tmp_path)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, output[-5000:]
     assert (tmp_path / "run" / "checkpoint-6" / ADAPTER_FILE).exists()
@@ -519,7 +519,10 @@ def test_the_script_trains_the_demos_task(script, tiny_tokenizer, tmp_path, caps
 
 
 class FormOfItsOwn(transformers.Trainer):
-    """Writes its checkpoints as sentence-transformers does: module by module, none of them adapted when read."""
+    """A Trainer that writes checkpoints as sentence-transformers does, module by module.
+
+    When such a checkpoint is read, no module is adapted.
+    """
 
     def _save(self, output_dir=None, state_dict=None):
         os.makedirs(output_dir, exist_ok=True)
