@@ -200,7 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print(tabulate(table, [*head, "step: AdaMSS / base", "LoRA / base", "AdaMSS / LoRA"]))
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), **sizes, "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps(
+                {"environment": environment(["adamss", "torch", "transformers"]), **sizes, "rows": rows},
+                indent=1,
+            )
+        )
     return 0
 
 
