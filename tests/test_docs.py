@@ -33,6 +33,7 @@ PACKAGES = {
     "adamss.core": (),
     "adamss.core.analysis": (),
     "adamss.errors": (),
+    "adamss.offline": (),
     "adamss.backend": (),
     "adamss_conformance": ("pytest", "hypothesis"),
     "adamss_torch": ("torch",),

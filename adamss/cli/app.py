@@ -58,7 +58,7 @@ targets_option = click.option(
 adapter_argument = click.argument("file")
 
 
-class Number(click.ParamType):
+class Number(click.ParamType[int]):
     """A count such as ``50k`` or ``1.5M``."""
 
     name = "number"

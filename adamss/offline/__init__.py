@@ -1,9 +1,10 @@
 """What the command line does, in Python: verbs on files, for which no model is built and no framework is needed."""
 
+from adamss.io.weights import WeightFiles
 from adamss.offline.compare import Difference, LayerCheck, LayerDifference, diff, verify
 from adamss.offline.convert import convert
 from adamss.offline.inspect import MatrixReport, inspect
-from adamss.offline.merge import merge
+from adamss.offline.merge import MergedFiles, merge
 from adamss.offline.plan import Plan, plan
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "LayerCheck",
     "LayerDifference",
     "MatrixReport",
+    "MergedFiles",
     "Plan",
+    "WeightFiles",
     "convert",
     "diff",
     "inspect",

@@ -20,7 +20,7 @@ from adamss.io.writer import write_tensors, write_text
 from adamss.offline.compare import verify
 from adamss.offline.convert import new_folder
 
-__all__ = ["Merged", "merge"]
+__all__ = ["MergedFiles", "merge"]
 
 PIECE = 1 << 24
 """Bytes that are copied at a time."""
@@ -29,7 +29,7 @@ EMBEDDINGS = ("embed", "wte", "shared")
 """Parts of the names of input embeddings, whose weight an output head may share."""
 
 
-class Merged(NamedTuple):
+class MergedFiles(NamedTuple):
     """What was written.
 
     Attributes
@@ -54,7 +54,7 @@ def merge(
     *,
     check_base: bool = True,
     count: Callable[[], object] = lambda: None,
-) -> Merged:
+) -> MergedFiles:
     """Write a model whose weights are ``round(W0 + delta)``, which loads as its base model does.
 
     The folder gets the weights under the names of the base model, and everything else that lies in the base's folder
@@ -76,7 +76,7 @@ def merge(
 
     Returns
     -------
-    Merged
+    MergedFiles
         What was written.
 
     Raises
@@ -151,7 +151,7 @@ def merge(
                 Path(folder) / f"{_stem(files.files)}{INDEX_ENDING}", json.dumps(index, indent=2) + "\n"
             )
         _copy_rest(files, Path(folder))
-    return Merged(tuple(written), lost, tuple(added))
+    return MergedFiles(tuple(written), lost, tuple(added))
 
 
 def _merged(path: str, layer: StoredLayer, files: WeightFiles, name: str) -> tuple[StoredTensor, float]:

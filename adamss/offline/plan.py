@@ -182,7 +182,7 @@ def _without_values(file: Path) -> dict[str, tuple[int, int]]:
         raise ConfigError(f"transformers cannot build the model of {str(file)!r}: {short(error)}") from error
     found = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if getattr(weight, "ndim", 0) == 2 and min(weight.shape) > 1:
             n, d = weight.shape
             found[name] = (n, d) if type(module).__name__ == "Conv1D" else (d, n)
