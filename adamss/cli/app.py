@@ -22,7 +22,7 @@ from adamss.io import checkpoint, folder, writer
 from adamss.io.checkpoint import Checkpoint
 from adamss.io.weights import WeightFiles
 from adamss.offline.convert import FORMATS
-from adamss.offline.inspect import linear_layers, model_config, targeted
+from adamss.offline.inspect import linear_layers, model_type, targeted
 from adamss.offline.plan import layers_of, suggested
 from adamss.verbs.merging import LOSS_WORTH_A_WARNING
 from adamss.verbs.table import summary_of_file
@@ -224,7 +224,7 @@ def inspect(model: str, targets: tuple[str, ...], rank: int, subspaces: int, seg
       adamss inspect path/to/sharded-model --targets all-linear --rank 64 --json
     """
     files = WeightFiles(model)
-    layers = targeted(linear_layers(files), _split(targets), model_config(files.path).get("model_type"))
+    layers = targeted(linear_layers(files), _split(targets), model_type(files.path))
     found = []
     with progress(len(layers), "matrix") as count:
         for report in offline.inspect(
@@ -300,8 +300,8 @@ def plan(
       adamss plan path/to/model --params 50k
       adamss plan config.json --params 1M --targets q_proj,v_proj --subspaces 16
     """
-    all_layers, model_type = layers_of(model)
-    layers = targeted(all_layers, _split(targets), model_type)
+    all_layers, kind_of_model = layers_of(model)
+    layers = targeted(all_layers, _split(targets), kind_of_model)
     plans = offline.plan(layers, params, rank=rank, subspaces=subspaces, subspace_rank=subspace_rank)
     best = suggested(plans)
     rows = [

@@ -43,8 +43,10 @@ def emit(result: Result, *, as_json: bool) -> None:
         text = json.dumps(_finite(result.document), indent=2, allow_nan=False)
     else:
         # Names may hold what the encoding of the terminal has not.
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = result.text.encode(encoding, "backslashreplace").decode(encoding)
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
     try:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
@@ -70,6 +72,8 @@ def _finite(value: Any) -> Any:
 
 def say(text: str) -> None:
     """Write a line to standard error."""
+    if sys.stderr is None:
+        return
     encoding = sys.stderr.encoding or "utf-8"
     line = " ".join(text.split())
     sys.stderr.write(

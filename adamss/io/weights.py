@@ -187,6 +187,8 @@ def _files(path: Path) -> tuple[Path, ...]:
     if not path.is_dir():
         if not path.exists():
             raise CheckpointNotFoundError(f"there is no file or folder {str(path)!r}")
+        if not path.is_file():
+            raise CheckpointError(f"{str(path)!r} is a device, pipe or socket")
         return (path,)
     indices = sorted(path.glob(f"*{INDEX_ENDING}"))
     usual = [index for index in indices if index.name.removesuffix(INDEX_ENDING) in USUAL]

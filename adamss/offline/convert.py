@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def convert(source: str, to: str, files: WeightFiles, out: str) -> str:
     """
     if to not in FORMATS:
         raise ConfigError(f"to must be one of {', '.join(FORMATS)}; found {to!r}")
-    with new_folder(out) as new, using(FileBackend()):
+    with new_folder(out) as new, _renamed(new, out), using(FileBackend()):
         if os.path.isfile(os.path.join(source, peft_folder.CONFIG_FILE)):
             model = from_peft(file_model(files, peft.read_folder(source).layers), source)
             stored = _as_stored(model)
@@ -72,8 +73,18 @@ def convert(source: str, to: str, files: WeightFiles, out: str) -> str:
         else:
             save(model, new)
             return f"AdaMSS on {len(stored.layers)} layers in {out!r}"
-        write_text(Path(new) / folder.CARD_FILE, model_card(stored, str(files.path), form=to, where=out))
+        write_text(Path(new) / folder.CARD_FILE, model_card(stored, str(files.path), form=to))
     return text
+
+
+@contextmanager
+def _renamed(temporary: str, name: str) -> Iterator[None]:
+    """Give warnings with the name of the folder that a temporary one will have."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield
+    for each in told:
+        warnings.warn(str(each.message).replace(temporary, name), each.category, stacklevel=3)
 
 
 @contextmanager

@@ -14,13 +14,14 @@ import numpy as np
 from adamss import core
 from adamss.backend.targets import DEFAULT_TARGETS, match
 from adamss.backend.views import View
+from adamss.config import AdamssConfig
 from adamss.core.decomposition import effective_coordinates
 from adamss.errors import ArrayValueError, TargetError
 from adamss.io.checkpoint import LINEAR
 from adamss.io.weights import WeightFiles
 from adamss.offline.compare import matrix_of
 
-__all__ = ["ALL_LINEAR", "MatrixReport", "inspect", "linear_layers", "model_config", "targeted"]
+__all__ = ["ALL_LINEAR", "MatrixReport", "inspect", "linear_layers", "model_type", "targeted"]
 
 ALL_LINEAR = "all-linear"
 NOT_LINEAR = (
@@ -174,7 +175,7 @@ def _inside(decomposition: core.Decomposition, labels: np.ndarray[Any, Any]) -> 
     return inside / whole, (diagonal + pairs * (whole - diagonal)) / whole
 
 
-def model_config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> dict[str, Any]:
     """Return the ``config.json`` beside weights; empty if there is none that can be read."""
     file = path / "config.json" if path.is_dir() else path.with_name("config.json")
     try:
@@ -186,9 +187,15 @@ def model_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def model_type(path: Path) -> str | None:
+    """Return the ``model_type`` of the ``config.json`` beside weights; None if it is not known."""
+    found = _config(path).get("model_type")
+    return found if isinstance(found, str) else None
+
+
 def _views(files: WeightFiles) -> Any:
     """Return a function of a module path that says how its weight is a matrix."""
-    names = CONV1D.get(str(model_config(files.path).get("model_type")), ())
+    names = CONV1D.get(model_type(files.path) or "", ())
     return lambda path: View(rows=(0,), columns=(1,)) if path.rpartition(".")[2] in names else LINEAR
 
 
@@ -224,7 +231,9 @@ def targeted(
         If nothing matches; the message lists near matches.
     """
     wanted: Any = list(targets) if targets is not None else DEFAULT_TARGETS.get(model_type or "", ALL_LINEAR)
-    if wanted in (ALL_LINEAR, [ALL_LINEAR]):
+    if len(wanted) == 1 and not _is_name(wanted[0], layers):
+        wanted = AdamssConfig(targets=wanted[0]).targets  # which complains of what is no expression
+    if wanted == ALL_LINEAR:
         found = [path for path in layers if not any(part in path.lower() for part in NOT_LINEAR)]
         if not found:
             raise TargetError("the model has no linear layers")
@@ -233,8 +242,7 @@ def targeted(
             warnings.simplefilter("ignore")  # models of one type have one or the other of the names
             found = match(wanted, layers, name="targets")
     else:
-        one = wanted[0] if len(wanted) == 1 and not _is_name(wanted[0], layers) else wanted
-        found = match(one, layers, name="targets")
+        found = match(wanted, layers, name="targets")
     return {path: layers[path] for path in found}
 
 

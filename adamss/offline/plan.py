@@ -12,7 +12,7 @@ from adamss.core import count_lora
 from adamss.errors import ConfigError, MissingBackendError
 from adamss.io.reader import short
 from adamss.io.weights import WeightFiles
-from adamss.offline.inspect import linear_layers, model_config
+from adamss.offline.inspect import linear_layers, model_type
 
 __all__ = ["Plan", "layers_of", "plan", "suggested"]
 
@@ -155,12 +155,11 @@ def layers_of(model: str) -> tuple[dict[str, tuple[int, int]], str | None]:
     path = Path(model)
     config_only = path.name.endswith(".json") and path.is_file()
     folder = path.parent if config_only else path
-    model_type = model_config(folder).get("model_type")
-    model_type = model_type if isinstance(model_type, str) else None
+    kind = model_type(folder)
     config = path if config_only else path / "config.json"
     if config_only or (config.is_file() and not any(path.glob("*.safetensors*"))):
-        return _without_values(config), model_type
-    return linear_layers(WeightFiles(path)), model_type
+        return _without_values(config), kind
+    return linear_layers(WeightFiles(path)), kind
 
 
 def _without_values(file: Path) -> dict[str, tuple[int, int]]:
