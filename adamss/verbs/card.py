@@ -1,4 +1,4 @@
-"""The model card of an adapter: a ``README.md`` as the Hugging Face Hub reads it."""
+"""Model cards of adapters, as ``README.md`` files in the form of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adamss.verbs.table import summary_of_file
 __all__ = ["model_card"]
 
 LONGEST_LIST = 8
-"""Layers that a card names; it counts the others."""
+"""Largest number of layers that a card lists. The card counts the others."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -24,7 +24,7 @@ model = adamss.load(base_model, "{where}")
 ```
 """,
     "lora": """\
-The LoRA is of rank {rank} and has exactly the update of the AdaMSS adapter. Whatever reads LoRA of PEFT takes it:
+The LoRA has rank {rank} and exactly the update of the AdaMSS adapter. Software that reads PEFT's LoRA can load it:
 
 ```python
 from peft import PeftModel
@@ -46,18 +46,18 @@ LIBRARY = {"adamss": "adamss", "lora": "peft", "peft": "peft"}
 def model_card(
     stored: Checkpoint, base: str | None, *, form: str = "adamss", where: str = "path/to/this/folder"
 ) -> str:
-    """Return the text of a card: what the adapter changes, with which settings, and how it is loaded.
+    """Return the text of a model card, which states what an adapter changes, its settings, and how to load it.
 
     Parameters
     ----------
     stored
         The adapter.
     base
-        Name of the base model. That of a local folder is left out: it says nothing elsewhere.
+        Name of the base model. The path of a local folder is left out, because it means nothing on other machines.
     form
         Format of the folder: ``"adamss"``, or ``"lora"`` or ``"peft"``, which PEFT reads.
     where
-        Path or repository that the example loads.
+        Path or repository that the code example loads.
     """
     known = base is not None and HUB_NAME.fullmatch(base) and not os.path.exists(base)
     header = [f"library_name: {LIBRARY[form]}"]
@@ -116,5 +116,5 @@ def _cell(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Names come from a file, which may be from anyone."""
+    """Replace characters that are not printable, since names come from a file that may be hostile."""
     return "".join(char if char.isprintable() else " " for char in text)
