@@ -165,6 +165,7 @@ def test_merged_files_are_the_merged_model(tmp_path, dtype, shards, settings):
     assert files.read("embeddings.weight") == tensors["embeddings.weight"]
     assert {each.name for each in (tmp_path / "merged").iterdir()} == {
         *merged.files,
+        "README.md",
         "config.json",
         "tokenizer.json",
         *(["model.safetensors.index.json"] if shards > 1 else []),
@@ -267,6 +268,15 @@ def test_convert_to_lora_writes_the_update(adapter, base, tmp_path, capsys):
     for path, factors in layers.items():
         A, B = (tensors[f"base_model.model.{path}.lora_{each}.weight"] for each in "AB")
         np.testing.assert_allclose((B @ A).T, core.delta(factors), atol=1e-5)
+    whole = model_of(weights())
+    whole = replace(whole, layers={**whole.layers, "head": NumpyLinear(np.ones((3, 2)))})
+    config = adamss.AdamssConfig(targets=["query"], modules_to_save=["head"], rank=4, subspaces=2)
+    adamss.save(adamss.attach(whole, config), tmp_path / "head.safetensors")
+    out = tmp_path / "with-head"
+    assert run("convert", tmp_path / "head.safetensors", "--to", "lora", "--base", base, "--out", out) == 0
+    assert (
+        f"modules_to_save, no part of it, in '{out}/modules_to_save.safetensors'" in capsys.readouterr().err
+    )
     card = (tmp_path / "lora" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n") and "encoder.0.query" in card
     assert run("convert", adapter, "--to", "adamss", "--base", base, "--out", tmp_path / "again") == 1
@@ -326,6 +336,14 @@ def test_plans_keep_to_the_budget_and_count_right(params, subspaces, subspace_ra
         assert plan.lora_rank * sum(map(sum, shapes.values())) <= plan.trained
 
 
+@pytest.mark.parametrize("text", ["[]", "{", '{"model_type": [1]}', '{"model_type": "gpt2"}'])
+def test_any_config_beside_weights(text, base, tmp_path, capsys):
+    folder = shutil.copytree(base, tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    assert run("plan", folder, "--params", "2k") in (0, 2)
+    assert capsys.readouterr().err.count("\n") <= 1
+
+
 def test_plan_of_a_config_alone(tmp_path, capsys):
     pytest.importorskip("transformers", reason="it builds the model")
     config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -381,6 +399,8 @@ def spoiled(kind, tmp_path):
     elif kind == "header":
         header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    elif kind == "pipe":
+        os.mkfifo(path)
     elif kind == "huge":
         path.write_bytes((1 << 40).to_bytes(8, "little"))
         os.truncate(path, 1 << 42)
@@ -398,7 +418,18 @@ def spoiled(kind, tmp_path):
     return path
 
 
-KINDS = ["missing", "foreign", "pickle", "damaged", "header", "huge", "empty folder", "index", "shard"]
+KINDS = [
+    "missing",
+    "foreign",
+    "pipe",
+    "pickle",
+    "damaged",
+    "header",
+    "huge",
+    "empty folder",
+    "index",
+    "shard",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -433,6 +464,7 @@ def test_a_file_that_may_not_be_read(command, adapter, base, tmp_path, capsys):
         (["plan", ".", "--params", "many"], "not a number of parameters, such as 50k"),
         (["plan", "{base}", "--params", "3"], "the least is"),
         (["inspect", "{base}", "--targets", "qurey"], "near matches: query"),
+        (["inspect", "{base}", "--targets", "["], "is not a regular expression"),
         (["inspect", "{base}", "--rank", "0"], "0 is not in the range"),
         (["merge", "{adapter}", "--base", "{base}", "--out", "{base}"], "name a folder that is new or empty"),
     ],
@@ -468,6 +500,8 @@ def test_standard_output_that_takes_no_more(options, adapter):
         done = in_process(["show", adapter, *options], stdout=full, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "No space left on device" in done.stderr
+    done = in_process(["show", adapter, *options], stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (1, "adamss: standard output is closed\n")
     reader, pipe = os.pipe()
     os.close(reader)
     done = in_process(["show", adapter, *options], stdout=pipe, stderr=subprocess.PIPE)

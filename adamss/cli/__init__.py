@@ -1,7 +1,9 @@
-"""The command `adamss`: adapters and weights in files, without a model, and without a framework where NumPy suffices.
+"""The command `adamss`, which works on adapters and weights in files.
 
-Results go to standard output, everything else to standard error. The exit status is 0; 1 if something was found
-wrong, is missing or cannot be read; 2 if the call was wrong.
+No model is built, and most commands need no framework.
+
+Results go to standard output, and messages to standard error. The exit status is 0 on success, 1 if a check fails or
+a file is missing or cannot be read, and 2 if the arguments are wrong.
 """
 
 from adamss.cli.app import main

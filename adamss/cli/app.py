@@ -33,10 +33,10 @@ __all__ = ["main"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="adamss", message="%(prog)s %(version)s")
 def app() -> None:
-    """Adapters of AdaMSS and the weights that they belong to, in files.
+    """Inspect, compare, convert and merge AdaMSS adapters in files.
 
-    Results go to standard output, everything else to standard error. The exit status is 0; 1 if something was found
-    wrong, is missing or cannot be read; 2 if the call was wrong.
+    Results go to standard output, and messages to standard error. The exit status is 0 on success, 1 if a check fails
+    or a file is missing or cannot be read, and 2 if the arguments are wrong.
     """
 
 
@@ -46,20 +46,20 @@ base_option = click.option(
     "--base",
     metavar="MODEL",
     required=True,
-    help="Base model: a safetensors file or a folder, sharded or not.",
+    help="Base model: a safetensors file, or a folder with one file or shards.",
 )
-out_option = click.option("--out", metavar="FOLDER", required=True, help="New folder to write.")
+out_option = click.option("--out", metavar="FOLDER", required=True, help="Folder to write; new or empty.")
 targets_option = click.option(
     "--targets",
     multiple=True,
     help="Names at the end of module paths, separated by commas; one regular expression for whole paths; or "
-    "all-linear. By default what is usual for the type of the model.",
+    "all-linear. The default depends on the type of the model.",
 )
 adapter_argument = click.argument("file")
 
 
 class Number(click.ParamType[int]):
-    """A count such as ``50k`` or ``1.5M``."""
+    """Type of an argument that is a count, such as ``50k`` or ``1.5M``."""
 
     name = "number"
 
@@ -87,13 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments
-        Words after the program's name. None means those of the process.
+        Arguments after the name of the program. None means those of the process.
 
     Returns
     -------
     int
-        Exit status: 0; 1 if something was found wrong, is missing or cannot be read; 2 if the call was wrong. Except
-        for what was found wrong, there is a message of one line on standard error.
+        Exit status: 0 on success, 1 if a check fails or a file is missing or cannot be read, 2 if the arguments are
+        wrong, and 130 if the command was interrupted. Unless a check has failed, which is part of the result, an
+        error is explained by one line on standard error.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", category=UserWarning)
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command(function: Callable[..., Result]) -> click.Command:
-    """Make a command of a function that returns a `Result`, which it prints; `main` turns errors into a line."""
+    """Make a command of a function that returns a `Result`. The command prints it, as JSON if ``--json`` is given."""
 
     @functools.wraps(function)
     def run(as_json: bool, **options: Any) -> None:
@@ -135,7 +136,7 @@ def command(function: Callable[..., Result]) -> click.Command:
             raise SystemExit(1)
 
     return app.command()(
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(run)
+        click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(run)
     )
 
 
@@ -151,7 +152,7 @@ def _read(file: str) -> Checkpoint:
 
 
 def _split(words: Sequence[str]) -> list[str] | None:
-    """Take apart what commas separate; an expression with a comma in it is given as the only one, in brackets."""
+    """Split arguments at commas, except those that contain a brace, since ``{2,3}`` in an expression is no list."""
     return (
         None
         if not words
@@ -162,9 +163,10 @@ def _split(words: Sequence[str]) -> list[str] | None:
 @command
 @adapter_argument
 def show(file: str) -> Result:
-    """Print what an adapter holds, after checking all of it.
+    """Print the content of an adapter.
 
-    FILE is an adapter file, a folder that has one, or user/name on the Hugging Face Hub.
+    FILE is an adapter file, a folder that contains one, or user/name on the Hugging Face Hub. The whole file is
+    checked first.
 
     \b
     Examples:
@@ -207,16 +209,17 @@ def show(file: str) -> Result:
 @command
 @click.argument("model")
 @targets_option
-@click.option("--rank", type=POSITIVE, default=100, show_default=True, help="R.")
-@click.option("--subspaces", type=POSITIVE, default=10, show_default=True, help="K.")
+@click.option("--rank", type=POSITIVE, default=100, show_default=True, help="Rank R.")
+@click.option("--subspaces", type=POSITIVE, default=10, show_default=True, help="Number of subspaces K.")
 @click.option("--segmentation", type=click.Choice(SEGMENTATIONS), default="kmeans", show_default=True)
 def inspect(model: str, targets: tuple[str, ...], rank: int, subspaces: int, segmentation: str) -> Result:
     """Measure the weights of a model.
 
-    MODEL is a safetensors file or a folder of such, sharded or not. One matrix is in memory at a time.
+    MODEL is a safetensors file, or a folder with one file or shards. Only one matrix is in memory at a time.
 
-    Of each: the energy in rank R, the sizes of its K subspaces, the K that the paper's Algorithm 2 estimates, and how
-    much of the representation Z* lies inside of the subspaces, beside groups at random and a random matrix.
+    The columns are: the energy in rank R, the sizes of the K subspaces, the K that the paper's Algorithm 2
+    estimates, and the share of the representation Z* inside the subspaces, compared with random groups of columns
+    and with a random matrix.
 
     \b
     Examples:
@@ -260,10 +263,10 @@ def inspect(model: str, targets: tuple[str, ...], rank: int, subspaces: int, seg
         "of random W",
     ]
     legend = (
-        f"energy: share of ||W||^2 in rank {rank}. n_k: least / median / most columns of {subspaces} subspaces "
-        f"({segmentation}).\nK est.: Algorithm 2 without a lower bound. inside: share of ||Z*||^2 inside the "
-        "subspaces; by chance: of random groups of\nthese sizes; gain: inside over by chance; of random W: the gain "
-        "for a matrix with random singular vectors."
+        f"energy: share of ||W||^2 in rank {rank}. n_k: smallest / median / largest of {subspaces} subspaces "
+        f"({segmentation}).\nK est.: K by Algorithm 2 without a lower bound. inside: share of ||Z*||^2 inside the "
+        "subspaces. by chance: the same\nfor random groups of these sizes. gain: inside / by chance. "
+        "of random W: gain for a matrix with random singular vectors."
     )
     document = {
         "rank": rank,
@@ -276,11 +279,13 @@ def inspect(model: str, targets: tuple[str, ...], rank: int, subspaces: int, seg
 
 @command
 @click.argument("model")
-@click.option("--params", type=Number(), required=True, help="Most trained parameters: 50k, 1.5M.")
+@click.option(
+    "--params", type=Number(), required=True, help="Largest number of trained parameters: 50k, 1.5M."
+)
 @targets_option
-@click.option("--subspaces", type=POSITIVE, help="Keep to this K.")
-@click.option("--rank", type=POSITIVE, help="Keep to this R.")
-@click.option("--subspace-rank", type=POSITIVE, help="Keep to this r_k.")
+@click.option("--subspaces", type=POSITIVE, help="Fix the number of subspaces K.")
+@click.option("--rank", type=POSITIVE, help="Fix the rank R.")
+@click.option("--subspace-rank", type=POSITIVE, help="Fix the rank r_k of a subspace.")
 def plan(
     model: str,
     params: int,
@@ -289,11 +294,13 @@ def plan(
     rank: int | None,
     subspace_rank: int | None,
 ) -> Result:
-    """List the settings that meet a budget of parameters.
+    """List settings that meet a budget of parameters.
 
-    These are K, r_k and the largest R, and the rank of a LoRA that trains no more.
+    For each K and r_k, the table has the largest R within the budget, and the largest rank of a LoRA that trains no
+    more parameters than these settings.
 
-    MODEL is a safetensors file or folder, or a config.json, whose model is built by transformers without values.
+    MODEL is a safetensors file or a folder with weights. It may also be a config.json, from which transformers builds
+    the model without values.
 
     \b
     Examples:
@@ -337,14 +344,15 @@ def plan(
 @command
 @click.argument("kind", type=click.Choice(PICTURES))
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("--out", metavar="FILE", required=True, help="Picture to write: .png, .svg or .pdf.")
-@click.option("--base", metavar="MODEL", help="Base model of an adapter, for ordering and spectrum.")
-@click.option("--layer", multiple=True, help="Layers to draw, separated by commas.")
+@click.option("--out", metavar="FILE", required=True, help="Picture to write, in .png, .svg or .pdf.")
+@click.option("--base", metavar="MODEL", help="Base model of the adapter, for ordering and spectrum.")
+@click.option("--layer", multiple=True, help="Layers to draw, separated by commas; one for ordering.")
 def plot(kind: str, sources: tuple[str, ...], out: str, base: str | None, layer: tuple[str, ...]) -> Result:
-    """Draw an adapter, a model or a training.
+    """Draw an adapter, a model or a training run.
 
-    KIND is ordering (|Z*| with its columns ordered by subspace), spectrum, sizes (of subspaces) or active (subspaces
-    over time). SOURCE is an adapter or a model; for active, checkpoints or the trainer_state.json of a Trainer.
+    The pictures are: ordering (|Z*| with its columns ordered by subspace), spectrum, sizes (of the subspaces) and
+    active (number of trained subspaces over time). SOURCE is an adapter or a model. For active, it is one or more
+    checkpoints, or the trainer_state.json of a Trainer.
 
     \b
     Examples:
@@ -380,10 +388,10 @@ def plot(kind: str, sources: tuple[str, ...], out: str, base: str | None, layer:
 @adapter_argument
 @base_option
 def verify(file: str, base: str) -> Result:
-    """Check that a model is the one of an adapter.
+    """Check that a model is the base of an adapter.
 
-    All of the adapter is checked, and the fingerprints of the weights that it changes. The exit status is 1 if one
-    does not fit.
+    The adapter file is checked first. Then the weights of the model are compared with the fingerprints in the file.
+    The exit status is 1 if a weight does not fit.
 
     \b
     Examples:
@@ -419,7 +427,8 @@ def verify(file: str, base: str) -> Result:
 def diff(a: str, b: str) -> Result:
     """Compare two adapters.
 
-    Settings, layers, and how far their updates are apart. The exit status is 1 if the updates differ.
+    The settings, the layers, the updates and all other trained tensors are compared. The exit status is 1 if the two
+    adapters change a model differently.
 
     \b
     Examples:
@@ -446,7 +455,7 @@ def diff(a: str, b: str) -> Result:
     if rows:
         lines.append(table(rows, ["layer", "distance", "cosine", "norms", "regrouped", "active"]))
         lines.append(
-            "distance: ||dA - dB|| over the larger norm. regrouped: share of columns in other subspaces."
+            "distance: ||dA - dB|| / larger norm. regrouped: share of columns that are in other subspaces."
         )
     for which, names in zip((a, b), difference.saved_only, strict=True):
         lines += [f"only in {printable(which)}: {printable(name)}" for name in names]
@@ -460,14 +469,15 @@ def diff(a: str, b: str) -> Result:
 
 @command
 @adapter_argument
-@click.option("--to", type=click.Choice(FORMATS), required=True, help="PEFT reads lora and peft.")
+@click.option("--to", type=click.Choice(FORMATS), required=True, help="Format; PEFT reads lora and peft.")
 @base_option
 @out_option
 def convert(file: str, to: str, base: str, out: str) -> Result:
-    """Write an adapter in another format, with a model card.
+    """Write an adapter in another format.
 
-    FILE is an adapter of adamss, or a folder of PEFT's AdaMSS. A LoRA has exactly the same update. PEFT's AdaMSS
-    takes adapters that came from there or have one subspace, and needs PyTorch and scikit-learn, as reading it does.
+    FILE is an adapter of adamss, or a folder of PEFT's own AdaMSS. A LoRA (lora) has exactly the same update. PEFT's
+    AdaMSS (peft) can only represent adapters that come from PEFT or have one subspace. Reading and writing it needs
+    PyTorch and scikit-learn. The new folder includes a model card.
 
     \b
     Examples:
@@ -482,14 +492,12 @@ def convert(file: str, to: str, base: str, out: str) -> Result:
 @adapter_argument
 @base_option
 @out_option
-@click.option(
-    "--check/--no-check", "check_base", default=True, help="Whether to verify the base model first."
-)
+@click.option("--check/--no-check", "check_base", default=True, help="Verify the base model first (default).")
 def merge(file: str, base: str, out: str, check_base: bool) -> Result:
     """Write the base model with an adapter merged into it.
 
-    One tensor is in memory at a time. The folder loads as the base model does, with from_pretrained and without
-    adamss.
+    Only one tensor is in memory at a time. The new folder loads as the base model does, with from_pretrained and
+    without adamss.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""What commands print: one JSON document or text on standard output, faults and progress on standard error."""
+"""Output of the commands: a JSON document or text on standard output, messages and progress on standard error."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from tqdm import tqdm
 __all__ = ["Result", "emit", "printable", "progress", "say", "table"]
 
 LONGEST_NAME = 200
+"""Largest number of characters of a name that is printed."""
 
 
 class Result:
-    """What a command has found.
+    """Result of a command.
 
     Parameters
     ----------
     document
-        For ``--json``: dictionaries, lists, strings and numbers.
+        Result for ``--json``, of dictionaries, lists, strings and numbers.
     text
-        For people.
+        Result for people.
     right
-        Whether all is as it should be; the exit status is 1 if not.
+        Whether all checks have passed. If not, the exit status is 1.
     """
 
     def __init__(self, document: Mapping[str, Any], text: str, *, right: bool = True) -> None:
@@ -37,12 +38,12 @@ class Result:
 
 
 def emit(result: Result, *, as_json: bool) -> None:
-    """Write a result to standard output, all of it: a full disk or a closed pipe raises here."""
+    """Write a result to standard output and flush it, so that a full disk or a closed pipe raises an error here."""
     if as_json:
-        # In ASCII, so that it is right in any encoding; JSON has neither NaN nor infinity.
+        # The default is ASCII, which is valid in every encoding of the terminal. JSON has neither NaN nor infinity.
         text = json.dumps(_finite(result.document), indent=2, allow_nan=False)
     else:
-        # Names may hold what the encoding of the terminal has not.
+        # Names may contain characters that the encoding of the terminal lacks.
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = result.text.encode(encoding, "backslashreplace").decode(encoding)
     if sys.stdout is None:
@@ -51,14 +52,14 @@ def emit(result: Result, *, as_json: bool) -> None:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
     except OSError as error:
-        # What is left in the buffer would be written, and fail, once more when Python ends.
+        # Python flushes the rest of the buffer on exit, which would fail again, so redirect it to the null device.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OSError(f"standard output takes no more: {error.strerror}") from error
 
 
 def _finite(value: Any) -> Any:
-    """Return a document in which what is not finite is null, and arrays and tuples are lists."""
+    """Return a copy of a document for JSON: numbers that are not finite become None, and tuples become lists."""
     if isinstance(value, Mapping):
         return {str(name): _finite(own) for name, own in value.items()}
     if isinstance(value, list | tuple):
@@ -71,7 +72,7 @@ def _finite(value: Any) -> Any:
 
 
 def say(text: str) -> None:
-    """Write a line to standard error."""
+    """Write a message to standard error, in one line."""
     if sys.stderr is None:
         return
     encoding = sys.stderr.encoding or "utf-8"
@@ -83,7 +84,7 @@ def say(text: str) -> None:
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """Return a table of any width: it is never cut, in a pipe or elsewhere. Text is left, numbers right."""
+    """Return a table, whose width does not depend on the terminal. The first column is aligned left if it is text."""
     shown = [[printable(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     align = (
         ["left" if isinstance(cell, str) and i == 0 else "right" for i, cell in enumerate(shown[0])]
@@ -94,7 +95,10 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
 
 
 def printable(text: str, longest: int = LONGEST_NAME) -> str:
-    """Escape what a terminal would take for a command, and what is no character: a file may come from anyone."""
+    """Shorten a text and escape characters that are not printable.
+
+    A hostile file may have names with control sequences, which a terminal would execute.
+    """
     if len(text) > longest:
         text = f"{text[:longest]}..."
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
@@ -102,6 +106,9 @@ def printable(text: str, longest: int = LONGEST_NAME) -> str:
 
 @contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[], object]]:
-    """Give what moves a bar on standard error, which is drawn on a terminal, and after a second."""
+    """Yield a function that advances a progress bar on standard error by one.
+
+    The bar appears only on a terminal, and only after a second.
+    """
     with tqdm(total=total, unit=unit, delay=1.0, leave=False, disable=None, file=sys.stderr) as bar:
         yield bar.update

@@ -1,1 +1,1 @@
-"""Adapters in files: our own format, and the folders of LoRA and PEFT."""
+"""Adapter files and folders, in our own format and in those of LoRA and PEFT, and weight files of base models."""

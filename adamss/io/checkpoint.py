@@ -1,11 +1,15 @@
-"""The adapter file: one safetensors file that any framework reads, on any device, in any dtype.
+"""The adapter file: one safetensors file that any framework can read, on any device and in any dtype.
 
-Per layer, under its module path: ``C``, ``labels``, ``ranks``, ``active`` and either ``M`` (portable) or ``A``
-and ``B`` (training form, to resume from). Whole tensors of ``modules_to_save``. Of ``trained_tokens`` the ``rows`` of
-each embedding, of the ids that the config has for its path. Metadata: format and
-version, config, writer, a fingerprint of each base weight, and a checksum over all tensors. Segmentation
-and mask come from the file and are never computed anew. This module knows bytes and NumPy arrays only.
-A file may come from anyone: see `adamss.io.reader`.
+A file holds these tensors:
+
+- for each layer, under its module path, ``C``, ``labels``, ``ranks``, ``active`` and either ``M`` (portable form) or
+  ``A`` and ``B`` (training form, from which training can resume);
+- all tensors of ``modules_to_save``;
+- for each embedding of ``trained_tokens``, under its path, its trained ``rows``. Their ids are in the config.
+
+The metadata hold the format and its version, the config, the versions of the writer, a fingerprint of each base
+weight, and a checksum. Segmentation and mask are read from the file and never computed again. This module works on
+bytes and NumPy arrays only. A file may be hostile: see `adamss.io.reader`.
 """
 
 from __future__ import annotations
@@ -39,35 +43,36 @@ FORMAT_VERSION = 1
 READABLE_VERSIONS = (1,)
 
 LINEAR = View(rows=(1,), columns=(0,))
-"""How the weight of a linear layer is a matrix; a file that says nothing means this."""
+"""View of the weight of a linear layer, which a file implies if it states none."""
 
 ROWS = "rows"
-"""Name, below the path of an embedding, of the rows that are trained."""
+"""Name of the tensor of trained rows, under the path of their embedding."""
 
 LARGEST_VIEW = 16
-"""Axes of a weight."""
+"""Largest number of axes that a weight may have."""
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One adapted layer of a file: M, or A and B, and the rest of its factors.
+    """One adapted layer of a file.
 
     Attributes
     ----------
     C, labels, ranks, active
-        As in `adamss.core.Factors`; labels and ranks in the smallest unsigned integer that fits.
-    M
-        (d, q) or (d + 1, q), in a portable file; else None.
-    A, B
-        In a training file; else None.
+        Arrays as in `adamss.core.Factors`. Labels and ranks have the smallest unsigned integer dtype that fits.
     base
         Fingerprint of the base weight.
+    M
+        Product ``M = [A_1 B_1 ... A_K B_K]`` of shape (d, q) or (d + 1, q) in a portable file, else None.
+    A, B
+        Factors A and B in a training file, else None.
     rank
-        R that the layer was attached with, where that is not the config's.
+        R with which the layer was attached, or None if it is that of the config.
     blocks
-        Matrices of which the weight consists, as of experts.
+        Number of matrices that the weight consists of, such as one for each expert.
     view
-        How the weight is a matrix, where it is not that of a linear layer; for readers without the model.
+        View of the weight as a matrix, or None if it is that of a linear layer. It serves readers that do not have
+        the model.
     """
 
     C: StoredTensor
@@ -85,16 +90,16 @@ class StoredLayer:
     TENSORS = ("C", "labels", "ranks", "active", "M", "A", "B")
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """Return the tensors that there are, by name."""
+        """Return the tensors that the layer has, by name."""
         named = {name: getattr(self, name) for name in self.TENSORS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def directions(self) -> np.ndarray[Any, Any]:
-        """Return M (d, q) as a NumPy array, also of a training file."""
+        """Return M of shape (d, q) as a NumPy array. For a training file, it is computed."""
         return self.M.numpy() if self.M is not None else np.asarray(contract(self.factors()))
 
     def split(self, count: int) -> list[StoredLayer]:
-        """Return the layers of `count` matrices of equally many columns that are one beside the other in this one."""
+        """Return one layer for each of the `count` matrices, of equal width, that lie side by side in the weight."""
         if count == 1:
             return [self]
         labels, ranks, active = (tensor.numpy() for tensor in (self.labels, self.ranks, self.active))
@@ -113,9 +118,9 @@ class StoredLayer:
         return found
 
     def outline(self) -> Factors:
-        """Return factors of the right shapes, labels, ranks and mask, whose A, B and C take no memory.
+        """Return factors with the shapes, labels, ranks and mask of this layer, whose A, B and C take no memory.
 
-        A file that lies about its sizes must not make its reader allocate them.
+        With their help, sizes can be checked before anything is allocated, since a hostile file may give false sizes.
         """
         A, B, ranks = self.A, self.B, self.ranks.numpy()
         K, n = ranks.size, self.labels.shape[0] if self.labels.shape else 0
@@ -125,9 +130,9 @@ class StoredLayer:
             )
         if self.M is not None:
             P = self.M.shape[-1] if self.M.shape else 0
-            if self.blocks > 1:  # each has the directions of its own subspaces for a basis
+            if self.blocks > 1:  # the basis of each matrix is made of the directions of its own subspaces
                 P = int(ranks.reshape(self.blocks, -1).sum(axis=1, dtype=np.int64).max(initial=0))
-            P = min(P, *self.M.shape[:1])  # which span d dimensions at most
+            P = min(P, *self.M.shape[:1])  # they span at most d dimensions
             shapes = (self.blocks, *self.M.shape[:-1], P), (P, *self.M.shape[-1:])
             A, B = (replace(self.M, shape=shape) for shape in shapes)
         if A is None or B is None:
@@ -135,7 +140,7 @@ class StoredLayer:
         return outline(Factors(A, B, self.C, self.labels.numpy(), ranks, self.active.numpy()))
 
     def factors(self) -> Factors:
-        """Return the factors as NumPy arrays; of a portable file with ``A = M`` and ``B = I``."""
+        """Return the factors as NumPy arrays. For a portable file, they have ``A = M`` and ``B = I``."""
         if self.M is not None:
             M = self.M.numpy()
             A, B = M[None, :, :], np.eye(M.shape[-1], dtype=M.dtype)
@@ -149,24 +154,24 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a file holds.
+    """Content of an adapter file.
 
     Attributes
     ----------
     config
-        Settings that the model was attached with.
+        Settings with which the adapter was attached.
     layers
         Adapted layers by module path.
     saved
-        Tensors of ``modules_to_save``: by module path, then by name within the module.
+        Tensors of ``modules_to_save``, by module path and then by name within the module.
     writer
-        Framework and library versions that wrote the file.
+        Versions of the libraries that wrote the file, by name.
     shared
-        By the name of a tensor in `saved`, path of the module included, the names that the same tensor has elsewhere
-        in the model (tied embeddings): none, or unknown if the tensor is missing here. Likewise of the weights of
-        embeddings in `tokens`.
+        Other names under which a tensor appears in the model (tied embeddings), by the name of the tensor. It covers
+        the tensors in `saved` and the weights of the embeddings in `tokens`, and names include the module path. An
+        empty set means that the tensor is known to be untied. A missing tensor means that this is unknown.
     tokens
-        Trained rows (k, E) by path of the embedding; ``config.trained_tokens`` has their ids by the same paths.
+        Trained rows (k, E) by path of the embedding. Their ids are in ``config.trained_tokens`` under the same paths.
     """
 
     config: AdamssConfig
@@ -178,22 +183,22 @@ class Checkpoint:
 
 
 def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int = MODULES) -> None:
-    """Write a file, whole or not at all: see `adamss.io.writer.replace`.
+    """Write an adapter file atomically: see `adamss.io.writer.replace`.
 
     Parameters
     ----------
     path
-        Where to.
+        Path of the file.
     checkpoint
-        What to write.
+        Content of the file.
     modules
-        How many modules the model has, as in `read`.
+        Number of modules of the model, as in `read`.
 
     Raises
     ------
     CheckpointError
-        If two tensors would have one name, if `read` would refuse the file for the length of its names, or if there
-        is a device or a pipe at the path.
+        If two tensors would have the same name, if `read` would refuse the file because its names are too long, or if
+        the path is a device or a pipe.
     OSError
         If the folder does not exist or cannot be written.
     """
@@ -245,28 +250,28 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint, *, modules: int 
 
 
 def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
-    """Read a file and check all that can be checked without the model.
+    """Read an adapter file and check everything that can be checked without the model.
 
     Parameters
     ----------
     path
-        The file.
+        Path of the file.
     modules
-        How many modules the model has, and so how many layers there can be: room for that many is made at most.
+        Number of modules of the model. It bounds the number of layers, and so the memory that the header may take.
 
     Returns
     -------
     Checkpoint
-        Its content. Factors are finite: a file of a training that diverged is refused. ``modules_to_save`` may hold
-        any number, as masks in the buffers of a module do.
+        Content of the file. The factors are finite, since a file of a diverged training is refused. Tensors of
+        ``modules_to_save`` may hold NaN and infinity, as masks in the buffers of a module do.
 
     Raises
     ------
     CheckpointNotFoundError
         If there is no such file.
     CheckpointError
-        If it is truncated, damaged, no file of `adamss`, of a version that this one cannot read, or if its factors
-        hold NaN or infinity.
+        If the file is truncated, damaged, not written by `adamss`, of a version that cannot be read, or if its
+        factors hold NaN or infinity.
     """
     path = Path(path)
     if not path.is_file():
@@ -283,7 +288,7 @@ def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
         room = reader.room_for(len(content), modules)
         metadata = _metadata(header)
         entries = reader.deserialize(content)
-        # From here on there are only the tensors, once.
+        # Free the bytes of the file, of which `entries` has its own copy.
         del content
         tensors = dict(reader.stored_tensors(entries))
         if _checksum(tensors, metadata) != metadata.get("checksum"):
@@ -296,7 +301,7 @@ def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:
-    """Metadata in a header of adamss."""
+    """Return the metadata of a header. Check that they are those of an adapter file."""
     metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise CheckpointError("it was not written by adamss.save (its metadata do not say format: adamss)")
@@ -363,7 +368,10 @@ def _assemble(metadata: Mapping[str, str], tensors: dict[str, StoredTensor], roo
 def _rows_of(
     config: AdamssConfig, left: dict[str, StoredTensor], layers: Mapping[str, Any]
 ) -> dict[str, StoredTensor]:
-    """Take the rows of ``trained_tokens`` out of the tensors of a file; the ids are checked by the config."""
+    """Remove the rows of ``trained_tokens`` from the tensors `left`, check them, and return them by path.
+
+    The config has checked the ids.
+    """
     asked: Any = config.trained_tokens or {}
     if not isinstance(asked, Mapping):
         raise CheckpointError("its trained_tokens do not name their embeddings")
@@ -385,7 +393,10 @@ def _rows_of(
 
 
 def _mark(base: Any, path: str) -> Fingerprint:
-    """Fingerprint from JSON, in which ``true`` is an integer and NaN a number."""
+    """Return a fingerprint from parsed JSON.
+
+    Types and values are checked, since Python parses NaN as a number and treats ``true`` as an integer.
+    """
     shape, norm, projections, noise = base["shape"], base["norm"], base["projections"], base.get("noise", 0.0)
     numbers = [norm, *projections, noise]
     if not all(type(length) is int and length > 0 for length in shape) or len(shape) != 2:
@@ -400,7 +411,7 @@ def _mark(base: Any, path: str) -> Fingerprint:
 
 
 def _form_of(layer: StoredLayer) -> dict[str, Any]:
-    """Return what a file says of a layer that is no plain linear one, or has a rank of its own."""
+    """Return the JSON entries of a layer for a rank, blocks and a view that differ from the defaults."""
     form: dict[str, Any] = {} if layer.rank is None else {"rank": layer.rank}
     if layer.blocks > 1:
         form["blocks"] = layer.blocks
@@ -410,7 +421,7 @@ def _form_of(layer: StoredLayer) -> dict[str, Any]:
 
 
 def _form(base: Any, path: str) -> dict[str, Any]:
-    """Undo `_form_of`."""
+    """Return rank, blocks and view from the JSON entries of a layer, the inverse of `_form_of`."""
 
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 < value < 1 << 31
@@ -429,10 +440,10 @@ def _form(base: Any, path: str) -> dict[str, Any]:
 
 
 def _check_places(layers: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Check that no layer, and no module saved whole, is or lies within another one that is saved whole."""
+    """Check that no layer, and no module to save, is or lies within another module to save."""
     outer: str | None = None
-    # What lies within a module follows it in this order; to list all that a path lies within would take the square
-    # of its length.
+    # In this order, a module is followed by everything within it, so that one pass suffices. Listing all ancestors of
+    # each path would take time quadratic in its length, which a hostile file could exploit.
     for path in sorted({*layers, *saved}, key=lambda path: path.replace(".", "\0")):
         if path in layers and path in saved:
             outer = path
@@ -452,7 +463,8 @@ def _check_layer(layer: StoredLayer, path: str) -> None:
             raise CheckpointError(f"{name}: {key} has dtype {tensor.dtype}")
     factors = layer.outline()
     check_factors(factors, shape=layer.base.shape, name=name)
-    # Which `attach` keeps to. Without it, a file of a few kilobytes asks for products of any size.
+    # Factors made by `attach` satisfy these bounds. Without the check, a file of a few kilobytes could demand matrix
+    # products of any size.
     K, n, q = factors.ranks.shape[0], factors.labels.shape[0], factors.B.shape[1]
     _, d, P = factors.A.shape
     r = factors.C.shape[0]
@@ -466,7 +478,7 @@ def _check_layer(layer: StoredLayer, path: str) -> None:
 
 
 def _checksum(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> str:
-    """Checksum of all that a file holds, but itself."""
+    """Return the checksum of all tensors and metadata of a file, except the checksum itself."""
     digest = hashlib.sha256()
     described = {name: value for name, value in metadata.items() if name != "checksum"}
     digest.update(json.dumps(described, sort_keys=True).encode())

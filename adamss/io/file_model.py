@@ -1,4 +1,7 @@
-"""A model whose weights stay in their files: enough of one to load an adapter onto, to compare and to export it."""
+"""A model whose weights stay in their files, and its backend.
+
+It cannot be run, but an adapter can be loaded onto it, compared and exported.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +26,20 @@ LINEAR = View(rows=(1,), columns=(0,))
 
 @dataclass(frozen=True)
 class FileLayer:
-    """One module: the tensors that the files have below its path, read when they are asked for.
+    """One module, whose tensors are read from the files when they are needed.
 
     Attributes
     ----------
     files
-        Where they are.
+        Files of the model.
     names
         Name of each tensor in the files, by its name within the module.
     own
-        Arrays that take the place of those of the files, or that the files lack.
+        Arrays that replace those of the files, or that the files lack.
     view
-        How the weight is a matrix.
+        View of the weight as a matrix.
     name_or_path
-        What exports call the base model; only the model itself has it.
+        Name of the base model for exports. Only the root module has it.
     """
 
     files: WeightFiles
@@ -46,43 +49,43 @@ class FileLayer:
     name_or_path: str | None = None
 
     def arrays(self) -> dict[str, Array]:
-        """Read all tensors; bfloat16 is widened to float32."""
+        """Read all tensors and return them by name. Those in bfloat16 are widened to float32."""
         read = {name: full for name, full in self.names.items() if name not in self.own}
         return {**{name: self.files.read(full).numpy() for name, full in read.items()}, **self.own}
 
 
 class FileConvolution(FileLayer):
-    """A layer whose weight has more than two axes, as the adapter's view of it says."""
+    """A layer whose weight has more than two axes according to the view in the adapter file."""
 
 
 @dataclass(frozen=True)
 class FileModel:
-    """Modules by path, and what is attached to them; immutable."""
+    """An immutable model: its modules by path, and the bank of its adapters."""
 
     layers: Mapping[str, FileLayer]
     bank: Bank = field(default_factory=Bank)
 
 
 class Linear(LinearKind):
-    """`FileLayer`."""
+    """Kind of a `FileLayer`."""
 
     classes = (FileLayer,)
 
 
 class Convolution(Kind):
-    """`FileConvolution`."""
+    """Kind of a `FileConvolution`."""
 
     classes = (FileConvolution,)
     in_place = True
     lora = "convolution"
 
     def view(self, layer: FileConvolution, path: str) -> View:
-        """Return the view that the adapter's file has."""
+        """Return the view from the adapter file."""
         return layer.view
 
 
 class FileBackend(NumpyBackend):
-    """The backend of `FileModel`. It is not registered: `adamss.backend.registry.using` makes verbs find it."""
+    """Backend of `FileModel`. It is not registered permanently; use `adamss.backend.registry.using`."""
 
     name = "files"
     kinds = Kinds(Linear(), Convolution())
@@ -119,18 +122,19 @@ def file_model(
     views: Mapping[str, View] | None = None,
     saved: Mapping[str, Mapping[str, StoredTensor]] | None = None,
 ) -> FileModel:
-    """Return the model of some files, with the module paths that an adapter has for it.
+    """Return a model for weight files, whose module paths are those of an adapter.
 
     Parameters
     ----------
     files
         Weights of the base model.
     layers
-        Module paths of adapted layers.
+        Module paths of the adapted layers.
     views
-        How their weights are matrices, where that is not as in a linear layer.
+        Views of their weights as matrices, by path, for layers that are not linear.
     saved
-        Tensors of ``modules_to_save``. What the files lack of them, such as a new head, becomes part of the model.
+        Tensors of ``modules_to_save``. Tensors that the files lack, such as those of a new head, are added to the
+        model.
 
     Raises
     ------
@@ -150,7 +154,7 @@ def file_model(
         found[path] = kind(files, own, view=view, name_or_path=None if path else str(files.path))
     known = {f"{path}.{name}": full for path, own in names.items() for name, full in own.items()}
     for path, tensors in (saved or {}).items():
-        # A module that consists of others is a unit here, with dots in the names of its tensors.
+        # A module with submodules becomes one module here, whose tensors have dots in their names.
         present = {name: known[f"{path}.{name}"] for name in tensors if f"{path}.{name}" in known}
         missing = {name: tensor.numpy() for name, tensor in tensors.items() if name not in present}
         found[path] = FileLayer(files, present, missing)

@@ -1,4 +1,4 @@
-"""Folders of adapters, as Hugging Face's libraries keep them, and where a path or the name of a repository leads."""
+"""Adapter folders and repositories of the Hugging Face Hub, and the meaning of a path that may be either."""
 
 from __future__ import annotations
 
@@ -31,16 +31,19 @@ CONFIG_FILE = "adamss_config.json"
 CARD_FILE = "README.md"
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-"""``"user/name"``; a revision may follow: ``"user/name@v1"``."""
+"""Pattern of ``"user/name"``, without the revision that may follow it as in ``"user/name@v1"``."""
 
 
 def is_folder(path: str) -> bool:
-    """Return whether a path to write to means a folder: it is one, ends in a separator, or has no suffix."""
+    """Return whether a path to write to means a folder.
+
+    It does if it is an existing folder, ends in a separator, or has no suffix.
+    """
     return os.path.isdir(path) or path.endswith(("/", os.sep)) or not Path(path).suffix
 
 
 def is_repository(name: str) -> bool:
-    """Return whether a string may be the name of a repository of the Hugging Face Hub, and is not one of a file."""
+    """Return whether a string may name a repository of the Hugging Face Hub and does not look like a file name."""
     repository = name.partition("@")[0]
     return (
         REPOSITORY.fullmatch(repository) is not None
@@ -52,25 +55,25 @@ def is_repository(name: str) -> bool:
 def write_folder(folder: str, config: dict[str, Any], card: str, write: Callable[[str], None]) -> None:
     """Write ``adapter.safetensors``, ``adamss_config.json`` and a model card.
 
-    A card that is there already stays: somebody may have written on it. If a file cannot be written, a folder that
-    was made for it is removed.
+    An existing card is kept, since the user may have edited it. If a file cannot be written, a folder that was
+    created for it is removed.
 
     Parameters
     ----------
     folder
-        Made if it does not exist.
+        Path of the folder, which is created if it does not exist.
     config
-        Content of ``adamss_config.json``. It is there to be looked at: `adamss.load` takes the settings of the
+        Content of ``adamss_config.json``. It is for people and scripts; `adamss.load` reads the settings in the
         adapter file.
     card
         Text of ``README.md``.
     write
-        Writes the adapter to the path that it is given.
+        Function that writes the adapter to a given path.
     """
     path, new = Path(folder), not os.path.isdir(folder)
     path.mkdir(parents=True, exist_ok=True)
     try:
-        # The adapter first: a folder without one is no adapter, and a new one beside old settings is loaded right.
+        # The adapter is written first. If a later file fails, a new adapter with old settings still loads correctly.
         write(str(path / ADAPTER_FILE))
         write_text(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         if not (path / CARD_FILE).exists():
@@ -82,20 +85,25 @@ def write_folder(folder: str, config: dict[str, Any], card: str, write: Callable
 
 
 def adapter_file(path: str) -> str:
-    """Return the adapter file that a path means: the file itself, that of a folder, or that of a repository.
+    """Return the path of the adapter file that a path means. A file in a repository is downloaded.
 
     Parameters
     ----------
     path
-        A file, a folder that `adamss.save` wrote, or, where nothing local has this name, a repository of the Hugging
-        Face Hub, ``"user/name"`` or ``"user/name@revision"``.
+        File, or folder that `adamss.save` wrote. If there is no local file or folder of this name, it is a repository
+        of the Hugging Face Hub, ``"user/name"`` or ``"user/name@revision"``.
+
+    Returns
+    -------
+    str
+        Path of the file. It may not exist if `path` cannot be the name of a repository.
 
     Raises
     ------
     CheckpointNotFoundError
-        If there is no such file, folder or repository, or no adapter in it.
+        If the folder has no adapter, or the hub has no such repository or no adapter in it.
     MissingBackendError
-        If it may be a repository and ``huggingface_hub`` is not installed.
+        If `path` may be the name of a repository, and ``huggingface_hub`` is not installed.
     """
     if os.path.isdir(path):
         file = os.path.join(path, ADAPTER_FILE)
@@ -112,12 +120,12 @@ def adapter_file(path: str) -> str:
 
 
 def _from_hub(name: str) -> str:
-    """Return the local copy of the adapter file of a repository."""
+    """Download the adapter file of a repository, and return the path of the local copy."""
     repository, _, revision = name.partition("@")
     hub = _hub(f"there is no file or folder {name!r}; to load it from the Hugging Face Hub")
     try:
         return str(hub.hf_hub_download(repository, ADAPTER_FILE, revision=revision or None))
-    # The library raises its own errors, those of its HTTP client, and OSError.
+    # The library raises errors of its own, errors of its HTTP client, and OSError.
     except Exception as error:
         reason = short(error).strip().splitlines()[:1] or [type(error).__name__]
         raise CheckpointNotFoundError(
@@ -127,22 +135,22 @@ def _from_hub(name: str) -> str:
 
 
 def push(folder: str, repository: str, **options: Any) -> str:
-    """Upload a folder to a repository of the Hugging Face Hub; return the address of the commit.
+    """Upload a folder to a repository of the Hugging Face Hub, and return the URL of the commit.
 
     Parameters
     ----------
     folder
-        With an adapter.
+        Path of a folder with an adapter.
     repository
-        ``"user/name"``; made if it does not exist.
+        Name of the repository, ``"user/name"``. It is created if it does not exist.
     options
-        ``private`` and ``token`` as of ``huggingface_hub.create_repo``, and what
-        ``huggingface_hub.upload_folder`` takes.
+        Arguments ``private`` and ``token`` of ``huggingface_hub.create_repo``, and all arguments of
+        ``huggingface_hub.upload_folder``.
 
     Raises
     ------
     CheckpointError
-        If the hub refuses.
+        If the hub refuses the upload.
     MissingBackendError
         If ``huggingface_hub`` is not installed.
     """

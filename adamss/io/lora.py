@@ -1,7 +1,11 @@
-"""Export to LoRA, the one adapter format that servers read.
+"""Export to LoRA, the adapter format that servers read.
 
-The update ``M E`` of a layer, with the q columns of M and the block-structured expansion E of C, *is* a LoRA of rank
-q (Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022): nothing is approximated.
+The update ``M E`` of a layer, where M has q columns and E is the block-structured expansion of C, is exactly a LoRA
+of rank q. Nothing is approximated.
+
+References
+----------
+Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022.
 """
 
 from __future__ import annotations
@@ -26,22 +30,22 @@ from adamss.io.peft_folder import BESIDE_FILE, PREFIX, base_config, check_layer_
 __all__ = ["LARGEST_RANK", "LoraFolder", "LoraLayer", "lora_layers", "write_lora"]
 
 LARGEST_RANK = 512
-"""What servers take at most (vLLM's ``max_lora_rank``)."""
+"""Largest rank that servers accept (vLLM's ``max_lora_rank``)."""
 
 
 class LoraFolder(NamedTuple):
-    """What was exported.
+    """Description of an exported LoRA, which prints as a sentence.
 
     Attributes
     ----------
     path
-        The folder.
+        Path of the folder.
     rank
-        Rank of every layer, the largest q.
+        Rank of every layer, which is the largest q.
     layers
         Number of layers.
     saved
-        File of ``modules_to_save``, or None.
+        Path of the file with ``modules_to_save``, or None if there are none.
     """
 
     path: Path
@@ -51,7 +55,7 @@ class LoraFolder(NamedTuple):
 
     @classmethod
     def of(cls, folder: str, layers: Mapping[str, LoraLayer], saved: Mapping[str, Any]) -> LoraFolder:
-        """Describe what `write_lora` writes."""
+        """Return the description of the folder that `write_lora` writes from these layers and saved tensors."""
         path = Path(folder)
         return cls(path, _rank(layers), len(layers), path / BESIDE_FILE if saved else None)
 
@@ -68,15 +72,16 @@ class LoraLayer(NamedTuple):
     Attributes
     ----------
     M, E
-        (L, d, q) and (L, q, n), in float32, of each of the L matrices of the weight: mostly one, or one an expert.
+        Factors (L, d, q) and (L, q, n) of the updates, in float32, for the L matrices of the weight. L is 1 unless
+        the weight is a stack, such as one matrix for each expert.
     form
-        How PEFT writes it, one of `adamss.backend.Kind.lora`.
+        Form in which PEFT writes the update, one of `adamss.backend.Kind.lora`.
     view
-        How the weight is a matrix.
+        View of the weight as a matrix.
     shape
-        Of the weight.
+        Shape of the weight.
     parameter
-        Name of the Parameter in the model, in the form ``"parameter"``.
+        Name of the weight in the model, which the form ``"parameter"`` needs.
     """
 
     M: np.ndarray[Any, Any]
@@ -87,7 +92,7 @@ class LoraLayer(NamedTuple):
     parameter: str
 
     def tensors(self, rank: int) -> dict[str, np.ndarray[Any, Any]]:
-        """Return PEFT's two tensors by name, with directions of zeros up to this rank."""
+        """Return PEFT's two tensors by name, padded with zeros to the given rank."""
         missing = rank - self.M.shape[2]
         A = np.pad(np.swapaxes(self.M, 1, 2), ((0, 0), (0, missing), (0, 0)))
         B = np.pad(np.swapaxes(self.E, 1, 2), ((0, 0), (0, 0), (0, missing)))
@@ -97,10 +102,11 @@ class LoraLayer(NamedTuple):
             A = A.reshape(rank, *self.shape[1:])
             B = B.reshape(*B.shape[1:], *(1 for _ in self.shape[2:]))
         elif self.form == "parameter" and len(self.shape) == 2 and self.view.rows == (0,):
-            # PEFT takes any Parameter of two axes for one of (outputs, inputs).
+            # PEFT treats every Parameter with two axes as (outputs, inputs). This one is (inputs, outputs), so the
+            # roles of A and B are exchanged.
             A, B = np.swapaxes(B, 1, 2)[0], np.swapaxes(A, 1, 2)[0]
         else:
-            # An expert after the other in A, side by side in B.
+            # PEFT combines the axes of expert and rank. In A the rank is the faster index, in B the expert.
             A, B = A.reshape(-1, A.shape[2]), np.transpose(B, (1, 2, 0)).reshape(B.shape[1], -1)
         return {"lora_A.weight": A, "lora_B.weight": B}
 
@@ -111,31 +117,31 @@ def lora_layers(
     sites: Mapping[str, Site],
     forms: Mapping[str, str],
 ) -> dict[str, LoraLayer]:
-    """Return the sum of the updates of every layer as a LoRA.
+    """Return the weighted sum of the updates of several adapters as a LoRA, by path of the layer.
 
     Parameters
     ----------
     backend
-        Of the model.
+        Backend of the model.
     adapters
-        Whose updates, each with its weight.
+        Adapters, each with the weight of its update.
     sites, forms
-        Of every adapted layer, and how PEFT writes its update.
+        Site of every adapted layer, and the form in which PEFT writes its update, by path.
 
     Raises
     ------
     StateError
-        If a layer has no name of its own (one of a stack), an update of its bias, or more directions than servers
-        take.
+        If a layer is one of a stack, which PEFT cannot name; if an update of its bias is not zero; or if its rank is
+        larger than servers accept.
     ArrayValueError
-        If factors are not finite.
+        If factors are not finite in float32.
     """
     found = {}
     for path, site in sites.items():
         check_layer_name(path, "to_lora")
         shapes = [each.shapes[path] for each, _ in adapters if path in each.shapes]
         d, _ = shapes[0]
-        # Beside each other: the matrices of each adapter, with the weight in C.
+        # For each adapter, the factors of each matrix of the layer, with the adapter's weight multiplied into C.
         sets = [
             core.split(scaled(Factors(*map(backend.whole, each.layers[path])), weight), site.blocks)
             for each, weight in adapters
@@ -175,16 +181,16 @@ def write_lora(
     base: str | None = None,
     tokens: Mapping[str, tuple[tuple[int, ...], StoredTensor]] | None = None,
 ) -> None:
-    """Write a folder that PEFT, and whoever reads its LoRA, loads.
+    """Write a LoRA folder that PEFT, and software that reads PEFT's LoRA, can load.
 
     Parameters
     ----------
     folder
-        Is made if it does not exist.
+        Path of the folder, which is created if it does not exist.
     layers
-        As from `lora_layers`. All get one rank, the largest, with directions of zeros.
+        Layers from `lora_layers`. All of them are padded with zeros to the largest rank.
     targets
-        What the config calls the layers that are modules to PEFT.
+        Setting ``target_modules`` for the layers that PEFT adapts as modules.
     saved
         Tensors of ``modules_to_save``, by their names in the model.
     base
@@ -199,7 +205,10 @@ def write_lora(
     wrapped = dict(left)
 
     def within(path: str) -> str:
-        """Return a path as it is once PEFT has wrapped the modules around it, which have Parameters."""
+        """Return a path with the ``base_layer`` components that PEFT inserts when it wraps modules with Parameters.
+
+        PEFT wraps a module once for each of its adapted Parameters.
+        """
         names = path.split(".")
         for depth in range(len(names) - 1, 0, -1):
             names[depth:depth] = ["base_layer"] * wrapped.get(".".join(names[:depth]), 0)
@@ -208,7 +217,7 @@ def write_lora(
     for path, layer in layers.items():
         owner = within(path)
         if path in parameters:
-            # PEFT wraps a module anew for each of its Parameters: the first lies in the innermost.
+            # PEFT wraps a module once more for each of its Parameters. The innermost wrapper has the first Parameter.
             module = parameters[path].rpartition(".")[0]
             left[module] -= 1
             owner = within(module) + ".base_layer" * left[module]
@@ -216,8 +225,7 @@ def write_lora(
             tensors[f"{PREFIX}{owner}.{name}"] = StoredTensor.of(np.ascontiguousarray(array))
     config = base_config("LORA", targets, base=base) | {
         "r": rank,
-        # The scale is their quotient.
-        "lora_alpha": rank,
+        "lora_alpha": rank,  # the scale is lora_alpha / r = 1
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -243,9 +251,9 @@ def _rank(layers: Mapping[str, LoraLayer]) -> int:
 def _side_by_side(
     backend: Backend, pairs: Sequence[tuple[Any, Any]]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return M: (d, q) and E: (q, n) in float32 of which the product is the sum of those of all pairs."""
+    """Return M: (d, q) and E: (q, n) in float32 whose product is the sum of the products of all pairs."""
     host = [[backend.to_stored(array).numpy().astype(np.float32) for array in pair] for pair in pairs]
-    d = max(M.shape[0] for M, _ in host)  # some move the bias too
+    d = max(M.shape[0] for M, _ in host)  # d + 1 if an adapter adapts the bias too
     M = np.concatenate([np.pad(M, ((0, d - M.shape[0]), (0, 0))) for M, _ in host], axis=1)
     return M, np.concatenate([E for _, E in host])
 

@@ -1,9 +1,11 @@
-"""Adapters of the AdaMSS of Hugging Face PEFT.
+"""Adapters of Hugging Face PEFT's own AdaMSS.
 
-PEFT writes the update of a layer as ``sum_k B_k A_k N``, in the orientation of `torch.nn.Linear`: N (R, d) is our
-basis A transposed, A_k (r_k, R) our B_k transposed, B_k (n_k, r_k) our C_k transposed. A layer with a bias has one
-more input, d + 1. Which columns belong to subspace k is not written: PEFT finds them again at each load, from the
-base weight, and takes what it finds. Here what is found is compared with what the file tells of it.
+PEFT writes the update of a layer as ``sum_k B_k A_k N`` in the orientation of `torch.nn.Linear`, where N (R, d) is
+our basis A transposed, A_k (r_k, R) is our B_k transposed, and B_k (n_k, r_k) is our C_k transposed. A layer with a
+bias has one more input, so that d becomes d + 1.
+
+PEFT does not store which columns belong to subspace k. It computes the grouping again from the base weight at each
+load, and does not check it. This module checks the grouping against everything that the file says about it.
 """
 
 from __future__ import annotations
@@ -49,33 +51,33 @@ HALF = ("bfloat16", "float16")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 ROUNDING, ROUNDINGS = np.float32(1e-6), 3
-"""By how much entries of a weight are moved to see whether its grouping withstands it, and how often."""
+"""Relative size and number of the random perturbations of a weight under which its grouping must stay the same."""
 
 OUTSIDE = {"float32": 1e-4, "float16": 5e-4, "bfloat16": 3e-3}
-"""How far the stored basis may lie outside of the one that is found again, relative to it, by its precision.
+"""Largest share of the stored basis that may lie outside the span of the recomputed one, by the stored precision.
 
-Rounding of another library moves it by 1e-6, on a spectrum i^-2 by 1e-4; a base rounded to float16 by 2e-4, to
-bfloat16 by 2e-3; another base, or another seed, by 0.2 and more. The basis itself, rounded, is 2e-4 and 2e-3 off."""
+The rounding errors of another library cause 1e-6, or 1e-4 for a spectrum i^-2. A base in float16 causes 2e-4 and one
+in bfloat16 2e-3, and rounding the basis itself causes as much. Another base or seed causes 0.2 or more."""
 ENERGY = {"float32": 5e-5, "float16": 1e-3, "bfloat16": 4e-3}
-"""How far ``N W^T W N^T`` of the stored basis may be from that of the other: what tells where both span everything.
+"""Largest relative difference between ``N W^T W N^T`` for the stored basis and for the recomputed one.
 
-Rounding of another library moves it by 4e-6, a base rounded to float16 by 1e-4, to bfloat16 by 1e-3, the rounding of
-the basis to bfloat16 by 3e-3, another base by 0.1 and more."""
+It tells bases apart that span the whole space. The rounding errors of another library cause 4e-6, a base in float16
+causes 1e-4 and one in bfloat16 1e-3, rounding the basis to bfloat16 causes 3e-3, and another base 0.1 or more."""
 
 Array = np.ndarray[Any, Any]
 
 
 class PeftFolder(NamedTuple):
-    """What was exported.
+    """Description of an exported folder, which prints as a sentence.
 
     Attributes
     ----------
     path
-        The folder.
+        Path of the folder.
     layers
         Number of layers.
     saved
-        Module paths of ``modules_to_save``, which are part of it.
+        Module paths of ``modules_to_save``, which the folder includes.
     """
 
     path: Path
@@ -93,11 +95,11 @@ class PeftLayer(NamedTuple):
     Attributes
     ----------
     basis
-        (R, d), or (d + 1) with a bias: ``adamss_newB``.
+        Basis N of shape (R, d), or (R, d + 1) with a bias: ``adamss_newB``.
     A
-        (r_k, R) of each subspace.
+        A_k of shape (r_k, R) for each subspace.
     B
-        (n_k, r_k) of each subspace.
+        B_k of shape (n_k, r_k) for each subspace.
     """
 
     basis: Array
@@ -106,16 +108,16 @@ class PeftLayer(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """What PEFT finds in a base weight.
+    """Grouping of columns and basis that PEFT computes from a base weight.
 
     Attributes
     ----------
     labels
-        Subspace of each column, (n,) integers, as PEFT numbers them.
+        Subspace of each column, (n,) integers, in PEFT's numbering.
     basis
-        (R, d) or (R, d + 1), orthonormal rows.
+        Orthonormal rows, (R, d) or (R, d + 1).
     rows
-        In what: (n, d) or (n, d + 1).
+        Weight that was decomposed, (n, d), or (n, d + 1) with the bias.
     """
 
     labels: Array
@@ -125,19 +127,19 @@ class Grouping(NamedTuple):
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What a folder holds.
+    """Content of a folder of PEFT's AdaMSS.
 
     Attributes
     ----------
     rank, subspaces, subspace_rank, seed
-        As PEFT's ``r``, ``num_subspaces``, ``subspace_rank``, ``random_seed``.
+        PEFT's settings ``r``, ``num_subspaces``, ``subspace_rank`` and ``random_seed``.
     layers
-        By module path.
+        Adapted layers by module path.
     saved
         Tensors of ``modules_to_save`` by module path, then by name within the module.
     base
-        Other tensors by module path and name, which are those of the base: PEFT writes the whole of ``lm_head`` or
-        the embeddings where one of them is adapted.
+        Tensors of the base model by module path and name. PEFT includes the weights of ``lm_head`` or the embeddings
+        if one of them is adapted.
     """
 
     rank: int
@@ -150,14 +152,14 @@ class PeftAdapter:
 
 
 def read_folder(folder: str | Path) -> PeftAdapter:
-    """Read a folder of PEFT's AdaMSS and check all that can be checked without the model.
+    """Read a folder of PEFT's AdaMSS and check everything that can be checked without the model.
 
     Raises
     ------
     CheckpointNotFoundError
-        If there is no such folder, or one of its two files is not there.
+        If there is no such folder, or one of its two files is missing.
     CheckpointError
-        If it holds an adapter of another method, pickles, or what no AdaMSS adapter has.
+        If the folder holds an adapter of another method or pickled weights, or is not a valid AdaMSS adapter.
     """
     if not str(folder):
         raise CheckpointNotFoundError("the folder has an empty name; name the one that PEFT has saved into")
@@ -254,7 +256,10 @@ def _layer(path: str, found: Mapping[str, Mapping[int, StoredTensor]]) -> PeftLa
 def _saved(
     rest: Mapping[str, StoredTensor], names: Any
 ) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, dict[str, StoredTensor]]]:
-    """Return the tensors that are no factors: by the module that ``modules_to_save`` names; and the others."""
+    """Divide the tensors that are not factors into those of modules that ``modules_to_save`` names, and the others.
+
+    Both are returned by module path and then by name within the module.
+    """
     if names is None:
         names = []
     if not isinstance(names, list) or not all(
@@ -270,7 +275,7 @@ def _saved(
     found: dict[str, dict[str, StoredTensor]] = {}
     base: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in rest.items():
-        # As PEFT: the outermost module whose path ends with one of the names.
+        # PEFT saves the outermost module whose path ends with one of the names.
         ends = (
             place + len(name)
             for name in names
@@ -288,37 +293,46 @@ def _saved(
 
 
 def _places(part: str, whole: str) -> Iterator[int]:
-    """Return where a string stands in another."""
+    """Yield the positions at which a string occurs in another, including overlapping ones."""
     place = whole.find(part)
     while place >= 0:
         yield place
         place = whole.find(part, place + 1)
 
 
-# ---- what PEFT finds in a weight ---------------------------------------------------------------------
+# ---- the grouping that PEFT computes from a weight ---------------------------------------------------
 
 
 def rows_of(W: Array, b: Array | None) -> Array:
-    """Return what PEFT decomposes: (n, d) float32, or (n, d + 1) with the bias as one more input.
+    """Return the matrix that PEFT decomposes: (n, d) float32, or (n, d + 1) with the bias as one more input.
 
     Parameters
     ----------
     W
-        (d, n).
+        Weight (d, n).
     b
-        (n,) or None.
+        Bias (n,), or None if the layer has none.
     """
     rows = W.T if b is None else np.concatenate([W.T, b[:, None]], axis=1)
     return np.ascontiguousarray(rows, dtype=np.float32)
 
 
 def grouping_of(rows: Array, rank: int, subspaces: int, seed: int, *, device: str = "cpu") -> Grouping:
-    """Return what PEFT finds in a base weight, as PyTorch's backend finds it.
+    """Return the grouping and the basis that PEFT computes from a base weight, with the PyTorch backend.
+
+    Parameters
+    ----------
+    rows
+        Weight from `rows_of`.
+    rank, subspaces, seed
+        PEFT's settings ``r``, ``num_subspaces`` and ``random_seed``.
+    device
+        Name of the PyTorch device on which PEFT would compute, since devices round differently.
 
     Raises
     ------
     MissingBackendError
-        If PyTorch or scikit-learn, of which its procedure consists, is not installed.
+        If PyTorch or scikit-learn, which PEFT's procedure uses, is not installed.
     """
     try:
         torch: Any = get_backend("torch")
@@ -332,14 +346,14 @@ def grouping_of(rows: Array, rank: int, subspaces: int, seed: int, *, device: st
 
 
 def why_not_the_same(layer: PeftLayer, found: Grouping) -> str | None:
-    """Return in what the file differs from what was found in the base weight; None if it fits.
+    """Return how a layer of a file differs from the grouping of the base weight, as a clause; None if it fits.
 
     Parameters
     ----------
     layer
-        From the file.
+        Layer of the file.
     found
-        From the base weight.
+        Grouping that PEFT computes from the base weight.
     """
     if layer.basis.shape != found.basis.shape:
         return f"it has a basis of shape {layer.basis.shape}, and this weight one of {found.basis.shape}"
@@ -356,7 +370,7 @@ def why_not_the_same(layer: PeftLayer, found: Grouping) -> str | None:
     outside = _relative(basis - basis @ other.T @ other, basis)
     if not outside <= OUTSIDE[half or "float32"]:
         return f"its basis lies outside of that of this weight by {outside:.1e} of its size"
-    # Singular vectors may have either sign.
+    # The signs of singular vectors are arbitrary, so absolute values are compared.
     energy, expected = (
         abs(projected.T @ projected) for projected in (found.rows @ basis.T, found.rows @ other.T)
     )
@@ -367,31 +381,38 @@ def why_not_the_same(layer: PeftLayer, found: Grouping) -> str | None:
 
 
 def is_the_same_basis(layer: PeftLayer, found: Grouping) -> bool:
-    """Whether the stored basis is the one that was found, to the bit: the grouping is that of PEFT then."""
+    """Return whether the stored basis equals the recomputed one bit for bit.
+
+    If it does, PEFT decomposed the same weight with the same rounding, and so found the same grouping.
+    """
     half = _half_precision(layer.basis)
     other = found.basis if half is None else _rounded(found.basis, half)
     return np.array_equal(layer.basis.astype(np.float32), other)
 
 
 def rounded_otherwise(rows: Array) -> Iterator[Array]:
-    """Return a weight with other roundings in its last bits, as of other libraries and devices, a few times."""
+    """Yield `ROUNDINGS` versions of a weight that differ as much as the rounding of libraries and devices does."""
     generator = np.random.default_rng(0)
     for _ in range(ROUNDINGS):
         yield rows * (1 + ROUNDING * generator.standard_normal(rows.shape, dtype=np.float32))
 
 
 def _half_precision(array: Array, *dtypes: str) -> str | None:
-    """Return in which half precision an array was once, of these or of both: PEFT widens it to float32 afterwards."""
+    """Return the half precision dtype in which all values of an array can be represented, or None if there is none.
+
+    PEFT widens a base in half precision to float32, so that its former dtype shows only in the values. `dtypes` are
+    the candidates, by default both.
+    """
     single = np.ascontiguousarray(array, dtype=np.float32)
     return next((d for d in dtypes or HALF if np.array_equal(_rounded(single, d), single)), None)
 
 
 def _rounded(array: Array, dtype: str) -> Array:
-    """Return a float32 array rounded to a dtype of half precision, in float32."""
+    """Return a float32 array, rounded to a half precision dtype and widened again."""
     if dtype == "float16":
         with np.errstate(over="ignore"):
             return array.astype(np.float16).astype(np.float32)
-    # To nearest, ties to even; NumPy has no bfloat16.
+    # NumPy has no bfloat16, so the bits are rounded here, to nearest with ties to even.
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
@@ -408,7 +429,7 @@ def adamss_config(
     saved: tuple[str, ...],
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Return the settings of PEFT's AdaMSS."""
+    """Return the config of PEFT's AdaMSS for `base_config` and these values of its settings."""
     return base_config(METHOD, targets, saved, base=base) | {
         "r": config.rank,
         "num_subspaces": subspaces,
@@ -421,7 +442,7 @@ def adamss_config(
 
 
 def adamss_tensors(layers: Mapping[str, PeftLayer]) -> dict[str, StoredTensor]:
-    """Return the tensors of layers under PEFT's names."""
+    """Return the tensors of all layers under PEFT's names."""
     tensors = {}
     for path, layer in layers.items():
         tensors[f"{PREFIX}{path}.adamss_newB"] = StoredTensor.of(layer.basis)
@@ -435,7 +456,15 @@ def adamss_tensors(layers: Mapping[str, PeftLayer]) -> dict[str, StoredTensor]:
 
 
 def factors_of(layer: PeftLayer, labels: Array) -> Factors:
-    """Return the factors of a layer whose columns are grouped so, groups renumbered by their lowest column."""
+    """Return our factors of a layer of PEFT. The subspaces are renumbered by their lowest column.
+
+    Parameters
+    ----------
+    layer
+        Layer of PEFT.
+    labels
+        Subspace of each column, (n,) integers, in PEFT's numbering.
+    """
     _, first = np.unique(labels, return_index=True)
     order = np.argsort(first)
     number = np.empty_like(order)
@@ -455,16 +484,16 @@ def factors_of(layer: PeftLayer, labels: Array) -> Factors:
 
 
 def layer_of(factors: Factors, labels: Array, shape: tuple[int, int]) -> PeftLayer | str:
-    """Return a layer for PEFT, which groups the columns so; or why there is none.
+    """Return the layer of PEFT that has the same update, or a clause that says why PEFT cannot represent it.
 
     Parameters
     ----------
     factors
-        NumPy arrays.
+        Factors of the layer as NumPy arrays.
     labels
-        Subspace of each column, as PEFT numbers them.
+        Subspace of each column, (n,) integers, as PEFT computes and numbers them.
     shape
-        (R, d) of the basis that PEFT makes, or (R, d + 1).
+        Shape of the basis that PEFT computes, (R, d) or (R, d + 1).
     """
     groups, d, P = factors.A.shape
     R, _ = shape
@@ -472,7 +501,7 @@ def layer_of(factors: Factors, labels: Array, shape: tuple[int, int]) -> PeftLay
         return "it has a basis for each subspace"
     if P > R:
         return f"its basis has {P} columns, and PEFT's would have {R}"
-    # One of our subspaces for each of PEFT's, and no column in another.
+    # Our subspaces and PEFT's must be the same sets of columns, in any order.
     numbers, first = np.unique(labels, return_index=True)
     sizes = subspace_sizes(labels, len(numbers))
     own = factors.labels[first]

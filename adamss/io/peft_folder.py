@@ -1,4 +1,4 @@
-"""Folders in which Hugging Face PEFT keeps an adapter of any method: a JSON config beside a safetensors file."""
+"""Adapter folders of Hugging Face PEFT, which hold a JSON config and a safetensors file for any method."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ PICKLED_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
 BESIDE_FILE = "modules_to_save.safetensors"
-"""Where a LoRA has its ``modules_to_save``, by the names that they have in the model: no part of it."""
+"""File for the ``modules_to_save`` of a LoRA, under their names in the model. PEFT does not read it."""
 
 LONGEST_CONFIG = 1 << 20
-"""Bytes; as Python objects they may take twenty times as many."""
+"""Largest size of a config in bytes. Its Python objects may take twenty times as many."""
 
 
 def write_folder(
@@ -44,16 +44,18 @@ def write_folder(
     *,
     beside: Mapping[str, StoredTensor] | None = None,
 ) -> None:
-    """Write what PEFT loads; the config last, for a folder without one is no adapter.
+    """Write an adapter folder that PEFT loads.
+
+    The config is written last, so that a new folder has none, and is no adapter to PEFT, if writing fails.
 
     Parameters
     ----------
     folder
-        Is made if it does not exist.
+        Path of the folder, which is created if it does not exist.
     config, tensors
-        The contents of PEFT's two files.
+        Contents of PEFT's two files.
     beside
-        Tensors for a file beside them; without any, that of an earlier export is removed.
+        Tensors for a third file, `BESIDE_FILE`. If there are none, the file of an earlier export is removed.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,19 @@ def write_folder(
 def base_config(
     method: str, targets: list[str] | str, saved: tuple[str, ...] = (), *, base: str | None
 ) -> dict[str, Any]:
-    """Return the settings that PEFT's configs of all methods have; `base` is the name of the base model."""
+    """Return the settings that PEFT's configs of all methods share.
+
+    Parameters
+    ----------
+    method
+        Name of the method in PEFT, such as ``"LORA"``.
+    targets
+        Setting ``target_modules``.
+    saved
+        Setting ``modules_to_save``.
+    base
+        Name of the base model, or None if it is unknown.
+    """
     return {
         "peft_type": method,
         "task_type": None,
@@ -88,7 +102,7 @@ def check_layer_name(path: str, verb: str) -> None:
     Raises
     ------
     StateError
-        If it is one of a stack, or the model itself.
+        If the layer is one of a stack, or is the model itself.
     """
     if "[" in path:
         raise StateError(
@@ -102,14 +116,14 @@ def check_layer_name(path: str, verb: str) -> None:
 
 
 def read_settings(path: Path, method: str) -> dict[str, Any]:
-    """Return the config of a folder.
+    """Return the config of a folder, which must be for the given method.
 
     Raises
     ------
     CheckpointNotFoundError
         If there is no such folder, or no config in it.
     CheckpointError
-        If it is damaged, or of another method.
+        If the path is a file, or the config is damaged or for another method.
     """
     if path.is_file():
         raise CheckpointError(
@@ -146,14 +160,14 @@ def read_settings(path: Path, method: str) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a folder.
+    """Return the tensors of a folder by name.
 
     Raises
     ------
     CheckpointNotFoundError
-        If there is no file of them.
+        If the folder has no weights.
     CheckpointError
-        If they are pickled, or damaged.
+        If the weights are pickled or damaged.
     """
     weights = path / WEIGHTS_FILE
     if not weights.is_file():

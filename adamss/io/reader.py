@@ -1,7 +1,7 @@
-"""Safetensors files from anyone: taken apart without trusting a word of them.
+"""Reader for safetensors files that may be hostile.
 
-Every length, type and number is checked before memory is spent on it, so that a file that lies is refused, and no
-file takes more than twice its size beside what the layers of the model take themselves.
+Every length, type and number is checked before memory is allocated for it. A file with false sizes is therefore
+refused, and no file takes more than twice its size in memory, in addition to what the layers of the model take.
 """
 
 from __future__ import annotations
@@ -33,22 +33,24 @@ __all__ = [
     "stored_tensors",
 ]
 
-# What metadata of the wrong structure, or numbers out of range, can raise on their way into our types. Not
-# MemoryError: a file that brings it about has got past a check.
+# Errors that metadata of a wrong structure, or numbers out of range, can raise when they are converted to our types.
+# MemoryError is not among them, because a file that causes it has passed a check that should have refused it.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 LONGEST_MESSAGE = 500
+"""Largest number of characters of an error that is quoted in a message."""
 
 LEAST_ROOM = 1 << 18
 ROOM_PER_MODULE = 1 << 14
 MODULES = 4096
-"""Bytes that the Python objects of a header may take: a layer takes about 10,000, with its tensors' names and shapes,
-and a file has no more layers than the model has modules. Where there is no model, this many are taken for granted."""
+"""Bytes that the Python objects of a header may take, in total and for each module, and the number of modules that is
+assumed if there is no model. A file has at most as many layers as the model has modules, and the names and shapes of
+the tensors of one layer take about 10,000 bytes."""
 
 BYTES_OF_VALUE = 96
-"""Upper estimate of what a value of JSON takes in Python, per one of the characters ``[{,:``. ``[],`` takes 65."""
+"""Upper bound on the bytes of a JSON value in Python, for each of the characters ``[{,:``. ``[],`` takes 65."""
 
-# safetensors' names in the file, and ours.
+# Our names of dtypes, by the names that safetensors files use.
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -67,36 +69,45 @@ DTYPES = {
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Read the tensors of any safetensors file.
+    """Return the tensors of any safetensors file by name.
 
     Raises
     ------
     CheckpointError
-        If it is truncated, damaged or no safetensors file.
+        If the file is truncated, damaged or not a safetensors file.
     """
     _, content = contents(Path(path), MODULES)
     return dict(stored_tensors(deserialize(content)))
 
 
 def short(error: Exception) -> str:
-    """Return the message of an error, shortened; what a file says in it may be as long as the file."""
+    """Return the message of an error, shortened, since text that it quotes may be as long as the file."""
     text = str(error)
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
 
 
 def room_for(size: int, modules: int) -> int:
-    """Return how many bytes the Python objects of a header may take."""
+    """Return the number of bytes that the Python objects of a header may take, for a file of `size` bytes."""
     return size // 8 + LEAST_ROOM + ROOM_PER_MODULE * modules
 
 
 def contents(
     path: Path, modules: int, *, check: Callable[[dict[str, Any]], None] = lambda header: None
 ) -> tuple[Any, bytes]:
-    """Return header and bytes of a safetensors file: an 8-byte length, JSON of that length, and tensors.
+    """Return the parsed header and all bytes of a safetensors file.
 
-    The rest is read when the header says that it is tensors, to the last byte: a sparse file of any length costs
-    nothing to make. All of it comes from one open file, which another may replace meanwhile. `check` sees the header
-    before the rest is read.
+    Such a file consists of an 8-byte length, JSON of that length, and tensors. The tensors are read only if the
+    header accounts for every byte of them, because a sparse file of any length costs nothing to create. Header and
+    tensors are read through one open file, since another process may replace the file at its path meanwhile.
+
+    Parameters
+    ----------
+    path
+        Path of the file.
+    modules
+        Number of modules of the model, which bounds the size of the header.
+    check
+        Function that is called with the header before the tensors are read, and raises an error to refuse the file.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -126,13 +137,13 @@ def contents(
 
 
 def parse(text: bytes, room: int) -> Any:
-    """Parse JSON in UTF-8 that takes no more than so many bytes as Python objects."""
+    """Parse JSON in UTF-8. Raise an error first if its Python objects could take more than `room` bytes."""
     check_json(text, room)
     return json.loads(text.decode())
 
 
 def check_json(text: bytes, room: int) -> None:
-    """Check that JSON in UTF-8 takes no more than so many bytes as Python objects.
+    """Check that the Python objects of JSON in UTF-8 take at most `room` bytes.
 
     ``[],`` is 3 bytes of JSON and 56 in memory, so the text, the decoded strings (in which one wide character makes
     all of them four bytes wide) and the values are bounded together.
@@ -148,7 +159,7 @@ def _check_room(length: int, room: int, width: int = 1) -> None:
 
 
 def deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """Return the entries of a safetensors file, by the library's own parser."""
+    """Return the names and buffers of the tensors of a safetensors file, as the safetensors library parses it."""
     try:
         entries: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
@@ -157,7 +168,10 @@ def deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:
 
 
 def stored_tensors(entries: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, StoredTensor]]:
-    """Turn the library's buffers into bytes one by one, and let go of each: all of them twice would be too much."""
+    """Yield the tensors by name, and remove each one from `entries`.
+
+    Each buffer of the library is released as soon as it is converted, so that not all tensors are in memory twice.
+    """
     while entries:
         name, entry = entries.pop()
         if entry["dtype"] not in DTYPES:

@@ -1,7 +1,7 @@
-"""Weights of a model in safetensors files, one file or the shards of a folder, read one tensor at a time.
+"""Weights of a model in one safetensors file or in the shards of a folder, read one tensor at a time.
 
-Only headers are read when the files are opened, so that a checkpoint may be far larger than the memory. A file may
-come from anyone: offsets, shapes and dtypes are checked before anything is read by them.
+Only the headers are read when the files are opened, so that a checkpoint may be far larger than the memory. A file
+may be hostile, so that offsets, shapes and dtypes are checked before they are used to read anything.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ __all__ = ["WeightEntry", "WeightFiles", "match_names", "weight_name"]
 INDEX_ENDING = ".safetensors.index.json"
 ENDING = ".safetensors"
 USUAL = ("model", "diffusion_pytorch_model")
-"""What transformers and diffusers call the weights of a model. A folder may hold copies under other names."""
+"""Stems of the weight files of transformers and diffusers. A folder may also hold copies under other names, which are
+not read then."""
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 LONGEST_HEADER = 100_000_000
-"""Bytes; the safetensors library refuses longer ones too."""
+"""Largest length of a header in bytes, which is also the limit of the safetensors library."""
 
 
 class WeightEntry(NamedTuple):
-    """Where a tensor is.
+    """Location of a tensor in a file.
 
     Attributes
     ----------
     dtype
-        As `StoredTensor.dtype`, or the file's own word where that has no such dtype (``"F8_E4M3"``).
+        Name of the dtype as in `StoredTensor.dtype`, or the name in the file if `StoredTensor` has no such dtype
+        (``"F8_E4M3"``).
     shape
         Lengths of the axes.
     file
-        The file that holds it.
+        Path of the file.
     start
-        Offset of its first byte in that file.
+        Offset of the first byte of the tensor in the file.
     size
-        Bytes.
+        Number of bytes of the tensor.
     """
 
     dtype: str
@@ -57,21 +59,20 @@ class WeightEntry(NamedTuple):
 
 
 class WeightFiles(Mapping[str, WeightEntry]):
-    """The tensors of a model by name, none of which is read before `read` asks for it.
+    """The tensors of a model by name. A tensor is read only when `read` is called for it.
 
     Parameters
     ----------
     path
         A safetensors file, or a folder with ``model.safetensors``, with shards and their index, or with any
-        safetensors files of distinct tensors.
+        safetensors files whose tensors have distinct names.
 
     Raises
     ------
     CheckpointNotFoundError
-        If nothing is there, or the folder has no weights.
+        If there is no such file or folder, if the folder has no weights, or if a shard is missing.
     CheckpointError
-        If a file is damaged or is no safetensors file, if a shard is missing, or if two files have a tensor of the
-        same name.
+        If a file is damaged or not a safetensors file, or if two files have a tensor of the same name.
     OSError
         If a file cannot be read.
     """
@@ -99,12 +100,12 @@ class WeightFiles(Mapping[str, WeightEntry]):
         return len(self._entries)
 
     def read(self, name: str) -> StoredTensor:
-        """Return a tensor.
+        """Read a tensor and return it.
 
         Raises
         ------
         CheckpointError
-            If its dtype is not one of `StoredTensor`, or the file has become shorter.
+            If `StoredTensor` has no such dtype, or the file was cut short since it was opened.
         """
         entry = self[name]
         if entry.dtype not in DTYPES.values():
@@ -121,26 +122,26 @@ class WeightFiles(Mapping[str, WeightEntry]):
 
 
 def weight_name(path: str, names: Mapping[str, Any]) -> str | None:
-    """Return the tensor that is the weight of a module, or the parameter of that path itself; None for neither."""
+    """Return the name of the weight of a module, or the path itself if it is the name of a tensor, or else None."""
     return next((name for name in (f"{path}.weight" if path else "weight", path) if name in names), None)
 
 
 def match_names(paths: Iterable[str], names: Mapping[str, Any]) -> tuple[str, str]:
-    """Find how the module paths of an adapter are spelled in the files of its base model.
+    """Return the prefixes by which the module paths of an adapter differ from the names in its base model's files.
 
-    A model with a head and the bare model differ in a prefix: ``bert.encoder.layer.0`` and ``encoder.layer.0``.
+    A model with a head and the bare model differ in such a prefix: ``bert.encoder.layer.0`` and ``encoder.layer.0``.
 
     Parameters
     ----------
     paths
-        Module paths.
+        Module paths of the adapter.
     names
-        Names of tensors.
+        Mapping whose keys are the names of the tensors in the files.
 
     Returns
     -------
     (str, str)
-        A prefix of every path, and the prefix that stands in its place in the files; one of the two is empty.
+        Prefix of every module path, and the prefix that replaces it in the files. At least one of them is empty.
 
     Raises
     ------
@@ -183,7 +184,10 @@ def match_names(paths: Iterable[str], names: Mapping[str, Any]) -> tuple[str, st
 
 
 def _files(path: Path) -> tuple[Path, ...]:
-    """Return the files of the weights at a path."""
+    """Return the weight files at a path.
+
+    In a folder, a whole file with a usual name comes first, then the shards of an index, then all other files.
+    """
     if not path.is_dir():
         if not path.exists():
             raise CheckpointNotFoundError(f"there is no file or folder {str(path)!r}")
@@ -213,7 +217,7 @@ def _files(path: Path) -> tuple[Path, ...]:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    """Return the files that an index of shards names, all of them in its own folder."""
+    """Return the files that an index of shards names. Check that all of them are in its folder."""
     if index.stat().st_size > LONGEST_HEADER:
         raise CheckpointError(f"{str(index)!r} is longer than that of any model")
     try:
@@ -232,7 +236,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _header(path: Path) -> dict[str, WeightEntry]:
-    """Return where the tensors of a safetensors file are."""
+    """Return the locations of the tensors of a safetensors file by name."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and safetensors among them."""
+"""Atomic writing of files, among them safetensors files: a file is replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ except ImportError:  # Windows, where an open file can neither be renamed nor re
 __all__ = ["replace", "serialize", "write_tensors", "write_text"]
 
 LONGEST_NAME = 200
-"""Bytes of a name to which process and random digits can be added: file systems allow 255."""
+"""Largest length of a file name in bytes to which a process id and random digits can be appended. The limit of file
+systems is 255."""
 
 
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, StoredTensor], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file of any tensors, whole or not at all."""
+    """Write a safetensors file atomically."""
     replace(Path(path), serialize(tensors, metadata))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically, in UTF-8."""
     replace(Path(path), text.encode())
 
 
 def serialize(tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> bytes:
-    """Return the bytes of a safetensors file; the same tensors and metadata make the same bytes."""
-    # The library takes addresses; these arrays keep the buffers alive until it has read them.
+    """Return the bytes of a safetensors file. They depend only on the tensors and metadata."""
+    # The library takes addresses. These arrays keep the buffers alive until it has read them.
     buffers = {name: np.frombuffer(tensor.data, dtype=np.uint8) for name, tensor in tensors.items()}
     specs = {
         name: safetensors.TensorSpec(
@@ -58,32 +59,35 @@ def serialize(tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> 
 
 
 def _in_order(content: bytes) -> bytes:
-    """Return a safetensors file with its metadata sorted: the library writes them in any order."""
+    """Return a safetensors file with sorted metadata, since the library writes them in arbitrary order."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    # Tensors begin at a multiple of eight, behind spaces.
+    # The format pads the header with spaces, so that tensors begin at a multiple of eight bytes.
     text += b" " * (-len(text) % 8)
     return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]))
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file: to a temporary one in the same folder, then renamed, so that a crash leaves the old one.
+    """Write a file atomically.
 
-    The temporary file of a process that was killed is left in the folder, as ``.NAME.PID-HEX.tmp`` with eight digits
-    (a long name by its digest), and the next write of NAME removes it. Writers hold a lock on theirs, so that those
-    of the living stay, whatever host they run on. Where the file system has no locks (and on Windows) none is
-    removed. Of a symbolic link, what it leads to is replaced.
+    The content is written to a temporary file in the same folder, which is then renamed, so that a crash leaves the
+    old file intact. If the path is a symbolic link, the file that it points to is replaced.
+
+    A process that is killed leaves its temporary file in the folder, named ``.NAME.PID-HEX.tmp`` with eight
+    hexadecimal digits (a long NAME is replaced by its digest). The next write of NAME removes it. Each writer holds a
+    lock on its temporary file, so that files of running processes are not removed, whatever host they run on. If the
+    file system has no locks, and on Windows, no temporary files are removed.
 
     Raises
     ------
     CheckpointError
-        If there is a device or a pipe at the path.
+        If the path is a device, a pipe or a socket.
     OSError
         If the folder does not exist or cannot be written.
     """
-    # What a link leads to is meant, and the link is to stay.
+    # Renaming onto a symbolic link would replace the link instead of the file that it points to.
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise CheckpointError(
@@ -101,12 +105,15 @@ def replace(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Make a new file beside the path, locked as long as it is open, and remove it if writing fails."""
+    """Create a temporary file in the folder of the path and yield its path and the open file.
+
+    The file is locked while it is open, and removed if an error is raised.
+    """
     while True:
         temporary = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with open(temporary, "xb") as file:
-                # Between opening and locking, another writer may have taken it for one of the dead.
+                # Before it was locked, another writer may have removed the file as a stale one.
                 if _lock(file.fileno()) is False or not _is_at(temporary, file.fileno()):
                     continue
                 yield temporary, file
@@ -117,7 +124,7 @@ def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def _prefix(path: Path) -> str:
-    """Return how the names of a path's temporary files begin: they must not be longer than the system allows."""
+    """Return the beginning of the names of a path's temporary files. A name that is too long becomes a digest."""
     name = path.name
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -125,11 +132,11 @@ def _prefix(path: Path) -> str:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove temporary files of this path whose writers are dead: nobody holds the lock any more."""
+    """Remove temporary files of this path whose writers no longer run, so that no process holds their locks."""
     if fcntl is None:
         return
     ours = re.compile(re.escape(_prefix(path)) + r"\d+-[0-9a-f]{8}\.tmp")
-    # A clean folder is not worth a failed save.
+    # Errors are ignored, because a file that cannot be removed must not make the save fail.
     with suppress(OSError), os.scandir(path.parent) as entries:
         for name in [entry.name for entry in entries if ours.fullmatch(entry.name)]:
             with suppress(OSError):
@@ -142,7 +149,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Take the lock of an open file: True if it was free, False if it was not, None if there are no locks."""
+    """Try to lock an open file. Return True if it was free, False if not, and None if locks are not supported."""
     if fcntl is None:
         return None
     try:
@@ -155,7 +162,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Return whether an open file is the one that has this name."""
+    """Return whether an open file is still the file at this path."""
     try:
         return fcntl is None or os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

@@ -1,4 +1,7 @@
-"""What the command line does, in Python: verbs on files, for which no model is built and no framework is needed."""
+"""The functions behind the command line, which work on files without building a model.
+
+Most of them need no framework.
+"""
 
 from adamss.io.weights import WeightFiles
 from adamss.offline.compare import Difference, LayerCheck, LayerDifference, diff, verify

@@ -1,4 +1,4 @@
-"""Adapter files beside their base model, and beside each other."""
+"""Comparison of an adapter with a base model, and of two adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Difference", "LayerCheck", "LayerDifference", "diff", "verify"]
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """Whether the base weight of one layer is the one that the adapter was trained on.
+    """Comparison of the base weight of one layer with the one that the adapter was trained on.
 
     Attributes
     ----------
@@ -31,11 +31,11 @@ class LayerCheck:
     tensor
         Name of the weight in the files.
     difference
-        Difference of the fingerprints, relative to the norm of the weight; infinity for another shape.
+        Difference of the fingerprints, relative to the norm of the weight. It is infinite if the shapes differ.
     tolerance
-        What rounding to another dtype, or few bits, may explain.
+        Largest difference that rounding to another dtype, or quantisation, can explain.
     fits
-        Whether it does.
+        Whether the weight counts as the one that the adapter was trained on.
     """
 
     path: str
@@ -48,7 +48,7 @@ class LayerCheck:
 def verify(
     stored: Checkpoint, files: WeightFiles, *, count: Callable[[], object] = lambda: None
 ) -> list[LayerCheck]:
-    """Compare the base weights that an adapter remembers with those of a model, one layer at a time.
+    """Compare the weights of a model with the fingerprints in an adapter, one layer at a time.
 
     Parameters
     ----------
@@ -57,24 +57,24 @@ def verify(
     files
         Weights of the model.
     count
-        Called after each layer.
+        Function that is called after each layer.
 
     Returns
     -------
     list of LayerCheck
-        One per adapted layer. Where the adapter was trained on a quantised model, the layers are judged together as
-        well: two or three bits say little about a single one.
+        One entry for each adapted layer. If the adapter was trained on a quantised model, the layers are also judged
+        together, since a single layer of two or three bits proves little. If they fail together, no layer fits.
 
     Raises
     ------
     CheckpointError
-        If the model lacks a layer, or keeps it in a dtype that NumPy cannot read.
+        If the model lacks a layer, or stores it in a dtype that NumPy cannot read.
     """
     ours, theirs = match_names(stored.layers, files)
     found, marks = [], []
     for path, layer in stored.layers.items():
         name = weight_name(theirs + path.removeprefix(ours), files)
-        assert name is not None  # `match_names` has found all of them
+        assert name is not None  # `match_names` has found the weights of all layers
         mark = fingerprint_in(files, name, layer)
         difference, tolerance = layer.base.difference(mark), layer.base.tolerance(mark)
         found.append(LayerCheck(path, name, difference, tolerance, difference <= tolerance))
@@ -86,7 +86,10 @@ def verify(
 
 
 def fingerprint_in(files: WeightFiles, name: str, layer: StoredLayer) -> Fingerprint:
-    """Return the fingerprint of a weight in files, seen as the matrix that a layer of an adapter changes."""
+    """Return the fingerprint of a weight in files, viewed as the matrix that a layer of an adapter changes.
+
+    If the weight has another number of axes than the view, the fingerprint fits no other.
+    """
     view = layer.view or LINEAR
     if len(view.axes) != len(files[name].shape):
         return Fingerprint((0, 0), math.nan, ())
@@ -94,7 +97,7 @@ def fingerprint_in(files: WeightFiles, name: str, layer: StoredLayer) -> Fingerp
 
 
 def matrix_of(files: WeightFiles, name: str, view: View = LINEAR) -> Any:
-    """Return W: (d, n) of a weight in files."""
+    """Return a weight in files as the matrix W: (d, n)."""
     array = files.read(name).numpy()
     if array.dtype.kind != "f":
         raise CheckpointError(
@@ -106,22 +109,23 @@ def matrix_of(files: WeightFiles, name: str, view: View = LINEAR) -> Any:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """How far the updates of one layer are apart.
+    """Difference between the updates dA and dB of two adapters in one layer.
 
     Attributes
     ----------
     path
         Module path.
     distance
-        ``||dA - dB||_F / max(||dA||_F, ||dB||_F)``: 0 for the same update.
+        Relative distance ``||dA - dB||_F / max(||dA||_F, ||dB||_F)``, which is 0 for equal updates.
     cosine
-        ``<dA, dB> / (||dA||_F ||dB||_F)``; NaN where one of them is zero.
+        Cosine ``<dA, dB> / (||dA||_F ||dB||_F)``, or NaN if one of the updates is zero.
     norms
-        ``||dA||_F`` and ``||dB||_F``.
+        Norms ``||dA||_F`` and ``||dB||_F``.
     regrouped
-        Share of the columns that are outside of the common parts of paired subspaces.
+        Share of the columns that do not stay together when each subspace of one adapter is paired with one of the
+        other.
     active
-        Trained subspaces of each, as ``(a, b)``.
+        Numbers of trained subspaces of both adapters.
     """
 
     path: str
@@ -134,21 +138,22 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """What two adapters do not have in common.
+    """Differences between two adapters.
 
     Attributes
     ----------
     settings
-        ``(a, b)`` by name, of the settings that differ.
+        Values of both adapters by name of the setting, for settings that differ.
     only
-        Layers that only the first, and only the second has; layers whose shapes differ are among both.
+        Paths of the layers that only the first adapter has, and of those that only the second has. Layers whose
+        shapes differ are in both.
     layers
-        Layers that both have.
+        Differences in the layers that both adapters have.
     saved
-        Largest difference of any number, by name of a tensor of ``modules_to_save`` or rows of ``trained_tokens``
-        that both have.
+        Largest absolute difference, by name of the tensor, for tensors of ``modules_to_save`` and rows of
+        ``trained_tokens`` that both adapters have.
     saved_only
-        Such tensors that only the first, and only the second has.
+        Names of such tensors that only the first adapter has, and of those that only the second has.
     """
 
     settings: dict[str, tuple[Any, Any]]
@@ -159,7 +164,7 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether the two change a model in the same way: settings may still differ."""
+        """Whether both adapters change a model in the same way. Their settings may still differ."""
         return (
             not any(self.only)
             and not any(self.saved_only)
@@ -169,12 +174,12 @@ class Difference:
 
 
 def diff(a: Checkpoint, b: Checkpoint) -> Difference:
-    """Compare two adapters.
+    """Return the differences between two adapters.
 
     Parameters
     ----------
     a, b
-        Any two.
+        The adapters. They may have different layers and settings.
     """
     ours, theirs = a.config.to_dict(), b.config.to_dict()
     settings = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
@@ -209,11 +214,11 @@ def _largest(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
 def _layer_difference(path: str, a: StoredLayer, b: StoredLayer) -> LayerDifference:
     pairs = [_products(layer) for layer in (a, b)]
     norms = tuple(_norm(*pair) for pair in pairs)
-    rows = max(M.shape[0] for M, _ in pairs)  # one of them may change the bias too
+    rows = max(M.shape[0] for M, _ in pairs)  # d + 1 if one of them adapts the bias too
     M = [np.pad(M, ((0, rows - M.shape[0]), (0, 0))) for M, _ in pairs]
     inner = float(np.sum((M[0].T @ M[1]) * (pairs[0][1] @ pairs[1][1].T)))
     same = all(np.array_equal(x, y) for x, y in zip(*pairs, strict=True))
-    # As one product, whose norm does not suffer from cancellation.
+    # The difference is computed as one product. Subtracting squared norms instead would suffer from cancellation.
     apart = 0.0 if same else _norm(np.hstack((M[0], -M[1])), np.vstack((pairs[0][1], pairs[1][1])))
     labels = [layer.labels.numpy() for layer in (a, b)]
     return LayerDifference(
@@ -227,7 +232,7 @@ def _layer_difference(path: str, a: StoredLayer, b: StoredLayer) -> LayerDiffere
 
 
 def _products(layer: StoredLayer) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return M: (d, q) and E: (q, n) in float64, whose product is the update."""
+    """Return M: (d, q) and E: (q, n) in float64, the product of which is the update."""
     blocks = layer.split(layer.blocks)
     M = [each.directions().astype(np.float64) for each in blocks]
     E = [np.asarray(expand(each.factors())).astype(np.float64) for each in blocks]
@@ -243,15 +248,16 @@ def _products(layer: StoredLayer) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
 
 
 def _norm(M: np.ndarray[Any, Any], E: np.ndarray[Any, Any]) -> float:
-    """Return ``||M E||_F`` from the triangular factors of both: the product itself is never formed."""
+    """Return ``||M E||_F``. It follows from the triangular factors of M and E, so the product is never formed."""
     left, right = (np.asarray(np.linalg.qr(each, mode="r")) for each in (M, E.T))
     return float(np.linalg.norm(left @ right.T))
 
 
 def _regrouped(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """Return the share of columns outside of the common parts, when each subspace is paired with one of the other.
+    """Return the share of columns that are in no common part, if each subspace of a is paired with one of b.
 
-    The largest common part is paired first. That is the best pairing wherever one grouping is nearly the other.
+    Pairs are chosen greedily by the size of their common part. This is the best pairing if the two groupings are
+    nearly the same.
     """
     table = np.zeros((int(a.max()) + 1, int(b.max()) + 1), dtype=np.int64)
     np.add.at(table, (a.astype(np.int64), b.astype(np.int64)), 1)

@@ -1,4 +1,4 @@
-"""Adapters from one format into another, on a base model whose weights stay in their files."""
+"""Conversion of adapters between formats, with a base model whose weights stay in their files."""
 
 from __future__ import annotations
 
@@ -26,31 +26,33 @@ FORMATS = ("lora", "peft", "adamss")
 
 
 def convert(source: str, to: str, files: WeightFiles, out: str) -> str:
-    """Write an adapter in another format, and a model card beside it.
+    """Write an adapter in another format, together with a model card.
 
     Parameters
     ----------
     source
-        An adapter of adamss (file, folder or name on the hub), or a folder of PEFT's AdaMSS.
+        Adapter of adamss (file, folder or name of a repository on the hub), or folder of PEFT's AdaMSS.
     to
-        ``"lora"``: PEFT's LoRA of the same update, exact. ``"peft"``: PEFT's AdaMSS, of adapters that have a form
-        there. ``"adamss"``: a folder of `adamss.save`.
+        Format to write. ``"lora"`` is PEFT's LoRA with exactly the same update. ``"peft"`` is PEFT's AdaMSS, which
+        can represent only some adapters (see `adamss.to_peft`). ``"adamss"`` is a folder of `adamss.save`.
     files
         Weights of the base model.
     out
-        Folder to write, which must be new or empty.
+        Path of the folder to write, which must be new or empty.
 
     Returns
     -------
     str
-        What was written, as a sentence.
+        Description of the new folder.
 
     Raises
     ------
     ConfigError
         If the format is unknown, or the folder is not empty.
+    CheckpointError, LayerTypeError
+        If the adapter has the requested format already, or its layers cannot be told from files only.
     AdamssError
-        What `adamss.load`, `adamss.from_peft`, `adamss.to_lora` and `adamss.to_peft` raise.
+        If `adamss.load`, `adamss.from_peft`, `adamss.to_lora` or `adamss.to_peft` raise an error.
     """
     if to not in FORMATS:
         raise ConfigError(f"to must be one of {', '.join(FORMATS)}; found {to!r}")
@@ -64,7 +66,8 @@ def convert(source: str, to: str, files: WeightFiles, out: str) -> str:
             _check_forms(stored, to)
             views = {path: layer.view for path, layer in stored.layers.items() if layer.view is not None}
             model = file_model(files, stored.layers, views=views, saved=stored.saved)
-            # PEFT's AdaMSS has the whole basis in its files; a LoRA has only the directions of the update.
+            # PEFT's AdaMSS stores the whole basis, which takes a decomposition. A LoRA stores only the directions of
+            # the update.
             model = load(model, file, trainable=to == "peft")
         if to == "lora":
             text = str(to_lora(model, new)).replace(str(new), out)
@@ -89,12 +92,12 @@ def _renamed(temporary: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def new_folder(path: str) -> Iterator[str]:
-    """Give a folder to write into that takes the given name when all went well, and is removed if not.
+    """Yield the path of a temporary folder, which is renamed to `path` on success, and removed if an error is raised.
 
     Raises
     ------
     ConfigError
-        If something is there already, and it is not an empty folder.
+        If `path` exists and is not an empty folder.
     """
     target = Path(os.path.abspath(path))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -102,7 +105,7 @@ def new_folder(path: str) -> Iterator[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     try:
-        # Only the user may look into a folder of mkdtemp; this one becomes a folder like any other.
+        # `mkdtemp` makes folders that only the user can read. Give this one the usual permissions.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o777 & ~mask)
@@ -121,7 +124,7 @@ def _as_stored(model: FileModel) -> Checkpoint:
 
 
 def _check_forms(stored: Checkpoint, to: str) -> None:
-    """Check that files alone tell what the layers of an adapter are."""
+    """Check that the adapter can be converted from files only, without the classes of the model's layers."""
     if to == "adamss":
         raise CheckpointError("it is an adapter of adamss already; copy it, or name another format")
     way = "load the model in PyTorch, then adamss.load and adamss.to_lora"

@@ -1,4 +1,4 @@
-"""What the weights of a checkpoint look like, read one matrix at a time."""
+"""Measurements of the weights of a checkpoint, which is read one matrix at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ NOT_LINEAR = (
     "rotary",
     "relative_attention",
 )
-"""Parts of names of matrices that ``"all-linear"`` leaves out: embeddings, tables, and output heads."""
+"""Parts of the names of layers that ``"all-linear"`` leaves out: embeddings, norms, tables, and output heads.
+
+Files do not tell the class of a layer, so that names must decide."""
 
 CONV1D = {
     "gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"),
@@ -44,39 +46,40 @@ CONV1D = {
     "imagegpt": ("c_attn", "c_proj", "c_fc", "q_attn"),
     "decision_transformer": ("c_attn", "c_proj", "c_fc", "q_attn"),
 }
-"""Layers of transformers that store W and not its transpose, by ``model_type``."""
+"""Layers of transformers that store W instead of its transpose, by ``model_type``."""
 
 LONGEST_CONFIG = 1 << 24
+"""Largest size of a ``config.json`` in bytes."""
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What one weight looks like.
+    """Measurements of one weight.
 
     Attributes
     ----------
     path
         Module path.
     shape
-        (d, n).
+        Shape (d, n) of the weight.
     dtype
-        As stored.
+        Name of the dtype in the file.
     norm
-        Frobenius norm.
+        Frobenius norm of the weight.
     energy
         Share of ``||W||_F^2`` in the R leading singular directions.
     sizes
-        Columns n_k of each subspace, as `adamss.core.segment` finds them.
+        Number of columns n_k of each subspace, as `adamss.core.segment` finds them.
     estimated
-        K by the paper's Algorithm 2, without a lower bound.
+        Number of subspaces K that the paper's Algorithm 2 estimates, without a lower bound.
     inside
-        Share of ``||Z*||_F^2`` inside the subspaces: `adamss.core.analysis.block_diagonality`.
+        Share of ``||Z*||_F^2`` inside the subspaces, see `adamss.core.analysis.block_diagonality`.
     inside_by_chance
-        The same for columns dealt at random into groups of these sizes, on average.
+        Average of `inside` over random divisions of the columns into groups of the same sizes.
     gain
-        ``inside / inside_by_chance``: 1 where the subspaces say nothing about the columns.
+        Ratio ``inside / inside_by_chance``. It is 1 if the subspaces tell nothing about the columns.
     gain_of_random
-        The same for a matrix with random singular vectors, whose columns are grouped in the same way.
+        Value of `gain` for a matrix with random singular vectors, whose columns are segmented in the same way.
     """
 
     path: str
@@ -101,23 +104,23 @@ def inspect(
     segmentation: str = "kmeans",
     seed: int = 0,
 ) -> Iterator[MatrixReport]:
-    """Yield a report of each weight, with no more than one of them in memory.
+    """Yield a report on each weight. Only one weight is in memory at a time.
 
     Parameters
     ----------
     files
         Weights of a model.
     paths
-        Module paths, as from `targeted`.
+        Module paths, for example from `targeted`.
     rank, subspaces, segmentation, seed
-        As of `adamss.AdamssConfig`. They are clamped to what a matrix allows.
+        Settings as in `adamss.AdamssConfig`. R and K are clamped to what a matrix allows.
 
     Raises
     ------
     CheckpointError
-        If a weight is kept in a dtype that NumPy cannot read.
+        If a weight is stored in a dtype that NumPy cannot read. The message names the layer.
     ArrayValueError
-        If it holds NaN or infinity. Messages name the layer.
+        If a weight holds NaN or infinity. The message names the layer.
     """
     views = _views(files)
     for path in paths:
@@ -158,10 +161,11 @@ def _report(
 
 
 def _inside(decomposition: core.Decomposition, labels: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return `block_diagonality` of Z* and what it is on average for labels in random order, without forming Z*.
+    """Return the `block_diagonality` of Z*, and its mean over random permutations of the labels.
 
-    With the coordinates v_i of the columns, ``Z*_ij = <v_i, v_j>``, so that the sum of squares within a group is that
-    of the Gram matrix of its coordinates, which is (R, R) where Z* is (n, n).
+    Z* itself, which is (n, n), is never formed. With the coordinates v_i of the columns, ``Z*_ij = <v_i, v_j>``. If
+    V_k stacks the coordinates of group k, the sum of squares of its block ``V_k V_k^T`` equals that of the (R, R)
+    matrix ``V_k^T V_k``.
     """
     V = np.asarray(effective_coordinates(decomposition), dtype=np.float64)
     whole = float(np.sum(np.square(V.T @ V)))
@@ -176,7 +180,7 @@ def _inside(decomposition: core.Decomposition, labels: np.ndarray[Any, Any]) -> 
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Return the ``config.json`` beside weights; empty if there is none that can be read."""
+    """Return the content of the ``config.json`` in the folder of the weights, or {} if none can be read."""
     file = path / "config.json" if path.is_dir() else path.with_name("config.json")
     try:
         if file.stat().st_size > LONGEST_CONFIG:
@@ -194,13 +198,16 @@ def model_type(path: Path) -> str | None:
 
 
 def _views(files: WeightFiles) -> Any:
-    """Return a function of a module path that says how its weight is a matrix."""
+    """Return a function that returns the view of a weight as a matrix, given the module path."""
     names = CONV1D.get(model_type(files.path) or "", ())
     return lambda path: View(rows=(0,), columns=(1,)) if path.rpartition(".")[2] in names else LINEAR
 
 
 def linear_layers(files: WeightFiles) -> dict[str, tuple[int, int]]:
-    """Return (d, n) of each layer whose weight is a matrix, by module path; embeddings and heads among them."""
+    """Return the shape (d, n) of each layer whose weight is a matrix, by module path.
+
+    Embeddings and output heads are included.
+    """
     view = _views(files)
     return {
         path: view(path).shape(entry.shape)
@@ -213,22 +220,22 @@ def linear_layers(files: WeightFiles) -> dict[str, tuple[int, int]]:
 def targeted(
     layers: Mapping[str, tuple[int, int]], targets: Iterable[str] | None, model_type: str | None
 ) -> dict[str, tuple[int, int]]:
-    """Return the layers that targets mean.
+    """Return the layers that the targets match.
 
     Parameters
     ----------
     layers
-        (d, n) by module path.
+        Shape (d, n) of each layer by module path.
     targets
-        Names at the end of paths, one regular expression that matches whole paths, or ``"all-linear"``. None means
-        what is usual for the type of the model, or all linear layers where that is not known.
+        Names at the end of module paths, one regular expression that matches whole paths, or ``"all-linear"``. None
+        means the default targets for the type of the model, or all linear layers if the type is not known.
     model_type
-        As in ``config.json``.
+        Value of ``model_type`` in ``config.json``.
 
     Raises
     ------
     TargetError
-        If nothing matches; the message lists near matches.
+        If nothing matches. The message lists near matches.
     """
     wanted: Any = list(targets) if targets is not None else DEFAULT_TARGETS.get(model_type or "", ALL_LINEAR)
     if len(wanted) == 1 and not _is_name(wanted[0], layers):
@@ -239,7 +246,8 @@ def targeted(
             raise TargetError("the model has no linear layers")
     elif targets is None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # models of one type have one or the other of the names
+            # The defaults list alternative names, some of which match nothing in a given model.
+            warnings.simplefilter("ignore")
             found = match(wanted, layers, name="targets")
     else:
         found = match(wanted, layers, name="targets")

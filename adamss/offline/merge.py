@@ -1,4 +1,4 @@
-"""An adapter merged into the files of its base model, one tensor in memory at a time."""
+"""Merging of an adapter into the files of its base model, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from adamss import core
 from adamss.backend.tensors import StoredTensor
 from adamss.errors import CheckpointError, LayerError
 from adamss.io.checkpoint import LINEAR, Checkpoint, StoredLayer
+from adamss.io.folder import CARD_FILE
 from adamss.io.reader import DTYPES
 from adamss.io.weights import INDEX_ENDING, PICKLED, WeightEntry, WeightFiles, match_names, weight_name
 from adamss.io.writer import write_tensors, write_text
 from adamss.offline.compare import verify
 from adamss.offline.convert import new_folder
+from adamss.verbs.card import model_card
 
 __all__ = ["MergedFiles", "merge"]
 
 PIECE = 1 << 24
-"""Bytes that are copied at a time."""
+"""Number of bytes that are copied at a time."""
 
 EMBEDDINGS = ("embed", "wte", "shared")
-"""Parts of the names of input embeddings, whose weight an output head may share."""
+"""Parts of the names of input embeddings, the weight of which an output head may share."""
 
 
 class MergedFiles(NamedTuple):
-    """What was written.
+    """Description of a merged model in files.
 
     Attributes
     ----------
     files
-        Weight files, in their order.
+        Names of the weight files, in order.
     lost
-        By layer, the share of its update that the rounding to the dtype of the weight destroyed.
+        Share of the update that is lost by rounding to the dtype of the weight, by path of the layer.
     added
-        Names of tensors that the base model does not have, of ``modules_to_save``.
+        Names of the tensors of ``modules_to_save`` that the base model does not have.
     """
 
     files: tuple[str, ...]
@@ -55,11 +57,11 @@ def merge(
     check_base: bool = True,
     count: Callable[[], object] = lambda: None,
 ) -> MergedFiles:
-    """Write a model whose weights are ``round(W0 + delta)``, which loads as its base model does.
+    """Write a model whose weights are ``round(W0 + delta)``. It loads in the same way as its base model.
 
-    The folder gets the weights under the names of the base model, and everything else that lies in the base's folder
-    (configuration, tokenizer). Where the adapter brings a module that the base model lacks, such as a new head, the
-    tensors have the names of the model that was trained, which its class expects.
+    The folder gets the weights under the names of the base model, and all other files of the base model's folder
+    (configuration, tokenizer). If the adapter adds a module that the base model lacks, such as a new head, all
+    tensors are named as in the model that was trained, because the class of that model has to load them.
 
     Parameters
     ----------
@@ -68,23 +70,24 @@ def merge(
     files
         Weights of its base model.
     out
-        Folder to write, which must be new or empty.
+        Path of the folder to write, which must be new or empty.
     check_base
         Whether to compare the fingerprints of the weights first.
     count
-        Called after each layer.
+        Function that is called after each layer.
 
     Returns
     -------
     MergedFiles
-        What was written.
+        Description of the merged model.
 
     Raises
     ------
     CheckpointError
-        If the base model is another, lacks a layer, or keeps one in a quantised dtype.
+        If the base model is not the one that the adapter was trained on, lacks a layer, or stores one in a quantised
+        dtype.
     LayerError
-        If a weight may be shared with the output head, which would change too.
+        If an embedding may share its weight with the output head, which would change too.
     ArrayValueError
         If a merged weight is not finite.
     ConfigError
@@ -115,11 +118,11 @@ def merge(
     lost: dict[str, float] = {}
 
     def spelled(name: str) -> str:
-        """Return what a tensor is called: as in the base, or as the class of the trained model has it."""
+        """Return the name of a tensor in the new files, given its name in the base model's files."""
         return ours + name.removeprefix(theirs) if added else name
 
     def changed(name: str) -> StoredTensor | None:
-        """Return the new value of a tensor; None if it stays."""
+        """Return the new value of a tensor, or None if it does not change."""
         if name in layers:
             path, layer = layers[name]
             tensor, lost[path] = _merged(path, layer, files, name)
@@ -151,11 +154,12 @@ def merge(
                 Path(folder) / f"{_stem(files.files)}{INDEX_ENDING}", json.dumps(index, indent=2) + "\n"
             )
         _copy_rest(files, Path(folder))
+        write_text(Path(folder) / CARD_FILE, model_card(stored, str(files.path), form="merged"))
     return MergedFiles(tuple(written), lost, tuple(added))
 
 
 def _merged(path: str, layer: StoredLayer, files: WeightFiles, name: str) -> tuple[StoredTensor, float]:
-    """Return the merged weight of a layer, and the share of its update that rounding destroyed."""
+    """Return the merged weight of a layer, and the share of its update that is lost by rounding."""
     entry, view = files[name], layer.view or LINEAR
     array = files.read(name).numpy()
     if layer.blocks > 1:
@@ -168,7 +172,7 @@ def _merged(path: str, layer: StoredLayer, files: WeightFiles, name: str) -> tup
         merged = core.merge(W, None, part.factors())
         rounded = StoredTensor.of(own_view.array(np.asarray(merged.W), own.shape), entry.dtype)
         share = float(merged.lost)
-        if entry.dtype == "bfloat16":  # in which NumPy does not compute
+        if entry.dtype == "bfloat16":  # NumPy has no bfloat16, so `core.merge` has not rounded yet
             update = np.asarray(merged.W) - W
             error = own_view.matrix(rounded.numpy()) - np.asarray(merged.W)
             size = float(np.linalg.norm(update))
@@ -181,7 +185,7 @@ def _merged(path: str, layer: StoredLayer, files: WeightFiles, name: str) -> tup
 def _moved_biases(
     layers: Mapping[str, tuple[str, StoredLayer]], files: WeightFiles
 ) -> dict[str, StoredTensor]:
-    """Return the new biases of layers whose update moves the bias, which are small, by name."""
+    """Return the new biases of the layers whose update includes the bias, by name. They are small."""
     found = {}
     for name, (path, layer) in layers.items():
         d = layer.base.shape[0]
@@ -199,7 +203,7 @@ def _moved_biases(
 
 
 def _like(tensor: StoredTensor, entry: WeightEntry, name: str) -> StoredTensor:
-    """Return a tensor of a saved module in the dtype that the base model has it in."""
+    """Return a tensor of a module to save in the dtype of the base model's tensor."""
     if tensor.shape != entry.shape:
         raise CheckpointError(
             f"{name} of modules_to_save has shape {tensor.shape}, and the base model's {entry.shape}"
@@ -208,7 +212,7 @@ def _like(tensor: StoredTensor, entry: WeightEntry, name: str) -> StoredTensor:
 
 
 def _with_rows(files: WeightFiles, name: str, ids: tuple[int, ...], rows: StoredTensor) -> StoredTensor:
-    """Return an embedding with the trained rows in their places."""
+    """Return the weight of an embedding with the trained rows written into it."""
     stored, entry = files.read(name), files[name]
     if len(entry.shape) != 2 or rows.shape[1] != entry.shape[1] or ids[-1] >= entry.shape[0]:
         raise CheckpointError(
@@ -222,7 +226,11 @@ def _with_rows(files: WeightFiles, name: str, ids: tuple[int, ...], rows: Stored
 
 
 def _check_tied(layers: Mapping[str, Any], files: WeightFiles) -> None:
-    """Refuse to merge into an embedding that an output head may share: an adapter changes the embedding alone."""
+    """Raise an error if an output head may share the weight of an adapted embedding.
+
+    An adapter changes only the embedding. If the files hold no separate head, it may be tied to the embedding and
+    would change too.
+    """
     heads = any(name.endswith(("lm_head.weight", "decoder.weight")) for name in files)
     for name, (path, _) in layers.items():
         if not heads and any(part in name for part in EMBEDDINGS):
@@ -237,7 +245,7 @@ def _stem(files: Iterable[Path]) -> str:
 
 
 def _names_of(files: tuple[Path, ...], *, more: bool) -> list[str]:
-    """Return what the weight files are called: as they were, or numbered if there is one more."""
+    """Return the names of the new weight files: the names of the base model, or numbered names if one is added."""
     if not more:
         return [file.name for file in files]
     count = len(files) + 1
@@ -251,7 +259,19 @@ def _write(
     spelled: Callable[[str], str],
     changed: Callable[[str], StoredTensor | None],
 ) -> None:
-    """Write a safetensors file like another, in which some tensors have other values."""
+    """Write a copy of a safetensors file in which some tensors have other names or values.
+
+    Parameters
+    ----------
+    path, source
+        Paths of the new file and of the file to copy.
+    entries
+        Tensors of the file to copy, by name.
+    spelled
+        Function that returns the new name of a tensor.
+    changed
+        Function that returns the new value of a tensor, or None if it does not change.
+    """
     words = {dtype: word for word, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place, ordered = 0, sorted(entries, key=lambda name: entries[name].start)
@@ -264,7 +284,7 @@ def _write(
         }
         place += entry.size
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
     with open(source, "rb") as old, open(path, "wb") as new:
         new.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
@@ -285,18 +305,12 @@ def _pieces(file: Any, entry: WeightEntry) -> Iterator[bytes]:
 
 
 def _copy_rest(files: WeightFiles, folder: Path) -> None:
-    """Copy what lies beside the weights: configuration, tokenizer, ...; not weights in other formats."""
+    """Copy the other files of the base model's folder (configuration, tokenizer), but no weights in other formats."""
     if not files.path.is_dir():
         return
     for file in files.path.iterdir():
         weights = file.name.endswith(
             (".safetensors", INDEX_ENDING, *PICKLED, ".h5", ".msgpack", ".gguf", ".onnx")
         )
-        other = weights and not (file.name.endswith(INDEX_ENDING) and len(files.files) > 1)
-        if (
-            file.is_file()
-            and not other
-            and not file.name.startswith(".")
-            and not (folder / file.name).exists()
-        ):
+        if file.is_file() and not weights and not file.name.startswith(".") and file.name != CARD_FILE:
             shutil.copyfile(file, folder / file.name)

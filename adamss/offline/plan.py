@@ -1,4 +1,4 @@
-"""Which settings meet a budget of trained parameters."""
+"""Choice of settings that meet a budget of trained parameters."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ __all__ = ["Plan", "layers_of", "plan", "suggested"]
 SUBSPACES = (1, 2, 3, 5, 10, 16, 32, 64, 128)
 SUBSPACE_RANKS = (1, 2, 4, 8)
 RANK = 100
-"""R of the paper; more directions for a basis are not offered unless they are asked for."""
+"""R of the paper, which is the largest R that is offered unless the caller gives one."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings, and what they train.
+    """Settings that meet a budget, and their costs.
 
     Attributes
     ----------
     rank, subspaces, subspace_rank
-        R, K and r_k, as of `adamss.AdamssConfig`.
+        Settings R, K and r_k of `adamss.AdamssConfig`.
     trained
-        Trained parameters in all layers, ``sum_k r_k (n_k + R)`` with a shared basis. It is exact as long as every
-        subspace has r_k columns or more, and an upper bound otherwise.
+        Number of trained parameters in all layers, ``sum_k r_k (n_k + R)`` with a shared basis. It is exact if every
+        subspace has at least r_k columns, and an upper bound otherwise.
     directions
-        q of the layer that has most, the rank of a LoRA of the same update.
+        Largest q of any layer, which is the rank of a LoRA with the same update.
     lora_rank
-        Largest rank of a LoRA on the same layers that trains no more; 0 if none does.
+        Largest rank of a LoRA on the same layers that trains at most as many parameters, or 0 if every LoRA trains
+        more.
     """
 
     rank: int
@@ -55,26 +56,26 @@ def plan(
     subspaces: int | None = None,
     subspace_rank: int | None = None,
 ) -> list[Plan]:
-    """Return the settings that train at most so many parameters, each with the largest R that does.
+    """Return the settings that train at most `params` parameters, each with the largest R that meets this budget.
 
     Parameters
     ----------
     layers
-        (d, n) of each adapted layer, by module path.
+        Shape (d, n) of each adapted layer, by module path.
     params
-        Most trained parameters, all layers together.
+        Largest number of trained parameters in all layers together.
     rank, subspaces, subspace_rank
-        R, K and r_k to keep to. None leaves the choice: R up to 100, K of 1 to 128, r_k of 1 to 8.
+        Fixed values of R, K and r_k. None tries several values: R up to 100, K from 1 to 128, and r_k from 1 to 8.
 
     Returns
     -------
     list of Plan
-        Ordered by K and r_k.
+        Plans ordered by K and r_k.
 
     Raises
     ------
     ConfigError
-        If no settings are within the budget; the message says what the least is.
+        If no settings meet the budget. The message states the smallest possible number of parameters.
 
     Examples
     --------
@@ -112,13 +113,17 @@ def plan(
 
 
 def suggested(plans: Sequence[Plan]) -> Plan:
-    """Return the plan to begin with: of those with the largest R, the one that trains most; ties by the larger K."""
+    """Return the recommended plan.
+
+    Among the plans with the largest R, it is the one that trains the most parameters, or the one with the larger K if
+    several train as many.
+    """
     R = max(each.rank for each in plans)
     return max((each for each in plans if each.rank == R), key=lambda each: (each.trained, each.subspaces))
 
 
 def count(layers: Mapping[str, tuple[int, int]], R: int, K: int, r: int) -> int:
-    """Return the trained parameters of settings, clamped in each layer to what it allows."""
+    """Return the number of trained parameters for settings that are clamped to what each layer allows."""
     total = 0
     for d, n in layers.values():
         own_R, own_K = min(R, d, n), min(K, n)
@@ -133,22 +138,22 @@ def _directions(shape: tuple[int, int], R: int, K: int, r: int) -> int:
 
 
 def layers_of(model: str) -> tuple[dict[str, tuple[int, int]], str | None]:
-    """Return (d, n) of the linear layers of a model by module path, and the type of the model.
+    """Return the shapes (d, n) of the linear layers of a model by module path, and the type of the model.
 
-    Shapes come from the headers of the weights. Where there is only a ``config.json``, transformers builds the model
-    without values (on the meta device).
+    The shapes come from the headers of the weight files. If there is only a ``config.json``, transformers builds the
+    model without values (on the meta device).
 
     Parameters
     ----------
     model
-        A safetensors file, a folder with weights, a folder with a ``config.json``, or that file.
+        Path of a safetensors file, of a folder with weights or a ``config.json``, or of a ``config.json``.
 
     Raises
     ------
     CheckpointNotFoundError
-        If nothing is there.
+        If there is no such file or folder, or the folder has neither weights nor a ``config.json``.
     MissingBackendError
-        If transformers is needed and not installed.
+        If transformers is needed but not installed.
     ConfigError
         If transformers cannot build the model.
     """
@@ -163,7 +168,7 @@ def layers_of(model: str) -> tuple[dict[str, tuple[int, int]], str | None]:
 
 
 def _without_values(file: Path) -> dict[str, tuple[int, int]]:
-    """Return the linear layers of the model that a ``config.json`` describes."""
+    """Return the shapes of the linear layers of the model that a ``config.json`` describes, by module path."""
     try:
         import torch
         import transformers
@@ -176,7 +181,7 @@ def _without_values(file: Path) -> dict[str, tuple[int, int]]:
         config = transformers.AutoConfig.from_pretrained(os.fspath(file), local_files_only=True)
         with torch.device("meta"):
             model: Any = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    # Whatever a config makes the constructors of models raise.
+    # An unsuitable config can make the constructors of models raise any error.
     except Exception as error:
         raise ConfigError(f"transformers cannot build the model of {str(file)!r}: {short(error)}") from error
     found = {}

@@ -1,7 +1,7 @@
 """The verbs on models: attach, summary, save, load, merge, detach, ...
 
-Written once for all frameworks. Each finds the backend from the type of the model, and checks all that can
-be checked before anything is changed, so that a call that fails leaves the model as it was.
+They are written once for all frameworks. Each verb finds the backend from the type of the model, and checks
+everything that can be checked before it changes anything, so that a call that fails leaves the model as it was.
 """
 
 from adamss.verbs.activating import activate, adapters, routed

@@ -1,4 +1,4 @@
-"""Which of several adapters a model computes."""
+"""Verbs that list the adapters of a model and choose which of them it computes."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ __all__ = ["AdapterInfo", "activate", "adapters", "routed"]
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One adapter of a model, as `adapters` lists it.
+    """Description of one adapter of a model, as `adapters` returns it.
 
     Attributes
     ----------
     config
-        The settings it was attached with.
+        Settings with which the adapter was attached.
     layers
-        Paths of the layers that it adapts.
+        Paths of the adapted layers.
     saved
-        Paths of its ``modules_to_save``.
+        Paths of ``modules_to_save``.
     weight
-        What its update is multiplied with; None if it is not active.
+        Number by which the update is multiplied. None means that the adapter is not active.
     trained
-        Whether it is trained now.
+        Whether the adapter is trained now.
     merged
-        Whether the weights hold its update.
+        Whether the weights hold the update.
     """
 
     config: AdamssConfig
@@ -46,17 +46,22 @@ class AdapterInfo:
 
     @property
     def active(self) -> bool:
-        """Whether the model computes with it."""
+        """Whether the adapter is active, so that the model computes its update."""
         return self.weight is not None
 
 
 def adapters(model: Model) -> dict[str, AdapterInfo]:
-    """Return the adapters of a model by their names, in the order in which they came; none of a base model.
+    """Return the adapters of a model by name, in the order in which they were added.
 
     Parameters
     ----------
     model
-        Any model.
+        Model with or without adapters.
+
+    Returns
+    -------
+    dict of str to AdapterInfo
+        Empty if the model has no adapters.
     """
     return {
         name: AdapterInfo(each.config, tuple(each.layers), each.saved, each.weight, each.trained, each.merged)
@@ -66,36 +71,38 @@ def adapters(model: Model) -> dict[str, AdapterInfo]:
 
 @contextmanager
 def routed(model: Model, names: Iterable[str | None], *, axis: int = 0) -> Iterator[Model]:
-    """Run each row of a batch through an adapter of its own, within a ``with`` block.
+    """Compute each row of a batch with its own adapter, within a ``with`` block.
 
-    All adapters of a layer are computed in one pair of products. Which are active, and with what weights, does not
-    matter meanwhile.
+    One pair of matrix products computes all adapters of a layer. Inside the block, it does not matter which adapters
+    are active and with which weights.
 
     Parameters
     ----------
     model
         An adapted model.
     names
-        For each row of the input the name of its adapter, or None for the base model. Where a layer gets a multiple
-        of that many rows (flattened tokens, windows, beams), each row's share must be contiguous.
+        Name of the adapter for each row of the input. None means the base model. If the input of a layer has a
+        multiple of this number of rows (flattened tokens, windows, beams), the rows that belong to one entry must be
+        contiguous.
     axis
-        Along which the rows lie, in the input of the model and of its layers.
+        Axis along which the rows lie, in the input of the model and in the inputs of its layers.
 
     Yields
     ------
     Model
-        The same object where the framework's models are mutable; else a model that is routed.
+        The same object if the framework's models are mutable, else a new model that is routed.
 
     Raises
     ------
     ConfigError
-        If there are no rows, or the axis is none.
+        If `names` is empty, or `axis` is not a non-negative integer.
     StateError
-        If the model has no such adapter; if the weights hold the update of one, or one has ``modules_to_save`` or
-        ``trained_tokens``, which are one for all rows; within `disabled` or another block of this.
+        If the model has no such adapter; if the weights hold the update of an adapter; if a named or active adapter
+        has ``modules_to_save`` or ``trained_tokens``, which cannot differ between rows; or inside another block of
+        `routed` or a block of `disabled`.
     LayerError
-        If a layer has one weight for all rows (experts, attentions); when the model runs, if a layer gets another
-        number of rows. The message names it.
+        If the weight of a layer is read by a module that applies it to all rows at once (experts, attention). When
+        the model runs, if the input of a layer has a number of rows that does not fit. The message names the layer.
 
     Examples
     --------
@@ -141,34 +148,36 @@ def activate(
     *,
     train: str | Iterable[str] | None = None,
 ) -> Model:
-    """Have a model compute with other adapters.
+    """Choose the adapters that a model computes.
 
-    The updates of several add up: ``W0 + sum of weight * delta``. The ``modules_to_save`` get the values of the
-    active adapter that has them, or else those of the base; what is trained of them is kept with its adapter.
+    The updates of several adapters add up, ``W0 + sum of weight * delta``. Each module of ``modules_to_save`` gets
+    the values of the active adapter that saves it, or its base values if there is none. The values of an adapter that
+    is no longer active are kept until it is activated again.
 
     Parameters
     ----------
     model
         An adapted model.
     what
-        A name, several, weights by name, or None or nothing for the base model.
+        Name or names of the adapters to activate, or weights by name. None, or an empty list, means the base model.
     train
-        Those of them that are trained from now on. None: those of them that `attach`, `load` or an earlier `train`
-        have trained. What is not active gets no gradient.
+        Name or names of those adapters that are trained from now on. None means those that `attach`, `load` or an
+        earlier `train` set to be trained. Adapters that are not active get no gradient.
 
     Returns
     -------
     Model
-        The model; the same object where the framework's models are mutable.
+        The model with these adapters active. It is the same object if the framework's models are mutable.
 
     Raises
     ------
     StateError
-        If the model has no such adapter; if two of them have values of one of ``modules_to_save``, or of rows of one
-        embedding; if the weights hold the update of one that would be active no longer, or with another weight;
-        within `disabled`. The model is unchanged.
+        If the model has no such adapter; if `train` names an adapter that is not activated; if two of the adapters
+        have values for one module of ``modules_to_save`` or for rows of one embedding; if the weights hold the update
+        of an adapter that would become inactive or get another weight; or inside a block of `disabled` or `routed`.
+        The model is unchanged.
     ConfigTypeError
-        If a weight is no finite number.
+        If a weight is not a finite number.
 
     Examples
     --------

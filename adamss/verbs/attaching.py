@@ -1,4 +1,4 @@
-"""Putting adapters on a model, looking at them, taking them off."""
+"""Verbs that attach adapters to a model, describe them, switch them off and detach them."""
 
 from __future__ import annotations
 
@@ -45,53 +45,54 @@ from adamss.verbs.table import Summary, summarise, total
 __all__ = ["attach", "detach", "disabled", "summary", "trainable_parameters"]
 
 _OFF: ContextVar[tuple[Model, ...]] = ContextVar("_OFF", default=())
-"""What `disabled` has yielded and not yet taken back: where models are values, nothing in them says so."""
+"""Models that open blocks of `disabled` have yielded. A model that is a value does not record that it is disabled."""
 
 
 def attach(model: Model, config: AdamssConfig, *, name: str = DEFAULT, divide: bool = True) -> Model:
-    """Adapt the layers of a model that ``config.targets`` names, and freeze the rest.
+    """Attach an adapter to the layers that ``config.targets`` names, and freeze the rest of the model.
 
-    Only the factors B and C, the ``modules_to_save`` and the rows of ``trained_tokens`` are trained afterwards. C
-    starts at zero: the outputs are those of the base model, to the bit.
+    Afterwards, only the factors B and C, the ``modules_to_save`` and the rows of ``trained_tokens`` are trained. C
+    starts at zero, so that the outputs are those of the base model bit for bit.
 
-    Layers are decomposed where their weights are, one after the other, so that beside weights and factors there is
-    memory for one layer alone: tens of megabytes for a width up to 2048, less than five times the layer's float32
-    weight beyond. PyTorch takes small layers on the CPU, of a side up to 512, as many at a time as it has threads. A
-    bar shows how far it is, on a terminal and after a second.
+    Each layer is decomposed on the device of its weight. The layers are decomposed one after the other, so that the
+    extra memory is that for one layer: tens of megabytes for a width up to 2048, and less than five times the
+    layer's float32 weight beyond that. PyTorch decomposes small layers on the CPU (the shorter side at most 512) in
+    as many threads as it is set to use. A progress bar appears on a terminal after a second.
 
     Parameters
     ----------
     model
-        A model of any framework with a backend. PyTorch: changed in place.
+        A model of any framework that has a backend. A PyTorch model is changed in place.
     config
-        What to adapt, and how.
+        Settings that say which layers are adapted, and how.
     name
-        Of the adapter: letters, digits, ``-`` and ``_``. On a model that has others, it becomes the one that is
-        active and trained (`activate`).
+        Name of the adapter, of letters, digits, ``-`` and ``_``. If the model has other adapters, the new one becomes
+        the only one that is active and trained (see `activate`).
     divide
-        Where several processes run (`torch.distributed`): each layer is decomposed by one of them, which sends the
-        factors to the others. All processes must call `attach` then, and an error on one is raised on all; those
-        that have other layers or weights than the rest are left to themselves. False: each process decomposes
-        all layers and waits for no other, as it must where only some of them attach.
+        Whether several processes (`torch.distributed`) divide the decompositions among themselves. If True, each
+        layer is decomposed by one process, which sends the factors to the others. All processes must then call
+        `attach`, and an error on one is raised on all. A process whose layers or weights differ from those of the
+        others computes its own. If False, each process decomposes all layers and waits for no other, which is
+        necessary if only some processes attach the adapter.
 
     Returns
     -------
     Model
-        The adapted model; the same object where the framework's models are mutable.
+        The adapted model. It is the same object if the framework's models are mutable.
 
     Raises
     ------
     TargetError
         If nothing matches ``targets`` or ``modules_to_save``; the message lists near matches. If an embedding has no
-        row of an id of ``trained_tokens``, or shares its weight with a layer that is adapted or saved.
+        row for an id of ``trained_tokens``, or shares its weight with a layer that is adapted or saved.
     LayerTypeError, LayerError
         If a matched module has no weight that can be adapted.
     ArrayTypeError, ArrayValueError
         If a weight is complex or integer, or holds NaN or infinity; the message names the layer.
     ConfigError
-        If the name is none.
+        If the name is not valid.
     StateError
-        If an adapter of that name is attached already, or the weights hold the update of another.
+        If the name is taken, or the weights hold the update of another adapter.
 
     Warns
     -----
@@ -108,7 +109,8 @@ def attach(model: Model, config: AdamssConfig, *, name: str = DEFAULT, divide: b
         parts = {path: part for site in sites.values() for path, part in site.split().items()}
         weights = Weights(parts, lambda path: base_weight(backend, parts[path], bank))
         layers = _all_factors(backend, weights, config, division)
-        # The matrices of a stack have factors of one shape: where an estimate of K differs, the highest is for all.
+        # The factors of a stack are stacked arrays, so all its matrices need the same K. If the estimates differ, the
+        # largest is used for all of them.
         for owner, highest in _highest_in_uneven_stacks(layers).items():
             own = config.for_layer(owner)
             assert isinstance(own.subspaces, SubspaceEstimate)
@@ -116,11 +118,11 @@ def attach(model: Model, config: AdamssConfig, *, name: str = DEFAULT, divide: b
                 subspaces=dataclasses.replace(own.subspaces, minimum=highest, maximum=highest)
             )
             stack = Weights([path for path in layers if owner_of(path) == owner], weights.__getitem__)
-            # Each process for itself: others may have found no such stack, and would not answer.
+            # The work is not divided: a process that found no such stack would never join in.
             layers |= _all_factors(backend, stack, own, Division())
         ordered = {path: core.join([layers[part] for part in site.split()]) for path, site in sites.items()}
         if config.budget is not None:
-            core.plan_budget(ordered, config.budget)  # complains of what cannot be kept to
+            core.plan_budget(ordered, config.budget)  # raises an error if the budget cannot be met
         shapes = {
             path: _shape([weights.shape(part) for part in site.split()]) for path, site in sites.items()
         }
@@ -138,29 +140,31 @@ def attach(model: Model, config: AdamssConfig, *, name: str = DEFAULT, divide: b
 
 
 def detach(model: Model, *, name: str | Iterable[str] | None = None) -> Model:
-    """Take adapters off: with the last of them the base model is back, bit for bit, ``modules_to_save`` included.
+    """Remove adapters without keeping their updates.
+
+    When the last adapter is removed, the model is the base model again bit for bit, including ``modules_to_save``.
 
     Parameters
     ----------
     model
         An adapted model, merged or not.
     name
-        Of the adapter, or of several; None for the only one, or what is active.
+        Name or names of the adapters. None means the only adapter, or the active ones.
 
     Returns
     -------
     Model
-        The model without them; the same object where the framework's models are mutable.
+        The model without these adapters. It is the same object if the framework's models are mutable.
 
     Raises
     ------
     StateError
-        If the model has no such adapter, or W0 was dropped by ``keep_base=False``; if others are left, and a budget
-        controller trains the adapter.
+        If the model has no such adapter; if the weights hold its update and W0 was dropped by ``keep_base=False``; or
+        if a budget controller trains one of the adapters while other adapters would remain.
 
     See Also
     --------
-    adamss.merge_and_unload : the adapters taken off, and what they have learnt kept.
+    adamss.merge_and_unload : Remove the adapters and keep their updates in the weights.
     """
     backend, bank = adapted(model, "detach")
     names = list(chosen(bank, name, "detach"))
@@ -175,7 +179,7 @@ def detach(model: Model, *, name: str | Iterable[str] | None = None) -> Model:
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Compute what the base model computes, ``modules_to_save`` included, within a ``with`` block.
+    """Compute the outputs of the base model, including ``modules_to_save``, within a ``with`` block.
 
     Parameters
     ----------
@@ -185,13 +189,13 @@ def disabled(model: Model) -> Iterator[Model]:
     Yields
     ------
     Model
-        The same object, switched off, where the framework's models are mutable; else a model without
-        the updates.
+        The same object if the framework's models are mutable, else a new model without the updates.
 
     Raises
     ------
     StateError
-        If the model has no adapters, or was merged with ``keep_base=False``.
+        If the model has no adapters, was merged or consolidated with ``keep_base=False``, or inside a block of
+        `routed`.
     """
     if any(model is off for off in _OFF.get()):
         yield model
@@ -206,24 +210,24 @@ def disabled(model: Model) -> Iterator[Model]:
         try:
             yield base
         finally:
-            # Not by the token of `set`: a block that is left open may be closed in another context.
+            # The token of `set` is not used: a generator may be closed in another context, where it is not valid.
             _OFF.set(tuple(off for off in _OFF.get() if off is not base))
 
 
 def summary(model: Model, *, name: str | None = None) -> Summary:
-    """Return effective settings and counts of every layer of an adapter; prints as a table.
+    """Return the effective settings and the parameter counts of every layer of an adapter.
 
     Parameters
     ----------
     model
         An adapted model.
     name
-        Of the adapter; None for the only one, or the one that is active.
+        Name of the adapter. None means the only one, or the active one.
 
     Returns
     -------
     Summary
-        With `rows` and `total`.
+        One row for each layer in `rows`, and the sums in `total`. It prints as a table.
 
     Raises
     ------
@@ -247,17 +251,22 @@ def summary(model: Model, *, name: str | None = None) -> Summary:
 
 
 def trainable_parameters(model: Model, *, name: str | Iterable[str] | None = None) -> Any:
-    """Return what to hand to an optimiser, in the framework's own form.
+    """Return the trained parameters, in the form that the framework's optimisers take.
 
-    B and C of every adapted layer, the rows of ``trained_tokens``, then the parameters of ``modules_to_save``.
-    PyTorch: a list of Parameters.
+    They are B and C of every adapted layer, the rows of ``trained_tokens``, and the parameters of
+    ``modules_to_save``, in this order.
 
     Parameters
     ----------
     model
         An adapted model.
     name
-        Of the adapter, or of several; None for all that are trained.
+        Name or names of the adapters. None means all of them. Adapters that are not trained have no parameters here.
+
+    Returns
+    -------
+    Any
+        Parameters to optimise: in PyTorch a list of Parameters, in other frameworks a tree of arrays.
 
     Raises
     ------
@@ -271,12 +280,13 @@ def trainable_parameters(model: Model, *, name: str | Iterable[str] | None = Non
 
 
 def _initial_rows(backend: Backend, site: Site, config: AdamssConfig, bank: Bank) -> Rows:
-    """Return the rows of an embedding that are trained, as they are."""
+    """Return the rows of an embedding that will be trained, with their base values."""
     assert isinstance(config.trained_tokens, Mapping)
     base, ids = base_weight(backend, site, bank), config.trained_tokens[site.path]
     values = base.W[namespace(base.W).asarray(ids), :]
     check_matrix(values, name=f"{site.path}: the rows of trained_tokens")
-    # Steps are lost to the rounding of half precision. Another dtype of factors would not start equal.
+    # In half precision, small steps would be lost to rounding, so the rows are float32 or wider. `factor_dtype` does
+    # not apply to them: in a narrower dtype than the weight's, they would not start with its exact values.
     dtype = factor_dtype(backend, base, config.unchecked(factor_dtype=None))
     return Rows(tuple(ids), backend.cast(values, dtype))
 
@@ -284,12 +294,12 @@ def _initial_rows(backend: Backend, site: Site, config: AdamssConfig, bank: Bank
 def _all_factors(
     backend: Backend, weights: Weights, config: AdamssConfig, division: Division
 ) -> dict[str, Factors]:
-    """Return the factors of layers, to start a training from, computed batch by batch and by all processes."""
+    """Return the initial factors of all layers, computed batch by batch and divided among the processes."""
     layers: dict[str, Factors] = {}
     with progress(len(weights)) as count:
         for batch in batches(division.share(weights, json.dumps(config.to_dict()))):
             with division.carrying() as go:
-                # Neighbours of one shape may have settings of their own.
+                # Layers of one shape may still have different settings, through `overrides`.
                 for own, alike in groupby(batch, lambda path: config.for_layer(owner_of(path))):
                     some = {path: batch[path] for path in alike}
                     layers |= _initial_factors(backend, some, own, division, count) if go else {}
@@ -297,7 +307,7 @@ def _all_factors(
 
 
 def _highest_in_uneven_stacks(layers: Mapping[str, Factors]) -> dict[str, int]:
-    """Return the highest K in each stack of matrices whose K differ."""
+    """Return the largest K of each stack whose matrices differ in K, by path of the stack."""
     numbers = {owner: {f.ranks.shape[0] for f in parts.values()} for owner, parts in by_owner(layers).items()}
     return {owner: max(found) for owner, found in numbers.items() if len(found) > 1}
 
@@ -309,7 +319,7 @@ def _initial_factors(
     division: Division,
     count: Callable[[], None],
 ) -> dict[str, Factors]:
-    """Return the factors of layers of one shape, to start a training from."""
+    """Return the initial factors of layers that have one shape and the same settings."""
 
     def decomposed(path: str) -> core.Decomposition:
         with reading(path, batch[path].W):
@@ -335,9 +345,9 @@ def _initial_factors(
 
 
 def _labels(decompositions: Mapping[str, core.Decomposition], config: AdamssConfig) -> dict[str, Any]:
-    """Return the labels of layers of one shape, those with the same K segmented together."""
+    """Return the labels of layers of one shape. Layers with the same K are segmented together."""
     estimate = config.subspaces
-    assert not isinstance(estimate, str)  # the config has made settings of "estimate"
+    assert not isinstance(estimate, str)  # the config has replaced "estimate" by a SubspaceEstimate
     labels: dict[str, Any] = {}
     by_number: dict[int, list[str]] = {}
     for path, decomposition in decompositions.items():
@@ -376,5 +386,5 @@ def _decomposition_input(backend: Backend, path: str, base: BaseWeight, config: 
 
 
 def _shape(parts: list[tuple[int, int]]) -> tuple[int, int]:
-    """Return (d, n) of matrices of one d beside each other."""
+    """Return the shape (d, n) of matrices with the same d that are placed side by side."""
     return parts[0][0], sum(n for _, n in parts)

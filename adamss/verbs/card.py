@@ -1,4 +1,4 @@
-"""The model card of an adapter: a ``README.md`` as the Hugging Face Hub reads it."""
+"""Model cards of adapters, as ``README.md`` files in the form of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adamss.verbs.table import summary_of_file
 __all__ = ["model_card"]
 
 LONGEST_LIST = 8
-"""Layers that a card names; it counts the others."""
+"""Largest number of layers that a card lists. The card counts the others."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -24,13 +24,16 @@ model = adamss.load(base_model, "{where}")
 ```
 """,
     "lora": """\
-The LoRA is of rank {rank} and has exactly the update of the AdaMSS adapter. Whatever reads LoRA of PEFT takes it:
+The LoRA has rank {rank} and exactly the update of the AdaMSS adapter. Software that reads PEFT's LoRA can load it:
 
 ```python
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "{where}")
 ```
+""",
+    "merged": """\
+The update is in the weights. The folder loads as the base model does.
 """,
     "peft": """\
 ```python
@@ -41,26 +44,27 @@ model = PeftModel.from_pretrained(base_model, "{where}")
 """,
 }
 LIBRARY = {"adamss": "adamss", "lora": "peft", "peft": "peft"}
+"""The library that loads a format, as the hub asks for it."""
 
 
 def model_card(
     stored: Checkpoint, base: str | None, *, form: str = "adamss", where: str = "path/to/this/folder"
 ) -> str:
-    """Return the text of a card: what the adapter changes, with which settings, and how it is loaded.
+    """Return the text of a model card, which states what an adapter changes, its settings, and how to load it.
 
     Parameters
     ----------
     stored
         The adapter.
     base
-        Name of the base model. That of a local folder is left out: it says nothing elsewhere.
+        Name of the base model. The path of a local folder is left out, because it means nothing on other machines.
     form
-        Format of the folder: ``"adamss"``, or ``"lora"`` or ``"peft"``, which PEFT reads.
+        Format of the folder: ``"adamss"``; ``"lora"`` or ``"peft"``, which PEFT reads; ``"merged"``, a model.
     where
-        Path or repository that the example loads.
+        Path or repository that the code example loads.
     """
     known = base is not None and HUB_NAME.fullmatch(base) and not os.path.exists(base)
-    header = [f"library_name: {LIBRARY[form]}"]
+    header = [f"library_name: {LIBRARY[form]}"] if form in LIBRARY else []
     header += [f"base_model: {base}"] if known else []
     header += ["tags:", *(f"- {tag}" for tag in ("adamss", *(["lora"] if form == "lora" else []), "adapter"))]
     summary, config = summary_of_file(stored), stored.config
@@ -87,7 +91,7 @@ def model_card(
         *header,
         "---",
         "",
-        f"# AdaMSS adapter{of}",
+        f"# {'Model with a merged AdaMSS adapter' if form == 'merged' else 'AdaMSS adapter'}{of}",
         "",
         "AdaMSS (Adaptive Multi-Subspace fine-tuning, Zheng et al., NeurIPS 2025) changes a frozen weight by",
         "`W = W0 + sum_k A_k B_k C_k` over K small subspaces found in the weight itself.",
@@ -116,5 +120,5 @@ def _cell(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Names come from a file, which may be from anyone."""
+    """Replace characters that are not printable, since names come from a file that may be hostile."""
     return "".join(char if char.isprintable() else " " for char in text)

@@ -1,4 +1,4 @@
-"""Which layers of a model a config means."""
+"""Choice of the layers, modules and embeddings of a model that a config names."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ __all__ = ["Choice", "choose"]
 
 
 class Choice(NamedTuple):
-    """What is adapted of a model.
+    """The parts of a model that an adapter changes.
 
     Attributes
     ----------
     config
-        As given, with the targets that were meant where it names none, and the paths of embeddings.
+        The given config, with default targets filled in if it names none, and with ``trained_tokens`` by path of the
+        embedding.
     sites
-        Of the layers to adapt, by path, in the order of the model.
+        Sites of the layers to adapt, by path, in the order of the model.
     saved
         Paths of ``modules_to_save``.
     tokens
-        Of the embeddings of ``trained_tokens``, by path.
+        Sites of the embeddings of ``trained_tokens``, by path.
     """
 
     config: AdamssConfig
@@ -49,20 +50,23 @@ class Choice(NamedTuple):
 
 
 def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
-    """Return what a config means in a model.
+    """Return the parts of a model that a config names, after checking that they can be adapted.
 
     Raises
     ------
     TargetError
         If nothing matches ``targets`` or ``modules_to_save``, a layer is matched by two settings, or an embedding has
-        no row of an id of ``trained_tokens``.
+        no row for an id of ``trained_tokens``.
     LayerTypeError, LayerError, ArrayValueError
-        If a layer that is named, or every layer that an expression matches, cannot be adapted.
+        If a layer that a list of names matches cannot be adapted, or no layer that an expression matches can.
+    ConfigError, ConfigTypeError
+        If ``overrides`` give a layer settings that do not fit together, or the backend cannot train rows.
 
     Warns
     -----
     AdamssWarning
-        If an expression leaves layers out that cannot be adapted, or one of ``overrides`` is for no layer.
+        If an expression matches layers that cannot be adapted and are left out, if an entry of ``overrides`` changes
+        nothing, or if ``include_bias`` has no effect on a layer.
     """
     modules = backend.modules(model)
     saved = []
@@ -97,14 +101,14 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
         raise TargetError(
             f"{both[0]!r} is adapted by targets, and trained_tokens trains rows of it; leave it out of one of them"
         )
-    if wide:  # what lies in another layer is a part of it
+    if wide:  # modules inside another adapted layer are parts of that layer
         layers = tuple(f"{path}." for path in paths if backend.kinds.find(modules[path]) is not None)
         paths = [path for path in paths if not path.startswith(layers)]
     sites = _adaptable(backend, paths, modules) if wide else {p: backend.site(modules[p], p) for p in paths}
     _tell_of_biases(config, sites)
     for path in sites if config.overrides else ():
         try:
-            replace(config.for_layer(path))  # settings of several patterns may not go together
+            replace(config.for_layer(path))  # validates the settings that several patterns give together
         except (ConfigError, ConfigTypeError) as error:
             raise type(error)(f"overrides: {path}: {error}") from error
     for pattern, settings in config.overrides.items():
@@ -121,11 +125,11 @@ def choose(backend: Backend, model: Model, config: AdamssConfig) -> Choice:
 def _matched(
     backend: Backend, model: Model, targets: str | Iterable[str], modules: Mapping[str, Any]
 ) -> list[str]:
-    """Return what targets match, and say what they match that cannot be adapted."""
+    """Return the paths of modules that the targets match, and warn about matched Parameters that are left out."""
     others = backend.unadaptable(model)
     both = match(targets, [*modules, *others], name="targets")
     found = [path for path in both if path in modules]
-    # What is said of a module is said of what it has.
+    # A Parameter of a module that is matched itself needs no mention.
     left = [path for path in both if path not in modules and path.rpartition(".")[0] not in {*found} - {""}]
     if not found:
         raise TargetError(f"targets: {left[0]} is {others[left[0]]}; leave it out")
@@ -136,7 +140,7 @@ def _matched(
 
 
 def _tell_of_biases(config: AdamssConfig, sites: Mapping[str, Site]) -> None:
-    """Tell of layers whose biases are not adapted although the settings say so, once for each kind."""
+    """Warn, once for each type of layer, about biases that are not adapted although ``include_bias`` is set."""
     left: dict[str, list[str]] = {}
     for path, site in sites.items():
         biased = isinstance(site.layer, Fragment) or getattr(site.layer, site.kind.bias, None) is not None
@@ -154,7 +158,7 @@ def _tell_of_biases(config: AdamssConfig, sites: Mapping[str, Site]) -> None:
 def _tokens(
     backend: Backend, model: Model, modules: Mapping[str, Any], config: AdamssConfig
 ) -> dict[str, tuple[Site, tuple[int, ...]]]:
-    """Return the site and the ids of each embedding of which rows are trained, by path."""
+    """Return the site and the trained ids of each embedding of ``trained_tokens``, by path."""
     asked: Any = config.trained_tokens
     if asked is None:
         return {}
@@ -180,7 +184,7 @@ def _tokens(
 
 
 def _default_targets(modules: Mapping[str, Any]) -> str | tuple[str, ...]:
-    """Return the targets for the type of a model."""
+    """Return the default targets for the type of a model."""
     kind = getattr(getattr(modules.get(""), "config", None), "model_type", None)
     names = DEFAULT_TARGETS.get(str(kind))
     if names is not None:
@@ -195,7 +199,7 @@ def _default_targets(modules: Mapping[str, Any]) -> str | tuple[str, ...]:
 def _all_linear(
     backend: Backend, model: Model, modules: Mapping[str, Any], saved: Iterable[str]
 ) -> list[str]:
-    """Return every linear layer but the output head and what is trained whole."""
+    """Return the paths of all linear layers except output heads and layers inside ``modules_to_save``."""
     inside = tuple(f"{path}." for path in saved)
     heads = set(backend.heads(model))
     found = []
@@ -210,7 +214,11 @@ def _all_linear(
 
 
 def _adaptable(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -> dict[str, Site]:
-    """Return the sites of what can be adapted; tell what cannot, once for each kind and reason."""
+    """Return the sites of the modules that can be adapted.
+
+    Modules without weights that could be adapted, such as containers, are skipped. Warn about layers that cannot be
+    adapted for another reason, once for each type of layer.
+    """
     sites: dict[str, Site] = {}
     left: Counter[str] = Counter()
     example: dict[str, str] = {}
@@ -219,7 +227,7 @@ def _adaptable(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -
         try:
             sites[path] = backend.site(modules[path], path)
         except LayerTypeError as error:
-            first = first or error  # a container, an activation: nobody asks why
+            first = first or error  # a container or an activation, which needs no warning
         except (LayerError, ArrayValueError) as error:
             first = first or error
             kind = type(modules[path]).__name__
@@ -234,7 +242,7 @@ def _adaptable(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -
 
 
 def _members(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -> list[str]:
-    """Return the paths, those of layers within a module in the place of its own: see `Models.members`."""
+    """Return the paths, where a module with members is replaced by its members: see `Models.members`."""
     found = []
     for path in paths:
         parts = {join_path(path, name) for name in backend.members(modules[path])}
@@ -243,7 +251,7 @@ def _members(backend: Backend, paths: list[str], modules: Mapping[str, Any]) -> 
 
 
 def _once(paths: list[str], modules: Mapping[str, Any]) -> list[str]:
-    """Return the first path of each module that the paths name: one that appears twice is adapted once."""
+    """Return the first path of each named module, so that a module that appears twice is adapted once."""
     first: dict[int, str] = {}
     for path, module in modules.items():
         first.setdefault(id(module), path)

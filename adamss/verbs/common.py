@@ -1,4 +1,4 @@
-"""What several verbs need: the state of a model, its layers, and the arrays of these."""
+"""Helpers that several verbs share, for the state of a model, its adapters, its layers and their arrays."""
 
 from __future__ import annotations
 
@@ -59,19 +59,36 @@ __all__ = [
 ]
 
 COUNTERS = ("num_batches_tracked",)
-"""What PyTorch counts in its layers and other frameworks do not: a file may lack it, or have it in vain."""
+"""Names of counters that PyTorch keeps in its layers and other frameworks do not keep.
+
+A file that another framework wrote lacks them, and a model of another framework has no use for those in a file."""
 
 READ_ONLY = ("summary", "trainable_parameters", "disabled", "adapters")
+"""Verbs that do not change the model, and may therefore be used inside a block of `disabled` or `routed`."""
 
 NAME = re.compile(r"[^\W_][\w-]*")
-"""What a name of an adapter consists of: it is part of names in states and of paths in models."""
+"""Pattern of adapter names. A name becomes a part of state-dict keys and module paths, so it contains no dot."""
 
 Name: TypeAlias = str | Iterable[str] | Mapping[str, float] | None
-"""Which adapters a verb means: see `chosen`."""
+"""Selection of the adapters that a verb applies to; see `chosen`."""
 
 
 def adapted(model: Model, verb: str) -> tuple[Backend, Bank]:
-    """Return the backend of an adapted model and what is attached; `verb` is what the message calls the caller."""
+    """Return the backend of an adapted model, and its bank.
+
+    Parameters
+    ----------
+    model
+        Model that must have adapters.
+    verb
+        Name of the calling verb, for messages.
+
+    Raises
+    ------
+    StateError
+        If the model has no adapters, an adapted layer was replaced or resized, or the verb may not be used inside an
+        open block of `disabled` or `routed`.
+    """
     backend = backend_for(model)
     bank = backend.bank(model)
     if not bank:
@@ -91,19 +108,24 @@ def _require_unlocked(bank: Bank, verb: str) -> None:
 
 
 def chosen(bank: Bank, name: Name, verb: str, *, empty: bool = False) -> dict[str, float]:
-    """Return which adapters a verb means, in their order, and the weight of each.
+    """Return the adapters that a verb applies to, in the order of the bank, each with its weight.
 
     Parameters
     ----------
     bank
-        What is attached.
+        Bank of the model.
     name
-        A name or several, whose weight is 1, or what it is active with; weights by name; None for the only adapter,
-        or what is active.
+        One name or several, or weights by name. None means the only adapter, or the active ones. Where no weight is
+        given, an adapter has the weight with which it is active, or 1 if it is not active.
     verb
-        What messages call the caller.
+        Name of the calling verb, for messages.
     empty
-        Whether there may be none.
+        Whether `name` may be empty.
+
+    Raises
+    ------
+    StateError
+        If there is no such adapter, or if none is named and none is active.
     """
     if name is None:
         weights = dict.fromkeys(bank.adapters, 1.0) | bank.active if len(bank.adapters) == 1 else bank.active
@@ -122,7 +144,7 @@ def chosen(bank: Bank, name: Name, verb: str, *, empty: bool = False) -> dict[st
 
 
 def one_of(bank: Bank, name: str | None, verb: str) -> Adaptation:
-    """Return the adapter that a verb means which takes one."""
+    """Return the adapter that a verb applies to, for verbs that take only one."""
     found = chosen(bank, name, verb)
     if len(found) > 1:
         raise StateError(f"{verb} takes one adapter; say by name= which of {', '.join(map(repr, found))}")
@@ -130,7 +152,7 @@ def one_of(bank: Bank, name: str | None, verb: str) -> Adaptation:
 
 
 def as_weights(name: str | Iterable[str] | Mapping[str, float], verb: str) -> dict[str, float]:
-    """Return weights by name, 1 where none are given."""
+    """Return the weights by name of an argument that gives names or weights. A name without a weight gets 1."""
     if isinstance(name, str):
         return {name: 1.0}
     if isinstance(name, Mapping):
@@ -156,14 +178,26 @@ def as_weights(name: str | Iterable[str] | Mapping[str, float], verb: str) -> di
 
 
 def new_name(backend: Backend, model: Model, name: str, verb: str, *, replace: bool = False) -> Bank:
-    """Check that a name can be that of one more adapter; return what is attached.
+    """Check that an adapter can be added under a name, and return the bank of the model.
+
+    Parameters
+    ----------
+    backend, model
+        Backend and model, with or without adapters.
+    name
+        Name of the new adapter.
+    verb
+        Name of the calling verb, for messages.
+    replace
+        Whether the name may be taken, since the new adapter replaces the one of this name.
 
     Raises
     ------
     ConfigError, ConfigTypeError
-        If it is no name.
+        If the name is not valid.
     StateError
-        If it is taken, or another adapter cannot be deactivated now.
+        If the name is taken, or if the weights hold the update of another adapter, which therefore cannot be
+        deactivated.
     """
     if not isinstance(name, str):
         raise ConfigTypeError(f"{verb}: name must be a string, found {name!r}")
@@ -194,7 +228,10 @@ def _names(bank: Bank) -> str:
 
 @contextmanager
 def progress(layers: int) -> Iterator[Callable[[], None]]:
-    """Give what moves a bar by a layer: on a terminal, and if all take more than a second."""
+    """Yield a function that advances a progress bar by one layer. Threads may call it.
+
+    The bar appears only on a terminal, and only after a second.
+    """
     one_at_a_time = threading.Lock()
     with tqdm(total=layers, desc="adamss", unit="layer", delay=1.0, leave=False, disable=None) as bar:
 
@@ -206,12 +243,16 @@ def progress(layers: int) -> Iterator[Callable[[], None]]:
 
 
 def cast_factors(backend: Backend, factors: Factors, dtype: str) -> Factors:
-    """Return factors with A, B and C in the dtype of that name."""
+    """Return the factors with A, B and C in the dtype of the given name."""
     return factors._replace(**{name: backend.cast(getattr(factors, name), dtype) for name in "ABC"})
 
 
 def factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig, *, loading: bool = False) -> str:
-    """Return the name of the dtype of a layer's factors; in loading, one that the framework has."""
+    """Return the name of the dtype for the factors of a layer.
+
+    With `loading`, a ``factor_dtype`` of the config is ignored if the framework lacks it, so that a file can be
+    loaded in any framework.
+    """
     if config.factor_dtype is not None and (backend.has_dtype(config.factor_dtype) or not loading):
         return config.factor_dtype
     dtype = backend.dtype_name(base.W)
@@ -219,7 +260,17 @@ def factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig, *, lo
 
 
 def embedding_of(backend: Backend, modules: Mapping[str, Any], path: str, ids: tuple[int, ...]) -> Site:
-    """Return the site of an embedding that has rows of these ids, ascending, which its backend can train."""
+    """Return the site of an embedding. Check that its rows of these ids, which are ascending, can be trained.
+
+    Raises
+    ------
+    ConfigError
+        If the backend cannot train rows.
+    LayerTypeError
+        If the module is not an embedding.
+    TargetError
+        If the embedding has no row of one of the ids.
+    """
     if not backend.trains_rows:
         raise ConfigError(
             f"trained_tokens: the backend {backend.name} cannot train rows of an embedding; train them in PyTorch, "
@@ -238,19 +289,22 @@ def embedding_of(backend: Backend, modules: Mapping[str, Any], path: str, ids: t
 
 
 def name_of(modules: Mapping[str, Any]) -> str | None:
-    """Return the name of the base model, which models of transformers and diffusers know; wrappers hold one."""
+    """Return the name of the base model, or None if it is unknown.
+
+    Models of transformers and diffusers store it. All modules are asked, because such a model may be wrapped.
+    """
     names = (getattr(module, "name_or_path", None) for module in modules.values())
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def with_bias_row(base: BaseWeight) -> Any:
-    """Return (d + 1, n): the weight, and the bias as one more input row."""
+    """Return the weight with the bias as one more input row, (d + 1, n)."""
     xp = namespace(base.W, base.b)
     return xp.concat([base.W, xp.astype(xp.reshape(base.b, (1, -1)), base.W.dtype)], axis=0)
 
 
 def checked_path(path: str | os.PathLike[str], name: str = "path", *, to_write: bool = False) -> str:
-    """Return a path as a string; one to write to names something."""
+    """Return a path as a string. With `to_write`, check that it can name a file or folder."""
     try:
         decoded = os.fsdecode(path)
     except TypeError as error:
@@ -272,7 +326,7 @@ def require_modules(paths: list[str], modules: Mapping[str, Any]) -> None:
 
 
 def require_distinct(paths: list[str], modules: Mapping[str, Any]) -> None:
-    """Check that no two paths of a file name one module."""
+    """Check that no two paths of a file name the same module."""
     seen: dict[int, str] = {}
     for path in paths:
         other = seen.setdefault(id(modules[path]), path)
@@ -284,7 +338,7 @@ def require_distinct(paths: list[str], modules: Mapping[str, Any]) -> None:
 
 
 def require_one_path(paths: Iterable[str], modules: Mapping[str, Any], verb: str) -> None:
-    """Check that no layer appears in the model twice: PEFT adapts the first appearance, and leaves the second."""
+    """Check that no layer appears in the model twice, since PEFT would adapt only its first appearance."""
     every: dict[int, list[str]] = {}
     for path, module in modules.items():
         every.setdefault(id(module), []).append(path)
@@ -305,9 +359,24 @@ def require_shared(
     *,
     setting: str = "modules_to_save",
 ) -> None:
-    """Check that modules to save, or other ones of a setting, share tensors as they did where they were trained.
+    """Check that stored tensors are tied to other tensors in this model as they were where they were trained.
 
-    Tied only here: loading overwrites both. Tied only in the file: one is missed. Not in `shared`: unknown.
+    If two tensors are tied only in this model, loading one overwrites the other. If they were tied only where they
+    were trained, loading one leaves the other unchanged. If a tensor is missing from `shared`, the file does not say
+    whether it was tied, and only its values are compared.
+
+    Parameters
+    ----------
+    backend, model
+        Backend and model.
+    saved
+        Stored tensors, by path of the module and name within it.
+    shared
+        Other names of each stored tensor in the model where it was trained, by its own name, which includes the path.
+    modules
+        Modules of the model by path.
+    setting
+        Name of the setting that selects the modules, for messages.
     """
     here = backend.shared(model, saved)
     stored = {join_path(path, name): tensor for path, own in saved.items() for name, tensor in own.items()}
@@ -335,14 +404,14 @@ def require_shared(
 
 
 def tied_weights(backend: Backend, model: Model, layers: Iterable[str]) -> str:
-    """Return a clause that names the layers whose weight other modules have too; empty if there is none."""
+    """Return a clause for messages that names the layers whose weight other modules share, or an empty string."""
     modules = backend.modules(model)
     holders = [path.rpartition(".")[0] if isinstance(modules[path], Fragment) else path for path in layers]
     shared = backend.shared(model, holders)
     tied = {}
     for path in layers:
         own = path if isinstance(modules[path], Fragment) else join_path(path, "weight")
-        # A layer that stands in two places is one all the same.
+        # A module that appears under two paths is not tied to another.
         others = [
             other
             for other in shared.get(own, ())
@@ -360,7 +429,11 @@ def tied_weights(backend: Backend, model: Model, layers: Iterable[str]) -> str:
 
 
 def _require_agreement(name: str, others: Iterable[str], stored: Mapping[str, StoredTensor]) -> None:
-    """Check that what is one tensor in the model is not two in a file that does not say whether it was tied."""
+    """Check a tensor that is tied in the model, for a file that does not say whether it was tied.
+
+    If the file stores both tensors, they must be equal. If it stores only one, loading it changes the other too, so
+    that a warning is issued.
+    """
     for other in sorted(others):
         if other not in stored:
             warnings.warn(
@@ -379,7 +452,7 @@ def _require_agreement(name: str, others: Iterable[str], stored: Mapping[str, St
 def saved_arrays(
     backend: Backend, path: str, tensors: Mapping[str, StoredTensor], present: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the tensors of a module to save as arrays, of the dtype and on the device of those of the module."""
+    """Return the stored tensors of a module as arrays with the dtypes and devices of the module's present arrays."""
     optional = {name for name in {*tensors, *present} if name.rpartition(".")[2] in COUNTERS}
     tensors = {name: tensor for name, tensor in tensors.items() if name in present or name not in optional}
     if tensors.keys() | optional != present.keys() | optional:
@@ -399,14 +472,14 @@ def saved_arrays(
 
 
 def _saved_array(backend: Backend, name: str, tensor: StoredTensor, present: Any) -> Any:
-    """Return what a file has for an array of the model, rounded to that one's dtype but never cut off."""
+    """Return a stored tensor in the dtype of the present array. Rounding is allowed, overflow is an error."""
     dtype = backend.dtype_name(present)
     if tensor.dtype == dtype:
         return backend.from_stored(tensor, like=present)
     real = "float" in tensor.dtype and "float" in dtype
     fits = real or tensor.dtype.rstrip("0123456789") == dtype.rstrip("0123456789")
     if fits:
-        # Overflow is found below, whatever a framework makes of it.
+        # Overflow is detected below for all frameworks, so NumPy's own warning is not needed.
         with np.errstate(over="ignore"):
             array = backend.from_stored(tensor, like=present, dtype=dtype)
         rounded = backend.to_stored(array)

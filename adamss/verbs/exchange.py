@@ -1,4 +1,4 @@
-"""Adapters in the formats of others."""
+"""Verbs that exchange adapters with Hugging Face PEFT: export as LoRA, and PEFT's own AdaMSS in both directions."""
 
 from __future__ import annotations
 
@@ -55,61 +55,64 @@ from adamss.verbs.common import (
 __all__ = ["from_peft", "to_lora", "to_peft"]
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-"""Types of models of which PEFT 0.21 adapts no ``out_proj`` and no ``conv1d``: their kernels read the weights."""
+"""Types of models where PEFT 0.21 does not adapt ``out_proj`` and ``conv1d``, since kernels read their weights."""
 
 EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-"""What the layers of experts were called before transformers 5 made one Parameter of all."""
+"""Names of the layers of experts before transformers 5 fused the weights of all experts into one Parameter."""
 
 
 def to_lora(model: Model, folder: str | os.PathLike[str], *, name: Name = None) -> LoraFolder:
-    """Write an adapter as a LoRA, without loss: what servers (vLLM, llama.cpp, SGLang, TGI, diffusers) read.
+    """Write an adapter as a LoRA with exactly the same update.
 
-    M and the block-structured expansion of C are a LoRA of rank q. The folder has PEFT's two files, ``lora_alpha``
-    equal to the rank so that the scale is 1, one rank for all layers (the largest q; zeros fill the rest up), and
-    weights in float32. Frozen subspaces are part of it, for they contribute, and so are ``trained_tokens``, as PEFT
-    writes them (``trainable_token_indices``; servers may not read them). It loads with
+    Servers (vLLM, llama.cpp, SGLang, TGI, diffusers) read this format. M and the block-structured expansion of C form
+    a LoRA of rank q. The folder has PEFT's two files. All layers have the same rank, which is the largest q; smaller
+    layers are padded with zeros. ``lora_alpha`` equals the rank, so that the scale is 1, and the weights are float32.
+    Frozen subspaces are included, since they contribute to the update. The rows of ``trained_tokens`` are written in
+    PEFT's form (``trainable_token_indices``), which servers may not read. The folder loads with
     ``peft.PeftModel.from_pretrained(base_model, folder)``.
 
-    Where several processes hold parts of the model, all of them call this and one writes.
+    If several processes hold parts of the model, all of them must call `to_lora`, and one of them writes.
 
     Parameters
     ----------
     model
-        An adapted model of any framework, merged or not. Module paths become the names in the file: those of PyTorch
-        are what servers look for, and an adapter trained elsewhere gets them by `save` and `load`.
+        An adapted model of any framework, merged or not. Its module paths become the names in the file, and servers
+        expect those of PyTorch. `save` an adapter of another framework and `load` it into the PyTorch model first.
     folder
-        Where to; made if it does not exist, and the files in it replaced.
+        Folder to write. It is created if it does not exist, and files of the same names are replaced.
     name
-        Of the adapter; several, or weights by name, for one LoRA of the sum of their updates, whose rank is the sum
-        of theirs; None for the only one, or what is active.
+        Name or names of the adapters, or weights by name. None means the only adapter, or the active ones. Several
+        adapters become one LoRA, whose update is the sum of their updates and whose rank is the sum of their ranks.
 
     Returns
     -------
     LoraFolder
-        With `path`, `rank`, `layers`, `saved`; prints as a sentence.
+        Description of the folder, with `path`, `rank`, `layers` and `saved`. It prints as a sentence.
 
     Raises
     ------
-    LayerError
-        If a layer appears in the model twice, or PEFT's LoRA has no form for its update, or for its trained rows.
+    LayerError, LayerTypeError
+        If a layer appears in the model twice, or if PEFT's LoRA has no form for the update or the trained rows of a
+        layer.
     StateError
-        If the model has no such adapter; if the update of a bias is not zero; if several have values of one module,
-        or of rows of one embedding, which do not add up; if q is above 512, the most that servers
-        take (the message says which K and r_k would fit); if a layer is one of a stack.
+        If the model has no such adapter; if the update of a bias is not zero; if several adapters have values for one
+        module or for rows of one embedding, which cannot be added; if q is above 512, the largest rank that servers
+        accept (the message says which K and r_k would fit); or if a layer is one of a stack.
     ArrayValueError
         If factors are not finite.
 
     Warns
     -----
     AdamssWarning
-        If there are ``modules_to_save``, which are no part of a LoRA: the message names the file beside it where they
-        are. If the weight of an adapted layer is tied to another (embeddings and ``lm_head``).
+        If there are ``modules_to_save``, which a LoRA cannot contain; the message names the separate file that holds
+        them. If the weight of an adapted layer is tied to another one (an embedding to ``lm_head``). If PEFT reads
+        the LoRA of a layer only from version 0.17 on, or does not load it at all.
     """
     path = checked_path(folder, name="folder", to_write=True)
     backend, bank = adapted(model, "to_lora")
     weights = chosen(bank, name, "to_lora")
     if name is not None and not isinstance(name, Mapping):
-        weights = dict.fromkeys(weights, 1.0)  # whatever it is active with
+        weights = dict.fromkeys(weights, 1.0)  # not the weights with which the adapters are active
     check_together(bank, weights)
     adapters = {one: bank.adapters[one] for one in weights}
     every = dict.fromkeys(path for each in adapters.values() for path in each.layers)
@@ -176,37 +179,37 @@ def to_lora(model: Model, folder: str | os.PathLike[str], *, name: Name = None) 
 
 
 def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = None) -> PeftFolder:
-    """Write an adapter as one of PEFT's AdaMSS, where its format has room for it.
+    """Write an adapter in the format of PEFT's own AdaMSS, if that format can represent it.
 
-    PEFT does not store which columns make a subspace, but finds them again at each load, by a procedure of its own.
-    So this is for adapters that came from PEFT (`from_peft`), trained further here or not, and for those of one
-    subspace; `to_lora` writes any. What is written loads right on this very base, in this very dtype: PEFT does not
-    check. Takes PyTorch and scikit-learn.
+    PEFT does not store which columns belong to a subspace. It computes the segmentation again at each load, with its
+    own procedure. The format therefore fits adapters that come from PEFT (`from_peft`), even if they were trained
+    further, and adapters with one subspace. `to_lora` writes any adapter. The folder loads correctly only on the same
+    base model in the same dtype, which PEFT does not check. PyTorch and scikit-learn must be installed.
 
-    Where several processes hold parts of the model, all of them call this and one writes.
+    If several processes hold parts of the model, all of them must call `to_peft`, and one of them writes.
 
     Parameters
     ----------
     model
-        An adapted model of any framework, merged or not. Module paths become the names in the file.
+        An adapted model of any framework, merged or not. Its module paths become the names in the file.
     folder
-        Where to; made if it does not exist, and the files in it replaced.
+        Folder to write. It is created if it does not exist, and files of the same names are replaced.
     name
-        Of the adapter; None for the only one, or the one that is active.
+        Name of the adapter. None means the only one, or the active one.
 
     Returns
     -------
     PeftFolder
-        With `path`, `layers`, `saved`; prints as a sentence.
+        Description of the folder, with `path`, `layers` and `saved`. It prints as a sentence.
 
     Raises
     ------
-    LayerError
-        If a layer appears in the model twice.
+    LayerError, LayerTypeError
+        If a layer appears in the model twice, or is not a linear layer.
     StateError
-        If the model has no such adapter, or PEFT would take it for another: it would group the columns otherwise,
-        there is a basis for each subspace, or a module to save is tied to another; if there are ``trained_tokens``.
-        The message names which.
+        If the model has no such adapter, or if PEFT would load a different one: because it would group the columns
+        differently, because each subspace has its own basis, because a module to save is tied to another module, or
+        because there are ``trained_tokens``. The message names the reason.
     ArrayValueError
         If factors are not finite.
     MissingBackendError
@@ -215,7 +218,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = 
     Warns
     -----
     AdamssWarning
-        If subspaces are frozen: the format has no mask, and PEFT would train all of them.
+        If subspaces are frozen. The format has no mask, so that PEFT would train all subspaces.
     """
     path = checked_path(folder, name="folder", to_write=True)
     backend, bank = adapted(model, "to_peft")
@@ -234,7 +237,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = 
             "adamss.to_lora writes them"
         )
     layers, sites = {}, sites_of(backend, model, adaptation.layers)
-    # PEFT has one number for all layers, and cuts it as we do where a layer has fewer columns.
+    # PEFT has one number of subspaces for all layers, and clamps it to the number of columns as we do.
     subspaces = max(factors.ranks.shape[0] for factors in adaptation.layers.values())
     _require_linear(sites, "to_peft")
     with backend.exact():
@@ -282,42 +285,43 @@ def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = 
 
 
 def from_peft(base_model: Model, folder: str | os.PathLike[str], *, name: str = DEFAULT) -> Model:
-    """Attach an adapter that PEFT's AdaMSS wrote (`save_pretrained`), of the same outputs.
+    """Attach an adapter that PEFT's AdaMSS saved (`save_pretrained`). The outputs are the same as in PEFT.
 
-    PEFT does not store which columns of a weight make a subspace. They are found again by its own procedure, and what
-    is found is compared with the file: the size of each subspace, the span of the basis and its singular vectors in
-    this weight; and where the basis is not that of the file to the bit, the grouping must withstand a rounding of
-    the weight. So another base, or this one rounded to another dtype, is an error here where PEFT scrambles the
-    adapter in silence. (It is strong evidence, and no proof: the file does not say which column is where.) From then
-    on the grouping is part of the model, and `save` keeps it, so that the adapter can be loaded in any dtype. Takes
-    PyTorch and scikit-learn, whatever the framework of the model.
+    PEFT does not store which columns of a weight belong to a subspace. The segmentation is computed again with PEFT's
+    procedure, and compared with the file: the size of each subspace, and the span and the singular vectors of the
+    basis in this weight. If the basis does not equal that of the file bit for bit, the segmentation must also stay
+    the same when the weight is rounded differently. Another base model, or this one in another dtype, is therefore an
+    error, whereas PEFT would silently assign columns to wrong subspaces. (The comparison is strong evidence but no
+    proof, since the file does not say which column is where.) Once attached, the segmentation is part of the adapter
+    and `save` stores it, so that the adapter can be loaded in any dtype. PyTorch and scikit-learn must be installed,
+    whatever the framework of the model.
 
     Parameters
     ----------
     base_model
-        The model that the adapter was trained on, in the same dtype. Paths of its modules are the names in the file.
+        Model that the adapter was trained on, in the same dtype. Its module paths must be the names in the file.
     folder
-        With ``adapter_config.json`` and ``adapter_model.safetensors``.
+        Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
     name
-        Of the adapter in this model, as in `load`.
+        Name of the adapter in this model, as in `load`.
 
     Returns
     -------
     Model
-        The adapted model, all subspaces trainable (PEFT stores no mask); the same object where the framework's models
-        are mutable.
+        The adapted model. All subspaces are trainable, since PEFT stores no mask. It is the same object if the
+        framework's models are mutable.
 
     Raises
     ------
     CheckpointNotFoundError
         If there is no such folder, or one of its files is missing.
     CheckpointError
-        If it holds an adapter of another method (the message says which), is damaged, or does not fit the model. The
-        model is unchanged.
-    LayerError
-        If a layer of it appears in the model twice.
+        If the folder holds an adapter of another method (the message says which), is damaged, or does not fit the
+        model. The model is unchanged.
+    LayerError, LayerTypeError
+        If an adapted layer appears in the model twice, or is not a linear layer.
     StateError
-        If an adapter of that name is attached already, or the weights hold the update of another.
+        If the name is taken, or the weights hold the update of another adapter.
     MissingBackendError
         If PyTorch or scikit-learn is not installed.
     """
@@ -329,7 +333,7 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str], *, name: str = 
         require_modules([*adapter.layers, *adapter.saved], modules)
         require_distinct(list(adapter.layers), modules)
         require_one_path(adapter.layers, modules, "from_peft")
-        # PEFT trains a copy of what it saves.
+        # PEFT trains a copy of each module to save, so its tensors were untied there.
         alone = {
             join_path(path, name): frozenset[str]() for path, own in adapter.saved.items() for name in own
         }
@@ -366,10 +370,10 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str], *, name: str = 
 
 
 def _taken_for_experts(forms: Mapping[str, str], modules: Mapping[str, Any]) -> list[str]:
-    """Return the linear layers whose names PEFT takes for those of experts that transformers has fused since.
+    """Return the linear layers whose names PEFT mistakes for those of experts.
 
-    In a model with fused experts it turns such ``target_modules`` into ``target_parameters``, which the dense layers
-    of the same names are not.
+    Transformers 5 has fused the experts of its models into Parameters. In such a model, PEFT turns
+    ``target_modules`` with these names into ``target_parameters``, which is wrong for dense layers of the same names.
     """
     fused = (getattr(module, "gate_up_proj", None) for module in modules.values())
     experts = any(getattr(array, "ndim", 0) == 3 for array in fused)
@@ -378,7 +382,7 @@ def _taken_for_experts(forms: Mapping[str, str], modules: Mapping[str, Any]) -> 
 
 
 def _require_linear(sites: Mapping[str, Site], verb: str) -> None:
-    """Check that every layer is a linear one, which a LoRA or PEFT's AdaMSS takes it for."""
+    """Check that every layer is a linear one, since PEFT's AdaMSS has no form for others."""
     for path, site in sites.items():
         if not site.kind.linear:
             raise LayerTypeError(
@@ -390,7 +394,7 @@ def _require_linear(sites: Mapping[str, Site], verb: str) -> None:
 def _require_base(
     backend: Backend, modules: Mapping[str, Any], path: str, tensors: Mapping[str, StoredTensor]
 ) -> None:
-    """Check that the tensors of a folder that are no part of the adapter are those of the base."""
+    """Check that tensors of a folder that do not belong to the adapter equal those of the base model."""
     arrays = backend.arrays(modules[path]) if path in modules else {}
     for name, tensor in tensors.items():
         what = f"its tensor {shown(join_path(path, name))} belongs to no adapted layer and no module to save"
@@ -404,9 +408,10 @@ def _require_base(
 
 
 def _shortest_targets(layers: Iterable[str], modules: Mapping[str, Any]) -> list[str] | str:
-    """Return what names these layers and no others: their last names, as servers know them, else whole paths.
+    """Return targets that match exactly these layers.
 
-    A whole path may be the end of another; then it is a regular expression.
+    They are the last components of the paths if possible, since servers know those, else whole paths. If a whole path
+    is also the end of another path, a regular expression is returned.
     """
     layers = list(layers)
     for names in (list(dict.fromkeys(path.rpartition(".")[2] for path in layers)), layers):
@@ -416,7 +421,7 @@ def _shortest_targets(layers: Iterable[str], modules: Mapping[str, Any]) -> list
 
 
 def _peft_grouping(backend: Backend, base: BaseWeight, rank: int, subspaces: int, seed: int) -> Grouping:
-    """Return what PEFT finds in a weight of the whole, where it is."""
+    """Return the segmentation and the basis that PEFT computes from a whole weight, on the device of the weight."""
     W = backend.to_stored(base.W).numpy()
     b = None if base.b is None else backend.to_stored(base.b).numpy()
     on = str(device(base.W)) if is_torch_array(base.W) else "cpu"
@@ -424,7 +429,7 @@ def _peft_grouping(backend: Backend, base: BaseWeight, rank: int, subspaces: int
 
 
 def _factors_from_peft(backend: Backend, adapter: PeftAdapter, path: str, base: BaseWeight) -> Factors:
-    """Return the factors of one layer of a PEFT folder, its columns grouped as PEFT finds them in the base."""
+    """Return the factors of one layer of a PEFT folder, with the segmentation that PEFT computes from the base."""
     layer = adapter.layers[path]
     found = _peft_grouping(backend, whole(backend, base), adapter.rank, adapter.subspaces, adapter.seed)
     difference = peft.why_not_the_same(layer, found)
@@ -443,7 +448,7 @@ def _factors_from_peft(backend: Backend, adapter: PeftAdapter, path: str, base: 
 
 
 def _why_uncertain(adapter: PeftAdapter, found: Grouping, base: BaseWeight) -> str | None:
-    """Return why a grouping cannot be told from a weight: it is another one when the weight is rounded otherwise."""
+    """Return why a segmentation is uncertain, or None. It is if it changes when the weight is rounded differently."""
     on = str(device(base.W)) if is_torch_array(base.W) else "cpu"
     for rows in peft.rounded_otherwise(found.rows):
         again = peft.grouping_of(rows, adapter.rank, adapter.subspaces, adapter.seed, device=on)
@@ -453,7 +458,7 @@ def _why_uncertain(adapter: PeftAdapter, found: Grouping, base: BaseWeight) -> s
 
 
 def _host_factors(backend: Backend, factors: Factors, path: str) -> Factors:
-    """Return factors as NumPy arrays, A, B and C in float32 or float64."""
+    """Return the factors as NumPy arrays, with A, B and C in float32 or float64."""
     arrays = Factors(*(backend.to_stored(array).numpy() for array in factors))
     arrays = arrays._replace(labels=arrays.labels.astype(np.int64), ranks=arrays.ranks.astype(np.int64))
     wide = {name: as_working_precision(getattr(arrays, name)) for name in "ABC"}

@@ -1,4 +1,4 @@
-"""Adapters in files."""
+"""Verbs that save adapters to files and folders, load them, and upload them to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -71,34 +71,42 @@ __all__ = ["load", "push_to_hub", "save"]
 def save(
     model: Model, path: str | os.PathLike[str], *, name: str | None = None, training: bool = False
 ) -> None:
-    """Write an adapter, its ``modules_to_save`` and the rows of ``trained_tokens``, to a file or a folder.
+    """Write an adapter, its ``modules_to_save`` and its rows of ``trained_tokens`` to a file or a folder.
 
     A folder gets ``adapter.safetensors``, ``adamss_config.json`` (the settings, for people and scripts) and a model
-    card ``README.md``, unless it has one. Where several processes hold parts of the model (PyTorch's
-    ``fully_shard``), all of them call this and one writes.
+    card ``README.md`` unless it has one. If several processes hold parts of the model (PyTorch's ``fully_shard``),
+    all of them must call `save`, and one of them writes.
 
     Parameters
     ----------
     model
         An adapted model, merged or not.
     path
-        A folder if it exists as one, ends in a separator or has no suffix; else a file, such as
-        ``"adapter.safetensors"``. An existing file is replaced, whole or not at all.
+        Path of the file or folder. It means a folder if it is an existing folder, ends in a separator or has no
+        suffix, and otherwise a file, such as ``"adapter.safetensors"``. An existing file is replaced in one step.
     name
         Name of the adapter. None means the only one, or the active one.
     training
-        False: portable, with ``M = A B``, the smallest. True: A and B, to resume training to the bit.
+        Whether the file stores A and B, so that training can resume bit for bit. If False, it stores ``M = A B``,
+        which is smaller.
 
     Raises
     ------
     StateError
-        If the model has no such adapter, several are active and none is named, or it was merged with
-        ``keep_base=False``.
+        If the model has no such adapter, if several are active and none is named, if the adapter was merged with
+        ``keep_base=False``, or if none of its layers is left in the model.
     CheckpointError
-        If two tensors would have one name, or if names are so long, and the layers so small, that `load` would take
-        the file for a hostile one. Nothing is written.
+        If two tensors would have the same name, or if the names are so long in relation to the layers that `load`
+        would refuse the file as hostile. Nothing is written.
     ConfigError
         If the path is empty.
+
+    Warns
+    -----
+    AdamssWarning
+        If an adapted layer or a module to save is no longer part of the model, so that the file lacks it; if a base
+        weight cannot be read, so that the file has no fingerprint of it; or if the config has a budget that no
+        controller follows.
     """
     path = checked_path(path, to_write=True)
     backend, bank = adapted(model, "save")
@@ -161,31 +169,33 @@ def save(
 def push_to_hub(
     folder_or_model: Model | str | os.PathLike[str], repo_id: str, *, name: str | None = None, **kwargs: Any
 ) -> str:
-    """Upload an adapter to a repository of the Hugging Face Hub, from where `load` takes it by its name.
+    """Upload an adapter to a repository of the Hugging Face Hub, so that `load` can load it by the repository's name.
 
     Parameters
     ----------
     folder_or_model
-        A folder that `save` wrote, or an adapted model, which is saved to a temporary folder first.
+        A folder that `save` wrote, or an adapted model, which is first saved to a temporary folder.
     repo_id
-        ``"user/name"``. The repository is made if it does not exist.
+        Name of the repository, ``"user/name"``. The repository is created if it does not exist.
     name
-        Name of the adapter of a model. None means the only one, or the active one.
+        Name of the adapter if a model is given. None means the only one, or the active one.
     kwargs
-        ``private`` and ``token``, as ``huggingface_hub.create_repo`` takes them, and everything that
-        ``huggingface_hub.upload_folder`` takes, such as ``commit_message`` and ``revision``.
+        Arguments ``private`` and ``token`` of ``huggingface_hub.create_repo``, and all arguments of
+        ``huggingface_hub.upload_folder``, such as ``commit_message`` and ``revision``.
 
     Returns
     -------
     str
-        Address of the commit.
+        URL of the commit.
 
     Raises
     ------
+    CheckpointNotFoundError
+        If the folder does not exist or has no adapter.
     CheckpointError
-        If the folder has no valid adapter, or the hub refuses the upload.
+        If the adapter in the folder is not valid, or the hub refuses the upload.
     ConfigError
-        If ``repo_id`` is no name of a repository.
+        If ``repo_id`` is not the name of a repository.
     MissingBackendError
         If ``huggingface_hub`` is not installed.
     """
@@ -212,42 +222,49 @@ def load(
     check_base: bool = True,
     divide: bool = False,
 ) -> Model:
-    """Attach an adapter from a file, whatever framework, device or dtype it was trained with.
+    """Attach an adapter from a file. The file may come from any framework, device and dtype.
 
-    Segmentation, factors and mask come from the file. From a portable one the basis is made anew, and shared by
-    all subspaces: the update is the same, and R (with it the number of trained parameters) may not be.
+    Segmentation, factors and mask come from the file. A portable file stores no basis, so that a new one is computed,
+    which all subspaces share. The update is the same, but R, and with it the number of trained parameters, may differ
+    from those of the original.
 
     Parameters
     ----------
     base_model
-        The model that the adapter was trained on, in any dtype, with or without others.
+        Model that the adapter was trained on, in any dtype, with or without other adapters.
     path
-        A file or folder that `save` wrote. Where nothing local has this name, a repository of the Hugging Face Hub,
-        ``"user/name"`` or ``"user/name@revision"``, from which ``huggingface_hub`` fetches it (or from its cache).
+        File or folder that `save` wrote. If there is no local file or folder of this name, it is a repository of the
+        Hugging Face Hub, ``"user/name"`` or ``"user/name@revision"``, which ``huggingface_hub`` downloads or takes
+        from its cache.
     name
-        Of the adapter in this model. On a model that has others, it becomes the one that is active (`activate`).
+        Name of the adapter in this model. If the model has other adapters, the new one becomes the only one that is
+        active (see `activate`).
     replace
-        Put the numbers of the file in the place of those of the adapter of that name, if it has the same settings and
-        shapes: what is compiled, and what optimisers know, stays as it is. The flags of the adapter stay too.
+        Whether to replace the values of an attached adapter of this name by those of the file, if it has the same
+        layers and shapes. Compiled functions and optimisers remain valid. Whether the adapter is active and trained
+        does not change.
     trainable
-        Whether the adapter and ``modules_to_save`` are trained from now on. False: no parameter of a PyTorch model
-        requires a gradient, and `trainable_parameters` has none. Of a portable file, True makes the basis
-        ``A = orth([M, U])``, its first R columns, so that training can go on in the whole subspace; this decomposes
-        the weights. False makes it ``A = orth(M)``, which is all that inference needs and quick.
+        Whether the adapter and its ``modules_to_save`` are trained from now on. If False, no parameter of a PyTorch
+        model requires a gradient, and `trainable_parameters` returns none. For a portable file, True makes the first
+        R columns of ``orth([M, U])`` the basis A, so that training can continue in the whole subspace. This needs a
+        decomposition of the weights. False makes ``orth(M)`` the basis, which is fast and sufficient for inference.
     check_base
-        Whether to compare the fingerprints of the base weights. Where a base is quantised, here or where the adapter
-        was trained, they may differ by what its bits explain. Turn it off to put an adapter on a model other than its
-        own on purpose.
-        With ``trainable=False``, or a file that was saved with ``training=True``, the weights are not looked at
-        then: a PyTorch model may still be on the meta device. The adapter is loaded to the CPU, and the weights come
-        afterwards, by ``load_state_dict(..., strict=False, assign=True)``.
+        Whether to compare the fingerprints of the base weights. If the base is quantised, here or where the adapter
+        was trained, they may differ by the quantisation error. Set it to False to attach the adapter to another model
+        on purpose.
+
+        If it is False and no decomposition is needed (``trainable=False``, or a file that was saved with
+        ``training=True``), the values of the weights are not read. A PyTorch model may then be on the meta device:
+        the adapter is loaded on the CPU, and the weights are loaded afterwards by
+        ``load_state_dict(..., strict=False, assign=True)``.
     divide
-        Whether several processes divide the decompositions among them, as in `attach`; all must call `load` then.
+        Whether several processes divide the decompositions among themselves, as in `attach`. If True, all of them
+        must call `load`.
 
     Returns
     -------
     Model
-        The adapted model; the same object where the framework's models are mutable.
+        The adapted model. It is the same object if the framework's models are mutable.
 
     Raises
     ------
@@ -257,20 +274,21 @@ def load(
         If the path may be the name of a repository, and ``huggingface_hub`` is not installed.
     CheckpointError
         If the file is damaged, foreign or of an unknown version, or does not fit the model; if its factors hold NaN
-        or infinity (`save` keeps what a training that diverged has left, `load` does not take it up), or a number
-        overflows the dtype that it gets in this model. The message says which. The model is unchanged.
+        or infinity (which `save` writes, so that a diverged training can be examined); or if a number overflows the
+        dtype that it gets in this model. The message says which. The model is unchanged.
     LayerError
-        If a weight has no values, on the meta device, and they are needed.
+        If the values of a weight are needed, but it has none because it is on the meta device.
     ConfigError
-        If the name is none.
+        If the name is not valid.
     StateError
-        If an adapter of that name is attached already, and ``replace`` is False, or does not fit the file; if the
-        weights hold the update of another.
+        If the name is taken and ``replace`` is False, or the attached adapter does not fit the file; or if the
+        weights hold the update of another adapter.
     """
     backend = backend_for(base_model)
     with backend.exact(), backend.divided(base_model, enabled=divide) as division:
         bank = new_name(backend, base_model, name, "load", replace=replace)
-        if name in bank.adapters:  # the flags stay, and with them the form of the basis
+        if name in bank.adapters:
+            # A replaced adapter keeps its flag, which decides the form of the basis.
             trainable = bank.adapters[name].trainable
         modules = backend.modules(base_model)
         stored = files.read(folder.adapter_file(checked_path(path)), modules=len(modules))
@@ -297,7 +315,7 @@ def load(
         layers: dict[str, Factors] = {}
         marks: dict[str, tuple[Fingerprint, Fingerprint]] = {}
         with progress(len(weights)) as count:
-            # Said of the present batch: `each` is done with one before the next begins.
+            # `loaded` reads the current batch. `each` returns before the loop assigns the next one.
             batch: dict[str, BaseWeight] = {}
 
             def loaded(layer_path: str) -> Factors:
@@ -321,12 +339,13 @@ def load(
                 _check_all_bases(marks if go else {})
             layers = division.gather(layers)
         if check_base:
-            for path in sites.keys() - parts.keys():  # the fingerprint is of all blocks of a weight together
+            for path in sites.keys() - parts.keys():  # a fingerprint covers all blocks of a weight together
                 whole_mark = fingerprint(base_weight(backend, sites[path], bank).W)
                 _check_base_values(path, stored.layers[path].base, whole_mark)
         ordered = {path: core.join([layers[part] for part in site.split()]) for path, site in sites.items()}
         shapes = {path: layer.base.shape for path, layer in stored.layers.items()}
-        # What a file has for patterns is not compiled: a hostile one can take hours.
+        # Patterns from a file are not compiled, since a hostile regular expression can take hours. The ranks of the
+        # layers replace them.
         ranks = {
             rf"\A{re.escape(path)}\Z": {"rank": layer.rank}
             for path, layer in stored.layers.items()
@@ -352,7 +371,7 @@ def load(
 def _loaded_rows(
     backend: Backend, model: Model, stored: Checkpoint, modules: Mapping[str, Any], bank: Bank
 ) -> dict[str, Rows]:
-    """Return the rows of ``trained_tokens`` in the dtype that they are trained in."""
+    """Return the rows of ``trained_tokens`` of a file, in the dtype in which they are trained."""
     found = {}
     asked: Any = stored.config.trained_tokens
     weights = {path: {"weight": rows} for path, rows in stored.tokens.items()}
@@ -381,7 +400,10 @@ def _loaded_rows(
 
 
 def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation: Adaptation) -> None:
-    """Tell whoever has trained without a controller that the schedule of the config had no effect."""
+    """Warn that the budget of the config had no effect, if the model was trained without a controller.
+
+    The evidence is that C has left zero while all subspaces are still trained.
+    """
     budget, layers = adaptation.config.budget, adaptation.layers
     if budget is None or backend.followed(model, adaptation.name):
         return
@@ -398,7 +420,7 @@ def _warn_of_a_budget_nobody_follows(backend: Backend, model: Model, adaptation:
 
 
 def _fingerprint_of(backend: Backend, site: Site, bank: Bank) -> Fingerprint:
-    """Return the fingerprint of a base weight; of one that nobody can read any more, one that fits no weight."""
+    """Return the fingerprint of a base weight. If the weight cannot be read, warn and return a placeholder."""
     try:
         base = whole(backend, base_weight(backend, site, bank))
         with reading(site.path, base.W):
@@ -416,7 +438,7 @@ def _fingerprint_of(backend: Backend, site: Site, bank: Bank) -> Fingerprint:
 
 
 def _base_site(backend: Backend, site: Site, bank: Bank) -> Site:
-    """Return the site of W0: that of the quantised layer, where a float one has taken its place."""
+    """Return the site that contains W0. If `merge` replaced a quantised layer, it is the site of that layer."""
     layer = bank.layers.get(owner_of(site.path))
     return site if layer is None else backend.site(layer, site.path)
 
@@ -440,7 +462,7 @@ def _stored_layer(backend: Backend, factors: Factors, mark: Fingerprint, *, trai
 
 
 def _smallest(integers: np.ndarray[Any, Any]) -> StoredTensor:
-    """Return non-negative integers in the smallest unsigned dtype that holds them."""
+    """Return non-negative integers in the smallest unsigned dtype that can hold them."""
     return StoredTensor.of(integers.astype(np.min_scalar_type(int(integers.max()))))
 
 
@@ -453,9 +475,9 @@ def _loaded_factors(
     path: str,
     trainable: bool,
 ) -> Factors:
-    """Return the factors of a layer in the dtype that they get in this model."""
+    """Return the factors of a layer of a file, in the dtype that they get in this model."""
     dtype = factor_dtype(backend, base, config, loading=True)
-    # Overflow is found below, whatever a framework makes of it.
+    # Overflow is detected below for all frameworks, so NumPy's own warning is not needed.
     with np.errstate(over="ignore", invalid="ignore"):
         factors = _factors_in(dtype, backend, layer, base, config, trainable=trainable)
     xp = namespace(factors.C)
@@ -483,7 +505,7 @@ def _factors_in(
     ranks = array(layer.ranks, dtype="int64")
     C, active = array(layer.C, dtype=dtype), array(layer.active)
     if layer.M is None:
-        assert layer.A is not None and layer.B is not None  # `checkpoint.read` has seen to it
+        assert layer.A is not None and layer.B is not None  # `checkpoint.read` has checked this
         return Factors(array(layer.A, dtype=dtype), array(layer.B, dtype=dtype), C, labels, ranks, active)
     M = array(layer.M, dtype="float64" if dtype == "float64" else "float32")
     U = None
@@ -537,7 +559,10 @@ def _check_base_values(path: str, stored: Fingerprint, present: Fingerprint) -> 
 
 
 def _check_all_bases(marks: Mapping[str, tuple[Fingerprint, Fingerprint]]) -> None:
-    """Check weights of few bits together: each by itself may be any."""
+    """Check the fingerprints of all quantised weights together.
+
+    With few bits, the tolerance for a single weight is so large that another model may pass it.
+    """
     if unlikely(list(marks.values())):
         worst = max(marks, key=lambda path: marks[path][0].difference(marks[path][1]))
         raise CheckpointError(
@@ -548,7 +573,7 @@ def _check_all_bases(marks: Mapping[str, tuple[Fingerprint, Fingerprint]]) -> No
 
 
 def _digest(stored: Checkpoint, *choices: bool) -> str:
-    """Return what tells whether two processes load the same, in the same way."""
+    """Return a digest that is equal in two processes that load the same file with the same choices."""
     digest = hashlib.sha256(repr((stored.config, choices)).encode())
     for path, layer in stored.layers.items():
         for name, tensor in layer.tensors().items():

@@ -1,4 +1,4 @@
-"""Updates folded into the weights."""
+"""Verbs that merge updates into the weights, and take them out again."""
 
 from __future__ import annotations
 
@@ -17,49 +17,53 @@ from adamss.verbs.common import Name, adapted, chosen, one_of, tied_weights
 __all__ = ["consolidate", "merge", "merge_and_unload", "unmerge"]
 
 LOSS_WORTH_A_WARNING = 0.05
+"""Share of an update that may be lost by rounding without a warning."""
 
 
 def merge(model: Model, *, name: Name = None, keep_base: bool = True, dequantise: bool = False) -> Model:
-    """Fold updates into the weights, so that inference costs what the base model costs.
+    """Merge updates into the weights, so that inference costs as much as with the base model.
 
-    Each weight becomes ``round(W0 + delta)``, the sum formed in float32 or wider. What `consolidate` has folded is
-    merged anew with the rest: `unmerge` gives back the model as it was before both. The rows of ``trained_tokens``
-    are written into their embeddings, and a head that shares the weight goes on sharing it.
+    Each weight becomes ``round(W0 + delta)``, where the sum is computed in float32 or wider. If `consolidate` has
+    merged some subspaces before, they are merged again together with the rest, so that `unmerge` returns to the model
+    before both calls. The rows of ``trained_tokens`` are written into their embeddings. If a head shares the weight
+    of such an embedding, it still shares it afterwards.
 
     Parameters
     ----------
     model
         An adapted model.
     name
-        Of the adapter; several, or weights by name; None for the only one, or what is active. Those that are not
-        active yet become so. What the weights hold of other adapters stays there.
+        Name or names of the adapters, or weights by name. None means the only adapter, or the active ones. Adapters
+        that are not active become active. The weights still hold the updates of other adapters that they held before.
     keep_base
-        Keep a copy of W0 on the CPU, so that `unmerge` and `detach` are exact. Without it they raise.
+        Whether to keep a copy of W0 on the CPU, so that `unmerge` and `detach` are exact. Without it, they raise an
+        error.
     dequantise
-        Turn each adapted layer that is quantised into a float one of the same numbers (PyTorch: `torch.nn.Linear`),
-        in the dtype that the layer computes in, and merge into that. With ``keep_base`` the quantised layer itself is
-        kept where it is, and `unmerge` and `detach` give it back. What else the model says of its quantisation
-        (``model.config.quantization_config``) stays as it is.
+        Whether to replace each quantised layer that is adapted by a floating-point layer with the same values (in
+        PyTorch a `torch.nn.Linear`), in the dtype in which the layer computes, and to merge into that. With
+        ``keep_base``, the quantised layer is kept on its device, and `unmerge` and `detach` put it back. Other
+        records of the quantisation, such as ``model.config.quantization_config``, are not changed.
 
     Returns
     -------
     Model
-        The merged model; the same object where the framework's models are mutable.
+        The merged model. It is the same object if the framework's models are mutable.
 
     Raises
     ------
     StateError
-        If the model has no such adapter or it is merged already, or was consolidated with ``keep_base=False``.
+        If the model has no such adapter, if the adapters are merged already, or if one was consolidated with
+        ``keep_base=False``.
     LayerError
-        If a weight cannot be written: one that is quantised, without ``dequantise=True``.
+        If a weight cannot be written, for example because it is quantised and ``dequantise`` is False.
     ArrayValueError
-        If a merged weight is not finite; the message names the layer, and no layer is merged.
+        If a merged weight is not finite. The message names the layer, and no layer is merged.
 
     Warns
     -----
     AdamssWarning
-        If the rounding to the dtype of a weight lost more than 5 % of its update. If a weight was tied to another
-        (embeddings and ``lm_head``): it is one of its own from then on.
+        If rounding to the dtype of a weight lost more than 5 % of its update. If a weight was tied to another one
+        (an embedding to ``lm_head``), because it is a separate tensor from then on.
     """
     backend, bank = adapted(model, "merge")
     weights = chosen(bank, name, "merge")
@@ -70,41 +74,42 @@ def merge(model: Model, *, name: Name = None, keep_base: bool = True, dequantise
 
 
 def merge_and_unload(model: Model, *, name: Name = None, dequantise: bool = False) -> Model:
-    """Fold updates into the weights for good, and take all adapters off: a plain model that has learnt.
+    """Merge updates into the weights permanently, and remove all adapters.
 
-    Weights are ``round(W0 + delta)`` as of `merge`, ``modules_to_save`` keep what they were trained to, and what
-    required a gradient before `attach` does again. Nothing of the adapters is left, in memory or in what the
-    framework's own saving writes; neither is W0, so save the adapter first.
+    The result is a plain model of the framework. Its weights are ``round(W0 + delta)`` as with `merge`, the
+    ``modules_to_save`` keep their trained values, and the parameters that required a gradient before `attach` require
+    one again. Neither the adapters nor W0 are left, in memory or in what the framework itself saves, so save the
+    adapter first.
 
     Parameters
     ----------
     model
         An adapted model, merged or not.
     name
-        Whose updates, as in `merge`. Adapters that are not named are taken off without a trace.
+        Adapters whose updates are merged, as in `merge`. The updates of all other adapters are discarded.
     dequantise
-        Turn each adapted layer that is quantised into a float one, as `merge` does.
+        Whether to replace each quantised layer that is adapted by a floating-point layer, as in `merge`.
 
     Returns
     -------
     Model
-        The model without adapters; the same object where the framework's models are mutable.
+        The model without adapters. It is the same object if the framework's models are mutable.
 
     Raises
     ------
     StateError
-        If the model has no such adapter, or was consolidated with ``keep_base=False``; if the weights hold the update
-        of one that is not named.
+        If the model has no such adapter, or it was consolidated with ``keep_base=False``; or if the weights hold the
+        update of an adapter that is not named.
     LayerError
-        If a weight cannot be written: one that is quantised, without ``dequantise=True``.
+        If a weight cannot be written, for example because it is quantised and ``dequantise`` is False.
     ArrayValueError
-        If a merged weight is not finite; the message names the layer, and nothing is changed.
+        If a merged weight is not finite. The message names the layer, and nothing is changed.
 
     Warns
     -----
     AdamssWarning
-        If the rounding to the dtype of a weight lost more than 5 % of its update. If a weight was tied to another
-        (embeddings and ``lm_head``): it is one of its own from then on.
+        If rounding to the dtype of a weight lost more than 5 % of its update. If a weight was tied to another one
+        (an embedding to ``lm_head``), because it is a separate tensor from then on.
     """
     verb = "merge_and_unload"
     backend, bank = adapted(model, verb)
@@ -124,23 +129,23 @@ def merge_and_unload(model: Model, *, name: Name = None, dequantise: bool = Fals
 
 
 def unmerge(model: Model, *, name: str | Iterable[str] | None = None) -> Model:
-    """Take updates out of the weights again: W0 to the bit, the adapters as before `merge`.
+    """Take merged updates out of the weights.
 
-    If the weights go on holding the update of another adapter, they become what merging that alone makes of W0.
-
-    Where `merge` has turned quantised layers into float ones, the quantised ones come back, the same objects.
+    Afterwards, the weights equal W0 bit for bit, and the adapters are as they were before `merge`. If the weights
+    still hold the update of another adapter, they equal W0 with only that update merged. If `merge` replaced
+    quantised layers by floating-point layers, the original quantised layers are put back.
 
     Parameters
     ----------
     model
         A merged model.
     name
-        Of the adapter, or of several; None for all that are merged.
+        Name or names of the adapters. None means all that are merged.
 
     Returns
     -------
     Model
-        The adapted model; the same object where the framework's models are mutable.
+        The adapted model. It is the same object if the framework's models are mutable.
 
     Raises
     ------
@@ -162,37 +167,38 @@ def unmerge(model: Model, *, name: str | Iterable[str] | None = None) -> Model:
 
 
 def consolidate(model: Model, *, name: str | None = None, keep_base: bool = True) -> Model:
-    """Fold the frozen subspaces into the weights, so that the forward computes only what is still trained.
+    """Merge the frozen subspaces into the weights, so that the forward pass computes only the trained ones.
 
-    Each weight becomes ``W0 + sum of A_k B_k C_k over the frozen k``. Outputs and gradients of the trained subspaces
-    are the same, up to rounding; `save` goes on writing every subspace, `detach` gives W0 back. Training goes on as
-    before, and what is frozen later is folded by the next call, which else changes nothing. With no subspace left to
-    train it is what `merge` does.
+    Each weight becomes ``W0 + sum of A_k B_k C_k over the frozen k``. The outputs, and the gradients of the trained
+    subspaces, stay the same up to rounding. `save` still writes all subspaces, and `detach` restores W0. Training
+    continues as before. Subspaces that are frozen later are merged by the next call; a call changes nothing if none
+    were frozen since the last. If no subspace is trained any more, the result is that of `merge`.
 
     Parameters
     ----------
     model
         An adapted model with frozen subspaces, not merged.
     name
-        Of the adapter, which is active; None for the only one, or the one that is active.
+        Name of the adapter, which must be active. None means the only one, or the active one.
     keep_base
-        Keep a copy of W0 on the CPU, so that `detach`, `merge` and `disabled` are exact. Without it they raise, and
-        nothing more can be thawed.
+        Whether to keep a copy of W0 on the CPU, so that `detach`, `merge` and `disabled` are exact. Without it, they
+        raise an error, and no merged subspace can be trained again.
 
     Returns
     -------
     Model
-        The model; the same object where the framework's models are mutable.
+        The consolidated model. It is the same object if the framework's models are mutable.
 
     Raises
     ------
     StateError
-        If the model has no adapters, is merged, or has no frozen subspaces; or nothing but frozen ones, while rows of
-        ``trained_tokens`` are trained.
+        If the model has no such adapter, or the adapter is merged or not active; if it has no frozen subspaces; if a
+        budget with ``revive=True`` may let frozen subspaces return; or if all subspaces are frozen and rows of
+        ``trained_tokens`` are trained, which `consolidate` does not merge.
     ArrayTypeError
-        If a weight is in half precision, which would lose the update: merge at the end instead.
+        If a weight is in half precision, where rounding would lose the update. Merge at the end instead.
     ArrayValueError
-        If a weight would not be finite; the message names the layer, and nothing is changed.
+        If a weight would not be finite. The message names the layer, and nothing is changed.
     """
     backend, bank = adapted(model, "consolidate")
     adaptation = one_of(bank, name, "consolidate")
@@ -241,7 +247,7 @@ def _merged(
     keep_base: bool,
     dequantise: bool,
 ) -> Model:
-    """Return the model, in which some of these adapters are not merged, with all their updates in its weights."""
+    """Return the model with the updates of these adapters, some of which may be merged already, in its weights."""
     bank = backend.bank(model)
     if bank.ledger.held:
         require_kept_base(bank, verb)

@@ -1,4 +1,4 @@
-"""The table that `adamss.summary` returns."""
+"""Tables of effective settings and parameter counts, as `adamss.summary` returns them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ __all__ = ["Summary", "SummaryRow", "summarise", "summary_of_file", "total"]
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """Effective settings and counts of one adapted layer, or of all.
+    """Effective settings and parameter counts of one adapted layer, or of all of them.
 
     Attributes
     ----------
     path
-        Module path; ``"total"`` for the sum.
+        Module path, or ``"total"`` for the sum over the layers.
     shape
-        (d, n) of the weight; None for the sum.
+        Shape (d, n) of the weight, or None for the sum.
     K
-        Subspaces.
+        Number of subspaces.
     R
-        Columns of the basis (the largest, where each subspace has its own); None for the sum.
+        Number of columns of the basis (of the largest, if each subspace has its own), or None for the sum.
     q
-        Sum of the trained ranks r_k, the rank that the update can have.
+        Sum of the trained ranks r_k, which bounds the rank of the update.
     trained
-        Trained parameters ``sum_k r_k (n_k + R_k)``; in the sum, those of ``modules_to_save`` and ``trained_tokens``
-        are not counted.
+        Number of trained parameters, ``sum_k r_k (n_k + R_k)``. The sum over the layers does not include those of
+        ``modules_to_save`` and ``trained_tokens``.
     active
-        Subspaces that are still trained.
+        Number of subspaces that are still trained.
     """
 
     path: str
@@ -52,22 +52,22 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is attached to a model; prints as a table.
+    """Summary of an adapter, which prints as a table.
 
     Attributes
     ----------
     rows
-        One per adapted layer, in the order of the model.
+        One row for each adapted layer, in the order of the model.
     total
         Sums over the layers.
     saved
-        Parameters of ``modules_to_save``, trained whole.
+        Number of parameters of ``modules_to_save``.
     targets
-        What the layers were chosen by; None if unknown.
+        Setting ``targets`` by which the layers were chosen, or None if unknown.
     tokens
-        Parameters of ``trained_tokens``.
+        Number of parameters of ``trained_tokens``.
     name
-        Of the adapter.
+        Name of the adapter.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -119,19 +119,19 @@ class Summary:
 
 
 def summarise(path: str, shape: tuple[int, int], factors: Factors) -> SummaryRow:
-    """Return the row of one layer.
+    """Return the summary of one layer.
 
     Parameters
     ----------
     path
         Module path.
     shape
-        (d, n) of its weight.
+        Shape (d, n) of the weight.
     factors
-        Its factors, or their `adamss.core.factors.outline`.
+        Factors of the layer, or their `adamss.core.factors.outline`.
     """
     layer = outline(factors, name=path)
-    # A file has the smallest integers that hold its numbers; sums and products of them need more.
+    # Files store labels and ranks in the smallest dtype that holds them, in which sums and products would overflow.
     layer = layer._replace(labels=layer.labels.astype(np.int64), ranks=layer.ranks.astype(np.int64))
     return SummaryRow(
         path=path,
@@ -145,12 +145,12 @@ def summarise(path: str, shape: tuple[int, int], factors: Factors) -> SummaryRow
 
 
 def total(rows: Sequence[SummaryRow]) -> SummaryRow:
-    """Return the sum of rows.
+    """Return the sum over the layers as one more row.
 
     Parameters
     ----------
     rows
-        One per layer.
+        One row for each layer.
     """
     return SummaryRow(
         path="total",
@@ -164,15 +164,15 @@ def total(rows: Sequence[SummaryRow]) -> SummaryRow:
 
 
 def summary_of_file(stored: Checkpoint) -> Summary:
-    """Return what a file holds, with R and the trained parameters as they were in training.
+    """Return the summary of an adapter file, with R and the trained parameters as they were in training.
 
-    A portable file has A B and not A, so that R is that of its settings, as far as the layer allows it. Names are as
-    the file has them, which may be from anyone: escape what you print.
+    A portable file stores M = A B instead of A, so R is taken from its settings and limited to what the layer allows.
+    Names come from the file, which may be hostile, so escape them before you print them.
 
     Parameters
     ----------
     stored
-        A file that was read.
+        Content of the file.
     """
     rows = []
     for path, layer in stored.layers.items():
