@@ -308,7 +308,11 @@ class TestActive:
         folder = tmp_path if "checkpoint" in names else tmp_path / "run2"
         for source in (folder, sorted(folder.iterdir())):
             ax = plots.active(source)
-            assert ax.lines[0].get_xydata().tolist()[:-1] == [[4, 4], [10, 2]]
+            assert ax.lines[0].get_xydata().tolist() == [[4, 4], [10, 2]]
+            assert ax.lines[0].get_linestyle() == "None", "nobody knows what was in between"
+            (mesh,) = ax.figure.axes[1].collections
+            assert mesh.get_array().tolist() == [[2, 1], [2, 1]]
+            assert mesh.get_coordinates()[0, :, 0].tolist() == [1, 7, 13]
             assert ax.lines[1].get_ydata()[0] == 6
             assert ax.lines[1].get_xydata()[-1].tolist() == [10, 2]
 
