@@ -44,6 +44,8 @@ from adamss.errors import (
 )
 from adamss.io import checkpoint
 from adamss.io.checkpoint import LINEAR, StoredLayer
+from adamss.io.folder import ADAPTER_FILE
+from adamss.io.weights import WeightFiles, match_names, weight_name
 from adamss.verbs.common import adapted, progress
 
 if TYPE_CHECKING:
@@ -55,7 +57,6 @@ Array = np.ndarray[Any, Any]
 Source: TypeAlias = Any
 """A model, or a path."""
 
-ADAPTER_FILE = "adapter.safetensors"
 TRAINER_STATE = "trainer_state.json"
 ALLOCATION = "adamss/allocation"
 """Under which an entry of the Trainer's log has an allocation: the step, the active subspaces of the layers in which
@@ -574,8 +575,6 @@ def _of_file(path: Path, base: str | os.PathLike[str] | None, verb: str) -> dict
 
 def _reader(base: str | os.PathLike[str], paths: Iterable[str]) -> Callable[[str], Array]:
     """Return what reads the array of a layer of an adapter from the files of its base."""
-    from adamss.io.weights import WeightFiles, match_names, weight_name
-
     weights = WeightFiles(base)
     ours, theirs = match_names(paths, weights)
 
@@ -588,8 +587,6 @@ def _reader(base: str | os.PathLike[str], paths: Iterable[str]) -> Callable[[str
 
 
 def _of_weights(path: Path) -> dict[str, _Layer]:
-    from adamss.io.weights import WeightFiles
-
     weights = WeightFiles(path)
 
     def weight(name: str) -> Array:
