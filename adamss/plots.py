@@ -44,6 +44,8 @@ from adamss.errors import (
 )
 from adamss.io import checkpoint
 from adamss.io.checkpoint import LINEAR, StoredLayer
+from adamss.io.folder import ADAPTER_FILE
+from adamss.io.weights import WeightFiles, match_names, weight_name
 from adamss.verbs.common import adapted, progress
 
 if TYPE_CHECKING:
@@ -55,7 +57,6 @@ Array = np.ndarray[Any, Any]
 Source: TypeAlias = Any
 """A model, or a path."""
 
-ADAPTER_FILE = "adapter.safetensors"
 TRAINER_STATE = "trainer_state.json"
 ALLOCATION = "adamss/allocation"
 """Under which an entry of the Trainer's log has an allocation: the step, the active subspaces of the layers in which
@@ -400,9 +401,9 @@ def active(source: Any, *, ax: Axes | None = None) -> Axes:
     Returns
     -------
     matplotlib.axes.Axes
-        The upper one: ``lines[0]`` has all active subspaces over the optimiser steps and ``lines[1]``, where the
-        schedule is known and counts subspaces, the budget. The lower one, the last of the figure but the colour bar,
-        has a row for each layer.
+        The upper one: ``lines[0]`` has all active subspaces over the optimiser steps (of checkpoints, points alone)
+        and ``lines[1]``, where the schedule is known and counts subspaces, the budget. The lower one has a row for
+        each layer, and is hatched where nothing is known.
 
     Raises
     ------
@@ -427,8 +428,7 @@ def active(source: Any, *, ax: Axes | None = None) -> Axes:
     paths = sorted({path: None for each in counts for path in each}, key=_natural)
     values = np.asarray([[each.get(path, np.nan) for each in counts] for path in paths])
     totals = [sum(each.values()) for each in counts]
-    # Each number holds until the next, the last one as long as the training is known to have gone on.
-    edges = [*steps, max(history.last, steps[-1] + max(1, (steps[-1] - steps[0]) // 20))]
+    edges = history.edges
 
     with _axes(ax, (6.8, 2.2 + _height(len(paths)))) as ax:
         place = ax.get_subplotspec()
@@ -439,11 +439,14 @@ def active(source: Any, *, ax: Axes | None = None) -> Axes:
         ax.set_subplotspec(grid[0])
         below = ax.figure.add_subplot(grid[1], sharex=ax)
 
-        ax.step(edges, [*totals, totals[-1]], where="post", color=ACTIVE, label="active subspaces")
+        if history.sampled:
+            ax.plot(steps, totals, "o", color=ACTIVE, label="active subspaces")
+        else:
+            ax.step(edges, [*totals, totals[-1]], where="post", color=ACTIVE, label="active subspaces")
         if len(history.schedule[0]):
             ax.plot(*history.schedule, color=COLOURS[1], linestyle="--", linewidth=1, label="budget")
             ax.legend(loc="upper right")
-        ax.set(ylim=(0, 1.05 * max(totals)), ylabel="subspaces")
+        ax.set(ylim=(0, 1.05 * max([*totals, *history.schedule[1][:1]])), ylabel="subspaces")
         ax.tick_params(labelbottom=False)
         title = f"Active subspaces: {totals[0]} at step {steps[0]:,}, {totals[-1]} at step {steps[-1]:,}"
         ax.set_title(title, loc="left")
@@ -452,11 +455,13 @@ def active(source: Any, *, ax: Axes | None = None) -> Axes:
         mesh = below.pcolormesh(
             edges, np.arange(len(paths) + 1), values, cmap="Blues", vmin=0, vmax=most, rasterized=True
         )
+        # Where nothing is known, which is something else than no active subspaces.
+        below.patch.set(hatch="////", edgecolor=FROZEN)
         _rows(below, _short(paths), 0.5)
         below.set(
             ylim=(len(paths), 0),
             xlabel="optimiser steps",
-            xlim=(edges[0], max([edges[-1], *history.schedule[0][-1:]])),
+            xlim=(min([edges[0], *history.schedule[0][:1]]), max([edges[-1], *history.schedule[0][-1:]])),
         )
         below.tick_params(axis="y", length=0)
         ax.figure.colorbar(
@@ -570,8 +575,6 @@ def _of_file(path: Path, base: str | os.PathLike[str] | None, verb: str) -> dict
 
 def _reader(base: str | os.PathLike[str], paths: Iterable[str]) -> Callable[[str], Array]:
     """Return what reads the array of a layer of an adapter from the files of its base."""
-    from adamss.io.weights import WeightFiles, match_names, weight_name
-
     weights = WeightFiles(base)
     ours, theirs = match_names(paths, weights)
 
@@ -584,8 +587,6 @@ def _reader(base: str | os.PathLike[str], paths: Iterable[str]) -> Callable[[str
 
 
 def _of_weights(path: Path) -> dict[str, _Layer]:
-    from adamss.io.weights import WeightFiles
-
     weights = WeightFiles(path)
 
     def weight(name: str) -> Array:
@@ -651,13 +652,36 @@ def _checked(layer: _Layer, path: str) -> Array:
 
 @dataclass(frozen=True)
 class _History:
-    """Active subspaces by layer after each of some steps, and the points of the schedule, if it is known."""
+    """Active subspaces by layer over the steps of a training.
+
+    Attributes
+    ----------
+    steps, counts
+        Ascending steps, and the numbers after each.
+    schedule
+        Steps and budgets, if they are known and count subspaces.
+    last
+        Step up to which the last numbers are known to hold.
+    sampled
+        Whether there may have been other numbers in between: checkpoints are not written with each change.
+    """
 
     steps: list[int]
     counts: list[dict[str, int]]
     schedule: tuple[Sequence[int], Sequence[int]] = ((), ())
     last: int = 0
-    """Step up to which the last numbers are known to hold."""
+    sampled: bool = False
+
+    @property
+    def edges(self) -> list[float]:
+        """Steps between which numbers are drawn: those of a sample around it, others up to the next."""
+        steps = np.asarray(self.steps)
+        if self.sampled:
+            gaps = np.diff(steps) if len(steps) > 1 else np.asarray([2])
+            between = (steps[1:] + steps[:-1]) / 2
+            return [steps[0] - gaps[0] / 2, *between.tolist(), steps[-1] + gaps[-1] / 2]
+        end = steps[-1] + max(1, (steps[-1] - steps[0]) // 20)
+        return [*steps.tolist(), max(self.last, int(end))]
 
 
 def _history(source: Any) -> _History:
@@ -764,7 +788,7 @@ def _of_checkpoints(paths: Iterable[Path]) -> _History:
     steps, stored = [step for step, _ in read], [each for _, each in read]
     counts = [{path: int(one.active.numpy().sum()) for path, one in each.layers.items()} for each in stored]
     total = sum(one.active.shape[0] for one in stored[-1].layers.values())
-    return _History(steps, counts, _schedule(stored[-1].config.budget, total, steps[-1]))
+    return _History(steps, counts, _schedule(stored[-1].config.budget, total, steps[-1]), sampled=True)
 
 
 def _schedule(budget: BudgetConfig | None, total: int, last: int) -> tuple[Sequence[int], Sequence[int]]:
