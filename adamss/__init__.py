@@ -1,9 +1,9 @@
 """AdaMSS: adaptive multi-subspace fine-tuning, for NumPy, PyTorch and JAX.
 
-A frozen weight W0 is adapted as ``W = W0 + sum_k A_k B_k C_k`` over K small subspaces found in the weight
-itself; A_k is frozen, B_k and C_k are trained (Zheng et al., NeurIPS 2025). `adamss.core` has the
-mathematics, on the arrays of any framework; the verbs here work on whole models. Importing this package
-imports no framework.
+AdaMSS adapts a frozen weight W0 as ``W = W0 + sum_k A_k B_k C_k``, a sum over K small subspaces of the weight.
+A_k is frozen; B_k and C_k are trained (Zheng et al., NeurIPS 2025). `adamss.core` implements the mathematics
+on the arrays of any framework. The functions of this package work on whole models. Importing the package
+imports no deep-learning framework.
 """
 
 from adamss import core, errors
@@ -21,6 +21,7 @@ from adamss.verbs import (
     load,
     merge,
     merge_and_unload,
+    push_to_hub,
     routed,
     save,
     summary,
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "merge",
     "merge_and_unload",
+    "push_to_hub",
     "routed",
     "save",
     "summary",

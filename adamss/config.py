@@ -1,4 +1,4 @@
-"""The settings of AdaMSS: frozen, keyword-only, checked when made."""
+"""Settings of AdaMSS: frozen, keyword-only dataclasses that are validated when they are created."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OVERRIDABLE = {
     *("rank", "subspaces", "subspace_rank", "segmentation", "segmentation_dimension"),
     *("basis", "initial_B", "include_bias"),
 }
-"""Settings that a layer may have for itself."""
+"""Settings that `AdamssConfig.overrides` may set for single layers."""
 
 T = TypeVar("T")
 
@@ -54,39 +54,42 @@ _shortened.maxstring = _shortened.maxother = _shortened.maxlong = 200
 
 
 def shown(value: object) -> str:
-    """Return the ``repr`` of a value for a message, shortened: it may come from a file, and be as long as that."""
+    """Return the ``repr`` of a value for a message, shortened because a value from a file may be of any length."""
     return _shortened.repr(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """When and how far the number of trained subspaces goes down.
+    """Schedule by which the number of trained subspaces is reduced during training.
 
     Parameters
     ----------
     target
         Budget from ``end_step`` on, in `unit`.
     unit
-        ``"subspaces"``: exactly so many stay trained. ``"parameters"``: never more than so many numbers.
+        What the budget counts. With ``"subspaces"`` exactly `target` subspaces stay trained. With
+        ``"parameters"`` at most `target` parameters stay trained.
     start_step
-        Completed optimiser steps before the reduction begins.
+        Number of completed optimiser steps after which the reduction begins.
     end_step
-        Completed optimiser steps at which the target is reached.
+        Number of completed optimiser steps after which the budget equals `target`.
     interval
-        Steps between allocations; there is always one at ``end_step``.
+        Number of steps between two allocations. An allocation always takes place at ``end_step``.
     power
-        Exponent of the schedule between the two (Zhu and Gupta, 2017).
+        Exponent of the schedule between ``start_step`` and ``end_step`` (Zhu and Gupta, 2017).
     initial
-        Budget at ``start_step``, from which the curve goes down; None for all there is. All subspaces are
-        trained up to the first allocation.
+        Budget at ``start_step``, where the schedule begins. None means everything that the model has. Every
+        subspace is trained until the first allocation, whatever this value is.
     minimum_per_layer
-        Subspaces that every layer keeps in any case, the best it has; all of a layer that has no more.
+        Number of subspaces that each layer keeps, those with the highest scores. A layer that has no more than
+        this number keeps all of them.
     window
-        ``"reset"`` forgets the importance averages after each allocation, ``"running"`` keeps them.
+        Steps that the importance averages cover: ``"reset"`` clears the averages after each allocation,
+        ``"running"`` keeps them.
     revive
-        Whether a frozen subspace may return. False is the paper's one-way reduction.
+        Whether a frozen subspace may be trained again later. False gives the one-way reduction of the paper.
     sensitivity_decay, uncertainty_decay
-        Decays b1, in (0, 1), and b2, in [0, 1), of the importance averages (Zhang et al., 2022).
+        Decay rates b1, in (0, 1), and b2, in [0, 1), of the importance averages (Zhang et al., 2022).
 
     Raises
     ------
@@ -138,12 +141,12 @@ class BudgetConfig:
         _check_real(self, "uncertainty_decay", low=0.0, high=1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a dictionary of plain values, fit for JSON."""
+        """Return the settings as a dictionary that JSON can represent."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """Make a config of what `to_dict` returned.
+        """Create a config from a dictionary returned by `to_dict`.
 
         Raises
         ------
@@ -155,19 +158,22 @@ class BudgetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SubspaceEstimate:
-    """K from the weight itself, for every layer its own: `adamss.core.estimate_subspaces` (the paper's Algorithm 2).
+    """Settings for estimating K from the weight of each layer (the paper's Algorithm 2).
+
+    `adamss.core.estimate_subspaces` computes the estimate.
 
     Parameters
     ----------
     tau
-        Soft threshold of the Laplacian's eigenvalues, in (0, 1].
+        Soft threshold on the eigenvalues of the Laplacian, in (0, 1].
     minimum
-        K0: lowest K.
+        Lower bound K0 on K.
     maximum
-        Highest K; None for the rank R of the decomposition, or `minimum` where that is more.
+        Upper bound on K. None means the rank R of the decomposition, or `minimum` if that is larger.
     exponent
-        Of the affinity between columns, positive. Segmentation ``"ncut"`` uses it too, and 2 where K is a number:
-        ``SubspaceEstimate(minimum=10, maximum=10, exponent=4)`` is K = 10 with another.
+        Positive exponent of the affinity between columns. The segmentation ``"ncut"`` uses the same exponent, and
+        uses 2 if `AdamssConfig.subspaces` is a number. To fix K = 10 with another exponent, pass
+        ``SubspaceEstimate(minimum=10, maximum=10, exponent=4)``.
 
     Raises
     ------
@@ -203,59 +209,63 @@ class SubspaceEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamssConfig:
-    """What to adapt, and how.
+    """Settings of an adapter: which modules it adapts, and how.
 
-    A value larger than a layer allows (rank over min(d, n), subspaces over n, subspace_rank over the
-    columns of a subspace) is clamped for that layer; `adamss.summary` shows the effective one.
+    A value that is too large for a layer (rank above min(d, n), subspaces above n, subspace_rank above the number
+    of columns of a subspace) is clamped for that layer. `adamss.summary` shows the effective values.
 
     Parameters
     ----------
     targets
-        Modules to adapt: names matched at the end of the module path (``["query", "value"]``), or one
-        regular expression on the whole path, which takes what can be adapted. ``"all-linear"``: every linear layer
-        but the output head. None: those that PEFT takes by default for this type of model. A Parameter that a
-        module reads itself, such as those of fused experts, is named like a module.
+        Modules to adapt. A list of names (``["query", "value"]``) is matched at the end of each module path. A
+        string is a regular expression that must match the whole path; modules that match it and cannot be adapted
+        are skipped. ``"all-linear"`` selects every linear layer except the output head. None selects the modules
+        that PEFT adapts by default for this type of model. A Parameter that a module uses directly, such as the
+        weight of fused experts, is named in the same way as a module.
     exclude
-        Names or one regular expression, matched likewise, of what is left out of them, with all that lies within it.
+        Modules to leave out, as a list of names or one regular expression, matched as for `targets`. Everything
+        inside an excluded module is left out as well.
     overrides
-        Settings of some layers, by a regular expression that must match a run of whole components of their path:
-        ``{"layer.0": dict(subspaces=4)}`` is for all that lies within a module so called. Later ones win. Settings
-        are rank, subspaces, subspace_rank, segmentation, segmentation_dimension, basis, initial_B, include_bias.
+        Settings for some of the layers. Each key is a regular expression that must match a run of whole components
+        of the layer's path: ``{"layer.0": dict(subspaces=4)}`` applies to every layer inside a module called
+        ``layer.0``. If several keys match, the later ones win. The settings that can be overridden are rank,
+        subspaces, subspace_rank, segmentation, segmentation_dimension, basis, initial_B and include_bias.
     rank
-        R, rank of the truncated SVD of the weight.
+        Rank R of the truncated SVD of the weight.
     subspaces
-        K, number of subspaces; ``"estimate"`` or a `SubspaceEstimate` for one that each layer finds in its weight.
-        The matrices of a stack (experts, scanned layers) share the highest that one of them finds.
+        Number K of subspaces. ``"estimate"`` or a `SubspaceEstimate` estimates K from the weight of each layer.
+        The matrices of a stack (experts, scanned layers) share one K, the highest of their estimates.
     subspace_rank
-        r_k, trained rank of each.
+        Trained rank r_k of each subspace.
     modules_to_save
-        Names, matched likewise, of modules that are trained whole and stored in the file: a
-        classifier head.
+        Names of modules that are trained in full and stored in the adapter file, such as a classifier head. They
+        are matched as for `targets`.
     trained_tokens
         Ids of tokens whose rows of the input embedding (``model.get_input_embeddings()``) are trained and stored,
-        such as those that ``resize_token_embeddings`` has added; or, by names matched likewise, ids for each
-        embedding: ``{"embed_tokens": [32000, 32001]}``. A head that shares the weight uses the trained rows too.
-        They are kept in ascending order. Not by every backend.
+        such as the tokens that ``resize_token_embeddings`` added. For other embeddings, pass a dictionary of ids
+        by name, matched as for `targets`: ``{"embed_tokens": [32000, 32001]}``. An output head that shares the
+        weight uses the trained rows too. The ids are stored in ascending order. Not every backend supports this
+        setting.
     segmentation
-        How columns are grouped: ``"kmeans"``, ``"ncut"``, ``"spectral"``, ``"ksubspaces"``, ``"contiguous"``,
-        ``"random"``: see `adamss.core.segment`.
+        Method that groups the columns into subspaces: ``"kmeans"``, ``"ncut"``, ``"spectral"``, ``"ksubspaces"``,
+        ``"contiguous"`` or ``"random"``. See `adamss.core.segment`.
     segmentation_dimension
-        Dimension of each subspace, for ``"ksubspaces"``.
+        Dimension of each subspace. Required for ``"ksubspaces"``, and not accepted for the other methods.
     basis
-        ``"shared"`` or ``"per_subspace"``: see `adamss.core.initial_factors`.
+        Basis of the subspaces, ``"shared"`` or ``"per_subspace"``. See `adamss.core.initial_factors`.
     initial_B
-        ``"orthonormal"``, ``"weighted"`` or ``"qr"``: see `adamss.core.initial_factors`.
+        Initial value of B: ``"orthonormal"``, ``"weighted"`` or ``"qr"``. See `adamss.core.initial_factors`.
     include_bias
-        Whether the update moves the bias too, as one more input row of the weight. A layer without a
-        bias is adapted without.
+        Whether the bias of a linear layer is adapted too, as one more input row of the weight. Layers of other
+        kinds, and linear layers without a bias, are adapted without it.
     factor_dtype
-        Dtype of the factors: ``"float64"``, ``"float32"``, ``"bfloat16"``, ``"float16"``; None for the
-        weight's own, or float32 where that is half precision.
+        Dtype of the factors: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``. None means the dtype
+        of the weight, or float32 if the weight is in half precision.
     seed
-        Seed of decomposition and segmentation. No global random state is touched.
+        Seed of the decomposition and the segmentation. Global random state is neither read nor changed.
     budget
-        When and how far to reduce the trained subspaces; None for never. It is followed by what runs in the training
-        loop: `adamss_torch.BudgetController`, `adamss_jax.budgeted`.
+        Schedule by which the trained subspaces are reduced. None trains all of them throughout. The schedule is
+        carried out in the training loop, by `adamss_torch.BudgetController` or `adamss_jax.budgeted`.
 
     Raises
     ------
@@ -345,8 +355,8 @@ class AdamssConfig:
             unknown = sorted(str(name) for name in settings.keys() - OVERRIDABLE)
             if unknown:
                 raise ConfigError(
-                    f"overrides[{shown(pattern)}] has {', '.join(unknown[:3])[:200]}; what a layer can have for "
-                    f"itself is {', '.join(sorted(OVERRIDABLE))}"
+                    f"overrides[{shown(pattern)}] has {', '.join(unknown[:3])[:200]}; the settings that can be "
+                    f"overridden for a layer are {', '.join(sorted(OVERRIDABLE))}"
                 )
             try:
                 checked = dataclasses.replace(self, overrides={}, **settings)
@@ -356,7 +366,7 @@ class AdamssConfig:
         object.__setattr__(self, "overrides", overrides)
 
     def for_layer(self, path: str) -> Self:
-        """Return the settings of one layer: those of `overrides` that match its path in the place of the others."""
+        """Return the settings of the layer at `path`, with the matching `overrides` applied."""
         own: dict[str, Any] = {}
         for pattern, settings in self.overrides.items():
             if re.fullmatch(_run_of_components(pattern), path, flags=re.DOTALL):
@@ -364,7 +374,10 @@ class AdamssConfig:
         return self.unchecked(overrides={}, **own) if self.overrides else self
 
     def unchecked(self, **values: Any) -> Self:
-        """Return the config with other values, without a look at the rest: that of a file is not to be compiled."""
+        """Return a copy with other values, without validation.
+
+        Validation would compile the patterns. Those of a file must not be compiled, see `from_file`.
+        """
         new = copy.copy(self)
         for name, value in values.items():
             object.__setattr__(new, name, value)
@@ -372,9 +385,10 @@ class AdamssConfig:
 
     @classmethod
     def paper(cls, **settings: Any) -> Self:
-        """Return the method as the paper describes it (Algorithms 1 and 2), with other settings of the caller's.
+        """Create a config of the method that the paper describes (Algorithms 1 and 2); `settings` override it.
 
-        K estimated for every layer, normalised cuts, a basis per subspace, B from a QR; R = 100, r_k = 1.
+        K is estimated for each layer, normalised cuts group the columns, each subspace has its own basis, and B comes
+        from a QR decomposition. R = 100 and r_k = 1.
 
         Examples
         --------
@@ -391,10 +405,10 @@ class AdamssConfig:
 
     @classmethod
     def reference(cls, **settings: Any) -> Self:
-        """Return the method as the paper's code runs it, with other settings of the caller's.
+        """Create a config of the method that the paper's reference code runs; `settings` override it.
 
-        K = 10, k-means, one basis shared by all subspaces, the bias as one more input row; R = 100, r_k = 1. The
-        parameter counts of the paper's Tables 1 and 2 are those of this method.
+        K = 10, k-means groups the columns, all subspaces share one basis, and the bias is adapted as one more input
+        row. R = 100 and r_k = 1. Tables 1 and 2 of the paper report the parameter counts of this method.
 
         Examples
         --------
@@ -410,13 +424,13 @@ class AdamssConfig:
         return cls(**own | settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a dictionary of plain values, fit for JSON."""
+        """Return the settings as a dictionary that JSON can represent."""
         settings = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """Make a config of what `to_dict` returned.
+        """Create a config from a dictionary returned by `to_dict`.
 
         Raises
         ------
@@ -429,9 +443,10 @@ class AdamssConfig:
 
     @classmethod
     def from_file(cls, settings: Mapping[str, Any]) -> Self:
-        """Make a config of what a file says `to_dict` returned.
+        """Create a config from an untrusted dictionary, read from an adapter file.
 
-        Targets were resolved at attach. They are not compiled on load: a hostile regular expression can take hours.
+        The patterns (`targets`, `exclude` and the keys of `overrides`) are kept but not compiled. They were resolved
+        at attach, and a hostile regular expression can take hours to compile.
 
         Raises
         ------
@@ -439,7 +454,7 @@ class AdamssConfig:
             If a setting is unknown, missing, or cannot be used.
         """
         if not isinstance(settings, Mapping):
-            return cls.from_dict(settings)  # which complains
+            return cls.from_dict(settings)  # raises the error
         patterns: dict[str, Any] = {name: settings.get(name) for name in ("targets", "exclude")}
         patterns = {name: value for name, value in patterns.items() if isinstance(value, str) and value}
         harmless: dict[str, Any] = {name: (value,) for name, value in patterns.items()}
@@ -453,13 +468,15 @@ class AdamssConfig:
 
 
 def _run_of_components(pattern: str) -> str:
-    """Return an expression that matches a path of which the pattern matches a run of whole components."""
+    """Return a regular expression for paths in which `pattern` matches a run of whole components."""
     return rf"(?:.*\.)?(?:{pattern})(?:\..*)?"
 
 
 def _from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
     if not isinstance(settings, Mapping):
-        raise ConfigTypeError(f"{cls.__name__} is made of a dictionary, found {type(settings).__name__}")
+        raise ConfigTypeError(
+            f"{cls.__name__} must be made from a dictionary, found {type(settings).__name__}"
+        )
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     unknown = sorted(str(name) for name in settings.keys() - {field.name for field in fields})
     if unknown:
@@ -486,7 +503,11 @@ def _set_integer(config: object, name: str, *, minimum: int) -> None:
 
 
 def _set_subspaces(config: AdamssConfig) -> None:
-    """Set K to an integer, or to how it is estimated: by default, or as a file says it."""
+    """Normalise ``config.subspaces`` to an integer or a `SubspaceEstimate`.
+
+    ``"estimate"`` becomes a `SubspaceEstimate` with default settings. A dictionary, the form in which a file holds
+    the settings, becomes a `SubspaceEstimate` with these settings.
+    """
     value = config.subspaces
     if isinstance(value, str) and value == ESTIMATE:
         value = SubspaceEstimate()
@@ -517,7 +538,7 @@ def _set_names(config: object, name: str) -> None:
 
 
 def _token_ids(value: object) -> Any:
-    """Return ids of tokens, ascending, or such by name."""
+    """Return the ids as an ascending tuple, or a dictionary of such tuples by the name of the embedding."""
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) and name for name in value) or not value:
             raise ConfigError(f"trained_tokens must have the names of embeddings, found {shown(value)}")

@@ -1,8 +1,8 @@
-"""What `adamss` raises and warns.
+"""Exceptions and warnings of `adamss`.
 
 Every error derives from `AdamssError` and from the built-in exception that fits it, so that both
 ``except AdamssError`` and ``except ValueError`` work. A message names the argument or the layer, says
-what was found, and what to do about it.
+what was found, and says what to do about it.
 """
 
 __all__ = [
@@ -48,15 +48,15 @@ class LayerError(AdamssError, ValueError):
 
 
 class LayerTypeError(AdamssError, TypeError):
-    """A matched layer is of a kind that has no weight to adapt."""
+    """A layer is of a kind that cannot be adapted, or exported in the requested form."""
 
 
 class TargetError(AdamssError, ValueError):
-    """No module of the model, or the wrong one, matches ``targets`` or ``modules_to_save``."""
+    """A setting that names modules, such as ``targets``, matches no module of the model, or the wrong ones."""
 
 
 class StateError(AdamssError, RuntimeError):
-    """The model is not in the state that the call needs (attach twice, merge twice, no adapters)."""
+    """The model is not in the state that the call needs (for example, it has no adapters)."""
 
 
 class CheckpointError(AdamssError, ValueError):
@@ -68,12 +68,12 @@ class CheckpointNotFoundError(AdamssError, FileNotFoundError):
 
 
 class BackendError(AdamssError, TypeError):
-    """No backend knows this kind of model, or a backend does not keep to the interface."""
+    """No backend handles this kind of model, or a backend violates the interface."""
 
 
 class MissingBackendError(AdamssError, ImportError):
-    """A backend was asked for whose framework is not installed."""
+    """The framework of the requested backend is not installed."""
 
 
 class AdamssWarning(UserWarning):
-    """Category of all warnings that `adamss` gives."""
+    """Category of all warnings that `adamss` issues."""

@@ -1,9 +1,12 @@
-"""Many adapters on one model: a mixed batch beside PEFT's, and a hundred adapters on MiniLM.
+"""Measure many adapters on one model, and compare with PEFT's LoRA.
 
-The time of a forward whose rows go through adapters of their own, over the frozen base, and beside PEFT's LoRA with
-``adapter_names``, which runs the rows of each adapter apart. Then the bytes of each of a hundred adapters, and the
-time of a switch. Last, what PEFT's LoRA does with several adapters, and ours of the same updates: the largest
-difference of their outputs. ::
+The script prints three tables:
+
+1. the time of a forward pass on a mixed batch, in which each row goes through its own adapter, relative to the frozen
+   base. PEFT's LoRA with ``adapter_names``, which processes the rows of each adapter separately, is timed beside it;
+2. for a hundred adapters on MiniLM: the bytes of one adapter, and the times to load, switch and route adapters;
+3. the largest difference between the outputs of PEFT's LoRA and of our adapters with the same updates, after
+   switching, weighting, mixing, merging, deleting and loading. ::
 
     python benchmarks/adapters.py
     python benchmarks/adapters.py --quick
@@ -30,11 +33,11 @@ import adamss
 from adamss_torch.backend import adapters_of
 
 ROWS = 32
-"""Rows of a batch, or as many as there are tokens."""
+"""Most rows of a batch; a batch of fewer tokens has one row per token."""
 
 
 def several(base: nn.Module, targets: Sequence[str], count: int) -> nn.Module:
-    """Return a copy with so many adapters, K = 10, r_k = 1, as they are loaded for inference."""
+    """Return a frozen copy of the model with `count` AdaMSS adapters (K = 10, r_k = 1), as loaded for inference."""
     model = duplicate(base)
     config = adamss.AdamssConfig(rank=RANK, targets=list(targets), segmentation="contiguous")
     for number in range(count):
@@ -45,7 +48,7 @@ def several(base: nn.Module, targets: Sequence[str], count: int) -> nn.Module:
 
 
 def several_lora(base: nn.Module, targets: Sequence[str], count: int) -> nn.Module:
-    """Return a copy with so many of PEFT's LoRA, r = 8."""
+    """Return a frozen copy of the model with `count` LoRA adapters of PEFT (r = 8)."""
     config = LoraConfig(r=8, target_modules=list(targets), init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -56,7 +59,7 @@ def several_lora(base: nn.Module, targets: Sequence[str], count: int) -> nn.Modu
 
 
 def mixed(width: int, count: int, tokens: int, repeats: int) -> list[object]:
-    """Time a layer (width, width) on `tokens` tokens of `ROWS` rows, each of another adapter as far as they go."""
+    """Time a (width, width) layer on `tokens` tokens in at most `ROWS` rows, whose adapters alternate."""
     base = OneLayer(width).requires_grad_(False)
     rows = min(ROWS, tokens)
     x, names = torch.randn(rows, tokens // rows, width), [f"a{row % count}" for row in range(rows)]
@@ -88,15 +91,15 @@ def mixed(width: int, count: int, tokens: int, repeats: int) -> list[object]:
 
 
 def hundred(count: int) -> list[list[str]]:
-    """Return bytes and times of many adapters on MiniLM, loaded for inference, beside as many of PEFT's LoRA."""
+    """Return bytes and times of `count` adapters on MiniLM, loaded for inference, and of as many LoRAs of PEFT."""
     model = minilm().requires_grad_(False)
     before = sum(p.nbytes for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        adamss.save(several(model, ["query", "value"], 1), f"{folder}/adapter", name="a0")
-        size = Path(folder, "adapter").stat().st_size
+        adamss.save(several(model, ["query", "value"], 1), f"{folder}/adapter.safetensors", name="a0")
+        size = Path(folder, "adapter.safetensors").stat().st_size
         many, start = duplicate(model), time.perf_counter()
         for number in range(count):
-            adamss.load(many, f"{folder}/adapter", name=f"a{number}", trainable=False)
+            adamss.load(many, f"{folder}/adapter.safetensors", name=f"a{number}", trainable=False)
         loaded = time.perf_counter() - start
     one = [adapter.state_dict() for adapter in adapters_of(many, "a0").values()]
     theirs = several_lora(model, ["query", "value"], count)
@@ -125,7 +128,13 @@ def hundred(count: int) -> list[list[str]]:
 
 
 def behaviours() -> list[list[str]]:
-    """Return what PEFT's LoRA does with two adapters on MiniLM, and how far ours of the same updates is from it."""
+    """Compare our adapters with PEFT's LoRA of the same updates, for everything that PEFT does with two adapters.
+
+    Returns
+    -------
+    list of list of str
+        What was done, "ok" or "differs", and the largest difference of the outputs relative to the largest output.
+    """
     base, tokens = minilm().eval(), torch.randint(1000, 20000, (4, 12))
     model = several(base, ["query", "value"], 2)
     rows = []
@@ -162,14 +171,14 @@ def behaviours() -> list[list[str]]:
         compare("merge several")
         adamss.unmerge(model)
         theirs.base_model.unmerge_adapter()
-        adamss.save(model, f"{folder}/file", name="a1")
+        adamss.save(model, f"{folder}/file.safetensors", name="a1")
         theirs.save_pretrained(f"{folder}/saved", selected_adapters=["a1"])
         adamss.detach(model, name="a1")
         theirs.delete_adapter("a1")
         adamss.activate(model, "a0")
         theirs.set_adapter("a0")
         compare("delete a1")
-        adamss.load(model, f"{folder}/file", name="again", trainable=False)
+        adamss.load(model, f"{folder}/file.safetensors", name="again", trainable=False)
         theirs.load_adapter(f"{folder}/saved/a1", adapter_name="again")
         theirs.set_adapter("again")
         compare("save a1 alone, and load it")

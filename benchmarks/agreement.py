@@ -1,9 +1,11 @@
-"""Law 13 on real weights: NumPy, PyTorch and JAX find the same subspaces, and compute the same update.
+"""Check law 13 on real weights: NumPy, PyTorch and JAX find the same subspaces and compute the same update.
 
-Every weight matrix of MiniLM-L6 is decomposed and segmented in float32, as `adamss.attach` does it for the
-arrays of each framework, and compared with NumPy in float64: the grouping by the adjusted Rand index, the basis by
-the energy that it captures, and the update by its largest difference from the same factors, over the largest sum of
-magnitudes. ::
+Every weight matrix of MiniLM-L6 is decomposed and segmented in float32, as `adamss.attach` does for the arrays of
+each framework. The results are compared with NumPy in float64:
+
+- the labels by the adjusted Rand index;
+- the basis by the energy that it captures;
+- the layer's output, for the same factors, by the largest difference over the largest sum of magnitudes. ::
 
     python benchmarks/agreement.py
     python benchmarks/agreement.py --layers 2 --json agreement.json
@@ -40,7 +42,7 @@ LEAST_RAND_INDEX, MOST_ENERGY_LOST = 0.99, 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Worst:
-    """The worst over all matrices.
+    """The worst agreement of one backend over all matrices.
 
     Attributes
     ----------
@@ -48,13 +50,13 @@ class Worst:
     device : str
     K : int
     rand_index : float
-        Adjusted Rand index of the labels with those of the reference; 1 is the same grouping.
+        Lowest adjusted Rand index between the labels and those of the reference; 1 means the same grouping.
     different : int
-        Matrices of which any column has another label.
+        Number of matrices in which any column has another label than in the reference.
     energy : float
-        Captured energy over the reference's, minus one.
+        Captured energy over that of the reference, minus one.
     update : float
-        Largest difference of the update over the largest sum of magnitudes.
+        Largest difference of the adapted layer's output, over the largest sum of magnitudes.
     """
 
     backend: str
@@ -67,7 +69,7 @@ class Worst:
 
     @property
     def holds(self) -> bool:
-        """Whether the law is kept."""
+        """Whether the backend agrees within the limits of law 13."""
         return (
             self.rand_index >= LEAST_RAND_INDEX
             and abs(self.energy) <= MOST_ENERGY_LOST
@@ -76,7 +78,7 @@ class Worst:
 
 
 def matrices(folder: Path, layers: int | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the weights W: (d, n) of the linear layers of a BERT folder, of its first layers only if asked."""
+    """Yield name and weight W (d, n) of each linear layer in a BERT folder, only from the first `layers` if given."""
     for name, array in sorted(load_file(folder / "model.safetensors").items()):
         number = name.split("layer.")[1].split(".")[0] if "layer." in name else None
         linear = array.ndim == 2 and number is not None
@@ -85,7 +87,7 @@ def matrices(folder: Path, layers: int | None) -> Iterator[tuple[str, np.ndarray
 
 
 def devices() -> Iterator[tuple[str, str, Callable[[np.ndarray], Any]]]:
-    """Yield backend, device, and how to bring an array there, for all that is installed and present."""
+    """Yield backend, device, and a function that moves a NumPy array there, for all that are available."""
     yield "numpy", "cpu", np.asarray
     if importlib.util.find_spec("torch"):
         import torch
@@ -100,7 +102,7 @@ def devices() -> Iterator[tuple[str, str, Callable[[np.ndarray], Any]]]:
 
 
 def reference_of(W: np.ndarray, K: int) -> tuple[core.Decomposition, np.ndarray, Factors]:
-    """Return decomposition, labels and trained factors in float64."""
+    """Return decomposition, labels and factors in float64, with a random C so that the update is not zero."""
     decomposition = core.decompose(W.astype(np.float64), RANK)
     labels = core.segment(decomposition, K)
     factors = core.initial_factors(decomposition, labels, 1)
@@ -108,16 +110,16 @@ def reference_of(W: np.ndarray, K: int) -> tuple[core.Decomposition, np.ndarray,
 
 
 def on_host(array: Any) -> np.ndarray:
-    """Return an array of any framework as NumPy's."""
+    """Convert an array of any framework to NumPy."""
     return np.asarray(array.cpu() if hasattr(array, "cpu") else array)
 
 
 def compare(
     backend: Backend, place: Callable[[np.ndarray], Any], K: int, W: np.ndarray, reference: tuple[Any, ...]
 ) -> tuple[float, float, float]:
-    """Return adjusted Rand index, energy over the reference's minus one, and the difference of the update."""
+    """Return adjusted Rand index, captured energy over the reference's minus one, and the error of the output."""
     decomposition, labels, factors = reference
-    # As `adamss.attach` does it.
+    # The same two calls as in `adamss.attach`.
     mine = core.decompose(backend.decomposition_input(place(W)), RANK)
     found, U = (
         np.asarray(array.cpu() if hasattr(array, "cpu") else array)
@@ -147,7 +149,7 @@ def worst(
     weights: Sequence[np.ndarray],
     references: Sequence[tuple[Any, ...]],
 ) -> Worst:
-    """Compare a backend on all matrices."""
+    """Compare a backend with the references on all matrices, and return the worst figures."""
     backend = get_backend(name)
     pairs = list(zip(weights, references, strict=True))
     rows = [
@@ -176,7 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, print the table; the exit status is 1 if a backend does not agree."""
+    """Compare the backends and print the table; return 1 if one of them does not agree, else 0."""
     arguments = parse(argv)
     weights = [W for _, W in matrices(bundled_model(), 1 if arguments.quick else arguments.layers)]
     found = []

@@ -1,4 +1,4 @@
-"""Arguments of the commands that are checked when they are read, not after hours."""
+"""Types of command-line arguments, which reject bad values at once instead of after hours of computation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def integer(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """Return what reads an integer between two limits."""
+    """Return an argument type that reads an integer between two limits, both included."""
 
     def read(text: str) -> int:
         if not (text.isdecimal() and least <= int(text) <= most):
@@ -27,7 +27,7 @@ positive = integer(1)
 
 
 def positive_number(text: str) -> float:
-    """Read a number above zero, which may be a fraction."""
+    """Read a finite number above zero."""
     try:
         number = float(text)
     except ValueError:
@@ -38,7 +38,7 @@ def positive_number(text: str) -> float:
 
 
 def pattern(text: str) -> str:
-    """Read a regular expression."""
+    """Check that the text is a regular expression, and return it."""
     try:
         re.compile(text)
     except re.error as error:
@@ -47,7 +47,7 @@ def pattern(text: str) -> str:
 
 
 def picture(text: str) -> Path:
-    """Read the name of a picture to be drawn, in a folder that exists."""
+    """Read the path of a picture to draw; its folder must exist."""
     path = Path(text)
     if path.suffix not in PICTURES:
         raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(PICTURES)}")

@@ -1,19 +1,22 @@
-"""Measure how exact the decomposition is, and how long attaching takes, beside Hugging Face PEFT.
+"""Measure how exact the decomposition is, and how long attaching takes, compared with Hugging Face PEFT.
 
-For the weights of MiniLM and for matrices with known spectra, at rank 100::
+The script runs on the weights of MiniLM and on matrices with known spectra, at rank 100::
 
     python benchmarks/attach_time.py
     python benchmarks/attach_time.py --quick --json results.json
 
-- energy: ``||U^T W||_F^2`` over the most that any 100 directions hold (float64, exact);
-- angle: the largest principal angle to the exact leading subspace, in degrees. On a flat spectrum it is
-  large for any subspace that is not exact to the last digit, and says little;
+- energy: ``||U^T W||_F^2`` over the largest energy that any 100 directions capture (exact, in float64);
+- angle: the largest principal angle to the exact leading subspace, in degrees. On a flat spectrum the angle
+  is large for any subspace that is not exact to the last digit, and says little;
 - orthonormality: the largest entry of ``|U^T U - I|`` and ``|V^T V - I|``;
-- time over PEFT's: `decompose` over ``torch.svd_lowrank(q=100, niter=2)``, and decomposition, segmentation
-  and initial factors over the whole initialisation of a layer (K = 10, r = 1). The calls take turns, and
-  the median of the ratios within the rounds is given, with its 95 % interval.
+- decompose / svd_lowrank: the time of `decompose` over that of ``torch.svd_lowrank(q=100, niter=2)``, which
+  PEFT uses;
+- attach / PEFT's init: the time of decomposition, segmentation and initial factors over that of PEFT's whole
+  initialisation of a layer (K = 10, r = 1).
 
-Last, ``adamss.attach`` over ``get_peft_model`` for the whole of MiniLM, query and value, K = 10 and 32.
+The timed calls alternate. Each time ratio is the median of the ratios within the rounds, with its 95 % interval.
+A second table has the time of ``adamss.attach`` over that of ``get_peft_model`` for the query and value layers of
+MiniLM, with K = 10 and 32.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ SUBSPACES = 10
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How near a decomposition comes to the exact one; ``peft`` is the energy that PEFT captures."""
+    """Errors of a decomposition compared with the exact one; ``peft`` is the energy that PEFT captures."""
 
     energy: float
     angle: float
@@ -57,7 +60,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds over those of PEFT."""
+    """Ratios of our times to those of PEFT."""
 
     decompose_over_svd: Ratio
     attach_over_init: Ratio
@@ -74,12 +77,12 @@ def minilm() -> dict[str, Tensor]:
 
 
 def orthonormal(n: int, generator: torch.Generator) -> Tensor:
-    """Return a random orthonormal matrix."""
+    """Return a random orthonormal matrix (n, n)."""
     return torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
 
 
 def synthetic(*, quick: bool) -> Iterator[tuple[str, Tensor]]:
-    """Give square matrices by name, with singular values ``i^-p`` or Gaussian."""
+    """Yield name and matrix of the square test matrices: singular values ``i^-p``, or Gaussian entries."""
     generator = torch.Generator().manual_seed(0)
     for n, exponents in ((1024, (0.25, 0.5, 1.0)), (4096, () if quick else (0.5,))):
         for exponent in exponents:
@@ -93,7 +96,7 @@ def synthetic(*, quick: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def svd_as_peft(W: Tensor) -> Tensor:
-    """Return the left singular vectors that PEFT 0.21 works with; its weight is W transposed."""
+    """Return the left singular vectors that PEFT 0.21 computes; PEFT decomposes W transposed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _, _, left = torch.svd_lowrank(W.T, q=min(RANK, *W.shape), niter=2)
@@ -101,13 +104,13 @@ def svd_as_peft(W: Tensor) -> Tensor:
 
 
 def captured_energy(U: Tensor, W: Tensor) -> float:
-    """Return ``||U^T W||_F^2``, in float64 also for a U that is not quite orthonormal."""
+    """Return ``||Q^T W||_F^2`` in float64, where Q is an orthonormal basis of the columns of U."""
     basis, _ = torch.linalg.qr(U.double())
     return float((basis.T @ W.double()).square().sum())
 
 
 def accuracy(W: Tensor) -> Accuracy:
-    """Compare with the exact eigenvectors of the Gram matrix on the smaller side."""
+    """Compare `decompose` with the exact leading eigenvectors of the Gram matrix on the smaller side of W."""
     U, _, V = decompose(W, RANK)
     rank = U.shape[1]
     wide = W.double() if W.shape[0] <= W.shape[1] else W.T.double()
@@ -126,7 +129,7 @@ def accuracy(W: Tensor) -> Accuracy:
 
 
 def timing(W: Tensor, *, repeats: int) -> Timing:
-    """Time `adamss` and PEFT in turns on one layer, without bias."""
+    """Time `adamss` and PEFT alternately on one linear layer without bias."""
     import peft
 
     layer = nn.Linear(*W.shape, bias=False)
@@ -159,7 +162,7 @@ def timing(W: Tensor, *, repeats: int) -> Timing:
 
 
 def model_timing(subspaces: int, *, repeats: int) -> dict[str, object]:
-    """Time both on copies of MiniLM, query and value."""
+    """Time attaching by `adamss` and by PEFT on copies of MiniLM, query and value adapted."""
     base = whole_minilm()
     targets = ["query", "value"]
     ours = AdamssConfig(rank=RANK, subspaces=subspaces, subspace_rank=1, targets=targets)
@@ -182,7 +185,7 @@ def model_timing(subspaces: int, *, repeats: int) -> dict[str, object]:
 
 
 def measure(*, quick: bool) -> Iterator[tuple[str, Accuracy, Timing]]:
-    """Measure MiniLM, at its worst matrix, and the synthetic matrices."""
+    """Yield name, accuracy and timing: the worst accuracy over the matrices of MiniLM, then each synthetic matrix."""
     weights = minilm()
     accuracies = [accuracy(W) for W in weights.values()]
     yield (
@@ -200,12 +203,12 @@ def measure(*, quick: bool) -> Iterator[tuple[str, Accuracy, Timing]]:
 
 
 def main() -> None:
-    """Print the table, and write it to a file where asked for."""
+    """Print the tables, and write the figures to a file if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="leave out the 4096 x 4096 matrices")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results and what they ran on")
     arguments = parser.parse_args()
-    # PEFT warns of layers too small for its rank; there are none here.
+    # PEFT 0.21 reads attributes that transformers 5 has deprecated; the warnings would only clutter the output.
     warnings.simplefilter("ignore")
     results = list(measure(quick=arguments.quick))
     print(

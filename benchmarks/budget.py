@@ -1,13 +1,17 @@
-"""The adaptive budget: whether it is kept exactly, and what it saves.
+"""Check that the adaptive budget is kept exactly, and measure what it saves.
 
-Three tables. (1) Step, budget and active count under several schedules in both units, and PEFT's count beside them.
-(2) NumPy, PyTorch and JAX, given the same gradients. (3) Step time and optimiser memory before and after the schedule
-has ended, and after ``consolidate``. Whether the score matters is asked by ``evidence/ablation.py``. ::
+The script prints three tables:
+
+1. step, budget and number of active subspaces under several schedules in both units, and the number that PEFT keeps;
+2. how often PyTorch and JAX decide otherwise than NumPy, given the same gradients;
+3. step time and optimiser memory before and after the end of the schedule, and after ``consolidate``.
+
+``evidence/ablation.py`` tests whether the importance score chooses better than chance. ::
 
     python benchmarks/budget.py --json budget.json
     python benchmarks/budget.py --quick
 
-The exit status is 1 if a budget is not kept, or two frameworks decide otherwise.
+The exit status is 1 if a budget is not kept, or if the frameworks decide differently.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ RATE = 0.1
 
 
 class Stack(nn.Module):
-    """Linear layers one behind the other, at the paths ``layers.0``, ``layers.1``, ..."""
+    """A chain of linear layers at the paths ``layers.0``, ``layers.1``, ..."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +70,7 @@ class Stack(nn.Module):
 
 
 def small_model(budget: BudgetConfig | None = None) -> Stack:
-    """Return an adapted stack, the same every time."""
+    """Return an adapted `Stack`; every call gives the same values."""
     torch.manual_seed(0)
     settings = adamss.AdamssConfig(
         targets=r"layers\.\d", rank=16, subspaces=SUBSPACES, subspace_rank=1, budget=budget
@@ -78,7 +82,7 @@ def small_model(budget: BudgetConfig | None = None) -> Stack:
 
 
 def follow(config: BudgetConfig) -> list[Allocation]:
-    """Train the small model under a schedule and return the allocations; check every step."""
+    """Train the small model under a schedule, check that the budget is kept, and return the allocations."""
     model, seen = small_model(), []
     optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=1e-2)
     budget = BudgetController(model, optimizer, config, on_allocation=seen.append)
@@ -96,7 +100,7 @@ def follow(config: BudgetConfig) -> list[Allocation]:
 
 
 def kept_to(config: BudgetConfig, allocation: Allocation, active: int) -> None:
-    """Stop if more or less is trained than the budget says."""
+    """Raise SystemExit if more or less is trained than the budget allows."""
     exact = allocation.active == active == allocation.budget
     if config.unit == "parameters":
         exact = allocation.active == active and allocation.parameters <= allocation.budget
@@ -105,7 +109,7 @@ def kept_to(config: BudgetConfig, allocation: Allocation, active: int) -> None:
 
 
 def peft_count() -> int | str:
-    """Return how many subspaces PEFT's AdaMSS keeps where its target is 10."""
+    """Return how many subspaces PEFT's AdaMSS keeps when its target is 10."""
     from peft import AdamssConfig as PeftAdamssConfig
     from peft import get_peft_model
 
@@ -136,12 +140,12 @@ def peft_count() -> int | str:
 
 
 def _peft_pairs(layer: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Return the trained matrices of each subspace of a layer of PEFT."""
+    """Return the two trained matrices of each subspace of a layer of PEFT."""
     return list(zip(layer.adamss_A["default"], layer.adamss_B["default"], strict=True))
 
 
 def exactness() -> list[dict[str, Any]]:
-    """Print the first table."""
+    """Print the first table and return its records."""
     rows, records = [], []
     for name, config in SCHEDULES.items():
         for each in follow(config):
@@ -164,7 +168,7 @@ def _plain(allocation: Allocation) -> dict[str, int]:
 
 
 def recorded_gradients(layers: dict[str, core.Factors]) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Return gradients of B and C of every layer for every step, random ones of very different sizes."""
+    """Return random gradients of B and C for every layer and step, of a different size for each subspace."""
     rng = np.random.default_rng(2)
     sizes = {path: rng.lognormal(sigma=0.5, size=len(f.ranks)) for path, f in layers.items()}
 
@@ -179,12 +183,12 @@ def recorded_gradients(layers: dict[str, core.Factors]) -> list[dict[str, tuple[
 
 
 def stepped(f: core.Factors, dB: np.ndarray, dC: np.ndarray) -> core.Factors:
-    """Return factors after a step of gradient descent."""
+    """Return the factors after a step of gradient descent."""
     return f._replace(B=f.B - np.float32(RATE) * dB, C=f.C - np.float32(RATE) * dC)
 
 
 def with_numpy(config: BudgetConfig, layers: dict[str, core.Factors], gradients: list[Any]) -> list[bytes]:
-    """Return the masks after every step, by the core's functions on NumPy arrays."""
+    """Return the mask of active subspaces after every step, computed by the core on NumPy arrays."""
     plan = core.plan_budget(layers, config)
 
     def weights() -> np.ndarray:
@@ -202,7 +206,7 @@ def with_numpy(config: BudgetConfig, layers: dict[str, core.Factors], gradients:
 
 
 def with_torch(config: BudgetConfig, gradients: list[Any]) -> list[bytes]:
-    """Return the masks after every step, by the controller on an optimiser."""
+    """Return the mask of active subspaces after every step, as `BudgetController` decides in PyTorch."""
     model = small_model()
     optimizer = torch.optim.SGD(adamss.trainable_parameters(model), lr=RATE)
     budget, masks = BudgetController(model, optimizer, config), []
@@ -217,7 +221,7 @@ def with_torch(config: BudgetConfig, gradients: list[Any]) -> list[bytes]:
 
 
 def with_jax(config: BudgetConfig, gradients: list[Any], file: Path) -> list[bytes]:
-    """Return the masks after every step, by the transformation around an optimiser, jitted."""
+    """Return the mask of active subspaces after every step, as `adamss_jax.budgeted` decides under jit."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -260,7 +264,7 @@ def with_jax(config: BudgetConfig, gradients: list[Any], file: Path) -> list[byt
 
 
 def agreement(folder: Path) -> list[dict[str, Any]]:
-    """Print the second table."""
+    """Print the second table and return its records."""
     backend = adamss.backend.get_backend("torch")
     layers = {
         path: core.Factors(*(array.numpy() for array in f))
@@ -292,18 +296,18 @@ def agreement(folder: Path) -> list[dict[str, Any]]:
 
 
 class Case:
-    """A model in training at one point of its schedule.
+    """A model in training, at one point of its budget schedule.
 
     Parameters
     ----------
     base : nn.Module
-        The frozen model.
+        The frozen model; it is copied.
     inputs : Tensor
-        A batch.
+        The batch of every step.
     targets : list of str
         Layers to adapt.
     subspaces : int
-        K.
+        Number of subspaces K of each layer.
     """
 
     def __init__(self, base: nn.Module, inputs: Tensor, targets: list[str], subspaces: int):
@@ -319,7 +323,7 @@ class Case:
         self.step()
 
     def end_the_schedule(self, *, consolidate: bool) -> Case:
-        """Reduce to a third, and fold the rest into the weights if asked."""
+        """Reduce the trained subspaces to a third, and fold the others into the weights if `consolidate`."""
         total = adamss.summary(self.model).total.K
         budget = BudgetController(self.model, self.optimizer, BudgetConfig(target=total // 3, end_step=2))
         self.step()
@@ -330,14 +334,14 @@ class Case:
         return self
 
     def start_the_schedule(self) -> Case:
-        """Score and count, without ever reducing."""
+        """Follow a schedule that scores every step but starts too late to freeze anything."""
         total = adamss.summary(self.model).total.K
         schedule = BudgetConfig(target=total // 3, start_step=10**6, end_step=10**6 + 1)
         self.budget = BudgetController(self.model, self.optimizer, schedule)
         return self
 
     def step(self) -> None:
-        """Take one whole step of training."""
+        """Take one whole training step."""
         self.optimizer.zero_grad()
         self.model(self.inputs).square().mean().backward()
         self.optimizer.step()
@@ -350,12 +354,12 @@ class Case:
         return sum(v.numel() * v.element_size() for v in values)
 
     def kept_bytes(self, base: nn.Module) -> int:
-        """Return the bytes that a forward keeps for its backward, beyond those of the base model."""
+        """Return the bytes that a forward pass keeps for the backward pass, minus those of the base model."""
         return kept_bytes(self.model, self.inputs) - kept_bytes(base, self.inputs)
 
 
 def savings(repeats: int) -> list[dict[str, Any]]:
-    """Print the third table."""
+    """Print the third table and return its records."""
     from demo.sentences import bundled_model
     from transformers import AutoModel
 
@@ -381,6 +385,8 @@ def savings(repeats: int) -> list[dict[str, Any]]:
 def _savings_of(
     name: str, base: nn.Module, inputs: Tensor, targets: list[str], subspaces: int, repeats: int
 ) -> list[dict[str, Any]]:
+    """Measure one model at one K in all states of the budget, print the table, and return its records."""
+
     def case() -> Case:
         return Case(base, inputs, targets, subspaces)
 
@@ -393,7 +399,7 @@ def _savings_of(
     calls: dict[str, Callable[[], None]] = {what: each.step for what, each in cases.items()}
     seconds = paired_times(calls, repeats=repeats)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", adamss.AdamssWarning)  # of the schedule that never ends
+        warnings.simplefilter("ignore", adamss.AdamssWarning)  # it warns that the schedule has not ended
         cases["before the end, scored"].budget.remove()
     rows, records = [], []
     for what, each in cases.items():

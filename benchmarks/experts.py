@@ -1,11 +1,12 @@
-"""Fused experts: AdaMSS beside PEFT's LoRA with ``target_parameters``, on blocks shaped as three models have them.
+"""Compare AdaMSS with PEFT's LoRA (``target_parameters``) on fused experts, in blocks shaped like those of 3 models.
 
-For each block, of random weights: the time of `adamss.attach`, the bytes of the bases, what a forward keeps for its
-backward beside Parameters, and the time of a step (forward and backward) over that of the frozen block. Factors of
-both train q = 8 directions an expert. ::
+The blocks have random weights. For each of them the script measures the time of `adamss.attach`, the bytes of the
+bases A, the bytes that a forward pass keeps for the backward pass (without Parameters), and the time of a step
+(forward and backward) over that of the frozen block. Both methods train 8 directions for each expert: AdaMSS with
+K = 8 and r_k = 1, LoRA with r = 8. ::
 
     python benchmarks/experts.py                # at a quarter of the width
-    python benchmarks/experts.py --scale 1      # as they are: takes 30 GB
+    python benchmarks/experts.py --scale 1      # at full width: takes 30 GB
     python benchmarks/experts.py --quick
 """
 
@@ -34,26 +35,26 @@ TARGETS = ["gate_up_proj", "down_proj"]
 
 
 class Block(nn.Module):
-    """A block as a model has it; PEFT adapts no Parameter of the model itself."""
+    """A model with one block. PEFT does not adapt Parameters of the outermost module, so the block is wrapped."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output without the router's scores."""
+        """Return the output of the block; the router's scores, if it returns them, are dropped."""
         y = self.mlp(x)
         return y[0] if isinstance(y, tuple) else y
 
 
 def _dispatched(config: Any) -> Any:
-    """Have the experts computed as a whole model does by default."""
+    """Choose the implementation of the experts that a whole model uses by default."""
     config._experts_implementation = "grouped_mm"
     return config
 
 
 def mixtral(scale: float) -> nn.Module:
-    """Return 8 experts of 4,096 x 14,336, of which 2 get each token."""
+    """Return a block of 8 experts of 4,096 x 14,336; each token goes to 2 of them."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -62,7 +63,7 @@ def mixtral(scale: float) -> nn.Module:
 
 
 def qwen3_moe(scale: float) -> nn.Module:
-    """Return 128 experts of 2,048 x 768, of which 8 get each token (Qwen3-30B-A3B)."""
+    """Return a block of 128 experts of 2,048 x 768; each token goes to 8 of them (Qwen3-30B-A3B)."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -72,7 +73,7 @@ def qwen3_moe(scale: float) -> nn.Module:
 
 
 def gpt_oss(scale: float) -> nn.Module:
-    """Return 32 experts of 2,880 x 2,880, of which 4 get each token (gpt-oss-20b)."""
+    """Return a block of 32 experts of 2,880 x 2,880; each token goes to 4 of them (gpt-oss-20b)."""
     from transformers import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
@@ -84,7 +85,7 @@ BLOCKS = {"Mixtral-8x7B": mixtral, "Qwen3-30B-A3B": qwen3_moe, "gpt-oss-20b": gp
 
 
 def made(name: str, scale: float) -> Block:
-    """Return a block of random weights, frozen."""
+    """Return a frozen block with random weights."""
     torch.manual_seed(0)
     block = Block(BLOCKS[name](scale))
     for parameter in block.parameters():
@@ -93,7 +94,7 @@ def made(name: str, scale: float) -> Block:
 
 
 def step(block: nn.Module, x: Tensor) -> None:
-    """Run a block forward and backward."""
+    """Run a block forward and backward, from cleared gradients."""
     for parameter in block.parameters():
         parameter.grad = None
     x.grad = None
@@ -101,7 +102,7 @@ def step(block: nn.Module, x: Tensor) -> None:
 
 
 def kept(block: nn.Module, x: Tensor) -> int:
-    """Return the bytes that a forward keeps for its backward beside the block's own Parameters and buffers."""
+    """Return the bytes that a forward pass keeps for the backward pass, without those of Parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *block.buffers())}
     sizes: dict[int, int] = {}
 
@@ -154,12 +155,14 @@ def measured(name: str, *, scale: float, tokens: int, repeats: int) -> dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table, and write it where asked."""
+    """Print the table, and write the figures to a file if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--scale", type=float, default=0.25, help="of the widths")
+    parser.add_argument(
+        "--scale", type=float, default=0.25, help="factor on all widths (default: %(default)s)"
+    )
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny blocks and 2 alternations: a dry run")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if options.quick:
@@ -197,7 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print(tabulate(table, [*head, "step: AdaMSS / base", "LoRA / base", "AdaMSS / LoRA"]))
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), **sizes, "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps(
+                {"environment": environment(["adamss", "torch", "transformers"]), **sizes, "rows": rows},
+                indent=1,
+            )
+        )
     return 0
 
 

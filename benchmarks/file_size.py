@@ -1,8 +1,9 @@
-"""Sizes of adapter files: AdaMSS portable, to resume from and as a LoRA, PEFT's AdaMSS, LoRA, and what is trained.
+"""Compare the sizes of adapter files, and the bytes that each method trains.
 
-For MiniLM, query and value, the files are written. For Llama-3.2-3B, whose 28 layers have queries of 3072 x 3072
-and values of 3072 x 1024, one layer of each shape with random weights is written, and the bytes of its tensors are
-counted 28 times. ::
+The files are those of AdaMSS (portable, for resuming, and exported as LoRA), of PEFT's AdaMSS, and of PEFT's LoRA.
+For MiniLM with query and value adapted, whole files are written and measured. Llama-3.2-3B has 28 layers with query
+projections of 3072 x 3072 and value projections of 3072 x 1024. For it, the script writes the adapter of one layer
+with random weights, and multiplies the bytes of its tensors by 28. ::
 
     python benchmarks/file_size.py --json file_size.json
     python benchmarks/file_size.py --quick
@@ -47,7 +48,7 @@ class Projections(nn.Module):
 
 
 def tensor_bytes(path: Path) -> int:
-    """Return the bytes of the tensors of a safetensors file, its header left out."""
+    """Return the bytes of the tensors in a safetensors file, without the header."""
     total = 0
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -57,12 +58,12 @@ def tensor_bytes(path: Path) -> int:
 
 
 def trained_bytes(model: nn.Module) -> int:
-    """Return the bytes of what is trained."""
+    """Return the bytes of the trained parameters."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def files(base: nn.Module, subspaces: int, lora_rank: int, folder: Path) -> dict[str, tuple[Path, int]]:
-    """Write the files of all methods; return by name the path, and the bytes that the method trains."""
+    """Write the files of all methods. Return, by method, the path and the bytes that the method trains."""
     targets = ["query", "value"]
     found = {}
     ours = with_adamss(base, targets, subspaces)
@@ -87,7 +88,14 @@ def files(base: nn.Module, subspaces: int, lora_rank: int, folder: Path) -> dict
 def measure(
     name: str, base: nn.Module, subspaces: int, lora_rank: int, times: int | None
 ) -> list[dict[str, Any]]:
-    """Return a record for each method; with `times`, the tensors alone, so many times."""
+    """Return a record for each method.
+
+    Parameters
+    ----------
+    times : int or None
+        None for the size of the file; a number for that many times the bytes of its tensors, for a model with that
+        many equal layers.
+    """
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for method, (path, trained) in files(base, subspaces, lora_rank, Path(folder)).items():
@@ -98,7 +106,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write files, print a table for each model, write the JSON."""
+    """Write the adapter files, print a table for each model, and write the JSON if asked."""
     parser = argparse.ArgumentParser(description="Sizes of adapter files.")
     parser.add_argument("--quick", action="store_true", help="leave out Llama's shapes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")

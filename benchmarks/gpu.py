@@ -1,14 +1,16 @@
-"""All figures that need a GPU, in one run of less than eight minutes: models of real shapes with random weights.
+"""Measure everything that needs a GPU in one run of less than eight minutes, on real shapes with random weights.
 
-For Llama-3.2-3B (4 x 768 tokens), RoBERTa-large and ViT-L, all in bfloat16 with query and value adapted: the whole
-training step with AdamW, its peak memory, and how long attaching takes, for AdaMSS with both orders of its products,
-LoRA, PEFT's AdaMSS, and the frozen model of which one small parameter is trained. Then one linear layer with one to
-eight tokens, as in generation. The results go to a file that names the device and the date. ::
+The models are Llama-3.2-3B (4 x 768 tokens), RoBERTa-large and ViT-L in bfloat16, with query and value adapted. For
+each the script measures the whole training step with AdamW, its peak memory, and the time to attach. The methods are
+AdaMSS with both orders of its products, LoRA, PEFT's AdaMSS, and the frozen model with one small trained parameter.
+One linear layer with one to eight tokens follows, as in generation. ``--json`` writes the results to a file that
+names the device and the date. ::
 
     python benchmarks/gpu.py --json results/gpu.json
     python benchmarks/gpu.py --device cpu --quick
 
-The steps take turns, and ratios are medians within the rounds. ``--quick`` shrinks the models to what a CPU can run.
+The timed steps alternate, and each ratio is the median of the ratios within the rounds. ``--quick`` shrinks the
+models to what a CPU can run.
 """
 
 from __future__ import annotations
@@ -62,10 +64,11 @@ class Problem:
     ----------
     name : str
     build : callable
-        Returns the model, given a factor by which all is smaller.
+        ``quick -> model``; the model is tiny if `quick` is true.
     targets : list of str
+        Names of the query and value projections. Empty: see `query_and_value`.
     batch : callable
-        Returns the keyword arguments of a forward that gives a loss.
+        ``(model, quick, device) -> dict``: keyword arguments of a forward pass that returns a loss.
     """
 
     name: str
@@ -120,7 +123,7 @@ def tokens(model: nn.Module, size: tuple[int, int], device: torch.device) -> Ten
 
 
 def language(model: nn.Module, quick: bool, device: torch.device) -> dict[str, Tensor]:
-    """Return 4 sequences of 768 tokens, each its own label."""
+    """Return 4 sequences of 768 random tokens, which also serve as their labels."""
     ids = tokens(model, (2, 32) if quick else (4, 768), device)
     return {"input_ids": ids, "labels": ids}
 
@@ -147,7 +150,10 @@ PROBLEMS = [
 
 
 def query_and_value(model: nn.Module, targets: list[str]) -> list[str]:
-    """Return the names of the layers of queries and values, which for ViT depend on the version of transformers."""
+    """Return `targets`, or if empty the names that the model gives to its query and value layers.
+
+    The names in ViT depend on the version of transformers.
+    """
     if targets:
         return targets
     found = {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -155,13 +161,13 @@ def query_and_value(model: nn.Module, targets: list[str]) -> list[str]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def step_of(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Callable[[], None]:
-    """Return a call that does a training step and waits for it."""
+    """Return a function that takes one training step and waits until the device has finished it."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
@@ -176,7 +182,7 @@ def step_of(model: nn.Module, batch: dict[str, Tensor], device: torch.device) ->
 
 
 def last_layer_norm(base: nn.Module) -> nn.Module:
-    """Return the model with all frozen but its last norm or head: what a step costs without any adapter."""
+    """Return the model with only its last parameter trained, as the baseline of a step without any adapter."""
     model = duplicate(base)
     last = list(model.named_parameters())[-1][0]
     path, _, name = last.rpartition(".")
@@ -186,7 +192,7 @@ def last_layer_norm(base: nn.Module) -> nn.Module:
 
 
 def run(problem: Problem, *, quick: bool, repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Measure one model with every method."""
+    """Measure one model with every method, print the table, and return the records."""
     torch.manual_seed(0)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -214,7 +220,7 @@ def run(problem: Problem, *, quick: bool, repeats: int, device: torch.device) ->
         attached[name] = time.perf_counter() - start
         if name == f"AdaMSS K={SUBSPACES}":
             for order in ORDERS:
-                # Its weights are those of the base; only the adapters are copied.
+                # `duplicate` shares the frozen weights and copies only the adapters.
                 models[f"{name}, {order}"] = with_schedule(duplicate(models[name]), order)
     steps = {name: step_of(model, batch, device) for name, model in models.items()}
     seconds = paired_times(steps, repeats=repeats, warmup=3, label=problem.name)
@@ -257,7 +263,7 @@ def run(problem: Problem, *, quick: bool, repeats: int, device: torch.device) ->
 
 
 def generation(*, quick: bool, repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Time one linear layer with a few tokens under ``inference_mode``."""
+    """Time one linear layer with a few tokens under ``inference_mode``, print the table, and return the records."""
     width = 128 if quick else 3072
     base = OneLayer(width).to(device, torch.bfloat16).requires_grad_(False)
     models = {
@@ -288,7 +294,7 @@ def generation(*, quick: bool, repeats: int, device: torch.device) -> list[dict[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table for each model, write the JSON."""
+    """Measure every model, print the tables, and write the JSON if asked."""
     parser = argparse.ArgumentParser(description="Step time, memory and attaching on a GPU.")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=30, help="alternations (default: %(default)s)")

@@ -1,7 +1,7 @@
-"""Inference: one to eight tokens as in generation, and a batch; unmerged, merged, and beside LoRA.
+"""Measure the time of an adapted layer in inference, unmerged and merged, and compare with LoRA.
 
-Time of one linear layer under ``inference_mode`` over the same layer without an adapter. A merged layer computes
-nothing but its base product. ::
+The times are those of one linear layer under ``inference_mode``, relative to the same layer without an adapter, for
+one to eight tokens as in generation and for a batch of 512. A merged layer computes only its base product. ::
 
     python benchmarks/inference.py --json inference.json
     python benchmarks/inference.py --quick
@@ -38,7 +38,7 @@ from adamss.core.cost import ORDERS
 
 
 def forward(model: nn.Module, x: Tensor, inner: int) -> Callable[[], None]:
-    """Return a call of so many forwards: one alone, of a small layer, is too short for the clock."""
+    """Return a function that runs `inner` forward passes; a single one of a small layer is too short to time."""
 
     def run() -> None:
         with torch.inference_mode():
@@ -55,7 +55,7 @@ def measure(width: int, tokens: int, subspaces: Sequence[int], repeats: int) -> 
     x = torch.randn(tokens, width)
     models = {BASE: base}
     for K in subspaces:
-        # Grouping 3072 columns takes a while and is of no interest here.
+        # Contiguous groups: clustering 3072 columns takes long, and the grouping does not affect the time.
         model = with_adamss(base, ["query"], K, segmentation="contiguous")
         models[f"AdaMSS K={K}"] = model
         for order in ORDERS:
@@ -82,7 +82,7 @@ def measure(width: int, tokens: int, subspaces: Sequence[int], repeats: int) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, write the JSON."""
+    """Measure, print a table for each width, and write the JSON if asked."""
     parser = argparse.ArgumentParser(description="Time of the forward in inference.")
     parser.add_argument("--repeats", type=int, default=100, help="alternations (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=[768, 3072])

@@ -1,8 +1,9 @@
-"""What a fine-tuned layer keeps from the forward to the backward, and the time of the same step.
+"""Measure what a fine-tuned layer keeps from the forward to the backward pass, and the time of the same step.
 
-Bytes are counted through the hooks on saved tensors, each storage once and the values of the model left out. For one
-layer they are given as numbers for each token, beside what the formula says: factors first, x and z (d + q); input
-first, x A and z (R + q); LoRA, d + r. On a CUDA device the peak of the whole step is printed as well. ::
+Bytes are counted by hooks on the tensors that autograd saves. Each storage counts once, and those of the model's own
+parameters and buffers do not count. For one layer the script also prints how many numbers are kept for each token.
+By the formulas these are d + q with the factors first (x and z), R + q with the input first (x A and z), and d + r
+for LoRA. On a CUDA device the peak memory of the whole step is printed as well. ::
 
     python benchmarks/memory.py --json memory.json
     python benchmarks/memory.py --quick
@@ -43,7 +44,7 @@ LORA_RANKS = (8, 32)
 
 
 def with_schedule(model: nn.Module, order: str) -> nn.Module:
-    """Fix the order of the products of every adapter."""
+    """Fix the order of the products in every adapter of the model, and return the model."""
     for module in model.modules():
         if isinstance(module, Adapter):
             module.order = order
@@ -53,7 +54,7 @@ def with_schedule(model: nn.Module, order: str) -> nn.Module:
 def adapted(
     base: nn.Module, targets: Sequence[str], subspaces: Sequence[int], saved: Sequence[str] = ()
 ) -> dict[str, nn.Module]:
-    """Return the adapted models by name, AdaMSS in both orders."""
+    """Return the adapted models by name; AdaMSS appears once for each order of its products."""
     models = {}
     for name, make in methods(targets, subspaces, LORA_RANKS, saved).items():
         if name.startswith("AdaMSS"):
@@ -65,7 +66,7 @@ def adapted(
 
 
 def peak_bytes(step: Any, device: torch.device) -> int | None:
-    """Return the most bytes that a step has allocated beyond those that were there; None but on CUDA."""
+    """Return the peak of the bytes that a step allocates, without those allocated before it; None without CUDA."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -103,7 +104,7 @@ def _numbers_by_token(model: nn.Module, x: Tensor) -> dict[str, Any]:
 def model_records(
     batch: int, subspaces: Sequence[int], repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Measure the training step of MiniLM, query and value adapted."""
+    """Measure the training step of MiniLM with query and value adapted."""
     torch.manual_seed(0)
     base = Encoder(minilm()).requires_grad_(False).to(device)
     tokens = torch.randint(1000, base.encoder.config.vocab_size, (batch, 64), device=device)
@@ -124,7 +125,7 @@ def records(
     repeats: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Time the steps, and return and print one record per method."""
+    """Time the steps, print one line for each method, and return the records."""
     synchronised = {
         name: (step if device.type == "cpu" else lambda step=step: (step(), torch.cuda.synchronize()))
         for name, step in steps.items()
@@ -158,7 +159,7 @@ def records(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table for each part, write the JSON."""
+    """Measure, print a table for each part, and write the JSON if asked."""
     parser = argparse.ArgumentParser(description="What fine-tuning keeps for the backward.")
     parser.add_argument("--repeats", type=int, default=100, help="alternations (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 768])

@@ -1,7 +1,7 @@
-"""What is compared: models, and the ways to fine-tune them, all with trained values that are not zero.
+"""Models that the benchmarks measure, and the methods to fine-tune them. No trained value is zero.
 
-AdaMSS and PEFT's AdaMSS train the same numbers of the same method; LoRA, from PEFT and written by hand, is what most
-people would use instead; a frozen base and full fine-tuning are the ends of the scale.
+AdaMSS and PEFT's AdaMSS are two implementations of one method with equally many trained parameters. LoRA, from PEFT
+and written by hand, is what most people would use instead. The frozen base and full fine-tuning are the two extremes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FULL = "full fine-tuning"
 
 
 class OneLayer(nn.Module):
-    """A linear layer with a name that adapters can find.
+    """A linear layer under the name ``query``, by which adapters find it.
 
     Parameters
     ----------
     width : int
-        Inputs and outputs.
+        Number of inputs, and of outputs too by default.
     outputs : int or None
-        Outputs, if they are not as many.
+        Number of outputs if it differs from `width`.
     """
 
     def __init__(self, width: int, outputs: int | None = None):
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
 
 
 class HandWrittenLora(nn.Module):
-    """``y = x W + b + s x A B`` in the fewest calls: the second product is added to the first.
+    """``y = x W + b + x A B`` in as few calls as possible: ``addmm`` adds the update to the base output.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def minilm() -> nn.Module:
 
 
 def duplicate(base: nn.Module) -> nn.Module:
-    """Copy a model, all but the values of its frozen parameters."""
+    """Copy a model; the copy shares the frozen parameters with the original."""
     memo = {id(p): p for p in base.parameters() if not p.requires_grad}
     return copy.deepcopy(base, memo)
 
@@ -104,7 +104,7 @@ def duplicate(base: nn.Module) -> nn.Module:
 def with_adamss(
     base: nn.Module, targets: Sequence[str], subspaces: int, saved: Sequence[str] = (), **options: object
 ) -> nn.Module:
-    """Return a copy with AdaMSS, r_k = 1."""
+    """Return a copy of the model with AdaMSS, r_k = 1."""
     config = adamss.AdamssConfig(
         rank=RANK,
         subspaces=subspaces,
@@ -119,7 +119,7 @@ def with_adamss(
 def with_peft_adamss(
     base: nn.Module, targets: Sequence[str], subspaces: int, saved: Sequence[str] = ()
 ) -> nn.Module:
-    """Return a copy with PEFT's AdaMSS, r_k = 1."""
+    """Return a copy of the model with PEFT's AdaMSS, r_k = 1."""
     config = PeftAdamssConfig(
         r=RANK,
         num_subspaces=subspaces,
@@ -127,13 +127,13 @@ def with_peft_adamss(
         target_modules=list(targets),
         modules_to_save=list(saved) or None,
     )
-    with warnings.catch_warnings():  # of layers too small for its rank
+    with warnings.catch_warnings():  # PEFT 0.21 reads an attribute that transformers 5 has deprecated
         warnings.simplefilter("ignore")
         return make_nonzero(get_peft_model(duplicate(base), config))
 
 
 def with_lora(base: nn.Module, targets: Sequence[str], rank: int, saved: Sequence[str] = ()) -> nn.Module:
-    """Return a copy with PEFT's LoRA."""
+    """Return a copy of the model with PEFT's LoRA."""
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=list(targets), modules_to_save=list(saved) or None
     )
@@ -145,7 +145,7 @@ def with_lora(base: nn.Module, targets: Sequence[str], rank: int, saved: Sequenc
 def with_hand_written_lora(
     base: nn.Module, targets: Sequence[str], rank: int, saved: Sequence[str] = ()
 ) -> nn.Module:
-    """Return a copy with LoRA as one would write it."""
+    """Return a copy of the model with LoRA written by hand (`HandWrittenLora`)."""
     model = duplicate(base)
     model.requires_grad_(False)
     for path in saved:
@@ -158,12 +158,12 @@ def with_hand_written_lora(
 
 
 def fully_trained(base: nn.Module) -> nn.Module:
-    """Return a copy of which every number is trained."""
+    """Return a copy of the model with every parameter trained."""
     return copy.deepcopy(base).requires_grad_(True)
 
 
 def make_nonzero(model: nn.Module) -> nn.Module:
-    """Give every trained value a random one: a method that starts at zero must not win by it."""
+    """Give every trained parameter random values, so that no method gains speed from parameters that are zero."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for parameter in model.parameters():
@@ -178,7 +178,19 @@ def methods(
     lora_ranks: Sequence[int],
     saved: Sequence[str] = (),
 ) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Return makers of adapted copies of a frozen model, by name; the LoRA by hand has the first of the ranks."""
+    """Return functions that make an adapted copy of a frozen model, by method name.
+
+    Parameters
+    ----------
+    targets : sequence of str
+        Names of the layers to adapt.
+    subspaces : sequence of int
+        Values of K for AdaMSS.
+    lora_ranks : sequence of int
+        Ranks of PEFT's LoRA. The LoRA written by hand has the first of them.
+    saved : sequence of str
+        Modules that are trained whole.
+    """
     makers: dict[str, Callable[[nn.Module], nn.Module]] = {}
     for K in subspaces:
         makers[f"AdaMSS K={K}"] = lambda base, K=K: with_adamss(base, targets, K, saved)
@@ -198,7 +210,7 @@ def lora_name(rank: int) -> str:
 
 
 def layer_step(model: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], None]:
-    """Return a call that does forward and backward, the gradient of the input included."""
+    """Return a function that runs forward and backward, and computes the gradient of the input too."""
     x = x.clone().requires_grad_()
     leaves = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
 
@@ -211,7 +223,7 @@ def layer_step(model: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], No
 
 
 def training_step(model: nn.Module, tokens: Tensor, labels: Tensor) -> Callable[[], None]:
-    """Return a call that does a whole training step: forward, backward, AdamW."""
+    """Return a function that takes a whole training step: forward, backward, AdamW."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -225,7 +237,10 @@ def training_step(model: nn.Module, tokens: Tensor, labels: Tensor) -> Callable[
 
 
 def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
-    """Return the bytes that a forward keeps for its backward, each storage once, those of the model left out."""
+    """Return the bytes that a forward pass keeps for the backward pass.
+
+    Each storage counts once; those of the model's own parameters and buffers do not count.
+    """
     kept: dict[int, int] = {}
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 

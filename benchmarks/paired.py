@@ -1,7 +1,7 @@
-"""Paired measurement: what is compared takes turns, so that a slow moment of the machine slows all of it.
+"""Paired timing: the compared calls alternate, so that a slow moment of the machine affects all of them.
 
-The ratio to the baseline is taken within each round, and the median is reported with an interval that
-assumes nothing about the distribution of the times.
+The ratio to the baseline is taken within each round. The median ratio is reported with a distribution-free
+confidence interval.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """Time of one thing over the time of another.
+    """Ratio of two times, with its confidence interval.
 
     Attributes
     ----------
     median : float
         Median of the ratios within the rounds.
     low, high : float
-        Interval of the median that holds the true one with at least 95 % probability.
+        Ends of the confidence interval of the median, whose level is at least 95 %.
     """
 
     median: float
@@ -50,24 +50,24 @@ def paired_times(
 ) -> dict[str, np.ndarray]:
     """Time callables in alternation.
 
-    Each round calls every one of them once, in an order of its own: what runs behind a given other finds the caches
-    and the heap that this one leaves, which has been seen to shift a ratio by a tenth.
+    Each round calls every callable once, in a random order. In a fixed order a call would always find the caches and
+    the heap that the same predecessor leaves, which has been seen to shift a ratio by a tenth.
 
     Parameters
     ----------
     calls : mapping of str to callable
-        What to time; each call has to leave things as the next one wants to find them.
+        Functions to time. Each must leave the state in which the next one can run.
     repeats : int
-        Number of rounds.
+        Number of timed rounds.
     warmup : int
-        Rounds before them that are not timed.
+        Number of rounds before those, which are not timed.
     label : str
-        What the progress bar says.
+        Text of the progress bar.
 
     Returns
     -------
     dict of str to (repeats,) array
-        Seconds of every call; the same index is the same round.
+        Seconds of every call. Equal indices belong to the same round.
     """
     keep_memory()
     names = list(calls)
@@ -92,11 +92,10 @@ def paired_times(
 
 
 def keep_memory() -> None:
-    """Have glibc keep the memory that is freed, rather than give it back to the system and ask for it anew.
+    """Make glibc keep freed memory instead of returning it to the system and requesting it again.
 
-    Whether a program gives it back depends on where a tensor happens to end up, and pages that are asked for anew
-    cost up to a tenth of a layer's step: without this, the ratio of two programs that do the same shifts from run to
-    run.
+    Whether glibc returns memory depends on where a tensor happens to lie in the heap, and fresh pages cost up to a
+    tenth of a layer's step. Without this function, the time ratio of two equal programs varies from run to run.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -111,7 +110,8 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Ratio:
     Parameters
     ----------
     numerator, denominator : (repeats,) array
-        Seconds of two callables in the same rounds. Below six rounds no interval has 95 %, and it is NaN.
+        Seconds of two callables in the same rounds. With fewer than six rounds no interval reaches 95 %, and its
+        ends are NaN.
     """
     ratios = numerator / denominator
     interval = stats.quantile_test(ratios, p=0.5).confidence_interval(confidence_level=0.95)
@@ -121,26 +121,26 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Ratio:
 def paired_ratios(
     calls: Mapping[str, Callable[[], object]], *, baseline: str, repeats: int = 100, warmup: int = 5
 ) -> dict[str, Ratio]:
-    """Time callables in alternation and return the ratio of each to one of them.
+    """Time callables in alternation and return the ratio of each to the baseline.
 
     Parameters
     ----------
     calls, repeats, warmup
         As for `paired_times`.
     baseline : str
-        Name of the call that the others are divided by.
+        Name of the call whose time the others are divided by.
     """
     seconds = paired_times(calls, repeats=repeats, warmup=warmup)
     return {name: ratio(seconds[name], seconds[baseline]) for name in calls}
 
 
 def environment(packages: Iterable[str]) -> dict[str, object]:
-    """Describe what was measured on: machine, threads, versions of the packages, date (UTC).
+    """Describe the environment of a measurement: machine, threads, package versions, date (UTC).
 
     Parameters
     ----------
     packages : iterable of str
-        Distributions whose versions to give; the threads of PyTorch are given if it is among them.
+        Distributions to report the versions of. If torch is among them, its number of threads is reported too.
     """
     packages = list(packages)
     threads = {}
@@ -150,7 +150,7 @@ def environment(packages: Iterable[str]) -> dict[str, object]:
         threads["torch_threads"] = torch.get_num_threads()
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     if load is not None and load > 0.5:
-        # Two threads that spin while a third wants their core can make a step ten times slower.
+        # Threads that spin on a core that another program needs can make a step ten times slower.
         print(f"other programs are running (load average {load}): expect wide intervals", file=sys.stderr)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

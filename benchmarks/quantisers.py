@@ -1,7 +1,7 @@
-"""Ways of keeping the weight of a linear layer in few bits, for `stores.py` and the tests.
+"""Quantisers of linear layers, for `stores.py` and the tests.
 
-Each maker takes a `torch.nn.Linear` and returns a layer in its place, quantised from the same numbers; it raises
-ImportError where its library is not installed.
+Each maker takes a `torch.nn.Linear` and returns a quantised layer with the same weights in its place. It raises
+ImportError if its library is not installed.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Quantiser:
-    """One way of keeping weights.
+    """One way to quantise a weight.
 
     Attributes
     ----------
     make : callable
-        Returns the quantised layer of a float one.
+        ``layer -> layer``: quantises a float layer.
     error : float
-        Root mean square of its rounding error of normally distributed weights, relative to the weight, at most.
+        Upper bound of the rounding error of normally distributed weights, as a root mean square relative to the
+        weight.
     dtype : torch.dtype
-        Of the model that it is used in.
+        Dtype of the model that the layer is used in.
     runs : bool
-        Whether its kernel runs on the CPU.
+        Whether the kernel runs on the CPU.
     trains : bool
-        Whether its kernel passes a gradient to its input on the CPU.
+        Whether the kernel passes a gradient to its input on the CPU.
     exact : float
-        How far the kernel may be from the product with the dequantised weight, relative to the output: some kernels
-        round the input too.
+        Largest error of the kernel compared with the product with the dequantised weight, relative to the output.
+        It is larger for kernels that round the input too.
     """
 
     make: Callable[[nn.Linear], nn.Module]
@@ -50,7 +51,7 @@ class Quantiser:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libraries print when they are imported to ourselves."""
+    """Silence what libraries print, warn and log while they are imported."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -63,6 +64,8 @@ def quiet() -> Iterator[None]:
 
 
 def _four_bits(kind: str, nested: bool = True) -> Callable[[nn.Linear], nn.Module]:
+    """Return a maker of bitsandbytes' four-bit layers; `nested` quantises the scales too."""
+
     def make(layer: nn.Linear) -> nn.Module:
         from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -85,7 +88,7 @@ def _eight_bits(layer: nn.Linear) -> nn.Module:
 
 
 def _used(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Linear], nn.Module]:
-    """Return a maker whose layers have been called once, which moves or packs what they keep."""
+    """Return a maker whose layers have run once, because some libraries pack or move the weight on the first call."""
 
     def used(layer: nn.Linear) -> nn.Module:
         new = make(layer).eval()
@@ -109,6 +112,7 @@ def _torchao(config: Callable[[Any], Any]) -> Callable[[nn.Linear], nn.Module]:
 
 
 def _torchao_nf4(layer: nn.Linear) -> nn.Module:
+    """Replace the weight by a tensor of torchao, so that the layer itself stays a `torch.nn.Linear`."""
     with quiet():
         from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
     kept = to_nf4(layer.weight.data, block_size=64, scaler_block_size=layer.weight.numel() // 64)
@@ -117,6 +121,8 @@ def _torchao_nf4(layer: nn.Linear) -> nn.Module:
 
 
 def _quanto(kind: str, *, frozen: bool = True) -> Callable[[nn.Linear], nn.Module]:
+    """Return a maker of quanto's layers; one that is not frozen still has its float weight."""
+
     def make(layer: nn.Linear) -> nn.Module:
         with quiet():
             from optimum import quanto
@@ -144,7 +150,7 @@ GROUP = 32
 
 
 def _groups(layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Return scale and zero of each group of a row, (n, d / GROUP), for four bits from the least to the greatest."""
+    """Return scale and zero point of each group in a row, (n, d / GROUP): 16 levels from minimum to maximum."""
     groups = layer.weight.data.unflatten(1, (-1, GROUP))
     low, high = groups.amin(-1), groups.amax(-1)
     scale = (high - low) / 15
@@ -152,6 +158,8 @@ def _groups(layer: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def _gptqmodel(module: str, name: str, *more: Callable[[nn.Linear], Tensor]) -> Callable[..., nn.Module]:
+    """Return a maker of a class of gptqmodel; `more` compute further arguments of its packing from the layer."""
+
     def make(layer: nn.Linear) -> nn.Module:
         with quiet():
             kind = getattr(__import__(f"gptqmodel.nn_modules.qlinear.{module}", fromlist=[name]), name)
@@ -165,7 +173,7 @@ def _gptqmodel(module: str, name: str, *more: Callable[[nn.Linear], Tensor]) -> 
                 bias=layer.bias is not None,
                 register_buffers=True,
             )
-            # By itself it would compile its dequantisation.
+            # Else the layer would compile its dequantisation.
             new.optimized = True
             pack = getattr(new, "pack_original", new.pack)
             whole = copy.deepcopy(layer).float()
@@ -184,6 +192,7 @@ def _autoawq(layer: nn.Linear) -> nn.Module:
 
 
 def _block_scaled(layer: nn.Linear) -> nn.Module:
+    """Quantise to float8 with one scale for each square block of the weight, for the FP8Linear of transformers."""
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
     block = GROUP
@@ -197,7 +206,7 @@ def _block_scaled(layer: nn.Linear) -> nn.Module:
 
 
 HALF = {"dtype": torch.bfloat16, "exact": 2e-2}
-# Its kernel rounds inputs to eight bits too.
+# The kernel rounds the inputs to eight bits too.
 INPUTS = {"exact": 2e-2}
 
 QUANTISERS = {
@@ -233,9 +242,9 @@ QUANTISERS = {
         error=0.1,
         **HALF,
     ),
-    # The first forward rounds its scales to the dtype of the input.
+    # The first forward pass rounds the scales to the dtype of the input.
     "AWQ 4 bits": Quantiser(make=_used(_gptqmodel("torch_awq", "AwqTorchLinear")), error=0.1, **HALF),
     "AWQ 4 bits, autoawq": Quantiser(make=_autoawq, error=0.1, dtype=torch.float16, exact=2e-2, trains=False),
     "block-scaled float8": Quantiser(make=_block_scaled, error=0.04, runs=False, trains=False, **HALF),
 }
-"""By name."""
+"""All quantisers, by name."""

@@ -1,8 +1,8 @@
-"""How the cost of the update grows: with K at a fixed sum of ranks, and with R, tokens N and width d.
+"""Measure how the cost of the update grows: with K at a fixed sum of ranks, and with R, tokens N and width d.
 
-The cost is the time of a layer's step beyond that of the same layer frozen, from alternating runs. One quantity
-changes at a time; the exponent is the slope of log cost over log quantity (Theil and Sen), with its 95 % interval.
-Beside it is what the cost model of `adamss.core.cost.update_cost` says of the same shapes. ::
+The cost is the time of an adapted layer's step minus that of the same layer frozen, timed alternately. One quantity
+changes at a time. The exponent is the Theil-Sen slope of log cost over log quantity, with its 95 % interval. The
+prediction of the cost model (`adamss.core.cost.update_cost`) for the same shapes stands beside it. ::
 
     python benchmarks/scaling.py --json scaling.json
     python benchmarks/scaling.py --quick
@@ -31,7 +31,7 @@ from adamss.core.cost import update_cost
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer: K subspaces of rank r_k each, R, tokens N, width d; K r_k is kept where K changes."""
+    """One layer with K subspaces of rank r, basis rank R, tokens N and width d."""
 
     K: int = 10
     r: int = 1
@@ -41,7 +41,7 @@ class Shape:
 
 
 def sweeps(*, quick: bool) -> dict[str, tuple[str, list[Shape]]]:
-    """Return the quantity that changes and the shapes, by title."""
+    """Return, by title, the name of the quantity that changes and the shapes to measure."""
     base = Shape(N=256, d=384) if quick else Shape()
     small = replace(base, K=32)
     return {
@@ -54,7 +54,7 @@ def sweeps(*, quick: bool) -> dict[str, tuple[str, list[Shape]]]:
 
 
 def costs(shapes: Sequence[Shape], repeats: int, label: str) -> list[np.ndarray]:
-    """Return for each shape the seconds of every round that the adapter takes beyond the frozen layer."""
+    """Return for each shape, in every round, the seconds of the adapted layer minus those of the frozen layer."""
     calls = {}
     for number, shape in enumerate(shapes):
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ def costs(shapes: Sequence[Shape], repeats: int, label: str) -> list[np.ndarray]
 
 
 def modelled(shape: Shape) -> float:
-    """Return what the cost model says, in multiply-adds."""
+    """Return the cost that the cost model predicts, in multiply-adds."""
     cost = update_cost(
         "factors_first", tokens=shape.N, d=shape.d, n=shape.d, rank=shape.R, directions=shape.K * shape.r
     )
@@ -83,7 +83,7 @@ def modelled(shape: Shape) -> float:
 
 
 def sweep(title: str, quantity: str, shapes: Sequence[Shape], repeats: int) -> dict[str, Any]:
-    """Measure one sweep, print its table and its fit, and return them."""
+    """Measure one sweep, print its table and the fitted exponent, and return both."""
     measured = costs(shapes, repeats, title)
     values = [getattr(shape, quantity) for shape in shapes]
     medians = [float(np.median(times)) for times in measured]
@@ -115,7 +115,7 @@ def sweep(title: str, quantity: str, shapes: Sequence[Shape], repeats: int) -> d
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table for each quantity, write the JSON."""
+    """Measure, print a table for each quantity, and write the JSON if asked."""
     parser = argparse.ArgumentParser(description="How the cost of the update grows.")
     parser.add_argument("--repeats", type=int, default=100, help="alternations (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="10 alternations and small layers: a dry run")

@@ -1,9 +1,12 @@
-"""The paper's Algorithm 2: whether it finds the subspaces that there are, and how long it takes.
+"""Test whether the paper's Algorithm 2 recovers planted subspaces, and measure how long it takes.
 
-(1) Weights whose columns lie in planted subspaces, independent ones (their dimensions add up) and disjoint ones that
-are not independent (any two meet in zero alone, but together they have fewer dimensions): the number that is
-estimated, for several tau and levels of noise, and how well normalised cuts find the columns of each subspace if they
-are told the number. (2) The time of the estimate and of normalised cuts over that of `decompose` of one matrix. ::
+The script prints two tables:
+
+1. the recovery of planted subspaces. The columns of the weight lie in subspaces that are either independent (their
+   dimensions add up) or only disjoint (any two intersect in zero, but their sum has fewer dimensions than the
+   dimensions add up to). The table has the estimated number of subspaces for several tau and noise levels, and the
+   adjusted Rand index of normalised cuts that are given the true number;
+2. the time of the estimate and of normalised cuts, relative to that of `decompose` on the same matrix. ::
 
     python benchmarks/segmentation.py
     python benchmarks/segmentation.py --only time --widths 384 4096 14336
@@ -32,21 +35,22 @@ SUBSPACES, DIMENSION, PER_SUBSPACE = 12, 4, 30
 NOISE = (0.0, 0.01, 0.02, 0.05, 0.1)
 TAUS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 AMBIENT = {"independent": SUBSPACES * DIMENSION + 16, "dependent": SUBSPACES * DIMENSION // 2}
-"""Inputs d: with fewer than K times the dimension, the subspaces cannot be independent."""
+"""Inputs d of each kind. If d is below the sum of the dimensions, the subspaces cannot be independent."""
 RANK, WIDTHS = 100, (384, 768, 1536, 4096, 8192, 14336)
 LARGEST_HEIGHT = SQUARE = 4096
 
 
 def planted(kind: str, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a weight (d, n) whose columns lie in planted subspaces, and the subspace of each.
+    """Return a weight (d, n) whose columns lie in planted subspaces, and the subspace of each column.
 
     Parameters
     ----------
     kind : str
-        A key of `AMBIENT`.
+        Key of `AMBIENT`.
     noise : float
-        Norm of the noise over that of the weight.
+        Frobenius norm of the noise over that of the weight.
     seed : int
+        Seed of bases, coefficients, order of the columns and noise.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(SUBSPACES), PER_SUBSPACE))
@@ -57,7 +61,7 @@ def planted(kind: str, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def recovery(seeds: int) -> None:
-    """Print the first table."""
+    """Print the table of the recovery, over this many draws."""
     rows = []
     for kind, d in AMBIENT.items():
         for noise in NOISE:
@@ -89,19 +93,19 @@ def recovery(seeds: int) -> None:
 
 
 def gaussian(d: int, n: int, seed: int = 0) -> torch.Tensor:
-    """Return the flattest spectrum, for which `decompose` takes the longest."""
+    """Return a Gaussian weight (d, n), whose flat spectrum takes `decompose` the longest."""
     return torch.randn(d, n, generator=torch.Generator().manual_seed(seed))
 
 
 def decaying(d: int, n: int) -> torch.Tensor:
-    """Return a weight whose singular values fall as 1 / i: those of trained weights fall more slowly."""
+    """Return a weight (d, n) with singular values 1 / i, which decay faster than those of trained weights."""
     side = min(d, n)
     (U, _), (V, _) = torch.linalg.qr(gaussian(d, side)), torch.linalg.qr(gaussian(n, side, seed=1))
     return (U / torch.arange(1, side + 1)) @ V.T
 
 
 def in_planes(d: int, n: int) -> torch.Tensor:
-    """Return a weight whose columns lie in 50 planes, up to 2 % of noise: many eigenvalues near zero."""
+    """Return a weight (d, n) with columns in 50 planes, plus 2 % noise; its Laplacian has many small eigenvalues."""
     columns = torch.arange(n).chunk(50)
     W = torch.cat(
         [gaussian(d, 2, seed=k) @ gaussian(2, len(own), seed=k) for k, own in enumerate(columns)], 1
@@ -118,7 +122,7 @@ WEIGHTS: dict[str, Callable[[int, int], torch.Tensor]] = {
 
 
 def times(widths: Sequence[int], repeats: int) -> None:
-    """Print the second table."""
+    """Print the table of the times."""
     rows = []
     for n in widths:
         for kind, weight in WEIGHTS.items():

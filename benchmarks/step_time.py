@@ -1,9 +1,9 @@
-"""Step time of AdaMSS, of LoRA and of PEFT's AdaMSS, side by side in one process.
+"""Measure the step time of AdaMSS, of LoRA and of PEFT's AdaMSS, alternately in one process.
 
-First one linear layer in the middle of a network: forward, and backward with the gradients of the input and of
-the trained values, over the same layer frozen, and beside a sketch of AdaMSS, which is the practical limit. Then the
-whole training step, AdamW included, of MiniLM-L6 (real weights) and of a model of RoBERTa-base's shape (random
-weights) with query and value adapted. ::
+The first tables are about one linear layer in the middle of a network: the forward pass, and the backward pass with
+the gradients of the input and of the trained parameters, relative to the same layer frozen. They include a minimal
+implementation of AdaMSS, the "sketch", as the practical limit. The other tables are about the whole training step
+with AdamW, for MiniLM-L6 (real weights) and for RoBERTa-base's shape (random weights), query and value adapted. ::
 
     python benchmarks/step_time.py --json step_time.json
     python benchmarks/step_time.py --quick
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 
 class _SketchStep(torch.autograd.Function):
-    """``y = x W^T + b + (M x^T)^T E``, ``M = B A^T``, ``E = C * mask``; one function owns all products."""
+    """``y = x W^T + b + (M x^T)^T E``, ``M = B A^T``, ``E = C * mask``; one autograd function for all products."""
 
     @staticmethod
     def forward(
@@ -64,7 +64,10 @@ class _SketchStep(torch.autograd.Function):
 
 
 class Sketch(nn.Module):
-    """The practical limit of an adapted layer: no frozen subspaces, other dtypes, shapes, or states of the layer."""
+    """A minimal AdaMSS layer, which shows the practical limit of the step time.
+
+    It supports neither frozen subspaces nor other dtypes, shapes or states of the layer.
+    """
 
     def __init__(self, base: OneLayer, subspaces: int) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ def roberta_base() -> nn.Module:
 def time_model(
     build: Callable[[], nn.Module], batch: int, subspaces: Sequence[int], repeats: int, label: str
 ) -> dict[str, np.ndarray]:
-    """Time the training step of a model on (batch, 64) tokens, query and value adapted and a head trained whole."""
+    """Time the training step of a model on (batch, 64) tokens, with query and value adapted and the head trained."""
     torch.manual_seed(0)
     base = Encoder(build()).requires_grad_(False)
     tokens = torch.randint(5, base.encoder.config.vocab_size, (batch, LENGTH))
@@ -121,15 +124,16 @@ def time_model(
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What is timed together.
+    """Methods that are timed together, on one layer or model.
 
     Attributes
     ----------
     name : str
+        Description of what is timed, for the table.
     baseline : str
-        The method that the others are divided by, beside LoRA.
+        Name of the method that the times of all methods are divided by; a second ratio is to LoRA.
     measure : callable
-        Returns the seconds of every method, the rounds in the same order.
+        ``() -> dict``: the seconds of every method, with the same round at the same index.
     """
 
     name: str
@@ -137,7 +141,7 @@ class Part:
     measure: Callable[[], dict[str, np.ndarray]]
 
     def records(self) -> list[dict[str, object]]:
-        """Measure, and return one record per method with its ratios."""
+        """Measure, and return one record for each method with its ratios."""
         seconds = self.measure()
         records: list[dict[str, object]] = []
         for name, times in seconds.items():
@@ -213,7 +217,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table for each part, write the JSON."""
+    """Measure, print a table for each part, and write the JSON if asked."""
     arguments = parse(argv)
     if arguments.quick:
         arguments.repeats, arguments.tokens = 10, 256

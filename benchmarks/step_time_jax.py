@@ -1,14 +1,14 @@
-"""Step time of AdaMSS and of LoRA in JAX, side by side in one process.
+"""Measure the step time of AdaMSS and of LoRA in JAX, alternately in one process.
 
-One linear layer in the middle of a network: the output, and the gradients of the input and of the trained
-values, compiled as one function, over the same layer frozen. ::
+The step is that of one linear layer in the middle of a network: the output, and the gradients of the input and of the
+trained parameters, compiled as one function. Its time is relative to that of the same layer frozen. ::
 
     python benchmarks/step_time_jax.py --json step_time_jax.json
     python benchmarks/step_time_jax.py --quick
 
-All trained values are random and none is zero. LoRA is ``x W + b + s (x A) B``, written out, and that of Qwix on
-Flax NNX where Qwix is installed; each number of subspaces has a rank of LoRA beside it, and a bar that the ratio of
-the two should stay under.
+All trained values are random and none is zero. Two implementations of LoRA are measured: ``x W + b + s (x A) B``
+written by hand, and that of Qwix on Flax NNX if Qwix is installed. Each number of subspaces K is compared with one
+rank of LoRA, and the ratio of their times should not exceed a bar.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from adamss import core
 
 try:
     import qwix
-except ImportError:  # it comes from others than JAX, and later
+except ImportError:  # Qwix is optional
     qwix = None
 
 RANK = 100
 LORA_SCALE = 2.0
 BASE = "frozen base"
 
-# Subspaces K, rank of LoRA, and the most that the first may cost over the second.
+# Number of subspaces K, rank of the LoRA to compare with, and the largest acceptable ratio of their times.
 BARS = [(10, 8, 1.03), (32, 32, 1.00)]
 
 
@@ -50,7 +50,7 @@ def random(generator: np.random.Generator, *shape: int, scale: float = 0.02) -> 
 
 
 def adamss_values(W: jax.Array, subspaces: int, generator: np.random.Generator) -> tuple[Any, Any]:
-    """Return what AdaMSS trains, and the factors that hold the rest."""
+    """Return the trained arrays of AdaMSS (B and C, random) and the factors that they belong to."""
     decomposition = core.decompose(np.asarray(W), RANK)
     labels = core.segment(decomposition, subspaces)
     factors = core.initial_factors(decomposition, labels, 1)
@@ -59,7 +59,7 @@ def adamss_values(W: jax.Array, subspaces: int, generator: np.random.Generator) 
 
 
 def lora_values(W: jax.Array, rank: int, generator: np.random.Generator) -> tuple[Any, Any]:
-    """Return what LoRA trains, and nothing else."""
+    """Return the trained arrays of LoRA, and None, since LoRA has no constants."""
     d, n = W.shape
     return {"A": random(generator, d, rank), "B": random(generator, rank, n)}, None
 
@@ -80,7 +80,7 @@ def lora_layer(x: jax.Array, W: jax.Array, b: jax.Array, trained: Any, constant:
 
 
 class OneLayer(nnx.Module):
-    """A linear layer in a module, as Qwix wants it.
+    """A module with one linear layer, since Qwix adapts the layers of a module.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class OneLayer(nnx.Module):
 def qwix_values(
     x: jax.Array, W: jax.Array, b: jax.Array, rank: int, generator: np.random.Generator
 ) -> tuple[Any, Any]:
-    """Return what Qwix's LoRA trains, and the rest of its module as a tree."""
+    """Return the trained arrays of Qwix's LoRA, and the rest of its module as a tree."""
     provider = qwix.LoraProvider(module_path=".*layer", rank=rank, alpha=LORA_SCALE * rank)
     model = qwix.apply_lora_to_model(OneLayer(W, b), provider, x[:1], rngs=nnx.Rngs(0))
     outline, trained, rest = nnx.split(model, nnx.LoRAParam, ...)
@@ -108,7 +108,7 @@ def qwix_values(
 
 
 def qwix_layer(x: jax.Array, W: jax.Array, b: jax.Array, trained: Any, constant: Any) -> jax.Array:
-    """Return the output of the module; W and b are in it."""
+    """Return the output of the module, which holds its own W and b."""
     outline, rest = constant
     return nnx.merge(outline, trained, rest)(x)
 
@@ -120,10 +120,10 @@ def layer_step(
     base: tuple[jax.Array, jax.Array],
     gradient: jax.Array,
 ) -> Callable[[], None]:
-    """Return a call that does forward and backward, the gradient of the input included."""
+    """Return a function that runs forward and backward, and computes the gradient of the input too."""
 
-    # Everything is an argument: what the compiler knows, it computes once and for all. The output is
-    # returned, or the compiler would leave it out.
+    # All arrays are arguments, because the compiler would evaluate products of constants once, at compile time. The
+    # output is returned, because the compiler would otherwise drop it.
     @jax.jit
     def compiled(
         x: jax.Array, base: tuple[jax.Array, jax.Array], trained: Any, constant: Any, gradient: jax.Array
@@ -158,7 +158,7 @@ def time_layer(width: int, tokens: int, repeats: int) -> dict[str, np.ndarray]:
 
 
 def records(width: int, tokens: int, seconds: dict[str, np.ndarray]) -> list[dict[str, object]]:
-    """Return one record per method, with its ratio to the frozen base and that to its LoRA."""
+    """Return one record for each method, with its ratios to the frozen base and to the LoRA it is compared with."""
     compared = {f"AdaMSS K={subspaces}": (f"LoRA r={rank}", bar) for subspaces, rank, bar in BARS}
     found = []
     for name, times in seconds.items():
@@ -179,7 +179,7 @@ def records(width: int, tokens: int, seconds: dict[str, np.ndarray]) -> list[dic
 
 
 def against_bar(over_lora: Ratio | None, lora: str | None, bar: float | None) -> str:
-    """Say how a ratio stands to its bar."""
+    """Format a ratio to LoRA and whether it meets its bar; empty if the method has no bar."""
     if over_lora is None:
         return ""
     return f"{over_lora} of {lora}; bar {bar:.2f} {'met' if over_lora.median <= bar else 'missed'}"
@@ -215,7 +215,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table for each width, write the JSON."""
+    """Measure, print a table for each width, and write the JSON if asked."""
     arguments = parse(argv)
     if arguments.quick:
         arguments.repeats, arguments.tokens = 10, 256

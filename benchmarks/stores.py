@@ -1,8 +1,9 @@
-"""Adapters on quantised bases: how near to the float model, at what size, at what time.
+"""Measure adapters on quantised bases: their error compared with the float model, their size, and their step time.
 
-An adapter is trained on a float layer, saved, and loaded onto the same layer in each of the ways of `quantisers.py`
-whose library is installed. Errors are relative to the outputs of the float layer; times are of a training step of the
-layer, forward and backward with a gradient for the input, over that of the frozen float layer. ::
+An adapter is trained on a float layer and saved. It is then loaded onto the same layer, quantised by each entry of
+`quantisers.py` whose library is installed. Errors are relative to the outputs of the float layer. Times are those of
+a training step of the layer (forward and backward, with the gradient of the input) over that of the frozen float
+layer. ::
 
     python benchmarks/stores.py --json stores.json
     python benchmarks/stores.py --quick
@@ -32,7 +33,7 @@ FLOAT = Quantiser(make=lambda layer: layer, error=0.0)
 
 
 def float_layer(width: int, dtype: torch.dtype) -> nn.Linear:
-    """Return a layer with a spectrum that falls, as that of trained ones does."""
+    """Return a frozen layer with a decaying spectrum, as trained layers have."""
     torch.manual_seed(0)
     layer = nn.Linear(width, width, bias=False)
     U, _, Vh = torch.linalg.svd(torch.randn(width, width))
@@ -41,7 +42,7 @@ def float_layer(width: int, dtype: torch.dtype) -> nn.Linear:
 
 
 def trained(width: int, x: Tensor, path: Path) -> None:
-    """Write the file of an adapter that has been trained on the float layer."""
+    """Train an adapter on the float layer for ten steps, and save it to `path`."""
     model = nn.Sequential(float_layer(width, torch.float32))
     adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=100, subspaces=10))
     optimizer = torch.optim.Adam(adamss.trainable_parameters(model), lr=0.02)
@@ -53,7 +54,7 @@ def trained(width: int, x: Tensor, path: Path) -> None:
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Return a call of one forward and backward."""
+    """Return a function that runs forward and backward once, and clears the gradients."""
     x = x.clone().requires_grad_()
 
     def run() -> None:
@@ -65,7 +66,7 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the plain tensors that a tensor is made of."""
+    """Yield the plain tensors that a value consists of, also for a tensor subclass; nothing if it is no tensor."""
     if hasattr(value, "__tensor_flatten__") and type(value) not in (Tensor, nn.Parameter):
         for name in value.__tensor_flatten__()[0]:
             yield from tensors(getattr(value, name))
@@ -74,19 +75,20 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of a difference over that of what is expected."""
+    """Return the norm of the difference over the norm of `expected`, in float32."""
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def measure(name: str, kept: Quantiser, width: int, x: Tensor, file: Path, repeats: int) -> dict[str, Any]:
-    """Return the figures of one way of keeping the weight."""
+    """Return the figures of one quantiser."""
     x = x.to(kept.dtype)
 
     def made(each: Quantiser) -> nn.Module:
         return nn.Sequential(each.make(float_layer(width, kept.dtype))).requires_grad_(False)
 
     base, whole = made(kept), made(FLOAT)
-    # Of a layer of its own: bitsandbytes 0.50 spoils packed weights with single scales when it is asked for a state.
+    # The size is taken from a separate layer, because `state_dict` of bitsandbytes 0.50 corrupts packed weights whose
+    # scales are not compressed.
     size = sum(tensor.nbytes for each in made(kept).state_dict().values() for tensor in tensors(each))
     dtype = str(kept.dtype).removeprefix("torch.")
     found = {"store": name, "dtype": dtype, "bytes": size, "of_float32": size / (4 * width**2)}
@@ -121,7 +123,7 @@ COLUMNS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, write the JSON."""
+    """Measure, print the table, and write the JSON if asked."""
     parser = argparse.ArgumentParser(description="Adapters on quantised bases.")
     parser.add_argument("--repeats", type=int, default=30, help="alternations (default: %(default)s)")
     parser.add_argument("--width", type=int, default=768)
@@ -137,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     x, found = torch.randn(arguments.tokens, arguments.width), []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other libraries: casts, kernels that are not installed
+        warnings.simplefilter("ignore")  # other libraries warn about casts and kernels that are not installed
         file = Path(folder) / "adapter.safetensors"
         trained(arguments.width, x, file)
         for name in arguments.stores or QUANTISERS:

@@ -1,14 +1,14 @@
-"""The demo's task with the Trainer of transformers: `AdamssCallback` under the options that people train with.
+"""Train the demo's task with the Trainer of transformers and `AdamssCallback`, under common training options.
 
-MiniLM-L6 with a classification head, query and value adapted, a third of the subspaces left at the end. Each row is a
-training of its own; one is interrupted half way and resumed, and has to end with the same bits as the first; one runs
-on two processes. ::
+The model is MiniLM-L6 with a classification head and with query and value adapted. The budget leaves a third of the
+subspaces trained at the end. Each row of the table is a separate training. One training is interrupted half way and
+resumed, and must end bit for bit like the first. Another runs on two processes. ::
 
     python benchmarks/trainer.py
     python benchmarks/trainer.py --model path/to/bert --steps 12 --json trainer.json
     python benchmarks/trainer.py --only bf16
 
-The exit status is 1 if a budget was not kept, or the resumed training differs.
+The exit status is 1 if a budget was not kept or if the resumed training differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; demo/in_torch.py says why
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # set before torch is loaded, see demo/in_torch.py
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -84,7 +84,7 @@ class Sentences(Dataset):
 
 
 def adapted(folder: str, classes: int, steps: int, *, nf4: bool = False) -> torch.nn.Module:
-    """Return the model with an adapter whose budget falls to a third over the middle of the training."""
+    """Return the model with an adapter; its budget falls to a third between 1/6 and 2/3 of the training."""
     torch.manual_seed(0)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["classifier"]
@@ -113,7 +113,7 @@ def adapted(folder: str, classes: int, steps: int, *, nf4: bool = False) -> torc
 def trainer_of(
     folder: str, steps: int, output: Path, options: dict[str, Any], *, nf4: bool = False
 ) -> tuple[Trainer, AdamssCallback]:
-    """Return a Trainer of the demo's task, and its callback."""
+    """Return a Trainer for the demo's task, and its `AdamssCallback`."""
     tokenizer = load_tokenizer(folder, offline=True)
     train_part, test_part = split(scipy_sentences())
     settings = {
@@ -143,7 +143,7 @@ def trainer_of(
 
 
 def measure(name: str, folder: str, steps: int, output: Path) -> dict[str, Any]:
-    """Train under some options, and return what came of it."""
+    """Train under the options of this name, and return the record for the table."""
     trainer, callback = trainer_of(folder, steps, output, OPTIONS[name], nf4=name == NF4)
     trainer.train(
         resume_from_checkpoint=str(output / f"checkpoint-{steps // 2}") if name == RESUMED else None
@@ -171,7 +171,7 @@ def measure(name: str, folder: str, steps: int, output: Path) -> dict[str, Any]:
 
 
 def nf4_over_float(folder: str, repeats: int) -> Ratio:
-    """Return the time of a training step on the NF4 base over that on the float base, alternating."""
+    """Return the time of a training step on the NF4 base over that on the float base, timed alternately."""
     train_part, _ = split(scipy_sentences())
     data = Sentences(train_part, load_tokenizer(folder, offline=True))
     batch = DataCollatorWithPadding(load_tokenizer(folder, offline=True))([data[i] for i in range(16)])
@@ -191,11 +191,11 @@ def nf4_over_float(folder: str, repeats: int) -> Ratio:
 
 
 def on_two_processes(arguments: Sequence[str]) -> None:
-    """Run this script on two processes."""
+    """Run this script on two processes with ``accelerate launch``."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = str(taken.getsockname()[1])
-    # Without `--multi_gpu` it starts one process, however many are asked for; the Trainer is told what to use.
+    # Without `--multi_gpu`, accelerate starts only one process. The Trainer still uses the CPU, by `use_cpu`.
     launch = [
         "-m",
         "accelerate.commands.launch",
@@ -212,7 +212,7 @@ def on_two_processes(arguments: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train under each of the options, print a table, write the JSON."""
+    """Train under each set of options, print the table, and write the JSON if asked."""
     parser = argparse.ArgumentParser(description="AdamssCallback in the Trainer, on the demo's task.")
     parser.add_argument("--model", type=Path, help="folder of a BERT with its tokenizer (default: MiniLM-L6)")
     parser.add_argument("--steps", type=int, default=120, help="optimiser steps (default: %(default)s)")
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in OPTIONS if arguments.only is None else [arguments.only]:
-            # The resumed one goes on from the files of the first.
+            # The resumed training continues from the checkpoints of the first.
             output = Path(scratch) / ("0" if name in (PLAIN, RESUMED) else name.split()[0].strip(","))
             if name == RESUMED and arguments.only is not None:
                 measure(PLAIN, folder, arguments.steps, output)
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"a step on the NF4 base over one on the float base: {nf4_over_float(folder, 30)}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"environment": about, "results": records}, indent=2) + "\n")
-    # The best model of a training may be one of before its end, with more subspaces.
+    # The best model may come from a step before the end of the schedule, when more subspaces were trained.
     kept = all(r["active"] == r["target"] for r in records if r["options"] != "load_best_model_at_end")
     return int(not (same and kept))
 

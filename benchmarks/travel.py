@@ -1,13 +1,14 @@
-"""An adapter on its way: trained in JAX, loaded in PyTorch, exported as a LoRA, loaded by PEFT, merged.
+"""Move adapters between frameworks and formats, and check that the embeddings stay the same.
 
-And one that PEFT's own AdaMSS has trained: into PyTorch by `adamss.from_peft`, on to JAX, and back to PEFT. The
-model is MiniLM-L6, in Flax NNX and in PyTorch; what is compared at every station are the embeddings of sentences
-(the mean of the token vectors, of length 1). ::
+The first adapter is trained in JAX, loaded in PyTorch, exported as LoRA, loaded by PEFT, and merged. The second is
+trained by PEFT's own AdaMSS, loaded in PyTorch and in JAX by `adamss.from_peft`, and exported back to PEFT. The model
+is MiniLM-L6 in Flax NNX and in PyTorch. Every station compares sentence embeddings (the mean of the token vectors,
+scaled to length 1). ::
 
     python benchmarks/travel.py
     python benchmarks/travel.py --model path/to/bert --steps 20 --json travel.json
 
-The exit status is 1 if an embedding differs by more than 1e-5 from where its adapter was trained.
+The exit status is 1 if an entry of an embedding differs by more than 1e-5 from its value at the first station.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; demo/in_torch.py says why
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # set before torch is loaded, see demo/in_torch.py
 
 import numpy as np
 import peft
@@ -48,17 +49,18 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Journey:
-    """Models, sentences, and where the files are put.
+    """Base models, sentences, and the folder for the adapter files.
 
     Attributes
     ----------
     model : Path
         Folder of a BERT and its tokenizer.
+    tokenizer : callable
     train, test : Corpus
     folder : Path
-        Of the files in between.
+        Folder for the adapter files that pass between the stations.
     steps : int
-        Optimiser steps of either training.
+        Optimiser steps of each training.
     """
 
     model: Path
@@ -77,7 +79,7 @@ class Journey:
         return load_encoder(self.model, rngs=nnx.Rngs(0))
 
     def embeddings(self, model: Any) -> np.ndarray:
-        """Return the embeddings (sentences, width) of the test sentences by a model of either framework."""
+        """Return the embeddings (sentences, width) of the test sentences, for a model of either framework."""
         model.eval()
         inputs = tokenize(self.tokenizer, self.test.texts[:SENTENCES])
         mask = inputs["attention_mask"][..., None]
@@ -93,7 +95,7 @@ class Journey:
 
 @dataclass
 class Stations:
-    """The embeddings of one adapter from station to station, and how they differ."""
+    """The stations of one adapter, and the differences between its embeddings at them."""
 
     embeddings: Callable[[Any], np.ndarray]
     base: np.ndarray
@@ -102,7 +104,7 @@ class Stations:
     last: np.ndarray | None = None
 
     def arrive(self, name: str, model: Any) -> Any:
-        """Compare the embeddings of a model with those at the first station, and at the one before."""
+        """Compare the embeddings with those of the base, the first and the previous station; return the model."""
         here = self.embeddings(model)
         first = here if self.first is None else self.first
         last = here if self.last is None else self.last
@@ -119,12 +121,12 @@ class Stations:
 
     @property
     def largest(self) -> float:
-        """Largest difference from the first station."""
+        """Largest difference between the embeddings at any station and at the first."""
         return max(row["from_start"] for row in self.rows)
 
 
 def trained_in_jax(journey: Journey) -> Any:
-    """Return an adapted encoder, trained with a fixed head on the sentences' classes."""
+    """Return an encoder whose adapter was trained to tell the classes of the sentences through a fixed head."""
     encoder = adamss.attach(journey.in_jax(), CONFIG)
     model = SentenceClassifier(encoder, len(journey.train.classes), rngs=nnx.Rngs(1))
     method = Method(prepare=lambda model, rngs: model, trained=nnx.LoRAParam, learning_rate=1e-2)
@@ -134,7 +136,7 @@ def trained_in_jax(journey: Journey) -> Any:
 
 
 def trained_by_peft(journey: Journey) -> torch.nn.Module:
-    """Return PEFT's model, trained likewise."""
+    """Return a model of PEFT's AdaMSS, trained on the same task through a fixed head."""
     model = peft.get_peft_model(journey.in_torch(), peft.AdamssConfig(**PEFT_CONFIG))
     torch.manual_seed(1)
     classifier = in_torch.SentenceClassifier(model, len(journey.train.classes))
@@ -145,7 +147,7 @@ def trained_by_peft(journey: Journey) -> torch.nn.Module:
 
 
 def from_jax(journey: Journey) -> Stations:
-    """JAX, a file, PyTorch, LoRA, PEFT, merged; and the other ways of the same file."""
+    """Train in JAX, then go through files to PyTorch, to PEFT as LoRA, to merged models, and back to JAX."""
     stations = Stations(journey.embeddings, journey.embeddings(journey.in_torch()))
     portable, training = journey.folder / "portable.safetensors", journey.folder / "training.safetensors"
     there = stations.arrive("trained in JAX (Flax NNX)", trained_in_jax(journey))
@@ -165,7 +167,7 @@ def from_jax(journey: Journey) -> Stations:
 
 
 def from_peft(journey: Journey) -> Stations:
-    """PEFT's AdaMSS, PyTorch, JAX, and back to PEFT."""
+    """Train by PEFT's AdaMSS, then load the adapter in PyTorch and in JAX, and export it back to PEFT."""
     stations = Stations(journey.embeddings, journey.embeddings(journey.in_torch()))
     theirs, ours = journey.folder / "peft", journey.folder / "to_peft"
     trained_by_peft_model = stations.arrive("trained by PEFT's AdaMSS", trained_by_peft(journey))
@@ -180,7 +182,7 @@ def from_peft(journey: Journey) -> Stations:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table for each way, write the JSON."""
+    """Print a table for each adapter, and write the JSON if asked."""
     parser = argparse.ArgumentParser(description="An adapter on its way between frameworks and formats.")
     parser.add_argument("--model", type=Path, help="folder of a BERT with its tokenizer (default: MiniLM-L6)")
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps (default: %(default)s)")

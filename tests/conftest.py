@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Before NumPy and PyTorch are imported, which read these then. The products of the tests are small: they gain nothing
-# from threads, and two workers of two threads each take three times as long as of one.
+# NumPy and PyTorch read these variables when they are imported. The products in the tests are too small to gain from
+# threads, and two workers with two threads each take three times as long as with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from adamss_conformance.cases import THOROUGH
 
-# Derandomised: a test that needs luck is a bug, and a failure must be the same on every machine. As for the laws,
-# ADAMSS_THOROUGH=1 tries all examples.
+# Derandomised, because a failure must be the same on every machine. ADAMSS_THOROUGH=1 tries all examples, as in the
+# conformance suite.
 settings.register_profile(
     "adamss",
     max_examples=100 if THOROUGH else 30,
@@ -30,8 +30,8 @@ settings.register_profile(
 )
 settings.load_profile("adamss")
 
-# Most of the time of the tests of JAX is compilation. The cache is shared by workers, by the processes that tests
-# start, and by the next run; JAX reads these when it is imported.
+# The tests of JAX spend most of their time compiling. Workers, processes that tests start, and later runs share this
+# cache. JAX reads the variables when it is imported.
 COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -66,7 +66,7 @@ SLOW = (
     "compiles_without_a_graph_break",
     "test_fullgraph",
 )
-"""Parts of the names of tests that a contributor's loop leaves out: they start processes or compile."""
+"""Parts of the names of slow tests, which start processes or compile. ``-m "not slow"`` leaves them out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def script() -> Iterator[Callable[[str], ModuleType]]:
-    """Return a function that imports a script of benchmarks/, which find each other by plain name."""
+    """Return a function that imports a script of benchmarks/ by its plain name, as the scripts import each other."""
     folder, before = Path(__file__).parents[1] / "benchmarks", set(sys.modules)
     names = {path.stem for path in folder.iterdir()}
     sys.path.insert(0, str(folder))
@@ -91,7 +91,7 @@ def script() -> Iterator[Callable[[str], ModuleType]]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(script: Callable[[str], ModuleType]) -> Any:
-    """Return a tokenizer of the words of the demo's sentences, without a padding token, as many decoders'."""
+    """Return a tokenizer for words of the demo's sentences. Like many decoders' it has no padding token."""
     transformers = pytest.importorskip("transformers", reason="the demo extra brings transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 

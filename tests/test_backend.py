@@ -1,4 +1,4 @@
-"""The registry, laziness of imports, and the NumPy reference as a model."""
+"""Test the registry of backends, lazy imports, and the NumPy reference backend with its model."""
 
 import subprocess
 import sys
@@ -191,6 +191,6 @@ def test_attach_and_load_count_their_layers_on_a_bar_that_a_log_never_sees(monke
     adamss.save(adamss.attach(model(), CONFIG), tmp_path / "a.safetensors")
     adamss.load(model(), tmp_path / "a.safetensors")
     assert [(bar.total, bar.done) for _, bar in made] == [(2, 2), (2, 2)]
-    # Quick work and files of output have none.
+    # A bar appears only after a second, and not when the output goes to a file.
     assert all(kwargs["delay"] >= 1 and kwargs["disable"] is None for kwargs, _ in made)
     assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""The programs that print the figures of docs/benchmarks.md run; the figures are not judged, except for agreement."""
+"""Test that the benchmarks behind the published figures run. Only `agreement` judges what it measures."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The file format: what is in it, its size, and every way in which a file can be wrong."""
+"""Test the file format: its content, its size, and the errors for files that are wrong in any way."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def tensor_of(path, name):
 
 
 def rewrite(path, *, metadata=None, tensors=None, rename=None):
-    """Change a file as someone without this library would; the checksum is left as it was."""
+    """Change a file without this library's writer, so that the checksum in it stays the old one."""
     content = safetensors.numpy.load_file(path)
     merged = {k: v for k, v in (metadata_of(path) | (metadata or {})).items() if v is not None}
     content = {(rename or {}).get(name, name): tensor for name, tensor in content.items()}
@@ -135,7 +135,7 @@ class TestFingerprint:
 
     @pytest.mark.parametrize(("bits", "layers"), [(8, 1), (4, 2), (3, 4), (2, 12)])
     def test_quantised_weights_are_told_apart_by_what_their_bits_explain(self, bits, layers):
-        """The fewer the bits, the more layers it takes."""
+        """With fewer bits, more layers are needed to tell bases apart, because the quantisation noise is larger."""
         noise, rng, refused = 2.0 ** (1 - bits), np.random.default_rng(0), {"same": 0, "other": 0}
         for _ in range(50):
             marks = {"same": [], "other": []}
@@ -224,7 +224,7 @@ class TestBadFiles:
         self.refused(tmp_path / "other.safetensors", "not written by adamss")
         (tmp_path / "text").write_text("hello, this is no adapter at all")
         self.refused(tmp_path / "text", "no safetensors file")
-        self.refused(tmp_path, "no adapter file", CheckpointNotFoundError)
+        self.refused(tmp_path, "has no adapter of adamss", CheckpointNotFoundError)
 
     def test_newer_version(self, path):
         rewrite(path, metadata={"format_version": "2"})
@@ -302,7 +302,8 @@ class TestBadFiles:
     @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
     def test_what_is_finite(self, dtype):
         size = {"float64": 8, "float32": 4}.get(dtype, 2)
-        # The largest finite number, then the first pattern that is none, at the end of the second piece.
+        # The bit patterns of the largest finite numbers; adding one gives infinity. The number stands after 2^16
+        # zeros, because `is_finite` reads a tensor in pieces.
         bits = {
             "float64": 0x7FEF << 48 | (1 << 48) - 1,
             "float32": 0x7F7FFFFF,
@@ -424,7 +425,8 @@ class TestBadFiles:
         config = adamss.AdamssConfig(targets=["query"], rank=2, subspaces=2)
         path = tmp_path / "a.safetensors"
         adamss.save(adamss.attach(NumpyModel(layers), config), path)
-        # The header is most of it: more than what an eighth of the file, and 256 KiB, have room for.
+        # The header is most of the file. Decoded, it takes more memory than the limit of a model with few modules: an
+        # eighth of the file plus 256 KiB.
         assert len(adamss.load(NumpyModel(layers), path).layers) == 700
         assert len(checkpoint.read(path).layers) == 700
         with pytest.raises(CheckpointError, match="its header is longer"):
@@ -441,7 +443,7 @@ class TestBadFiles:
 
 
 class TestDtypes:
-    """A number that does not fit into the model's dtype is an error, not infinity."""
+    """A number that overflows in the model's dtype is an error and does not become infinity."""
 
     def saved(self, tmp_path, dtype, *, C=0.0, head=1.0, **settings):
         layers = {"query": NumpyLinear(np.eye(4, dtype=dtype)), "head": NumpyLinear(np.ones((4, 2), dtype))}
@@ -501,7 +503,7 @@ class TestDtypes:
             adamss.load(self.narrow(), path)
 
     def test_padding_of_C_is_never_read(self, tmp_path):
-        # Ten columns in four subspaces: 3, 3, 2 and 2, so that the last two have rank 2 of 3.
+        # Ten columns in four subspaces of 3, 3, 2 and 2, so the last two have rank 2 instead of 3 and C is padded.
         model = adapted(subspaces=4, subspace_rank=3, segmentation="contiguous", rank=6)
         layers = model.bank.only().layers
         expected = {path: core.delta(factors) for path, factors in layers.items()}
@@ -616,11 +618,17 @@ def test_show_prints_no_commands_to_a_terminal(tmp_path, capsys, monkeypatch):
 
 def test_show_prints_names_that_the_encoding_lacks(tmp_path):
     model = NumpyModel({"编码.query": NumpyLinear(np.eye(4))})
-    adamss.save(adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=2)), tmp_path / "a")
+    adamss.save(
+        adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=2)), tmp_path / "a.safetensors"
+    )
     command = [sys.executable, "-c", "import sys; from adamss import cli; sys.exit(cli.main(sys.argv[1:]))"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [*command, "show", str(tmp_path / "a")], capture_output=True, text=True, check=False, env=environment
+        [*command, "show", str(tmp_path / "a.safetensors")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert r"\u7f16\u7801.query" in done.stdout
@@ -631,8 +639,8 @@ def test_show_counts_as_summary_does(tmp_path, capsys):
         ({}, {"basis": "per_subspace"}, {"basis": "per_subspace", "subspaces": 5})
     ):
         model = adapted(**options)
-        adamss.save(model, tmp_path / f"{number}", training=True)
-        assert cli.main(["show", str(tmp_path / f"{number}")]) == 0
+        adamss.save(model, tmp_path / f"{number}.safetensors", training=True)
+        assert cli.main(["show", str(tmp_path / f"{number}.safetensors")]) == 0
         assert str(replace(adamss.summary(model), targets=None)) in capsys.readouterr().out
         for row, factors in zip(adamss.summary(model).rows, model.bank.only().layers.values(), strict=True):
             assert row.trained == core.count_factors(factors)

@@ -1,4 +1,4 @@
-"""Files of every released format version are read, and hold what they held when they were written."""
+"""Test that files of every released format version can be read and have the content that they were written with."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def test_there_are_files_of_every_version_that_is_read():
     forms = {(int(path.stem[1:].split("-")[0]), path.stem.split("-")[1]) for path in FILES}
     assert forms == {(n, form) for n in checkpoint.READABLE_VERSIONS for form in ("portable", "training")}
     assert checkpoint.FORMAT_VERSION in checkpoint.READABLE_VERSIONS
-    # What they are there for.
+    # The files must cover different ranks within a layer, and frozen subspaces.
     layers = [layer for path in FILES for layer in expected(path)["layers"].values()]
     assert any(len(set(layer["ranks"])) > 1 for layer in layers)
     assert all(False in layer["active"] and True in layer["active"] for layer in layers)
@@ -44,7 +44,7 @@ def test_a_file_loads_and_holds_what_it_held(make, path, trainable):
     base = make.base_model(wanted["dtype"])
     model = adamss.load(base, path, trainable=trainable)
     assert model.bank.only().config.to_dict() == adamss.AdamssConfig.from_dict(wanted["config"]).to_dict()
-    # A setting that did not exist then has its default; none that did has another value.
+    # All settings in the file keep their values; settings that did not exist yet have their defaults.
     assert wanted["config"].items() <= model.bank.only().config.to_dict().items()
     layers = model.bank.only().layers
     assert layers.keys() == wanted["layers"].keys()
@@ -70,8 +70,8 @@ def test_a_file_loads_and_holds_what_it_held(make, path, trainable):
 def test_what_is_saved_again_is_the_same(make, path, tmp_path):
     wanted, old = expected(path), checkpoint.read(path)
     model = adamss.load(make.base_model(wanted["dtype"]), path)
-    adamss.save(model, tmp_path / "again", training="training" in path.stem)
-    new = checkpoint.read(tmp_path / "again")
+    adamss.save(model, tmp_path / "again.safetensors", training="training" in path.stem)
+    new = checkpoint.read(tmp_path / "again.safetensors")
     assert (new.config, new.saved) == (old.config, old.saved)
     for name, layer in new.layers.items():
         np.testing.assert_allclose(layer.directions(), old.layers[name].directions(), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Configs complain when made, and travel through JSON."""
+"""Test that configs are validated when they are made, and that they survive JSON."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ BUDGET = {"target": 10, "end_step": 100}
         ({"overrides": ["a"]}, ConfigTypeError, "overrides must be a dictionary of settings by pattern"),
         ({"overrides": {"a": 3}}, ConfigTypeError, r"overrides holds 'a': 3; write"),
         ({"overrides": {"(": {}}}, ConfigError, "overrides is not a regular expression"),
-        ({"overrides": {"a": {"seed": 1}}}, ConfigError, r"overrides\['a'\] has seed; what a layer can have"),
+        ({"overrides": {"a": {"seed": 1}}}, ConfigError, r"overrides\['a'\] has seed; the settings that"),
         ({"overrides": {"a": {"rank": 0}}}, ConfigError, r"overrides\['a'\]: rank must be at least 1"),
         ({"modules_to_save": "head"}, ConfigTypeError, r"modules_to_save must be a list.*write \['head'\]"),
         ({"segmentation": "k-means"}, ConfigError, "segmentation must be one of kmeans, .*'k-means'"),
@@ -151,7 +151,7 @@ def test_budget_travels_through_json():
 
 
 def test_files_from_before_minimum_per_layer_are_read():
-    """Their layers kept no minimum: what the setting defaults to."""
+    """Such files have no `minimum_per_layer`. The default of 0 is what their budgets did."""
     settings = AdamssConfig(targets=["query"], budget=BudgetConfig(**BUDGET, interval=7)).to_dict()
     del settings["budget"]["minimum_per_layer"]
     config = AdamssConfig.from_dict(json.loads(json.dumps(settings)))

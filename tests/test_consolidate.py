@@ -1,4 +1,4 @@
-"""`adamss.consolidate` on the reference: the frozen subspaces in the weights, and nothing lost by it."""
+"""Test on the NumPy reference that `adamss.consolidate` folds frozen subspaces into the weights and loses nothing."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def base_model(dtype="float64", d=6, n=9, bias=True, seed=0):
 
 
 def trained(base, seed=0, **settings):
-    """The model adapted, with an update in every subspace."""
+    """Return the adapted model, with an update in every subspace."""
     options = {"targets": ["query", "value"], "rank": 4, "subspaces": 3, "subspace_rank": 2}
     options |= {"modules_to_save": ["head"]}
     model = adamss.attach(base, adamss.AdamssConfig(**options | settings))
@@ -40,12 +40,12 @@ def trained(base, seed=0, **settings):
 
 
 def frozen(model, masks):
-    """The model with these subspaces frozen: (K,) booleans by path."""
+    """Return the model with these subspaces frozen: (K,) booleans by path, True for frozen."""
     return get_backend("numpy").set_active(model, {path: ~np.asarray(mask) for path, mask in masks.items()})
 
 
 def some_frozen(model):
-    """The first of the layers with its second and third subspaces frozen, the second with its first."""
+    """Freeze the second and third subspaces of the first layer, and the first subspace of the second layer."""
     return frozen(model, {PATHS[0]: [False, True, True], PATHS[1]: [True, False, False]})
 
 
@@ -67,7 +67,7 @@ def inputs(model, seed=5):
 
 
 def magnitude(model, x):
-    """The largest sum of the terms of an output: what its rounding is relative to, in either form."""
+    """Return the largest sum of magnitudes of an output's terms, which the rounding error is relative to."""
     sizes = []
     for path in PATHS:
         W, b, f = abs(model[path].W), model[path].b, model.bank.only().layers[path]
@@ -105,7 +105,7 @@ def assert_same_weights(actual, expected):
 
 @st.composite
 def models(draw):
-    """Base model, and adapted model of any shape with at least one frozen subspace."""
+    """Draw a base model, and an adapted model of any shape with at least one frozen subspace."""
     sizes = {"d": draw(st.integers(1, 8)), "n": draw(st.integers(1, 9)), "bias": draw(st.booleans())}
     base = base_model(draw(st.sampled_from(["float32", "float64"])), **sizes, seed=draw(st.integers(0, 99)))
     options = {"rank": draw(st.integers(1, 5)), "subspaces": draw(st.integers(1, 4))}
@@ -119,7 +119,7 @@ def models(draw):
     if not any(map(any, masks.values())):
         masks[PATHS[0]][0] = True
     if all(map(all, masks.values())):
-        masks[PATHS[1]][0] = False  # with nothing left to train, consolidating is merging
+        masks[PATHS[1]][0] = False  # if nothing were left to train, consolidating would be merging
     return base, frozen(model, masks)
 
 
@@ -149,7 +149,7 @@ def test_outputs_and_gradients_are_those_of_before(pair, keep_base):
 @settings(max_examples=40)
 @given(models())
 def test_the_weight_holds_the_frozen_subspaces_and_only_those(pair):
-    """W = W0 + sum of A_k B_k C_k over the frozen k; an unfrozen layer's weight is W0 to the bit."""
+    """W = W0 + sum of A_k B_k C_k over the frozen k; the weight of a layer without any is W0 to the bit."""
     base, model = pair
     after = adamss.consolidate(model)
     for path in PATHS:
@@ -191,17 +191,17 @@ def test_detach_unmerge_and_disabled_give_the_base_to_the_bit(pair):
 @settings(max_examples=40)
 @given(models(), st.booleans(), st.booleans())
 def test_the_file_is_that_of_before(tmp_path_factory, pair, training, keep_base):
-    """Every subspace is written, under the fingerprint of W0, up to rounding where W0 comes from subtracting."""
+    """The file has every subspace and the fingerprint of W0, up to rounding where W0 is restored by subtraction."""
     base, model = pair
     folder = tmp_path_factory.mktemp("files")
-    adamss.save(model, folder / "before", training=training)
+    adamss.save(model, folder / "before.safetensors", training=training)
     after = adamss.consolidate(model, keep_base=keep_base)
-    adamss.save(after, folder / "after", training=training)
-    before, written = read(folder / "before"), read(folder / "after")
+    adamss.save(after, folder / "after.safetensors", training=training)
+    before, written = read(folder / "before.safetensors"), read(folder / "after.safetensors")
     for path in PATHS:
         assert written.layers[path].tensors() == before.layers[path].tensors()
     assert not keep_base or written == before
-    loaded = adamss.load(base, folder / "after")
+    loaded = adamss.load(base, folder / "after.safetensors")
     assert_same_outputs(loaded, model, inputs(model), "loaded")
     for path in PATHS:
         assert np.array_equal(loaded.bank.only().layers[path].active, model.bank.only().layers[path].active)
@@ -219,7 +219,7 @@ class TestWithoutTheBase:
 
     @pytest.mark.parametrize("keep_later", [False, True])
     def test_it_does_not_come_back(self, keep_later):
-        """Once dropped, later calls cannot keep it."""
+        """After one call has dropped the base, a later call cannot keep it."""
         model = adamss.consolidate(some_frozen(trained(base_model())), keep_base=False)
         later = adamss.consolidate(frozen(model, {PATHS[0]: [True] * 3}), keep_base=keep_later)
         with pytest.raises(StateError, match="detach: the base weights were dropped"):
@@ -233,7 +233,7 @@ MORE = {PATHS[0]: [True, True, True], PATHS[1]: [True, False, True]}
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_what_is_frozen_later_is_folded_by_the_next_call(options, dtype, keep_base):
-    """With W0 at hand, twice is once: rounded once, to the bit."""
+    """If W0 is kept, two calls give bit for bit the weights of one call, because W0 + update is rounded only once."""
     base = base_model(dtype)
     model = trained(base, **options)
     first = adamss.consolidate(some_frozen(model), keep_base=keep_base)
@@ -245,7 +245,7 @@ def test_what_is_frozen_later_is_folded_by_the_next_call(options, dtype, keep_ba
 
 
 def test_training_goes_on_in_the_rest():
-    """Another C in what is trained: the outputs follow, and the file, detach and merge know of it."""
+    """After a change of C in the trained subspaces, outputs, file, `detach` and `merge` all reflect it."""
     base = base_model()
     model = some_frozen(trained(base))
     after = adamss.consolidate(model)
@@ -275,7 +275,7 @@ class TestErrors:
             adamss.consolidate(model)
 
     def test_not_finite(self):
-        """The layer is named, and no layer is changed."""
+        """The error names the layer, and no layer is changed."""
         base = base_model("float32")
         model = some_frozen(trained(base))
         f = model.bank.only().layers[PATHS[1]]
@@ -289,7 +289,7 @@ class TestErrors:
         assert_same_weights(adamss.detach(model), base)
 
     def test_not_finite_where_it_is_not_folded(self):
-        """What is still trained is not folded, and may be anything."""
+        """Subspaces that are still trained are not folded, so their values are not checked."""
         model = some_frozen(trained(base_model("float32")))
         f = model.bank.only().layers[PATHS[1]]
         f.C[:, f.labels != 0] = np.nan

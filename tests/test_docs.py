@@ -192,9 +192,7 @@ def test_commands_exist(page, capsys):
     for block in blocks(page):
         if block.language == "sh":
             for subcommand in re.findall(r"^(?:\$ )?adamss ([a-z]\w*)", block.text, flags=re.MULTILINE):
-                with pytest.raises(SystemExit) as stop:
-                    cli.main([subcommand, "--help"])
-                assert stop.value.code == 0, f"adamss has no subcommand {subcommand}"
+                assert cli.main([subcommand, "--help"]) == 0, f"adamss has no subcommand {subcommand}"
                 capsys.readouterr()
 
 

@@ -1,4 +1,4 @@
-"""`adamss.to_lora` on the reference: the products are the updates, whatever the shapes."""
+"""Test `adamss.to_lora` on the NumPy reference: the products of the LoRA factors are the updates, for any shape."""
 
 import json
 
@@ -16,7 +16,7 @@ from adamss_conformance.tolerances import assert_agrees
 
 
 def adapted(shapes, *, seed=0, **settings):
-    """Return a model with one layer of each shape, adapted, with an update in every subspace."""
+    """Return an adapted model with one layer of each shape and an update in every subspace."""
     rng = np.random.default_rng(seed)
     base = NumpyModel(
         {

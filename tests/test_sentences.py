@@ -1,4 +1,4 @@
-"""The data of the demos and what they print about it."""
+"""Test the data of the demos, and what the demos print about it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What lies between `adamss.core` and a framework: sites, views, stores, the bank, its ledger, and the backends."""
+"""The layer between `adamss.core` and a framework: sites, views, stores, the bank, its ledger, and the backends."""
 
 from adamss.backend.bank import Adaptation, Bank, Ledger
 from adamss.backend.interface import Backend, Division, ValueModels

@@ -1,6 +1,6 @@
-"""What is attached to a model: adapters by name, and the ledger of what its weights hold.
+"""The bank of a model: its adapters by name, and the ledger of the updates that its weights hold.
 
-Plain values, the same for every framework. A backend says how they lie in its models (`Models.bank`).
+These classes are plain values, the same for every framework. A backend reads them from its models (`Models.bank`).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from adamss.errors import LayerError, StateError
 __all__ = ["DEFAULT", "Adaptation", "Bank", "Ledger", "Route", "Rows", "State", "Values", "rows_of", "scaled"]
 
 DEFAULT = "default"
-"""Name of an adapter that was given none."""
+"""Name of an adapter if the user gives none."""
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Values: TypeAlias = Mapping[str, Mapping[str, Array]]
-"""Arrays by path of a module and their names within it."""
+"""Arrays by module path, and then by name within the module."""
 
 
 class Rows(NamedTuple):
-    """Some rows of the weight (V, E) of an embedding, those of single tokens.
+    """Some rows of the weight (V, E) of an embedding, one for each of k tokens.
 
     Attributes
     ----------
     ids
-        Which they are, k of them, ascending.
+        Numbers of the k rows, which are the ids of the tokens, ascending.
     values
-        (k, E).
+        Values of the rows, (k, E).
     """
 
     ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """How a model stands with one of its adapters: fields of `Adaptation`."""
+    """The state of an adapter in its model; the fields have the meaning that they have in `Adaptation`."""
 
     weight: float | None
     trainable: bool
@@ -51,16 +51,16 @@ class State(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Which adapter each row of a batch goes through.
+    """Assignment of an adapter to each row of a batch.
 
     Attributes
     ----------
     names
-        Of the adapters that rows may go through.
+        Names of the adapters that are used.
     rows
-        For each row the number of its adapter among the names, -1 for none.
+        For each row of the batch, the position of its adapter in `names`, or -1 for no adapter.
     axis
-        Of the inputs of layers, along which the rows lie.
+        Axis of the layers' inputs along which the rows of the batch lie.
     """
 
     names: tuple[str, ...]
@@ -70,19 +70,21 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class Ledger:
-    """Which updates the weights of a model hold beside W0, and the W0 to go back to.
+    """Record of the updates that the weights of a model hold in addition to W0, and of the W0 to return to.
 
     Attributes
     ----------
     held
-        By name of the adapter and path of the layer, (K,) booleans on the host: the subspaces whose update its weight
-        holds, times the weight that the adapter is active with. What is not named holds none.
+        Subspaces whose updates the weights hold, as (K,) booleans on the host, by name of the adapter and path of
+        the layer. Each update is multiplied by the weight with which its adapter is active. Layers that are not
+        listed hold no update.
     base
-        By path of the module that holds the arrays, W0 and the bias as its own arrays by name; None where they were
-        dropped. Modules whose arrays hold no update are not named. Of an embedding with trained rows, the `Rows` that
-        its weight had: the trained ones are written over them when all subspaces are merged.
+        W0 and the base bias, by path of the module that holds the arrays and then by name of the array, in the form
+        that the module has them. None means that they were dropped. Modules that hold no update are not
+        listed. For an embedding with trained rows, the array is the `Rows` that the weight had, which the trained
+        rows overwrite when the adapter is merged.
     layers
-        By path of the module, the quantised layers that have W0, and whose place float ones have taken.
+        Quantised layers that were replaced by float layers and still contain W0, by path of the module.
     """
 
     held: Mapping[str, Mapping[str, Mask]] = field(default_factory=dict)
@@ -91,41 +93,42 @@ class Ledger:
 
     @property
     def keeps_base(self) -> bool:
-        """Whether every W0 can be given back."""
+        """Whether every W0 can be restored."""
         return all(arrays is not None for arrays in self.base.values())
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """One adapter of a model, and how the model stands with it.
+    """One adapter of a model, and its state in the model.
 
     Attributes
     ----------
     config
-        The settings it was attached with.
+        Settings with which the adapter was attached.
     layers
-        Factors of each adapted layer, by module path, in the order of the model.
+        Factors of each adapted layer by module path, in the order of the model.
     shapes
-        (d, n) of the weight of each, in paper orientation.
+        Shape (d, n) of the weight of each adapted layer in paper orientation, by module path.
     saved
         Module paths of ``modules_to_save``.
     name
-        Of the adapter.
+        Name of the adapter.
     tokens
-        Trained rows by path of the embedding.
+        Trained rows of embeddings, by module path of the embedding.
     weight
-        What its update is multiplied with; None while it is not active.
+        Number by which the update is multiplied. None means that the adapter is not active.
     trainable
-        Whether it is trained when it is active and nobody says otherwise.
+        Whether the adapter is trained by default when it becomes active.
     trained
-        Whether it is trained now.
+        Whether the adapter is trained now.
     revives
-        Whether a budget that runs may let frozen subspaces return.
+        Whether the budget in use lets frozen subspaces return.
     held
-        (K,) booleans on the host by module path: the subspaces whose update the weights hold. A layer that is not
-        named holds none.
+        Subspaces whose updates the weights hold, (K,) booleans on the host by module path. Layers that are not listed
+        hold no update.
     kept
-        Its values of ``modules_to_save`` while the modules have others, because it is not active.
+        Values of ``modules_to_save`` that belong to this adapter, while it is not active and the modules have other
+        values.
     """
 
     config: AdamssConfig
@@ -143,12 +146,12 @@ class Adaptation:
 
     @property
     def active(self) -> bool:
-        """Whether the model computes with it."""
+        """Whether the adapter is active."""
         return self.weight is not None
 
     @property
     def state(self) -> State:
-        """How the model stands with it."""
+        """The state of the adapter, for `Models.activated`."""
         return State(self.weight, self.trainable, self.trained, self.kept)
 
     @property
@@ -158,28 +161,28 @@ class Adaptation:
 
     @property
     def way_out(self) -> str:
-        """Return what takes its update out of the weights, for messages."""
+        """The calls that take the update out of the weights, for messages."""
         unmerge = f"adamss.unmerge(model, name={self.name!r})"
         return unmerge if self.merged else f"adamss.merge(model, name={self.name!r}) and then {unmerge}"
 
 
 @dataclass(frozen=True)
 class Bank:
-    """What is attached to a model, as one value.
+    """The adapters of a model and the state of its weights, as one value.
 
     Attributes
     ----------
     adapters
-        By name, in the order in which they came.
+        Adapters by name, in the order in which they were added.
     originals
-        Base values of the ``modules_to_save`` of all of them, by module path and then by name, as `Models.arrays`
+        Base values of the ``modules_to_save`` of all adapters, by module path and then by name, as `Models.arrays`
         returns them.
     base, layers
-        As of `Ledger`.
+        Fields of `Ledger`.
     disabled
-        Whether the model is switched off at the moment.
+        Whether the adapters are switched off at the moment (see `adamss.disabled`).
     route
-        The adapters of the rows of a batch, in the place of those that are active, as long as `adamss.routed` lasts.
+        Adapters of the rows of a batch, which replace the active adapters inside `adamss.routed`; None outside.
     """
 
     adapters: Mapping[str, Adaptation] = field(default_factory=dict)
@@ -193,40 +196,40 @@ class Bank:
         return bool(self.adapters)
 
     def only(self) -> Adaptation:
-        """Return the one adapter.
+        """Return the only adapter.
 
         Raises
         ------
         StateError
-            If there are others, or none.
+            If the model has several adapters, or none.
         """
         if len(self.adapters) != 1:
             raise StateError(
-                f"the model has the adapters {', '.join(sorted(self.adapters)) or 'of no name'}; name one"
+                f"expected a model with one adapter, found {', '.join(sorted(self.adapters)) or 'none'}"
             )
         (adaptation,) = self.adapters.values()
         return adaptation
 
     @property
     def ledger(self) -> Ledger:
-        """What the weights hold."""
+        """The ledger of the model's weights."""
         held = {name: each.held for name, each in self.adapters.items() if each.held}
         return Ledger(held, self.base, self.layers)
 
     @property
     def active(self) -> dict[str, float]:
-        """The weights of the active adapters, by name."""
+        """Weight of each active adapter, by name."""
         return {name: each.weight for name, each in self.adapters.items() if each.weight is not None}
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of the layers that any of them adapts."""
+        """Paths of the layers that at least one adapter adapts."""
         return tuple(dict.fromkeys(path for each in self.adapters.values() for path in each.layers))
 
     def computed(self, path: str) -> list[Factors]:
-        """Return the factors whose updates are added to the product of a layer: without what its weight holds.
+        """Return the factors whose updates a layer must add to its product, without those that its weight holds.
 
-        In a `route`, those of all its adapters, of which each row gets one.
+        With a `route`, these are the factors of all its adapters, and each row uses one of them.
         """
         if self.route is not None:
             own = [self.adapters[name].layers.get(path) for name in self.route.names]
@@ -243,17 +246,19 @@ class Bank:
         return found
 
     def numbers(self, path: str, x: Array) -> Array | None:
-        """Return which of `computed` each row of an input goes through, as `adamss.core.linear` takes it; or None.
+        """Return the argument `route` of `adamss.core.linear` for an input x of a layer; None if there is no route.
+
+        The argument holds, for each row of x, the position of its factors in `computed`, or -1 for none.
 
         Raises
         ------
         LayerError
-            If the input has another number of rows, and no whole multiple of it.
+            If the number of rows of x is not a multiple of the number of rows of the route.
         """
         if self.route is None:
             return None
         has = [path in self.adapters[name].layers for name in self.route.names]
-        # Numbers among those that adapt this layer.
+        # Adapters that do not adapt this layer are not in `computed`, so the positions must be counted without them.
         numbers = [sum(has[:number]) if has[number] else -1 for number in range(len(has))]
         rows = np.asarray([-1 if row < 0 else numbers[row] for row in self.route.rows])
         share = rows_of(path, x.shape[:-1], len(rows), self.route.axis)
@@ -262,27 +267,40 @@ class Bank:
         return namespace(x).asarray(np.repeat(rows, share).reshape(shape), device=device(x))
 
     def changed(self, name: str, **values: Any) -> Bank:
-        """Return the bank with other values of some fields of one adapter."""
+        """Return a copy of the bank with other values for some fields of one adapter."""
         return replace(self, adapters={**self.adapters, name: replace(self.adapters[name], **values)})
 
 
 def rows_of(path: str, leading: tuple[int, ...], rows: int, axis: int, *, exact: bool = False) -> int:
-    """Return how many entries of the input of a layer, along one of its leading axes, belong to each row of a batch.
+    """Return how many entries of a layer's input, along a leading axis, belong to each row of a batch.
+
+    Parameters
+    ----------
+    path
+        Path of the layer, for the message.
+    leading
+        Lengths of all axes of the input except the last.
+    rows
+        Number of rows of the batch.
+    axis
+        Axis along which the rows lie.
+    exact
+        Whether the axis must have exactly `rows` entries. This always holds for an axis other than the first.
 
     Raises
     ------
     LayerError
-        If its axis is no multiple of the rows.
+        If the length of the axis is not a multiple of the number of rows.
     """
     length = leading[axis] if axis < len(leading) else 0
     if length == 0 or length % rows or ((axis or exact) and length != rows):
         raise LayerError(
-            f"{path}: axis {axis} of its input, of {tuple(leading)} entries, is no multiple of the {rows} rows of "
-            "the route; leave the layer out of targets, or run the rows apart"
+            f"{path}: axis {axis} of its input, whose leading axes are {tuple(leading)}, is not a multiple of the "
+            f"{rows} rows of the route; leave the layer out of targets, or run the rows separately"
         )
     return length // rows
 
 
 def scaled(factors: Factors, weight: float) -> Factors:
-    """Return the factors of an update that is multiplied with a number."""
+    """Return factors with the update multiplied by `weight`."""
     return factors if weight == 1 else factors._replace(C=factors.C * weight)

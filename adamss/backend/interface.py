@@ -1,15 +1,15 @@
-"""What a framework must supply so that `adamss` works on its arrays and its models.
+"""Interface that a backend implements so that `adamss` works on the arrays and models of a framework.
 
-A backend is a handful of primitives, by role: `Arrays` (numbers and bytes), `Processes` (several of them; the
-defaults are for one), and `Models`. Everything that is not tied to one framework (matching of targets, decomposition,
-segmentation, initial values, merging, the file format, the checks) is written once, in `adamss.core`,
-`adamss.backend.ledger` and `adamss.verbs`, on top of them.
+A backend consists of a few primitives in three roles: `Arrays` (numbers and bytes), `Processes` (communication
+between processes, with defaults for a single one), and `Models`. Everything that does not depend on the framework
+(matching of targets, decomposition, segmentation, initial values, merging, the file format, the checks) is built on
+these primitives, and written once in `adamss.core`, `adamss.backend.ledger` and `adamss.verbs`.
 
-Models are handled in the style that fits both frameworks whose models are changed in place and those whose models are
-values: whatever changes a model returns it. Either every change of a call is made or none.
+Every method that changes a model returns the model. This suits frameworks whose models are changed in place as well
+as frameworks whose models are values. A call makes all of its changes or none.
 
-The laws that bind the primitives are given with each as an equation; ``==`` is meant to the bit. Below, ``f`` are
-factors, ``m`` is a model, ``W, b`` a layer's weight and bias in paper orientation.
+The docstring of a primitive states the laws that it must satisfy as equations. There, ``==`` means equality bit for
+bit, ``f`` are factors, ``m`` is a model, and ``W, b`` are a layer's weight and bias in paper orientation.
 """
 
 from __future__ import annotations
@@ -53,16 +53,18 @@ Module: TypeAlias = Any
 T = TypeVar("T")
 
 COLUMNS = 8192
-"""Columns of weights that are segmented together, which takes some hundred numbers for each."""
+"""Largest total number of columns of weights that are segmented together.
+
+The limit bounds the memory, since segmentation needs a few hundred numbers per column."""
 
 
 # ---- work that is divided --------------------------------------------------------------------------
 
 
 class Division:
-    """How the layers of a model are divided among threads and processes; this one is for one of each.
+    """Division of the layers of a model among threads and processes. This class is for one thread and one process.
 
-    ::
+    It is used as follows::
 
         for batch in batches(division.share(weights, settings)):
             with division.carrying() as go:
@@ -72,41 +74,48 @@ class Division:
     """
 
     def share(self, weights: Weights, settings: str) -> Iterator[tuple[str, BaseWeight]]:
-        """Yield the layers that this process is to compute, with all entries of their weights, in `by_shape` order.
+        """Yield the layers that this process must compute, with their whole weights.
+
+        Layers of one form (see `Weights.form`) follow each other, so that `batches` can group them.
 
         Parameters
         ----------
         weights
-            Of all layers.
+            Weights of all layers.
         settings
-            All that the results depend on beside the weights.
+            Text that identifies everything else on which the results depend.
         """
         for path in by_shape(weights):
             yield path, weights[path]
 
     def gather(self, layers: Mapping[str, Factors]) -> dict[str, Factors]:
-        """Return the factors of all layers from what each process has computed; raise on all what failed on one."""
+        """Return the factors of all layers, collected from all processes. An error on one is raised on all."""
         return dict(layers)
 
     @contextmanager
     def carrying(self) -> Iterator[bool]:
-        """Carry an error to `gather`, where other processes wait; yield whether none has come so far."""
+        """Return a context that defers an error until `gather`, where other processes wait.
+
+        It yields whether there has been no error so far.
+        """
         yield True
 
     def each(self, function: Callable[[str], T], batch: Mapping[str, BaseWeight]) -> list[T]:
-        """Return a function's results for the paths of a batch, in order; maybe computed in several threads."""
+        """Return the results of `function` for the paths of a batch, in order. Several threads may compute them."""
         return list(map(function, batch))
 
 
 class Weights(Mapping[str, BaseWeight]):
-    """Base weights by path, each read when it is looked up: a store may have to compute it, or to fetch it.
+    """Base weights by path, read only when they are looked up.
+
+    Reading may be expensive, since a store may have to compute the weight or fetch it.
 
     Parameters
     ----------
     paths
-        In the order of the model.
+        Paths of the layers, in the order of the model.
     read
-        Reads one.
+        Function that reads the weight of a path.
     """
 
     def __init__(self, paths: Iterable[str], read: Callable[[str], BaseWeight]) -> None:
@@ -125,17 +134,20 @@ class Weights(Mapping[str, BaseWeight]):
         return len(self._forms)
 
     def form(self, path: str) -> Any:
-        """Return what weights must have in common to be computed together; it reads each weight once at most."""
+        """Return the form of a weight (shape, dtype, device, bias or none). Weights of one form can be batched.
+
+        The form is remembered, so that asking for it reads each weight at most once.
+        """
         return self._forms[path] or _form(self[path])
 
     def shape(self, path: str) -> tuple[int, int]:
-        """Return (d, n)."""
+        """Return the shape (d, n) of the weight of a path."""
         d, n = self.form(path)[0]
         return d, n
 
 
 def by_shape(weights: Weights) -> list[str]:
-    """Return paths in the order of the model, but those of one shape, dtype and device next to each other."""
+    """Return the paths grouped by the form of their weights, and otherwise in the order of the model."""
     alike: dict[Any, list[str]] = {}
     for path in weights:
         alike.setdefault(weights.form(path), []).append(path)
@@ -143,7 +155,10 @@ def by_shape(weights: Weights) -> list[str]:
 
 
 def batches(layers: Iterable[tuple[str, BaseWeight]]) -> Iterator[dict[str, BaseWeight]]:
-    """Divide layers into groups of neighbours of one shape, as many together as have `COLUMNS` columns."""
+    """Divide layers into batches of consecutive layers of one form, with at most `COLUMNS` columns in total.
+
+    A layer with more columns forms a batch by itself.
+    """
     batch: dict[str, BaseWeight] = {}
     for path, base in layers:
         if batch:
@@ -164,28 +179,30 @@ def _form(base: BaseWeight) -> tuple[Any, ...]:
 
 
 class Arrays(ABC):
-    """Numbers of the framework, and their bytes."""
+    """Operations on the arrays of the framework, and their conversion to and from bytes."""
 
     @abstractmethod
     def linear(self, x: Array, weight: Array, bias: Array | None, *factors: Factors) -> Array:
         """Return ``x @ (weight + sum of delta) + bias``, differentiable in x, B and C.
 
-        ``linear(x, W, b, *f) ~ core.linear(x, W, b, *f)`` within the dtype's tolerance, gradients
-        likewise ``~ core.linear_vjp``; with C = 0, ``linear(x, W, b, f) == x @ W + b``.
+        Within the tolerance of the dtype, ``linear(x, W, b, *f) ~ core.linear(x, W, b, *f)``, and the gradients agree
+        with `core.linear_vjp`. With C = 0, ``linear(x, W, b, f) == x @ W + b``.
 
         Parameters
         ----------
         x
             Inputs (..., d).
-        weight, bias
-            (d, n) and (n,) or None.
+        weight
+            Weight (d, n).
+        bias
+            Bias (n,) or None.
         factors
-            Factors of the layer, of each adapter.
+            Factors of the layer, one set per adapter.
         """
 
     @abstractmethod
     def to_stored(self, array: Array) -> StoredTensor:
-        """Return the bytes of an array: ``from_stored(to_stored(a), like=a) == a``."""
+        """Return the bytes of an array, such that ``from_stored(to_stored(a), like=a) == a``."""
 
     @abstractmethod
     def from_stored(
@@ -198,9 +215,9 @@ class Arrays(ABC):
         stored
             Bytes, dtype and shape.
         like
-            An array on the wanted device; None for the framework's default device.
+            Array on the requested device. None means the framework's default device.
         dtype
-            Name of the wanted dtype, such as ``"float32"``; None for the stored one.
+            Name of the requested dtype, such as ``"float32"``. None means the stored dtype.
         """
 
     @abstractmethod
@@ -209,121 +226,127 @@ class Arrays(ABC):
 
     @abstractmethod
     def cast(self, array: Array, dtype: str) -> Array:
-        """Return the array in the dtype of that name: ``dtype_name(cast(a, t)) == t``."""
+        """Return the array in the dtype of the given name, such that ``dtype_name(cast(a, t)) == t``."""
 
     def has_dtype(self, dtype: str) -> bool:
-        """Return whether the framework has a dtype of that name."""
+        """Return whether the framework has a dtype of the given name."""
         return True
 
     def decomposition_input(self, W: Array) -> Array:
-        """Return the array on which a weight is decomposed and segmented, of the same values.
+        """Return an array with the values of W on which the weight is decomposed and segmented.
 
-        W itself, unless the framework would compile every operation for every new shape. What is computed
-        from it goes through `cast` into `insert`, and both take arrays of its kind too.
+        The default is W itself. A framework that would compile every operation for each new shape returns an array of
+        another framework instead. The results pass through `cast` to `insert`, so both must accept such arrays.
 
         Parameters
         ----------
         W
-            (d, n), or (d + 1, n) with the bias as one more row.
+            Weight (d, n), or (d + 1, n) with the bias as one more row.
         """
         return W
 
     @abstractmethod
     def versions(self) -> Mapping[str, str]:
-        """Return the version of the framework and of what lies between it and us, for the file."""
+        """Return the versions of the framework and of libraries built on it, by name, for the adapter file."""
 
     def exact(self) -> AbstractContextManager[object]:
-        """Return a context in which matrix products have full precision and record no gradient.
+        """Return a context in which matrix products have full precision and record no gradients.
 
-        In it, ``a @ b`` of float32 arrays is not rounded to TF32 or bfloat16, whatever the user has set.
+        Inside the context, ``a @ b`` of float32 arrays does not use TF32 or bfloat16, whatever the user has set.
         """
         return nullcontext()
 
     def has_values(self, array: Array) -> bool:
-        """Return whether the array of a weight has values, and not only a shape and a dtype until it is loaded.
+        """Return whether a weight has values. It has none on a meta device, until it is loaded.
 
-        `load` can do without, if told so; for all else the layer is refused.
+        `adamss.load` can work without values if ``check_base=False``. All other functions refuse such a layer.
         """
         return True
 
 
 class Processes:
-    """Several processes that hold one model, or parts of it; the defaults are for one."""
+    """Operations on a model that is held by several processes, or distributed over them. The defaults are for one."""
 
     def whole(self, array: Array) -> Array:
-        """Return an array with all its entries, where a process holds only a part; all of them call this.
+        """Return an array with all its entries if a process holds only a part of it. All processes must call this.
 
-        Only `Models` returns such arrays; their ``shape`` is that of the whole.
+        Only the methods of `Models` return partial arrays. The ``shape`` of such an array is that of the whole.
         """
         return array
 
     def spread(self, array: Array, like: Array) -> Array:
-        """Return a whole array in the form that `like` has: ``whole(spread(a, like=b)) == a``.
+        """Distribute a whole array over the processes as `like` is, such that ``whole(spread(a, like=b)) == a``.
 
         Parameters
         ----------
         array
-            Equal on all processes.
+            Whole array, the same on all processes.
         like
-            Of the same shape.
+            Array of the same shape.
         """
         return array
 
     def once(self, model: Model, action: Callable[[], None]) -> None:
-        """Call `action`, on one process only where several hold parts of the model; all of them call this.
+        """Call `action`, on only one process if several processes hold parts of the model.
 
-        An error of it is raised on all.
+        All processes must call this method. If `action` raises an error, it is raised on all of them.
         """
         action()
 
     def divided(self, model: Model, *, enabled: bool) -> AbstractContextManager[Division]:
-        """Return a context in which the processes of a program divide the layers of a model among them.
+        """Return a context in which the processes of a program divide the layers of a model among themselves.
 
-        An error within it is raised on all of them. A backend need not have this: each process does all then.
+        An error inside the context is raised on all processes. With the default, every process computes all layers.
 
         Parameters
         ----------
         model
-            The model that each of them holds, or holds a part of.
+            Model that each process holds, in whole or in part.
         enabled
-            False: this process is alone.
+            Whether to divide the layers. If False, this process computes all of them.
         """
         return nullcontext(Division())
 
 
 class Models(ABC):
-    """Models of the framework, their layers, and what is attached to them."""
+    """Operations on the models of the framework, their layers and their adapters."""
 
     kinds: Kinds
     """Kinds of layers that can be adapted."""
 
     stores: Stores
-    """Ways in which weights are kept."""
+    """Stores, the ways in which weights are stored."""
 
     trains_rows: ClassVar[bool] = False
-    """Whether `insert` takes `Adaptation.tokens`, and `exchange` takes `Rows` for an array."""
+    """Whether the backend trains rows of embeddings.
+
+    If so, `insert` accepts `Adaptation.tokens`, and `exchange` accepts `Rows` in place of an array."""
 
     @abstractmethod
     def handles(self, model: Model) -> bool:
-        """Return whether this is a model of the framework."""
+        """Return whether the object is a model of the framework."""
 
     @abstractmethod
     def modules(self, model: Model) -> dict[str, Module]:
-        """Return the modules by their paths, as ``targets`` spell them, in the order of the model.
+        """Return the modules by path, as ``targets`` names them, in the order of the model.
 
-        A module that appears in several places has several paths. Adapters are not among them. The layers of a stack
-        are `adamss.backend.sites.StackedLayer`, each by its own path.
+        A module that appears in several places has several paths. Adapters are not included. Each layer of a stack
+        has its own path and is a `adamss.backend.sites.StackedLayer`.
         """
 
     def members(self, module: Module) -> tuple[str, ...]:
-        """Return the names of the layers that a target means by this module: the projections of an attention.
+        """Return the names of the layers that are adapted if a target names this module.
 
-        Empty for a module that a target means itself.
+        These are, for example, the projections of an attention module. The result is empty if the target means the
+        module itself.
         """
         return ()
 
     def unadaptable(self, model: Model) -> Mapping[str, str]:
-        """Return what a target may name that is no module and cannot be adapted, by path, and why, as a noun."""
+        """Return things that a target may name but that cannot be adapted, such as Parameters of known modules.
+
+        The result gives, by path, what each of them is, as a noun phrase for messages. Modules are not included.
+        """
         return {}
 
     def heads(self, model: Model) -> list[str]:
@@ -331,20 +354,20 @@ class Models(ABC):
         return []
 
     def input_embedding(self, model: Model) -> Module | None:
-        """Return the module that embeds the tokens of the input; None if nobody knows."""
+        """Return the module that embeds the input tokens; None if it is not known."""
         return None
 
     def rows_refusal(self, model: Model, path: str) -> str | None:
-        """Return why PEFT would compute something else with the trained rows of an embedding; None if not."""
+        """Return why PEFT would use the trained rows of an embedding differently, as a clause; else None."""
         return None
 
     def site(self, module: Module, path: str) -> Site:
-        """Return where the matrix of a layer is.
+        """Return the site of a layer.
 
         Raises
         ------
         LayerTypeError, LayerError
-            If the module has no weight that can be adapted; the message names `path`.
+            If the module has no weight that can be adapted. The message names `path`.
         """
         stacked = isinstance(module, StackedLayer)
         layer, index = (module.module, module.index) if stacked else (module, ())
@@ -352,16 +375,16 @@ class Models(ABC):
         return Site(path, layer, kind, kind.view(layer, path or "the model itself"), index)
 
     def own_arrays(self, site: Site) -> dict[str, Array | None]:
-        """Return weight and bias of the layer at a site as it has them now, by their names; of a stack, the whole."""
+        """Return the present weight and bias of the layer at a site, by name. A stack returns those of all layers."""
         return {name: self.stores.read(site.layer, name) for name in site.names}
 
     def lora_form(self, model: Model, site: Site) -> LoraForm:
-        """Return how PEFT's LoRA writes the update of a layer.
+        """Return the form in which PEFT's LoRA stores the update of a layer.
 
         Raises
         ------
         LayerTypeError
-            If it has no way; the message names the layer.
+            If there is no such form. The message names the layer.
         """
         if site.kind.lora is None:
             raise LayerTypeError(
@@ -376,28 +399,28 @@ class Models(ABC):
         return site.kind.lora
 
     def noise(self, site: Site) -> float:
-        """Return the rounding error of the weight at a site: see `Store.noise`."""
+        """Return the relative quantisation error of the weight at a site, see `Store.noise`."""
         return self.stores.noise(site.layer, site.kind.weight)
 
     @abstractmethod
     def arrays(self, module: Module) -> dict[str, Array]:
-        """Return all the named arrays of a module, as ``modules_to_save`` stores them.
+        """Return all named arrays of a module, as ``modules_to_save`` stores them.
 
-        Names and orientation are PyTorch's, so that a head travels between frameworks: ``weight`` (n, d) and
-        ``bias`` (n,) of a linear layer, dots between the names of nested modules.
+        Names and orientation are those of PyTorch, so that a saved head can be loaded in another framework. A linear
+        layer has ``weight`` (n, d) and ``bias`` (n,); dots separate the names of nested modules.
         """
 
     def shared(self, model: Model, saved: Iterable[str]) -> Mapping[str, frozenset[str]]:
-        """Return by what other names the tensors of these modules are known in the model (tied embeddings).
+        """Return the other names under which the tensors of these modules appear in the model (tied weights).
 
-        Names are as in a file: path of the module and name within it. Empty: known to be untied. Missing: unknown,
-        since the model may tie weights by computation. The default is for frameworks in which two modules never hold
-        one tensor.
+        Names have the form that they have in a file: the path of the module and the name within it. An empty set
+        means that the tensor is known to be untied. A missing tensor means that this is unknown, since the model may
+        tie weights by computation. The default is for frameworks in which two modules never hold one tensor.
 
         Parameters
         ----------
         model
-            Adapted or not.
+            Model, adapted or not.
         saved
             Module paths of ``modules_to_save``.
         """
@@ -405,110 +428,118 @@ class Models(ABC):
 
     @abstractmethod
     def bank(self, model: Model) -> Bank:
-        """Return what is attached to the model, an empty bank if nothing is; arrays as they are, not copies."""
+        """Return the bank of the model, which is empty if the model has no adapters. Arrays are not copied."""
 
     def followed(self, model: Model, name: str) -> bool:
-        """Return whether something in this process keeps an adapter to its schedule; True if unknown."""
+        """Return whether a controller in this process carries out the adapter's schedule; True if unknown."""
         return True
 
     def controlled(self, model: Model, name: str) -> bool:
-        """Return whether a controller that has not been removed holds the optimiser of an adapter."""
+        """Return whether the optimiser of an adapter is in use by a controller that has not been removed."""
         return False
 
     def probed(self, model: Model) -> Mapping[str, tuple[Array, Array] | str]:
-        """Return what adapted layers make of some input, with their updates and without; the same at each call.
+        """Return outputs of adapted layers with and without their updates, for a fixed input.
 
-        By path, of the layers whose forward is not known to be that of their kind, and gives the same twice. If no
-        input can be made for one: why, as a clause.
+        The result contains, by path, only layers whose forward pass may differ from that of their kind and is
+        deterministic. If a layer cannot be tried, its entry is the reason, as a clause.
         """
         return {}
 
     def lost(self, model: Model) -> Mapping[str, str]:
-        """Return the adapted layers that somebody has replaced or resized since, and what happened, as a clause.
+        """Return the adapted layers that have been replaced or resized since, each with what happened, as a clause.
 
-        They are not among those of `bank`.
+        `bank` does not include these layers.
         """
         return {}
 
     @abstractmethod
     def insert(self, model: Model, adaptation: Adaptation, originals: Values) -> Model:
-        """Return the model with one more adapter, which is not active, and everything but adapters frozen.
+        """Add an adapter to the model, not active, and freeze everything except adapters.
 
-        ``bank(insert(m, a, o)).adapters[a.name].layers == a.layers``. With the first adapter, what requires a
-        gradient is remembered for `remove`, if the framework has such a mark.
+        ``bank(insert(m, a, o)).adapters[a.name].layers == a.layers``. If the framework marks which arrays require a
+        gradient, the marks are remembered with the first adapter, for `remove` to restore.
 
         Parameters
         ----------
         model
-            A model in which no adapter has that name.
+            Model in which no adapter has the name of the new one.
         adaptation
-            Settings, factors by module path, paths of ``modules_to_save``, their values (`Adaptation.kept`), and,
-            where `trains_rows`, trained rows, which are in the place of those of the weight for whoever reads it.
+            The adapter: settings, factors by module path, paths of ``modules_to_save`` and their values
+            (`Adaptation.kept`). If `trains_rows`, it may also have trained rows, which replace rows of the weight
+            for everything that reads the weight.
         originals
-            Base values of its modules to save, kept for `Bank.originals`.
+            Base values of the adapter's modules to save, to be kept for `Bank.originals`.
         """
 
     @abstractmethod
     def remove(self, model: Model, names: Iterable[str]) -> Model:
-        """Return the model without these adapters; weights and saved modules stay as they are.
+        """Remove these adapters from the model. Weights and saved modules stay as they are.
 
-        With the last one, what required a gradient before `insert` does again.
+        When the last adapter is removed, everything that required a gradient before `insert` requires one again.
         """
 
     @abstractmethod
     def activated(self, model: Model, states: Mapping[str, State]) -> Model:
-        """Return the model in which other adapters are active, and trained.
+        """Set which adapters of the model are active, and which are trained.
 
-        A model computes `Arrays.linear` in adapted layers, with the updates of all active adapters, each times its
-        weight. What is not trained gets no gradient; modules to save are trained with the active adapter that saves
-        them.
+        In adapted layers the model computes `Arrays.linear` with the updates of all active adapters, each multiplied
+        by the adapter's weight. Adapters that are not trained get no gradients. Modules to save are trained with the
+        active adapter that saves them.
 
         Parameters
         ----------
         model
-            An adapted model. Its modules to save have the values of the adapters that will be active.
+            Adapted model, whose modules to save already have the values of the adapters that will be active.
         states
-            Of every adapter, by name.
+            State of every adapter by name.
         """
 
     @abstractmethod
     def parameters(self, model: Model, names: Iterable[str]) -> Any:
-        """Return what an optimiser gets, in the framework's own form: of those of these adapters that are trained.
+        """Return the trained parameters of these adapters in the form that the framework's optimisers expect.
 
-        B and C of each layer, trained rows, and saved modules.
+        For each of the adapters that is trained, they are B and C of each layer, trained rows, and saved modules.
         """
 
     @abstractmethod
     def with_factors(self, model: Model, name: str, layers: Mapping[str, Factors]) -> Model:
-        """Return the model with other factors in some layers of an adapter, of the shapes that they have.
+        """Replace the factors in some layers of an adapter by factors of the same shapes.
 
-        ``bank(with_factors(m, n, f)).adapters[n].layers[path] == f[path]``. Nothing that is compiled may depend on
-        their values, and variables stay the objects that an optimiser knows.
+        ``bank(with_factors(m, n, f)).adapters[n].layers[path] == f[path]``. Compiled functions must not depend on the
+        values of the factors, and variables must stay the objects that an optimiser holds.
         """
 
     def with_rows(self, model: Model, name: str, tokens: Mapping[str, Rows]) -> Model:
-        """Return the model with other values of the trained rows of an adapter; called where `trains_rows` alone."""
+        """Replace the values of the trained rows of an adapter. This method is called only if `trains_rows`."""
         raise StateError(f"the backend {type(self).__name__} trains no rows of embeddings")
 
     @abstractmethod
     def with_masks(self, model: Model, name: str, active: Mapping[str, Array]) -> Model:
-        """Return the model with other masks: `with_factors`, of masks alone.
+        """Replace the masks of an adapter, as `with_factors` does for all arrays.
 
         Parameters
         ----------
         model, name
-            An adapted model, and one of its adapters.
+            Adapted model, and the name of one of its adapters.
         active
-            (K,) booleans by module path; a layer that is not named keeps its mask.
+            Which subspaces are trained, (K,) booleans by module path. Layers that are not listed keep their masks.
         """
 
     def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
-        """Check that arrays can be replaced: of adapted layers, and of modules to save, by the path of the module.
+        """Check that the arrays of adapted layers and of modules to save can be replaced.
+
+        Parameters
+        ----------
+        model
+            Adapted model.
+        layers, saved
+            Paths of the modules that hold the arrays.
 
         Raises
         ------
         LayerError
-            Naming the layer, the reason and the way out.
+            If an array cannot be replaced. The message names the layer, the reason and what to do instead.
         """
         modules = self.modules(model)
         for path in layers:
@@ -521,102 +552,103 @@ class Models(ABC):
     def exchange(
         self, model: Model, arrays: Mapping[str, Mapping[str, Array]]
     ) -> tuple[Model, dict[str, dict[str, Array]]]:
-        """Return the model with other arrays in adapted layers, and those that were there, in the same form.
+        """Replace arrays in adapted layers, and return the model and the former arrays in the same form.
 
-        ``exchange(*exchange(m, a)) == m, a``: what comes back is not written over, and is taken as it is.
+        ``exchange(*exchange(m, a)) == m, a``. Later changes to the model must not overwrite the returned arrays.
 
         Parameters
         ----------
         model
-            An adapted model.
+            Adapted model.
         arrays
-            By path of the module and name, as `own_arrays` has them; or `Rows`, of which only these are replaced, for
-            all modules that share the weight.
+            New arrays, by path of the module and then by name, as `own_arrays` returns them. An entry may also be
+            `Rows`; then only these rows are replaced, for all modules that share the weight.
         """
 
     def dequantised(self, model: Model) -> dict[str, Module]:
-        """Return, by path of the module, a float layer of the same numbers for each adapted layer that is quantised.
+        """Return a float layer with the same values for each adapted layer that is quantised, by path of the module.
 
-        None by default, for frameworks whose stores keep the numbers that they are given.
+        The default returns no layers, for frameworks whose stores keep numbers exactly.
 
         Raises
         ------
         LayerError
-            If a layer cannot be replaced; the message names it.
+            If a layer cannot be replaced. The message names it.
         """
         return {}
 
     def exchange_layers(self, model: Model, layers: Mapping[str, Module]) -> tuple[Model, dict[str, Module]]:
-        """Return the model with other layers, adapters and all, and those that were there, by path of the module.
+        """Replace layers, and return the model and the former layers by path of the module. Adapters are kept.
 
-        ``exchange_layers(*exchange_layers(m, l)) == m, l``. Only layers of `dequantised`, and those that they have
-        taken the place of.
+        ``exchange_layers(*exchange_layers(m, l)) == m, l``. The layers are those that `dequantised` returns, or those
+        that they have replaced.
         """
         return model, {}
 
     @abstractmethod
     def enter(self, model: Model, ledger: Ledger) -> Model:
-        """Return the model with another ledger: ``bank(enter(m, l)).ledger == l``.
+        """Replace the ledger of the model, such that ``bank(enter(m, l)).ledger == l``.
 
-        Its adapters compute what the weights do not hold, and nothing else. W0 is kept in the host's memory.
+        The adapters then compute exactly the updates that the weights do not hold. W0 is kept in host memory.
         """
 
     @abstractmethod
     def exchange_saved(
         self, model: Model, arrays: Mapping[str, Mapping[str, Array]]
     ) -> tuple[Model, dict[str, dict[str, Array]]]:
-        """Return the model with other arrays in modules to save, and those that were there, in the form of `arrays`.
+        """Replace arrays in modules to save, and return the model and the former arrays in the form of `arrays`.
 
-        Otherwise as `exchange`. Arrays that are not named stay as they are.
+        The law is that of `exchange`. Arrays that are not listed stay as they are.
         """
 
     @abstractmethod
     def switched(self, model: Model, *, on: bool) -> Model:
-        """Return the model with its adapters in what it computes, or (while `adamss.disabled` lasts) without them."""
+        """Switch the adapters of the model on, or off for as long as `adamss.disabled` lasts."""
 
     def routed(self, model: Model, route: Route | None) -> Model:
-        """Return the model in which each row of a batch goes through an adapter of its own, None for as before.
+        """Make each row of a batch use its own adapter; None restores the active adapters.
 
-        What is compiled does not depend on the rows, if there are as many.
+        Compiled functions must not depend on the assignment of rows, as long as the number of rows is the same.
 
         Raises
         ------
         LayerError
-            If a layer cannot be routed, because it has one weight for all rows; the message names it.
+            If a layer cannot be routed because it applies one weight to all rows. The message names the layer.
         StateError
-            If the backend has no routing.
+            If the backend does not support routing.
         """
         raise StateError(f"routed: the backend {type(self).__name__} cannot route the rows of a batch")
 
 
 class ValueModels(Models):
-    """Models that are values and have a field for a `Bank`: what is attached is one more value, and no code.
+    """Models that are values with a field for a `Bank`, so that adapters are stored as data and need no hooks.
 
-    For frameworks whose models are trees that nobody trains by `parameters` (NumPy), and for a first backend.
+    This class suits frameworks whose models are trees and are not trained through `parameters` (NumPy). It is also
+    the simplest way to start a new backend.
     """
 
     @abstractmethod
     def with_arrays(self, model: Model, values: Mapping[str, Mapping[str, Array]]) -> Model:
         """Return the model with other arrays in some modules.
 
-        ``arrays(modules(with_arrays(m, v))[path]) == v[path]``, for the names that it has. They are copied, if
-        anybody may change the arrays of a model in place.
+        ``arrays(modules(with_arrays(m, v))[path]) == v[path]`` for the names in ``v[path]``. If the arrays of a model
+        may be changed in place, the new arrays must be copied.
         """
 
     @abstractmethod
     def with_bank(self, model: Model, bank: Bank) -> Model:
-        """Return the model with another bank; its layers compute the factors that `Bank.computed` returns."""
+        """Return the model with another bank. Its layers must use the factors that `Bank.computed` returns."""
 
     def own_arrays(self, site: Site) -> dict[str, Array | None]:
-        """Return `arrays` of the layer, so that one form of them is enough."""
+        """Return the `arrays` of the layer, so that a backend needs only one form of them."""
         return dict(self.arrays(site.layer))
 
     def noise(self, site: Site) -> float:
-        """Return 0: a value keeps the numbers that it is given."""
+        """Return 0, since the arrays of a value are stored exactly."""
         return 0.0
 
     def check_writable(self, model: Model, layers: Iterable[str], saved: Iterable[str] = ()) -> None:
-        """Return: a value can have any arrays."""
+        """Do nothing, since the arrays of a value can always be replaced."""
 
     def insert(self, model: Model, adaptation: Adaptation, originals: Values) -> Model:
         """See `Models.insert`."""
@@ -642,7 +674,7 @@ class ValueModels(Models):
         return self.with_bank(model, bank)
 
     def parameters(self, model: Model, names: Iterable[str]) -> Any:
-        """Return the arrays by path and name; those of several adapters by their names first."""
+        """Return the arrays by path and name, or by adapter, path and name if several adapters are trained."""
         bank, modules = self.bank(model), self.modules(model)
         found = {}
         for name in names:
@@ -653,7 +685,7 @@ class ValueModels(Models):
         return next(iter(found.values()), {}) if len(found) < 2 else found
 
     def with_factors(self, model: Model, name: str, layers: Mapping[str, Factors]) -> Model:
-        """See `Models.with_factors`; an optimiser's step is one too."""
+        """See `Models.with_factors`. A training loop can use it to apply an optimiser's step."""
         bank = self.bank(model)
         return self.with_bank(model, bank.changed(name, layers={**bank.adapters[name].layers, **layers}))
 
@@ -685,25 +717,25 @@ class ValueModels(Models):
         return self.with_bank(model, replace(self.bank(model), disabled=not on))
 
     def routed(self, model: Model, route: Route | None) -> Model:
-        """See `Models.routed`; the layers pass `Bank.numbers` of their input to `adamss.core.linear`."""
+        """See `Models.routed`. The layers must pass `Bank.numbers` of their input to `adamss.core.linear`."""
         return self.with_bank(model, replace(self.bank(model), route=route))
 
 
 class Backend(Arrays, Processes, Models):
-    """One framework."""
+    """Interface between `adamss` and one framework: its arrays, its processes and its models."""
 
     name: ClassVar[str]
     """Name under which the backend is registered, such as ``"torch"``."""
 
     def set_active(self, model: Model, active: Mapping[str, Array], name: str = DEFAULT) -> Model:
-        """Return `with_masks`, after a check that none of them thaws a subspace whose update a weight holds.
+        """Replace masks by `with_masks`, after checking that no mask thaws a subspace whose update a weight holds.
 
         Raises
         ------
         StateError
-            If one does, or a layer is none that is adapted.
+            If a mask thaws such a subspace, or a layer is not adapted. The message names the layer.
         ArrayValueError
-            If a mask is of another shape. Messages name the layer.
+            If a mask has the wrong shape. The message names the layer.
         """
         adaptation = self.bank(model).adapters[name]
         for path, mask in active.items():

@@ -1,8 +1,9 @@
-"""Movements of adapters on a model, written once for all frameworks: into its weights and out, on and off.
+"""Operations that move updates into the weights of a model and out of them, and switch adapters on and off.
 
-The ledger says, for every weight, the update of which subspaces of which adapters it holds. Merging lets it hold all
-of an adapter, consolidating those that are frozen, unmerging and detaching none; each is one call of `hold` or
-`release`. `switch` says whose updates the model computes, and whose values its ``modules_to_save`` have.
+They are written once for all frameworks. The ledger records which subspaces of which adapters have their updates in
+each weight. Merging an adapter puts the updates of all its subspaces into the weights, and consolidating puts those
+of its frozen subspaces there. Unmerging and detaching take all of them out. Each of these is one call of `hold` or
+`release`. `switch` sets which adapters are active, and gives ``modules_to_save`` the values of these adapters.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ __all__ = [
 
 
 def require_kept_base(bank: Bank, verb: str) -> None:
-    """Check that the base weights can be given back.
+    """Check that the base weights can be restored.
 
     Raises
     ------
@@ -60,7 +61,18 @@ def require_kept_base(bank: Bank, verb: str) -> None:
 
 
 def require_unchanged(backend: Backend, model: Model, verb: str) -> None:
-    """Check that no adapted layer was replaced or resized; `save` is told of it, so that no work is lost."""
+    """Check that no adapted layer was replaced or resized.
+
+    Raises
+    ------
+    StateError
+        If one was, unless `verb` is ``"save"``.
+
+    Warns
+    -----
+    AdamssWarning
+        If one was and `verb` is ``"save"``, which saves the other layers so that their training is not lost.
+    """
     lost = backend.lost(model)
     if not lost:
         return
@@ -82,42 +94,48 @@ def sites_of(backend: Backend, model: Model, paths: Iterable[str]) -> dict[str, 
 
 
 def whole(backend: Backend, arrays: Any) -> Any:
-    """Return a base weight, or factors, with all the entries of each array."""
+    """Return a base weight, or factors, with `Processes.whole` applied to each array."""
     return type(arrays)(*(None if array is None else backend.whole(array) for array in arrays))
 
 
 @contextmanager
 def reading(path: str, weight: Any) -> Iterator[None]:
-    """Turn the error of an array that knows some operators only into one that names the layer."""
+    """Turn the error of an array type that lacks an operation into a `LayerError` that names the layer."""
     try:
         yield
     except NotImplementedError as error:
         raise LayerError(
-            f"{path}: its weight is a {type(weight).__name__}, which nobody here can read ({str(error)[:80]}...); "
+            f"{path}: its weight is a {type(weight).__name__}, which no store can read ({str(error)[:80]}...); "
             "dequantise it first, or register an adamss.backend.Store that reads it"
         ) from error
 
 
 def base_weight(backend: Backend, site: Site, bank: Bank | None = None, *, values: bool = True) -> BaseWeight:
-    """Return W0 and its bias at a site, whatever the weight holds at the moment.
+    """Return W0 and the base bias at a site, whatever updates the weight holds at the moment.
 
-    What is left of a dropped W0 is the weight without the updates that it holds, up to rounding.
+    If W0 was dropped when subspaces were consolidated, it is recovered by subtracting their updates from the weight,
+    which is exact up to rounding.
 
     Parameters
     ----------
     backend
-        Of the model.
+        Backend of the model.
     site
-        Where.
+        Site of the layer.
     bank
-        What is attached to the model.
+        Bank of the model, or None if the model has no adapters.
     values
-        Whether they are needed, and not only shape and dtype.
+        Whether the values are needed, and not only the shape and the dtype.
+
+    Returns
+    -------
+    BaseWeight
+        W0 and the base bias.
 
     Raises
     ------
     LayerError
-        If there are none, on the meta device.
+        If values are needed and the weight has none because it is on the meta device, or the weight cannot be read.
     StateError
         If W0 was dropped by ``merge(keep_base=False)``.
     """
@@ -125,7 +143,7 @@ def base_weight(backend: Backend, site: Site, bank: Bank | None = None, *, value
     if owner_of(site.path) in bank.layers:
         return base_weight(backend, backend.site(bank.layers[owner_of(site.path)], site.path))
     kept, arrays = bank.base.get(owner_of(site.path)), backend.own_arrays(site)
-    # Kept in the host's memory, and wanted where the layer is.
+    # A kept W0 is in host memory and must be moved to the device of the layer.
     on = {name: None if array is None else device(array) for name, array in arrays.items()}
     arrays |= kept or {}
     with reading(site.path, arrays[site.kind.weight]):
@@ -168,24 +186,35 @@ def put(
     trained: bool = True,
     tokens: Mapping[str, Rows] | None = None,
 ) -> Model:
-    """Return the model with one more adapter on it, which is the one that is active.
+    """Add an adapter to the model and make it the only active one.
 
     Parameters
     ----------
     backend, model
-        A model in which no adapter has that name.
+        Backend and model. No adapter of the model may have the name of the new one.
     layers, shapes
-        Factors, and (d, n) of the weight, by module path.
+        Factors, and shapes (d, n) of the weights, by module path.
     config
-        The settings.
+        Settings of the adapter.
     saved
-        Paths of ``modules_to_save``, and the values that they get, as from `Models.arrays` (None: as they are).
+        Values that ``modules_to_save`` get, by module path, as `Models.arrays` returns them. None leaves the values
+        of a module as they are.
     name
-        Of the adapter.
+        Name of the adapter.
     trained
-        Whether the adapter and ``modules_to_save`` are trained from now on.
+        Whether the adapter and its ``modules_to_save`` are trained from now on.
     tokens
         Rows to train, by path of the embedding.
+
+    Returns
+    -------
+    Model
+        Model with the adapter.
+
+    Raises
+    ------
+    TargetError
+        If a layer of one adapter lies within a module that another adapter saves.
     """
     _check_apart(backend.bank(model), [*layers, *(tokens or ())], list(saved))
     kept = {path: values for path, values in saved.items() if values is not None}
@@ -193,7 +222,7 @@ def put(
         config, layers, shapes, tuple(saved), name, tokens or {}, trainable=trained, kept=kept
     )
     with ExitStack() as undo:
-        # With the base values in all modules to save.
+        # Deactivate all adapters first, so that modules to save have their base values when `insert` is called.
         if backend.bank(model):
             model = switch(backend, model, {}, trained=(), undo=undo)
         modules = backend.modules(model)
@@ -207,12 +236,12 @@ def put(
 
 
 def replaced(backend: Backend, model: Model, new: Adaptation) -> Model:
-    """Return the model with other numbers in an adapter: those of one of the same settings and shapes.
+    """Replace the values of an adapter by those of an adapter of the same name, modules, tokens and shapes.
 
     Raises
     ------
     StateError
-        If they are others, or a weight holds its update. The model is unchanged.
+        If modules, tokens or shapes differ, or a weight holds the update of the adapter. The model is unchanged.
     """
     old = backend.bank(model).adapters[new.name]
     if old.held:
@@ -259,34 +288,39 @@ def switch(
     trained: Iterable[str],
     undo: ExitStack | None = None,
 ) -> Model:
-    """Return the model computing with these adapters, each update times its weight, and no others.
+    """Make exactly these adapters active, each with its weight.
 
-    Modules to save get the values of the active adapter that saves them, or else those of the base.
+    Each module to save gets the values of the active adapter that saves it, or its base values if there is none.
 
     Parameters
     ----------
     backend, model
-        An adapted model.
+        Backend and adapted model.
     weights
-        By name of the adapters.
+        Weight of each adapter to activate, by name. It multiplies the update of the adapter.
     trained
-        Those of them that are trained; the flag of each is set for good.
+        Names of the active adapters that are trained. Their flag `trainable` is set permanently.
     undo
-        What is to undo this if something fails later.
+        Stack that gets a callback to undo the switch if a later step of the caller fails.
+
+    Returns
+    -------
+    Model
+        Model with these adapters active.
 
     Raises
     ------
     StateError
-        If two of them have values of one module to save, or of rows of one embedding, or the weights hold the update
-        of an adapter that would be active no longer, or with another weight.
+        If two of the adapters have values for one module to save or for rows of one embedding, or if the weights hold
+        the update of an adapter that would become inactive or get another weight.
     """
     bank, trained = backend.bank(model), {*trained}
     check_together(bank, weights)
     for name, each in bank.adapters.items():
         if each.held and weights.get(name) != each.weight:
             raise StateError(
-                f"the weights hold the update of {name!r}, which can be switched off, or get another weight, after "
-                f"{each.way_out} alone"
+                f"the weights hold the update of {name!r}, which must be taken out of them before the adapter can be "
+                f"switched off or get another weight; call {each.way_out} first"
             )
     kept = {name: dict(each.kept) for name, each in bank.adapters.items()}
     leaving = {
@@ -335,41 +369,44 @@ def hold(
     put_away: Mapping[str, Any] | None = None,
     undo: ExitStack | None = None,
 ) -> tuple[Model, dict[str, float]]:
-    """Let the weights hold the updates of just these subspaces: ``round(W0 + sum over k of A_k B_k C_k)``.
+    """Make the weights hold the updates of exactly these subspaces, ``round(W0 + sum over k of A_k B_k C_k)``.
 
-    Where these are all subspaces of an adapter, the embeddings hold its trained rows of tokens too.
+    If these are all subspaces of an adapter, the embeddings hold its trained rows too.
 
     Parameters
     ----------
     backend, model, bank
-        An adapted model.
+        Backend, adapted model, and its bank.
     held
-        (K,) booleans on the host, by name of an active adapter and path of every layer that it adapts.
+        Subspaces to hold, (K,) booleans on the host, by name of an active adapter and path of every layer that it
+        adapts.
     keep_base
-        Whether W0 is kept. One that was dropped before stays so.
+        Whether W0 is kept. A W0 that was dropped earlier is not recovered.
     put_away
-        By path of the module, quantised layers whose place those of the model have taken, and which have W0.
+        Quantised layers that float layers of the model have just replaced and that contain W0, by path of the module.
+        None means that `Ledger.layers` of the bank stays as it is.
     undo
-        What is to undo this if something fails later.
+        Stack that gets a callback to undo the change if a later step of the caller fails.
 
     Returns
     -------
     model, lost
-        The model, and by path the share of the update that the rounding to the dtype of the weight destroyed.
+        The model, and by path the share of the update that is lost by rounding to the dtype of the weight.
 
     Raises
     ------
     LayerError
-        If a weight cannot be written.
+        If a weight cannot be written, or a layer's output changes because its forward pass does not use the weight
+        alone.
     ArrayValueError
-        If one would not be finite. The message names the layer, and no layer is changed.
+        If a weight would not be finite. The message names the layer. No layer is changed.
     """
     adapters = {name: bank.adapters[name] for name in held}
     sites = sites_of(backend, model, dict.fromkeys(path for each in held.values() for path in each))
     owners = dict.fromkeys(map(owner_of, sites))
     whole_ones = [each for name, each in adapters.items() if all(mask.all() for mask in held[name].values())]
     tokens = {path: rows for each in whole_ones for path, rows in each.tokens.items()}
-    # What holds no update any more gets W0 back.
+    # Weights that no longer hold any update get W0 back.
     former = {owner: arrays for owner, arrays in bank.base.items() if owner not in owners | tokens and arrays}
     backend.check_writable(model, owners | dict.fromkeys(tokens) | former)
     rows, lost = _rounded_rows(backend, model, bank, tokens)
@@ -391,9 +428,9 @@ def hold(
                 merged = core.merge(W, b, *own)
             except ArrayValueError as error:
                 raise ArrayValueError(f"{part_path}: {error}") from error
-            # Only those of one layer are whole at a time. A bias that the update does not move is left alone.
+            # `spread` is called in the loop, so that only one layer at a time is whole in memory. A bias is written
+            # only if an update changes it, or if the layer's bias holds an earlier update.
             moved = merged.b is not None and any(each.A.shape[1] > base.W.shape[0] for each in own)
-            # Or it has been moved by another.
             moved = moved or part.kind.bias in (bank.base.get(owner_of(part_path)) or {})
             b = backend.spread(merged.b, like=base.b) if moved else None
             weights[part_path] = BaseWeight(backend.spread(merged.W, like=base.W), b)
@@ -406,7 +443,8 @@ def hold(
         kept: dict[str, Any] = {}
         for owner in owners | dict.fromkeys(tokens):
             known = bank.base.get(owner, {})  # None if it was dropped
-            # What was kept before comes last: what is there now is W0 of the other arrays alone.
+            # Arrays that were kept before take precedence, since the ones just replaced held updates. The other
+            # arrays held no update, so their former values are the base values.
             kept[owner] = {**before[owner], **known} if keep_base and known is not None else None
         kept |= {owner: {} for owner in layers}
         model = _entered(stack, backend, model, bank.ledger, Ledger(held, kept, layers))
@@ -420,7 +458,7 @@ def hold(
 def _rounded_rows(
     backend: Backend, model: Model, bank: Bank, tokens: Mapping[str, Rows]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """Return the trained rows as `Models.exchange` takes them, and what share of their change is rounded away."""
+    """Return the trained rows in the form of `Models.exchange`, and the share of their change lost by rounding."""
     modules = backend.modules(model)
     found: dict[str, dict[str, Any]] = {}
     lost: dict[str, float] = {}
@@ -440,15 +478,15 @@ def _rounded_rows(
 
 
 def _probed(backend: Backend, model: Model) -> dict[str, tuple[Any, Any]]:
-    """Return `Models.probed` of the layers that could be tried, and tell of the others."""
+    """Return `Models.probed` for the layers that could be tried, and warn about the others."""
     outputs = {}
     for path, output in backend.probed(model).items():
         if not isinstance(output, str):
             outputs[path] = output
             continue
         warnings.warn(
-            f"{path}: its forward {output}, so that nobody has seen whether its output stays what it is with the "
-            "update in its weight: compare it before and after",
+            f"{path}: its forward {output}, so it was not checked whether its output stays the same with the update "
+            "in its weight; compare the output before and after",
             AdamssWarning,
             stacklevel=5,
         )
@@ -456,10 +494,25 @@ def _probed(backend: Backend, model: Model) -> dict[str, tuple[Any, Any]]:
 
 
 def _check_output(path: str, before: Any, base: Any, after: Any, W: Any) -> None:
-    """Check that a layer of another forward than its kind has computes with the update in its weight what it did."""
+    """Check that a layer with its own forward pass gives the same output once the update is in its weight.
+
+    Parameters
+    ----------
+    path
+        Path of the layer.
+    before, base, after
+        Outputs with the adapter, without it, and with the update in the weight.
+    W
+        Weight with the update, whose dtype determines the tolerance.
+
+    Raises
+    ------
+    LayerError
+        If the output differs by more than rounding explains.
+    """
     xp = namespace(before)
     size, update, difference = (float(xp.max(xp.abs(a))) for a in (before, before - base, after - before))
-    # What the rounding of weights and sums may do to the output, and what share of the update it may take.
+    # Rounding may change the output by a multiple of eps, and may destroy up to 5 % of the update.
     rounding = (4 if xp.finfo(W.dtype).bits < 32 else 64) * float(xp.finfo(W.dtype).eps) * size
     if not difference <= 0.05 * update + rounding:
         raise LayerError(
@@ -475,7 +528,18 @@ def release(
     names: Iterable[str] | None = None,
     undo: ExitStack | None = None,
 ) -> Model:
-    """Take the updates of these adapters, None for all, out of the weights; one that holds none is W0, to the bit.
+    """Take the updates of these adapters out of the weights.
+
+    A weight that then holds no update equals W0 bit for bit.
+
+    Parameters
+    ----------
+    backend, model, bank
+        Backend, adapted model, and its bank.
+    names
+        Names of the adapters. None means all of them.
+    undo
+        Stack that gets a callback to undo the change if a later step of the caller fails.
 
     Raises
     ------
@@ -499,7 +563,7 @@ def release(
 
 
 def withdraw(backend: Backend, model: Model, names: Iterable[str]) -> Model:
-    """Return the model with these adapters neither in its weights nor active."""
+    """Take the updates of these adapters out of the weights, and deactivate the adapters."""
     bank, names = backend.bank(model), {*names}
     saved = {path for name in names if bank.adapters[name].active for path in bank.adapters[name].saved}
     _check_saved(backend, model, {path: bank.originals[path] for path in saved})
@@ -516,7 +580,7 @@ def withdraw(backend: Backend, model: Model, names: Iterable[str]) -> Model:
 def values_of_saved(
     backend: Backend, model: Model, bank: Bank, adaptation: Adaptation
 ) -> dict[str, Mapping[str, Any]]:
-    """Return the values that an adapter has for its modules to save, of those that are still there."""
+    """Return an adapter's values for its modules to save, for those that are still in the model."""
     modules = backend.modules(model)
     if adaptation.active:
         return {path: backend.arrays(modules[path]) for path in adaptation.saved if path in modules}
@@ -527,7 +591,10 @@ def values_of_saved(
 
 @contextmanager
 def switched_off(backend: Backend, model: Model, bank: Bank) -> Iterator[Model]:
-    """Give a model that computes what the base model computes, saved modules included, and undo that afterwards."""
+    """Return a context that yields a model with the outputs of the base model, and restores the adapters on exit.
+
+    Modules to save have their base values inside the context.
+    """
     base = _kept(bank)
     saved = {path for each in bank.adapters.values() if each.active for path in each.saved}
     originals = {path: bank.originals[path] for path in saved}
@@ -543,20 +610,29 @@ def switched_off(backend: Backend, model: Model, bank: Bank) -> Iterator[Model]:
 
 
 def _check_apart(bank: Bank, layers: Iterable[str], saved: Iterable[str]) -> None:
-    """Check that no adapter adapts what another saves: the base weight would depend on which of them is active."""
+    """Check that no adapter adapts a layer inside a module that another adapter saves.
+
+    The base weight of the layer would otherwise depend on which of the two adapters is active.
+    """
     for name, each in bank.adapters.items():
         pairs = [(path, outer) for path in layers for outer in each.saved]
         pairs += [(path, outer) for path in (*each.layers, *each.tokens) for outer in saved]
         for path, outer in pairs:
             if f"{path}.".startswith(join_path(outer, "")):
                 raise TargetError(
-                    f"{path} would be adapted by one adapter and be trained whole by another, {name!r} among them, "
-                    f"as one of modules_to_save ({outer or 'the model itself'}); leave it out of one of them"
+                    f"{path} would be adapted by one adapter and trained whole by another as one of modules_to_save "
+                    f"({outer or 'the model itself'}), and {name!r} is one of the two; leave it out of one of them"
                 )
 
 
 def check_together(bank: Bank, names: Iterable[str]) -> None:
-    """Check that no two of these adapters have values of one module to save, or rows of one embedding."""
+    """Check that no two of these adapters have values for the same module to save, or rows of the same embedding.
+
+    Raises
+    ------
+    StateError
+        If two of them do, since such values cannot be added up as updates can.
+    """
     for one, other in combinations(names, 2):
         first, second = bank.adapters[one], bank.adapters[other]
         for path in first.saved:
@@ -573,19 +649,22 @@ def check_together(bank: Bank, names: Iterable[str]) -> None:
 
 
 def _overlap(path: str, other: str) -> bool:
-    """Whether one of two modules lies within the other, or is it."""
+    """Return whether two modules are the same, or one lies within the other."""
     return f"{path}.".startswith(join_path(other, "")) or f"{other}.".startswith(join_path(path, ""))
 
 
 def _hand_over(own: ExitStack, undo: ExitStack | None) -> None:
-    """Let what was done stand, unless what comes after it fails, if there is somebody who undoes it then."""
+    """Keep the changes recorded in `own`: hand their callbacks over to `undo`, or discard them if it is None.
+
+    The caller of `undo` can then still undo the changes if a later step fails.
+    """
     kept = own.pop_all()
     if undo is not None:
         undo.callback(kept.close)
 
 
 def _check_saved(backend: Backend, model: Model, originals: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that modules to save have the arrays that they had."""
+    """Check that modules to save still have arrays of the same names and shapes as when they were adapted."""
     modules = backend.modules(model)
     for path, own in originals.items():
         present = backend.arrays(modules[path]) if path in modules else {}
@@ -599,9 +678,9 @@ def _check_saved(backend: Backend, model: Model, originals: Mapping[str, Mapping
 
 
 def _exchanged(undo: ExitStack, exchange: Any, model: Model, arrays: Any) -> tuple[Model, Any]:
-    """Return what `exchange` does, and have it undone.
+    """Call `exchange` and register a callback on `undo` that reverses it.
 
-    A model that is a value needs no undoing: the one from before is still there.
+    A model that is a value needs no callback, because the former model still exists.
     """
     changed, before = exchange(model, arrays)
     if changed is model:
@@ -610,20 +689,20 @@ def _exchanged(undo: ExitStack, exchange: Any, model: Model, arrays: Any) -> tup
 
 
 def _entered(undo: ExitStack, backend: Backend, model: Model, former: Ledger, ledger: Ledger) -> Model:
-    """Return the model with another ledger, and have that undone if the model is changed in place."""
+    """Call `Models.enter` and register a callback on `undo` that restores the former ledger."""
     undo.callback(backend.enter, model, former)
     return backend.enter(model, ledger)
 
 
 def _kept(bank: Bank) -> dict[str, Mapping[str, Any]]:
-    """Return the W0 that are kept, by the path of the module; not those of layers that are put away."""
+    """Return the kept base arrays by path of the module, without those in quantised layers that were replaced."""
     return {path: arrays for path, arrays in bank.base.items() if arrays}
 
 
 def _held_factors(
     adaptation: Adaptation, path: str, factors: Factors, held: Mapping[str, np.ndarray[Any, Any]]
 ) -> Factors:
-    """Return factors of which some subspaces alone have an update, times the weight of the adapter."""
+    """Return factors whose update is that of the held subspaces only, multiplied by the weight of the adapter."""
     assert adaptation.weight is not None
     if not held[path].all():
         subspaces = namespace(factors.C).asarray(held[path], device=device(factors.labels))

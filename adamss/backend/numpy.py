@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class NumpyLinear:
-    """A linear layer ``y = x @ W + b``, and the updates of its adapters.
+    """A linear layer ``y = x @ W + b`` with the updates of its adapters.
 
     Attributes
     ----------
@@ -34,9 +34,10 @@ class NumpyLinear:
     b
         Bias (n,) or None.
     computed
-        What is added to the frozen product: `Bank.computed`.
+        Factors whose updates are added to the frozen product, as `Bank.computed` returns them.
     route
-        Says by the input which of these is added to each of its rows; None for all.
+        Function that maps the input to the argument `route` of `adamss.core.linear`. None adds all updates to all
+        rows.
     """
 
     W: Array
@@ -52,14 +53,14 @@ class NumpyLinear:
 
 @dataclass(frozen=True)
 class NumpyModel:
-    """Named linear layers: immutable, so that every verb returns a new model.
+    """Named linear layers. The model is immutable, so that every verb returns a new model.
 
     Attributes
     ----------
     layers
         Layers by path, such as ``"encoder.0.query"``.
     bank
-        What is attached.
+        Adapters of the model.
 
     Examples
     --------
@@ -79,24 +80,24 @@ class NumpyModel:
 
 
 class Linear(LinearKind):
-    """`NumpyLinear`."""
+    """The kind of `NumpyLinear`."""
 
     classes = (NumpyLinear,)
 
 
 class NumpyBackend(ValueModels, Backend):
-    """NumPy: the float64 oracle that every other backend is compared with."""
+    """Backend for NumPy. In float64 it is the reference with which every other backend is compared."""
 
     name = "numpy"
     kinds = Kinds(Linear())
     array_type: type = np.ndarray
-    """What a layer holds; a subclass for another namespace of the array API changes it."""
+    """Type of the arrays in a layer. A subclass for another array API namespace overrides it."""
 
     def linear(self, x: Array, weight: Array, bias: Array | None, *factors: Factors) -> Array:
         return np.asarray(core.linear(x, weight, bias, *factors))
 
     def linear_vjp(self, dy: Array, x: Array, weight: Array, factors: Factors) -> Gradients:
-        """Return the gradients of `linear`, written by hand: see `adamss.core.linear_vjp`."""
+        """Return the closed-form gradients of `linear`, see `adamss.core.linear_vjp`."""
         return core.linear_vjp(dy, x, weight, factors)
 
     def to_stored(self, array: Array) -> StoredTensor:
@@ -157,7 +158,8 @@ class NumpyBackend(ValueModels, Backend):
     def with_arrays(self, model: NumpyModel, values: Mapping[str, Mapping[str, Array]]) -> NumpyModel:
         changed = dict(model.layers)
         for path, arrays in values.items():
-            # Copies: a training loop writes into them, and the originals are to be had again.
+            # Copy the arrays: a training loop may write into those of the model, and the caller keeps the originals
+            # to restore them later.
             own = self.arrays(changed[path]) | {
                 name: namespace(array).asarray(array, copy=True) for name, array in arrays.items()
             }
@@ -166,5 +168,5 @@ class NumpyBackend(ValueModels, Backend):
 
 
 def _in_rows(array: Any) -> Any:
-    """In one layout whatever it comes from: products of another may round otherwise."""
+    """Return the array in row-major layout, since products of arrays in another layout may round differently."""
     return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array

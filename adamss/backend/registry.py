@@ -1,4 +1,4 @@
-"""Which backends there are, and which one a model belongs to. Nothing is imported before it is needed."""
+"""Registry of backends, and the choice of the backend for a model. A backend is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ENTRY_POINT_GROUP = "adamss.backends"
 class _BuiltIn:
     target: str
     framework: str
-    """A model of this backend cannot exist before this module has been imported."""
+    """Module without which no model of this backend can exist, so the backend is asked only if it is imported."""
 
 
-# Known without installed metadata, so that an embedded copy of the source tree works too.
+# These backends are listed here, so that they are found even in a copy of the source tree without installed metadata.
 _BUILT_IN = {
     "numpy": _BuiltIn("adamss.backend:NumpyBackend", "numpy"),
     "torch": _BuiltIn("adamss_torch:TorchBackend", "torch"),
@@ -36,9 +36,9 @@ _instances: dict[str, Backend] = {}
 
 
 def register_backend(backend: type[Backend]) -> type[Backend]:
-    """Register a backend class under its name for this process; usable as a decorator.
+    """Register a backend class under its name for this process. Can be used as a decorator.
 
-    A package registers itself for good through the entry-point group ``adamss.backends``.
+    A package registers its backend permanently through the entry-point group ``adamss.backends``.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def register_backend(backend: type[Backend]) -> type[Backend]:
     Raises
     ------
     BackendError
-        If it is not a concrete subclass of `Backend` with a name.
+        If the class is not a concrete subclass of `Backend`, or has no name.
     """
     missing = sorted(getattr(backend, "__abstractmethods__", ()))
     if not (isinstance(backend, type) and issubclass(backend, Backend)) or missing:
@@ -68,12 +68,14 @@ def register_backend(backend: type[Backend]) -> type[Backend]:
 
 @contextmanager
 def using(backend: Backend) -> Iterator[None]:
-    """Let this very instance stand for its name, and be asked first, within a ``with`` block: for testing it.
+    """Use a given backend instance within a ``with`` block, for tests.
+
+    The instance is returned for its name, and it is asked before all other backends.
 
     Parameters
     ----------
     backend
-        An instance that need not be registered.
+        Instance of a backend, whose class need not be registered.
     """
     registered, instances = dict(_registered), dict(_instances)
     _registered.clear()
@@ -88,29 +90,29 @@ def using(backend: Backend) -> Iterator[None]:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the names of all backends known here, installed or not, in alphabetical order."""
+    """Return the names of all known backends in alphabetical order, whether or not their frameworks are installed."""
     return tuple(sorted({*_BUILT_IN, *_registered, *_entry_points()}))
 
 
 def get_backend(name: str) -> Backend:
-    """Return the backend of that name.
+    """Return the backend with the given name.
 
     Parameters
     ----------
     name
-        Such as ``"numpy"`` or ``"torch"``.
+        Name of the backend, such as ``"numpy"`` or ``"torch"``.
 
     Returns
     -------
     Backend
-        The one instance of this process.
+        The only instance of the backend in this process.
 
     Raises
     ------
     BackendError
-        If no backend is known by the name.
+        If no backend has this name.
     MissingBackendError
-        If its framework is not installed; the message names the extra to install.
+        If the backend cannot be imported, as when its framework is not installed. The message says what to install.
     """
     if name not in _instances:
         _instances[name] = _load(name)()
@@ -118,22 +120,23 @@ def get_backend(name: str) -> Backend:
 
 
 def backend_for(model: Model) -> Backend:
-    """Return the backend that a model belongs to.
+    """Return the backend that handles a model.
 
     Parameters
     ----------
     model
-        A model of any framework.
+        Model of any framework.
 
     Returns
     -------
     Backend
-        The first that handles it: registered ones, those of `adamss`, then entry points.
+        The first backend that handles the model. Registered backends are asked first, then those of `adamss`, then
+        those of entry points.
 
     Raises
     ------
     BackendError
-        If none does.
+        If no backend handles the model.
     """
     tried = []
     for name in _names():
@@ -153,7 +156,7 @@ def backend_for(model: Model) -> Backend:
 
 
 def _names() -> Iterator[str]:
-    """Give the names of all backends; what is installed is read only if no other will do, for that takes a while."""
+    """Yield the names of all backends, entry points last, since reading the installed metadata takes a while."""
     known = dict.fromkeys((*_registered, *_BUILT_IN))
     yield from known
     yield from (name for name in _entry_points() if name not in known)

@@ -1,7 +1,8 @@
-"""Where a matrix sits in a model: the layer, the place in a stack, and how the layer's array is a matrix.
+"""Sites: where the weight matrices of a model are, and which kinds of layers have them.
 
-A backend lists the kinds of layers of its framework in a `Kinds` table; whoever has a layer of another kind registers
-a `Kind` there, and every verb takes it from then on.
+A site is a layer, an index if the layer is one of a stack, and a view of its array as a matrix. A backend lists the
+kinds of layers of its framework in a `Kinds` table. Support for another kind of layer is added by registering a
+`Kind` in this table; every verb then accepts such layers.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ __all__ = [
 T = TypeVar("T")
 LoraForm = Literal["linear", "convolution", "embedding", "parameter"]
 Index = tuple[int, ...]
-"""Where in a stack a layer lies; ``()`` if there is no stack."""
+"""Index of a layer in its stack, or ``()`` if the layer is not in a stack."""
 
 
 class BaseWeight(NamedTuple):
-    """Weight of one layer in paper orientation.
+    """Weight and bias of one layer in paper orientation.
 
     Attributes
     ----------
     W
-        (d, n): d inputs, n outputs.
+        Weight (d, n), for d inputs and n outputs.
     b
         Bias (n,), or None.
     """
@@ -55,35 +56,42 @@ class BaseWeight(NamedTuple):
 
 
 class Kind(ABC):
-    """One kind of layer: which array of it is the weight, and how that is a matrix.
+    """A kind of layer, which defines the array that is the weight, and how it is a matrix.
 
-    The law that binds it, with M: (d, q) and E: (q, n), is that the layer's own forward with ``W + M E`` in the place
-    of its weight equals ``forward(x) + spread(layer, project(layer, x, M), E)``.
+    A kind must satisfy this law, for any M: (d, q) and E: (q, n): the layer's own forward pass with ``W + M E`` in
+    place of its weight equals ``forward(x) + spread(layer, project(layer, x, M), E)``.
     """
 
     classes: ClassVar[tuple[type | str, ...]]
-    """Classes of the layers; a subclass of one of them is of this kind too.
+    """Classes of layers that are of this kind, together with their subclasses.
 
-    A class of a library that may not be installed is given by its name, ``"transformers.pytorch_utils.Conv1D"``.
+    A class of a library that may not be installed is given by its name, such as
+    ``"transformers.pytorch_utils.Conv1D"``.
     """
 
     weight: ClassVar[str] = "weight"
-    """Name of the weight among the attributes of the layer."""
+    """Name of the layer's attribute that is the weight."""
 
     bias: ClassVar[str] = "bias"
-    """Name of the bias, which may be None."""
+    """Name of the layer's attribute that is the bias. The attribute may be None."""
 
     linear: ClassVar[bool] = True
-    """Whether the layer is a product with W: `project` and `spread` are those of this class, and a kernel's."""
+    """Whether the layer computes a product with W, so that a backend's kernel for linear layers can be used.
+
+    It is set automatically: a kind is linear unless it is `in_place` or overrides `project` or `spread`."""
 
     in_place: ClassVar[bool] = False
-    """Whether W + delta stands in the place of W while a forward runs that nobody knows, and nothing is projected."""
+    """Whether W + delta replaces W during the forward pass, because it is not known how this pass uses W.
+
+    `project` and `spread` are then not used."""
 
     all_linear: ClassVar[bool] = True
-    """Whether ``targets="all-linear"`` takes such layers; of kinds that are not linear, only those that say so."""
+    """Whether ``targets="all-linear"`` includes such layers. A kind that is not linear must set it to True itself."""
 
     lora: ClassVar[LoraForm | None] = "linear"
-    """How PEFT's LoRA writes an update of such a layer; None if it has no way. Of a kind not linear, say so."""
+    """Form in which PEFT's LoRA stores an update of such a layer, or None if it has none.
+
+    A kind that is not linear must set it; otherwise it is None."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -93,48 +101,49 @@ class Kind(ABC):
             cls.lora = None if cls.lora == "linear" else cls.lora
 
     def lora_refusal(self, layer: Any) -> str | None:
-        """Return what a layer of the form `lora` has that PEFT's LoRA leaves out, as a noun; None for nothing."""
+        """Return the feature of a layer that PEFT's LoRA would ignore, as a noun; None if there is none."""
         return None
 
     @abstractmethod
     def view(self, layer: Any, path: str) -> View:
-        """Return how the weight of a layer is a matrix.
+        """Return the view of the layer's weight as a matrix.
 
         Parameters
         ----------
         layer
-            Of one of `classes`.
+            Layer of one of `classes`.
         path
-            What messages call it.
+            Name of the layer in messages.
 
         Raises
         ------
         LayerError
-            If this layer cannot be adapted; the message names `path` and says why.
+            If this layer cannot be adapted. The message names `path` and says why.
         """
 
     def defines(self, layer: type, name: str) -> bool:
-        """Return whether one of `classes` defines the method `name` of a class of layers, and no subclass."""
+        """Return whether the class `layer` inherits its method `name` from one of `classes` without overriding it."""
         classes = [one for one in layer.__mro__ if one in self.classes or _full_name(one) in self.classes]
         return getattr(layer, name) in [getattr(one, name) for one in classes]
 
     def leading(self, layer: Any) -> Index:
-        """Return the leading axes of a stack of layers that share one array; ``()`` for a single layer."""
+        """Return the lengths of the leading axes of a stack of layers that share one array; ``()`` for one layer."""
         return ()
 
     def blocks(self, layer: Any) -> int:
-        """Return how many matrices lie one after the other in the columns of W, such as those of experts; mostly 1.
+        """Return the number of blocks of columns of W that are separate matrices, such as those of experts.
 
-        They are the entries along the first axis of the weight. Each is decomposed and segmented by itself.
+        The blocks are the entries along the first axis of the weight. Each block is decomposed and segmented by
+        itself. Most kinds of layers have one block.
         """
         return 1
 
     def project(self, layer: Any, x: Array, M: Array) -> Array:
-        """Return ``z = x M``: what the input of the layer is in the q directions of M."""
+        """Return ``z = x M``, the coordinates of the layer's input in the q directions of M."""
         return x @ M
 
     def spread(self, layer: Any, z: Array, E: Array) -> Array:
-        """Return ``z E`` in the form of the layer's output."""
+        """Return the update ``z E`` in the shape of the layer's output."""
         return z @ E
 
 
@@ -142,17 +151,17 @@ class LinearKind(Kind):
     """A layer ``y = x weight^T + bias`` with a weight (n, d)."""
 
     def view(self, layer: Any, path: str) -> View:
-        """Return the transpose."""
+        """Return the view that transposes the weight."""
         return View(rows=(1,), columns=(0,))
 
 
 class Kinds:
-    """The kinds of layers that a backend adapts, by class.
+    """Table of the kinds of layers that a backend can adapt.
 
     Parameters
     ----------
     kinds
-        Of the framework itself.
+        Kinds of the framework itself.
     """
 
     def __init__(self, *kinds: Kind) -> None:
@@ -161,12 +170,12 @@ class Kinds:
             self.register(kind)
 
     def register(self, kind: Kind) -> Kind:
-        """Add a kind, or replace the one that its classes have; for this process.
+        """Add a kind for this process. For its classes it replaces any kind registered earlier.
 
         Raises
         ------
         BackendError
-            If it is no `Kind` with classes.
+            If the argument is not a `Kind` with classes.
         """
         if not isinstance(kind, Kind) or not getattr(kind, "classes", ()):
             raise BackendError(f"a kind of layer must be an adamss.backend.Kind with classes, found {kind!r}")
@@ -174,11 +183,11 @@ class Kinds:
         return kind
 
     def unregister(self, kind: Kind) -> None:
-        """Take a kind out again; its classes are then of the kind that they were of before."""
+        """Remove a registered kind. Its classes then have the kind again that they had before."""
         self._kinds = [other for other in self._kinds if other is not kind]
 
     def find(self, layer: Any) -> Kind | None:
-        """Return the kind of the nearest class of a layer; None if there is none."""
+        """Return the kind of a layer, that of the nearest class among its bases; None if no class has a kind."""
         last = {one: kind for kind in self._kinds for one in kind.classes}
         names = (name for one in type(layer).__mro__ for name in (one, _full_name(one)))
         return next((last[name] for name in names if name in last), None)
@@ -189,7 +198,7 @@ class Kinds:
         Raises
         ------
         LayerTypeError
-            If it is of none; the message names `path` and the classes that can be adapted.
+            If the layer is of no known kind. The message names `path` and the classes that can be adapted.
         """
         kind = self.find(layer)
         if kind is None:
@@ -216,19 +225,21 @@ def _full_name(kind: type) -> str:
 
 
 class Fragment:
-    """A part of a module that is adapted as a layer is, and is no module of its own."""
+    """A part of a module that is adapted like a layer, but is not a module itself."""
 
 
 @dataclass(frozen=True)
 class StackedLayer(Fragment):
-    """One of the layers whose arrays share a module, as ``vmap`` and ``scan`` over layers (or experts) want them.
+    """One layer of a stack, which is a module that holds the arrays of several layers (or experts).
+
+    ``vmap`` and ``scan`` over layers need such modules.
 
     Attributes
     ----------
     module
-        Its arrays have leading axes.
+        Module whose arrays have leading axes for the layers of the stack.
     index
-        Where in them this layer lies.
+        Index of this layer along the leading axes.
     """
 
     module: Any
@@ -242,15 +253,15 @@ class Site:
     Attributes
     ----------
     path
-        Module path, with the index of the layer where it is one of a stack: ``"layers.query[3]"``.
+        Module path. For a layer of a stack it ends with the index: ``"layers.query[3]"``.
     layer
-        The object that holds the arrays.
+        Object that holds the arrays.
     kind
-        Of the layer.
+        Kind of the layer.
     view
-        How its weight, without the axes of the stack, is a matrix.
+        View of the weight, without the axes of the stack, as a matrix.
     index
-        Place in the stack; ``()`` if there is none.
+        Index in the stack, or ``()`` if the layer is not in a stack.
     """
 
     path: str
@@ -261,11 +272,11 @@ class Site:
 
     @property
     def blocks(self) -> int:
-        """See `Kind.blocks`; one of them is a matrix of its own."""
+        """Number of blocks (see `Kind.blocks`). The site of a single block or of a layer in a stack has one."""
         return self.kind.blocks(self.layer) if not self.index else 1
 
     def split(self) -> dict[str, Site]:
-        """Return the site of each block by its path, ``path[i]``; of a single one, itself."""
+        """Return the site of each block by its path ``path[i]``. A site with one block is returned as it is."""
         if self.blocks == 1:
             return {self.path: self}
         view, places = self.view.block, stack_paths(self.path, (self.blocks,))
@@ -273,11 +284,19 @@ class Site:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Names of weight and bias among the arrays of the layer."""
+        """Names of the weight and the bias among the arrays of the layer."""
         return self.kind.weight, self.kind.bias
 
     def weight(self, arrays: Mapping[str, Array | None]) -> BaseWeight:
-        """Return what the layer's own arrays, by name, are in paper orientation; the bias only of a linear layer."""
+        """Return the weight and bias in paper orientation, from the layer's own arrays by name.
+
+        The bias is None unless the layer is linear.
+
+        Raises
+        ------
+        LayerError
+            If the weight has the wrong number of axes.
+        """
         W: Any = arrays.get(self.kind.weight)
         b = arrays.get(self.kind.bias)
         b = b if self.kind.linear else None
@@ -295,16 +314,22 @@ class Site:
 def arrays_of(
     weights: Mapping[str, BaseWeight], sites: Mapping[str, Site], present: Any
 ) -> dict[str, dict[str, Array]]:
-    """Return the layers' own arrays for these weights, by path of the module and name: undoes `Site.weight`.
+    """Undo `Site.weight`: return the layers' own arrays for weights in paper orientation.
 
     Parameters
     ----------
     weights
-        By path; of a stack, all of its layers. Without a bias, that of the layer is not among the results.
+        Weights and biases by path. For a stack, all of its layers must be given. If a bias is None, the result has no
+        array for it.
     sites
-        By the same paths.
+        Sites by the same paths.
     present
-        Function of a site to its present arrays, by name, for their shapes.
+        Function that maps a site to its present arrays by name. Only their shapes are used.
+
+    Returns
+    -------
+    dict
+        Arrays by path of the module, and then by name.
     """
     found: dict[str, dict[str, Array]] = {}
     for owner, own in by_owner(weights).items():
@@ -333,13 +358,13 @@ def _stacked(arrays: list[Array], shape: tuple[int, ...]) -> Array:
 
 
 def stack_paths(path: str, leading: Index) -> dict[str, Index]:
-    """Return the paths of the layers of a stack, ``path[i]`` or ``path[i,j]``, and where in it each lies."""
+    """Return the path of each layer of a stack, such as ``path[i]`` or ``path[i,j]``, with the index of the layer."""
     places: Iterator[Index] = product(*map(range, leading))
     return {f"{path}[{','.join(map(str, index))}]": index for index in places}
 
 
 def split_path(path: str) -> tuple[str, Index]:
-    """Undo `stack_paths`: return the path of the module, and where in it a layer lies: ``()`` if not stacked."""
+    """Undo `stack_paths`: return the path of the module and the index of the layer, or ``()`` if it has none."""
     found = re.fullmatch(r"(.*)\[([\d,]+)\]", path, flags=re.DOTALL)
     return (path, ()) if found is None else (found[1], tuple(int(part) for part in found[2].split(",")))
 
@@ -350,7 +375,7 @@ def owner_of(path: str) -> str:
 
 
 def by_owner(layers: Mapping[str, T]) -> dict[str, dict[Index, T]]:
-    """Return what belongs to each layer by the path of its module, then by its place in the stack."""
+    """Group values by the path of the module that holds the layer, and then by the index in the stack."""
     grouped: dict[str, dict[Index, T]] = {}
     for path, value in layers.items():
         owner, index = split_path(path)

@@ -1,7 +1,7 @@
-"""How the numbers of a weight are kept: read as floating point, written back or refused with a reason.
+"""Stores: how the numbers of a weight are stored, how they are read, and whether they can be written.
 
-A backend lists the ways of its framework in a `Stores` table; whoever keeps weights in another one (quantised, in a
-file, on another machine) registers a `Store` there.
+A backend lists the stores of its framework in a `Stores` table. Support for weights that are kept in another way
+(quantised, in a file, on another machine) is added by registering a `Store` in this table.
 """
 
 from __future__ import annotations
@@ -17,67 +17,69 @@ __all__ = ["PlainStore", "Store", "Stores", "exchange_all"]
 
 
 class Store(ABC):
-    """One way of keeping arrays that belong to a layer.
+    """One way of storing the arrays of a layer.
 
-    The law that binds it: where `refusal` returns None, ``read(layer, name) == a`` after ``write(layer, name, a)``.
+    A store must satisfy this law: if `refusal` returns None, then ``read(layer, name) == a`` after
+    ``write(layer, name, a)``.
     """
 
     @abstractmethod
     def holds(self, layer: Any, name: str) -> bool:
-        """Return whether the array of that name is kept in this way."""
+        """Return whether the layer's array `name` is stored in this way."""
 
     @abstractmethod
     def read(self, layer: Any, name: str) -> Array:
-        """Return the array as floating point, in the dtype that the layer computes in.
+        """Return the array in floating point, in the dtype in which the layer computes.
 
-        It may have no values yet (`Backend.has_values`), or be this process's part of the whole (`Backend.whole`).
+        The array may have no values yet (see `Arrays.has_values`), or be only the part of this process (see
+        `Processes.whole`).
         """
 
     @abstractmethod
     def refusal(self, layer: Any, name: str) -> str | None:
-        """Return why the array cannot be written, and the way out, as a clause; None if it can."""
+        """Return why the array cannot be written and what to do instead, as a clause; None if it can be written."""
 
     @abstractmethod
     def write(self, layer: Any, name: str, value: Array) -> None:
-        """Give the layer another array."""
+        """Replace the layer's array `name`."""
 
     def noise(self, layer: Any, name: str) -> float:
-        """Return the error of an array that is kept in few bits, root mean square, relative to the array.
+        """Return the relative quantisation error of the layer's array `name`, as a ratio of root mean squares.
 
-        It is 0 for what keeps the numbers that it is given. Any other layer is quantised: an adapter of its float
-        base fits it within this error, and ``adamss.merge(model, dequantise=True)`` turns it into a float layer.
+        A store that keeps numbers exactly returns 0. Otherwise the layer counts as quantised. An adapter file that
+        was saved with the float weight is then accepted within this error, and
+        ``adamss.merge(model, dequantise=True)`` turns the layer into a float layer.
         """
         return 0.0
 
     def exchange(self, layer: Any, name: str, value: Array) -> Array:
-        """Give the layer another array, and return the one that it had, which nobody writes over."""
+        """Replace the layer's array `name`, and return a copy of the former array."""
         before = self.read(layer, name)
-        before = namespace(before).asarray(
-            before, copy=True
-        )  # `write` may write into the memory that `read` returns
+        # Copy the array, because `write` may write into the memory that `read` returns.
+        before = namespace(before).asarray(before, copy=True)
         self.write(layer, name, value)
         return before
 
 
 class Stores:
-    """The ways of keeping numbers that a backend knows; the one registered last is asked first.
+    """The stores of a backend. The store registered last is asked first.
 
     Parameters
     ----------
     stores
-        Of the framework itself, the most general one first.
+        Stores of the framework itself, starting with the most general one.
     """
 
     def __init__(self, *stores: Store) -> None:
         self._stores = list(stores)
 
     def register(self, store: Store) -> Store:
-        """Add a store, for this process.
+        """Add a store for this process.
 
         Raises
         ------
         BackendError
-            If it is no `Store`.
+            If the argument is not a `Store`.
         """
         if not isinstance(store, Store):
             raise BackendError(f"a store must be an adamss.backend.Store, found {store!r}")
@@ -85,30 +87,36 @@ class Stores:
         return store
 
     def unregister(self, store: Store) -> None:
-        """Take a store out again."""
+        """Remove a registered store."""
         self._stores = [other for other in self._stores if other is not store]
 
     def of(self, layer: Any, name: str) -> Store | None:
-        """Return the store that holds an array of a layer; None where the layer has no such array."""
+        """Return the store that holds the layer's array `name`; None if the layer has no such array."""
         return next((store for store in reversed(self._stores) if store.holds(layer, name)), None)
 
     def read(self, layer: Any, name: str) -> Array | None:
-        """Return an array of a layer as floating point; None where the layer has no such array."""
+        """Return the layer's array `name` in floating point; None if the layer has no such array."""
         store = self.of(layer, name)
         return None if store is None else store.read(layer, name)
 
     def refusal(self, layer: Any, name: str) -> str | None:
-        """Return why an array of a layer cannot be written, as a clause; None if it can, or there is none."""
+        """Return why the layer's array `name` cannot be written, as a clause; None if it can, or does not exist."""
         store = self.of(layer, name)
         return None if store is None else store.refusal(layer, name)
 
     def noise(self, layer: Any, name: str) -> float:
-        """Return the rounding error of an array of a layer, see `Store.noise`; 0 if there is no such array."""
+        """Return the quantisation error of the layer's array `name` (see `Store.noise`); 0 if it does not exist."""
         store = self.of(layer, name)
         return 0.0 if store is None else store.noise(layer, name)
 
     def exchange(self, layer: Any, name: str, value: Array) -> Array:
-        """See `Store.exchange`."""
+        """Replace the layer's array `name`, see `Store.exchange`.
+
+        Raises
+        ------
+        BackendError
+            If no store holds the array.
+        """
         store = self.of(layer, name)
         if store is None:
             raise BackendError(f"no store holds {name!r} of a {type(layer).__name__}")
@@ -116,10 +124,10 @@ class Stores:
 
 
 class PlainStore(Store):
-    """Attributes that are arrays, on layers that are changed in place."""
+    """Store for arrays that are plain attributes of layers that are changed in place."""
 
     def holds(self, layer: Any, name: str) -> bool:
-        """Return whether the layer has such an attribute."""
+        """Return whether the layer has an attribute `name` that is not None."""
         return getattr(layer, name, None) is not None
 
     def read(self, layer: Any, name: str) -> Array:
@@ -127,7 +135,7 @@ class PlainStore(Store):
         return getattr(layer, name)
 
     def refusal(self, layer: Any, name: str) -> str | None:
-        """Return None."""
+        """Return None, since any attribute can be written."""
         return None
 
     def write(self, layer: Any, name: str, value: Array) -> None:
@@ -138,19 +146,19 @@ class PlainStore(Store):
 def exchange_all(
     arrays: Mapping[str, Mapping[str, Array]], exchange: Callable[[str, str, Array], Array]
 ) -> dict[str, dict[str, Array]]:
-    """Exchange arrays one after the other, or none of them: if one fails, those before it are given back.
+    """Exchange several arrays. If one exchange fails, those before it are undone and the error is raised.
 
     Parameters
     ----------
     arrays
-        By path of the module and name.
+        New arrays, by module path and then by name.
     exchange
-        Puts an array in its place, and returns the one that was there.
+        Function of a path, a name and an array that stores the array and returns the former one.
 
     Returns
     -------
     dict
-        What was there, in the form of `arrays`.
+        Former arrays, in the form of `arrays`.
     """
     before: dict[str, dict[str, Array]] = {path: {} for path in arrays}
     try:

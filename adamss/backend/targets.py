@@ -1,4 +1,4 @@
-"""Which modules of a model `targets` and `modules_to_save` mean."""
+"""Matching of settings that name modules, such as `targets` and `modules_to_save`, against the paths of a model."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
     "rwkv": ("key", "value", "receptance", "output"),
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }
-"""What is adapted by default, by ``config.model_type``: what PEFT 0.21 takes for AdaMSS, as far as a model has it."""
+"""Default targets by ``config.model_type``, as in PEFT 0.21 for AdaMSS. Names that a model lacks are ignored."""
 
 _INDEX = re.compile(r"\[\d+(,\d+)*\]$")
-"""What the path of one layer of a stack ends with: ``layers.query[3]``."""
+"""Index at the end of the path of a layer in a stack, as in ``layers.query[3]``."""
 
 
 def match(
@@ -48,25 +48,30 @@ def match(
     Parameters
     ----------
     targets
-        Names, each matched at the end of a path (whole components: ``"query"`` matches ``"0.query"``
-        and not ``"0.prequery"``), or one regular expression on the whole path. The index of a layer in a stack
-        (``"layers.query[3]"``) need not be named.
+        Names, or one regular expression for the whole path. A name matches whole components at the end of a path:
+        ``"query"`` matches ``"0.query"``, but not ``"0.prequery"``. The index of a layer in a stack
+        (``"layers.query[3]"``) may be omitted.
     paths
         Module paths of the model.
     name
-        What the message calls the targets: the setting.
+        Name of the setting, for messages.
     required
-        Whether nothing at all is an error, and not only worth a warning.
+        Whether it is an error if nothing matches. If False, a warning is issued instead.
+
+    Returns
+    -------
+    list of str
+        Matching paths.
 
     Raises
     ------
     TargetError
-        If nothing matches; the message lists near matches.
+        If nothing matches and a match is required. The message lists near matches.
 
     Warns
     -----
     AdamssWarning
-        If some of the names match nothing: a slip of the pen would otherwise go unnoticed.
+        If some of the names match nothing, which may be a typing error.
     """
     paths = list(paths)
     if isinstance(targets, str):
@@ -94,7 +99,7 @@ def match(
 
 
 def near_matches(targets: Iterable[str], paths: Iterable[str]) -> str:
-    """Return a phrase that lists module names and paths that resemble the targets."""
+    """Return a phrase for messages that lists names and paths of modules that resemble the targets."""
     paths = [path for path in paths if path]
     names = dict.fromkeys(part for path in paths for part in (path.rpartition(".")[2], path))
     close = dict.fromkeys(

@@ -1,4 +1,4 @@
-"""What every controller of a budget checks, whatever the framework: the model, the schedule, and whose a state is."""
+"""Checks that the budget controllers of all frameworks share: of the model, the schedule and a saved state."""
 
 from __future__ import annotations
 
@@ -19,21 +19,29 @@ __all__ = ["adapter_in_training", "adapter_of", "identity", "same_subspaces", "s
 
 
 def adapter_of(backend: Backend, model: Model, who: str, name: str | None = None) -> Adaptation:
-    """Return the adapter that a training is about: by its name, the only one, or the one that is trained.
+    """Return the adapter that a controller works on.
 
     Parameters
     ----------
     backend, model
-        The model, and its backend.
+        The model and its backend.
     who
-        What messages call the caller.
+        Name of the caller in messages.
     name
-        Of the adapter, or None.
+        Name of the adapter. None means the only adapter, or the only one that is trained.
+
+    Returns
+    -------
+    Adaptation
+        The adapter, which may be untrained.
 
     Raises
     ------
+    ConfigTypeError
+        If `name` is not a string.
     StateError
-        If there is no such adapter, or it is merged.
+        If there is no such adapter, several are meant, the adapter is merged, or an adapted layer of the model was
+        replaced.
     """
     adapters = backend.bank(model).adapters
     if not adapters:
@@ -55,12 +63,12 @@ def adapter_of(backend: Backend, model: Model, who: str, name: str | None = None
 
 
 def adapter_in_training(backend: Backend, model: Model, who: str, name: str | None = None) -> Adaptation:
-    """Return `adapter_of`, if it is trained.
+    """Return the adapter that `adapter_of` finds, after a check that it is trained.
 
     Raises
     ------
-    StateError
-        If it is not, or there is none.
+    ConfigTypeError, StateError
+        As for `adapter_of`, and StateError if the adapter is not trained.
     """
     found = adapter_of(backend, model, who, name)
     if not found.trained:
@@ -76,12 +84,14 @@ def _names(adapters: Iterable[str]) -> str:
 
 
 def schedule_of(adaptation: Adaptation, config: BudgetConfig | None, who: str) -> BudgetConfig:
-    """Return the schedule that a controller was given, or else the one that the model was attached with.
+    """Return the schedule passed to a controller, or else the one with which the adapter was attached.
 
     Raises
     ------
-    ConfigError, ConfigTypeError
-        If there is none, or it is something else.
+    ConfigError
+        If there is no schedule.
+    ConfigTypeError
+        If `config` is not a `BudgetConfig`.
     """
     config = adaptation.config.budget if config is None else config
     if config is None:
@@ -94,19 +104,20 @@ def schedule_of(adaptation: Adaptation, config: BudgetConfig | None, who: str) -
 
 
 def identity(A: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[float, ...]:
-    """Return a few numbers that tell the subspaces of one layer from those of another of the same shape.
+    """Return a few numbers that identify the subspaces of a layer among layers of the same shape.
 
     Parameters
     ----------
     A
-        Basis (G, d, P), floating point.
+        Bases (G, d, P), floating point.
     labels
-        (n,) integers.
+        Subspace of each column, (n,) integers.
 
     Returns
     -------
     tuple of float
-        A checksum of the labels, exact in float32, then the `adamss.core.fingerprint.Fingerprint` of the basis.
+        Checksum of the labels, small enough to be exact in float32, followed by the norm and the projections of the
+        `adamss.core.fingerprint.Fingerprint` of the bases.
     """
     checksum = zlib.crc32(labels.astype("<i8").tobytes()) & 0xFFFFFF
     basis = fingerprint(A.reshape(-1, A.shape[-1]))
@@ -114,7 +125,7 @@ def identity(A: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[flo
 
 
 def same_subspaces(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Return whether two results of `identity` are of the same subspaces, in whatever dtype the basis is."""
+    """Return whether two results of `identity` belong to the same subspaces, even if the bases differ in dtype."""
     if len(one) != len(other) or one[0] != other[0]:
         return False
     first, second = (Fingerprint((0, 0), found[1], tuple(found[2:])) for found in (one, other))

@@ -1,16 +1,17 @@
 """The mathematics of AdaMSS, on the arrays of any framework.
 
-Pure functions: arrays in, arrays of the same framework on the same device out. Nothing here imports a
-framework, keeps state, or touches a global random generator. Weights are in paper orientation, ``W: (d, n)``
-with d inputs and n outputs, ``y = x @ W + b``.
+All functions are pure: they take arrays and return arrays of the same framework on the same device. Nothing here
+imports a deep-learning framework, keeps state, or uses a global random generator. Weights are in paper orientation,
+``W: (d, n)`` with d inputs and n outputs, ``y = x @ W + b``.
 
-The order of use is `decompose` -> `segment` -> `initial_factors` -> `linear`. A training with a budget starts with
-`plan_budget` and calls `observe` and `advance` in every step. `adamss.core.analysis` measures what the
-paper speaks about.
+The functions are used in the order `decompose`, `segment`, `initial_factors`, `linear`. Training with a budget starts
+with `plan_budget` and calls `observe` and `advance` in every step. `adamss.core.analysis` measures the quantities
+that the paper analyses, such as Z* and the bound of Theorem 1.
 
 Examples
 --------
-Algorithms 1 and 2 of the paper, step by step. The columns of W0 lie in three planes; R = 6, K0 = 2, r_k = 1.
+This example carries out Algorithms 1 and 2 of the paper step by step. The columns of W0 lie in three planes, and
+R = 6, K0 = 2, r_k = 1.
 
 >>> import numpy as np
 >>> rng = np.random.default_rng(0)
@@ -20,7 +21,7 @@ Algorithms 1 and 2 of the paper, step by step. The columns of W0 lie in three pl
 >>> U0, S0, V0 = U0[:, :R], S0[:R], V0[:R, :].T
 >>> W_hat, Z = (U0 * S0) @ V0.T, V0 @ V0.T
 
-Algorithm 2: affinity, normalised Laplacian, the number of subspaces, normalised cuts.
+Algorithm 2 computes the affinity, the normalised Laplacian, the number of subspaces and the normalised cuts.
 
 >>> rows = V0 / np.linalg.norm(V0, axis=1, keepdims=True)
 >>> F = (rows @ rows.T) ** 2
@@ -32,7 +33,8 @@ Algorithm 2: affinity, normalised Laplacian, the number of subspaces, normalised
 >>> cuts = cuts / np.linalg.norm(cuts, axis=1, keepdims=True)  # the same for all columns of one subspace
 >>> same = cuts @ cuts.T > 0.5
 
-Algorithm 1: a basis for each subspace, B from a QR, C = 0; here the directions A(k) B(k).
+Algorithm 1 computes a basis for each subspace, and B from a QR decomposition; C starts at 0. The list below
+collects the directions A(k) B(k).
 
 >>> directions = []
 >>> for k in dict.fromkeys(int(np.argmax(row)) for row in same):
@@ -41,7 +43,8 @@ Algorithm 1: a basis for each subspace, B from a QR, C = 0; here the directions 
 ...     Q, _ = np.linalg.qr(S[:, None] * V @ Z[np.ix_(I, I)])
 ...     directions.append(U @ Q[:, :r])
 
-The same by this package; singular vectors are determined up to their sign.
+This package gives the same result. The directions are compared up to sign, since singular vectors are
+determined only up to their sign.
 
 >>> decomposition = decompose(W0, R)
 >>> found = estimate_subspaces(decomposition, tau=tau, minimum=K0)

@@ -1,4 +1,4 @@
-"""What every core function needs to know about an array, whatever its framework."""
+"""Helpers that the core functions share, for arrays of any framework."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ device = array_api_compat.device
 
 
 def namespace(*arrays: Array) -> Namespace:
-    """Return the array API namespace of the arrays; ``None`` among them is passed over.
+    """Return the array API namespace of the arrays, ignoring ``None``.
 
     Raises
     ------
     ArrayTypeError
-        If there is no array among them, or they come from different frameworks.
+        If none of the arguments is an array, or the arrays come from different frameworks.
     """
     try:
         return array_api_compat.array_namespace(*(array for array in arrays if array is not None))
@@ -58,12 +58,12 @@ def namespace(*arrays: Array) -> Namespace:
 
 
 def as_constant(array: Array, /) -> Array:
-    """Cut an array off from automatic differentiation that records as it goes: decompositions are constants."""
+    """Detach a PyTorch tensor from the autograd graph: decompositions are constants. Return other arrays as is."""
     return array.detach() if getattr(array, "requires_grad", False) else array
 
 
 def as_numpy(array: Array, /) -> np.ndarray[Any, Any]:
-    """Return the values of an array, on whatever device it is, as a NumPy array."""
+    """Return the values of an array on any device as a NumPy array."""
     if array_api_compat.is_torch_array(array):
         values: np.ndarray[Any, Any] = array.numpy(force=True)
         return values
@@ -74,13 +74,16 @@ def as_numpy(array: Array, /) -> np.ndarray[Any, Any]:
 
 
 def as_working_precision(array: Array, /) -> Array:
-    """Widen half-precision to float32: no decomposition or sum is done in 16 bits."""
+    """Widen half precision to float32, since 16 bits are too few for decompositions and sums."""
     xp = namespace(array)
     return xp.astype(array, xp.float32) if xp.finfo(array.dtype).bits < 32 else array
 
 
 def as_widest_precision(array: Array, /) -> Array:
-    """Widen to float64, where the framework as it is set up, and the device, have it; else return the array."""
+    """Widen to float64 where possible, else return the array unchanged.
+
+    JAX has float64 only with ``jax_enable_x64``, and PyTorch lacks it on Apple's GPUs.
+    """
     xp = namespace(array)
     if array_api_compat.is_jax_namespace(xp) and not sys.modules["jax"].config.jax_enable_x64:
         return array
@@ -90,12 +93,12 @@ def as_widest_precision(array: Array, /) -> Array:
 
 
 def is_faster_in_float32(array: Array, /) -> bool:
-    """Return whether eigenvectors take clearly less time in float32: not in NumPy, whose library gains nothing."""
+    """Return whether eigenvectors take clearly less time in float32. They do not in NumPy."""
     return not array_api_compat.is_numpy_namespace(namespace(array))
 
 
 def is_traced(*arrays: Any) -> bool:
-    """Return whether one of the arrays is a tracer of JAX: a shape and a dtype, without values."""
+    """Return whether one of the arrays is a JAX tracer, which has a shape and a dtype but no values."""
     jax = sys.modules.get("jax")
     return jax is not None and any(isinstance(array, jax.core.Tracer) for array in arrays)
 
@@ -103,16 +106,18 @@ def is_traced(*arrays: Any) -> bool:
 def choose(
     condition: Array, then: Callable[..., Any], otherwise: Callable[..., Any], /, *operands: Any
 ) -> Any:
-    """Return ``then(*operands)`` or ``otherwise(*operands)``; a branch of the compiled function where traced.
+    """Return ``then(*operands)`` if the condition holds, else ``otherwise(*operands)``.
+
+    If the condition is traced, the call becomes a ``jax.lax.cond`` of the compiled function.
 
     Parameters
     ----------
     condition
         0-d boolean.
     then, otherwise
-        Pure functions with results of one structure, shapes and dtypes.
+        Pure functions whose results have the same structure, shapes and dtypes.
     operands
-        Arrays, or tuples, lists and dictionaries of them.
+        Arrays, or tuples, lists and dictionaries of arrays.
     """
     if is_traced(condition):
         return sys.modules["jax"].lax.cond(condition, then, otherwise, *operands)
@@ -120,14 +125,18 @@ def choose(
 
 
 def repeat_while(condition: Callable[[Any], Array], body: Callable[[Any], Any], state: Any, /) -> Any:
-    """Return ``body(...body(body(state)))`` as long as the condition holds; a compiled loop where traced.
+    """Apply `body` to the state as long as the condition holds, and return the final state.
+
+    If the state is traced, the call becomes a ``jax.lax.while_loop`` of the compiled function.
 
     Parameters
     ----------
-    condition, body
-        Pure functions of the state: to a 0-d boolean, and to a state of the same structure, shapes and dtypes.
+    condition
+        Pure function that maps the state to a 0-d boolean.
+    body
+        Pure function that maps the state to a state of the same structure, shapes and dtypes.
     state
-        A tuple of arrays.
+        Tuple of arrays.
     """
     if is_traced(*state):
         return sys.modules["jax"].lax.while_loop(condition, body, state)
@@ -137,16 +146,16 @@ def repeat_while(condition: Callable[[Any], Array], body: Callable[[Any], Any], 
 
 
 def check_concrete(*arrays: Any, name: str) -> None:
-    """Check that arrays have values: that none is a tracer, of which JAX knows only shape and dtype.
+    """Check that the arrays have values, that is, that none of them is a JAX tracer.
 
     Raises
     ------
     ArrayTypeError
-        If one is a tracer; the message says where to call instead.
+        If one of them is a tracer. The message says where to make the call instead.
     """
     if is_traced(*arrays):
         raise ArrayTypeError(
-            f"{name}: the values are needed here, and found was a tracer, which has none; call this outside of "
+            f"{name}: values are needed here, but found a JAX tracer, which has none; call this outside of "
             "jax.jit, jax.grad, jax.vmap and jax.lax.scan, and pass the result in"
         )
 
@@ -157,7 +166,7 @@ def check_matrix(array: Array, /, *, name: str) -> None:
     Raises
     ------
     ArrayTypeError
-        If it is no array, or complex, integer or boolean.
+        If it is not an array, its dtype is complex, integer or boolean, or its dtype has fewer than 16 bits.
     ArrayValueError
         If it is not 2-d, has an empty axis, or holds NaN or infinity.
     """
@@ -177,7 +186,8 @@ def check_matrix(array: Array, /, *, name: str) -> None:
     if 0 in array.shape:
         raise ArrayValueError(f"{name} must not be empty, found shape {tuple(array.shape)}")
     check_concrete(array, name=name)
-    # NaN and infinity stay in a sum, which costs a fraction of a look at each entry; large entries may overflow it.
+    # A sum is much cheaper than checking each entry, and NaN and infinity propagate into it. Large finite entries may
+    # overflow it, so the entries are checked only if the sum is not finite.
     with np.errstate(over="ignore", invalid="ignore"):
         total = xp.sum(array)
     if not bool(xp.isfinite(total)) and not bool(xp.all(xp.isfinite(array))):
@@ -187,8 +197,8 @@ def check_matrix(array: Array, /, *, name: str) -> None:
 def one_hot(indices: Array, size: int, /, *, dtype: Any) -> Array:
     """Return ``H`` with ``H[..., i, k] = 1`` where ``indices[..., i] == k`` and 0 elsewhere.
 
-    A matrix product with it takes the place of a scatter or a boolean index, both of which the array
-    API lacks or gives a shape that depends on the data.
+    A matrix product with H replaces a scatter, which the array API lacks, and a boolean index, whose result has
+    a shape that depends on the data.
 
     Parameters
     ----------
@@ -202,7 +212,7 @@ def one_hot(indices: Array, size: int, /, *, dtype: Any) -> Array:
     Returns
     -------
     Array
-        Of shape (..., m, K).
+        H, of shape (..., m, K).
     """
     xp = namespace(indices)
     classes = xp.arange(size, dtype=indices.dtype, device=device(indices))
@@ -213,8 +223,8 @@ def one_hot(indices: Array, size: int, /, *, dtype: Any) -> Array:
 def eigh(matrices: Array, /) -> tuple[Array, Array]:
     """Return eigenvalues and eigenvectors of symmetric matrices (..., m, m), ascending.
 
-    Entries below eps^2 beside the largest, far within the rounding error, are taken for zero: where their squares
-    underflow, LAPACK's divide and conquer gives NaN or does not converge.
+    Entries below eps^2 times the largest entry are set to zero. They are far below the rounding error, but where
+    their squares underflow, LAPACK's divide-and-conquer solver returns NaN or does not converge.
     """
     xp = namespace(matrices)
     sizes = xp.abs(matrices)

@@ -1,6 +1,6 @@
-"""What the paper says about a weight and its adapter: Z*, how well subspaces fit, the bound of Theorem 1.
+"""Quantities that the paper analyses: Z*, how well the subspaces fit a weight, the bound of Theorem 1.
 
-Nothing that trains or applies an adapter needs it.
+They serve analysis only. Training and applying an adapter do not need them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from adamss.errors import ConfigError
 
 __all__ = [
     "block_diagonality",
+    "cell_means",
     "count_trainable_bound",
     "generalisation_bound",
+    "inside_over_between",
     "laplacian_spectrum",
     "lowest_rank_representation",
     "ordering",
@@ -29,21 +31,21 @@ __all__ = [
 
 
 def lowest_rank_representation(decomposition: Decomposition) -> Array:
-    """Represent each column of ``W_hat`` by all columns.
+    """Return the lowest-rank representation of the columns of ``W_hat`` by each other.
 
-    ``Z* = V V^T``, the matrix of least nuclear norm among those with ``W_hat = W_hat Z``, where V has the
-    right singular vectors of the non-zero singular values. For columns that come from independent
-    subspaces it is block diagonal once they are ordered by subspace.
+    ``Z* = V V^T`` is the matrix of least nuclear norm that satisfies ``W_hat = W_hat Z``. The columns of V are the
+    right singular vectors of the non-zero singular values. If the columns of ``W_hat`` come from independent
+    subspaces, ``Z*`` is block diagonal once they are ordered by subspace.
 
     Parameters
     ----------
     decomposition
-        As from `decompose`.
+        Truncated SVD of the weight, as `decompose` returns it.
 
     Returns
     -------
     Array
-        ``Z*`` of shape (n, n), a projection; zero for a zero matrix.
+        ``Z*`` of shape (n, n), a projection. It is zero for a zero matrix.
 
     References
     ----------
@@ -64,17 +66,17 @@ def lowest_rank_representation(decomposition: Decomposition) -> Array:
 
 
 def block_diagonality(Z: Array, labels: Array) -> Array:
-    """Measure how much of a representation stays inside its subspaces.
+    """Measure how much of a representation lies within the subspaces.
 
-    ``sum of Z_ij^2 over labels_i = labels_j``, divided by ``||Z||_F^2``: 1 for a block diagonal matrix (and
-    for a zero one), about ``1 / K`` for labels that have nothing to do with it.
+    The measure is the sum of ``Z_ij^2`` over all pairs with ``labels_i = labels_j``, divided by ``||Z||_F^2``. It
+    is 1 for a block diagonal matrix (and for a zero matrix), and about ``1 / K`` for labels that are unrelated to Z.
 
     Parameters
     ----------
     Z
         Representation of shape (n, n), real floating point.
     labels
-        Integers of shape (n,).
+        Subspace of each column, integers of shape (n,).
 
     Returns
     -------
@@ -94,6 +96,80 @@ def block_diagonality(Z: Array, labels: Array) -> Array:
     return 1 - xp.sum(squares * outside) / xp.where(total > 0, total, xp.ones_like(total))
 
 
+def inside_over_between(Z: Array, labels: Array) -> Array:
+    """Compare the entries of a representation within subspaces with those between them.
+
+    The mean of ``|Z_ij|``, i != j, over ``labels_i = labels_j``, divided by the mean over ``labels_i != labels_j``:
+    about 1 for labels that have nothing to do with Z, infinity for a block diagonal matrix.
+
+    Parameters
+    ----------
+    Z
+        Representation of shape (n, n), real floating point.
+    labels
+        Integers of shape (n,).
+
+    Returns
+    -------
+    Array
+        A scalar; NaN where one of the two means has no entries, or both are zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> Z = np.asarray([[1.0, 0.5, 0.1], [0.5, 1.0, 0.1], [0.1, 0.1, 1.0]])
+    >>> round(float(inside_over_between(Z, np.asarray([0, 0, 1]))), 6)
+    5.0
+    """
+    xp = namespace(Z, labels)
+    columns = xp.arange(Z.shape[0], device=device(Z))
+    same = labels[:, None] == labels[None, :]
+    sizes = xp.abs(_normalised(Z))
+
+    def mean(chosen: Array) -> Array:
+        number = xp.sum(xp.astype(chosen, Z.dtype))
+        total = xp.sum(xp.where(chosen, sizes, xp.zeros_like(sizes)))
+        return total / xp.where(number > 0, number, xp.full_like(number, math.nan))
+
+    inside = mean(xp.logical_and(same, columns[:, None] != columns[None, :]))
+    between = mean(xp.logical_not(same))
+    without = xp.where(inside > 0, xp.full_like(inside, math.inf), xp.full_like(inside, math.nan))
+    return xp.where(between == 0, without, inside / xp.where(between == 0, xp.ones_like(between), between))
+
+
+def cell_means(Z: Array, cells: int) -> Array:
+    """Return the means of a square matrix over a grid of cells, which a picture can show where Z is too large.
+
+    ``M_ab = mean of Z_ij over i in cell a and j in cell b``. The cells are as equal as they can be: column i lies in
+    cell ``floor(i cells / n)``.
+
+    Parameters
+    ----------
+    Z
+        Matrix of shape (n, n), real floating point.
+    cells
+        Most cells on a side. Where n is no more, Z itself is returned.
+
+    Returns
+    -------
+    Array
+        Of shape (m, m), ``m = min(n, cells)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> cell_means(np.asarray([[1.0, 3.0, 0.0], [5.0, 7.0, 0.0], [2.0, 4.0, 9.0]]), 2).tolist()
+    [[4.0, 0.0], [3.0, 9.0]]
+    """
+    n = Z.shape[0]
+    if n <= cells:
+        return Z
+    xp = namespace(Z)
+    members = one_hot(xp.arange(n, device=device(Z)) * cells // n, cells, dtype=Z.dtype)
+    means = members / xp.sum(members, axis=0)
+    return means.T @ Z @ means
+
+
 def subspace_energy(decomposition: Decomposition, labels: Array, subspaces: int) -> Array:
     """Return each subspace's share of the energy of the weight.
 
@@ -102,16 +178,16 @@ def subspace_energy(decomposition: Decomposition, labels: Array, subspaces: int)
     Parameters
     ----------
     decomposition
-        As from `decompose`.
+        Truncated SVD of the weight, as `decompose` returns it.
     labels
-        Integers of shape (n,), in ``0 .. subspaces - 1``.
+        Subspace of each column, integers of shape (n,) in ``0 .. subspaces - 1``.
     subspaces
         Number K of subspaces.
 
     Returns
     -------
     Array
-        Of shape (K,). The sum is 1, or 0 for a zero matrix.
+        Shares of shape (K,). They sum to 1, or to 0 for a zero matrix.
 
     Examples
     --------
@@ -130,17 +206,17 @@ def subspace_energy(decomposition: Decomposition, labels: Array, subspaces: int)
 
 
 def ordering(labels: Array) -> Array:
-    """Return the permutation that sorts columns by subspace and, within one, leaves them in order.
+    """Return the permutation that sorts the columns by subspace and keeps their order within each subspace.
 
     Parameters
     ----------
     labels
-        Integers of shape (n,).
+        Subspace of each column, integers of shape (n,).
 
     Returns
     -------
     Array
-        Integers of shape (n,): ``labels[ordering(labels)]`` is ascending.
+        Integers of shape (n,) such that ``labels[ordering(labels)]`` is ascending.
 
     Examples
     --------
@@ -152,7 +228,7 @@ def ordering(labels: Array) -> Array:
 
 
 def count_trainable_bound(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iterable[int]) -> int:
-    """Return the bound ``q max_k (n_k + R_k)`` of the paper on `count_trainable` (its r is our q).
+    """Return the paper's upper bound ``q max_k (n_k + R_k)`` on `count_trainable` (the paper writes r for q).
 
     Parameters
     ----------
@@ -162,7 +238,7 @@ def count_trainable_bound(sizes: Iterable[int], ranks: Iterable[int], basis_rank
     Returns
     -------
     int
-        A number not below that of `count_trainable`.
+        The bound, which is at least the result of `count_trainable`.
 
     Raises
     ------
@@ -186,7 +262,7 @@ def generalisation_bound(
     L_g: float = 1.0,
     L_phi: float = 1.0,
 ) -> float:
-    """Return what the expected loss stays below with the given probability.
+    """Return an upper bound on the expected loss that holds with the given probability.
 
     With probability ``1 - delta``::
 
@@ -198,19 +274,20 @@ def generalisation_bound(
     empirical_loss
         Mean loss over the m samples.
     spectral_norms
-        beta_k, bounds on the spectral norms of B_k C_k, one per subspace; see `spectral_norms`.
+        Bounds beta_k on the spectral norms of B_k C_k, one per subspace. The function `spectral_norms` computes
+        the norms.
     ranks
-        r_k, one per subspace.
+        Trained ranks r_k, one per subspace.
     sizes
-        n_k, columns of each subspace.
+        Numbers of columns n_k, one per subspace.
     input_norm
-        Rx, the largest Euclidean norm of an input.
+        Largest Euclidean norm Rx of an input.
     samples
-        m.
+        Number m of samples.
     confidence
-        ``1 - delta``, in (0, 1).
+        Probability ``1 - delta``, in (0, 1).
     L_g, L_phi
-        The constants of the theorem's loss.
+        Constants of the loss in the theorem.
 
     Returns
     -------
@@ -259,7 +336,7 @@ def generalisation_bound(
 
 
 def spectral_norms(factors: Factors) -> Array:
-    """Return ``|B_k C_k|_2``, the largest singular value of each subspace's trained product.
+    """Return ``|B_k C_k|_2``, the largest singular value of the trained product of each subspace.
 
     Parameters
     ----------
@@ -269,7 +346,7 @@ def spectral_norms(factors: Factors) -> Array:
     Returns
     -------
     Array
-        (K,) floating point.
+        Spectral norms of shape (K,), floating point.
     """
     xp = namespace(factors.B)
     group, _ = column_index(factors)
@@ -281,7 +358,7 @@ def spectral_norms(factors: Factors) -> Array:
 
 
 def _normalised(array: Array) -> Array:
-    """Divide by the largest magnitude, so that squares neither over- nor underflow."""
+    """Divide by the largest magnitude, so that the squares neither overflow nor all vanish."""
     xp = namespace(array)
     largest = xp.max(xp.abs(array))
     return array / xp.where(largest > 0, largest, xp.ones_like(largest))

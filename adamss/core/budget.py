@@ -1,8 +1,9 @@
 """The adaptive budget: how important each subspace is, how many may be trained at each step, and which.
 
-A pure state machine. It works on flat vectors, so that a step costs a handful of operations whatever the number of
-layers: ``plan = plan_budget(layers, config)`` and ``state = initial_budget_state(plan, weights)``, then in every step
-`observe` before the optimiser and `advance` after it. Nothing depends on values, so all of it runs under ``jax.jit``.
+The budget is a pure state machine on flat vectors, so that a step takes few array operations even for many layers.
+Set it up by ``plan = plan_budget(layers, config)`` and ``state = initial_budget_state(plan, weights)``. Then, in
+every step, call `observe` before the optimiser and `advance` after it. Shapes and Python control flow do not depend
+on values, so that `observe` and `advance` run under ``jax.jit``.
 """
 
 from __future__ import annotations
@@ -52,27 +53,27 @@ def budget_at(step: int, config: BudgetConfig, total: int | None = None) -> int:
 
         b(t) = floor(b_end + (b_start - b_end) (1 - (t - t0) / (t1 - t0))^p)   for t0 <= t <= t1,
 
-    b_start before t0 and b_end after t1. Exact in integers where p is one.
+    The budget is b_start before t0 and b_end after t1. If p is an integer, the computation is exact.
 
     Parameters
     ----------
     step
-        Completed, not skipped, optimiser steps t >= 0.
+        Number t >= 0 of completed optimiser steps. Skipped steps do not count.
     config
         The schedule.
     total
-        Number of subspaces (or of trained parameters, as ``config.unit`` says) of the model: b_start
-        where ``config.initial`` is None.
+        Number of subspaces of the model, or of its trained parameters, depending on ``config.unit``. It is b_start
+        if ``config.initial`` is None.
 
     Returns
     -------
     int
-        Subspaces or parameters that may train.
+        Number of subspaces or parameters that may be trained.
 
     Raises
     ------
     ConfigError
-        If b_start is known neither from the schedule nor from `total`, or is below the target.
+        If b_start is given neither by the schedule nor by `total`, or b_start is below the target.
 
     References
     ----------
@@ -87,10 +88,10 @@ def budget_at(step: int, config: BudgetConfig, total: int | None = None) -> int:
     """
     start = config.initial if config.initial is not None else total
     if start is None:
-        raise ConfigError("the budget at the start is not known: give total= or BudgetConfig(initial=...)")
+        raise ConfigError("the initial budget is not known; pass total= or BudgetConfig(initial=...)")
     if start < config.target:
         raise ConfigError(
-            f"target = {config.target} is more than the {start} there are at the start; choose a lower target"
+            f"target = {config.target} is more than the initial budget {start}; choose a lower target"
         )
     if step <= config.start_step:
         return start
@@ -105,21 +106,21 @@ def budget_at(step: int, config: BudgetConfig, total: int | None = None) -> int:
 
 
 def allocates_at(step: Any, config: BudgetConfig) -> Any:
-    """Return whether there is an allocation after ``step`` completed steps.
+    """Return whether an allocation takes place after ``step`` completed steps.
 
-    Every ``interval`` steps after t0, and always at t1; none before or after.
+    Allocations take place every ``interval`` steps after t0, and always at t1. There are none up to t0 or after t1.
 
     Parameters
     ----------
     step
-        Completed, not skipped, optimiser steps; an integer, or an array of them.
+        Number of completed optimiser steps, an integer or an array of integers. Skipped steps do not count.
     config
         The schedule.
 
     Returns
     -------
     bool
-        Whether to call `allocate`; an array of booleans for an array.
+        Whether to call `allocate`. If `step` is an array, an array of booleans.
     """
     within = (step > config.start_step) & (step <= config.end_step)
     return within & ((step == config.end_step) | ((step - config.start_step) % config.interval == 0))
@@ -134,39 +135,41 @@ def allocate(
     layers: Array | None = None,
     minimum: int = 0,
 ) -> Array:
-    """Return which subspaces stay trained: the best that the budget affords.
+    """Choose the subspaces that stay trained, the best ones that the budget allows.
 
-    Without costs, exactly ``min(budget, T)`` subspaces, highest scores first. With costs, in order of
-    score over cost, each that still fits is taken and one that does not is passed over, so that the
-    costs never sum to more than the budget. Equal scores: the lower index first; order the subspaces by
-    module path, then by number, and every framework and process decides alike. Under ``jax.jit`` too.
+    Without costs, the ``min(budget, T)`` subspaces with the highest scores are chosen. With costs, the subspaces are
+    visited in order of score over cost, and each one that still fits the budget is chosen. The costs of the chosen
+    subspaces therefore never sum to more than the budget. Of equal scores, the lower index comes first. If the
+    subspaces are ordered by module path and then by number, every framework and every process makes the same choice.
+    The function can be called under ``jax.jit``.
 
     Parameters
     ----------
     scores
-        Score of every subspace of the model, (T,) floating point. NaN ranks below everything.
+        Score of every subspace of the model, (T,) floating point. NaN ranks below every number.
     budget
-        Number of subspaces, or of parameters where costs are given; an integer >= 0, or a 0-d array.
+        Number of subspaces, or of parameters if `costs` is given. An integer >= 0, or a 0-d array.
     costs
-        Trained parameters of each subspace, (T,) positive integers: an array, or the list that
+        Trained parameters of each subspace, (T,) positive integers, as an array or as the list that
         `adamss.core.subspace_costs` returns.
     candidates
-        (T,) booleans: which subspaces may be taken, those that are still trained where none may come back. None for
-        all.
+        Which subspaces may be chosen, (T,) booleans: those still trained, if a frozen one may not return. None means
+        all of them.
     layers
-        Layer of each subspace, (T,) integers, for `minimum`.
+        Layer of each subspace, (T,) integers. Only `minimum` uses it.
     minimum
-        So many of the best candidates of every layer are taken before all others, as far as the budget goes.
+        Number of subspaces per layer that are chosen first. The best `minimum` candidates of every layer come
+        before all other candidates, as far as the budget allows.
 
     Returns
     -------
     Array
-        (T,) booleans.
+        Which subspaces are chosen, (T,) booleans.
 
     Raises
     ------
     ArrayValueError
-        If scores, costs, candidates or layers are not (T,), or a cost is not positive.
+        If scores, costs, candidates or layers do not have the shape (T,), or a cost is not positive.
     ConfigError
         If the budget or the minimum is negative, or there is a minimum and no `layers`.
 
@@ -214,13 +217,13 @@ def allocate(
 
 
 def _stably_sorted(last: Array, order: Array) -> Array:
-    """Move the entries of an order that are marked behind the others, each kind in its order."""
+    """Move the entries of `order` that are marked in `last` to the end, keeping the order within both groups."""
     xp = namespace(order)
     return xp.take(order, xp.argsort(xp.astype(last, xp.int8), stable=True))
 
 
 def _place_in_layer(layers: Array) -> Array:
-    """How many entries of the same layer come before each."""
+    """Return, for each entry, how many earlier entries belong to the same layer."""
     xp = namespace(layers)
     grouped = xp.argsort(layers, stable=True)
     sorted_layers = xp.take(layers, grouped)
@@ -230,11 +233,11 @@ def _place_in_layer(layers: Array) -> Array:
 
 
 def _fill(costs: Array, candidates: Array, budget: int | Array) -> Array:
-    """Take the costs in order, passing over each that no longer fits; booleans (T,).
+    """Take candidates in order, skipping each one that no longer fits the budget; return booleans (T,).
 
-    Each round takes as long a run as fits; what is dearer than the rest of the budget can never fit
-    again and leaves, with it at least the entry that ended the run. So there are at most as many rounds
-    as distinct costs, where a loop over entries would take T.
+    Each round takes the longest run of candidates that fits. Then all candidates that cost more than the remaining
+    budget are dropped, since the budget only shrinks; the candidate that ended the run is one of them. Hence the
+    number of rounds is at most the number of distinct costs, where a loop over the entries would need T rounds.
     """
     xp = namespace(costs)
 
@@ -253,22 +256,22 @@ def _fill(costs: Array, candidates: Array, budget: int | Array) -> Array:
 
 
 class Processes:
-    """What `observe` and `advance` need from the other processes of a training; here, that there are none.
+    """Communication of `observe` and `advance` with the other processes; this class is for a single process.
 
-    A controller whose arrays are spread over processes overrides the methods. Its vectors may then hold the elements
-    of its own process alone, in any order: only `scores` knows where they belong.
+    A controller whose arrays are distributed over processes overrides the methods. Its vectors may then hold only the
+    elements of its own process, in any order, because only `scores` needs to know which subspace each belongs to.
     """
 
     def all_usable(self, usable: Array) -> Array:
-        """Return whether the gradients could be used on every process (0-d boolean)."""
+        """Return whether the gradients are usable on every process (0-d boolean)."""
         return usable
 
     def scores(self, plan: BudgetPlan, products: Array) -> Array:
-        """Return the score (T,) of every subspace, from ``Ibar Ubar`` of the elements."""
+        """Return the score (T,) of every subspace, from the products ``Ibar Ubar`` of the elements."""
         return plan.scores(products)
 
     def agree(self, active: Array) -> Array:
-        """Return the decision (T,) that all processes take."""
+        """Return the choice of subspaces (T,) that all processes adopt."""
         return active
 
 
@@ -277,22 +280,23 @@ ALONE = Processes()
 
 @dataclass(frozen=True, eq=False)
 class BudgetPlan:
-    """A schedule for the subspaces of one model; made by `plan_budget`.
+    """A schedule applied to the subspaces of one model; created by `plan_budget`.
 
-    The T subspaces of all layers stand in one row, ordered by module path, then by number. This order settles ties,
-    so it must not depend on the order of the layers in the model. The N elements of all B and C stand in one vector
-    ``[B_1, C_1, B_2, C_2, ...]`` in the same order of layers.
+    The T subspaces of all layers form one row, ordered by module path and then by number. This order breaks ties
+    between equal scores, so it must not depend on the order of the layers in the model. The N elements of all B and C
+    form one vector ``[B_1, C_1, B_2, C_2, ...]``, in the same order of the layers.
 
     Attributes
     ----------
     config
         The schedule.
     layers
-        `adamss.core.factors.outline` of each layer by module path, sorted by path.
+        Outline of the factors of each layer (`adamss.core.factors.outline`) by module path, sorted by path.
     costs
         Trained parameters of each of the T subspaces.
     total
-        Number of subspaces, or of parameters, as ``config.unit`` says: the budget at the start.
+        Number of subspaces or of parameters of the model, depending on ``config.unit``. It is the budget at the start
+        if ``config.initial`` is None.
     """
 
     config: BudgetConfig
@@ -311,7 +315,7 @@ class BudgetPlan:
         return tuple(layer.ranks.shape[0] for layer in self.layers.values())
 
     def budget_at(self, step: Any) -> Any:
-        """Return `adamss.core.budget_at` for this model; the step may be traced."""
+        """Return `adamss.core.budget_at` for this model. The step may be traced."""
         if not is_traced(step):
             return budget_at(int(step), self.config, self.total)
         xp = namespace(step)
@@ -319,26 +323,26 @@ class BudgetPlan:
         return xp.take(xp.asarray(self._budgets, dtype=step.dtype), place)
 
     def allocates_at(self, step: Any) -> Any:
-        """Return `adamss.core.allocates_at`; the step may be traced."""
+        """Return `adamss.core.allocates_at` for this schedule. The step may be traced."""
         return allocates_at(step, self.config)
 
     def join(self, values: Mapping[str, Array]) -> Array:
-        """Return arrays (K,) of every layer in one row (T,)."""
+        """Concatenate arrays (K,), one per layer, into one row (T,)."""
         arrays = [values[path] for path in self.layers]
         return namespace(*arrays).concat(arrays)
 
     def split(self, row: Array) -> dict[str, Array]:
-        """Undo `join`: return (K,) of every layer by its path."""
+        """Undo `join`: return the array (K,) of every layer by module path."""
         return dict(zip(self.layers, _parts(row, self.sizes), strict=True))
 
     def join_elements(self, values: Mapping[str, tuple[Array, Array]]) -> Array:
-        """Return arrays of the shapes of B and C of every layer in one vector (N,), in float32 or wider."""
+        """Concatenate arrays of the shapes of B and C, a pair per layer, into one vector (N,) of float32 or wider."""
         arrays = [array for path in self.layers for array in values[path]]
         xp = namespace(*arrays)
         return xp.concat([xp.reshape(as_working_precision(array), (-1,)) for array in arrays])
 
     def split_elements(self, vector: Array) -> dict[str, tuple[Array, Array]]:
-        """Undo `join_elements`: return arrays of the shapes of B and C by the path of the layer."""
+        """Undo `join_elements`: return the arrays of the shapes of B and C of every layer by module path."""
         xp = namespace(vector)
         shapes = [array.shape for layer in self.layers.values() for array in (layer.B, layer.C)]
         parts = _parts(vector, [math.prod(shape) for shape in shapes])
@@ -346,17 +350,17 @@ class BudgetPlan:
         return {path: (next(arrays), next(arrays)) for path in self.layers}
 
     def scores(self, products: Array) -> Array:
-        """Return the score of each subspace: the mean over B_k plus the mean over C_k, padding left out.
+        """Return the score of each subspace, the mean over B_k plus the mean over C_k, without padding.
 
         Parameters
         ----------
         products
-            Sensitivity times uncertainty of the elements, (N,).
+            Sensitivity times uncertainty of each element, (N,).
 
         Returns
         -------
         Array
-            (T,) floating point; 0 for a subspace of rank 0.
+            Scores of shape (T,), floating point. A subspace of rank 0 has score 0.
         """
         xp, on, dtype = namespace(products), device(products), products.dtype
         found = []
@@ -366,9 +370,9 @@ class BudgetPlan:
             if np.any(ranks < r):
                 within = np.arange(r)[:, None] < ranks[layer.labels]
                 C = xp.where(xp.asarray(within, device=on), C, xp.zeros_like(C))
-            owners_B = np.full(layer.B.shape[1], K)  # K: the column is padding
+            owners_B = np.full(layer.B.shape[1], K)  # K stands for padding
             owners_B[: np.sum(ranks)] = np.repeat(np.arange(K), ranks)
-            # A product with a one-hot matrix: a scatter would not be deterministic on a GPU.
+            # The sums per subspace are products with a one-hot matrix, as a scatter is not deterministic on a GPU.
             for array, owners, counts in (
                 (B, owners_B, ranks * basis_ranks(layer)),
                 (C, layer.labels, ranks * subspace_sizes(layer.labels, K)),
@@ -385,9 +389,9 @@ class BudgetPlan:
         scores
             Score of every subspace, (T,).
         active
-            Which are trained up to now, (T,) booleans: the candidates, unless ``config.revive``.
+            Which subspaces are trained so far, (T,) booleans. Only these can stay trained, unless ``config.revive``.
         budget
-            Of the step, in ``config.unit``; an integer or a 0-d array.
+            Budget of the step in ``config.unit``, an integer or a 0-d array.
         """
         xp, on = namespace(scores), device(scores)
         integer = xp.int32 if max(self.total, len(self.costs)) < 2**31 else xp.int64
@@ -404,28 +408,29 @@ class BudgetPlan:
 
     @cached_property
     def _budgets(self) -> np.ndarray[Any, Any]:
-        """Budget of every step of the schedule, exact integers: what a compiled function looks up."""
+        """Budget of every step of the schedule, as exact integers for a compiled function to look up."""
         steps = range(self.config.start_step, self.config.end_step + 1)
         return np.asarray([self.budget_at(step) for step in steps])
 
 
 class BudgetState(NamedTuple):
-    """Where the reduction of one model stands. All of it is arrays: save it with the optimiser's state.
+    """Progress of the reduction of one model. All fields are arrays; save them with the optimiser's state.
 
     Attributes
     ----------
     step
-        Completed optimiser steps, 0-d integer.
+        Number of completed optimiser steps, 0-d integer.
     waiting
-        Whether an allocation is due for which no step has been informative yet, 0-d boolean.
+        Whether an allocation is due but waits for an informative step (see `advance`), 0-d boolean.
     left_out
-        Steps whose gradients held NaN or infinity, 0-d integer; they count as steps, but not in the averages.
+        Number of steps that are not in the averages because their importance was not finite or too large
+        (see `observe`), 0-d integer. They count as steps all the same.
     active
         Which subspaces are trained, (T,) booleans.
     sensitivity
-        Ibar, the average of ``I = |w g|`` of each element, (N,) in float32 or wider.
+        Moving average Ibar of ``I = |w g|`` of each element, (N,) in float32 or wider.
     uncertainty
-        Ubar, the average of ``|I - Ibar|``, likewise.
+        Moving average Ubar of ``|I - Ibar|`` of each element, (N,) in float32 or wider.
     """
 
     step: Array
@@ -437,25 +442,25 @@ class BudgetState(NamedTuple):
 
 
 def plan_budget(layers: Mapping[str, Factors], config: BudgetConfig) -> BudgetPlan:
-    """Return the plan of a schedule for the layers of a model.
+    """Apply a schedule to the layers of a model.
 
     Parameters
     ----------
     layers
-        Factors by module path. The masks are copied; of A, B and C only the shapes are read.
+        Factors by module path. The masks are copied. Of A, B and C only the shapes are read.
     config
         The schedule.
 
     Returns
     -------
     BudgetPlan
-        For all subspaces of the layers.
+        Plan for all subspaces of the layers.
 
     Raises
     ------
     ConfigError
-        If the target, or the budget at the start, is more than the model has, or the target is less than
-        ``minimum_per_layer`` needs, or less than the one subspace costs that may be left.
+        If there are no layers, if the target or the budget at the start exceeds what the model has, or if the target
+        is too low: less than ``minimum_per_layer`` may need, or less than a single subspace may cost.
 
     Examples
     --------
@@ -470,7 +475,7 @@ def plan_budget(layers: Mapping[str, Factors], config: BudgetConfig) -> BudgetPl
     if not layers:
         raise ConfigError("a budget needs at least one adapted layer")
     outlines = {path: outline(layers[path], name=path) for path in sorted(layers)}
-    # A framework that trains in place would write its later masks into these.
+    # Copy the masks, since a framework that trains in place may later write into the same memory.
     outlines = {path: layer._replace(active=layer.active.copy()) for path, layer in outlines.items()}
     per_layer = []
     for layer in outlines.values():
@@ -486,7 +491,8 @@ def plan_budget(layers: Mapping[str, Factors], config: BudgetConfig) -> BudgetPl
             )
     kept = config.minimum_per_layer
     if in_parameters:
-        # The target must afford whichever subspaces a layer keeps at last, and whichever one is left at last.
+        # Which subspaces are kept is known only later, so the target must afford the dearest ones. With `revive`, a
+        # cheaper subspace can replace the last one, so the cheapest must fit.
         needed = min(costs) if config.revive else max(costs)
         needed = max(needed, sum(sum(sorted(layer_costs)[-kept:]) for layer_costs in per_layer if kept))
     else:
@@ -505,23 +511,23 @@ def plan_budget(layers: Mapping[str, Factors], config: BudgetConfig) -> BudgetPl
 
 
 def initial_budget_state(plan: BudgetPlan, like: Array) -> BudgetState:
-    """Return the state before the first step: averages of zero, and the masks that the plan was made with.
+    """Return the state before the first step: zero averages, and the masks with which the plan was created.
 
     Parameters
     ----------
     plan
-        See `plan_budget`.
+        Plan, as `plan_budget` returns it.
     like
-        The weights as `observe` gets them, (N,): they say framework, device and dtype.
+        Vector (N,) of weights as passed to `observe`. It determines the framework, device and dtype.
 
     Returns
     -------
     BudgetState
-        Averages in float32 or wider.
+        State whose averages are in float32 or wider.
     """
     zeros = as_working_precision(like)
     xp, on = namespace(like), device(like)
-    # No array appears twice: a compiled step may be given the buffers of the state, each of them once.
+    # No array appears twice: a compiled step may donate the buffers of the state, and a buffer can be donated once.
     return BudgetState(
         step=xp.zeros((), dtype=xp.int32, device=on),
         waiting=xp.zeros((), dtype=xp.bool, device=on),
@@ -535,32 +541,32 @@ def initial_budget_state(plan: BudgetPlan, like: Array) -> BudgetState:
 def observe(
     plan: BudgetPlan, state: BudgetState, weights: Array, gradients: Array, processes: Processes = ALONE
 ) -> BudgetState:
-    """Return the state with the importance averages of one more step; call it before the optimiser's step.
+    """Update the importance averages with one step. Call this function before the optimiser's step.
 
-    With ``I = |w g|``, b1 and b2 the two decays of the schedule::
+    With ``I = |w g|``, and b1 and b2 the two decay rates of the schedule::
 
         Ibar' = b1 Ibar + (1 - b1) I
         Ubar' = b2 Ubar + (1 - b2) |I - Ibar'|
 
-    A step with NaN or infinity in ``I``, or with a value whose square, which a score needs, would overflow, leaves
-    the averages as they were and is counted in ``left_out``. Once the schedule has ended the state is returned as it
-    is.
+    A step is left out of the averages, and counted in ``left_out``, if ``I`` holds NaN, infinity or a value whose
+    square would overflow (a score multiplies two averages). After the end of the schedule, the state is returned
+    unchanged.
 
     Parameters
     ----------
     plan, state
-        See `plan_budget` and `initial_budget_state`.
+        Plan and current state; see `plan_budget` and `initial_budget_state`.
     weights
-        Elements of all B and C before the optimiser's step, (N,); see `BudgetPlan.join_elements`.
+        Elements of all B and C before the optimiser's step, (N,). See `BudgetPlan.join_elements`.
     gradients
-        Their gradients, (N,), unscaled, and summed over all processes that see different data.
+        Gradients of `weights`, (N,), unscaled, and summed over all processes that see different data.
     processes
-        Where the arrays are spread over several.
+        Communication between processes, for arrays that are distributed over several.
 
     Returns
     -------
     BudgetState
-        With other averages. If the optimiser then skips its step, go on from the former state.
+        State with updated averages. If the optimiser then skips its step, discard it and continue from `state`.
 
     References
     ----------
@@ -573,7 +579,7 @@ def observe(
         b1, b2 = plan.config.sensitivity_decay, plan.config.uncertainty_decay
         with np.errstate(over="ignore", invalid="ignore"):
             now = xp.abs(as_working_precision(weights) * as_working_precision(gradients))
-            # The comparison is False for NaN too.
+            # NaN fails the comparison too.
             usable = processes.all_usable(xp.all(now <= xp.finfo(now.dtype).max ** 0.5))
             sensitivity = b1 * state.sensitivity + (1 - b1) * now
             uncertainty = b2 * state.uncertainty + (1 - b2) * xp.abs(now - sensitivity)
@@ -589,25 +595,25 @@ def observe(
 
 
 def advance(plan: BudgetPlan, state: BudgetState, processes: Processes = ALONE) -> BudgetState:
-    """Return the state after the optimiser's step: the step counted, and subspaces chosen if an allocation is due.
+    """Count the optimiser's step, and choose the subspaces if an allocation is due. Call it after the step.
 
-    An allocation waits while no candidate has a score above zero (C starts at zero, so the first step says nothing).
-    It then takes place at the first step that is informative, with the budget of that step.
+    An allocation is postponed while no candidate has a score above zero, as after the first step, where C = 0 makes
+    all importances zero. The allocation then takes place at the first informative step, with the budget of that step.
 
     Parameters
     ----------
     plan
-        See `plan_budget`.
+        Plan, as `plan_budget` returns it.
     state
-        As `observe` returned it. Its ``step`` and ``waiting`` may be a Python integer and boolean, which on a GPU
-        spare the wait for its results.
+        State, as `observe` returns it. Its ``step`` and ``waiting`` may be a Python integer and a Python boolean.
+        On a GPU this avoids waiting for pending results.
     processes
-        Where the arrays are spread over several.
+        Communication between processes, for arrays that are distributed over several.
 
     Returns
     -------
     BudgetState
-        After the step; ``plan.split(state.active)`` gives the masks of the layers.
+        State after the step. ``plan.split(state.active)`` returns the masks of the layers.
 
     References
     ----------
@@ -621,6 +627,7 @@ def advance(plan: BudgetPlan, state: BudgetState, processes: Processes = ALONE) 
 
         def allocated(state: BudgetState) -> BudgetState:
             decided = plan.decide(scores, state.active, plan.budget_at(state.step))
+            # Both branches of a traced `choose` must return the same types, hence `& False` and not a Python bool.
             state = state._replace(waiting=state.waiting & False, active=processes.agree(decided))
             if plan.config.window == "running":
                 return state
@@ -645,6 +652,6 @@ def _unchanged(state: BudgetState) -> BudgetState:
 
 
 def _parts(vector: Array, sizes: Sequence[int]) -> list[Array]:
-    """Cut a vector into pieces of these sizes."""
+    """Split a vector into consecutive parts of the given sizes."""
     ends = np.cumsum(sizes).tolist()
     return [vector[end - size : end] for size, end in zip(sizes, ends, strict=True)]

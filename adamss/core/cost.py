@@ -1,4 +1,4 @@
-"""What the update of a layer costs, by the order in which its products are taken."""
+"""Cost of the update of a layer, depending on the order in which its matrix products are computed."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from adamss.errors import ConfigError
 __all__ = ["ORDERS", "UpdateCost", "cheapest_order", "check_order", "device_balance", "update_cost"]
 
 ORDERS = ("factors_first", "input_first")
-"""Orders in which ``x A B C`` is computed: ``(x (A B)) C``, or ``((x A) B) C``."""
+"""Orders in which ``x A B C`` can be computed: ``(x (A B)) C`` or ``((x A) B) C``."""
 
 CPU_BALANCE = 12.0
-"""Multiply-adds that take the time of moving one number: measured on a CPU whose cache holds the activations."""
+"""Multiply-adds that take as long as moving one number, measured on a CPU whose cache held the activations."""
 
 ACCELERATOR_BALANCE = {"wide": 32.0, "half": 200.0}
-"""The same in float32 and wider, and in half precision, of the order that the data sheets of current GPUs give."""
+"""The same for a GPU in float32 or wider, and in half precision: orders of magnitude from current data sheets."""
 
 
 def device_balance(itemsize: int, *, cpu: bool) -> float:
-    """Return the `balance` of `cheapest_order` for numbers of so many bytes, on a CPU or an accelerator."""
+    """Return the `balance` of `cheapest_order` for numbers of `itemsize` bytes, on a CPU or an accelerator."""
     return CPU_BALANCE if cpu else ACCELERATOR_BALANCE["half" if itemsize < 4 else "wide"]
 
 
 def check_order(order: str | None) -> None:
-    """Raise unless a setting is one of `ORDERS`, or None for the one that costs less.
+    """Check that a setting is one of `ORDERS`, or None, which means the cheaper order.
 
     Raises
     ------
     ConfigError
-        If it is something else.
+        If the setting is anything else.
     """
     if order is not None and order not in ORDERS:
         raise ConfigError(
@@ -44,11 +44,11 @@ class UpdateCost(NamedTuple):
     Attributes
     ----------
     multiply_adds
-        Of all products of one step; of the forward alone where nothing is trained.
+        Multiply-adds of all products of the forward pass and, in training, of the backward pass.
     moved
-        Numbers read and written by those products.
+        Numbers that these products read and write.
     kept
-        Numbers kept from the forward to the backward that would not be kept otherwise.
+        Numbers that the update alone keeps in memory from the forward to the backward pass.
     """
 
     multiply_adds: int
@@ -69,25 +69,31 @@ def update_cost(
 ) -> UpdateCost:
     """Return the cost of ``y += x A B C`` and of its gradients.
 
-    - ``"factors_first"`` forms ``M = A B``, then ``z = x M`` and ``y += z C``. Its backward needs x and z.
-    - ``"input_first"`` forms ``u = x A`` and ``z = u B``. Its backward needs u and z, and M for the gradient of x.
+    - ``"factors_first"`` computes ``M = A B``, then ``z = x M`` and ``y += z C``. The backward pass needs x and z.
+    - ``"input_first"`` computes ``u = x A``, then ``z = u B`` and ``y += z C``. The backward pass needs u and z, and
+      it computes M for the gradient of x.
 
     Parameters
     ----------
     order
         One of `ORDERS`.
     tokens
-        Rows N of x.
+        Number N of rows of x.
     d, n
-        Inputs and outputs of the layer.
+        Numbers of inputs and outputs of the layer.
     rank
-        Columns R of A.
+        Number R of columns of A.
     directions
-        Columns q of B, the sum of the trained ranks.
+        Number q of columns of B, the sum of the trained ranks.
     training
-        Whether there is a backward, with gradients of x, B and C.
+        Whether a backward pass computes the gradients of x, B and C.
     input_kept
-        Whether x is kept for the backward anyway, as by a layer whose own weight is trained.
+        Whether x is kept for the backward pass anyway, as by a layer whose own weight is trained.
+
+    Returns
+    -------
+    UpdateCost
+        Cost of one step.
 
     Raises
     ------
@@ -110,7 +116,7 @@ def update_cost(
     else:
         products = N * d * R + N * R * q
         moved = N * d + d * R + 2 * N * R + R * q + N * q
-    # y += z C, which reads y too
+    # y += z C, which reads y as well as writing it
     products += N * q * n
     moved += N * q + q * n + 2 * N * n
     if not training:
@@ -124,7 +130,7 @@ def update_cost(
         moved += N * d + N * q + d * q + contraction_moves
         kept = N * q if input_kept else N * (d + q)
     else:
-        # M once more, and dB = u^T dz
+        # M = A B for dx, and dB = u^T dz
         products += contraction + N * R * q
         moved += contraction_moves + N * R + N * q + R * q
         kept = N * (R + q)
@@ -142,18 +148,25 @@ def cheapest_order(
     input_kept: bool = False,
     balance: float = CPU_BALANCE,
 ) -> str:
-    """Return the order whose products, moves and kept numbers cost the least.
+    """Return the order of products with the lowest estimated time.
 
-    A kept number counts as one that is moved. For one token contracting A and B costs more than all the rest; for a
-    batch on a processor that multiplies much faster than it moves, keeping x does.
+    The estimate counts the multiply-adds, the moved numbers and the kept numbers, with a kept number costing as much
+    as a moved one. For a single token, the product A B is the largest cost, so ``"input_first"`` is cheaper. For a
+    batch on a processor that multiplies much faster than it moves numbers, keeping x is the largest cost, so
+    ``"input_first"`` is cheaper there too.
 
     Parameters
     ----------
     tokens, d, n, rank, directions, training, input_kept
         As for `update_cost`.
     balance
-        Multiply-adds that take the time of moving one number: about ten on a CPU, tens to hundreds on an
-        accelerator.
+        Number of multiply-adds that take as long as moving one number: about ten on a CPU, tens to hundreds on an
+        accelerator. See `device_balance`.
+
+    Returns
+    -------
+    str
+        One of `ORDERS`.
 
     Examples
     --------

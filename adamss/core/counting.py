@@ -1,4 +1,4 @@
-"""How many numbers are trained: AdaMSS, LoRA, full fine-tuning."""
+"""Numbers of trained parameters of AdaMSS, LoRA and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ __all__ = [
 
 
 def subspace_costs(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iterable[int]) -> list[int]:
-    """Return the trained parameters of each subspace, ``r_k (n_k + R_k)``.
+    """Return the number of trained parameters of each subspace, ``r_k (n_k + R_k)``.
 
     Parameters
     ----------
     sizes
-        Columns n_k of each subspace; an array (K,) or any iterable of integers.
+        Number of columns n_k of each subspace, an array (K,) or any iterable of integers.
     ranks
         Trained rank r_k of each subspace.
     basis_ranks
-        Basis columns R_k of each subspace.
+        Number of basis columns R_k of each subspace.
 
     Returns
     -------
     list of int
-        One number per subspace.
+        Number of trained parameters of each subspace.
 
     Raises
     ------
     ConfigError
-        If the three are of different lengths, or hold a negative number.
+        If the arguments differ in length, or hold a negative number.
     """
     check_concrete(sizes, ranks, basis_ranks, name="sizes, ranks and basis_ranks")
     rows = [tuple(int(value) for value in column) for column in (sizes, ranks, basis_ranks)]
@@ -55,30 +55,30 @@ def subspace_costs(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iter
 
 
 def count_trainable(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Iterable[int]) -> int:
-    """Return the trained parameters of one AdaMSS layer, ``sum_k r_k (n_k + R_k)``.
+    """Return the number of trained parameters of one AdaMSS layer, ``sum_k r_k (n_k + R_k)``.
 
     Parameters
     ----------
     sizes
-        Columns n_k of each subspace; an array (K,) or any iterable of integers.
+        Number of columns n_k of each subspace, an array (K,) or any iterable of integers.
     ranks
         Trained rank r_k of each subspace.
     basis_ranks
-        Basis columns R_k of each subspace.
+        Number of basis columns R_k of each subspace.
 
     Returns
     -------
     int
-        Number of trained parameters, padding left out.
+        Number of trained parameters, without padding.
 
     Raises
     ------
     ConfigError
-        If the three are of different lengths, or hold a negative number.
+        If the arguments differ in length, or hold a negative number.
 
     Examples
     --------
-    Query and value of the 12 layers of RoBERTa-base, K = 10, r_k = 1, R = 100:
+    The query and value projections of the 12 layers of RoBERTa-base, with K = 10, r_k = 1 and R = 100:
 
     >>> 24 * count_trainable([768 - 9 * 76] + 9 * [76], 10 * [1], 10 * [100])
     42432
@@ -87,14 +87,14 @@ def count_trainable(sizes: Iterable[int], ranks: Iterable[int], basis_ranks: Ite
 
 
 def count_factors(factors: Factors, *, active_only: bool = False) -> int:
-    """Return the trained parameters of the factors of one layer, padding left out.
+    """Return the number of trained parameters in the factors of one layer, without padding.
 
     Parameters
     ----------
     factors
         Factors of one layer.
     active_only
-        Count only the subspaces that are still trained.
+        Whether to count only the subspaces that are still trained.
 
     Returns
     -------
@@ -108,12 +108,12 @@ def count_factors(factors: Factors, *, active_only: bool = False) -> int:
 
 
 def count_lora(d: int, n: int, rank: int) -> int:
-    """Return the trained parameters of LoRA on a weight (d, n): ``(d + n) rank``.
+    """Return the number of trained parameters of LoRA on a weight (d, n), ``(d + n) rank``.
 
     Parameters
     ----------
     d, n
-        Inputs and outputs of the layer.
+        Numbers of inputs and outputs of the layer.
     rank
         Rank of the update.
 
@@ -130,12 +130,12 @@ def count_lora(d: int, n: int, rank: int) -> int:
 
 
 def count_full(d: int, n: int, *, bias: bool = False) -> int:
-    """Return the trained parameters of full fine-tuning of a weight (d, n), and its bias.
+    """Return the number of trained parameters if a weight (d, n), and optionally its bias, is trained in full.
 
     Parameters
     ----------
     d, n
-        Inputs and outputs of the layer.
+        Numbers of inputs and outputs of the layer.
     bias
         Whether a bias (n,) is trained too.
 

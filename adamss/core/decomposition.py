@@ -24,25 +24,25 @@ from adamss.errors import ConfigError
 __all__ = ["Decomposition", "decompose"]
 
 MISSING_ENERGY = 1e-3
-"""Upper estimate of the share of the optimal energy that a search may leave out when it stops.
+"""Share of the optimal energy that may be missing when a search stops, according to an estimate from above.
 
-What it really leaves out, measured at rank 100: 4e-4 of a Gaussian matrix, the flattest spectrum there is, and below
-2e-4 where singular values decay."""
+The share that is really missing is smaller. At rank 100 it was measured as 4e-4 for a Gaussian matrix, which has the
+flattest spectrum, and below 2e-4 for matrices with decaying singular values."""
 
 EXACT_SIDE = 512
-"""Up to this length of the smaller side, the eigenvectors of the whole Gram matrix cost the least."""
+"""Smaller side up to which computing all eigenvectors of the Gram matrix is faster than a search."""
 
 SMALLEST_REFINED = 128
-"""From this length of the smaller side, eigenvectors of float32 and their correction beat those of float64."""
+"""Smaller side from which float32 eigenvectors with a float64 correction take less time than float64 eigenvectors."""
 
 GUARDS = 8
-"""Directions beyond the rank that float32 need not tell from those within: float64 does."""
+"""Directions kept beyond the rank, so that float64 and not float32 decides which directions are the leading ones."""
 
 LARGEST_CORRECTION = 1e-4
-"""Largest entry of a correction whose square, the error that it leaves, is below the rounding of float32."""
+"""Largest accepted entry of a first-order correction. The remaining error, its square, is below float32 rounding."""
 
 SAFE_NORM = 1e-6
-"""Weights whose norm lies between this and its inverse are decomposed at the scale that they have."""
+"""Weights whose norm lies between this value and its inverse are decomposed without rescaling."""
 
 
 class Decomposition(NamedTuple):
@@ -64,36 +64,37 @@ class Decomposition(NamedTuple):
 
 
 def decompose(W: Array, rank: int, *, seed: int = 0) -> Decomposition:
-    """Decompose a weight into its leading singular vectors.
+    """Compute the truncated singular value decomposition of a weight.
 
-    ``W ~ U diag(S) V^T`` with ``U^T U = V^T V = I``, such that ``||U^T W||_F^2`` is (nearly) the largest
-    that any R directions reach.
+    ``W ~ U diag(S) V^T`` with ``U^T U = V^T V = I``, where U captures (nearly) the largest energy
+    ``||U^T W||_F^2`` that R orthonormal directions can capture.
 
-    A small matrix is decomposed exactly. A large one is searched in a growing block Krylov space of
-    ``W W^T`` until at most 1e-3 of the optimal energy is estimated to be missing. Steep spectra need few
-    blocks and flat ones many.
+    A small matrix is decomposed exactly. For a large one, the singular vectors are searched for in a growing block
+    Krylov space of ``W W^T``, until at most 1e-3 of the optimal energy is estimated to be missing. A steep spectrum
+    needs few blocks, a flat one many.
 
     Parameters
     ----------
     W
-        Weight of shape (d, n), real floating point. Half precision is decomposed in float32.
+        Weight of shape (d, n), real floating point. A weight in half precision is decomposed in float32.
     rank
-        Number R of singular vectors; more than ``min(d, n)`` is taken as ``min(d, n)``.
+        Number R of singular vectors. It is clamped to ``min(d, n)``.
     seed
-        Seed of the directions that the search starts from. The same seed gives the same result.
+        Seed of the random directions with which the search starts. The same seed gives the same result.
 
     Returns
     -------
     Decomposition
-        ``U: (d, R)``, ``S: (R,)``, ``V: (n, R)`` of W's framework, device and (at least float32) dtype. In
-        each column of U the entry of largest magnitude is positive, so that all frameworks agree.
+        ``U: (d, R)``, ``S: (R,)`` and ``V: (n, R)`` in the framework and on the device of W, in its dtype or in
+        float32 if that is wider. The signs are chosen such that in each column of U the entry of largest magnitude is
+        positive, so that all frameworks agree.
 
     Raises
     ------
     ConfigError
-        If ``rank`` is not an integer, or below 1.
+        If ``rank`` is not an integer, or is below 1.
     ArrayTypeError
-        If W is not real floating point.
+        If W is not real floating point, or has no values because it is traced.
     ArrayValueError
         If W is not a finite, non-empty matrix.
 
@@ -118,12 +119,12 @@ def decompose(W: Array, rank: int, *, seed: int = 0) -> Decomposition:
 
 
 def check_count(count: int | None, /, *, name: str, remedy: str) -> int:
-    """Return a setting that counts something as an ``int``.
+    """Return a setting that must be a positive integer as an ``int``.
 
     Raises
     ------
     ConfigError
-        If it is not an integer, or below 1.
+        If it is not an integer, or is below 1. The message names `name` and ends with `remedy`.
     """
     try:
         number = operator.index(count)  # type: ignore[arg-type]
@@ -135,10 +136,10 @@ def check_count(count: int | None, /, *, name: str, remedy: str) -> int:
 
 
 def _decompose(W: Array, rank: int, rng: np.random.Generator) -> Decomposition:
-    """Decompose with the Gram matrix on the smaller side, at a scale where no square over- or underflows."""
+    """Decompose W via the Gram matrix of its smaller side, rescaled so that squares do not over- or underflow."""
     xp = namespace(W)
     scale = 1.0
-    # The norm costs a tenth of the largest entry, but is made of squares itself.
+    # The norm is ten times cheaper than the largest entry, but its own squares may overflow.
     with np.errstate(over="ignore"):
         norm = float(xp.linalg.vector_norm(W))
     if not SAFE_NORM <= norm <= 1 / SAFE_NORM:
@@ -149,7 +150,7 @@ def _decompose(W: Array, rank: int, rng: np.random.Generator) -> Decomposition:
         U, S, V = _decompose_wide(W, rank, rng)
     else:
         V, S, U = _decompose_wide(W.T, rank, rng)
-    # The entry of largest magnitude is the maximum or the minimum.
+    # The entry of largest magnitude is the maximum or the minimum of its column. It is negative if their sum is.
     negative = xp.max(U, axis=0) + xp.min(U, axis=0) < 0
     sign = 1 - 2 * xp.astype(negative, U.dtype)
     return Decomposition(U * sign, S * scale, V * sign)
@@ -160,8 +161,8 @@ def _decompose_wide(W: Array, rank: int, rng: np.random.Generator) -> Decomposit
     d, _ = W.shape
     dtype = W.dtype
     if d <= max(EXACT_SIDE, 4 * rank):
-        # Rounding mixes the last direction with the first that is left out; of real weights it is enough to send
-        # k-means into another optimum. In float64 all frameworks agree.
+        # In float32, rounding mixes the last direction with the first one that is left out. For real weights this is
+        # enough to lead k-means to another optimum. In float64 all frameworks find the same groups.
         wide = as_widest_precision(W)
         basis = _leading_span(W, wide, rank)
         image = wide.T if basis is None else wide.T @ basis
@@ -169,24 +170,25 @@ def _decompose_wide(W: Array, rank: int, rng: np.random.Generator) -> Decomposit
         leading, U = xp.flip(eigenvalues[-rank:]), xp.flip(eigenvectors[:, -rank:], axis=1)
         image, U = image @ U, U if basis is None else basis @ U
         if float(leading[-1]) * xp.finfo(dtype).eps > d * xp.finfo(wide.dtype).eps * float(leading[0]):
-            # What W^T U lacks in orthogonality is below the rounding of the result; scaling is all that is left.
+            # The columns of W^T U are orthogonal up to the rounding of the result, so they only need scaling.
             S = xp.sqrt(leading)
             return _as_dtype((U, S, image / S), dtype)
     else:
         U, image = _search(W, rank, rng)
-    # Squaring W loses the small singular values; inside the subspace found they come back from U^T W.
+    # The Gram matrix squares W and so loses the small singular values. An SVD of U^T W, restricted to the subspace
+    # found, recovers them.
     Q, triangle = xp.linalg.qr(image)
     right, S, left = xp.linalg.svd(triangle, full_matrices=False)
     return _as_dtype((U @ left.T, S, Q @ right), dtype)
 
 
 def _leading_span(W: Array, wide: Array, rank: int) -> Array | None:
-    """Return an orthonormal basis (d, m), a little wider than `rank`, that holds the leading directions of `wide`.
+    """Return an orthonormal basis (d, m), a little wider than `rank`, that contains the leading directions of `wide`.
 
-    All eigenvectors in the precision of W, at half the cost, and a correction of first order in that of `wide`:
-    with ``W W^T q_i = t_i q_i + e_i``, a direction j that is left out is mixed into q_i by
-    ``q_j^T e_i / (t_i - t_j)``. What is left are the squares of these. None if they are not small enough, or if
-    no time would be saved.
+    All eigenvectors are computed in the precision of W, at half the cost, and then corrected to first order in the
+    precision of `wide`. With ``W W^T q_i = t_i q_i + e_i``, each direction j outside the basis is mixed into q_i with
+    the coefficient ``q_j^T e_i / (t_i - t_j)``. The remaining error is the square of these coefficients. Return None
+    if they are not small enough, or if this way would save no time.
     """
     xp = namespace(W)
     d, _ = W.shape
@@ -195,18 +197,20 @@ def _leading_span(W: Array, wide: Array, rank: int) -> Array | None:
         return None
     eigenvalues, eigenvectors = eigh(W @ W.T)
     outer = d - width
+    # The coefficients divide by the gap between the leading eigenvalues and those outside of the basis.
     if float(eigenvalues[-rank] - eigenvalues[outer - 1]) <= xp.finfo(W.dtype).eps * float(eigenvalues[-1]):
         return None
-    # The guards between need no correction: their error enters only scaled by the small mixing coefficients.
+    # The guards need no correction: their error enters only scaled by the small mixing coefficients.
     inner, outside = xp.astype(eigenvectors[:, outer:], wide.dtype), eigenvectors[:, :outer]
     guards, kept = inner[:, :GUARDS], inner[:, GUARDS:]
     residual = wide @ (wide.T @ kept) - kept * xp.astype(eigenvalues[-rank:], wide.dtype)
-    # Once the two have cancelled, the precision of W will do: of a correction seven digits are plenty.
+    # The residual is a small difference of large terms and needs the wide precision. The correction needs only a few
+    # digits, so from here on the precision of W is enough.
     mixed_in = (outside.T @ xp.astype(residual, W.dtype)) / (eigenvalues[-rank:] - eigenvalues[:outer, None])
     if not float(xp.max(xp.abs(mixed_in))) <= LARGEST_CORRECTION:
         return None
     basis = xp.concat([guards, kept + xp.astype(outside @ mixed_in, wide.dtype)], axis=1)
-    # One step of Newton's makes orthonormal what nearly is.
+    # One Newton step orthonormalises a basis that is already nearly orthonormal.
     return 1.5 * basis - 0.5 * (basis @ (basis.T @ basis))
 
 
@@ -216,14 +220,14 @@ def _as_dtype(found: tuple[Array, Array, Array], dtype: Any) -> Decomposition:
 
 
 def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Grow an orthonormal basis Q until its best ``rank`` directions hold nearly all energy there is.
+    """Grow an orthonormal basis Q until its best ``rank`` directions capture nearly the optimal energy.
 
-    These are ``U = Q E``, with E the leading eigenvectors of ``Q^T W W^T Q`` (Rayleigh and Ritz). Returns U:
-    (d, R) and ``W^T U``: (n, R).
+    These directions are ``U = Q E``, with E the leading eigenvectors of ``Q^T W W^T Q`` (the Rayleigh-Ritz method).
+    Return ``U: (d, R)`` and ``W^T U: (n, R)``.
     """
     xp = namespace(W)
     d, n = W.shape
-    # Multiples of 16 columns multiply fastest.
+    # Matrix products are fastest if the number of columns is a multiple of 16.
     size = max(16, rank // 3 // 16 * 16)
     draws = rng.standard_normal((max(d, n), size), dtype=np.float32)
     noise = xp.asarray(draws, dtype=W.dtype, device=device(W))
@@ -237,11 +241,12 @@ def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array
     energies: list[tuple[int, float]] = []
     look = 0
     for shift in range(1, d // size):
-        # The Gram matrix is block tridiagonal: the new block meets only the last two of the basis.
+        # The Gram matrix is block tridiagonal, so only the last two blocks of the basis have to be projected out.
         near = max(0, basis.shape[1] - 2 * size)
         block = W @ images[-1] - basis[:, near:] @ gram[near:, -size:]
         block, _ = xp.linalg.qr(block + xp.roll(noise, shift, axis=0))
-        # Rounding breaks the orthogonality to all earlier blocks, above all once a direction has converged.
+        # Rounding destroys the orthogonality to the earlier blocks, especially once a direction has converged, so
+        # project them out once more.
         block, _ = xp.linalg.qr(block - basis @ (basis.T @ block))
         image = W.T @ block
         zeros = xp.zeros((basis.shape[1] - size, size), dtype=W.dtype, device=device(W))
@@ -263,16 +268,21 @@ def _search(W: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array
 
 
 def _outlook(energies: list[tuple[int, float]]) -> tuple[float, int]:
-    """Estimate the share of energy still to come, and after how many blocks it is worth looking again.
+    """Estimate the share of energy still missing, and the number of blocks to add before the next check.
 
-    The gains are extrapolated geometrically, to ``gain ratio / (1 - ratio)``; a Krylov space converges faster, so
-    this is an over-estimate. The next look comes after half of the predicted blocks, since each costs an
-    eigendecomposition.
+    The gain per block is extrapolated geometrically, to ``gain ratio / (1 - ratio)``. A Krylov space converges faster
+    than that, so the estimate is too high rather than too low. The next check comes after half of the predicted
+    blocks, since each check costs an eigendecomposition.
 
     Parameters
     ----------
     energies
-        Number of blocks and energy in them, of all looks so far.
+        Number of blocks and captured energy, at each check so far.
+
+    Returns
+    -------
+    missing, wait
+        Estimated share of the energy, and number of blocks.
     """
     if len(energies) < 3:
         return 1.0, 1
@@ -286,20 +296,20 @@ def _outlook(energies: list[tuple[int, float]]) -> tuple[float, int]:
 
 
 def effective_coordinates(decomposition: Decomposition) -> Array:
-    """Return V with the columns of null directions set to zero.
+    """Return V with the columns of negligible singular values set to zero.
 
-    A singular value at or below ``eps max(d, n) S[0]`` is rounding. Its singular vector is arbitrary, and
-    as long as every other: left in, it would drown the structure of the columns.
+    A singular value at or below ``eps max(d, n) S[0]`` is rounding error. Its singular vector is arbitrary, but has
+    unit length like every other, so it would hide the structure of the columns if it were kept.
 
     Parameters
     ----------
     decomposition
-        As from `decompose`; its arrays may have leading axes.
+        Truncated SVD of the weight, as `decompose` returns it. Its arrays may have leading axes.
 
     Returns
     -------
     Array
-        Of shape (..., n, R).
+        V with zeroed columns, of shape (..., n, R).
     """
     U, S, V = decomposition
     xp = namespace(V)

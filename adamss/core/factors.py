@@ -39,11 +39,11 @@ __all__ = [
 ]
 
 SMALLEST_BATCH = 16
-"""Smaller subspaces than this are padded to it: eigenvectors of so few columns cost less than another call."""
+"""Size to which smaller subspaces are padded, since eigenvectors of so few columns cost less than another call."""
 
 
 class Factors(NamedTuple):
-    """The adapter of one weight ``W: (d, n)`` with K subspaces, in canonical stacked form.
+    """Factors of the update of one weight ``W: (d, n)`` with K subspaces, in stacked form.
 
     ``delta[:, j] = M[:, columns of k] @ C[:ranks[k], j]`` with ``k = labels[j]`` and
     ``M = [A_1 B_1 ... A_K B_K]``.
@@ -51,20 +51,22 @@ class Factors(NamedTuple):
     Attributes
     ----------
     A
-        Frozen basis, (G, d, P) floating point. G = 1 if all subspaces share it, G = K if each has its
-        own, padded with zero columns to the largest; in between, each is shared by K / G subspaces in a row, as
-        those of one expert (see `join`). One more input row, d + 1, where the bias is adapted too.
+        Frozen bases, (G, d, P) floating point. G = 1 if all subspaces share one basis. G = K if each subspace has its
+        own, padded with zero columns to the width of the largest. Any other G means that K / G consecutive
+        subspaces share a basis, such as the subspaces of one expert (see `join`). If the bias is adapted too, A has
+        d + 1 rows.
     B
-        Trained, (P, q) floating point: ``ranks[0]`` columns of subspace 0, then those of subspace 1, ...
+        Trained factor, (P, q) floating point. Its columns are the ``ranks[0]`` columns of subspace 0, then those of
+        subspace 1, and so on.
     C
-        Trained, (r, n) floating point, r = max(ranks). Entries at or beyond the rank of the column's
-        subspace are padding: never read, never trained, never counted.
+        Trained factor, (r, n) floating point, with r = max(ranks). The entries of a column at or beyond the rank of
+        its subspace are padding, which is never read, trained or counted.
     labels
         Subspace of each column, (n,) integers in 0 .. K - 1.
     ranks
-        Trained rank r_k of each subspace, (K,) integers of sum q.
+        Trained rank r_k of each subspace, (K,) integers that sum to q.
     active
-        Whether each subspace is trained, (K,) booleans. One that is not still contributes.
+        Whether each subspace is trained, (K,) booleans. A frozen subspace still contributes to the update.
     """
 
     A: Array
@@ -76,16 +78,17 @@ class Factors(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Some subspaces of a layer, and where they stand among all; NumPy arrays.
+    """A selection of subspaces of a layer, as NumPy arrays that index into its factors.
 
     Attributes
     ----------
     labels
-        (n,) integers: subspace of each column, numbered among the chosen ones; -1 where it is not chosen.
+        Subspace of each column, (n,) integers that number the chosen subspaces from 0. A column of a subspace
+        that is not chosen has -1.
     subspaces
         Numbers of the chosen subspaces, (K',) integers, ascending.
     directions
-        Their columns of B, (q',) integers, ascending.
+        Columns of B that belong to the chosen subspaces, (q',) integers, ascending.
     """
 
     labels: np.ndarray[Any, Any]
@@ -102,39 +105,41 @@ def initial_factors(
     initial_B: InitialB = "orthonormal",
     reconstruct: bool = False,
 ) -> Factors:
-    """Return the factors at the start of training: C = 0, so that the update is zero.
+    """Return the factors at the start of training, where C = 0 makes the update zero.
 
-    With ``W_hat = U S V^T``, V_k the rows I_k of V and Q_k the leading r_k right singular vectors of V_k^T::
+    Let ``W_hat = U S V^T``, let V_k be the rows I_k of V, and Q_k the leading r_k right singular vectors of V_k^T.
+    Then the options of `initial_B` are::
 
         B_k = A_k^T W_hat[:, I_k] Q_k           ("weighted", the paper's B_w B_z)
         B_k = orth(V_k^T Q_k)                   ("orthonormal", shared basis)
         B_k = orth(A_k^T W_hat[:, I_k] Q_k)     ("orthonormal", basis per subspace)
         B_k = Q of the QR of A_k^T W_hat[:, I_k] Z*_k, its first r_k columns    ("qr", Algorithm 1 as written)
 
-    where ``Z*_k = V_k V_k^T``. The last depends on the order of the columns: the QR starts with the first r_k columns
-    of the subspace, whatever they are, where the others start with its leading directions.
+    where ``Z*_k = V_k V_k^T``. The option ``"qr"`` depends on the order of the columns: B_k spans what the first r_k
+    columns of the subspace span, whatever these are. The other options start with the leading directions of the
+    subspace.
 
     Parameters
     ----------
     decomposition
         Truncated SVD of the weight: U (d, R), S (R,), V (n, R).
     labels
-        Subspace of each column, (n,) integers; every subspace 0 .. K - 1 occurs.
+        Subspace of each column, (n,) integers. Every subspace 0 .. K - 1 must occur.
     subspace_rank
-        Trained rank r_k wanted of every subspace; clamped to min(n_k, R_k).
+        Requested trained rank r_k of every subspace. It is clamped to min(n_k, R_k).
     basis
-        ``"shared"``: A_k = U. ``"per_subspace"``: A_k is an orthonormal basis, of min(d, R, n_k)
-        columns, that contains the columns I_k of W_hat.
+        Basis of the subspaces. ``"shared"`` uses A_k = U for all of them. ``"per_subspace"`` gives each subspace an
+        orthonormal basis A_k of min(d, R, n_k) columns whose span contains the columns I_k of W_hat.
     initial_B
-        See the equations.
+        Initial value of B; see the equations above.
     reconstruct
-        Start from ``C_k = Q_k^T`` instead of zero. With weighted B and r_k = rank(V_k) the update then
-        equals W_hat, the identity ``W_hat[:, I_k] = A_k B_w B_z C_k`` of the paper.
+        Whether to start with ``C_k = Q_k^T`` instead of zero. With ``"weighted"`` B and r_k = rank(V_k) the update
+        then equals W_hat, which is the identity ``W_hat[:, I_k] = A_k B_w B_z C_k`` of the paper.
 
     Returns
     -------
     Factors
-        In the dtype and on the device of the decomposition, every subspace active.
+        Factors in the dtype and on the device of the decomposition, with every subspace active.
 
     Raises
     ------
@@ -182,7 +187,7 @@ def initial_factors(
     ranks = [min(subspace_rank, size, limit) for size, limit in zip(sizes, limits, strict=True)]
     r = max(ranks)
     leading = _leading_directions(decomposition.V, labels, sizes, r)
-    # orth(V_k^T Q_k) is `leading` itself, which stays orthonormal where V_k^T Q_k has zero columns.
+    # orth(V_k^T Q_k) equals `leading`, whose columns are orthonormal even where V_k^T Q_k has zero columns.
     A, stacked = decomposition.U[None, :, :], leading
     plain = basis == "shared" and initial_B == "orthonormal"
     if not plain or reconstruct:
@@ -216,24 +221,24 @@ def initial_factors(
 def factors_from_directions(
     M: Array, C: Array, labels: Array, ranks: Array, active: Array, *, U: Array | None = None
 ) -> Factors:
-    """Return factors with a shared basis and the update ``M @ expand(C)``.
+    """Return factors with a shared basis whose update is ``M @ expand(C)``.
 
-    ``A = orth([M, U])``, its first max(q, R) columns, and ``B = A^T M``: A spans M, so the update is kept,
-    and what U adds lets training go on in R directions.
+    A is the first max(q, R) columns of ``orth([M, U])``, and ``B = A^T M``. The update is preserved because A spans
+    M. The directions that U adds let training continue in R directions.
 
     Parameters
     ----------
     M
-        Input directions, (d, q), of `contract`.
+        Input directions, (d, q), as `contract` returns them.
     C, labels, ranks, active
-        As in `Factors`.
+        Fields of `Factors`.
     U
-        Leading left singular vectors of the weight, (d, R). None for a basis that spans M alone.
+        Leading left singular vectors of the weight, (d, R). None means that the basis spans only M.
 
     Returns
     -------
     Factors
-        With A (1, d, P), P = max(q, R) but at most d.
+        Factors with A of shape (1, d, P), where P = max(q, R), but at most d.
     """
     xp = namespace(M, C)
     spanning = M if U is None else xp.concat([M, xp.astype(U, M.dtype)], axis=1)
@@ -243,15 +248,15 @@ def factors_from_directions(
 
 
 def column_index(factors: Factors) -> tuple[Array, Array]:
-    """Return subspace k(c) and place i(c) within it, both (q,), of each column c of M.
+    """Return, for each column c of M, its subspace k(c) and its position i(c) within the subspace, both (q,).
 
-    A column beyond the sum of the ranks is padding, as layers of one stack need it: its subspace is K, which
-    no column of W has, and its place any.
+    A column beyond the sum of the ranks is padding, which occurs in stacks, whose layers share one q. Its subspace
+    is given as K, which no column of W has as a label, and its position is arbitrary.
     """
     xp = namespace(factors.ranks)
     q = factors.B.shape[1]
     if factors.C.shape[0] == 1 and q == factors.ranks.shape[0]:
-        # No rank is above 1, and they sum to K: all are 1, and column k belongs to subspace k.
+        # No rank is above 1 and the ranks sum to K, so all of them are 1, and column k belongs to subspace k.
         columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
         return columns, xp.zeros_like(columns)
     ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
@@ -264,21 +269,22 @@ def column_index(factors: Factors) -> tuple[Array, Array]:
 
 
 def outline(factors: Factors, *, name: str = "factors") -> Factors:
-    """Return labels, ranks and mask as NumPy arrays, and A, B, C of zeros that take no memory.
+    """Return an outline of the factors in NumPy: labels, ranks and mask, and zeros for A, B and C.
 
-    They are what counting, checking and planning need, whatever the framework and the device of the factors.
+    The outline is all that counting, checking and planning need, and it does not depend on the framework and the
+    device of the factors. The zeros are broadcast from one number and take no memory.
 
     Parameters
     ----------
     factors
         Factors of one layer. Of A, B and C only ``shape`` is read.
     name
-        What the message calls them: the module path of the layer.
+        Name of the factors in messages, such as the module path of the layer.
 
     Returns
     -------
     Factors
-        With the shapes of `factors`. What is in NumPy's memory already is not copied.
+        Factors of the same shapes. Labels, ranks and mask are not copied if NumPy can use their memory.
 
     Raises
     ------
@@ -292,9 +298,9 @@ def outline(factors: Factors, *, name: str = "factors") -> Factors:
 
 
 def basis_ranks(factors: Factors) -> Array:
-    """Return R_k, the number of basis columns of each subspace that are not padding.
+    """Return R_k, the number of basis columns of each subspace without padding.
 
-    ``R_k = P`` for a basis that subspaces share and ``min(P, n_k)`` for a basis per subspace.
+    ``R_k = P`` if subspaces share a basis, and ``R_k = min(P, n_k)`` if each subspace has its own.
 
     Parameters
     ----------
@@ -304,7 +310,7 @@ def basis_ranks(factors: Factors) -> Array:
     Returns
     -------
     Array
-        (K,) integers.
+        Numbers R_k, (K,) integers.
     """
     xp = namespace(factors.labels)
     groups, _, P = factors.A.shape
@@ -315,19 +321,20 @@ def basis_ranks(factors: Factors) -> Array:
 
 
 def hold_frozen(before: Factors, after: Factors) -> Factors:
-    """Return factors whose frozen subspaces are those of `before`, to the bit, and the rest that of `after`.
+    """Restore the frozen subspaces of `after` to their values in `before`, bit for bit.
 
-    What an optimiser does to a frozen element (weight decay, momentum) is undone by it.
+    This undoes what an optimiser does to frozen elements, such as weight decay and momentum.
 
     Parameters
     ----------
     before, after
-        Factors of one layer before and after a step of an optimiser; the mask is that of `before`.
+        Factors of one layer before and after a step of an optimiser. The mask of `before` decides which
+        subspaces are frozen.
 
     Returns
     -------
     Factors
-        B and C put together; all else as in `before`.
+        Factors with combined B and C. All other fields are those of `before`.
     """
     xp = namespace(before.B)
     trained_B, trained_C = trained_elements(before)
@@ -335,7 +342,7 @@ def hold_frozen(before: Factors, after: Factors) -> Factors:
 
 
 def trained_elements(factors: Factors) -> tuple[Array, Array]:
-    """Return which columns of B, and of C, belong to a subspace that is active.
+    """Return which columns of B and which columns of C belong to an active subspace.
 
     Parameters
     ----------
@@ -345,7 +352,7 @@ def trained_elements(factors: Factors) -> tuple[Array, Array]:
     Returns
     -------
     tuple of Array
-        Booleans (1, q) and (1, n), which broadcast against B and C.
+        Booleans of shape (1, q) for B and (1, n) for C, which broadcast against them.
     """
     xp = namespace(factors.labels)
     group, _ = column_index(factors)
@@ -355,19 +362,19 @@ def trained_elements(factors: Factors) -> tuple[Array, Array]:
 
 
 def only(factors: Factors, chosen: Array) -> Factors:
-    """Return factors of which some subspaces alone have an update; the shapes stay.
+    """Set the update of all subspaces except the chosen ones to zero. The shapes stay the same.
 
     Parameters
     ----------
     factors
         Factors of one layer.
     chosen
-        (K,) booleans.
+        Which subspaces contribute, (K,) booleans.
 
     Returns
     -------
     Factors
-        With C zero in the columns of the other subspaces.
+        Factors whose C is zero in the columns of the other subspaces.
     """
     xp = namespace(factors.C)
     own = xp.take(chosen, factors.labels)[None, :]
@@ -375,21 +382,23 @@ def only(factors: Factors, chosen: Array) -> Factors:
 
 
 def select(labels: Any, ranks: Any, chosen: Any) -> Selection:
-    """Return where some of the subspaces of a layer stand.
+    """Return which columns of W and of B belong to some of the subspaces of a layer.
+
+    All arguments are NumPy arrays, as `outline` returns them.
 
     Parameters
     ----------
     labels
-        Subspace of each column, (n,) signed integers; NumPy arrays, as `outline` makes them, all three.
+        Subspace of each column, (n,) signed integers.
     ranks
         Trained rank of each subspace, (K,) integers.
     chosen
-        (K,) booleans. There may be none: the numbers are empty then.
+        Which subspaces are chosen, (K,) booleans. If none is, the arrays of numbers are empty.
 
     Returns
     -------
     Selection
-        Labels in the dtype of `labels`.
+        Selection whose labels have the dtype of `labels`.
 
     Examples
     --------
@@ -403,25 +412,27 @@ def select(labels: Any, ranks: Any, chosen: Any) -> Selection:
 
 
 def join(blocks: Sequence[Factors]) -> Factors:
-    """Return the factors of several weights as those of ``[W_1, ..., W_L]: (d, n_1 + ... + n_L)``.
+    """Join the factors of several weights to factors of the matrix ``[W_1, ..., W_L]: (d, n_1 + ... + n_L)``.
 
-    The weights of the experts of one layer are such a matrix: one array, one set of factors, one mask, whatever L is.
-    Subspaces of one block have no column of another, and ``update([W_1, ...]) = [update(W_1), ...]``.
+    The weights of the experts of one layer form such a matrix. However many experts there are, they then have one
+    array, one set of factors and one mask. A subspace of one block contains no column of another block, and
+    ``update([W_1, ...]) = [update(W_1), ...]``.
 
     Parameters
     ----------
     blocks
-        Factors of each, of one d, with equally many subspaces K and bases G each.
+        Factors of each weight, with the same d, the same number of subspaces K and the same number of bases G.
 
     Returns
     -------
     Factors
-        With L G bases and L K subspaces, those of the first block first, padded with zeros to the largest P and r.
+        Factors with L G bases and L K subspaces, in the order of the blocks, padded with zeros to the largest P and
+        r.
 
     Raises
     ------
     ArrayValueError
-        If K differs.
+        If the blocks differ in K.
 
     Examples
     --------
@@ -450,7 +461,7 @@ def join(blocks: Sequence[Factors]) -> Factors:
 
 
 def split(factors: Factors, count: int) -> list[Factors]:
-    """Undo `join`: return the factors of `count` weights of equally many columns; the padding stays."""
+    """Undo `join`: return the factors of `count` weights with the same number of columns. The padding is kept."""
     if count == 1:
         return [factors]
     A, B, C, labels, ranks, active = factors
@@ -470,21 +481,23 @@ def split(factors: Factors, count: int) -> list[Factors]:
 
 
 def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, name: str = "factors") -> None:
-    """Check that the arrays of factors fit together (and the weight they are for).
+    """Check that the arrays of factors fit together, and fit the weight.
 
     Parameters
     ----------
     factors
         Factors of one layer.
     shape
-        Shape (d, n) of the weight, if known; A may have one input row more, for the bias.
+        Shape (d, n) of the weight, or None if it is not known. A may have one input row more, for the bias.
     name
-        What the message calls them: the module path of the layer.
+        Name of the factors in messages, such as the module path of the layer.
 
     Raises
     ------
+    ArrayTypeError
+        If labels or ranks are traced and so have no values.
     ArrayValueError
-        Naming the array that does not fit, what was found and what was expected.
+        If an array does not fit. The message names the array, what was found and what was expected.
     """
 
     def expect(condition: bool, what: str, found: Any) -> None:
@@ -500,7 +513,7 @@ def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, nam
     expect(
         min(K, n, *A.shape, *B.shape, *C.shape) > 0, "no axis may be empty", [tuple(a.shape) for a in factors]
     )
-    expect(K % A.shape[0] == 0, f"A must hold 1 or K = {K} bases, or one for so many in a row", A.shape[0])
+    expect(K % A.shape[0] == 0, f"A must hold 1 or K = {K} bases, or a divisor of K", A.shape[0])
     expect(B.shape[0] == A.shape[2], f"B must have P = {A.shape[2]} rows", B.shape[0])
     expect(C.shape[1] == n, f"C must have n = {n} columns", C.shape[1])
     expect(active.shape[0] == K, f"active must have K = {K} entries", active.shape[0])
@@ -517,7 +530,7 @@ def check_factors(factors: Factors, *, shape: tuple[int, int] | None = None, nam
 
 
 def _padded(array: Array, axis: int, size: int) -> Array:
-    """Return an array with zeros behind its entries, of this size along an axis."""
+    """Pad an array with zeros at the end of an axis, to the given size along this axis."""
     missing = size - array.shape[axis]
     if not missing:
         return array
@@ -527,10 +540,10 @@ def _padded(array: Array, axis: int, size: int) -> Array:
 
 
 def _leading_directions(V: Array, labels: Array, sizes: list[int], r: int) -> Array:
-    """Leading r left singular vectors of every V_k^T, (K, R, r), orthonormal; arbitrary or zero beyond n_k.
+    """Return the leading r left singular vectors of every V_k^T, (K, R, r), orthonormal.
 
-    They come from V_k V_k^T where that is smaller than V_k^T V_k. Subspaces of about one size, to the next power of
-    two, make a batch: few calls, of few shapes.
+    Vectors beyond n_k are arbitrary or zero. The vectors are computed from the smaller of V_k V_k^T and V_k^T V_k.
+    Subspaces whose sizes round up to the same power of two form a batch, which needs few calls with few shapes.
     """
     xp = namespace(V)
     R, on = V.shape[1], device(V)
@@ -546,7 +559,7 @@ def _leading_directions(V: Array, labels: Array, sizes: list[int], r: int) -> Ar
         _, vectors = eigh(columns @ rows if side == R else rows @ columns)
         leading = xp.flip(vectors[:, :, -min(r, side) :], axis=-1)
         if side < R:
-            # A zero singular value leaves a zero column, and an inexact one a column that is not quite orthogonal.
+            # Columns of V_k^T Q_k are zero for a zero singular value, and not quite orthogonal for an inexact one.
             leading, _ = xp.linalg.qr(columns @ leading, mode="reduced")
             if side < r:
                 nothing = xp.zeros((len(chosen), R, r - side), dtype=V.dtype, device=on)
@@ -560,14 +573,17 @@ def _leading_directions(V: Array, labels: Array, sizes: list[int], r: int) -> Ar
 
 
 def _by_subspace(matrix: Array, labels: Array) -> Array:
-    """Rows of an (n, m) matrix, those of subspace 0 first, and a row of zeros behind them: (n + 1, m)."""
+    """Return the rows of an (n, m) matrix sorted by subspace, followed by a row of zeros: (n + 1, m)."""
     xp = namespace(matrix)
     nothing = xp.zeros((1, matrix.shape[1]), dtype=matrix.dtype, device=device(matrix))
     return xp.concat([xp.take(matrix, xp.argsort(labels, stable=True), axis=0), nothing])
 
 
 def _member_rows(ordered: Array, sizes: list[int], chosen: list[int], width: int) -> Array:
-    """Rows of some subspaces, from `_by_subspace`: (K', width or the largest of them, m), zero beyond n_k."""
+    """Return the rows of some subspaces from the result of `_by_subspace`, stacked and padded with zero rows.
+
+    The result has the shape (K', s, m), where s is the larger of `width` and the largest of the sizes n_k.
+    """
     xp = namespace(ordered)
     ends = np.cumsum(sizes)[chosen, None]
     own = np.asarray(sizes)[chosen, None]
@@ -578,7 +594,10 @@ def _member_rows(ordered: Array, sizes: list[int], chosen: list[int], width: int
 
 
 def _first_columns(V: Array, members: Array, sizes: list[int], r: int) -> Array:
-    """Return the first r columns of every Z*_k, (K, n, r), zero outside I_k; the last again where there are fewer."""
+    """Return the first r columns of every Z*_k, (K, n, r), with zero rows outside I_k.
+
+    If Z*_k has fewer than r columns, its last column is repeated.
+    """
     xp = namespace(V)
     order = xp.argsort(xp.argmax(members, axis=1), stable=True)
     ends = np.cumsum(sizes)
@@ -591,28 +610,28 @@ def _first_columns(V: Array, members: Array, sizes: list[int], r: int) -> Array:
 
 
 def _principal_columns(V: Array, members: Array, leading: Array) -> Array:
-    """Q_k: (n_k, r_k), orthonormal, spanning V_k times the leading directions; as (K, n, r) with zero rows.
+    """Return orthonormal Q_k that span V_k times the leading directions, (K, n, r) with zero rows outside I_k.
 
-    Orthonormalised afresh: a singular value of V_k under the root of the rounding unit is not to be had
-    from a Gram matrix.
+    Q_k comes from a QR decomposition and not from the Gram matrix, which cannot resolve singular values of V_k below
+    the square root of the rounding unit.
     """
     xp = namespace(V)
     own = xp.matrix_transpose(members)[:, :, None]
     Q, upper = xp.linalg.qr(own * (V @ leading), mode="reduced")
-    # The sign of Q R is a convention of each library; a non-negative diagonal of R fixes it.
+    # Libraries differ in the signs of Q and R; a non-negative diagonal of R makes them unique.
     diagonal = xp.sum(upper * xp.eye(upper.shape[-1], dtype=upper.dtype, device=device(upper)), axis=-1)
     signs = xp.where(diagonal < 0, -xp.ones_like(diagonal), xp.ones_like(diagonal))
     return own * Q * signs[:, None, :]
 
 
 def _column_spaces(decomposition: Decomposition, labels: Array, sizes: list[int], P: int) -> Array:
-    """Orthonormal bases, in the coordinates of U, of the columns I_k of W_hat: (K, R, P), zero-padded."""
+    """Return orthonormal bases of the columns I_k of W_hat in the coordinates of U, (K, R, P), zero-padded."""
     xp = namespace(labels)
     on = device(labels)
     ordered = _by_subspace(decomposition.V * decomposition.S, labels)
     rows = _member_rows(ordered, sizes, list(range(len(sizes))), 1)
     Q, _ = xp.linalg.qr(xp.matrix_transpose(rows), mode="reduced")
-    # A subspace of fewer than P columns uses as many of Q; what Q holds beyond them is arbitrary.
+    # A subspace of n_k < P columns uses only the first n_k columns of Q. The remaining columns are arbitrary.
     limits = xp.asarray(np.minimum(sizes, P), device=on)
     used = xp.arange(Q.shape[-1], dtype=limits.dtype, device=on)[None, :] < limits[:, None]
     return xp.where(used[:, None, :], Q, xp.zeros_like(Q))[:, :, :P]

@@ -1,4 +1,4 @@
-"""What is remembered of a weight, to recognise it in another dtype or framework."""
+"""Fingerprints of weights, which recognise a weight in another dtype or framework."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ __all__ = ["FINGERPRINT_TOLERANCE", "Fingerprint", "fingerprint", "unknown", "un
 
 PROJECTIONS = 4
 FINGERPRINT_TOLERANCE = 0.02
-"""Of the Frobenius norm. Rounding to bfloat16 moves a projection by about 0.001 of it, other weights by about 1."""
+"""Accepted difference as a share of the Frobenius norm.
+
+Rounding to bfloat16 changes a projection by about 0.001 of the norm. The projections of two unrelated weights differ
+by about the norm itself."""
 
 DEVIATIONS = 5
-"""How many standard deviations a difference may be from what is expected: one of a million is larger by chance."""
+"""Number of standard deviations that a difference may reach. By chance, one in a million exceeds it."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is remembered of a base weight, to recognise it in another dtype.
+    """A few numbers of a base weight by which it is recognised in another dtype or framework.
 
     Attributes
     ----------
     shape
-        (d, n), paper orientation.
+        Shape (d, n) of the weight in paper orientation.
     norm
-        Frobenius norm.
+        Frobenius norm of the weight.
     projections
-        ``s W t`` for a few fixed pairs of random sign vectors s, t.
+        Products ``s W t`` for a few fixed pairs of random sign vectors s and t.
     noise
-        Root mean square of the error that W has from being kept in few bits, relative to that of W.
+        Root mean square of the quantisation error of W, relative to the root mean square of W. It is 0 for a weight
+        that is not quantised.
     """
 
     shape: tuple[int, int]
@@ -42,34 +46,40 @@ class Fingerprint:
     noise: float = 0.0
 
     def difference(self, other: Fingerprint) -> float:
-        """Return the largest difference of norm or projections, relative to the norm.
+        """Return the largest difference in the norm or a projection, relative to the norm.
 
-        Infinity for another shape, and where a number is not finite.
+        If the shapes differ or a number is not finite, the difference is infinite.
         """
         if self.shape != other.shape or len(self.projections) != len(other.projections):
             return math.inf
         ours, theirs = (self.norm, *self.projections), (other.norm, *other.projections)
-        # NaN is neither more nor less than anything: `max` would pass it over.
+        # `max` would ignore NaN, since every comparison with NaN is False.
         if not all(map(math.isfinite, (*ours, *theirs))):
             return math.inf
         largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         return largest / abs(self.norm) if self.norm else largest
 
     def tolerance(self, other: Fingerprint) -> float:
-        """Return the largest difference of two fingerprints of one weight, either of which may be quantised.
+        """Return the difference up to which two fingerprints, possibly of quantised weights, count as of one weight.
 
-        Rounding errors are independent of the signs s and t: they move ``s W t`` by as much as `noise`, relative to
-        the norm, and by a random amount.
+        Quantisation errors are independent of the signs s and t. Relative to the norm, they therefore change
+        ``s W t`` by a random amount whose standard deviation is `noise`.
         """
         return FINGERPRINT_TOLERANCE + DEVIATIONS * math.hypot(self.noise, other.noise)
 
 
 def unlikely(pairs: Sequence[tuple[Fingerprint, Fingerprint]]) -> bool:
-    """Return whether the weights of many layers are others altogether, where one of each pair is quantised.
+    """Return whether the weights of a quantised model are unlikely to be those of the other fingerprints.
 
-    In two or three bits a single layer does not tell: its rounding error is as large as the weight. The mean square
-    of the differences of projections, relative to the norm, is about ``noise**2`` of the same weights, and 2 of
-    others; the limit is their geometric mean, or more where there are too few numbers to average over.
+    With two or three bits a single layer does not decide, since the quantisation error is about as large as the
+    weight. This test averages over layers. The mean square of the differences between projections, relative to the
+    norm, is about ``noise**2`` for the same weights and about 2 for unrelated ones. The limit is the geometric mean
+    of the two, or more if there are too few layers to average over.
+
+    Parameters
+    ----------
+    pairs
+        The two fingerprints of each layer. Pairs without a quantised weight are ignored.
     """
     noises = [math.hypot(a.noise, b.noise) for a, b in pairs]
     pairs = [pair for pair, noise in zip(pairs, noises, strict=True) if noise and pair[0].norm]
@@ -87,14 +97,14 @@ def fingerprint(W: Array, noise: float = 0.0) -> Fingerprint:
     Parameters
     ----------
     W
-        (d, n) floating point, of any framework; half precision is widened to float32.
+        Weight (d, n), floating point, of any framework. Half precision is widened to float32.
     noise
-        As in `Fingerprint`.
+        Relative quantisation error of W, see `Fingerprint`.
 
     Returns
     -------
     Fingerprint
-        Equal, up to rounding, for the same weight in another dtype or framework.
+        Fingerprint that is equal, up to rounding, for the same weight in another dtype or framework.
     """
     xp = namespace(W)
     W = as_working_precision(W)
@@ -109,5 +119,5 @@ def fingerprint(W: Array, noise: float = 0.0) -> Fingerprint:
 
 
 def unknown(shape: tuple[int, int]) -> Fingerprint:
-    """Return the fingerprint of a weight of this shape that nobody could read; it is that of no weight but zero."""
+    """Return a placeholder for the fingerprint of a weight that cannot be read. Only a zero weight matches it."""
     return Fingerprint(shape, 0.0, (0.0,) * PROJECTIONS)

@@ -1,7 +1,7 @@
-"""The update of a weight as matrix products: with the factors, their gradients, and merged into the weight.
+"""The linear layer with an update, its gradients, and merging the update into the weight.
 
-The update of a weight ``W: (d, n)`` is ``delta = M @ E`` with ``M = [A_1 B_1 ... A_K B_K]: (d, q)`` and
-``E: (q, n)`` the block-structured expansion of C, so the cost is that of a few matrix products, whatever K is.
+The update of a weight ``W: (d, n)`` is ``delta = M @ E``, where ``M = [A_1 B_1 ... A_K B_K]: (d, q)`` and
+``E: (q, n)`` is the block-structured expansion of C. It is computed by a few matrix products, whatever K is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class Gradients(NamedTuple):
-    """Gradients of a scalar with respect to x, B and C, each of the shape of its namesake."""
+    """Gradients of a scalar with respect to x, B and C, each of the same shape as the array itself."""
 
     x: Array
     B: Array
@@ -36,17 +36,18 @@ class Gradients(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """A weight with the update folded in.
+    """A weight that contains the update, and the bias.
 
     Attributes
     ----------
     W
         Merged weight (d, n), in the dtype of the base weight.
     b
-        Merged bias (n,), or None where there is none.
+        Merged bias (n,), or None if the layer has no bias.
     lost
-        ``|round(W0 + delta) - (W0 + delta)| / |delta|`` in Frobenius norm: the share of the update that
-        the rounding to the dtype of W0 destroyed. 0-d float array; 0 for a zero update.
+        Share of the update that is lost by rounding to the dtype of W0,
+        ``|round(W0 + delta) - (W0 + delta)| / |delta|`` in Frobenius norm. 0-d floating-point array, 0 for a zero
+        update.
     """
 
     W: Array
@@ -65,7 +66,7 @@ def contract(factors: Factors) -> Array:
     Returns
     -------
     Array
-        (d, q), or (d + 1, q) where the bias is adapted too; dtype of B.
+        M, of shape (d, q), or (d + 1, q) if the bias is adapted too, in the dtype of B.
     """
     if factors.A.shape[0] == 1:
         return factors.A[0, :, :] @ factors.B
@@ -75,7 +76,7 @@ def contract(factors: Factors) -> Array:
 def expand(factors: Factors) -> Array:
     """Return E, the block-structured form of C.
 
-    ``E[c, j] = C[i, j]`` where column c of M is the i-th of subspace ``labels[j]``, else 0.
+    ``E[c, j] = C[i, j]`` if column c of M is the i-th column of subspace ``labels[j]``, else ``E[c, j] = 0``.
 
     Parameters
     ----------
@@ -85,7 +86,7 @@ def expand(factors: Factors) -> Array:
     Returns
     -------
     Array
-        (q, n), dtype of C.
+        E, of shape (q, n), in the dtype of C.
 
     Examples
     --------
@@ -104,7 +105,7 @@ def expand(factors: Factors) -> Array:
 
 
 def delta(factors: Factors) -> Array:
-    """Return the update ``sum_k A_k B_k C_k``, each term in the columns of its subspace.
+    """Return the update ``sum_k A_k B_k C_k``, where each term fills the columns of its subspace.
 
     Parameters
     ----------
@@ -114,7 +115,8 @@ def delta(factors: Factors) -> Array:
     Returns
     -------
     Array
-        (d, n), or (d + 1, n) where the bias is adapted too (its update is the last row); dtype of B.
+        Update of shape (d, n), or (d + 1, n) if the bias is adapted too (its update is the last row), in the dtype
+        of B.
     """
     return contract(factors) @ expand(factors)
 
@@ -122,8 +124,8 @@ def delta(factors: Factors) -> Array:
 def linear(x: Array, W: Array, b: Array | None, *factors: Factors, route: Array | None = None) -> Array:
     """Return ``x @ (W + sum of delta) + b`` without forming delta.
 
-    ``y = (x @ W + b) + (x @ M) @ E``, in the dtype of ``x @ W``. The base product is that of the frozen
-    layer, to the bit: the updates are added to it, one after the other.
+    ``y = (x @ W + b) + (x @ M) @ E``, in the dtype of ``x @ W``. The base product is bit for bit that of the frozen
+    layer, because the updates are added to it one after the other.
 
     Parameters
     ----------
@@ -134,15 +136,15 @@ def linear(x: Array, W: Array, b: Array | None, *factors: Factors, route: Array 
     b
         Bias (n,) or None.
     factors
-        Factors of the layer, of each adapter; with d + 1 input rows, the last of them moves the bias.
+        Factors of the layer, one set per adapter. If they have d + 1 input rows, the last row adapts the bias.
     route
-        Integers that broadcast against x without its last axis: the one set of factors, by its number, whose update
-        is added there, and no other; below zero for none. None: all of them, everywhere.
+        Integers that broadcast against x without its last axis. Each is the number of the one set of factors whose
+        update is added at that position; a negative number adds none. None adds the updates of all sets everywhere.
 
     Returns
     -------
     Array
-        (..., n).
+        Outputs, (..., n).
     """
     xp = namespace(x, W)
     y = x @ W if b is None else x @ W + b
@@ -156,9 +158,9 @@ def linear(x: Array, W: Array, b: Array | None, *factors: Factors, route: Array 
 
 
 def linear_vjp(dy: Array, x: Array, W: Array, factors: Factors, *, revive: bool = False) -> Gradients:
-    """Return the closed-form gradients of `linear` with respect to x, B and C.
+    """Return the gradients of `linear` with respect to x, B and C in closed form.
 
-    With ``z = x M``, ``dz = dy E^T``::
+    With ``z = x M`` and ``dz = dy E^T``::
 
         dx = dy W^T + dz M^T,   dB_k = A_k^T (x^T dz)_k,   dC = (z^T dy) restricted to the blocks of E
 
@@ -173,12 +175,12 @@ def linear_vjp(dy: Array, x: Array, W: Array, factors: Factors, *, revive: bool 
     factors
         Factors of the layer.
     revive
-        If False, the gradients of the subspaces that are not active are zero.
+        Whether frozen subspaces get gradients too, so that they can return. If False, their gradients are zero.
 
     Returns
     -------
     Gradients
-        Of the shapes of x, B and C; those of B and C in their dtypes.
+        Gradients of the shapes of x, B and C. Those of B and C have the dtypes of B and C.
     """
     xp = namespace(dy, x, W)
     d, n = W.shape
@@ -197,20 +199,20 @@ def linear_vjp(dy: Array, x: Array, W: Array, factors: Factors, *, revive: bool 
 def factor_gradients(
     dM: Array, dE: Array, factors: Factors, *, revive: bool = False, projected: bool = False
 ) -> tuple[Array, Array]:
-    """Gradients of B and C, in their dtypes, from those of M = [A_k B_k] and of E = expand(C).
+    """Return the gradients of B and C, in their dtypes, from those of M = [A_k B_k] and E = expand(C).
 
     Parameters
     ----------
     dM
-        (d, q), or (d + 1, q) where the bias is adapted too.
+        Gradient of M, (d, q), or (d + 1, q) if the bias is adapted too.
     dE
-        (q, n).
+        Gradient of E, (q, n).
     factors
         Factors of the layer.
     revive
-        If False, the gradients of the subspaces that are not active are zero.
+        Whether frozen subspaces get gradients too, so that they can return. If False, their gradients are zero.
     projected
-        Whether `dM` is the gradient (P, q) of B already.
+        Whether `dM` is already the gradient of B, (P, q).
     """
     xp = namespace(dM)
     dB = xp.astype(dM, factors.B.dtype)
@@ -224,9 +226,9 @@ def factor_gradients(
 
 
 def merge(W: Array, b: Array | None, *factors: Factors) -> Merged:
-    """Return ``round(W + sum of delta)`` and how much of the sum the rounding to the dtype of W destroyed.
+    """Return ``round(W + sum of delta)`` and the share of the sum that is lost by rounding to the dtype of W.
 
-    Sums are formed in float32, or in the wider of the dtypes of W and the factors.
+    The sums are computed in the widest of float32 and the dtypes of W and the factors.
 
     Parameters
     ----------
@@ -235,7 +237,7 @@ def merge(W: Array, b: Array | None, *factors: Factors) -> Merged:
     b
         Base bias (n,) or None.
     factors
-        Factors of the layer, of one adapter or several.
+        Factors of the layer, one set per adapter.
 
     Returns
     -------
@@ -244,6 +246,8 @@ def merge(W: Array, b: Array | None, *factors: Factors) -> Merged:
 
     Raises
     ------
+    ArrayTypeError
+        If an array is traced and so has no values.
     ArrayValueError
         If the merged weight or bias is not finite.
     """
@@ -270,10 +274,10 @@ def merge(W: Array, b: Array | None, *factors: Factors) -> Merged:
 
 
 def _directions(x: Array, M: Array) -> Array:
-    """``z = x M``, with zero where it is not finite; the bias row of M is added to it.
+    """Return ``z = x M`` plus the bias row of M if there is one, with non-finite entries set to zero.
 
-    Where x M overflows, infinity times C = 0 would be NaN, and the output not that of the base. A NaN of the input
-    still shows: the base's product has it too.
+    If x M overflows, infinity times C = 0 would be NaN, and the output would differ from that of the base layer. A
+    NaN in the input is not hidden, because the base product contains it too.
     """
     xp, d = namespace(x), x.shape[-1]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -283,13 +287,13 @@ def _directions(x: Array, M: Array) -> Array:
 
 
 def _own_columns(factors: Factors, group: Array) -> Array:
-    """Return (q, n) booleans: whether column c of M acts on column j of W."""
+    """Return booleans (q, n) that say whether column c of M acts on column j of W."""
     xp = namespace(factors.labels)
     return group[:, None] == xp.astype(factors.labels, group.dtype)[None, :]
 
 
 def _contract_vjp(dM: Array, factors: Factors) -> Array:
-    """Gradient (P, q) of B from the gradient (d, q) of M; zero at the padding of B."""
+    """Return the gradient (P, q) of B from the gradient (d, q) of M. It is zero at the padding of B."""
     xp = namespace(dM)
     if factors.A.shape[0] == 1:
         return xp.matrix_transpose(factors.A[0, :, :]) @ dM
@@ -297,7 +301,7 @@ def _contract_vjp(dM: Array, factors: Factors) -> Array:
 
 
 def _expand_vjp(dE: Array, factors: Factors) -> Array:
-    """Gradient (r, n) of C from the gradient (q, n) of E; zero at the padding of C."""
+    """Return the gradient (r, n) of C from the gradient (q, n) of E. It is zero at the padding of C."""
     xp = namespace(dE)
     group, place = column_index(factors)
     own = xp.where(_own_columns(factors, group), dE, xp.zeros_like(dE))
@@ -320,7 +324,7 @@ def _per_subspace(columns: Array, factors: Factors) -> Array:
 
 
 def _in_bases(bases: Array, stacked: Array) -> Array:
-    """Return (K, m, r), the products of (K, p, r) with the basis of each: (G, m, p), G of them for K / G in a row."""
+    """Multiply the (K, p, r) stacked matrices by the G bases (G, m, p), each shared by K / G subspaces: (K, m, r)."""
     xp, (K, p, r) = namespace(bases), stacked.shape
     G, m, _ = bases.shape
     if G == K:
@@ -329,7 +333,7 @@ def _in_bases(bases: Array, stacked: Array) -> Array:
 
 
 def _from_subspaces(stacked: Array, factors: Factors) -> Array:
-    """Undo `_per_subspace`: (K, m, r) to (m, q), with zeros in columns that are padding."""
+    """Undo `_per_subspace`: rearrange (K, m, r) into (m, q), with zeros in the columns that are padding."""
     xp = namespace(stacked)
     K, m, r = stacked.shape
     group, place = column_index(factors)

@@ -20,14 +20,14 @@ FINAL_ITERATIONS = 20
 SUBSPACE_ITERATIONS = 30
 
 ROUNDING = 10 * float(np.finfo(np.float32).eps)
-"""What a product of two points, or a sum over points, may be off by in float32, over the size of its terms.
+"""Rounding error, in float32, of a product of two points or a sum over points, relative to the size of the terms.
 
-Differences below it must not decide: they change with the library, and with the weights that share a product. They
-arise wherever points coincide or are equally far, which duplicate and zero columns are. In float64 it is the same, so
-that both find the same groups."""
+Smaller differences must not decide, since they vary with the library and with the weights that share a matrix
+product. They arise where points coincide or are equally distant, as with duplicate and zero columns. The same
+value is used in float64, so that both dtypes lead to the same groups."""
 
 WINNING_MARGIN = 1e-3
-"""Relative inertia that a later restart must save to win: more than rounding can make up."""
+"""Relative reduction of the inertia by which a later restart wins. It is larger than any effect of rounding."""
 
 
 def segment(
@@ -40,33 +40,34 @@ def segment(
 ) -> Array:
     """Group the columns of a weight, or of each of several weights of one shape, into subspaces.
 
-    ``{0, ..., n-1} = I_0 + ... + I_{K-1}``, a partition without empty parts, by one of
+    The groups ``{0, ..., n-1} = I_0 + ... + I_{K-1}`` are a partition without empty parts. The methods are:
 
-    - ``"kmeans"``: Euclidean k-means on the rows of V;
-    - ``"ncut"``: the paper's Algorithm 2, normalised cuts of the graph with the affinity ``|<v_i, v_j>|^exponent``,
-      where v_i is row i of V at unit length;
-    - ``"spectral"``: the same with the affinity ``|Z*| = |V V^T|``, of rows as long as they are;
-    - ``"ksubspaces"``: from the spectral labels of the leading ``K dimension`` directions, alternate between
-      fitting a subspace of the given dimension to each group of columns of ``W_hat`` and giving each column
-      to the subspace that keeps most of it;
-    - ``"contiguous"``, ``"random"``: groups of equal size in the order of the columns, or at random: the
-      controls of an ablation.
+    - ``"kmeans"``: Euclidean k-means on the rows of V.
+    - ``"ncut"``: the paper's Algorithm 2, which is normalised cuts of the graph with the affinity
+      ``|<v_i, v_j>|^exponent``, where v_i is row i of V scaled to unit length.
+    - ``"spectral"``: normalised cuts with the affinity ``|Z*| = |V V^T|``, for which the rows of V are not scaled.
+    - ``"ksubspaces"``: alternate between fitting a subspace of the given dimension to each group of columns of
+      ``W_hat`` and moving each column to the subspace that retains most of its energy. The initial groups are those
+      of ``"spectral"`` on the leading ``K * dimension`` directions.
+    - ``"contiguous"`` and ``"random"``: groups of nearly equal size, of consecutive columns or of random ones. They
+      serve as controls in an ablation.
 
     Parameters
     ----------
     decomposition
-        As from `decompose`. Its arrays may have leading axes, ``V: (..., n, R)``: each weight is then grouped as it
-        would be alone, in a fraction of the time if they are small.
+        Truncated SVD of the weight, as `decompose` returns it. Its arrays may have leading axes, ``V: (..., n, R)``.
+        Each weight then gets the groups that it would get by itself. For small weights, one such call takes a
+        fraction of the time of separate calls.
     subspaces
-        Number K of groups; more than n is taken as n.
+        Number K of groups. It is clamped to n.
     method
-        One of `SEGMENTATIONS`.
+        Name of the method, see above.
     dimension
-        Dimension of each subspace, for ``"ksubspaces"`` and only for it.
+        Dimension of each subspace. Required for ``"ksubspaces"``, and not accepted for the other methods.
     seed
-        Seed of the k-means restarts and of ``"random"``.
+        Seed of all random choices: the k-means restarts, the search for eigenvectors, and ``"random"``.
     exponent
-        Of the affinity of ``"ncut"``, positive; 2 is that of Liu et al.
+        Positive exponent of the affinity of ``"ncut"``. Liu et al. use 2.
 
     Returns
     -------
@@ -75,9 +76,11 @@ def segment(
 
     Raises
     ------
-    ConfigError
-        If the method is unknown, ``subspaces`` is not an integer of at least 1, or ``dimension`` is not
-        one for ``"ksubspaces"`` or is given for another method, or the exponent is not positive.
+    ConfigError, ConfigTypeError
+        If the method is unknown, ``subspaces`` is not a positive integer, ``dimension`` is not a positive integer for
+        ``"ksubspaces"`` or is given for another method, or the exponent is not a positive number.
+    ArrayTypeError
+        If an array is traced and so has no values.
     ArrayValueError
         If the leading axes of U, S and V differ.
 
@@ -130,7 +133,7 @@ def segment(
 
 
 def _stacked(decomposition: Decomposition) -> Decomposition:
-    """Return ``U: (L, d, R)``, ``S: (L, R)``, ``V: (L, n, R)``."""
+    """Flatten the leading axes into one: return ``U: (L, d, R)``, ``S: (L, R)``, ``V: (L, n, R)``."""
     xp = namespace(decomposition.V)
     U, S, V = decomposition
     return Decomposition(
@@ -148,12 +151,13 @@ def _segment(
     exponent: float,
     rng: np.random.Generator,
 ) -> Array:
-    """Return labels (L, n)."""
+    """Return labels (L, n) for L weights, after the arguments have been checked."""
     V = each.V
     xp = namespace(V)
     count, n, _ = V.shape
     columns = xp.arange(n, device=device(V))
-    check_concrete(columns, name="decomposition")  # under jax.jit, whatever is computed is traced
+    # Under jax.jit, new arrays are traced even if the decomposition has values.
+    check_concrete(columns, name="decomposition")
     if subspaces == n or method == "contiguous":
         return xp.stack([columns * subspaces // n] * count)
     coordinates = effective_coordinates(each)
@@ -168,7 +172,7 @@ def _segment(
             labels = _spectral(coordinates, 1.0, subspaces, rng)
         case "ksubspaces":
             assert dimension is not None
-            # K subspaces of that dimension fill no more than K times as many directions; the rest is noise.
+            # K subspaces span at most K * dimension directions; the remaining directions are noise.
             leading = min(subspaces * dimension, coordinates.shape[2])
             starts = _spectral(coordinates[:, :, :leading], 1.0, subspaces, rng)
             layers = zip(map(Decomposition, *map(xp.unstack, each)), xp.unstack(starts), strict=True)
@@ -199,7 +203,8 @@ def subspace_sizes(labels: Array, subspaces: int) -> Array:
     >>> subspace_sizes(np.asarray([0, 1, 0]), 3).tolist()
     [2, 1, 0]
     """
-    # Not by a one-hot matrix: in a file K may be as large as n, and (n, K) is then the square of the file's size.
+    # A one-hot matrix (n, K) could exhaust the memory. In a hostile file K may be as large as n, so that the matrix
+    # has the square of the file's size.
     xp = namespace(labels)
     numbers = xp.arange(subspaces, dtype=labels.dtype, device=device(labels))
     ordered = xp.sort(labels)
@@ -207,9 +212,9 @@ def subspace_sizes(labels: Array, subspaces: int) -> Array:
 
 
 def _spectral(points: Array, exponent: float, subspaces: int, rng: np.random.Generator) -> Array:
-    """Return labels (L, n) of L sets of points (L, n, R) by spectral clustering, ``F_ij = |<x_i, x_j>|^exponent``."""
+    """Cluster L sets of points (L, n, R) with the affinity ``|<x_i, x_j>|^exponent``; return labels (L, n)."""
     xp = namespace(points)
-    # Each search starts from the same directions: a layer's labels must not depend on its batch.
+    # Every search starts from the same directions, since the labels of a layer must not depend on its batch.
     seed = int(rng.integers(2**32))
     embedded = [
         spectral_embedding(one, exponent, subspaces, np.random.default_rng(seed))
@@ -219,9 +224,9 @@ def _spectral(points: Array, exponent: float, subspaces: int, rng: np.random.Gen
 
 
 def _kmeans(points: Array, clusters: int, rng: np.random.Generator) -> Array:
-    """Return labels (L, n) of L sets of points (L, n, R), each grouped for itself and with the same draws.
+    """Cluster L sets of points (L, n, R), independently and with the same random draws; return labels (L, n).
 
-    Lloyd's iterations from several starts at once; then only the best of them goes on.
+    A few Lloyd iterations run from several starts at once. Then only the best start of each set is continued.
     """
     xp = namespace(points)
     points = points - xp.mean(points, axis=1, keepdims=True)
@@ -242,7 +247,10 @@ def _kmeans(points: Array, clusters: int, rng: np.random.Generator) -> Array:
 
 
 def _winners(inertias: Array, spreads: Array) -> Array:
-    """Return for each set of points (L,) which restart has the least inertia, of (L, T); the first of equals."""
+    """Return, for each set of points, the restart with the least inertia: (L,) from inertias (L, T).
+
+    A later restart must win by `WINNING_MARGIN`, so that rounding does not decide.
+    """
     xp = namespace(inertias)
     rounding = ROUNDING * spreads
     best, least = 0 * xp.arange(inertias.shape[0], device=device(inertias)), inertias[:, 0]
@@ -254,20 +262,23 @@ def _winners(inertias: Array, spreads: Array) -> Array:
 
 
 def _rounding(squares: Array) -> Array:
-    """Return what distances between points with squared lengths (L, n) may be off by: (L, 1)."""
+    """Return the rounding error (L, 1) of squared distances between points with squared lengths (L, n)."""
     xp = namespace(squares)
     return ROUNDING * xp.max(squares, axis=1, keepdims=True)
 
 
 def _largest(values: Array, rounding: Array) -> Array:
-    """Return where the last axis is largest; of values that differ by no more than the rounding, the first."""
+    """Return the index of the largest value along the last axis, or the first of those within rounding of it."""
     xp = namespace(values)
     candidates = values >= xp.max(values, axis=-1, keepdims=True) - rounding
     return xp.argmax(xp.astype(candidates, xp.int8), axis=-1)
 
 
 def _lloyd(points: Array, squares: Array, centres: Array, iterations: int) -> Array:
-    """Move (L, T, K) centres to the means of the points nearest to them, until nothing changes."""
+    """Move the centres (L, T, K, R) to the means of their nearest points, up to `iterations` times.
+
+    The iterations stop early once no label changes. A centre without points stays where it is.
+    """
     xp = namespace(points)
     count, restarts, clusters, _ = centres.shape
     classes = xp.arange(clusters, dtype=xp.int32, device=device(points))[:, None]
@@ -284,42 +295,44 @@ def _lloyd(points: Array, squares: Array, centres: Array, iterations: int) -> Ar
 
 
 def _nearest(points: Array, squares: Array, centres: Array) -> tuple[Array, Array]:
-    """Return the labels (L, T, n) int32 of the nearest of (L, T, K) centres, and the squared distances to them.
+    """Return the labels (L, T, n), int32, of the nearest of the centres (L, T, K, R), and the squared distances.
 
-    Of centres that are equally near, up to rounding, it is the first.
+    Among centres that are equally near up to rounding, the first one is chosen.
     """
     xp = namespace(points)
     count, restarts, clusters, _ = centres.shape
     flat = xp.reshape(centres, (count, restarts * clusters, -1))
     lengths = xp.sum(flat**2, axis=2)
-    # (|x|^2 - |x - c|^2) / 2, with the points along the last axis: reductions over K then go through memory in order.
+    # Closeness is (|x|^2 - |x - c|^2) / 2. The points lie along the last axis, so that reductions over K read memory
+    # in order.
     closeness = flat @ xp.matrix_transpose(points) - lengths[..., None] / 2
     closeness = xp.reshape(closeness, (count, restarts, clusters, -1))
     largest = xp.max(closeness, axis=2)
     longest = xp.max(xp.reshape(lengths, (count, restarts, clusters)), axis=2)[..., None]
     rounding = ROUNDING * xp.sqrt((squares[:, None, :] + longest) * longest)
     candidates = closeness >= (largest - rounding)[:, :, None, :]
-    # 32 bits: reductions of 64-bit integers are a hundred times slower in PyTorch.
+    # The labels have 32 bits, since reductions of 64-bit integers are a hundred times slower in PyTorch.
     classes = xp.arange(clusters, dtype=xp.int32, device=device(points))[:, None]
     labels = xp.min(xp.where(candidates, classes, xp.full_like(classes, clusters)), axis=2)
     return labels, squares[:, None, :] - 2 * largest
 
 
 def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.Generator) -> Array:
-    """Choose (L, T, K) of the points as centres by greedy k-means++.
+    """Choose points as initial centres (L, T, K, R) by greedy k-means++.
 
-    A point is drawn with probability proportional to its squared distance from the nearest centre so far.
-    Of several such draws the one that leaves the least inertia becomes a centre.
+    Points are drawn with probability proportional to their squared distance from the nearest centre so far. Of
+    several draws, the one that leaves the least inertia becomes the next centre.
     """
     xp = namespace(points)
     count, n, _ = points.shape
     trials = 2 + int(math.log(clusters))
     draws = rng.random((clusters, RESTARTS, trials))
+    # The first centre is a single uniform draw, as in plain k-means++, so all of its trials are the same.
     draws[0, :, 1:] = draws[0, :, :1]
     uniform = xp.asarray(draws, dtype=points.dtype, device=device(points))
     rounding = _rounding(squares)
     spread_rounding = ROUNDING * xp.sum(squares, axis=1, keepdims=True)
-    # |x - y|^2 is one product of (x, |x|^2, 1) with (-2 y, 1, |y|^2).
+    # |x - y|^2 is a single product, of (x, |x|^2, 1) with (-2 y, 1, |y|^2).
     one = xp.ones((count, n, 1), dtype=points.dtype, device=device(points))
     left_factors = xp.concat([points, squares[:, :, None], one], axis=2)
     right_factors = xp.matrix_transpose(xp.concat([-2 * points, one, squares[:, :, None]], axis=2))
@@ -343,7 +356,7 @@ def _kmeans_start(points: Array, squares: Array, clusters: int, rng: np.random.G
 
 
 def _rows(arrays: Array, indices: Array) -> Array:
-    """Return ``arrays[l, indices[l, i], ...]``, (L, m, ...), for indices (L, m)."""
+    """Return ``arrays[l, indices[l, i], ...]`` of shape (L, m, ...) for indices of shape (L, m)."""
     xp = namespace(arrays)
     count, m = indices.shape
     starts = arrays.shape[1] * xp.arange(count, dtype=indices.dtype, device=device(indices))
@@ -355,7 +368,7 @@ def _rows(arrays: Array, indices: Array) -> Array:
 def _ksubspaces(decomposition: Decomposition, labels: Array, subspaces: int, dimension: int) -> Array:
     _, S, V = decomposition
     xp = namespace(V)
-    # In the basis U the columns of W_hat are the rows of V diag(S).
+    # In the coordinates of U, the columns of W_hat are the rows of V diag(S). Scaling S keeps the squares in range.
     points = V * (S / xp.where(S[0] > 0, S[0], xp.ones_like(S[0])))
     squares = xp.sum(points**2, axis=1)
     rounding = 10 * ROUNDING * squares
@@ -376,9 +389,9 @@ def _ksubspaces(decomposition: Decomposition, labels: Array, subspaces: int, dim
 
 
 def _fill_empty(labels: Array, groups: int, misfits: Array, rounding: Array) -> Array:
-    """Give each empty group the column that fits worst where it is, among groups that can spare one.
+    """Move to each empty group the column with the largest misfit among the groups that have more than one column.
 
-    Of columns whose misfits differ by no more than the rounding it is the first.
+    Among columns whose misfits are equal up to rounding, the first one is moved.
     """
     xp = namespace(labels)
     columns = xp.arange(labels.shape[0], device=device(labels))
@@ -395,7 +408,7 @@ def _fill_empty(labels: Array, groups: int, misfits: Array, rounding: Array) -> 
 
 
 def _renumber(labels: Array, groups: int) -> Array:
-    """Renumber the groups of each row of labels (L, n) in the order of their lowest columns."""
+    """Renumber the groups in each row of labels (L, n) in the order of their lowest columns."""
     xp = namespace(labels)
     first = xp.argmax(one_hot(labels, groups, dtype=labels.dtype), axis=1)
     return _rows(xp.argsort(xp.argsort(first, axis=1), axis=1), labels)

@@ -1,8 +1,9 @@
-"""The columns of a weight as a graph: its normalised Laplacian, its embedding, the number of its parts.
+"""Spectral methods on the columns of a weight: the normalised Laplacian, the embedding, the number of subspaces.
 
-An affinity ``F_ij >= 0`` between the columns i and j makes them a graph. With the degrees ``D_ii = sum_j F_ij`` its
-normalised Laplacian is ``L = I - D^-1/2 F D^-1/2``. L has one eigenvalue 0 for each connected part, and eigenvalues
-near 0 for parts that are nearly separate; their eigenvectors show which column belongs to which part.
+The columns are the nodes of a graph, with an affinity ``F_ij >= 0`` between the columns i and j. With the degrees
+``D_ii = sum_j F_ij``, its normalised Laplacian is ``L = I - D^-1/2 F D^-1/2``. L has one eigenvalue 0 for each
+connected component, and an eigenvalue near 0 for each component that is nearly separate. The corresponding
+eigenvectors show which column belongs to which component.
 """
 
 from __future__ import annotations
@@ -20,32 +21,37 @@ from adamss.errors import ArrayValueError
 __all__ = ["directions_of_columns", "estimate_subspaces", "laplacian_spectrum", "spectral_embedding"]
 
 EXACT_COLUMNS = 512
-"""Up to so many columns all eigenvectors of the Laplacian are computed; beyond, the wanted ones are searched for."""
+"""Number of columns up to which all eigenvectors are computed. Beyond it, only the required ones are searched for."""
 
 LARGEST_FORMED = 10**8
-"""Entries of the largest affinity matrix that is kept, 400 MB in float32; larger ones are formed in parts."""
+"""Number of entries up to which an affinity matrix is stored (400 MB in float32). Larger ones are formed in parts."""
 
 SMALLEST_BLOCK = 16
-"""Directions that a search adds at a time; products with fewer cost nearly as much."""
+"""Smallest number of directions in a block of a search, since products with fewer cost nearly as much."""
 
 LARGEST_BASIS = 1024
-"""Directions after which a search ends, converged or not: eigenvalues that it cannot part bound no clusters."""
+"""Number of directions after which a search ends even if it has not converged.
+
+Eigenvalues that are still not separated by then do not mark boundaries between clusters."""
 
 BLOCKS = 4
-"""Blocks that a search has room for at least; where n columns have not, all eigenvectors are computed."""
+"""Smallest number of blocks that a search must have room for. With fewer columns, all eigenvectors are computed."""
 
 EMBEDDING_RESIDUAL = 1e-2
-"""Residual ``|L x - s x|`` of an eigenvector x of unit length that is good enough to group columns by.
+"""Residual ``|L x - s x|`` at which an eigenvector x of unit length is accurate enough to group columns.
 
-Planted subspaces under noise are found as well by it as by exact eigenvectors (adjusted Rand index within 0.001)."""
+With it, planted subspaces under noise are found as well as with exact eigenvectors (adjusted Rand index within
+0.001)."""
 
 EIGENVALUE_RESIDUAL = 1e-2
-"""Residual, over tau, of an eigenvalue that is good enough to be counted. Its error is at most as large.
+"""Residual, relative to tau, at which an eigenvalue is accurate enough to be counted. It bounds the error.
 
-In float32 and with many columns the rounding unit of n sums may be larger, and is then good enough."""
+In float32 with many columns, the rounding error of sums over n terms may be larger. It is the limit then."""
 
 BOUNDARY_RESIDUAL = 1e-2
-"""Residual of the first eigenvalue above tau from which on no other below it is expected: those converge sooner."""
+"""Residual of the first eigenvalue above tau at which no further eigenvalue below tau is expected.
+
+Eigenvalues below tau converge sooner, so they would have been found by then."""
 
 
 def estimate_subspaces(
@@ -56,47 +62,50 @@ def estimate_subspaces(
     maximum: int | None = None,
     exponent: float = 2.0,
 ) -> int:
-    """Estimate in how many subspaces the columns of a weight lie.
+    """Estimate the number K of subspaces in which the columns of a weight lie.
 
-    With the singular values s_i of the normalised Laplacian of the columns (see `segment`, ``"ncut"``)::
+    With the singular values s_i of the normalised Laplacian of the columns (see ``"ncut"`` in `segment`)::
 
         K = n - round(sum_i f(s_i)),   f(s) = 1 if s >= tau, else log2(1 + (s / tau)^2)
 
-    so that eigenvalues far below tau count one subspace each, those above none, and those between a part of one. K is
-    then raised to `minimum` (the paper's K0), and cut to `maximum` and to n.
+    An eigenvalue far below tau therefore counts as one subspace, an eigenvalue above tau as none, and one in between
+    as a fraction. K is then raised to `minimum` (the paper's K0), and clamped to `maximum` and n.
 
     Parameters
     ----------
     decomposition
-        As from `decompose`, of one weight.
+        Truncated SVD of one weight, as `decompose` returns it.
     tau
         Soft threshold, in (0, 1].
     minimum
-        K0, at least 1.
+        Lower bound K0, at least 1.
     maximum
-        Upper bound, at least `minimum`; None for the rank R, or `minimum` where that is more: independent subspaces
-        take at least one of the R dimensions each.
+        Upper bound, at least `minimum`. None means the rank R, or `minimum` if that is larger. R is a bound because
+        each independent subspace takes at least one of the R dimensions.
     exponent
-        Of the affinity, positive.
+        Positive exponent of the affinity.
 
     Returns
     -------
     int
-        K.
+        Estimated number K of subspaces.
 
     Raises
     ------
     ConfigError, ConfigTypeError
-        If a setting is out of range.
+        If a setting is out of range or has the wrong type.
+    ArrayTypeError
+        If an array is traced and so has no values.
     ArrayValueError
-        If the decomposition is of several weights.
+        If the decomposition is that of several weights.
 
     Notes
     -----
-    Liu et al. prove that the number is right for independent subspaces without noise. It is not robust: a few per
-    cent of noise, or subspaces that are disjoint but not independent, join the parts of the graph, and the estimate
-    falls to `minimum`. Singular vectors count alike, whatever their singular values: R larger than the rank of the
-    signal, in a weight whose noise is mere rounding, lets noise decide.
+    Liu et al. prove that the estimate is exact for independent subspaces without noise. It is sensitive to deviations
+    from that: a few per cent of noise, or subspaces that are disjoint but not independent, connect the components of
+    the graph, and the estimate falls to `minimum`. The estimate also gives equal weight to all singular vectors,
+    whatever their singular values. If R exceeds the rank of the signal, singular vectors of noise therefore decide
+    the estimate, even if the noise is mere rounding error.
 
     References
     ----------
@@ -124,19 +133,21 @@ def estimate_subspaces(
 def laplacian_spectrum(decomposition: Decomposition, *, exponent: float = 2.0) -> Array:
     """Return all eigenvalues of the normalised Laplacian of the columns of a weight, in ascending order.
 
-    Takes a dense eigensolver of (n, n): minutes for n = 10,000. `estimate_subspaces` needs only the smallest.
+    The function calls a dense eigensolver on an (n, n) matrix, which takes minutes for n = 10,000.
+    `estimate_subspaces` computes only the smallest eigenvalues.
 
     Parameters
     ----------
     decomposition
-        As from `decompose`, of one weight.
+        Truncated SVD of one weight, as `decompose` returns it.
     exponent
-        Of the affinity, positive.
+        Positive exponent of the affinity.
 
     Returns
     -------
     Array
-        Of shape (n,), between 0 and 2. A zero column counts with 1: it belongs to no part of the graph.
+        Eigenvalues of shape (n,), between 0 and 2. Each zero column contributes an eigenvalue 1, because it is not
+        connected to any column, not even to itself.
 
     Examples
     --------
@@ -153,7 +164,7 @@ def laplacian_spectrum(decomposition: Decomposition, *, exponent: float = 2.0) -
 
 
 def check_one(decomposition: Decomposition) -> None:
-    """Check that a decomposition is of one weight.
+    """Check that a decomposition is that of a single weight.
 
     Raises
     ------
@@ -167,9 +178,10 @@ def check_one(decomposition: Decomposition) -> None:
 
 
 def directions_of_columns(decomposition: Decomposition) -> Array:
-    """Return the rows of V at unit length, (..., n, R): only the direction of a column tells its subspace.
+    """Return the rows of V scaled to unit length, (..., n, R).
 
-    Rows that are zero up to rounding stay zero: zero columns have no direction.
+    Only the direction of a column tells its subspace. Rows that are zero up to rounding are set to zero, since zero
+    columns have no direction.
     """
     points = effective_coordinates(decomposition)
     xp = namespace(points)
@@ -179,24 +191,31 @@ def directions_of_columns(decomposition: Decomposition) -> Array:
 
 
 def spectral_embedding(points: Array, exponent: float, count: int, rng: np.random.Generator) -> Array:
-    """Return points (n, count) of unit length, one for each column, to be grouped by k-means.
+    """Return points (n, count) of unit length, one for each column, for k-means to group.
 
-    Point i has what the first eigenvectors of the Laplacian say of column i. Normalised cuts divide it by
-    ``sqrt(D_ii)`` (Shi and Malik, 2000), which the unit length (Ng, Jordan and Weiss, 2001) makes immaterial.
+    Point i consists of the entries for column i in the first eigenvectors of the Laplacian. Normalised cuts divide it
+    by ``sqrt(D_ii)`` (Shi and Malik, 2000), but this division has no effect once the points are scaled to unit length
+    (Ng, Jordan and Weiss, 2001).
 
     Parameters
     ----------
     points
-        x of shape (n, R), where ``F_ij = |<x_i, x_j>|^exponent``.
+        Points x of shape (n, R), which define the affinity ``F_ij = |<x_i, x_j>|^exponent``.
     exponent
-        Of the affinity.
+        Exponent of the affinity.
     count
         Number of eigenvectors, at most n.
     rng
-        For the directions that a search starts from.
+        Random generator for the directions with which a search starts.
+
+    Returns
+    -------
+    Array
+        Embedded points of shape (n, count).
     """
     xp = namespace(points)
-    # As many at a time as are wanted: they may all belong to one eigenvalue.
+    # A block has at least `count` directions: all wanted eigenvectors may belong to one eigenvalue, and a search
+    # finds no more eigenvectors of an eigenvalue than a block has directions.
     block = max(SMALLEST_BLOCK, count)
     if _all_at_once(points.shape[0], block):
         _, vectors = eigh(_similarity(points, exponent))
@@ -214,26 +233,28 @@ def spectral_embedding(points: Array, exponent: float, count: int, rng: np.rando
 
 
 def _all_at_once(n: int, block: int) -> bool:
-    """Return whether all eigenvectors of n columns are computed, and not searched for in blocks."""
+    """Return whether all eigenvectors are computed for n columns, instead of a search in blocks."""
     return n <= max(EXACT_COLUMNS, BLOCKS * block)
 
 
 def _count_subspaces(points: Array, exponent: float, tau: float, largest: int) -> float:
-    """Return ``n - sum_i f(s_i)``; once it has reached `largest`, any number from there on."""
+    """Return ``n - sum_i f(s_i)``, or any number not below `largest` once the sum has reached `largest`."""
     n, block, rng = points.shape[0], SMALLEST_BLOCK, np.random.default_rng(0)
     close = max(EIGENVALUE_RESIDUAL * tau, n * float(namespace(points).finfo(points.dtype).eps))
 
     def counted(similarities: np.ndarray) -> float:
-        # The eigenvalues of the Laplacian, which is positive semidefinite, are its singular values.
+        # The eigenvalues of the Laplacian equal its singular values, as it is positive semidefinite.
         s = np.clip(1 - similarities, 0, tau)
         return float(np.sum(1 - np.log2(1 + (s / tau) ** 2)))
 
     def enough(similarities: np.ndarray, residuals: np.ndarray) -> bool:
         small = int(np.sum(similarities > 1 - tau))
         if small >= block:
-            return True  # an eigenvalue is found as often as a block has directions: a larger one must tell
+            # A block search finds at most `block` eigenvectors of one eigenvalue, so only a larger block can tell.
+            return True
         if not np.all(residuals[:small] <= close):
             return False
+        # If the first eigenvalue above tau lies there whatever its error is, it need not be found accurately.
         away = similarities[small] + residuals[small] <= 1 - tau
         return counted(similarities) >= largest or bool(
             residuals[small] <= (BOUNDARY_RESIDUAL if away else close)
@@ -242,7 +263,7 @@ def _count_subspaces(points: Array, exponent: float, tau: float, largest: int) -
     multiply = None if _all_at_once(n, block) else _times_similarity(points, exponent)
     while multiply is not None and not _all_at_once(n, block):
         similarities, _ = _search(points, multiply, block, rng, enough, vectors=0)
-        # The values that a search finds are never above the eigenvalues, so that it never counts too many.
+        # By the Rayleigh-Ritz principle the similarities found are never too large, so the count is never too high.
         if np.sum(similarities > 1 - tau) < block or counted(similarities) >= largest:
             return counted(similarities)
         block *= 4
@@ -254,26 +275,26 @@ def _affinity(points: Array, others: Array, exponent: float) -> Array:
     products = points @ others.T
     if exponent != 2:
         return xp.abs(products) ** exponent
-    # In place, where the framework can: to allocate another (n, n) would take a third of the time.
+    # Multiply in place where the framework can, since allocating another (n, n) array takes a third of the time.
     products *= products
     return products
 
 
 def _inverse_roots(degrees: Array) -> Array:
-    """Return ``D^-1/2``; 0 for a zero column, which has no affinity, not even to itself."""
+    """Return ``D^-1/2``, or 0 for a zero column, which has no affinity to any column."""
     xp = namespace(degrees)
     return xp.where(degrees > 0, 1 / xp.sqrt(xp.where(degrees > 0, degrees, 1.0)), 0.0 * degrees)
 
 
 def _similarity(points: Array, exponent: float) -> Array:
-    """Return ``D^-1/2 F D^-1/2 = I - L``: the largest eigenvalues are the least of L."""
+    """Return ``D^-1/2 F D^-1/2 = I - L``, whose largest eigenvalues correspond to the smallest ones of L."""
     affinity = _affinity(points, points, exponent)
     root = _inverse_roots(namespace(points).sum(affinity, axis=1))
     return affinity * root[:, None] * root[None, :]
 
 
 def _times_similarity(points: Array, exponent: float) -> Callable[[Array], Array]:
-    """Return ``x -> D^-1/2 F D^-1/2 x`` for x (n, m)."""
+    """Return the function ``x -> D^-1/2 F D^-1/2 x`` for x of shape (n, m)."""
     xp = namespace(points)
     multiply = _times_affinity(points, exponent)
     root = _inverse_roots(multiply(xp.ones_like(points[:, :1])))
@@ -281,11 +302,15 @@ def _times_similarity(points: Array, exponent: float) -> Callable[[Array], Array
 
 
 def _times_affinity(points: Array, exponent: float) -> Callable[[Array], Array]:
-    """Return ``x -> F x`` for x (n, m), with F formed, formed part by part, or not formed at all."""
+    """Return the function ``x -> F x`` for x of shape (n, m).
+
+    Depending on n, R and the exponent, F is stored, formed part by part in each call, or not formed at all.
+    """
     xp = namespace(points)
     n, rank = points.shape
     if exponent == 2 and n > rank**2:
-        # With G = X^T diag(x) X, (F x)_i = sum_j <x_i, x_j>^2 x_j = <x_i, G x_i>: n R^2 products in the place of n^2.
+        # For points P and G = P^T diag(x) P, (F x)_i = sum_j <p_i, p_j>^2 x_j = <p_i, G p_i>. This takes n R^2
+        # multiplications instead of the n^2 of a product with F.
         def through_directions(x: Array) -> Array:
             grams = (points.T @ (points * column[:, None]) for column in xp.unstack(x, axis=1))
             return xp.stack([xp.sum((points @ gram) * points, axis=1) for gram in grams], axis=1)
@@ -308,24 +333,24 @@ def _search(
     *,
     vectors: int,
 ) -> tuple[np.ndarray, Array]:
-    """Find the largest eigenvalues of a symmetric operator in a growing block Krylov space (Rayleigh and Ritz).
+    """Find the largest eigenvalues of a symmetric operator in a growing block Krylov space (Rayleigh-Ritz).
 
-    The space is kept as its blocks, whose shape stays the same: JAX compiles every operation for each shape that it
-    meets. The small projected problem is gathered in NumPy, and solved where the points are: the threads of NumPy's
-    linear algebra would wait for work on the cores that those of PyTorch need.
+    The basis is kept as a list of blocks of one shape, because JAX compiles every operation for each new shape. The
+    small projected problem is assembled in NumPy but solved by the framework of the points. The idle threads of
+    NumPy's linear algebra would otherwise occupy cores that PyTorch needs.
 
     Parameters
     ----------
     points
-        (n, R), for the kind of array.
+        Array (n, R), which determines the framework, dtype and device.
     multiply
-        The operator, on (n, size).
+        The operator, a function on arrays (n, size).
     size
-        Directions in a block.
+        Number of directions in a block.
     rng
-        For the directions to start from, and for those that go on where the Krylov space ends.
+        Random generator for the initial directions, and for those that continue an exhausted Krylov space.
     enough
-        Of the eigenvalues so far, in descending order, and their residuals: whether to stop.
+        Function of the eigenvalues so far, in descending order, and their residuals. It returns whether to stop.
     vectors
         Number of eigenvectors to return, at most `size`.
 
@@ -351,7 +376,7 @@ def _search(
         borders = [each.T @ rest for each in blocks]
         for each, border in zip(blocks, borders, strict=True):
             rest = rest - each @ border
-        # Once the Krylov space is exhausted, the random directions go on; else they are negligible.
+        # Once the Krylov space is exhausted, the random directions continue it. Otherwise they are negligible.
         rest, triangle = xp.linalg.qr(rest + rounding * random_directions())
         column = np.concatenate([as_numpy(border) for border in borders])
         gram = np.block([[gram, column[:-size]], [column[:-size].T, column[-size:]]])
@@ -359,7 +384,8 @@ def _search(
         if last or len(gram) >= 1.25 * looked:
             looked = len(gram)
             values, coordinates = eigh(xp.asarray((gram + gram.T) / 2, dtype=dtype, device=device(points)))
-            # Images of all blocks but the last lie within the space, as the operator is symmetric.
+            # The images of all blocks except the last lie within the space, so only the last block contributes to the
+            # residuals.
             residuals = xp.sqrt(xp.sum((triangle @ coordinates[-size:, :]) ** 2, axis=0))
             similarities = as_numpy(xp.flip(values))
             if last or enough(similarities, as_numpy(xp.flip(residuals))):
@@ -368,6 +394,7 @@ def _search(
                 for number, each in enumerate(blocks):
                     found = found + each @ wanted[number * size : (number + 1) * size, :]
                 return similarities, found
-        for each in blocks:  # one pass more: rounding is larger beside a small rest
+        # Orthogonalise once more, since rounding errors are relatively large if the remainder is small.
+        for each in blocks:
             rest = rest - each @ (each.T @ rest)
         block, _ = xp.linalg.qr(rest)

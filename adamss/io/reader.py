@@ -20,6 +20,7 @@ from adamss.config import shown
 from adamss.errors import CheckpointError
 
 __all__ = [
+    "DTYPES",
     "MALFORMED",
     "MODULES",
     "check_json",
@@ -48,7 +49,7 @@ BYTES_OF_VALUE = 96
 """Upper estimate of what a value of JSON takes in Python, per one of the characters ``[{,:``. ``[],`` takes 65."""
 
 # safetensors' names in the file, and ours.
-_DTYPES = {
+DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -159,11 +160,11 @@ def stored_tensors(entries: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[
     """Turn the library's buffers into bytes one by one, and let go of each: all of them twice would be too much."""
     while entries:
         name, entry = entries.pop()
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise CheckpointError(
                 f"tensor {shown(name)} has dtype {entry['dtype']}, which no adapter file has"
             )
-        dtype = _DTYPES[entry["dtype"]]
+        dtype = DTYPES[entry["dtype"]]
         tensor = StoredTensor(dtype, tuple(entry["shape"]), bytes(entry.pop("data")))
         if dtype == "bool" and np.any(np.frombuffer(tensor.data, dtype=np.uint8) > 1):
             raise CheckpointError(f"tensor {shown(name)} holds booleans that are neither 0 nor 1")

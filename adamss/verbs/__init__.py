@@ -7,7 +7,7 @@ be checked before anything is changed, so that a call that fails leaves the mode
 from adamss.verbs.activating import activate, adapters, routed
 from adamss.verbs.attaching import attach, detach, disabled, summary, trainable_parameters
 from adamss.verbs.exchange import from_peft, to_lora, to_peft
-from adamss.verbs.files import load, save
+from adamss.verbs.files import load, push_to_hub, save
 from adamss.verbs.merging import consolidate, merge, merge_and_unload, unmerge
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "load",
     "merge",
     "merge_and_unload",
+    "push_to_hub",
     "routed",
     "save",
     "summary",

@@ -45,6 +45,7 @@ __all__ = [
     "chosen",
     "embedding_of",
     "factor_dtype",
+    "name_of",
     "new_name",
     "one_of",
     "progress",
@@ -234,6 +235,12 @@ def embedding_of(backend: Backend, modules: Mapping[str, Any], path: str, ids: t
             "(resize_token_embeddings)"
         )
     return site
+
+
+def name_of(modules: Mapping[str, Any]) -> str | None:
+    """Return the name of the base model, which models of transformers and diffusers know; wrappers hold one."""
+    names = (getattr(module, "name_or_path", None) for module in modules.values())
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def with_bias_row(base: BaseWeight) -> Any:

@@ -40,6 +40,7 @@ from adamss.verbs.common import (
     cast_factors,
     checked_path,
     chosen,
+    name_of,
     new_name,
     one_of,
     progress,
@@ -137,7 +138,7 @@ def to_lora(model: Model, folder: str | os.PathLike[str], *, name: Name = None) 
             path: (ids, backend.to_stored(backend.whole(values))) for path, (ids, values) in rows.items()
         }
     named = [path for path, layer in layers.items() if layer.form != "parameter"]
-    targets, base = _shortest_targets(named, modules), _name_of(modules)
+    targets, base = _shortest_targets(named, modules), name_of(modules)
     backend.once(
         model,
         lambda: write_lora(path, layers, targets=targets, saved=saved, base=base, tokens=tokens),
@@ -273,7 +274,7 @@ def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = 
         subspace_rank=max(A.shape[0] for layer in layers.values() for A in layer.A),
         targets=_shortest_targets(layers, modules),
         saved=adaptation.saved,
-        base=_name_of(modules),
+        base=name_of(modules),
     )
     tensors = peft.adamss_tensors(layers) | {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
     backend.once(model, lambda: write_folder(path, settings, tensors))
@@ -362,12 +363,6 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str], *, name: str = 
             seed=adapter.seed,
         )
         return put(backend, base_model, layers, shapes, config=config, saved=saved, name=name)
-
-
-def _name_of(modules: Mapping[str, Any]) -> str | None:
-    """Return the name of the base model, which those of transformers and diffusers know."""
-    name = getattr(modules.get(""), "name_or_path", None)
-    return name if isinstance(name, str) and name else None
 
 
 def _taken_for_experts(forms: Mapping[str, str], modules: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace as changed
@@ -29,26 +30,31 @@ from adamss.backend.ledger import (
 from adamss.backend.registry import backend_for
 from adamss.backend.sites import BaseWeight, Site, owner_of
 from adamss.backend.tensors import StoredTensor, join_path
-from adamss.config import AdamssConfig
+from adamss.config import AdamssConfig, shown
 from adamss.core import Factors
 from adamss.core._array import check_concrete, check_matrix, namespace
 from adamss.core.fingerprint import Fingerprint, fingerprint, unknown, unlikely
 from adamss.errors import (
     AdamssWarning,
     CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
     LayerError,
     LayerTypeError,
     StateError,
     TargetError,
 )
 from adamss.io import checkpoint as files
+from adamss.io import folder
 from adamss.io.checkpoint import Checkpoint, StoredLayer
+from adamss.verbs.card import model_card
 from adamss.verbs.common import (
     adapted,
     cast_factors,
     checked_path,
     embedding_of,
     factor_dtype,
+    name_of,
     new_name,
     one_of,
     progress,
@@ -59,25 +65,27 @@ from adamss.verbs.common import (
     with_bias_row,
 )
 
-__all__ = ["load", "save"]
+__all__ = ["load", "push_to_hub", "save"]
 
 
 def save(
     model: Model, path: str | os.PathLike[str], *, name: str | None = None, training: bool = False
 ) -> None:
-    """Write an adapter, its ``modules_to_save`` and the rows of ``trained_tokens`` to one safetensors file.
+    """Write an adapter, its ``modules_to_save`` and the rows of ``trained_tokens``, to a file or a folder.
 
-    Where several processes hold parts of the model (PyTorch's ``fully_shard``), all of them call this and one
-    writes.
+    A folder gets ``adapter.safetensors``, ``adamss_config.json`` (the settings, for people and scripts) and a model
+    card ``README.md``, unless it has one. Where several processes hold parts of the model (PyTorch's
+    ``fully_shard``), all of them call this and one writes.
 
     Parameters
     ----------
     model
         An adapted model, merged or not.
     path
-        Where to; an existing file is replaced, whole or not at all.
+        A folder if it exists as one, ends in a separator or has no suffix; else a file, such as
+        ``"adapter.safetensors"``. An existing file is replaced, whole or not at all.
     name
-        Of the adapter; None for the only one, or the one that is active.
+        Name of the adapter. None means the only one, or the active one.
     training
         False: portable, with ``M = A B``, the smallest. True: A and B, to resume training to the bit.
 
@@ -138,7 +146,60 @@ def save(
     ids = {path: own.ids for path, own in adaptation.tokens.items()} or None
     config = adaptation.config.unchecked(trained_tokens=ids)
     checkpoint = Checkpoint(config, layers, saved, writer, shared, tokens)
-    backend.once(model, lambda: files.write(path, checkpoint, modules=len(modules)))
+
+    def write(file: str) -> None:
+        files.write(file, checkpoint, modules=len(modules))
+
+    def write_folder() -> None:
+        base = name_of(modules)
+        settings = {"base_model_name_or_path": base, **checkpoint.config.to_dict(), "written_by": writer}
+        folder.write_folder(path, settings, model_card(checkpoint, base), write)
+
+    backend.once(model, write_folder if folder.is_folder(path) else lambda: write(path))
+
+
+def push_to_hub(
+    folder_or_model: Model | str | os.PathLike[str], repo_id: str, *, name: str | None = None, **kwargs: Any
+) -> str:
+    """Upload an adapter to a repository of the Hugging Face Hub, from where `load` takes it by its name.
+
+    Parameters
+    ----------
+    folder_or_model
+        A folder that `save` wrote, or an adapted model, which is saved to a temporary folder first.
+    repo_id
+        ``"user/name"``. The repository is made if it does not exist.
+    name
+        Name of the adapter of a model. None means the only one, or the active one.
+    kwargs
+        ``private`` and ``token``, as ``huggingface_hub.create_repo`` takes them, and everything that
+        ``huggingface_hub.upload_folder`` takes, such as ``commit_message`` and ``revision``.
+
+    Returns
+    -------
+    str
+        Address of the commit.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder has no valid adapter, or the hub refuses the upload.
+    ConfigError
+        If ``repo_id`` is no name of a repository.
+    MissingBackendError
+        If ``huggingface_hub`` is not installed.
+    """
+    if not isinstance(repo_id, str) or not folder.is_repository(repo_id):
+        raise ConfigError(f"repo_id must be of the form 'user/name', found {shown(repo_id)}")
+    if isinstance(folder_or_model, str | os.PathLike):
+        path = checked_path(folder_or_model)
+        if not os.path.isdir(path):
+            raise CheckpointNotFoundError(f"push_to_hub: there is no folder {path!r}; adamss.save writes one")
+        files.read(folder.adapter_file(path))
+        return folder.push(path, repo_id, **kwargs)
+    with tempfile.TemporaryDirectory() as temporary:
+        save(folder_or_model, temporary, name=name)
+        return folder.push(temporary, repo_id, **kwargs)
 
 
 def load(
@@ -161,7 +222,8 @@ def load(
     base_model
         The model that the adapter was trained on, in any dtype, with or without others.
     path
-        A file that `save` wrote.
+        A file or folder that `save` wrote. Where nothing local has this name, a repository of the Hugging Face Hub,
+        ``"user/name"`` or ``"user/name@revision"``, from which ``huggingface_hub`` fetches it (or from its cache).
     name
         Of the adapter in this model. On a model that has others, it becomes the one that is active (`activate`).
     replace
@@ -190,7 +252,9 @@ def load(
     Raises
     ------
     CheckpointNotFoundError
-        If there is no such file.
+        If there is no such file, folder or repository.
+    MissingBackendError
+        If the path may be the name of a repository, and ``huggingface_hub`` is not installed.
     CheckpointError
         If the file is damaged, foreign or of an unknown version, or does not fit the model; if its factors hold NaN
         or infinity (`save` keeps what a training that diverged has left, `load` does not take it up), or a number
@@ -209,7 +273,7 @@ def load(
         if name in bank.adapters:  # the flags stay, and with them the form of the basis
             trainable = bank.adapters[name].trainable
         modules = backend.modules(base_model)
-        stored = files.read(checked_path(path), modules=len(modules))
+        stored = files.read(folder.adapter_file(checked_path(path)), modules=len(modules))
         require_modules([*stored.layers, *stored.saved, *stored.tokens], modules)
         require_distinct([*stored.layers, *stored.saved, *stored.tokens], modules)
         require_shared(backend, base_model, stored.saved, stored.shared, modules)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tabulate
@@ -11,8 +13,9 @@ import tabulate
 from adamss.backend.bank import DEFAULT
 from adamss.core import Factors, basis_ranks, count_factors
 from adamss.core.factors import outline
+from adamss.io.checkpoint import Checkpoint
 
-__all__ = ["Summary", "SummaryRow", "summarise", "total"]
+__all__ = ["Summary", "SummaryRow", "summarise", "summary_of_file", "total"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,15 @@ class Summary:
     name: str = DEFAULT
 
     def __str__(self) -> str:
+        return "\n".join((self._table("simple"), *self._notes()))
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook, what else is printed as its caption."""
+        # Of the formats of tabulate, "html" escapes what is in the cells; paths may come from a file of anyone.
+        table, notes = self._table("html"), "<br>\n".join(map(html.escape, self._notes()))
+        return table.replace("<table>", f"<table>\n<caption>{notes}</caption>", 1) if notes else table
+
+    def _table(self, form: str) -> str:
         columns = ["layer", "shape", "K", "R", "q", "trained", "active"]
         table = [
             (
@@ -88,15 +100,22 @@ class Summary:
             )
             for row in (*self.rows, self.total)
         ]
-        text: str = tabulate.tabulate(
-            table, columns, colalign=("left", "left", *["right"] * 5), missingval=""
-        )
+        alignment = ("left", "left", *["right"] * 5)
+        return str(tabulate.tabulate(table, columns, form, colalign=alignment, missingval=""))
+
+    def _notes(self) -> list[str]:
+        """Return what is said below the table, a line each."""
+        lines = []
         if self.name != DEFAULT:
-            text += f"\nadapter: {self.name}"
+            lines.append(f"adapter: {self.name}")
         if self.targets is not None:
-            text += f"\ntargets: {self.targets if isinstance(self.targets, str) else ', '.join(self.targets)}"
-        text += f"\ntrained_tokens: {self.tokens:,} parameters" if self.tokens else ""
-        return text + (f"\nmodules_to_save: {self.saved:,} trained parameters" if self.saved else "")
+            names = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
+            lines.append(f"targets: {names}")
+        if self.tokens:
+            lines.append(f"trained_tokens: {self.tokens:,} parameters")
+        if self.saved:
+            lines.append(f"modules_to_save: {self.saved:,} trained parameters")
+        return lines
 
 
 def summarise(path: str, shape: tuple[int, int], factors: Factors) -> SummaryRow:
@@ -142,3 +161,30 @@ def total(rows: Sequence[SummaryRow]) -> SummaryRow:
         trained=sum(row.trained for row in rows),
         active=sum(row.active for row in rows),
     )
+
+
+def summary_of_file(stored: Checkpoint) -> Summary:
+    """Return what a file holds, with R and the trained parameters as they were in training.
+
+    A portable file has A B and not A, so that R is that of its settings, as far as the layer allows it. Names are as
+    the file has them, which may be from anyone: escape what you print.
+
+    Parameters
+    ----------
+    stored
+        A file that was read.
+    """
+    rows = []
+    for path, layer in stored.layers.items():
+        row = summarise(path, layer.base.shape, layer.outline())
+        if layer.M is not None:
+            R = layer.rank or stored.config.rank
+            ranks = layer.ranks.numpy().astype(np.int64)
+            sizes = np.bincount(layer.labels.numpy().astype(np.int64), minlength=ranks.size)
+            d, n = layer.M.shape[0], layer.base.shape[1] // layer.blocks
+            own = np.minimum(min(R, d, n), sizes if stored.config.basis == "per_subspace" else n)
+            row = replace(row, R=int(own.max()), trained=int((ranks * (sizes + own)).sum()))
+        rows.append(row)
+    saved = sum(math.prod(tensor.shape) for module in stored.saved.values() for tensor in module.values())
+    tokens = sum(math.prod(tensor.shape) for tensor in stored.tokens.values())
+    return Summary(tuple(rows), total(rows), saved, tokens=tokens)

@@ -1,9 +1,10 @@
-"""JAX for `adamss`: pure functions on pytrees, and the backends of Flax NNX and Equinox.
+"""JAX for `adamss`: pure functions on pytrees, and the backends for Flax NNX and Equinox.
 
-`linear` is all that a model made of plain arrays needs; `Factors` are a pytree. `adamss.attach` and its sister
-verbs find the backend by themselves. `budgeted` brings the adaptive budget to any optax transformation, and
-`synchronise` and `allocation` belong to it. These, the backends `adamss_jax.flax` and `adamss_jax.equinox`,
-and `adamss_jax.optax` are imported when they are first asked for: no library is needed for another, or for `linear`.
+A model made of plain arrays needs only `linear`, which takes `Factors`, a pytree. For Flax NNX and Equinox models,
+`adamss.attach` and the other verbs find the backend by themselves. `budgeted` adds the adaptive budget to any optax
+transformation; `synchronise` writes its masks into the model, and `allocation` reports them. These three and the
+modules `adamss_jax.flax`, `adamss_jax.equinox` and `adamss_jax.optax` are imported on first access, so that each
+works without the libraries that the others need.
 """
 
 from importlib import import_module

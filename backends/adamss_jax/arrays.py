@@ -1,4 +1,4 @@
-"""JAX's arrays: where they are, their bytes, and what of them is kept outside of a model's tree."""
+"""Arrays of JAX: their devices, their bytes, and copies of them that are kept outside a model's tree."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ N = TypeVar("N", bound=Any)
 
 
 class JaxArrays(Arrays):
-    """What needs JAX and no library of models."""
+    """The primitives on arrays, which need JAX but no model library."""
 
     def linear(self, x: Array, weight: Array, bias: Array | None, *factors: Factors) -> Array:
         return linear(x, weight, bias, *(Factors(*map(jnp.asarray, each)) for each in factors))
@@ -41,7 +41,7 @@ class JaxArrays(Arrays):
     ) -> Array:
         kind = np.dtype(getattr(ml_dtypes, stored.dtype, stored.dtype))
         host = np.frombuffer(stored.data, dtype=kind).reshape(stored.shape)
-        # Without x64, JAX has no 64-bit types and warns of each that is asked for.
+        # Without x64, JAX has no 64-bit types, and warns about each request for one.
         wanted = jax.dtypes.canonicalize_dtype(kind if dtype is None else jnp.dtype(dtype))
         return beside(host.astype(wanted), like)
 
@@ -55,7 +55,7 @@ class JaxArrays(Arrays):
         return jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)).name == dtype
 
     def decomposition_input(self, W: Array) -> Any:
-        # On the CPU, NumPy has the same routines and compiles nothing: 0.1 s where JAX's first call takes 5.
+        # On the CPU, NumPy runs the same routines without compiling them: 0.1 s where JAX's first call takes 5 s.
         on_cpu = all(device.platform == "cpu" for device in W.devices())
         return np.asarray(W.astype(jnp.promote_types(W.dtype, jnp.float32))) if on_cpu else W
 
@@ -68,21 +68,21 @@ class JaxArrays(Arrays):
 
 
 class HostCopies(Mapping[str, Array]):
-    """Arrays by name, kept as copies in the host's memory; each is put back on its devices when it is looked up.
+    """Arrays by name, copied to host memory; a lookup puts the array back on the devices that it came from.
 
-    They are compared by value, and so act as static constants of compiled functions: they are not transferred with
-    every call, they survive the donation of buffers, and models that are equal have trees of equal structure.
+    Copies are compared by value and so act as static constants of compiled functions: they are not transferred with
+    every call, they survive buffer donation, and equal models have trees of equal structure.
 
     Parameters
     ----------
     arrays
-        By name.
+        Arrays by name.
     """
 
     __slots__ = ("_arrays", "_shardings")
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
-        # np.asarray of an array on the CPU may be a view of its buffer.
+        # Copy explicitly, because np.asarray of an array on the CPU may be a view of its buffer.
         self._arrays = {name: np.array(array, copy=True) for name, array in arrays.items()}
         self._shardings: Mapping[str, Any] = {
             name: a.sharding if jnp.asarray(a).committed else None for name, a in arrays.items()
@@ -90,12 +90,12 @@ class HostCopies(Mapping[str, Array]):
 
     @classmethod
     def of(cls, arrays: Mapping[str, Array] | None) -> HostCopies | None:
-        """Return copies of arrays; None, and what is a copy already, as it is."""
+        """Return host copies of arrays; None and existing `HostCopies` are returned as they are."""
         return arrays if arrays is None or isinstance(arrays, HostCopies) else cls(arrays)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each."""
+        """Shapes of the arrays by name."""
         return {name: array.shape for name, array in self._arrays.items()}
 
     def __getitem__(self, name: str) -> Array:
@@ -123,31 +123,36 @@ class HostCopies(Mapping[str, Array]):
         return all(a.tobytes() == b.tobytes() for a, b in pairs)
 
     def __getstate__(self) -> Any:
-        return None, {"_arrays": self._arrays, "_shardings": {}}  # devices are those of the process
+        # Shardings name devices of this process, which do not exist where the pickle is loaded.
+        return None, {"_arrays": self._arrays, "_shardings": {}}
 
 
 class LeafStore(PlainStore):
-    """Fields of the layer. A frozen layer that is written to is a copy, made for that, of the one in the model."""
+    """A store for weights that are fields of the layer.
+
+    Equinox's layers are frozen dataclasses, so `write` bypasses their ``__setattr__``. This is safe because it gets a
+    copy of the layer in the model (see `JaxModels.adapted_layers`).
+    """
 
     def write(self, layer: Any, name: str, value: Array) -> None:
         object.__setattr__(layer, name, placed_as(value, jnp.asarray(self.read(layer, name))))
 
     def exchange(self, layer: Any, name: str, value: Array) -> Array:
-        """Do the same, and return the former array, which nobody can write over."""
+        """Write an array and return the former one, without a copy, since arrays of JAX are immutable."""
         before: Array = self.read(layer, name)
         self.write(layer, name, value)
         return before
 
 
 KINDS = {"labels": int, "ranks": int, "subspaces": int, "directions": int, "active": bool, "held": bool}
-"""Of the arrays, by name, that are no floating-point numbers."""
+"""Python types of the arrays, by name, that do not hold floating-point numbers."""
 
 
 def restored(arrays: N) -> N:
-    """Return a named tuple of arrays in which integers and booleans are such again.
+    """Return a named tuple of arrays whose integers and booleans are converted back from floating point.
 
-    Some average all arrays of a model, over steps or processes, as if they were weights. An average of equal integers
-    is that integer, up to rounding.
+    Some training code averages all arrays of a model over steps or processes, as if they were weights. The average of
+    equal integers is that integer up to rounding, so rounding restores it.
     """
     averaged = {
         name: jnp.round(array).astype(KINDS[name])
@@ -159,21 +164,21 @@ def restored(arrays: N) -> N:
 
 
 def check_values(array: Any, path: str, name: str) -> None:
-    """Check that this is an array with values, all within reach of this process.
+    """Check that an array has values and that this process can access all of them.
 
     Parameters
     ----------
     array
-        What a store has read.
+        Object that a store has read.
     path, name
-        Of the layer, and of the array within it, for the message.
+        Path of the layer and name of the array within it, for the message.
 
     Raises
     ------
     ArrayTypeError
-        If it is a tracer or a shape without values, or spread over other processes.
+        If the array is a tracer or a shape without values, or is sharded over several processes.
     LayerTypeError
-        If it is no array.
+        If the object is not an array.
     """
     if isinstance(array, jax.core.Tracer):
         raise ArrayTypeError(
@@ -191,13 +196,13 @@ def check_values(array: Any, path: str, name: str) -> None:
         )
     if not isinstance(array, jax.Array) and not hasattr(array, "__array__"):
         raise LayerTypeError(
-            f"{path}: its {name} is a {type(array).__name__}, no array; dequantise it first, or register an "
+            f"{path}: its {name} is a {type(array).__name__}, not an array; dequantise it first, or register an "
             "adamss.backend.Store that reads it"
         )
 
 
 def placed_as(array: Any, like: Array) -> Array:
-    """Return an array where another one of its shape is, spread over devices as that is."""
+    """Return an array on the devices and with the sharding of another array of the same shape."""
     if isinstance(like, jax.core.Tracer) or not like.committed:
         return jnp.asarray(array)
     placed: Array = jax.device_put(array, like.sharding)
@@ -205,10 +210,11 @@ def placed_as(array: Any, like: Array) -> Array:
 
 
 def beside(array: Any, like: Array | None) -> Array:
-    """Return an array where another one is: on its device, or on every device of its mesh."""
+    """Return an array on the device of another one, or replicated over the mesh of that one."""
     placed: Array = jnp.asarray(array)
     if like is None or isinstance(like, jax.core.Tracer) or not like.committed:
-        # An array that is tied to a device ties every result to it, and the next step is compiled anew.
+        # Leave the array uncommitted: results of an array committed to a device are committed too, and the next step
+        # would be compiled again for them.
         return placed
     place: Any = next(iter(like.devices()))
     if isinstance(like.sharding, NamedSharding):

@@ -1,4 +1,4 @@
-"""The adaptive budget in training: `budgeted` around an optax transformation, and what is read from its state."""
+"""The adaptive budget in training: an optax transformation, and functions that read its state."""
 
 from __future__ import annotations
 
@@ -32,32 +32,33 @@ __all__ = ["Allocation", "BudgetedState", "allocation", "budgeted", "synchronise
 
 
 REFUSED = {
-    "MultiStepsState": "optax.MultiSteps inside it would have it count every batch as a step; put it around: "
+    "MultiStepsState": "optax.MultiSteps inside budgeted would make it count every batch as a step; put it around: "
     "optax.MultiSteps(adamss_jax.budgeted(tx, model), every_k_schedule)",
-    "ScheduleFreeState": "optax.contrib.schedule_free evaluates at another point than it trains at, to which frozen "
-    "elements would be moved; take a transformation that has one point",
+    "ScheduleFreeState": "optax.contrib.schedule_free evaluates other parameters than it trains, to which frozen "
+    "elements would be moved; use a transformation that evaluates the parameters it trains",
 }
-"""States of transformations that are not to be inside, and why."""
+"""States of transformations that `budgeted` must not wrap, by class name, and the reason."""
 
 
 class BudgetedState(NamedTuple):
-    """State of `budgeted`: arrays, of shapes that no allocation changes.
+    """State of `budgeted`: arrays whose shapes no allocation changes.
 
     Attributes
     ----------
     inner
-        State of the transformation within.
+        State of the wrapped transformation.
     budget
-        Averages, masks and step, of all layers in the order of their paths.
+        Importance averages, masks and step count of all layers, in the order of their paths.
     limit
-        Budget that the last allocation kept to, in the unit of the schedule, 0-d integer.
+        Budget of the last allocation, in the unit of the schedule, 0-d integer.
     revive
         Whether a frozen subspace may return, 0-d boolean.
     sizes
-        Number K of subspaces by path, 0-d integers. Before the path stands the name of the adapter, if it has one:
-        ``"a: encoder.query"``.
+        Number K of subspaces by layer path, 0-d integers. Unless the adapter is the default one, its name precedes
+        the path: ``"a: encoder.query"``.
     identity
-        What tells whose subspaces these are, (6,) float32 by the same keys.
+        Fingerprint of each layer's subspaces, (6,) float32, by the same keys. It shows whether the state belongs to a
+        model.
     """
 
     inner: Any
@@ -69,22 +70,22 @@ class BudgetedState(NamedTuple):
 
 
 class Allocation(NamedTuple):
-    """Where a reduction stands, as `allocation` reports it; 0-d arrays.
+    """Progress of a reduction, as `allocation` reports it; all arrays are 0-d.
 
     Attributes
     ----------
     step
-        Completed steps of the optimiser.
+        Number of completed steps of the optimiser.
     budget
-        What the last allocation kept to, in the unit of the schedule.
+        Budget of the last allocation, in the unit of the schedule.
     active
-        Subspaces that are trained, by path of the layer.
+        Number of trained subspaces by layer path.
     total
-        Their sum.
+        Sum of `active`.
     waiting
-        Whether an allocation is due and waits for a step that says something.
+        Whether an allocation is due but waits for the first step that gives some subspace an importance above zero.
     left_out
-        Steps that the averages leave out, since a gradient held NaN or infinity.
+        Number of steps that the averages leave out, because a gradient held NaN or infinity.
     """
 
     step: Array
@@ -102,45 +103,47 @@ def budgeted(
     *,
     name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Reduce the trained subspaces while training, and keep those that are frozen where they are.
+    """Wrap an optax transformation so that it reduces the trained subspaces and holds frozen ones at their values.
 
-    The outermost transformation: clipping, schedules, momentum and weight decay belong inside, in `tx`. Each step
-    updates the importance of the subspaces, from gradients and parameters as they are before it, and at the steps of
-    the schedule chooses those that stay trained after it. Frozen elements get updates of zero; their gradients count
-    in nothing within `tx`, unless the schedule revives.
+    `budgeted` must be the outermost transformation: clipping, schedules, momentum and weight decay belong in `tx`.
+    Each step updates the importance of the subspaces from the gradients and from the parameters before the step. At
+    the steps of the schedule, it then chooses the subspaces that stay trained from the next step on. The updates of
+    frozen elements are zero. Their gradients are set to zero before `tx` sees them, unless the schedule revives.
 
-    All of it is compiled with the training step, and no allocation compiles it anew. The masks live in the state:
-    `adamss_jax.synchronise` writes them into the model, before `adamss.save` or `adamss.summary`. To accumulate
-    gradients, put `optax.MultiSteps` around it, which calls it once per step. Of several adapters that are trained
-    together, each may have a budget: put one `budgeted` into the other.
+    The allocation is compiled as part of the training step and never causes another compilation. The masks are kept
+    in the state: call `adamss_jax.synchronise` to write them into the model before `adamss.save` or
+    `adamss.summary`. To accumulate gradients, wrap the result in `optax.MultiSteps`, which calls it once per step.
+    Several adapters that are trained together may each have a budget: nest one `budgeted` in the other.
 
     Parameters
     ----------
     tx
-        Any optax transformation.
+        Optax transformation to wrap.
     model
-        The adapted model whose parameters it gets (``wrt=nnx.LoRAParam``, or `adamss_jax.equinox.trainable_filter`).
-        Its masks are those at the start.
+        Adapted model whose parameters are trained (``wrt=nnx.LoRAParam``, or `adamss_jax.equinox.trainable_filter`).
+        Its masks are the masks at the start.
     config
-        The schedule; None for that of the config which the adapter was attached with.
+        Schedule. None means the schedule of the config that the adapter was attached with.
     name
-        Of the adapter; None for the one that is trained.
+        Name of the adapter. None means the one that is trained.
 
     Returns
     -------
     optax.GradientTransformationExtraArgs
-        Its state is a `BudgetedState`, to be saved and restored as the state of any optimiser. ``update`` needs the
-        parameters.
+        Transformation whose state is a `BudgetedState`, which can be saved and restored like any optimiser's state.
+        Its ``update`` requires the parameters.
 
     Raises
     ------
     StateError
-        If the model has no such adapter, several are trained and none is named, or it is not trained, or merged, or
-        consolidated and the schedule revives; in ``init``, if there is a `budgeted` of the adapter inside; in
-        ``init`` and ``update``, if the parameters are those of another model.
+        If the model has no such adapter, if several are trained and `name` is None, or if the adapter is not trained,
+        is merged, or is consolidated although the schedule revives. In ``init``, if `tx` already contains a
+        `budgeted` of this adapter. In ``init`` and ``update``, if the parameters belong to another model.
     ConfigError
         If there is no schedule, or the model cannot keep to it (see `adamss.core.plan_budget`). If the schedule
-        revives and the model has frozen subspaces, but was attached without such a schedule: they get no gradients.
+        revives and the model has frozen subspaces, but was attached without such a schedule: these subspaces get no
+        gradients. In ``init``, if `tx` contains a transformation that cannot be wrapped, such as `optax.MultiSteps`.
+        In ``update``, if the parameters are missing.
 
     References
     ----------
@@ -182,7 +185,7 @@ def budgeted(
     inner = optax.with_extra_args_support(tx)
 
     def elements(tree: Any, where: Any) -> Array:
-        """Return the elements of B and C of all layers, (N,), from a tree of parameters or gradients."""
+        """Return all elements of B and C as one vector (N,), from a tree of parameters or gradients."""
         flat = jax.tree.leaves(tree)
         found: dict[str, tuple[Array, Array]] = {}
         for owner, (B, C) in where.items():
@@ -203,7 +206,7 @@ def budgeted(
         weights = elements(params, where)
         start = initial_budget_state(plan, np.broadcast_to(np.zeros((), weights.dtype), weights.shape))
         own = start, np.asarray(plan.budget_at(0), np.int32), np.asarray(config.revive), sizes, names
-        # Beside the parameters, and no buffer of the model, which may be donated.
+        # Copies on the parameters' devices: a buffer shared with the model would become invalid if that is donated.
         like = jax.tree.leaves(params)[next(iter(where.values()))[0]]
         return BudgetedState(state, *jax.tree.map(lambda array: beside(np.array(array), like), own))
 
@@ -216,6 +219,7 @@ def budgeted(
             )
         in_params = leaves.positions(params, "budgeted")
         in_updates = leaves.positions(updates, "budgeted, in the gradients")
+        # The masks from before the step apply to its updates; those that it chooses apply from the next step on.
         masks = {
             in_updates[owner][number]: mask
             for (owner, number), mask in leaves.masks(plan.split(state.budget.active)).items()
@@ -237,30 +241,30 @@ def synchronise(model: Any, opt_state: Any, *, name: str | None = None) -> Any:
     Parameters
     ----------
     model
-        The adapted model that is being trained.
+        Adapted model that is being trained.
     opt_state
-        An `nnx.Optimizer`, or whatever holds the state of `budgeted`.
+        An `nnx.Optimizer`, or any tree that contains the state of `budgeted`.
     name
-        Of the adapter; None for the one that is trained.
+        Name of the adapter. None means the one that is trained.
 
     Returns
     -------
     Model
-        NNX: the same object. Equinox: a new tree.
+        The same object for NNX, a new tree for Equinox.
 
     Raises
     ------
     StateError
-        If there is no state of `budgeted`, or it is of another model or adapter; if a mask thaws what was
-        consolidated.
+        If `opt_state` contains no state of `budgeted`, or one that belongs to another model or adapter. If a mask
+        thaws a subspace that was consolidated into the weight.
     ArrayTypeError
         If the state is being traced.
 
     Warns
     -----
     AdamssWarning
-        If steps were left out of the averages, since a gradient held NaN or infinity. If frozen subspaces may return,
-        but the model was attached without such a schedule, and so gives them no gradients.
+        If steps were left out of the averages because a gradient held NaN or infinity. If frozen subspaces may
+        return, but the model was attached without such a schedule and so gives them no gradients.
     """
     backend = models_of(model)
     adaptation = adapter_in_training(backend, model, "synchronise", name)
@@ -290,23 +294,24 @@ def synchronise(model: Any, opt_state: Any, *, name: str | None = None) -> Any:
 
 
 def allocation(opt_state: Any, *, name: str | None = None) -> Allocation:
-    """Return where the reduction stands, for a log.
+    """Return the progress of the reduction, for logging.
 
     Parameters
     ----------
     opt_state
-        An `nnx.Optimizer`, or whatever holds the state of `budgeted`. Under ``jit`` too: return the result with the
-        loss, or hand it to `jax.debug.callback`.
+        An `nnx.Optimizer`, or any tree that contains the state of `budgeted`. It may be traced: under ``jit``, return
+        the result with the loss or pass it to `jax.debug.callback`.
     name
-        Of the adapter; None for the only one that has a budget.
+        Name of the adapter. None means the only one that has a budget.
 
     Raises
     ------
     StateError
-        If there is no state of `budgeted`, or of several adapters and none is named.
+        If `opt_state` contains no state of `budgeted`, or those of several adapters while `name` is None.
     """
     state = budgeted_state(opt_state, None, "allocation", name)
     step, waiting, left_out, mask, *_ = state.budget
+    # Take differences of cumulative sums, because the sizes may be traced, and slices cannot have traced bounds.
     up_to, active, end = jnp.cumulative_sum(mask, dtype=int, include_initial=True), {}, jnp.zeros((), int)
     for key in sorted(state.sizes):
         start, end = end, end + state.sizes[key]
@@ -317,18 +322,19 @@ def allocation(opt_state: Any, *, name: str | None = None) -> Allocation:
 def budgeted_state(
     opt_state: Any, adaptation: Adaptation | None, verb: str, name: str | None = None
 ) -> BudgetedState:
-    """Return the state of `budgeted`, as plain arrays, that something holds.
+    """Find the state of `budgeted` in an optimiser's state and return it as plain arrays.
 
     Parameters
     ----------
     opt_state
         See `synchronise`.
     adaptation
-        Of the model that it should be of, with all values at hand; None for any, also traced.
+        Adapter that the state must belong to, which requires concrete values. None accepts the state of any adapter,
+        traced or not.
     verb
-        What the messages call the caller.
+        Name of the caller in messages.
     name
-        Of the adapter that it should be of; None for that of `adaptation`, or the only one.
+        Name of the adapter, used if `adaptation` is None. None means the only state there is.
     """
     name, every = name if adaptation is None else adaptation.name, _states(opt_state)
     found = [state for state in every if name in (None, _adapter_of(state))]
@@ -350,12 +356,14 @@ def budgeted_state(
         if sizes != own:
             differing = sorted(path for path in sizes | own if sizes.get(path) != own.get(path))
             raise StateError(
-                f"{verb}: the state is of another model, or attached otherwise: they differ in "
+                f"{verb}: the state belongs to another model, or one attached with other settings: they differ in "
                 f"{', '.join(differing[:3])}"
             )
         for path, factors in adaptation.layers.items():
             if not same_subspaces([float(value) for value in state.identity[keys[path]]], _identity(factors)):
-                raise StateError(f"{verb}: the state is of another model: {path} has other subspaces there")
+                raise StateError(
+                    f"{verb}: the state belongs to another model: {path} has other subspaces there"
+                )
     return state
 
 
@@ -364,12 +372,12 @@ def _prefix(name: str) -> str:
 
 
 def _keys(adaptation: Adaptation) -> dict[str, str]:
-    """Return the keys of `BudgetedState.sizes` by path of the layer."""
+    """Return the key of each layer in `BudgetedState.sizes`, by path of the layer."""
     return {path: _prefix(adaptation.name) + path for path in adaptation.layers}
 
 
 def _adapter_of(state: BudgetedState) -> str:
-    """Return the name of the adapter whose state it is."""
+    """Return the name of the adapter that a state belongs to."""
     name, colon, _ = next(iter(state.sizes)).partition(": ")
     return name if colon else DEFAULT
 
@@ -379,7 +387,7 @@ def _identity(factors: Factors) -> tuple[float, ...]:
 
 
 def is_variable(node: Any) -> bool:
-    """Return whether this is a variable of Flax, in which `nnx.Optimizer` keeps the arrays of its state."""
+    """Return whether a node is a Flax variable, which `nnx.Optimizer` wraps around each array of its state."""
     return hasattr(node, "get_value")
 
 
@@ -405,14 +413,14 @@ def _check_may_return(config: BudgetConfig, adaptation: Adaptation) -> None:
 
 
 def _check_inner(state: Any) -> None:
-    """Check that the transformation inside counts steps as `budgeted` does, and moves parameters by updates alone."""
+    """Check that the wrapped transformation counts the same steps and changes parameters only by its updates."""
     for node in jax.tree.leaves(state, is_leaf=lambda node: type(node).__name__ in REFUSED):
         if type(node).__name__ in REFUSED:
             raise ConfigError(f"budgeted: {REFUSED[type(node).__name__]}")
 
 
 def _masked(tree: Any, masks: Mapping[int, Array]) -> Any:
-    """Return a tree whose leaves at some positions are zero where a mask is False."""
+    """Return a tree in which the leaf at each position of `masks` is zero where its mask is False."""
     leaves, structure = jax.tree.flatten(tree)
     for position, mask in masks.items():
         leaf = leaves[position]

@@ -1,7 +1,7 @@
-"""Equinox: models are trees, and every verb returns a new one.
+"""The Equinox backend: models are immutable trees, and every verb returns a new one.
 
-Each layer that is adapted is replaced by an `AdaptedLayer` around it, with an `Adapter` by its name:
-``layer.adapters["default"]``. `trainable_filter` says which leaves are trained, for
+Each adapted layer is wrapped in an `AdaptedLayer`, which holds its `Adapter` objects by name:
+``layer.adapters["default"]``. `trainable_filter` marks the trained leaves, for
 ``eqx.partition(model, trainable_filter(model))``.
 """
 
@@ -36,7 +36,7 @@ from adamss_jax.parts import Part
 __all__ = ["AdaptedLayer", "Adapter", "EquinoxBackend", "kinds", "route_axes", "stores", "trainable_filter"]
 
 
-# ---- kinds of layers, and how they keep their numbers -----------------------------------------------
+# ---- kinds of layers, and stores for their weights --------------------------------------------------
 
 
 class Linear(MatrixKind):
@@ -58,9 +58,9 @@ class Linear(MatrixKind):
 
 
 class Conv(ExampleKind):
-    """`equinox.nn.Conv` without groups: the product of each window of the input with one matrix.
+    """`equinox.nn.Conv` without groups, which multiplies each window of the input by one matrix.
 
-    ``z = x M`` is the layer's own convolution with q filters.
+    ``z = x M`` is computed by the layer's own convolution, with q filters.
     """
 
     classes = (eqx.nn.Conv,)
@@ -68,8 +68,8 @@ class Conv(ExampleKind):
     def view(self, layer: Any, path: str) -> View:
         if layer.groups != 1:
             raise LayerError(
-                f"{path}: its {layer.groups} groups are as many matrices. Leave it out of targets; convolutions "
-                "without groups can be adapted"
+                f"{path}: its {layer.groups} groups multiply by one matrix each, so the layer has no single matrix. "
+                "Leave it out of targets; convolutions without groups can be adapted"
             )
         return View(rows=tuple(range(1, layer.num_spatial_dims + 2)), columns=(0,))
 
@@ -86,17 +86,17 @@ class Conv(ExampleKind):
         return jnp.tensordot(E.T, z, 1)
 
     def last(self, z: Array) -> Array:
-        # The directions come first, as the channels do.
+        # The directions are the first axis, as channels are in Equinox.
         return jnp.swapaxes(z, 0, -1)
 
     def example(self, layer: Any) -> Array:
-        # Larger than the window in every dimension, so that no padding fills one alone.
+        # Make the input larger than the window in every dimension, so that no window consists of padding only.
         sizes = [8 * size for size in layer.kernel_size]
         return jax.random.normal(jax.random.key(0), (layer.in_channels, *sizes))
 
 
 class Embedding(ExampleKind):
-    """`equinox.nn.Embedding`: a row by its id, the product of a one-hot vector with one matrix."""
+    """`equinox.nn.Embedding`, which looks up a row by its id: the product of a one-hot vector and one matrix."""
 
     classes = (eqx.nn.Embedding,)
 
@@ -126,39 +126,39 @@ REFUSED: dict[type, str] = {
     eqx.nn.GRUCell: CELL,
     eqx.nn.LSTMCell: CELL,
 }
-"""Layers with weights that cannot be adapted, and why."""
+"""Layers that have weights but cannot be adapted, and the reason."""
 
 
 stores = Stores(LeafStore())
-"""Ways of keeping weights that adapters can sit on; `Stores.register` adds one."""
+"""Stores of the weights that can be adapted; `Stores.register` adds one."""
 
 
 # ---- what is attached to a layer --------------------------------------------------------------------
 
 
 class Adapter(eqx.Module):
-    """The factors of one adapter of one layer, or one stack of layers.
+    """The factors of one adapter for one layer, or for one stack of layers.
 
     Attributes
     ----------
     part
-        Which subspaces the weight holds, and which are computed. It comes first, so that leaves that were stored one
-        after the other do not fit a layer in another form.
+        Which subspaces the weight holds, and which are computed. It is the first field, so that leaves stored one
+        after the other do not fit a layer whose weight holds other subspaces.
     B, C
-        Trained, (P, q) and (r, n).
+        Trained factors, (P, q) and (r, n).
     A, labels, ranks, active
-        As in `adamss.core.Factors`.
+        See `adamss.core.Factors`.
     order
-        In which order its products are taken, one of `adamss.core.cost.ORDERS`; None is ``"factors_first"``, the
-        cheaper one for the many inputs of a ``vmap``: see `adamss_jax.update`. It is in no file, and is part of the
-        structure of the tree: set it, by `dataclasses.replace` of the adapter, before the optimiser's state is made.
+        Order of the products, one of `adamss.core.cost.ORDERS`. None means ``"factors_first"``, which is cheaper for
+        the many inputs of a ``vmap``; see `adamss_jax.update`. Files do not store the order. It is part of the tree
+        structure: set it by `dataclasses.replace` of the adapter, before the optimiser's state is made.
     kept
-        While the adapter is not active, in one of its layers, its values of ``modules_to_save``.
+        Values of the adapter's ``modules_to_save`` while it is inactive; only one of its layers has them.
     gate
-        While the rows of a batch are routed, which of them go through the adapter: (rows,) booleans, over which the
-        caller maps the model together with its inputs, by `route_axes`.
+        Which rows of a batch go through the adapter, (rows,) booleans, while the rows are routed. The caller maps the
+        model over this axis together with its inputs; see `route_axes`.
     place
-        The path of the layer meanwhile, for messages.
+        Path of the layer while rows are routed, for messages.
     """
 
     part: Part
@@ -174,29 +174,30 @@ class Adapter(eqx.Module):
     place: str | None = eqx.field(static=True, default=None)
 
     def factors(self) -> Factors:
-        """Return the factors, canonical."""
+        """Return the factors in canonical form."""
         return restored(Factors(*(getattr(self, name) for name in Factors._fields)))
 
 
 class AdaptedLayer(eqx.Module):
     """``y = base(x) + sum of weight * (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C, over the adapters.
 
-    Sizes and other static fields are those of the frozen layer. It has no ``weight`` of its own: code that multiplies
-    by ``layer.weight`` itself would not see the adapters, and fails instead.
+    Sizes and other static fields are read from the frozen layer. There is no ``weight`` attribute: code that
+    multiplies by ``layer.weight`` itself would miss the adapters, so it must fail.
 
     Attributes
     ----------
     adapters
-        By name.
+        Active and inactive adapters by name.
     base
-        The frozen layer.
+        Frozen layer.
     record
-        What the adapted layers of a model share.
+        Record that the adapted layers of a model share.
     merged, consolidated
-        While the weight of `base` holds an update: copies of its arrays as they were, or None if they were dropped.
-        They are static where the weights of the model hold all that is computed. Where something goes on being
-        trained, they are a leaf that is no array, as Equinox's models have more of (``eqx.filter_jit``): a static
-        field would change the tree's structure, which would no longer match that of the optimiser's state.
+        Copies of the arrays of `base` from before its weight held an update. Both are None if it holds none, or if
+        the copies were dropped. `merged` is used if the weights of the model hold every update that it computes, and
+        is static. `consolidated` is used if some factors are still trained. It is a leaf that is not an array, which
+        ``eqx.filter_jit`` and its relatives allow: a static field would change the tree structure, which would no
+        longer match that of the optimiser's state.
     """
 
     adapters: dict[str, Adapter]
@@ -207,26 +208,26 @@ class AdaptedLayer(eqx.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter of the layer, if it has one alone."""
+        """The adapter of a layer that has exactly one."""
         (adapter,) = self.adapters.values()
         return adapter
 
     def __getattr__(self, name: str) -> Any:
-        # It is asked only for what this class does not have.
+        # Python calls this only for attributes that are not found otherwise.
         base = None if name.startswith("_") else vars(self).get("base")
         field = getattr(base, "__dataclass_fields__", {}).get(name)
         if field is not None and field.metadata.get("static", False):
             return getattr(base, name)
         raise AttributeError(
-            f"an adapted {type(base).__name__} has no {name!r} of its own, and what is computed from that of the "
-            "frozen layer (`base`) would be without the adapter; call the layer, or take the adapters off "
+            f"an adapted {type(base).__name__} has no {name!r} of its own, because results computed from that of the "
+            "frozen layer (`base`) would miss the adapters; call the layer, or fold the adapters into the weights "
             "(adamss.merge_and_unload)",
             name=name,
             obj=self,
         )
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        """Return the output for an input, as the frozen layer does."""
+        """Return the output of the frozen layer plus the updates; the arguments are those of the frozen layer."""
         y: Array = self.base(x, *args, **kwargs)
         kind = kinds.of(self.base, "an adapted layer")
         return with_updates(kind, self.base, y, x, self.adapters, record=self.record, rest=(args, kwargs))
@@ -235,14 +236,14 @@ class AdaptedLayer(eqx.Module):
 def trainable_filter(model: Any) -> Any:
     """Return a tree of the model's structure that is True at every trained leaf, and False elsewhere.
 
-    Of each adapter that is trained (`adamss.activate`), these are B and C and the floating-point arrays of
-    ``modules_to_save``; of one that was loaded with ``trainable=False``, nothing. For
+    The trained leaves are B, C and the floating-point arrays of ``modules_to_save`` of every adapter that is trained
+    (see `adamss.activate`). An adapter loaded with ``trainable=False`` has none. Use the tree in
     ``eqx.partition(model, trainable_filter(model))``.
 
     Parameters
     ----------
     model
-        An adapted Equinox model.
+        Adapted Equinox model.
 
     Raises
     ------
@@ -266,7 +267,7 @@ def trainable_filter(model: Any) -> Any:
 
 
 def _filter(model: Any, names: Iterable[str]) -> Any:
-    """Return `trainable_filter` of some adapters that are trained."""
+    """Return `trainable_filter` for only some of the trained adapters."""
     adapted, names = _adapted(model), list(names)
     prefix, record = _prefix(adapted), next((layer.record for layer in adapted.values()), Record())
     saved = tuple(join_path(f"{prefix}{path}".rstrip("."), "") for path in record.saved(names))
@@ -275,7 +276,9 @@ def _filter(model: Any, names: Iterable[str]) -> Any:
 
     def trained(path: str, leaf: Any) -> bool:
         if path.startswith(banks):
-            return path in factors
+            return (
+                path in factors
+            )  # in an adapter, only B and C are trained, also if a saved module contains it
         return eqx.is_inexact_array(leaf) and f"{path}.".startswith(saved)
 
     leaves, structure = _flattened(model)
@@ -283,15 +286,15 @@ def _filter(model: Any, names: Iterable[str]) -> Any:
 
 
 def route_axes(model: Any) -> Any:
-    """Return over which axes of a model `adamss.routed` has it mapped, with the rows of a batch.
+    """Return the axes of a routed model that must be mapped together with the rows of a batch.
 
-    Equinox's layers take one input, and a batch by ``vmap``. For ``in_axes=(route_axes(model), 0)`` of
-    ``eqx.filter_vmap``.
+    Equinox's layers take a single input, and a batch is mapped over by ``vmap``. Pass the axes to ``eqx.filter_vmap``
+    as ``in_axes=(route_axes(model), 0)``. The rows are an axis of each adapter's `Adapter.gate`.
 
     Parameters
     ----------
     model
-        An adapted Equinox model, within `adamss.routed`.
+        Adapted Equinox model, within `adamss.routed`.
 
     Examples
     --------
@@ -309,7 +312,7 @@ def route_axes(model: Any) -> Any:
 
 
 class EquinoxBackend(JaxModels):
-    """`equinox.Module`, and lists, tuples and dictionaries of modules."""
+    """The backend for `equinox.Module`, and for lists, tuples and dictionaries of modules."""
 
     name = "equinox"
     kinds = kinds
@@ -340,7 +343,7 @@ class EquinoxBackend(JaxModels):
             if leading:
                 modules |= {place: StackedLayer(layer, at) for place, at in stack_paths(own, leading).items()}
                 continue
-            # A tree has values and no identities: what stands in two places is two layers.
+            # A tree has values without identity: an object that occurs twice counts as two layers.
             modules[own] = copy.copy(layer) if id(layer) in seen else layer
             seen.add(id(layer))
         return modules
@@ -349,7 +352,7 @@ class EquinoxBackend(JaxModels):
         module = _plain(module)
         leaves, _ = _flattened(module)
         arrays = {path: jnp.asarray(leaf) for path, leaf in leaves if _is_stored(leaf)}
-        # Equinox keeps the bias of a convolution as (outputs, 1, 1), PyTorch as (outputs,).
+        # Equinox stores the bias of a convolution as (outputs, 1, ..., 1), PyTorch as (outputs,).
         convolutions = [
             path for path, node in _walk(module) if isinstance(node, eqx.nn.Conv | eqx.nn.ConvTranspose)
         ]
@@ -402,7 +405,7 @@ class EquinoxBackend(JaxModels):
         )
 
     def parameters(self, model: Any, names: Iterable[str]) -> Any:
-        """Return the tree of the trained leaves, None elsewhere: what an optimiser's ``init`` gets."""
+        """Return the tree of the trained leaves, with None elsewhere, for the ``init`` of an optimiser."""
         record = next(iter(_adapted(model).values())).record
         return eqx.filter(model, _filter(model, {*names} & {*record.trained}))
 
@@ -435,12 +438,12 @@ class EquinoxBackend(JaxModels):
         return _replaced(model, {place: _written(found[place], own) for place, own in places.items()})
 
     def switched(self, model: Any, *, on: bool) -> Any:
-        """Return the model; off, it is the base model, and the other is still there to be switched on."""
+        """Return the model itself if `on`, else the base model; trees are immutable, so the caller still has both."""
         return model if on else _plain(model)
 
 
 def _check_shared(model: Any) -> None:
-    """Check that weights that are tied by `equinox.nn.Shared` are none of an adapted layer."""
+    """Check that `equinox.nn.Shared` ties no weight of an adapted layer, which it could no longer find."""
     for path, node in _walk(model):
         if isinstance(node, eqx.nn.Shared):
             try:
@@ -456,7 +459,7 @@ def _check_shared(model: Any) -> None:
 
 
 def _children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """Return what lies directly below a node of a pytree, with names, and the way to put it together again."""
+    """Return the children of a node of a pytree with their names, and the structure that rebuilds the node."""
     return _flattened(node, is_leaf=lambda child: child is not node)
 
 
@@ -470,7 +473,7 @@ def _is_inner(node: Any) -> bool:
 
 
 def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield modules and containers by path, parents first; what lies within an adapted layer is passed over."""
+    """Yield modules and containers by path, parents first; the contents of adapted layers are not visited."""
     yield path, node
     if isinstance(node, AdaptedLayer):
         return
@@ -480,7 +483,7 @@ def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _replaced(model: Any, new: Mapping[str, Any], path: str = "") -> Any:
-    """Return the tree with other nodes at some paths."""
+    """Return the tree with the nodes at some paths replaced."""
     if path in new:
         return new[path]
     if not _is_inner(model):
@@ -490,7 +493,7 @@ def _replaced(model: Any, new: Mapping[str, Any], path: str = "") -> Any:
 
 
 def _mapped(model: Any, change: Any) -> Any:
-    """Return the tree with every adapted layer changed by a function of its path (as attached) and itself."""
+    """Return the tree with a function applied to every adapted layer, and to the path at which it was attached."""
     adapted = _adapted(model)
     prefix = _prefix(adapted)
     changed = {path: change(_within(path, prefix), layer) for path, layer in adapted.items()}
@@ -502,17 +505,17 @@ def _adapted(model: Any) -> dict[str, AdaptedLayer]:
 
 
 def _within(path: str, prefix: str) -> str:
-    """Return a path from the module that was attached, whose own path is the prefix without its last dot."""
+    """Return a path relative to the module that was adapted, whose own path is `prefix` without the last dot."""
     return f"{path}.".removeprefix(prefix).rstrip(".")
 
 
 def _prefix(found: Mapping[str, Any]) -> str:
-    """Return `owner_prefix` from what `_walk` yields."""
+    """Return `owner_prefix` for the nodes that `_walk` yields."""
     return owner_prefix({path: node.record for path, node in found.items() if isinstance(node, AdaptedLayer)})
 
 
 def _by_owner(model: Any) -> dict[str, AdaptedLayer]:
-    """Return the adapted layers by the paths under which they were attached."""
+    """Return the adapted layers by the paths at which they were attached."""
     adapted = _adapted(model)
     prefix = _prefix(adapted)
     return {_within(path, prefix): layer for path, layer in adapted.items()}
@@ -522,7 +525,7 @@ def _by_owner(model: Any) -> dict[str, AdaptedLayer]:
 
 
 def _changed(module: Any, **values: Any) -> Any:
-    """Return a module with other values of some fields; its __init__ does not run again."""
+    """Return a copy of a module with other values in some fields; its ``__init__`` does not run again."""
     new = object.__new__(type(module))
     for name in module.__dataclass_fields__:
         if name in values or hasattr(module, name):
@@ -545,12 +548,12 @@ def _with_arrays(module: Any, values: Mapping[str, Array]) -> Any:
 
 
 def _plain(module: Any) -> Any:
-    """Return a module without the adapters of layers within it."""
+    """Return a module with the adapters of all layers within it removed."""
     return _replaced(module, {path: layer.base for path, layer in _adapted(module).items()})
 
 
 def _written(module: Any, values: Mapping[str, Array]) -> Any:
-    """Return a module with other arrays, by the names of `EquinoxBackend.named_arrays`; adapters within it stay."""
+    """Return a module with other arrays, named as in `EquinoxBackend.named_arrays`; adapters within it stay."""
     new = _with_arrays(_plain(module), values)
     within = dict(_walk(new))
     return _replaced(

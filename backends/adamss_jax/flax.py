@@ -1,9 +1,10 @@
-"""Flax NNX: layers change in place, and stay the objects that they were.
+"""The Flax NNX backend: layers are changed in place and stay the same objects.
 
 An adapted layer keeps its variables and their paths. Its class becomes a subclass that adds the update to the
-output, and its child `adamss`, a `LayerBank`, holds an `Adapter` by its name: ``layer.adamss.default``. B and C of
-adapters that are trained are `AdamssParam`, a kind of `nnx.LoRAParam`, so that ``nnx.Optimizer(model, tx,
-wrt=nnx.LoRAParam)`` and libraries built on that filter train them; all other variables are plain `nnx.Variable`.
+output, and its child `adamss`, a `LayerBank`, holds its `Adapter` objects by name: ``layer.adamss.default``. B and C
+of trained adapters are `AdamssParam`, a kind of `nnx.LoRAParam`, so that ``nnx.Optimizer(model, tx,
+wrt=nnx.LoRAParam)`` and libraries built on that filter train them. All other variables of an adapter are plain
+`nnx.Variable`.
 """
 
 from __future__ import annotations
@@ -47,31 +48,31 @@ from adamss_jax.parts import Part
 __all__ = ["AdamssParam", "Adapter", "LayerBank", "NnxBackend", "kinds", "stores"]
 
 CHILD = "adamss"
-"""Name of the bank among the children of its layer."""
+"""Name of the layer's attribute that holds its `LayerBank`."""
 
 FUNCTIONS = (None, jax.lax.dot_general, jax.lax.conv_general_dilated, dtypes.promote_dtype)
-"""What Flax's layers compute with unless they are told otherwise."""
+"""Functions that Flax's layers compute with by default."""
 
 NOT_STORED = (nnx.RngState, nnx.Cache, nnx.Intermediate)
-"""Variables that are no weights: ``modules_to_save`` does not store them."""
+"""Variables that are not weights, so that ``modules_to_save`` does not store them."""
 
 
-# ---- kinds of layers, and how they keep their numbers -----------------------------------------------
+# ---- kinds of layers, and stores for their weights --------------------------------------------------
 
 
 class DeclaredKind(Kind):
-    """A layer that says what shape its weight has; the axes before these are those of a stack of layers."""
+    """A kind whose layers declare the shape of their weight; further axes in front belong to a stack of layers."""
 
     classes: ClassVar[tuple[type, ...]]
     weight: ClassVar[str] = "kernel"
 
     @abstractmethod
     def declared(self, layer: Any) -> tuple[int, ...]:
-        """Return the shape of the weight of a single layer, as the layer says it."""
+        """Return the shape that a layer declares for the weight of a single layer."""
 
     @abstractmethod
     def axes(self, layer: Any, path: str) -> View:
-        """Return `view` of a single layer."""
+        """Return `view` for a single layer."""
 
     def view(self, layer: Any, path: str) -> View:
         kept = getattr(layer, self.weight)
@@ -111,7 +112,7 @@ class Linear(DeclaredKind, MatrixKind):
 
 
 class LinearGeneral(Linear):
-    """`nnx.LinearGeneral`: a kernel (*in, *out), contracted with some axes of the input."""
+    """`nnx.LinearGeneral`, which contracts a kernel (*in, *out) with some axes of the input."""
 
     classes = (nnx.LinearGeneral,)
 
@@ -130,7 +131,7 @@ class LinearGeneral(Linear):
         return () if layer.batch_axis else super().leading(layer)
 
     def inputs(self, layer: Any, x: Array, /, *args: Any, **kwargs: Any) -> Array:
-        # In the order in which the input has them, as Flax pairs them with those of the kernel.
+        # Flax pairs the contracted axes with the kernel's in the order in which the input has them.
         axes = sorted(axis % x.ndim for axis in layer.axis)
         return _flat(jnp.moveaxis(x, axes, range(-len(axes), 0)), len(axes))
 
@@ -139,7 +140,7 @@ class LinearGeneral(Linear):
 
 
 class Einsum(Linear):
-    """`nnx.Einsum`, where its equation is a product with one matrix."""
+    """`nnx.Einsum`, if its equation is a product with one matrix."""
 
     classes = (nnx.Einsum,)
 
@@ -168,7 +169,7 @@ class Einsum(Linear):
 
     @staticmethod
     def _called_with(layer: Any, einsum_str: str | None) -> _Equation:
-        """Return the equation of a call, which may be one of its own if the kernel is the same matrix in it."""
+        """Return the equation of a call; one given by the caller must read the kernel as the same matrix."""
         own = _equation(layer.einsum_str, "an adapted nnx.Einsum")
         if einsum_str is None:
             return own
@@ -182,21 +183,21 @@ class Einsum(Linear):
 
 
 def _flat(x: Array, axes: int) -> Array:
-    """Make one axis of the last ones."""
+    """Merge the last axes of an array into one."""
     return jnp.reshape(x, (*x.shape[:-axes], math.prod(x.shape[-axes:])))
 
 
 class _Equation(NamedTuple):
-    """An einsum equation that is a product of its first operand with one matrix, the second.
+    """An einsum equation that multiplies its first operand by one matrix, the second operand.
 
     Attributes
     ----------
     view
-        How the second operand is a matrix.
+        View of the second operand as a matrix.
     gather
-        Equation that brings the contracted axes of the first to the end, in the order of the rows.
+        Equation that moves the contracted axes of the first operand to the end, in the order of the matrix rows.
     scatter
-        Equation that takes the columns from the end to where the result has them.
+        Equation that moves the axes of the matrix columns from the end to their places in the result.
     """
 
     view: View
@@ -206,13 +207,13 @@ class _Equation(NamedTuple):
 
 @lru_cache
 def _equation(equation: str, path: str) -> _Equation:
-    """Take an equation apart.
+    """Parse an einsum equation as a product with one matrix.
 
     Raises
     ------
     LayerError
-        If it is not a matrix product: an axis of the kernel occurs twice, is kept as a batch axis, or is summed on
-        its own. The message names `path`.
+        If the equation is no such product, because an axis of the kernel occurs twice, is kept as a batch axis, or is
+        summed without the input. The message names `path`.
     """
     operands, result = equation.replace(" ", "").split("->")
     x, kernel = operands.split(",")
@@ -226,8 +227,8 @@ def _equation(equation: str, path: str) -> _Equation:
         or not outputs
     ):
         raise LayerError(
-            f"{path}: the equation {equation!r} is no product of the input with one matrix (each axis of the "
-            "kernel must be summed with the input, or come out); leave it out of targets"
+            f"{path}: the equation {equation!r} is not a product of the input with one matrix (each axis of the "
+            "kernel must be summed with the input, or kept in the output); leave it out of targets"
         )
     kept = [letter for letter in x.replace("...", ".") if letter == "." or letter in result]
     batch = "".join(kept).replace(".", "...")
@@ -239,10 +240,10 @@ def _equation(equation: str, path: str) -> _Equation:
 
 
 class Conv(DeclaredKind, ExampleKind):
-    """`nnx.Conv` without groups: the product of each window of the input with one matrix.
+    """`nnx.Conv` without groups, which multiplies each window of the input by one matrix.
 
-    ``z = x M`` is the layer's own convolution with q filters. The rows are ordered as PyTorch's convolutions have
-    them, (inputs, *window).
+    ``z = x M`` is computed by the layer's own convolution, with q filters. The rows of the matrix have the order of
+    PyTorch's convolutions, (inputs, *window), so that a file fits both.
     """
 
     classes = (nnx.Conv,)
@@ -253,16 +254,18 @@ class Conv(DeclaredKind, ExampleKind):
     def axes(self, layer: Any, path: str) -> View:
         if layer.feature_group_count != 1:
             raise LayerError(
-                f"{path}: its {layer.feature_group_count} groups (feature_group_count) are as many matrices. "
-                "Leave it out of targets; convolutions without groups can be adapted"
+                f"{path}: its {layer.feature_group_count} groups (feature_group_count) multiply by one matrix each, "
+                "so the layer has no single matrix. Leave it out of targets; convolutions without groups can be "
+                "adapted"
             )
-        # Each row is kept or dropped as a whole, or the update is no product M E. In NumPy, also while JAX traces.
+        # The mask must keep or drop each row as a whole, or the masked update is not a product M E. It is compared in
+        # NumPy, which works on concrete values even while JAX traces.
         mask = None if isinstance(layer.mask, jax.core.Tracer | None) else np.asarray(layer.mask)
         if mask is not None and (mask != mask[..., :1]).any():
             raise LayerError(
-                f"{path}: its mask hides inputs from some outputs and not from others, so that its update is no "
-                "product of two factors; leave it out of targets: a mask that is the same for all outputs can be "
-                "adapted"
+                f"{path}: its mask hides inputs from some outputs and not from others, so its update is not a "
+                "product of two factors. Leave it out of targets; layers whose mask is the same for all outputs can "
+                "be adapted"
             )
         window = len(layer.kernel_size)
         return View(rows=(window, *range(window)), columns=(window + 1,))
@@ -278,13 +281,13 @@ class Conv(DeclaredKind, ExampleKind):
         return x.shape[: -len(layer.kernel_size) - 1]
 
     def example(self, layer: Any) -> Array:
-        # Larger than the window in every dimension, so that no padding fills one alone.
+        # Make the input larger than the window in every dimension, so that no window consists of padding only.
         sizes = [8 * size for size in layer.kernel_size]
         return jax.random.normal(jax.random.key(0), (1, *sizes, layer.in_features))
 
 
 class Embed(DeclaredKind, ExampleKind):
-    """`nnx.Embed`: rows by their ids, the product of one-hot vectors with one matrix."""
+    """`nnx.Embed`, which looks up rows by their ids: the product of one-hot vectors and one matrix."""
 
     classes = (nnx.Embed,)
     weight = "embedding"
@@ -306,7 +309,7 @@ class Embed(DeclaredKind, ExampleKind):
 
 
 def _computed_with(of: Any, layer: Any, x: Array, **attributes: Any) -> Array:
-    """Return what the forward of a class makes of an input, with the layer's settings and other arrays."""
+    """Call the forward of a class on an input, with the settings of a layer but other arrays."""
     z: Array = of.__call__(SimpleNamespace(**vars(layer) | attributes), x)
     return z
 
@@ -319,11 +322,11 @@ REFUSED: dict[type, str] = {
     "product with a matrix; nnx.Conv and the layers before and after it can be adapted",
     nnx.LoRA: "which is an adapter itself; adapt its base_module, or fold it into that one first",
 }
-"""Layers with weights that cannot be adapted, and why."""
+"""Layers that have weights but cannot be adapted, and the reason."""
 
 
 class VariableStore(LeafStore):
-    """Variables of the layer, each of which stays the object that it is."""
+    """A store for weights that are variables of the layer; a write keeps the variable and changes its value."""
 
     def read(self, layer: Any, name: str) -> Array:
         array: Array = getattr(layer, name).get_value()
@@ -335,18 +338,18 @@ class VariableStore(LeafStore):
 
 
 stores = Stores(VariableStore())
-"""Ways of keeping weights that adapters can sit on; `Stores.register` adds one."""
+"""Stores of the weights that can be adapted; `Stores.register` adds one."""
 
 
 # ---- what is attached to a layer --------------------------------------------------------------------
 
 
 class AdamssParam(nnx.LoRAParam[Any]):
-    """A trained variable of an adapted model: B and C of its layers, and the parameters of ``modules_to_save``."""
+    """A trained variable of an adapted model: a factor B or C, or a parameter of ``modules_to_save``."""
 
 
 class Adapter(nnx.Module):
-    """The factors of one adapter of one layer, or one stack of layers.
+    """The factors of one adapter for one layer, or for one stack of layers.
 
     Parameters
     ----------
@@ -356,21 +359,24 @@ class Adapter(nnx.Module):
     Attributes
     ----------
     B, C
-        (P, q) and (r, n): `AdamssParam` while they are trained, else `nnx.Variable`.
+        Trained factors, (P, q) and (r, n): `AdamssParam` while they are trained, else `nnx.Variable`.
     A, labels, ranks, active
-        `nnx.Variable`, as in `adamss.core.Factors`.
+        Variables (`nnx.Variable`) with the other fields of `adamss.core.Factors`.
     order
-        In which order its products are taken, one of `adamss.core.cost.ORDERS`; None for the one that costs less: see
-        `adamss_jax.update`. A constant of compiled functions: a change compiles them once more. It is in no file.
+        Order of the products, one of `adamss.core.cost.ORDERS`. None means the cheaper one; see `adamss_jax.update`.
+        The order is a static constant of compiled functions, so a change compiles them again. Files do not store it.
     in_weight
-        While the kernel holds an update, variables by the fields of `Part`. A state with them is to fit no model that
-        would add the update once more: Flax puts a Variable in the place of None, but no Dict.
+        Variables by the fields of `Part` while the kernel holds an update, else None. They are in an `nnx.Dict`,
+        because Flax loads a Variable in the place of None, but not a Dict. A state whose kernel holds the update thus
+        cannot be loaded into a model that would add the update a second time.
     elsewhere
-        While the adapter is not active, in one of its layers, variables with its values of ``modules_to_save``.
+        Variables with the adapter's values of ``modules_to_save`` while it is inactive; only one of its layers has
+        them, the others None.
     through
-        While the rows of a batch are routed, which of them go through the adapter: (rows,) booleans.
+        Variable that says which rows of a batch go through the adapter, (rows,) booleans, while the rows are routed.
     place
-        The path of the layer meanwhile, for messages. At other times layers that are alike are to be compiled once.
+        Path of the layer while rows are routed, for messages. Otherwise it is None, so that equal layers are compiled
+        once.
     """
 
     in_weight: nnx.Dict[Any] | None = None
@@ -384,28 +390,28 @@ class Adapter(nnx.Module):
         self.order: str | None = None
 
     def factors(self) -> Factors:
-        """Return the factors, canonical."""
+        """Return the factors in canonical form."""
         return restored(Factors(*(getattr(self, name).get_value() for name in Factors._fields)))
 
     @property
     def part(self) -> Part:
-        """Return what the kernel holds of it."""
+        """Return which subspaces the kernel holds, and which are computed."""
         return restored(Part(**_values(self.in_weight)))
 
     @property
     def kept(self) -> dict[str, Array]:
-        """Return its values of ``modules_to_save`` that are here."""
+        """Return the values of ``modules_to_save`` that this layer keeps for the adapter."""
         return _values(self.elsewhere)
 
     @property
     def gate(self) -> Array:
-        """Return which rows of a batch go through it."""
+        """Return which rows of a batch go through the adapter."""
         assert self.through is not None
         gate: Array = self.through.get_value()
         return gate
 
     def write(self, name: str, value: Any) -> None:
-        """Give it another value of a field of `Factors`, of `part`, of `kept` or of `gate`."""
+        """Set a field of `Factors`, or `part`, `kept`, `gate` or `place`."""
         if name in ("gate", "place"):
             attribute = "through" if name == "gate" else name
             if attribute in vars(self):
@@ -418,7 +424,8 @@ class Adapter(nnx.Module):
             return
         name, arrays = ("in_weight", value._asdict()) if name == "part" else ("elsewhere", value)
         if name in vars(self):
-            delattr(self, name)  # NNX would not let it go from variables to none, or back
+            # NNX refuses to assign None to an attribute that holds variables, and the reverse.
+            delattr(self, name)
         variables = {key: nnx.Variable(array) for key, array in arrays.items() if array is not None}
         if variables:
             setattr(self, name, nnx.Dict(variables))
@@ -431,20 +438,21 @@ def _values(variables: nnx.Dict[Any] | None) -> dict[str, Array]:
 class LayerBank(nnx.Module):
     """``y = base(x) + sum of weight * (x M) E`` with ``M = [A_k B_k]`` and E the expansion of C, over the adapters.
 
-    Its children are the adapters of one layer, by their names. Names of adapters do not begin with an underscore, as
-    those of its own attributes do.
+    The children are the adapters of one layer, by name. The bank's own attributes begin with an underscore, which
+    names of adapters may not.
 
     Parameters
     ----------
     record
-        What the banks of a model share.
+        Record that the banks of a model share.
 
     Attributes
     ----------
     _base
-        While the kernel holds an update: copies of kernel and bias as they were, or None if they were dropped.
+        Copies of kernel and bias from before the kernel held an update. None if they were dropped, or if it holds
+        none.
     _off
-        Whether nothing is added to the output for now.
+        Whether the updates are switched off at the moment.
     """
 
     def __init__(self, record: Record) -> None:
@@ -453,7 +461,7 @@ class LayerBank(nnx.Module):
         self._off = False
 
     def __call__(self, layer: Any, y: Array, x: Array, rest: Rest) -> Array:
-        """Return the output of the layer: its frozen product y, and the updates of its input x."""
+        """Return the output of the layer: its frozen product y plus the updates for its input x."""
         if self._off:
             return y
         kind = kinds.of(layer, "an adapted layer")
@@ -462,23 +470,23 @@ class LayerBank(nnx.Module):
 
 def adapters_of(bank: LayerBank) -> dict[str, Adapter]:
     """Return the adapters of one layer by name."""
-    # No method of the bank: an adapter may have the name of one.
+    # This is not a method of the bank, because an adapter may have the name of any method.
     return {name: vars(bank)[name] for name, _ in bank._record.adapters if name in vars(bank)}
 
 
 def _head(bank: LayerBank, y: Array, query: Array) -> Array:
-    """Return what ``attend`` of the frozen `nnx.Embed` gives, from what it gives now.
+    """Return the output of ``attend`` for the base weight of an `nnx.Embed`, given its output for the current weight.
 
-    A head that has the weight of an embedding is not adapted with it, in any framework, so that a file means the same
-    in all of them. Here both are one object: what its weight holds of updates is taken off again.
+    In every framework, a head that shares its weight with an embedding is not adapted with it, so that a file has one
+    meaning. In Flax both are one object. The updates that its weight holds are therefore subtracted from the output.
     """
     if bank._off:
         return y
     own, adapters = dict(bank._record.adapters), adapters_of(bank)
     if any(own[name].weight is not None for name in adapters):
         warnings.warn(
-            "attend of an adapted nnx.Embed goes on giving the head of the base weight: the adapter of an embedding "
-            "changes the embedding alone",
+            "attend of an adapted nnx.Embed still returns the head of the base weight: the adapter of an embedding "
+            "does not change a head that shares its weight",
             AdamssWarning,
             stacklevel=4,
         )
@@ -495,11 +503,11 @@ _CLASSES: dict[Any, Any] = {}
 
 
 def adapted_class(kind: Any) -> Any:
-    """Return the subclass of a layer's class whose call adds the update; the same for every layer of the class."""
+    """Return the subclass of a layer's class whose call adds the update; all layers of the class share it."""
     if kind in _CLASSES:
         return _CLASSES[kind]
 
-    # The input goes by the name that the layer's class gives it.
+    # The input may be passed by keyword, under the name that the layer's class gives it.
     first = next(islice(inspect.signature(kind.__call__).parameters, 1, None), "")
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -508,7 +516,7 @@ def adapted_class(kind: Any) -> Any:
         return getattr(self, CHILD)(self, y, x, (args[1:], kwargs))
 
     def reduce(self: Any) -> Any:
-        # By name there is no such class: a copy or a pickle is made of the class it is derived from.
+        # The subclass cannot be imported by name, so copy and pickle must derive it again from the layer's class.
         return _rebuilt, (kind,), vars(self)
 
     name = f"Adamss{kind.__name__}"
@@ -530,12 +538,12 @@ def _rebuilt(kind: Any) -> Any:
 
 
 def _set_class(target: object, kind: type) -> None:
-    # NNX's own __setattr__ would take the class for an attribute of the model.
+    # NNX's own __setattr__ would treat the class as an attribute of the model.
     object.__setattr__(target, "__class__", kind)
 
 
 class NnxBackend(JaxModels):
-    """`flax.nnx.Module`, changed in place."""
+    """The backend for `flax.nnx.Module`; models are changed in place."""
 
     name = "flax"
     kinds = kinds
@@ -556,7 +564,7 @@ class NnxBackend(JaxModels):
                 modules[path] = node
                 continue
             for place, index in stack_paths(path, leading).items():
-                # One object per layer, also where the stack appears twice.
+                # Make one object for each layer, even if the stack occurs twice in the model.
                 modules[place] = in_stacks.setdefault((id(node), index), StackedLayer(node, index))
         return modules
 
@@ -604,7 +612,7 @@ class NnxBackend(JaxModels):
             [site.layer for site, _ in placed.values()], {path: modules[path] for path in own.saved}
         )
         banks = [*_banks(model).values()]
-        # From here on nothing can fail.
+        # All checks are done: nothing below can fail and leave the model half changed.
         for site, factors in placed.values():
             bank = getattr(site.layer, CHILD, None)
             if bank is None:
@@ -624,8 +632,8 @@ class NnxBackend(JaxModels):
                 own[name].part.held is not None for name in names & own.keys()
             ):
                 warnings.warn(
-                    f"{path or 'the model itself'} is an nnx.Embed that keeps the update in its weight: if the model "
-                    "calls its attend, that head changes too from now on",
+                    f"{path or 'the model itself'} is an nnx.Embed whose weight keeps the update without an adapter: "
+                    "if the model calls its attend, that head includes the update from now on",
                     AdamssWarning,
                     stacklevel=4,
                 )
@@ -658,7 +666,7 @@ class NnxBackend(JaxModels):
         return model
 
     def parameters(self, model: nnx.Module, names: Iterable[str]) -> nnx.State[Any, Any]:
-        """Return the `nnx.State` of the trained variables: of all adapters, what ``wrt=nnx.LoRAParam`` selects."""
+        """Return the trained variables as an `nnx.State`; ``wrt=nnx.LoRAParam`` selects those of all adapters."""
         record = next((bank._record for bank in _banks(model).values()), Record())
         others = {*record.trained} - {*names}
         prefix = _prefix(dict(_walk(model)))
@@ -667,7 +675,7 @@ class NnxBackend(JaxModels):
 
         def meant(path: tuple[Any, ...], _: Any) -> bool:
             spelled = ".".join(map(str, path))
-            # A module that one adapter saves may hold factors of another.
+            # A module that one adapter saves may contain factors of another.
             return factors[spelled] not in others if spelled in factors else not spelled.startswith(saved)
 
         return nnx.state(model, nnx.All(AdamssParam, meant))
@@ -682,7 +690,7 @@ class NnxBackend(JaxModels):
         }
 
     def adapted_layers(self, model: nnx.Module) -> dict[str, Any]:
-        """Return the adapted modules by the paths under which they were attached; a stack of layers is one."""
+        """Return the adapted modules by the paths at which they were attached; a stack of layers is one module."""
         return _adapted(model)
 
     def called_layers(self, model: nnx.Module) -> dict[str, tuple[Any, Any, bool]]:
@@ -730,9 +738,9 @@ def _children(node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _walk(node: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield modules and containers by path, parents first; one that appears twice is yielded twice.
+    """Yield modules and containers by path, parents first; one that occurs twice is yielded twice.
 
-    What a bank holds is its own.
+    The contents of banks are not visited.
     """
     if isinstance(node, nnx.Variable) or id(node) in above:
         return
@@ -745,7 +753,7 @@ def _walk(node: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tu
 
 
 def _nodes(model: Any) -> dict[str, Any]:
-    """Return modules and containers by their paths in the model that was adapted; no bank."""
+    """Return modules and containers, without banks, by their paths relative to the module that was adapted."""
     found = dict(_walk(model))
     prefix = _prefix(found)
     return {
@@ -762,7 +770,7 @@ def _own(module: Any) -> Iterator[tuple[str, nnx.Variable[Any]]]:
 
 
 def _variables(module: Any) -> Iterator[tuple[str, nnx.Variable[Any]]]:
-    """Yield the variables within a module by path, each once; those of banks are passed over."""
+    """Yield the variables within a module by path, each once, except those of banks."""
     seen: set[int] = set()
     for path, node in _walk(module):
         if isinstance(node, LayerBank):
@@ -774,6 +782,7 @@ def _variables(module: Any) -> Iterator[tuple[str, nnx.Variable[Any]]]:
 
 
 def _trained_whole(module: Any) -> Iterator[nnx.Variable[Any]]:
+    """Yield the variables of a module that are trained with the adapter that saves the module."""
     for _, variable in _variables(module):
         if isinstance(variable, nnx.Param) and jnp.issubdtype(variable.get_value().dtype, jnp.inexact):
             yield variable
@@ -783,17 +792,17 @@ def _trained_whole(module: Any) -> Iterator[nnx.Variable[Any]]:
 
 
 def _prefix(found: Mapping[str, Any]) -> str:
-    """Return `owner_prefix` from what `_walk` yields."""
+    """Return `owner_prefix` for the nodes that `_walk` yields."""
     records: dict[int, tuple[str, Record]] = {}
     for path, node in found.items():
         if isinstance(node, LayerBank):
-            # A layer that appears twice was adapted at its first path.
+            # A layer that occurs twice was adapted at its first path.
             records.setdefault(id(node), (path.removesuffix(CHILD).removesuffix("."), node._record))
     return owner_prefix(dict(records.values()))
 
 
 def _adapted(model: Any) -> dict[str, Any]:
-    """Return the adapted modules that are still there, by the paths under which they were attached."""
+    """Return the adapted modules that are still in the model, by the paths at which they were attached."""
     found = dict(_walk(model))
     record = next((node._record for node in found.values() if isinstance(node, LayerBank)), None)
     if record is None:
@@ -812,7 +821,11 @@ def _banks(model: Any) -> dict[str, LayerBank]:
 
 
 def _set_record(banks: Iterable[LayerBank], modules: Mapping[str, Any], record: Record) -> None:
-    """Give banks another record, and variables the kind by which optimisers find those that are trained."""
+    """Set the record of banks, and the classes of variables, by which optimisers select those that are trained.
+
+    A trained variable of a saved module becomes an `AdamssParam`. Its metadata keep its former class, which it gets
+    back when the module is no longer trained.
+    """
     saved = dict.fromkeys(path for path, _ in record.originals)
     for bank in banks:
         saved |= dict.fromkeys(path for path, _ in bank._record.originals)
@@ -833,6 +846,7 @@ def _set_record(banks: Iterable[LayerBank], modules: Mapping[str, Any], record: 
 
 
 def _check_disjoint(adapted: Iterable[Any], saved: Mapping[str, Any]) -> None:
+    """Check that no module to save shares a variable with an adapted layer."""
     frozen = {id(variable) for layer in adapted for _, variable in _own(layer)}
     for path, module in saved.items():
         if any(id(variable) in frozen for _, variable in _variables(module)):
@@ -846,26 +860,26 @@ def _check_disjoint(adapted: Iterable[Any], saved: Mapping[str, Any]) -> None:
 
 
 def _called(layer: Any) -> tuple[Any, Any, bool]:
-    """Return what `NnxBackend.called_layers` does, of one layer."""
+    """Return `NnxBackend.called_layers` for one layer."""
     of, kind = type(layer).__bases__[0], kinds.of(layer, "an adapted layer")
-    # Flax's own linear layers take functions for their products and dtypes.
+    # A linear layer of Flax may have been given functions that compute something other than the product.
     own = [getattr(layer, name, None) for name in ("dot_general", "promote_dtype")] if kind.linear else []
     if not must_be_tried(kind, of) and all(function in FUNCTIONS for function in own):
         return layer, layer, True
-    # Copies, in which statistics and counts may change.
+    # Call copies, because a call may update statistics and counters.
     with_update, without = nnx.clone(layer), nnx.clone(layer)
     getattr(without, CHILD)._off = True
     return with_update, without, False
 
 
 def _leading(node: Any) -> tuple[int, ...]:
-    """Return the leading axes of a stack of layers, ``()`` for anything else."""
+    """Return the sizes of the leading axes of a stack of layers; ``()`` for anything else."""
     kind = kinds.find(node)
     return () if kind is None else kind.leading(node)
 
 
 def _stored(module: Any) -> Iterator[tuple[str, nnx.Variable[Any], Any, Any]]:
-    """Yield each variable that is stored: PyTorch's name, itself, and the way to PyTorch's orientation and back."""
+    """Yield PyTorch's name of each stored variable, the variable, and functions to PyTorch's layout and back."""
     for path, node in _walk(module):
         for stored, variable, there, back in _stored_own(node):
             yield join_path(path, stored), variable, there, back
@@ -898,7 +912,8 @@ def _as_in_torch(node: Any, name: str, shape: tuple[int, ...]) -> tuple[str, Any
     if isinstance(kind, MatrixKind) and name == kind.bias:
         return name, lambda bias: jnp.reshape(bias, -1), lambda bias: jnp.reshape(bias, shape)
     if isinstance(node, nnx.Conv) and name == "kernel":
-        # (*window, inputs, outputs) here, (outputs, inputs, *window) there; with groups too, which have no view.
+        # Flax has (*window, inputs, outputs), PyTorch (outputs, inputs, *window). A view would not do here, because
+        # convolutions with groups have none.
         return "weight", *transposed((len(shape) - 1, len(shape) - 2, *range(len(shape) - 2)))
     if isinstance(node, nnx.Embed) and name == "embedding":
         return "weight", same, same
@@ -910,7 +925,7 @@ def _as_in_torch(node: Any, name: str, shape: tuple[int, ...]) -> tuple[str, Any
 
 
 def _write(module: Any, values: Mapping[str, Array]) -> None:
-    """Give the variables of a module the stored values."""
+    """Write stored values into the variables of a module."""
     for name, variable, _, back in list(_stored(module)):
         if name in values:
             variable.set_value(placed_as(back(values[name]), variable.get_value()))

@@ -1,8 +1,8 @@
-"""The update of a linear layer as a pure function with a gradient written by hand.
+"""The update of a linear layer as a pure function with a custom gradient.
 
-Forward and both gradients are skinny matrix products, whatever K is; `Factors` are a pytree, so that ``jit``,
-``vmap``, ``remat`` and ``scan`` over stacked layers need nothing special. Arrays stay in the paper's orientation,
-which is JAX's own: ``kernel: (d, n)``, ``y = x @ kernel + bias``.
+The forward pass and its gradients are a few skinny matrix products, whatever K is. `Factors` are a pytree, so
+``jit``, ``vmap``, ``remat`` and ``scan`` over stacked layers work without further code. Arrays have the paper's
+orientation, which is also JAX's: ``kernel: (d, n)``, ``y = x @ kernel + bias``.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["linear", "update", "with_constants"]
 def linear(x: Array, kernel: Array, bias: Array | None, *factors: Factors, order: str | None = None) -> Array:
     """Return ``x @ (kernel + sum of delta) + bias`` without forming delta.
 
-    ``y = (x @ kernel + bias) + (x @ M) @ E`` with ``M = [A_k B_k]`` and E the expansion of C, or
-    ``((x @ A) @ B) @ E`` where that costs less. The base product is that of the frozen layer, to the bit: the updates
-    of several adapters are added to it, one after the other.
+    ``y = (x @ kernel + bias) + (x @ M) @ E`` with ``M = [A_k B_k]`` and E the expansion of C, or with
+    ``((x @ A) @ B) @ E`` where that costs less. The base product equals the frozen layer's bit for bit, and the
+    updates of the adapters are added to it one after the other.
 
     Parameters
     ----------
@@ -38,26 +38,27 @@ def linear(x: Array, kernel: Array, bias: Array | None, *factors: Factors, order
     kernel
         Frozen weight (d, n).
     bias
-        (n,) or None.
+        Bias (n,), or None.
     factors
-        Factors of the layer, of each adapter; trained are B and C. With d + 1 input rows, the last of them moves the
-        bias. They may be sharded over mesh axes that XLA manages; over axes of type Explicit they are replicated.
+        Factors of the layer, one argument for each adapter. Only B and C are trained. If A has d + 1 rows, the last
+        row updates the bias. Factors may be sharded over mesh axes of type Auto, which XLA manages; they must be
+        replicated over axes of type Explicit.
     order
         See `update`.
 
     Returns
     -------
     Array
-        (..., n), in the dtype of ``x @ kernel + bias``. Differentiable in reverse mode with respect to x,
-        kernel, bias, B and C. A, labels, ranks and active are constants: their gradient is zero.
+        Output (..., n), in the dtype of ``x @ kernel + bias``. It can be differentiated in reverse mode with respect
+        to x, kernel, bias, B and C. A, labels, ranks and active are constants: their gradient is zero.
 
     Raises
     ------
     ConfigError
-        If the order is unknown.
+        If `order` is unknown.
     TypeError
-        From JAX, under forward-mode differentiation (``jax.jvp``, ``jax.jacfwd``), which a gradient
-        written by hand does not have.
+        Raised by JAX under forward-mode differentiation (``jax.jvp``, ``jax.jacfwd``), which a function with a custom
+        reverse-mode gradient does not support.
 
     References
     ----------
@@ -86,33 +87,33 @@ def linear(x: Array, kernel: Array, bias: Array | None, *factors: Factors, order
 
 
 def update(x: Array, factors: Factors, *, order: str | None = None) -> Array:
-    """Return ``(x @ M) @ E``, what the adapter adds to the output of its frozen layer.
+    """Return ``(x @ M) @ E``, which the adapter adds to the output of its frozen layer.
 
-    Kept for the backward are x and ``x @ M``. With the order ``"input_first"`` the update is ``((x @ A) @ B) @ E``,
-    and ``x @ A`` is kept instead of x.
+    The forward pass keeps x and ``x @ M`` for the backward pass. With the order ``"input_first"`` the update is
+    ``((x @ A) @ B) @ E``, and ``x @ A`` is kept instead of x.
 
     Parameters
     ----------
     x
         Inputs (..., d), in the dtype of the output.
     factors
-        Factors of the layer, or of some of its subspaces, where a label of -1 marks the columns of the others.
+        Factors of the layer or of some of its subspaces. A label of -1 marks the columns of all other subspaces.
     order
-        In which order the products are taken, one of `adamss.core.cost.ORDERS`. None for the one that costs less, by
-        the shapes: ``"input_first"`` for few tokens, ``"factors_first"`` for many; an x of one axis counts as many,
-        since under ``vmap`` nothing tells how many there are. Without a basis that all subspaces share it is always
-        ``"factors_first"``. Like a shape it is a constant of compiled functions.
+        Order of the products, one of `adamss.core.cost.ORDERS`. None chooses the cheaper order from the shapes:
+        ``"input_first"`` for few tokens, ``"factors_first"`` for many. An x with one axis counts as many tokens,
+        because their number is hidden under ``vmap``. The order is always ``"factors_first"`` if the subspaces do not
+        share one basis. Like a shape, the order is a static constant of compiled functions.
 
     Returns
     -------
     Array
-        (..., n), in the dtype of x. With C = 0 it is zero for every x, since products that overflow count as the
-        largest finite number.
+        Update (..., n), in the dtype of x. If C = 0 it is zero for every x, since overflow in ``x @ M`` is replaced
+        by finite numbers.
 
     Raises
     ------
     ConfigError
-        If the order is unknown.
+        If `order` is unknown.
     """
     check_order(order)
     if factors.A.shape[0] > 1:
@@ -124,7 +125,7 @@ def update(x: Array, factors: Factors, *, order: str | None = None) -> Array:
 
 
 def with_constants(factors: Factors) -> Factors:
-    """Return factors through which gradients of any order reach B and C of the active subspaces alone."""
+    """Return factors that pass gradients, of any order, only to B and C of the active subspaces."""
     masks = trained_elements(factors)
     B, C = (
         jnp.where(mask, array, jax.lax.stop_gradient(array))
@@ -135,8 +136,9 @@ def with_constants(factors: Factors) -> Factors:
 
 def _cheapest(x: Array, factors: Factors) -> str:
     if x.ndim == 1 or not all(isinstance(size, int) for size in x.shape):
-        return "factors_first"  # also for any number of tokens, as `jax.export` has it
-    # Whether there will be a backward JAX does not say. For the few tokens of decoding it makes no difference.
+        return "factors_first"  # the number of tokens is unknown: `jax.export` traces with symbolic sizes
+    # Count a backward pass always, because JAX does not tell whether one will follow. For the few tokens of decoding
+    # the choice is the same without it.
     return cheapest_order(
         tokens=math.prod(x.shape[:-1]),
         d=x.shape[-1],
@@ -156,7 +158,7 @@ def _update(x: Array, factors: Factors, projected: bool) -> Array:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Inputs:
-    """The width d of the inputs, and how they are sharded: all that the backward knows of them if projected."""
+    """Width d and sharding of the inputs, for a backward pass for which only ``x A`` was kept."""
 
     width: int
     sharding: Any
@@ -174,7 +176,10 @@ def _forward(x: Array, factors: Factors, projected: bool) -> tuple[Array, tuple[
 
 
 def _backward(projected: bool, saved: tuple[Any, ...], du: Array) -> tuple[Array, Factors]:
-    """``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz``, ``dE = z^T du``; projected, ``dB = (x A)^T dz``."""
+    """Return the gradients of x and the factors, given du.
+
+    ``dz = du E^T``, ``dx = dz M^T``, ``dM = x^T dz`` and ``dE = z^T du``; if projected, ``dB = (x A)^T dz``.
+    """
     inputs, z, M, E, factors, x = saved
     if projected:
         M = contract(factors).astype(du.dtype)
@@ -182,8 +187,8 @@ def _backward(projected: bool, saved: tuple[Any, ...], du: Array) -> tuple[Array
     dx = jnp.matmul(dz, M[: x.width].T, out_sharding=x.sharding)
     leading = tuple(range(du.ndim - 1))
     rows = factors.B if projected else M[: x.width]
-    # Sums over all tokens: in half precision the products are rounded, the sums are not. On the CPU dz^T x costs
-    # a quarter to a half of x^T dz, into which XLA would turn it back but for the barrier.
+    # The sums run over all tokens and are therefore accumulated in float32, also in half precision. On the CPU dz^T x
+    # takes a quarter to half the time of x^T dz; without the barrier XLA would rewrite the former into the latter.
     dM_t: Array = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
         _contracted(dz, inputs, leading, _sharding(rows.T))
     )
@@ -199,10 +204,12 @@ _update.defvjp(_forward, _backward)
 
 
 def _product(x: Array, M: Array) -> Array:
-    """``z = x M``, always finite; the bias row of M is added, where a column of ones would copy x.
+    """Return ``z = x M`` with every entry finite.
 
-    Where a sum overflows, infinity or NaN (infinity less infinity) times C = 0 would be NaN, and the output not
-    the base's. A NaN of the input still shows, through the base's product.
+    A sum that overflows gives infinity, or NaN as infinity minus infinity. Either times C = 0 is NaN, so the output
+    would differ from the base's. A NaN in the input still reaches the output through the base product.
+
+    A bias row of M is added to z, because appending a column of ones to x would copy x.
     """
     d = x.shape[-1]
     z = jnp.matmul(x, M[:d], preferred_element_type=_accumulator(x))
@@ -217,9 +224,10 @@ def _contracted(left: Array, right: Array, leading: tuple[int, ...], sharding: A
 
 
 def _sharding(array: Array) -> Any:
-    """Return how an array is spread over mesh axes of type Explicit; None where XLA decides.
+    """Return the sharding of an array over mesh axes of type Explicit; None where XLA decides.
 
-    A sum over such an axis needs to be told how its result is spread: a gradient is as its namesake is.
+    A sum over an Explicit axis must be given the sharding of its result. A gradient is sharded like the array that it
+    belongs to.
     """
     sharding = jax.typeof(array).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None

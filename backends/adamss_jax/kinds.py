@@ -1,4 +1,4 @@
-"""What a layer computes beside its frozen product, for every kind of layer."""
+"""The updates that adapters add to the frozen product of a layer, for every kind of layer."""
 
 from __future__ import annotations
 
@@ -23,72 +23,78 @@ if TYPE_CHECKING:
 __all__ = ["ExampleKind", "MatrixKind", "Rest", "example_input", "must_be_tried", "with_updates"]
 
 Rest: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Positional and named arguments of a call."""
+"""Positional and keyword arguments of a call."""
 
 
 class ExampleKind(Kind):
-    """A kind that is not linear and can make an input for its layers.
+    """A kind that is not linear and can make an example input for its layers.
 
-    A layer whose class has a forward of its own is tried on it, before and after its update is merged.
+    A layer whose class overrides the forward is run on this input before and after a merge, to check that the merge
+    keeps the layer's output.
     """
 
     @abstractmethod
     def example(self, layer: Any) -> Array:
-        """Return an input that the layer takes."""
+        """Return an input that the layer accepts."""
 
     def rows(self, layer: Any, x: Array) -> tuple[int, ...]:
-        """Return the axes of an input among which those of a batch are; none, where a layer takes one input alone."""
+        """Return the sizes of the leading axes of an input, which hold the rows of a batch.
+
+        They are ``()`` for a layer that takes a single input.
+        """
         return ()
 
     def last(self, z: Array) -> Array:
-        """Return an array of `Kind.project` with its directions in the last axis; it undoes itself."""
+        """Move the q directions of a result of `Kind.project` to the last axis; applying it twice undoes it."""
         return z
 
 
 class MatrixKind(Kind):
-    """A layer that is a product with one matrix, but for where the axes of inputs and outputs lie.
+    """A layer that is a product with one matrix, except that its inputs and outputs may have other axes.
 
-    Its update is computed by `adamss_jax.update`, whose gradient is written by hand.
+    Its update is computed by `adamss_jax.update`, which has a custom gradient.
     """
 
     def inputs(self, layer: Any, x: Array, /, *args: Any, **kwargs: Any) -> Array:
-        """Return the input of the layer as (..., d); the other arguments are those of the layer's call."""
+        """Return the input of the layer as (..., d); `args` and `kwargs` are the other arguments of its call."""
         return x
 
     def outputs(self, layer: Any, u: Array, /, *args: Any, **kwargs: Any) -> Array:
-        """Return (..., n) in the axes of the layer's output."""
+        """Return an update (..., n) with the axes of the layer's output."""
         return u
 
 
 def example_input(kind: Kind, layer: Any, d: int) -> Array:
-    """Return an input to try a layer on, whose weight has d rows."""
+    """Return an input on which a layer whose weight has d rows can be tried."""
     return (
         kind.example(layer) if isinstance(kind, ExampleKind) else jax.random.normal(jax.random.key(0), (d,))
     )
 
 
 def must_be_tried(kind: Kind, layer: type) -> bool:
-    """Return whether a class of layers has a forward of its own, of which `example_input` tells what it computes."""
+    """Return whether a class of layers overrides the forward of its kind, and `example_input` can test the result."""
     return (kind.linear or isinstance(kind, ExampleKind)) and not kind.defines(layer, "__call__")
 
 
 def with_updates(
     kind: Kind, layer: Any, y: Array, x: Array, adapters: Mapping[str, Any], *, record: Record, rest: Rest
 ) -> Array:
-    """Return the output of a layer: its frozen product y, and the updates of its input x by the active adapters.
+    """Return the output of a layer: its frozen product y plus the updates of the active adapters for its input x.
 
     Parameters
     ----------
     kind, layer
-        The layer, and its kind.
+        Kind of the layer, and the layer itself.
     y, x
-        Its output and input. `Kind.project` gets an input of integers as it is, since these may be ids.
+        Output of the frozen layer, and its input. `Kind.project` gets integer inputs unchanged, since they may be
+        ids.
     adapters
-        By name, each with `factors()`, the `part` of them that is computed, and the `order` of `adamss_jax.update`.
+        Adapters by name. Each has `factors()`, the `part` of them that is computed, and the `order` for
+        `adamss_jax.update`.
     record
-        Of the model: which adapters are active.
+        Record of the model, which says which adapters are active and whether rows are routed.
     rest
-        Positional and named arguments of the layer's call, without its input.
+        Positional and keyword arguments of the layer's call, without its input.
     """
     if record.route is not None:
         names, axis = record.route
@@ -108,7 +114,7 @@ def with_updates(
     for own, weight, adapter, part in active:
         factors, order = scaled(computed(adapter.factors(), part), weight), adapter.order
         if own.revives:
-            # Frozen subspaces get gradients all the same, because they may return.
+            # Frozen subspaces need gradients too, because their importance decides whether they return.
             factors = factors._replace(active=jnp.ones_like(factors.active))
         if isinstance(kind, MatrixKind):
             args, kwargs = rest
@@ -119,7 +125,7 @@ def with_updates(
         else:
             factors = with_constants(factors)
             M, E = contract(factors), expand(factors)
-            # Law 1: what overflows in z must be finite, or infinity times C = 0 would be NaN.
+            # Overflow in z must become finite, or infinity times C = 0 would be NaN at the start of training.
             z = jnp.nan_to_num(kind.project(layer, x, M.astype(y.dtype)))
             y = y + kind.spread(layer, z, E.astype(y.dtype))
     return y
@@ -128,17 +134,21 @@ def with_updates(
 def _with_routed(
     kind: Kind, layer: Any, y: Array, x: Array, adapters: list[Any], axis: int, rest: Rest
 ) -> Array:
-    """Return the output of a layer with the update of one adapter for each row, in one pair of products for all."""
+    """Return the output of a layer plus, for each row, the update of that row's adapter.
+
+    M and E of all adapters are concatenated, so that one pair of products serves every row. Between the two products,
+    a gate sets the directions of all but the row's own adapter to zero.
+    """
     factors = [with_constants(adapter.factors()) for adapter in adapters]
     Ms, Es = [contract(each) for each in factors], [expand(each) for each in factors]
-    most = max(M.shape[0] for M in Ms)  # some move the bias too
+    most = max(M.shape[0] for M in Ms)  # adapters that update the bias have one more row
     M = jnp.concatenate([jnp.pad(M, ((0, most - M.shape[0]), (0, 0))) for M in Ms], axis=1).astype(y.dtype)
     E = jnp.concatenate(Es, axis=0).astype(y.dtype)
     gates = [
         jnp.broadcast_to(each.gate[..., None], (*each.gate.shape, M.shape[1]))
         for each, M in zip(adapters, Ms, strict=True)
     ]
-    gate = jnp.concatenate(gates, axis=-1)  # (rows, q), or (q,) of the one row of a vmap
+    gate = jnp.concatenate(gates, axis=-1)  # (rows, q); (q,) for the single row within a vmap
     args, kwargs = rest
     if isinstance(kind, MatrixKind) or kind.linear:
         inputs = x.astype(y.dtype)
@@ -151,7 +161,8 @@ def _with_routed(
         x = x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(y.dtype)
         z, leading = kind.last(kind.project(layer, x, M)), kind.rows(layer, x)
     if gate.ndim > 1:
-        # Ids of one axis are those of rows, or positions that are one for all rows.
+        # Ids with one axis may be one per row, or positions that all rows share. Positions have no row, so a length
+        # that is a larger multiple of the number of rows is refused here.
         exact = len(leading) == 1 and not kind.linear and jnp.issubdtype(x.dtype, jnp.integer)
         share = rows_of(adapters[0].place or type(layer).__name__, leading, len(gate), axis, exact=exact)
         shape = [1] * z.ndim

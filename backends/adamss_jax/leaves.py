@@ -1,4 +1,4 @@
-"""Where in a tree of parameters the B and C of the adapted layers are, whatever library the model is of."""
+"""The places of the factors B and C in a tree of parameters, for models of any library."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ class Pair:
     Attributes
     ----------
     leading
-        Axes of the stack.
+        Sizes of the stack's axes; ``()`` for a single layer.
     layers
-        Place in the stack of each of its layers, by path, and an `adamss.core.factors.outline` of its factors.
+        Index in the stack and `adamss.core.factors.outline` of the factors, for each layer by its path.
     """
 
     leading: Index
     layers: Mapping[str, tuple[Index, Factors]]
 
     def split(self, B: Array, C: Array) -> dict[str, tuple[Array, Array]]:
-        """Return B and C of each layer without padding, by its path, from the leaves or from gradients of them."""
+        """Split the leaves, or gradients of them, into B and C of each layer without padding, by path."""
         return {
             path: (B[index][: f.B.shape[0], : f.B.shape[1]], C[index][: f.C.shape[0]])
             for path, (index, f) in self.layers.items()
         }
 
     def masks(self, active: Mapping[str, Array]) -> tuple[Array, Array]:
-        """Return booleans that broadcast against the leaves: True where an element is trained.
+        """Return masks that broadcast against the two leaves: True where an element is trained.
 
         Parameters
         ----------
         active
-            (K,) booleans by path.
+            Active subspaces of each layer, (K,) booleans, by path.
         """
         found: tuple[list[Array], list[Array]] = ([], [])
         for path, (_, f) in self.layers.items():
@@ -59,7 +59,7 @@ class Pair:
 
     @property
     def shapes(self) -> tuple[Index, Index]:
-        """Shapes of the leaves."""
+        """Shapes of the leaves B and C."""
         B, C = (
             np.max([getattr(f, name).shape for _, f in self.layers.values()], axis=0).tolist()
             for name in "BC"
@@ -71,22 +71,22 @@ class Pair:
 def _trained_elements(
     shapes: tuple[Index, Index], labels: Any, ranks: Any, active: Array
 ) -> tuple[Array, Array]:
-    # Compiled, so that labels and ranks are traced: as constants they would be tied to one device.
-    B, C = map(jnp.empty, shapes)  # of which the shape alone is read
+    # Compile this, so that labels and ranks are traced: as constants they would be tied to one device.
+    B, C = map(jnp.empty, shapes)  # only the shapes are read
     masks: tuple[Array, Array] = trained_elements(Factors(None, B, C, labels, ranks, active))
     return masks
 
 
 @dataclass(frozen=True)
 class Leaves:
-    """Those of all adapted layers of a model.
+    """The leaves B and C of all layers of one adapter.
 
     Attributes
     ----------
     names
-        Path of the module, and 0 for B or 1 for C, by the spelled path in the tree.
+        For the path of each leaf in the tree, as `spelled` writes it: path of the module, and 0 for B or 1 for C.
     pairs
-        By path of the module.
+        Leaves of each module, by its path.
     """
 
     names: Mapping[str, tuple[str, int]]
@@ -94,11 +94,11 @@ class Leaves:
 
     @property
     def outlines(self) -> dict[str, Factors]:
-        """Outline of each layer by its path."""
+        """Outlines of the factors of all layers, by path."""
         return {path: f for pair in self.pairs.values() for path, (_, f) in pair.layers.items()}
 
     def masks(self, active: Mapping[str, Array]) -> dict[tuple[str, int], Array]:
-        """Return `Pair.masks` of all modules, by what `name` says."""
+        """Return `Pair.masks` of all modules, by the keys that `name` returns."""
         return {
             (owner, number): mask
             for owner, pair in self.pairs.items()
@@ -106,9 +106,12 @@ class Leaves:
         }
 
     def name(self, path: tuple[Any, ...]) -> tuple[str, int] | None:
-        """Return which leaf it is that a tree, one of the parameters or one that holds such, has at a path."""
+        """Return the module and number (0 for B, 1 for C) of the leaf at a path; None for any other leaf.
+
+        The path may lead through a tree that contains a tree of parameters, such as an optimiser's state.
+        """
         keys = [spelled((key,)) for key in path]
-        # A variable of Flax is a node of its own above its value.
+        # In Flax the last key may lead from a variable, which is a node of its own, to its value.
         for end in (len(keys), len(keys) - 1):
             for start in range(end):
                 found = self.names.get(".".join(keys[start:end]))
@@ -117,12 +120,12 @@ class Leaves:
         return None
 
     def positions(self, params: Any, what: str) -> dict[str, tuple[int, int]]:
-        """Return which of the flattened leaves of a tree of parameters are B and C, by path of the module.
+        """Return the positions of B and C among the flattened leaves of a tree of parameters, by path of the module.
 
         Raises
         ------
         StateError
-            If they are not those of the model; the message says `what` they are.
+            If a leaf is missing or has another shape than in the model; the message begins with `what`.
         """
         found: dict[tuple[str, int], tuple[int, Any]] = {}
         for position, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
@@ -135,12 +138,12 @@ class Leaves:
                 if leaf is None or tuple(leaf.shape) != shape:
                     raise StateError(
                         f"{what}: {'BC'[number]} of {owner or 'the model itself'} should have shape {shape}, found "
-                        f"{'no such leaf' if leaf is None else tuple(leaf.shape)}; the parameters are those of "
-                        "another model, or not all that are trained"
+                        f"{'no such leaf' if leaf is None else tuple(leaf.shape)}; the parameters belong to another "
+                        "model, or some that are trained are missing"
                     )
         return {owner: (found[owner, 0][0], found[owner, 1][0]) for owner in self.pairs}
 
 
 def spelled(path: tuple[Any, ...]) -> str:
-    """Return a path in a pytree as ``targets`` spell it: names and numbers with dots between."""
+    """Return a path in a pytree as ``targets`` write it: names and numbers joined by dots."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

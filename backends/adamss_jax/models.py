@@ -1,4 +1,7 @@
-"""What the backends of all model libraries share: one for another library is a module beside `flax.py`."""
+"""The part of a backend that all model libraries of JAX share.
+
+A backend for another library subclasses `JaxModels` in a module of its own, as `flax` and `equinox` do.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +38,18 @@ __all__ = ["Attached", "JaxModels", "Own", "Record", "models_of", "owner_prefix"
 
 @dataclass(frozen=True)
 class Own:
-    """What a `Record` has of one adapter.
+    """The entry of one adapter in a `Record`.
 
     Attributes
     ----------
     config
-        The settings.
+        Settings that the adapter was attached with.
     shapes
-        Path of each adapted layer, from the module that was adapted, and (d, n) of its weight.
+        Path of each adapted layer, relative to the module that was adapted, and (d, n) of its weight.
     saved
-        Paths of its ``modules_to_save``.
+        Module paths of its ``modules_to_save``.
     weight, trainable, trained
-        As of `Adaptation`.
+        See `Adaptation`.
     """
 
     config: AdamssConfig
@@ -58,31 +61,31 @@ class Own:
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """Paths of the modules that hold its factors: a stack of layers has one."""
+        """Paths of the modules that hold the adapter's factors; a stack of layers is one module."""
         return tuple(dict.fromkeys(owner_of(path) for path, _ in self.shapes))
 
     @property
     def revives(self) -> bool:
-        """Whether a frozen subspace may return, so that it must go on getting gradients."""
+        """Whether frozen subspaces may return, and must therefore keep getting gradients."""
         return self.config.budget is not None and self.config.budget.revive
 
 
 @dataclass(frozen=True)
 class Record:
-    """What every adapted layer of a model remembers of the whole; a constant of compiled functions.
+    """What every adapted layer knows about the whole model; a static constant of compiled functions.
 
-    No number that training changes is part of it: a model would no longer fit the state of its optimiser, and would
-    be compiled anew, after each switch from one adapter to another and back.
+    The record contains no numbers that training changes. Otherwise, each time the model switches to another adapter
+    and back, it would no longer fit the state of its optimiser and would be compiled again.
 
     Attributes
     ----------
     adapters
-        By name, in the order in which they came.
+        Entries of the adapters by name, in the order in which these were attached.
     originals
-        Path of each of the ``modules_to_save`` of all of them, and its base values.
+        Module path and base values of each module in the ``modules_to_save`` of any adapter.
     route
-        While the rows of a batch are routed, the names that they may go through, and the axis along which they lie.
-        Which rows go where is an array (`gate`) of each adapter.
+        Names of the adapters that rows may go through and the axis of the rows, while a batch is routed; else None.
+        Which rows go through an adapter is an array of that adapter (`gate`), so that another route compiles nothing.
     """
 
     adapters: tuple[tuple[str, Own], ...] = ()
@@ -96,7 +99,7 @@ class Record:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(d, n) of the weight of each layer that any of them adapts."""
+        """(d, n) of the weight of each layer that any adapter adapts, by path."""
         return {path: shape for _, own in self.adapters for path, shape in own.shapes}
 
     @property
@@ -105,7 +108,7 @@ class Record:
         return tuple(name for name, own in self.adapters if own.trained)
 
     def saved(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Return the paths of ``modules_to_save`` of these adapters."""
+        """Return the module paths of the ``modules_to_save`` of these adapters."""
         own = dict(self.adapters)
         return tuple(path for name in names for path in own[name].saved)
 
@@ -114,23 +117,24 @@ class Record:
 
 
 FOLLOWED: set[Any] = set()
-"""Schedules that some `adamss_jax.budgeted` of this process has kept a model to."""
+"""Budgets in the settings of the adapters that `adamss_jax.budgeted` was called for in this process."""
 
 
 class Attached(NamedTuple):
-    """What is attached to one layer, or one stack of layers.
+    """What is attached to one layer, or to one stack of layers.
 
     Attributes
     ----------
     record
-        Of the model.
+        Record of the model.
     adapters
-        By name, those that adapt it: each has `factors()` of all its layers, stacked; the `part` of them that the
-        weight holds; and in one of its layers, while the adapter is not active, its ``modules_to_save`` (`kept`).
+        Adapters of the layer by name. Each has `factors()`, stacked over the layers of a stack, and their `part`,
+        which says what the weight holds. In one of its layers, an inactive adapter also has the values of its
+        ``modules_to_save`` (`kept`).
     base
-        While the weight holds an update: its arrays as they were; None if they were dropped.
+        Arrays of the layer from before the weight held an update. None if they were dropped, or if it holds none.
     off
-        Whether nothing is added to the output for now.
+        Whether the updates are switched off at the moment.
     """
 
     record: Record
@@ -140,98 +144,110 @@ class Attached(NamedTuple):
 
 
 class JaxModels(JaxArrays, Backend):
-    """Flax NNX's modules are changed in place; of Equinox's trees every verb returns a new one."""
+    """A backend for models of a JAX library.
+
+    Modules of Flax NNX are changed in place. Trees of Equinox are immutable, so every verb returns a new one.
+    """
 
     # ---- what a library supplies --------------------------------------------------------------------
 
     composed: ClassVar[Mapping[type, tuple[str, ...]]]
-    """Classes of modules that a target may name for layers within them, and the names of these."""
+    """Classes of modules that a target may name in place of the layers within them, and the names of those layers."""
 
     refused: ClassVar[Mapping[type, str]]
-    """Classes of layers that have weights and cannot be adapted, and why, as a clause."""
+    """Classes of layers that have weights but cannot be adapted, and the reason as a clause."""
 
     normalising: ClassVar[tuple[type, ...]]
-    """Classes of modules that compute the weight of a layer within them anew at every call."""
+    """Classes of modules that recompute the weight of the layer within them at every call."""
 
     @abstractmethod
     def attached(self, model: Model) -> dict[str, Attached]:
-        """Return what is attached, by the path of the module that holds the arrays, as `insert` was given it."""
+        """Return what is attached, by the path that the module holding the arrays had in `insert`."""
 
     @abstractmethod
     def named_arrays(self, module: Module) -> dict[str, Array]:
-        """Return `arrays` of anything but a layer of a stack."""
+        """Return `arrays` of a module that is not a single layer of a stack."""
 
     @abstractmethod
     def leaf_names(self, model: Model, name: str) -> dict[str, tuple[str, int]]:
-        """Return which leaves of `parameters` are factors of an adapter: path of the module, and 0 for B or 1 for C.
+        """Return which leaves of `parameters` are factors of an adapter.
 
-        By the `adamss_jax.leaves.spelled` path of the leaf; a module that appears twice may be listed twice.
+        Keys are paths of leaves as `adamss_jax.leaves.spelled` writes them. Values are the path of the module, and 0
+        for B or 1 for C. A module that appears twice in the model may be listed twice.
         """
 
     @abstractmethod
     def adapted_layers(self, model: Model) -> dict[str, Module]:
-        """Return the layers whose arrays are the frozen ones, by the keys of `attached`.
+        """Return the layers that hold the frozen arrays, by the keys of `attached`.
 
-        Each may be written to: it is the layer itself, or a copy that `with_layers` puts in its place.
+        They may be written to: each is the layer itself, or a copy that `with_layers` puts in its place.
         """
 
     @abstractmethod
     def called_layers(self, model: Model) -> dict[str, tuple[Any, Any, bool]]:
-        """Return, by the keys of `attached`, copies of a layer as it is called, with its update and without it.
+        """Return the layers as a user calls them, by the keys of `attached`: with the update, and without it.
 
-        And whether what it computes is known to be that of its kind, or is none of a linear layer.
+        The boolean is True for a layer that need not be tried: its forward is known to be that of its kind, or no
+        example input exists for it. Calling the returned layers does not change the model.
         """
 
     @abstractmethod
     def with_layers(self, model: Model, layers: Mapping[str, Module]) -> Model:
-        """Return the model with layers of `adapted_layers` that have been written to."""
+        """Return the model with layers from `adapted_layers`, which have been written to, in their places."""
 
     @abstractmethod
     def added(
         self, model: Model, name: str, placed: Mapping[str, tuple[Site, Factors]], record: Record
     ) -> Model:
-        """Return the model with one more adapter, its site and factors by the path of the module, and that record."""
+        """Return the model with one more adapter and the given record.
+
+        `placed` gives the site and the factors of the adapter by the path of the module.
+        """
 
     @abstractmethod
     def without(self, model: Model, names: Set[str], record: Record) -> Model:
-        """Return the model without some adapters, and with that record; layers that have none are as they were."""
+        """Return the model without some adapters and with the given record.
+
+        A layer that loses its last adapter is the plain layer again.
+        """
 
     @abstractmethod
     def with_record(self, model: Model, record: Record) -> Model:
-        """Return the model with another record of the same adapters, whose variables are trained as it says."""
+        """Return the model with another record of the same adapters; its variables are trained as the record says."""
 
     @abstractmethod
     def rewritten(self, model: Model, name: str, values: Mapping[str, Mapping[str, Any]]) -> Model:
-        """Return the model with other values in an adapter, by the keys of `attached` and then by name.
+        """Return the model with other values in an adapter.
 
-        Names are the fields of `Factors`, ``part``, ``kept``, ``gate`` and ``place``.
+        The values are given by the keys of `attached` and then by name: a field of `Factors`, ``part``, ``kept``,
+        ``gate`` or ``place``.
         """
 
     @abstractmethod
     def with_base(self, model: Model, base: Mapping[str, HostCopies | None], *, constant: bool) -> Model:
-        """Return the model with other `Attached.base`.
+        """Return the model with other values of `Attached.base`.
 
         Parameters
         ----------
         model
-            An adapted model.
+            Adapted model.
         base
-            By the keys of `attached`.
+            New values, by the keys of `attached`.
         constant
-            Whether the weights hold all that is computed, so that nobody trains the model.
+            Whether the weights hold every update that the model computes, so that no factors are trained.
         """
 
     @abstractmethod
     def saved_exchanged(self, model: Model, arrays: Mapping[str, Mapping[str, Array]]) -> Model:
-        """Return the model with other arrays in modules to save."""
+        """Return the model with other arrays in its ``modules_to_save``."""
 
-    # ---- what follows from it -----------------------------------------------------------------------
+    # ---- what follows from these --------------------------------------------------------------------
 
     def members(self, module: Module) -> tuple[str, ...]:
         return next((names for of, names in self.composed.items() if isinstance(module, of)), ())
 
     def site(self, module: Module, path: str) -> Site:
-        if self.kinds.find(module) is None:  # nobody has registered one
+        if self.kinds.find(module) is None:  # a kind that a user registered takes precedence over a refusal
             for of, why in self.refused.items():
                 if isinstance(module, of):
                     raise LayerTypeError(f"{path or 'the model itself'} is a {type(module).__name__}, {why}")
@@ -287,7 +303,8 @@ class JaxModels(JaxArrays, Backend):
         base = {owner: each.base for owner, each in found.items() if owner in holding}
         off = any(each.off for each in found.values())
         names, axis = record.route or ((), 0)
-        route = None if record.route is None else Route(names, (), axis)  # the rows may be traced
+        # The rows are left out, because the gates that encode them may be traced.
+        route = None if record.route is None else Route(names, (), axis)
         return Bank(adapters, originals, base, disabled=off, route=route)
 
     def followed(self, model: Model, name: str) -> bool:
@@ -298,7 +315,9 @@ class JaxModels(JaxArrays, Backend):
         layers = self.adapted_layers(model) if called else {}
         shapes = next(iter(self.attached(model).values())).record.shapes if called else {}
         found: dict[str, tuple[Array, Array] | str] = {}
-        for path in called.keys() & shapes.keys():  # those of a stack have no path of their own
+        for path in (
+            called.keys() & shapes.keys()
+        ):  # skip stacks: `shapes` has the paths of their single layers
             layer, base, _ = called[path]
             d, _ = shapes[path]
             x = example_input(self.kinds.of(layers[path], path), layers[path], d)
@@ -386,10 +405,10 @@ class JaxModels(JaxArrays, Backend):
         return next(iter(self.attached(model).values())).record
 
     def _keeping(self, model: Model, name: str, kept: Values) -> Model:
-        """Return the model with other values of the modules to save of an adapter that is not active.
+        """Return the model with other `Adaptation.kept` values of an adapter.
 
-        They are arrays of one of its layers, so that they are saved, copied and moved with the model; of one that is
-        in no stack, if there is such a layer.
+        The values become arrays of one of its layers, so that they are saved, copied and moved with the model. A
+        layer outside any stack is preferred, since arrays in a stack need its leading axes.
         """
         mine = {
             owner: each.adapters[name]
@@ -420,7 +439,7 @@ class JaxModels(JaxArrays, Backend):
         return self._with_arrays(model, name, {path: {"active": mask} for path, mask in active.items()})
 
     def _with_arrays(self, model: Model, name: str, layers: Mapping[str, Mapping[str, Array]]) -> Model:
-        """Return the model with other arrays of an adapter, by path of the layer and field of `Factors`."""
+        """Return the model with other arrays in an adapter, by path of the layer and field of `Factors`."""
         found, values = self.attached(model), dict[str, dict[str, Array]]()
         for owner, own in by_owner(layers).items():
             whole = found[owner].adapters[name].factors()._asdict()
@@ -474,12 +493,12 @@ class JaxModels(JaxArrays, Backend):
     # ---- for optimisers ------------------------------------------------------------------------------
 
     def leaves(self, model: Model, name: str) -> Leaves:
-        """Return where in `parameters` the factors of each layer of an adapter are."""
+        """Return the places in `parameters` of an adapter's factors."""
         layers: dict[str, dict[str, tuple[Index, Factors]]] = {}
         for path, factors in self.bank(model).adapters[name].layers.items():
             owner, index = split_path(path)
             layers.setdefault(owner, {})[path] = index, outline(factors, name=path)
-        # A stack is adapted as a whole: the last of its layers says how long its axes are.
+        # A stack is always adapted as a whole, so the index of its last layer gives the sizes of its axes.
         pairs = {
             owner: Pair(tuple(axis + 1 for axis in max(index for index, _ in own.values())), own)
             for owner, own in layers.items()
@@ -487,9 +506,9 @@ class JaxModels(JaxArrays, Backend):
         return Leaves(self.leaf_names(model, name), pairs)
 
     def trained_elements(self, model: Model) -> Any:
-        """Return a tree of the structure of `parameters`, with booleans that broadcast: True where trained.
+        """Return masks in the tree structure of `parameters`: True where an element is trained.
 
-        Of all adapters that are trained.
+        The masks broadcast against the parameters. The tree has the parameters of all adapters that are trained.
         """
         names = self._record(model).trained
         everything, known = jnp.ones((), bool), []
@@ -505,31 +524,31 @@ class JaxModels(JaxArrays, Backend):
 
 
 def models_of(model: Model) -> JaxModels:
-    """Return the backend of a model of one of JAX's libraries.
+    """Return the backend of a model that belongs to a JAX library.
 
     Raises
     ------
     BackendError
-        If it is of another framework.
+        If the model belongs to another framework.
     """
     backend = backend_for(model)
     if not isinstance(backend, JaxModels):
-        raise BackendError(f"{type(model).__name__} is no model of one of JAX's libraries")
+        raise BackendError(f"{type(model).__name__} is not a model of one of JAX's libraries")
     return backend
 
 
 def owner_prefix(found: Mapping[str, Record]) -> str:
-    """Return where in a model the module lies that was adapted: ``""``, or a path that ends with a dot.
+    """Return the path within a model of the module that was adapted: ``""``, or a path that ends with a dot.
 
     Parameters
     ----------
     found
-        Records by path of the adapted layer, all of one model, in its order.
+        Records of all adapted layers of the model by their paths, in the order of the model.
 
     Raises
     ------
     StateError
-        If several modules of the model were adapted one by one, or this is only a part of one.
+        If several modules of the model were adapted one by one, or if the model is only a part of the adapted one.
     """
     if not found:
         return ""
@@ -538,8 +557,8 @@ def owner_prefix(found: Mapping[str, Record]) -> str:
         raise StateError(
             "parts of the model were adapted one by one; call adamss on each of them, not on the whole"
         )
-    # Not by position: attributes come in another order after a transformation, or in another model. And not by one
-    # layer: somebody may have replaced it since.
+    # Compare paths and not positions, since attributes may have another order after a transformation or in another
+    # model. Try every owner for the first layer found, since earlier ones may have been replaced after the attach.
     first = next(iter(found))
     for owner in record.owners:
         prefix = first.removesuffix(owner)
@@ -552,18 +571,19 @@ def owner_prefix(found: Mapping[str, Record]) -> str:
 
 
 def _on_host(part: Part) -> np.ndarray[Any, Any]:
-    """Return the mask of what the weight holds."""
+    """Return the mask of the subspaces whose update the weight holds, as a NumPy array."""
     if part.empty:
         return np.ones(part.held.shape, bool)
-    # A traced mask has no values. That it does not hold all is known, and is what `adamss.disabled` asks for.
+    # A traced mask has no values, but it is known not to be all True, since `part` is not empty. `adamss.disabled`
+    # asks for no more than that.
     traced = isinstance(part.held, jax.core.Tracer)
     return np.zeros(part.held.shape, bool) if traced else np.asarray(restored(part).held)
 
 
 def _packed(values: Values, leading: Index) -> dict[str, Array]:
-    """Return the arrays of modules to save by name, with the leading axes of the layer that keeps them.
+    """Return the arrays of ``modules_to_save`` by name, with the leading axes of the layer that keeps them.
 
-    A ``scan`` or ``vmap`` over a stack of layers takes all its arrays apart, these too.
+    A ``scan`` or ``vmap`` over a stack of layers splits all its arrays along these axes, so the kept ones need them.
     """
     found = {join_path(path, name): array for path, own in values.items() for name, array in own.items()}
     if leading:
@@ -575,7 +595,7 @@ def _packed(values: Values, leading: Index) -> dict[str, Array]:
 
 
 def _unpacked(packed: Mapping[str, Array], originals: Mapping[str, HostCopies]) -> Values:
-    """Undo `_packed`, with the shapes of the base values."""
+    """Undo `_packed`; the shapes are those of the base values."""
     found: dict[str, dict[str, Array]] = {}
     for path, base in originals.items():
         for name, shape in base.shapes.items():

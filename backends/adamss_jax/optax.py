@@ -1,4 +1,4 @@
-"""Frozen means frozen: an optax transformation that leaves the elements of frozen subspaces where they are."""
+"""An optax transformation that holds the elements of frozen subspaces at their values."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class HoldFrozenState(NamedTuple):
     Attributes
     ----------
     inner
-        State of the transformation within.
+        State of the wrapped transformation.
     trained
-        Booleans that broadcast against the parameters: True where an element is trained.
+        Masks that broadcast against the parameters: True where an element is trained.
     """
 
     inner: Any
@@ -35,25 +35,25 @@ class HoldFrozenState(NamedTuple):
 
 
 def hold_frozen(tx: optax.GradientTransformation, model: Any) -> optax.GradientTransformationExtraArgs:
-    """Keep the frozen elements of an adapted model where they are, whatever the optimiser does.
+    """Wrap an optax transformation so that it holds the frozen elements of an adapted model at their values.
 
-    Weight decay, and momentum from before an element was frozen, move it although its gradient is zero. The updates
-    of frozen elements are zero here, so that `tx`, with all that is chained in it, belongs inside. The mask is that
-    of the model when this is called, and part of the state. After another one is set, take it over with
-    ``state._replace(trained=adamss.backend.backend_for(model).trained_elements(model))``, which compiles nothing
-    anew. Where a schedule chooses the masks while training, use `adamss_jax.budgeted`.
+    A zero gradient does not hold an element: weight decay still moves it, and so does momentum from before it was
+    frozen. The wrapper sets the final updates of frozen elements to zero, so everything else must be chained in `tx`.
+    The masks are the model's at the time of the call, and are kept in the state. After the model gets other masks,
+    update the state by ``state._replace(trained=adamss.backend.backend_for(model).trained_elements(model))``, which
+    needs no new compilation. If a schedule chooses the masks during training, use `adamss_jax.budgeted` instead.
 
     Parameters
     ----------
     tx
-        Any optax transformation.
+        Optax transformation to wrap.
     model
-        The adapted model whose parameters (``wrt=nnx.LoRAParam``, or those of `trainable_filter`) it gets.
+        Adapted model whose parameters are trained (``wrt=nnx.LoRAParam``, or `adamss_jax.equinox.trainable_filter`).
 
     Returns
     -------
     optax.GradientTransformationExtraArgs
-        Its state is a `HoldFrozenState`; more arguments of its ``update`` go to `tx`.
+        Transformation whose state is a `HoldFrozenState`. Extra arguments of its ``update`` are passed on to `tx`.
 
     Raises
     ------

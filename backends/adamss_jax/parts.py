@@ -1,4 +1,4 @@
-"""Layers whose weight holds the update of some subspaces, or of all."""
+"""Layers whose weight already holds the update of some or all subspaces."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ __all__ = ["Part", "computed", "part_of"]
 
 
 class Part(NamedTuple):
-    """The subspaces of a layer whose update its weight holds, and those that are computed; all None if it holds none.
+    """The subspaces of a layer whose update its weight holds, and those whose update is computed.
+
+    All fields are None if the weight holds no update.
 
     Attributes
     ----------
     held
-        (K,) booleans: whose update the weight holds.
+        Whether the weight holds the update of each subspace, (K,) booleans.
     labels
-        (n,) integers: number of each column's subspace among those that are computed, -1 if its subspace is not.
+        Number of each column's subspace among the computed ones, (n,) integers; -1 if its subspace is held.
     subspaces, directions
-        (K',) and (q',) integers: those subspaces, and their columns of B; in a stack one beyond the end is padding.
-        None if there are none: Orbax would not store an empty array.
+        Computed subspaces, (K',) integers, and their columns of B, (q',) integers. In a stack, shorter ones are
+        padded with an index past the end. They are None if no subspace is computed, because Orbax refuses to store
+        empty arrays.
     """
 
     held: Any = None
@@ -37,12 +40,12 @@ class Part(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is computed: the weight holds the update of every subspace."""
+        """Whether no subspace is computed, since the weight holds the update of all."""
         return self.labels is not None and self.subspaces is None
 
 
 def computed(factors: Factors, part: Part) -> Factors:
-    """Return the factors of the subspaces that are computed, from those of all."""
+    """Select the computed subspaces from the factors of all."""
     if part.labels is None:
         return factors
     A, B, C, _, ranks, active = factors
@@ -55,18 +58,18 @@ def computed(factors: Factors, part: Part) -> Factors:
 def part_of(
     layers: Mapping[Index, Factors], held: Mapping[Index, np.ndarray[Any, Any]], leading: Index
 ) -> Part:
-    """Return what of a layer, or stack of layers, is to be computed.
+    """Return the `Part` of a layer, or of a stack of layers.
 
-    It is made on the host: JAX would compile every gather for every new count of subspaces.
+    Its arrays are made with NumPy, because JAX would compile every gather again for each new number of subspaces.
 
     Parameters
     ----------
     layers
-        Factors of each layer of the stack.
+        Factors of each layer, by its index in the stack.
     held
-        (K,) booleans of each, the subspaces whose update the weight holds.
+        Subspaces whose update the weight holds, (K,) booleans for each layer.
     leading
-        Axes of the stack.
+        Sizes of the stack's axes; ``()`` for a single layer.
     """
     labels, subspaces, directions = {}, {}, {}
     for index, factors in layers.items():
@@ -82,14 +85,14 @@ def part_of(
 
 
 def _taken(array: Array, places: Array, *, axis: int) -> Array:
-    """Return the entries of an array at some places along an axis; zero, or False, for padding."""
+    """Take entries of an array along an axis; indices past the end, which are padding, give zero or False."""
     return jnp.take(array, places, axis=axis, mode="fill", fill_value=0)
 
 
 def _padded(
     arrays: Mapping[Index, np.ndarray[Any, Any]], leading: Index, fill: int = 0
 ) -> np.ndarray[Any, Any] | None:
-    """Stack vectors along leading axes, each padded to the longest; None if all of them are empty."""
+    """Stack vectors along leading axes, each padded to the longest; return None if all of them are empty."""
     length = max(array.size for array in arrays.values())
     result = np.full((*leading, length), fill, next(iter(arrays.values())).dtype)
     for index, array in arrays.items():

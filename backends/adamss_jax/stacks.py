@@ -1,4 +1,4 @@
-"""Factors of layers whose arrays are stacked along leading axes: stacked too, padded with zeros to the largest."""
+"""Factors of layers whose arrays are stacked along leading axes: the factors are stacked in the same way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stacked_factors(factors: Mapping[Index, Factors], leading: Index, path: str)
     Raises
     ------
     LayerError
-        If some layers of the stack are not to be adapted: their arrays could not be left out.
+        If some layers of the stack match no target, because a stacked array has entries for all layers.
     """
     if not leading:
         return factors[()]
@@ -46,12 +46,14 @@ def stacked_factors(factors: Mapping[Index, Factors], leading: Index, path: str)
 
 
 def factors_at(factors: Factors, index: Index) -> Factors:
-    """Return the factors of one layer of a stack, without padding; undoes `stacked_factors`."""
+    """Return the factors of one layer of a stack, without padding: the inverse of `stacked_factors`."""
     if not index:
         return factors
     A, B, C, labels, ranks, active = (array[index] for array in factors)
     if isinstance(ranks, jax.core.Tracer):
-        return Factors(A, B, C, labels, ranks, active)  # how much is padding depends on values
+        return Factors(
+            A, B, C, labels, ranks, active
+        )  # padding stays: its size depends on the values of ranks
     q, r = int(jnp.sum(ranks)), int(jnp.max(ranks))
     P = B.shape[0]
     if A.shape[0] > 1:
@@ -60,7 +62,7 @@ def factors_at(factors: Factors, index: Index) -> Factors:
 
 
 def with_layer(whole: jax.Array, index: Index, array: jax.Array) -> jax.Array:
-    """Return one of the arrays of stacked factors with that of one layer in its place, in the dtype that it has."""
+    """Return an array of stacked factors with the entry of one layer replaced, in the dtype of the whole."""
     array = jnp.asarray(array, whole.dtype)
     padding = [(0, size - own) for size, own in zip(whole.shape[len(index) :], array.shape, strict=True)]
     return placed_as(whole.at[index].set(jnp.pad(array, padding)) if index else array, whole)

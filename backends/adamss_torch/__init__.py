@@ -1,7 +1,7 @@
 """The PyTorch backend of `adamss`.
 
-`adamss.attach` and its sister verbs find it by themselves. The layer it adapts stays the user's own
-`torch.nn.Linear`; the adapter is its child module `adamss`, an `Adapter`.
+`adamss.attach` and the other verbs find this backend by themselves. An adapted layer stays the user's own
+`torch.nn.Linear`; its adapters, one `Adapter` for each name, lie in its child module ``adamss``.
 """
 
 from adamss.errors import MissingBackendError

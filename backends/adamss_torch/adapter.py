@@ -1,4 +1,4 @@
-"""One adapter of one layer: its factors, as Parameters and buffers, and what they add to the layer's output."""
+"""One adapter of one layer: its factors as Parameters and buffers, and the update that they add to the output."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ from adamss_torch.stores import present
 __all__ = ["HELD", "STRUCTURE", "Adapter"]
 
 HELD = "in_weight"
-"""Key in a state of the mask of the subspaces whose update the weight holds, where it holds any.
+"""State-dict key of the mask of the subspaces whose update the weight holds.
 
-Of length 0 in a state without the weights.
+The key is absent where the weight holds none. The mask has length 0 in a state that was written without the weights.
 """
 
 PERSISTENT = ("A", "B", "C", "labels", "ranks", "active")
-"""What a state has of an adapter, where there is one of the name."""
+"""Names of the tensors of one adapter in a state dict."""
 
 STRUCTURE = ("labels", "ranks", "active")
 
 
 class Adapter(nn.Module):
-    """``y = base(x) + (x M^T) E``, with ``M = B A^T`` and E the expansion of C.
+    """The update of one layer: ``y = base(x) + (x M^T) E``, with ``M = B A^T`` and E the expansion of C.
 
-    Each subspace is trained, frozen, or held by the weight of the layer, and then left out of the sum.
+    Each subspace is trained, frozen, or folded into the weight of the layer. A folded subspace is left out of M and
+    E.
 
     Parameters
     ----------
     factors
-        Factors of the layer, canonical, on its device.
+        Initial factors of the layer, in canonical form and on the layer's device.
     d
-        Inputs of the layer: A has one row more where the bias is adapted too.
+        Number of inputs of the layer. A has d + 1 rows where the bias is adapted too.
     blocks
-        How many matrices lie one after the other in the columns of the weight, as those of experts.
+        Number of matrices that lie next to each other in the columns of the weight, such as those of experts.
 
     Attributes
     ----------
@@ -57,30 +58,31 @@ class Adapter(nn.Module):
     A
         Buffer, as in `adamss.core.Factors`.
     labels, ranks, active
-        As in `adamss.core.Factors`, on the device of A. They are part of a state but no buffers, and neither are
-        `held`, `kept` and `layout`: other libraries average and broadcast buffers as if all of them were numbers.
+        As in `adamss.core.Factors`, on the device of A. They are part of the state dict but are not buffers, because
+        other libraries average and broadcast buffers as if all of them were numbers. For the same reason `held`,
+        `kept` and `layout` are not buffers either.
     held
-        (K,) booleans on the CPU: whose update the weight of the layer holds; None for none.
+        (K,) booleans on the CPU: the subspaces whose update the weight of the layer holds. None if it holds none.
     kept
-        What frozen elements of B and C are, whatever an optimiser has written to these, in the shapes of both; None
-        where nobody holds them (`adamss_torch.frozen`).
+        Values of B and C, whose frozen elements are in force whatever an optimiser has written to the Parameters.
+        None where nothing holds frozen elements (`adamss_torch.frozen`).
     keeper
-        Who does.
+        The `FrozenElements` that set `kept`.
     layout
-        Where B and C stand, as it follows from labels, ranks and `held`.
+        Positions of B and C in M and E, derived from labels, ranks and `held`.
     revive
-        Whether frozen subspaces get gradients all the same, because they may return.
+        Whether frozen subspaces get gradients too, because a budget may let them return.
     loads
-        How often a state was loaded into it.
+        Number of states that were loaded into this adapter.
     followed
-        Whether a controller keeps, or kept, it to a schedule.
+        Whether a controller keeps this adapter to a schedule, or did so for at least one step before it was removed.
     controlled
-        Whether one does now.
+        Whether a controller keeps this adapter to a schedule now.
     scale
-        The weight that it is active with.
+        Weight with which the adapter is active.
     order
-        In which order its products are taken, one of `adamss.core.cost.ORDERS`; None for the one that costs less.
-        With bases of their own the factors come first all the same.
+        Order in which the products are taken, one of `adamss.core.cost.ORDERS`. None chooses the one that costs less.
+        An adapter with a basis for each subspace always uses ``"factors_first"``.
     """
 
     A: Tensor
@@ -104,8 +106,8 @@ class Adapter(nn.Module):
         self._seen: tuple[Tensor | None, int, tuple[Tensor, Tensor] | None] = (None, 0, None)
         self.B = nn.Parameter(factors.B.detach().t().clone(memory_format=torch.contiguous_format))
         self.C = nn.Parameter(factors.C.detach().clone(memory_format=torch.contiguous_format))
-        # In one layout whatever it comes from: products of another may round otherwise, and a resumed training is to
-        # give the same bits.
+        # A, B and C are stored contiguously wherever they come from: products of operands with other strides may
+        # round differently, and a resumed training must give the same bits.
         self.register_buffer("A", _alone(factors.A.detach().contiguous()))
         for name in STRUCTURE:
             setattr(self, name, _alone(getattr(factors, name).detach().contiguous()))
@@ -120,9 +122,9 @@ class Adapter(nn.Module):
         overwrite: bool = False,
         input_kept: bool = False,
     ) -> Tensor:
-        """Return the output of the layer: the frozen product `base` (..., n) and the update of x (..., d).
+        """Return the output of the layer, which is the frozen product `base` (..., n) plus the update for x (..., d).
 
-        The other arguments are as for `adamss_torch.kernel.Plan`.
+        The other arguments are those of `adamss_torch.kernel.Plan`.
         """
         # Buffers and Parameters are looked up once each: `Module.__getattr__` takes as long as a small product.
         parameters = self._parameters
@@ -130,11 +132,12 @@ class Adapter(nn.Module):
         B: Tensor = parameters["B"]  # type: ignore[assignment]
         C: Tensor = parameters["C"]  # type: ignore[assignment]
         if B.dtype != A.dtype:
-            # FSDP2's mixed precision hands them out in half precision; their product is to be rounded once, whole.
+            # FSDP2's mixed precision gathers B and C in half precision. They are cast back, so that their product is
+            # computed in full precision and rounded once.
             B, C = B.to(A.dtype), C.to(A.dtype)
         layout = self.layout
         if layout.rows.device != A.device:
-            # accelerate and FSDP2 move buffers, and know of no attributes.
+            # accelerate and FSDP2 move buffers but not plain attributes, so the layout may be on the former device.
             layout = self._derive()
         if not self.revive:
             B, C = self._frozen_in(B, C)
@@ -145,32 +148,32 @@ class Adapter(nn.Module):
     def products(self, rows: Tensor | None = None, *, scaled: bool = True) -> tuple[Tensor, Tensor]:
         """Return M: (d, q') and E: (q', n) of a weight that is one matrix; see `block_products`.
 
-        With `rows`, (...) int64, M is (..., q'), of these rows alone.
+        With `rows`, int64 indices of shape (...), M holds only these rows and has the shape (..., q').
         """
         M, E = self.block_products(None if rows is None else rows.reshape(-1), scaled=scaled)
         return (M[0] if rows is None else M[0].reshape(*rows.shape, M.shape[-1])), E[0]
 
     def block_products(self, rows: Tensor | None = None, *, scaled: bool = True) -> tuple[Tensor, Tensor]:
-        """Return M: (L, d, q') and E: (L, q', n / L), of each of the L blocks; of M these rows, (N,), alone.
+        """Return M: (L, d, q') and E: (L, q', n / L) of the L blocks.
 
-        E has the weight that the adapter is active with, if it is scaled. Gradients reach the active subspaces
-        through them, and no others.
+        `rows`, int64 indices of shape (N,), selects rows of M. E includes the weight with which the adapter is
+        active, unless `scaled` is False. Gradients reach only active subspaces, or all of them with `revive`.
         """
         B, C = (self.B, self.C) if self.revive else self._frozen_in(self.B, self.C)
         if self.layout.rows.device != self.A.device:
             self._derive()
         places = self._places
         if places is None:
-            with torch.inference_mode(False):  # or no backward could keep it
+            with torch.inference_mode(False):  # autograd cannot save inference tensors for a backward
                 places = block_places(self.labels, C.shape[0], self.ranks.numel(), self.blocks)
-            if not is_transformed():  # what is made within a transformation is of no use outside
+            if not is_transformed():  # a tensor made within a transformation cannot be used outside of it
                 self._places = places
         C = C * self.scale if scaled and self.scale != 1 else C
         A = self.A if rows is None else self.A[:, rows]
         return block_products(A, B, C, self.layout, places, self.ranks.numel())
 
     def factors(self) -> Factors:
-        """Return the factors, canonical, of all subspaces; views where they can be."""
+        """Return the factors of all subspaces in canonical form, as views where possible."""
         B, C = present(self, "B").detach(), present(self, "C").detach()
         if self.kept is not None:
             B, C = self._frozen_in(B, C)
@@ -179,11 +182,11 @@ class Adapter(nn.Module):
         return Factors(self.A, B.t(), C, self.labels, self.ranks, self.active)
 
     def trained_elements(self) -> tuple[Tensor, Tensor]:
-        """Return which rows of B, (q, 1), and which columns of C, (1, n), belong to active subspaces; booleans."""
+        """Return boolean masks of the rows of B, (q, 1), and the columns of C, (1, n), of active subspaces."""
         return trained_elements(self.active, self.labels, self._groups)
 
     def _frozen_in(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-        """Return B and C with the values that frozen elements have, which get no gradients."""
+        """Return B and C in which frozen elements have their kept values and get no gradients."""
         trained = self._trained_if_not_all()
         if trained is None:
             return B, C
@@ -191,7 +194,11 @@ class Adapter(nn.Module):
         return torch.where(trained[0], B, kept[0]), torch.where(trained[1], C, kept[1])
 
     def look(self) -> tuple[Tensor, Tensor] | None:
-        """Take over the mask; what it freezes is kept as it is now. Return `trained_elements`, None if all are."""
+        """Adopt the mask if it has changed, and return `trained_elements`, or None if all elements are trained.
+
+        Elements that were trained under the former mask are copied into `kept`, so that a subspace that the new mask
+        freezes keeps its present values.
+        """
         active, (seen, version, trained) = self.active, self._seen
         if seen is not active or version != active._version:
             if self.kept is not None:
@@ -203,10 +210,11 @@ class Adapter(nn.Module):
         return trained
 
     def _trained_if_not_all(self) -> tuple[Tensor, Tensor] | None:
-        """Return `trained_elements`, or None if all elements are.
+        """Return `trained_elements`, or None if all elements are trained and the masks can be left out.
 
-        A compiled graph must look anew at every call, since masks change under it, and so must what an accelerator
-        captures; what is made within a transformation is of no use outside.
+        A compiled graph must apply the masks at every call, because an allocation changes them without a
+        recompilation. The same holds for a graph that an accelerator captures, so None is returned on the CPU only.
+        Within a transformation nothing is cached, since the tensors made there cannot be used outside of it.
         """
         if is_transformed() or self.active.is_inference():
             return self.trained_elements()
@@ -214,12 +222,13 @@ class Adapter(nn.Module):
         return trained if trained is not None or self.active.device.type == "cpu" else self.trained_elements()
 
     def hold(self, held: Tensor | None) -> None:
-        """Leave these subspaces, (K,) booleans on the CPU, out of the update, or none."""
+        """Leave the subspaces `held`, (K,) booleans on the CPU, out of the update. None leaves out none."""
         self.held = held
         self._derive()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no controller that would hold its frozen elements, or let a subspace return.
+        # No controller holds the frozen elements of a copy or revives its subspaces, so the copied Parameters get the
+        # kept values.
         drifted = {name: nn.Parameter(tensor) for name, tensor in self._drifted().items()}
         alone = {
             "revive": False,
@@ -231,7 +240,7 @@ class Adapter(nn.Module):
         return {**self.__dict__, **alone}
 
     def _drifted(self) -> dict[str, Tensor]:
-        """Return what B and C are, by name, where an optimiser has moved frozen elements of the Parameters."""
+        """Return the values in force of B and C, by name, where an optimiser has moved frozen elements."""
         if self.kept is None:
             return {}
         now = self.B.detach(), self.C.detach()
@@ -239,7 +248,7 @@ class Adapter(nn.Module):
         return {name: true for name, mine, true in held if true is not mine and not torch.equal(true, mine)}
 
     def _derive(self) -> Layout:
-        """Make the layout anew, which follows from labels, ranks, and what the weight holds; all of it beside A."""
+        """Derive the layout from labels, ranks and `held`, and move all plain tensors to the device of A."""
         if not self.A.is_meta:
             for name in STRUCTURE:
                 setattr(self, name, getattr(self, name).to(self.A.device))
@@ -247,7 +256,7 @@ class Adapter(nn.Module):
         held = None if self.held is None else self.held.to(self.labels.device)
         (q, _), (r, _) = self.B.shape, self.C.shape
         self._groups = torch.repeat_interleave(self.ranks.to(torch.int64), output_size=q)
-        with torch.inference_mode(False):  # or no backward could keep it
+        with torch.inference_mode(False):  # autograd cannot save inference tensors for a backward
             self.layout = make_layout(
                 self.labels, self.ranks, r, q, held, dtype=self.C.dtype, masked=self.blocks == 1
             )
@@ -257,7 +266,8 @@ class Adapter(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.kept = None if self.kept is None else tuple(map(fn, self.kept))
-        # labels, ranks and mask keep their values whatever happens to A (`to_empty`, the meta device).
+        # `fn` is not applied to labels, ranks and mask: these keep their values even where A loses its own
+        # (`to_empty`, the meta device).
         self._derive()
         return self
 
@@ -270,12 +280,12 @@ class Adapter(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in STRUCTURE:
-            # A copy: those who average a state write into its tensors.
+            # A copy, because code that averages states writes into their tensors.
             destination[f"{prefix}{name}"] = getattr(self, name).clone()
         if self.kept is not None and not keep_vars:
             destination |= {f"{prefix}{name}": tensor for name, tensor in self._drifted().items()}
         if self.held is not None:
-            # Who loads it must know, or counts the update twice.
+            # Without this mask, a model that loads the state would count the update twice.
             destination[f"{prefix}{HELD}"] = self.held.to(self.labels.device)
 
     def _load_from_state_dict(
@@ -292,11 +302,12 @@ class Adapter(nn.Module):
         for name in STRUCTURE:
             given = state_dict.get(f"{prefix}{name}")
             if given is not None and given.is_floating_point():
-                # An average of equal integers, taken as if they were weights, is that integer, up to rounding.
+                # Libraries that average states make these integers floating point. The average of equal integers is
+                # that integer up to rounding.
                 state_dict[f"{prefix}{name}"] = given.round().to(getattr(self, name).dtype)
         misfits = self._misfits(state_dict, prefix)
         if misfits:
-            # Not loaded either: B and C of one grouping and labels of another would compute something else.
+            # Load nothing at all: B and C of one grouping with the labels of another would compute a wrong update.
             error_msgs.extend(misfits)
             return
         super()._load_from_state_dict(
@@ -320,28 +331,29 @@ class Adapter(nn.Module):
         self._derive()
 
     def check_fits_weight(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Check that the factors in a state, if it has any, go with the weight that the layer has once it is loaded.
+        """Check that the factors in a state, if it has any, match what the weight will hold after loading.
 
         Raises
         ------
         StateError
-            If not: to go on would be to count the update twice, or not at all.
+            If they do not match: the update would be counted twice, or not at all.
         """
         if f"{prefix}B" in state_dict and not self._fits_weight(state_dict, prefix):
             raise StateError(
                 f"{prefix.removesuffix('.')}: the weight of the layer holds other subspaces in the state than in "
-                "this model (one of them was merged or consolidated). Bring the model into the same form first, or "
-                "take adamss.save and adamss.load, which take any."
+                "this model (one of the two was merged or consolidated). Merge, consolidate or unmerge the model "
+                "likewise first, or use adamss.save and adamss.load, which accept both forms."
             )
 
     def _fits_weight(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        """Whether the factors in a state go with the weight that the layer has when it is loaded."""
+        """Return whether the factors in a state match what the weight of the layer will hold after loading."""
         held, ours = state_dict.get(f"{prefix}{HELD}"), self.held
         if held is None or held.numel():
             return _equal(held, ours)
         if ours is None:
             return True
-        # Factors alone: the weight goes on holding what it does, which must be what they say.
+        # The state was written without the weights, so the layer's weight stays as it is. The factors in the state
+        # must then equal those of the subspaces that the weight holds.
         here, there = self.factors(), self._factors_in(state_dict, prefix)
         if there is None or not all(map(_equal, (there.labels, there.ranks), (here.labels, here.ranks))):
             return False
@@ -355,7 +367,7 @@ class Adapter(nn.Module):
         )
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-        """Return a message for each tensor of a state that does not fit; nothing of it is to be loaded then."""
+        """Return a message for each tensor of a state that does not fit. If any does not, nothing may be loaded."""
         given: dict[str, Tensor] = {
             name: state_dict[f"{prefix}{name}"] for name in PERSISTENT if f"{prefix}{name}" in state_dict
         }
@@ -371,10 +383,10 @@ class Adapter(nn.Module):
         inside = int(labels.min()) >= 0 and int(labels.max()) < len(ranks) and int(ranks.min()) >= 0
         if misfits or (inside and int(ranks.sum()) == self.B.shape[0]):
             return misfits
-        return [f"{prefix}labels, {prefix}ranks: they are none of subspaces of this layer."]
+        return [f"{prefix}labels, {prefix}ranks: the values do not describe subspaces of this layer."]
 
     def _factors_in(self, state_dict: Mapping[str, Any], prefix: str) -> Factors | None:
-        """Return the factors in a state; None if they are not all there, or for a layer of another shape."""
+        """Return the factors in a state, or None if some are missing or have other shapes than this layer's."""
         given = {
             name: state_dict[f"{prefix}{name}"] for name in PERSISTENT if f"{prefix}{name}" in state_dict
         }
@@ -391,5 +403,8 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Return a tensor with memory of its own: a part of others keeps them all, and safetensors refuses to save it."""
+    """Return a tensor that owns its memory.
+
+    A view would keep the memory of the whole tensor alive, and safetensors refuses to save it.
+    """
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -65,34 +65,34 @@ __all__ = ["TorchBackend", "adapters_of", "kinds"]
 RECORD = "_adamss_record"
 
 WATCH, WATCH_KEY = "_adamss_watch", -3
-"""Attribute of a model in the forward of which a `Watch` is in force, and key of the hooks that see to it."""
+"""Attribute of an adapted model that holds the `Watch` on its present forward, and key of the hooks that start it."""
 
 KEPT = "adamss_kept"
-"""First component of the keys of a state under which inactive adapters keep their ``modules_to_save``."""
+"""First component of the state-dict keys of the ``modules_to_save`` of inactive adapters."""
 
 WATCHED: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
-"""The adapted model of each module of it whose forward is watched, if nobody has called that of the model."""
+"""The adapted model to which each watched module belongs: a forward may begin at an inner module."""
 
 UNSYNCHRONISED = "_ddp_params_and_buffers_to_ignore"
-"""Attribute of a module in which DistributedDataParallel looks for the names of what it is to leave alone."""
+"""Attribute of a module in which DistributedDataParallel looks up the names of tensors not to synchronise."""
 
 
 @dataclass
 class _Own:
-    """What an adapted model remembers of one adapter.
+    """Record that an adapted model keeps of one adapter.
 
     Attributes
     ----------
     config
-        The settings.
+        Settings of the adapter.
     paths
         Paths of the adapted layers.
     saved
         Paths of the modules to save.
     tokens
-        Paths of the embeddings of which rows are trained.
+        Paths of the embeddings with trained rows.
     state
-        How the model stands with it.
+        Weight, training flags and kept values of the adapter.
     """
 
     config: AdamssConfig
@@ -104,26 +104,26 @@ class _Own:
 
 @dataclass
 class _Record:
-    """What an adapted model remembers; an attribute of the module that was adapted, copied with it.
+    """Record of all adapters of a model, kept as an attribute of the adapted module and copied with it.
 
     Attributes
     ----------
     required_grad
-        Which parameters required gradients before.
+        Whether each parameter required gradients before the first adapter came, by name.
     guards
-        Of the hooks that look at a state before it is loaded, and at the model before it is written.
+        Handles of the hooks on loading and writing state dicts.
     adapters
-        By name.
+        Records of the adapters, by name.
     originals
-        Base values of ``modules_to_save``, by path and name.
+        Base values of ``modules_to_save``, by module path and then by name.
     unsynchronised
-        The names that were added to `UNSYNCHRONISED`.
+        Names that were added to `UNSYNCHRONISED`.
     disabled
         Whether the model is within an `adamss.disabled` block.
     route
-        As of `Bank`.
+        Route of the rows of a batch, as in `Bank`.
     seen
-        What a `Watch` has seen of its forwards.
+        Findings of the `Watch` on the forwards of the model.
     """
 
     required_grad: dict[str, bool]
@@ -137,13 +137,13 @@ class _Record:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of all that has a bank: adapted layers, and embeddings of which rows are trained."""
+        """Paths of everything that has a bank: adapted layers, and embeddings with trained rows."""
         every = (path for own in self.adapters.values() for path in own.paths + own.tokens)
         return tuple(dict.fromkeys(every))
 
 
 class _Layers(Mapping[str, Factors]):
-    """The factors of adapters, made when they are looked up."""
+    """Factors of adapters by path, made when they are looked up."""
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         self._adapters = adapters
@@ -159,7 +159,7 @@ class _Layers(Mapping[str, Factors]):
 
 
 class TorchBackend(Backend):
-    """PyTorch: any `torch.nn.Module`, changed in place."""
+    """Backend for PyTorch, which changes any `torch.nn.Module` in place."""
 
     name = "torch"
     kinds = kinds
@@ -180,7 +180,7 @@ class TorchBackend(Backend):
     def to_stored(self, array: Tensor) -> StoredTensor:
         flat = array.detach().cpu().contiguous().view(-1)
         if flat.untyped_storage().nbytes() > flat.nbytes:
-            flat = flat.clone()  # NumPy would keep FSDP1 from ever freeing the memory of which this is a part
+            flat = flat.clone()  # a NumPy view of FSDP1's flat memory would keep FSDP1 from ever freeing it
         data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
         return StoredTensor(self.dtype_name(array), tuple(array.shape), data)
 
@@ -192,7 +192,7 @@ class TorchBackend(Backend):
             array = torch.frombuffer(bytearray(stored.data), dtype=kind).view(stored.shape)
         else:
             array = torch.empty(stored.shape, dtype=kind)
-        # Beside a weight that has no values yet: on the CPU, where they can be.
+        # A weight on the meta device has no values yet. Stored values need a real device, so they go to the CPU.
         device = torch.device("cpu") if like is None or like.is_meta else like.device
         return array.to(device=device, dtype=kind if dtype is None else getattr(torch, dtype))
 
@@ -220,7 +220,7 @@ class TorchBackend(Backend):
         return not array.is_meta
 
     def peft_grouping(self, *arguments: Any, device: str) -> tuple[Any, Any]:
-        """See `adamss_torch.peft.find_grouping`, which takes scikit-learn."""
+        """Call `adamss_torch.peft.find_grouping`, which needs scikit-learn."""
         from adamss_torch.peft import find_grouping
 
         return find_grouping(*arguments, device=device)
@@ -250,7 +250,7 @@ class TorchBackend(Backend):
         parts: dict[int, dict[str, Part]] = {}
         for path, module in walk(owner):
             found[path] = module
-            # One object for each, also where its module appears twice.
+            # A module that appears twice yields the same parts at both paths.
             for name, part in parts.setdefault(id(module), dict(fragments(module))).items():
                 found[join_path(path, name)] = part
         return found
@@ -293,17 +293,17 @@ class TorchBackend(Backend):
         others = [module for module, _ in _banks(owner, record)[path].sharing if module is not layer]
         ties = getattr(getattr(owner, "config", None), "tie_word_embeddings", False)
         if not is_known(layer) and not hasattr(layer, "embed_scale"):
-            return f"it knows no {type(layer).__name__}, and takes it for a torch.nn.Embedding"
+            return f"PEFT does not know {type(layer).__name__}, and treats it as a torch.nn.Embedding"
         follows = ties and layer is self.input_embedding(model)
         if bool(others) != bool(follows and (others or self.heads(model))):
             return (
-                f"the weight is shared by {len(others)} other modules, and it goes by the input embedding and by "
-                f"tie_word_embeddings of the model's config, which is {ties}"
+                f"the weight is shared by {len(others)} other modules, but PEFT decides by the input embedding and "
+                f"by tie_word_embeddings of the model's config, which is {ties}"
             )
         if not all(type(other) is nn.Linear and other.bias is None for other in others):
-            return "it takes all that share the weight for linear layers without a bias"
+            return "PEFT treats every module that shares the weight as a linear layer without a bias"
         if twin := next((other for other in modules if other != path and other.endswith(path)), None):
-            return f"it would train rows of {twin} too, whose path ends with this one's"
+            return f"PEFT would also train rows of {twin}, whose path ends with this one's"
         return None
 
     def site(self, module: nn.Module | Fragment, path: str) -> Site:
@@ -334,8 +334,8 @@ class TorchBackend(Backend):
             )
         if isinstance(module, Part) and not readable(weight) and not weight.is_meta:
             raise LayerError(
-                f"{name} is a {type(weight).__name__} of {weight.dtype}, and W + delta cannot be put in the place of "
-                "that; leave it out of targets, or attach before the weight is spread or quantised"
+                f"{name} is a {type(weight).__name__} of {weight.dtype}, which W + delta cannot replace while a "
+                "forward runs; leave it out of targets, or attach before the weight is spread or quantised"
             )
         if is_sharded(weight) and weight.is_meta:
             raise LayerError(
@@ -343,8 +343,8 @@ class TorchBackend(Backend):
             )
         if is_partitioned(weight) and not site.kind.linear:
             raise LayerError(
-                f"{name} is a {type(module).__name__} whose weight DeepSpeed ZeRO-3 has taken apart, under which "
-                "linear layers alone can be adapted; leave it out of targets, or use "
+                f"{name} is a {type(module).__name__} whose weight DeepSpeed ZeRO-3 has taken apart; with ZeRO-3 "
+                "only linear layers can be adapted; leave it out of targets, or use "
                 "torch.distributed.fsdp.fully_shard"
             )
         return site
@@ -355,7 +355,7 @@ class TorchBackend(Backend):
         if reader is None and (guess := self._unseen_reader(model, site)) is not None:
             raise LayerTypeError(
                 f"{site.path}: by its source, {type(guess).__name__} reads its weight itself, where PEFT's LoRA "
-                "would have no effect; run the model once, so that it is seen whether it does"
+                "would have no effect; run the model once, so that adamss sees whether it does"
             )
         if isinstance(site.layer, Part) or reader is None:
             return form
@@ -364,10 +364,10 @@ class TorchBackend(Backend):
                 f"{site.path}: its weight is read by {type(reader).__name__}, where PEFT's LoRA would have no "
                 "effect; adamss.save takes it, or merge the model and save that"
             )
-        return "parameter"  # PEFT too puts W + delta in the place of a Parameter
+        return "parameter"  # PEFT also replaces a Parameter by W + delta
 
     def _unseen_reader(self, model: nn.Module, site: Site) -> nn.Module | None:
-        """Return the module that seems to read the weight of a layer, of which no forward has shown who does."""
+        """Return the module that, by its source, reads the weight of a layer, if no forward has shown its reader."""
         owner, record = _owner(model)
         if record is None or isinstance(site.layer, Part) or site.path in record.seen.every:
             return None
@@ -478,9 +478,9 @@ class TorchBackend(Backend):
                 )
         tokens = _token_banks(owner, modules, adaptation, present)
         kept = {path: {n: array.clone() for n, array in values.items()} for path, values in originals.items()}
-        # By every name: merging gives a layer that shares its weight one of its own.
+        # A shared parameter is recorded under every name, since merging may give one of its layers a separate one.
         required_grad = {n: parameter.requires_grad for n, parameter in named_parameters(owner)}
-        # From here on nothing can fail.
+        # Nothing below can fail, so the model is changed completely or not at all.
         if record is None:
             owner.requires_grad_(False)
             guards = (
@@ -492,7 +492,7 @@ class TorchBackend(Backend):
             record = _Record(required_grad, guards)
             setattr(owner, RECORD, record)
         for path, adapter in new.items():
-            banks[path]._modules[name] = adapter  # whatever the name, be it that of a method
+            banks[path]._modules[name] = adapter  # `register_module` refuses names of attributes and methods
             banks[path].install(adapted[path], _reader_of(adapted[path], path, modules), sites[path].view)
             weight = getattr(adapted[path], banks[path].kind.weight, None)
             if is_sharded(weight):
@@ -548,7 +548,7 @@ class TorchBackend(Backend):
             for parameter in modules[path].parameters() if path in modules else ():
                 parameter.requires_grad_(False)
                 if trained_paths.get(path) != former.get(path):
-                    parameter.grad = None  # it is of the values of another adapter
+                    parameter.grad = None  # the gradient belongs to the values of another adapter
         for path in trained_paths.keys() & modules.keys():
             for parameter in modules[path].parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
@@ -557,7 +557,8 @@ class TorchBackend(Backend):
                 unpack(layer)
                 Off(layer, PACKING)
             for _, module in walk(owner):
-                # By this the Trainer of transformers knows models that are quantised and have nothing to train.
+                # The Trainer of transformers refuses models that are quantised and have no adapters of a form that it
+                # knows. It recognises them by this attribute.
                 if vars(module).get("is_quantized"):
                     Off(module, "is_quantized")
         _watch_from_now_on(owner, record, modules)
@@ -570,7 +571,7 @@ class TorchBackend(Backend):
         for path, bank in banks.items():
             for name in names:
                 if (adapter := bank._modules.pop(name, None)) is not None:
-                    # FSDP2 goes on managing it, and is not to wait for its gradients.
+                    # FSDP2 keeps managing the removed adapter, and must not wait for its gradients.
                     adapter.requires_grad_(False)
             bank.look()
             if not bank._modules:
@@ -614,7 +615,7 @@ class TorchBackend(Backend):
                 banks: Any = _banks(owner, record)  # type: ignore[arg-type]
                 trained += [banks[path].rows[name].rows for path in own.tokens if path in banks]
                 trained += [p for path in own.saved for p in modules[path].parameters() if p.requires_grad]
-        # A parameter shared by two saved modules is handed out once: an optimiser refuses duplicates.
+        # A parameter shared by two saved modules is returned once, since optimisers warn of duplicates.
         return list({id(parameter): parameter for parameter in trained}.values())
 
     def with_factors(self, model: nn.Module, name: str, layers: Mapping[str, Factors]) -> nn.Module:
@@ -661,8 +662,8 @@ class TorchBackend(Backend):
             embeds = embeds and not isinstance(bank, TokenBank)
             if embeds and (path in heads or self._unseen_reader(model, site)):
                 raise LayerError(
-                    f"{path}: another module takes the weight of this embedding for a head, by a function, which "
-                    "merging would change too; leave the adapter unmerged"
+                    f"{path}: another module uses the weight of this embedding as a head, and merging would change "
+                    "that head too; leave the adapter unmerged"
                     + ("" if path in heads else ", or run the model once, so that it is seen whether it does")
                 )
             for name, parameter in _own_parameters(modules[path]).items():
@@ -686,7 +687,7 @@ class TorchBackend(Backend):
         sharding.reshard(model)
         owner, record = _owner(model)
         counts, modules = _parameter_counts(owner), self.modules(owner)
-        # One that is kept as the W0 of a layer that shared it is still shared.
+        # A Parameter that is kept as the W0 of one of the layers that shared it still counts as shared.
         banks = {} if record is None else _banks(owner, record)
         counts.update(id(t) for bank in banks.values() for t in (bank.base or {}).values())
 
@@ -701,8 +702,8 @@ class TorchBackend(Backend):
             if not isinstance(value, nn.Parameter) and counts[id(former)] < 2:
                 former = self.stores.exchange(layer, name, value)
             else:
-                # Other modules go on with the base weight: this layer gets a Parameter of its own, and at last the
-                # shared one back.
+                # Other modules keep computing with the shared base weight. This layer gets a Parameter of its own,
+                # and the shared one is put back when the update is taken out again.
                 own = isinstance(value, nn.Parameter)
                 setattr(layer, name, value if own else nn.Parameter(value.contiguous(), requires_grad=False))
             result: Tensor = former
@@ -721,9 +722,12 @@ class TorchBackend(Backend):
 
         def exchange(path: str, name: str, value: Tensor) -> Tensor:
             tensor = tensors[path][name]
-            # A copy: the module may write into its own, as batch normalisation does into its statistics.
+            # Copy the value, because a module may write into its tensors, as batch normalisation does into its
+            # statistics.
             before = exchanged(tensor, value.clone())
-            return former.setdefault(id(tensor), before)  # one that two saved modules share has these twice
+            # A tensor that two saved modules share is exchanged twice. Both get the values from before the first
+            # time.
+            return former.setdefault(id(tensor), before)
 
         with torch.no_grad():
             return model, exchange_all(arrays, exchange)
@@ -743,14 +747,14 @@ class TorchBackend(Backend):
             own = vars(site.layer)
             if "forward" in own and "_hf_hook" not in own:
                 raise LayerError(
-                    f"{path}: somebody has put another forward on the layer, which a float layer in its place would "
-                    "not have; take it off first"
+                    f"{path}: another forward was assigned to the layer, which a float layer in its place would "
+                    "not have; remove it first"
                 )
             store = self.stores.of(site.layer, site.kind.weight)
             casts = isinstance(store, QuantisedStore) and store.casts
             found[path] = float_layer(*site.weight(self.own_arrays(site)), casts=casts)
             if "_hf_hook" in own:
-                # By which accelerate moves inputs to the device of the layer.
+                # accelerate's hook moves inputs to the device of the layer.
                 from accelerate.hooks import add_hook_to_module
 
                 add_hook_to_module(found[path], own["_hf_hook"])
@@ -767,7 +771,7 @@ class TorchBackend(Backend):
         for path, layer in layers.items():
             banks[path].move(former[path], layer, self.kinds.of(layer, path))
         for module in list(model.modules()):
-            # In all the places that it has.
+            # A layer may be a child of several modules, so it is replaced in all of them.
             for name, child in module._modules.items():
                 module._modules[name] = others.get(id(child), child)
         return model, former
@@ -804,8 +808,8 @@ class TorchBackend(Backend):
             if not bank.hooked or bank.places or self._unseen_reader(model, site) is not None:
                 if used & {*own}:
                     raise LayerError(
-                        f"{path}: its weight is read by a module that takes it for all rows (experts, attentions, a "
-                        "forward of its own); rows cannot be routed through it, leave it out of targets"
+                        f"{path}: its weight is read by a module that uses one weight for all rows (experts, "
+                        "attentions, a forward of its own); rows cannot be routed through it, leave it out of targets"
                     )
             elif own:
                 numbers = {number: own.index(name) for number, name in enumerate(route.names) if name in own}
@@ -832,7 +836,10 @@ class TorchBackend(Backend):
 
 
 def _axis_of_rows(path: str, modules: Mapping[str, Any], axis: int) -> int:
-    """Return along which axis the rows of a batch lie in a layer: some modules put the sequence first."""
+    """Return the axis of a layer's input along which the rows of a batch lie.
+
+    It is 1 within a module that puts the sequence first (``batch_first=False``), and `axis` everywhere else.
+    """
     outer = [modules.get(path[: at.start()]) for at in re.finditer(r"\.", path)]
     for module in [modules.get(""), *outer]:
         first = getattr(
@@ -844,7 +851,7 @@ def _axis_of_rows(path: str, modules: Mapping[str, Any], axis: int) -> int:
 
 
 def adapters_of(model: nn.Module, name: str | None = None) -> dict[str, Adapter]:
-    """Return the adapters of a name, or of the only one there is, by module path."""
+    """Return the `Adapter` of each layer for the adapter `name`, by module path. None means the only name."""
     owner, record = _owner(model)
     if record is None:
         return {}
@@ -856,15 +863,15 @@ def adapters_of(model: nn.Module, name: str | None = None) -> dict[str, Adapter]
 
 
 def record_of(model: nn.Module) -> object:
-    """Return what stands for the adapters of a model as a whole: another object after `detach` and `attach`."""
+    """Return an object that identifies the adapters of a model as a whole; after `detach` and `attach` it differs."""
     return _owner(model)[1]
 
 
 def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
-    """Return the module that was adapted, and its record; the model itself, unwrapped, and None if none was.
+    """Return the module that was adapted, and its record; if none was, the unwrapped model and None.
 
-    It may lie within the model (the encoder of a classifier), or be wrapped (DistributedDataParallel,
-    `torch.compile`).
+    The adapted module may lie within the model (the encoder of a classifier), or be wrapped
+    (DistributedDataParallel, `torch.compile`).
     """
     if RECORD in vars(model):
         return model, vars(model)[RECORD]
@@ -885,9 +892,10 @@ def _owner(model: nn.Module) -> tuple[nn.Module, _Record | None]:
 
 @contextmanager
 def _full_matmul_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32, through whichever of PyTorch's two interfaces the user has chosen.
+    """Return a context in which float32 matrices are multiplied in full float32 precision.
 
-    Once the newer one has been used, the older one raises.
+    PyTorch has two interfaces for this setting. Once a user has used the newer one, the older one raises, so the
+    context works through whichever is in use.
     """
     try:
         precision = torch.get_float32_matmul_precision()
@@ -910,13 +918,13 @@ def _full_matmul_precision() -> Iterator[None]:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers of a module; extra state that is no tensor is left out."""
+    """Return the parameters and buffers of a module. Extra state that is not a tensor is left out."""
     state = module.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping[str, nn.Module]) -> None:
-    """Check what would fail, or go wrong, after the first change has been made."""
+    """Check, before the first change, for Parameters with which attaching would fail or compute something wrong."""
     for name, parameter in owner.named_parameters():
         if is_lazy(parameter):
             raise LayerError(
@@ -939,7 +947,15 @@ def _check_parameters(owner: nn.Module, adapted: list[nn.Module], saved: Mapping
 def _token_banks(
     owner: nn.Module, modules: Mapping[str, Any], adaptation: Adaptation, present: Mapping[str, LayerBank]
 ) -> dict[str, tuple[TokenBank, TrainedRows]]:
-    """Return the banks of embeddings of which rows are trained, after all that could be in their way."""
+    """Return the banks and rows of embeddings with trained rows, after checking that nothing else uses their weights.
+
+    Raises
+    ------
+    TargetError
+        If the weight is also adapted, saved as a whole, or that of another embedding with trained rows.
+    LayerError
+        If single rows of the weight cannot be replaced.
+    """
     adapted = [p for path in adaptation.layers for p in _own_parameters(modules[path]).values()]
     taken = {id(p): "a layer that targets adapts" for p in adapted}
     taken |= {
@@ -962,10 +978,10 @@ def _token_banks(
         if not readable(weight) and not later:
             raise LayerError(
                 f"trained_tokens: the weight of {path} is a {type(weight).__name__} that is computed, quantised, "
-                "offloaded or spread over processes, of which single rows cannot be trained; attach before, or train "
-                "none"
+                "offloaded or spread over processes, so that single rows of it cannot be trained; attach before, or "
+                "train no tokens"
             )
-        taken[id(weight)] = f"{path}, of which trained_tokens trains rows too"
+        taken[id(weight)] = f"{path}, whose rows trained_tokens trains too"
         own = bank if isinstance(bank, TokenBank) else TokenBank(kinds.of(layer, path), sharing)
         found[path] = own, TrainedRows(rows)
     return found
@@ -978,35 +994,35 @@ def _check_saved_writable(path: str, module: nn.Module) -> None:
 
 
 def _check_wrappers(model: nn.Module) -> None:
-    """Check that nothing has taken stock of the Parameters already that would not notice the new ones."""
+    """Check that no wrapper has already collected the Parameters, since it would miss the new ones."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise StateError(
-            "DistributedDataParallel would not synchronise the gradients of adapters that come, or are trained, "
+            "DistributedDataParallel would not synchronise the gradients of adapters that are added, or trained, "
             "after it has wrapped the model; attach, load or activate first, and wrap the model then"
         )
 
 
 def _leave_unsynchronised(owner: nn.Module) -> frozenset[str]:
-    """Ask DistributedDataParallel not to send the bases of adapters with every forward; return their names.
+    """Tell DistributedDataParallel not to send the bases of adapters with every forward; return the added names.
 
-    They never change. Sending them would cost more than all gradients, and make tensors that are saved for the
-    backward out of date.
+    Bases never change. Sending them would cost more than sending all gradients, and would invalidate tensors that are
+    saved for the backward.
     """
     present = getattr(owner, UNSYNCHRONISED, ())
     own = [
         path for path, module in owner.named_modules(remove_duplicate=False) if isinstance(module, Adapter)
     ]
-    # As they are named now, and within a compiled module.
+    # The bases are listed by their present names, and by the names that they have within a compiled module.
     names = {f"{prefix}{path}.A" for prefix in ("", "_orig_mod.") for path in own} - set(present)
     setattr(owner, UNSYNCHRONISED, [*present, *sorted(names)])
     return frozenset(names)
 
 
 def _outputs(layer: nn.Module, bank: LayerBank) -> tuple[Tensor, Tensor] | str | None:
-    """Return what `TorchBackend.probed` has of one layer; None for nothing."""
+    """Return the entry of `TorchBackend.probed` for one layer, or None if the layer needs none."""
     kind = bank.kind
     if not kind.linear or HOOK not in layer._forward_hooks:
-        return None  # W + delta stands in the place of the weight, or the layer computes what its kind does
+        return None  # W + delta replaces the weight, or the forward is known to be that of the layer's kind
     own = "forward" not in vars(layer) and kind.defines(type(layer), "forward")
     weight: Any = getattr(layer, kind.weight, None)
     hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) + len(_global_forward_hooks)
@@ -1032,10 +1048,10 @@ def _outputs(layer: nn.Module, bank: LayerBank) -> tuple[Tensor, Tensor] | str |
 
 
 def _why_it_does_not_fit(layer: nn.Module, kind: Kind, adapters: Iterable[Any]) -> str | None:
-    """Return what somebody has changed in a layer since its adapters came, as a clause."""
+    """Return, as a clause, how a layer was changed so that its adapters no longer fit; None if they fit."""
     weight: Any = getattr(layer, kind.weight, None)
     bias = getattr(layer, kind.bias, None)
-    adapter, *others = adapters  # of one shape
+    adapter, *others = adapters  # all have the same d and n
     if isinstance(adapter, TrainedRows):
         (V, E), own = shape_of(weight), adapter.value()
         fits = own.ids[-1] < V and shape_of(adapter.rows)[1] == E
@@ -1060,15 +1076,16 @@ def _own_parameters(layer: Any) -> dict[str, Tensor]:
 
 
 def _reader_of(layer: Any, path: str, modules: Mapping[str, Any]) -> nn.Module | None:
-    """Return the module in whose forward W + delta is to stand in the place of the weight of a layer.
+    """Return the module during whose forward W + delta replaces the weight of a layer.
 
-    None for a layer to whose output the update is added, as it is wherever its forward is known.
+    None means that the update is added to the output of the layer instead. That is done wherever the layer's forward
+    is known, and where its weight cannot be replaced.
     """
     name = kinds.of(layer, path).weight
     if isinstance(layer, Part) or not readable(getattr(layer, name, None)):
         return None
     if type(stores.of(layer, name)) is not ParameterStore:
-        return None  # what the forward of a quantised layer does to a weight would round the update away
+        return None  # the forward of a quantised layer would round the update away
     parent = modules.get(path.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return parent
@@ -1077,7 +1094,7 @@ def _reader_of(layer: Any, path: str, modules: Mapping[str, Any]) -> nn.Module |
 
 
 def _watch_from_now_on(owner: nn.Module, record: _Record, modules: Mapping[str, Any]) -> None:
-    """Have the next forwards watched, for layers that nobody has seen."""
+    """Add hooks that watch the next forwards of the model and of the modules around its adapted layers."""
     record.seen.forwards = {True: 0, False: 0}
     paths = record.paths
     inner = {path[: at.start()] for path in paths for at in re.finditer(r"\.", path)} & modules.keys()
@@ -1089,7 +1106,7 @@ def _watch_from_now_on(owner: nn.Module, record: _Record, modules: Mapping[str, 
 
 
 def _watch(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of an adapted model, and of the modules within: have a `Watch` look at the first forwards."""
+    """Forward pre-hook of an adapted model and of modules within it: start a `Watch` on the first forwards."""
     if is_transformed() or getattr(module, "_is_replica", False):
         return
     owner = _watched(module)
@@ -1102,7 +1119,7 @@ def _watch(module: nn.Module, args: Any) -> None:
     modules = TorchBackend().modules(owner)
     layers = {path: (modules[path], bank) for path, bank in banks.items() if path in modules}
     watch = Watch(layers, record.seen, owner.training, module)
-    # That of parts which run as they are written meanwhile is to be short.
+    # Compiled parts run eagerly while they are watched, so `Watch.end` counts one such forward as enough.
     watch.compiled = any(
         m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in owner.modules()
     )
@@ -1110,7 +1127,7 @@ def _watch(module: nn.Module, args: Any) -> None:
 
 
 def _stop_watching(module: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook that undoes `_watch`, for good once everything was seen in both modes."""
+    """Forward hook that ends the `Watch`, and removes the hooks once all layers were seen in both modes."""
     if torch.compiler.is_compiling():
         return
     owner = _watched(module)
@@ -1132,7 +1149,7 @@ def _computed(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
 
 
 def _watched(module: nn.Module) -> nn.Module | None:
-    """Return the adapted model that a module is, or is a part of; None for a part that was copied alone."""
+    """Return the adapted model that a module is or belongs to; None for a part that was copied without its model."""
     if RECORD in vars(module):
         return module
     owner = WATCHED.get(module, lambda: None)()
@@ -1140,7 +1157,7 @@ def _watched(module: nn.Module) -> nn.Module | None:
 
 
 def _forget_watch(owner: nn.Module) -> None:
-    watch: Watch | None = vars(owner).pop(WATCH, None)  # of a forward that was interrupted
+    watch: Watch | None = vars(owner).pop(WATCH, None)  # present only if a forward was interrupted
     top = torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
     if watch is not None and top is watch:
         watch.__exit__(None, None, None)
@@ -1150,7 +1167,7 @@ def _forget_watch(owner: nn.Module) -> None:
 
 
 def _banks(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
-    """Return the banks of the layers that are still there."""
+    """Return the banks of the adapted layers that are still in the model, by path."""
     found: dict[str, Any] = {}
     for path, module in walk(owner):
         child = module._modules.get(CHILD)
@@ -1160,7 +1177,7 @@ def _banks(owner: nn.Module, record: _Record) -> dict[str, LayerBank]:
 
 
 def _add_kept(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """State-dict hook: what inactive adapters have for ``modules_to_save`` is part of the state."""
+    """State-dict hook: add the values that inactive adapters keep for ``modules_to_save`` to the state."""
     state_dict.update({f"{prefix}{name}": tensor for name, tensor in _kept(vars(owner)[RECORD]).items()})
 
 
@@ -1174,13 +1191,13 @@ def _load_kept(
     ____: Any,
     errors: list[str],
 ) -> None:
-    """Take back what `_add_kept` has written, before a state is loaded.
+    """Load the values that `_add_kept` has written, before the rest of a state is loaded.
 
     Raises
     ------
     StateError
-        If an adapter is active here and was not when the state was written, or the other way round, and the state has
-        values for ``modules_to_save``.
+        If the state has values for the ``modules_to_save`` of an adapter that is active here and was not when the
+        state was written, or the other way round.
     """
     record: _Record = vars(owner)[RECORD]
     here = {f"{prefix}{name}": tensor for name, tensor in _kept(record).items()}
@@ -1192,7 +1209,7 @@ def _load_kept(
         if factors and values and kept != bool(own.state.kept):
             raise StateError(
                 f"the state has values for modules_to_save from when {name!r} was {'not ' * kept}active, and it is "
-                f"{'' if kept else 'not '}here; call adamss.activate as it was done there, and load it then"
+                f"{'' if kept else 'not '}active here; call adamss.activate as it was then, and load it again"
             )
     for key in here.keys() & state_dict.keys():
         tensor = state_dict.pop(key)
@@ -1223,7 +1240,7 @@ def _parameter_counts(owner: nn.Module) -> Counter[int]:
 
 
 def _on_host(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensors in the host's memory; a Parameter that other modules use stays where it is."""
+    """Return tensors in the host's memory. A Parameter stays where it is, because other modules use it."""
 
     def moved(tensor: Any) -> Any:
         if isinstance(tensor, Rows):

@@ -1,8 +1,8 @@
 """The adapters of one layer: a child module of the user's own layer, and the hook that adds their updates.
 
 The layer keeps its class, its weight and its state-dict keys; a forward hook adds the updates to its output.
-PyTorch's fused inference paths look for hooks and step aside, where a wrapper module with a ``weight`` of its own
-would be bypassed without a word.
+PyTorch's fused inference paths look for hooks and step aside. They would silently bypass a wrapper module that has a
+``weight`` of its own.
 """
 
 from __future__ import annotations
@@ -55,55 +55,58 @@ HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-"""Attributes of a module that say what sees its inputs, outputs and gradients."""
+"""Attributes of a module that hold the hooks on its inputs, outputs and gradients."""
 
 ROWS = "_adamss_rows"
-"""Attribute of a module that `_use_rows` hooks: the `TokenBank`, which is a child of the embedding alone."""
+"""Attribute through which `_use_rows` finds the `TokenBank`, since the bank is a child of the embedding only."""
 
 
 class PartBanks(nn.Module):
-    """The banks of what is adapted of a module beside layers, its own Parameters; children by their names."""
+    """The banks of the adapted Parameters that a module reads itself, as children by the names of the parts."""
 
     holds_adapters = True
 
 
 class LayerBank(nn.Module):
-    """The adapters of one layer, children by their names.
+    """The adapters of one layer, as children by their names.
 
     Parameters
     ----------
     kind
-        Of the layer.
+        Kind of the layer.
 
     Attributes
     ----------
     base
-        While the weight holds an update: the tensors that the layer had before, by name; None if they were dropped.
+        Tensors that the layer had before its weight took in an update, by name. None if they were dropped, or if the
+        weight holds no update.
     holds
         Whether the weight holds an update.
     put_away
-        The quantised layer whose place this one has taken, or nothing; a tuple, so that it is no part of the model.
+        The quantised layer that this float layer has replaced, in a tuple so that it is not part of the model. Empty
+        if no layer was replaced.
     off
-        Whether nothing is added to the output for now.
+        Whether the updates are switched off for now.
     route
-        How the rows of a batch go through its adapters, as long as `adamss.routed` lasts.
+        Route of the rows of a batch through the adapters of this layer, while `adamss.routed` lasts.
     routing
-        Whether it does.
+        Whether an `adamss.routed` block is open.
     active
-        Names of the adapters that are active.
+        Names of the active adapters.
     merged
-        Names of those of which the weights of the model hold every update. Where this weight does and others do not,
-        zero is added all the same: B and C are trained parameters, and those who train expect a gradient of each.
+        Names of the adapters whose update is held by the weights of all their layers. Where only some weights hold it
+        completely, these layers still add an update of zero, because training code expects a gradient for every B and
+        C.
     computed
         Names of the adapters whose update is added to the output.
     places
-        Where W + delta is put in the place of the weight.
+        The `adamss_torch.in_place.Place` objects at which W + delta replaces the weight or the bias.
     hooked
-        Whether the update is added to the output of the layer, unless W + delta stands in the place of its weight.
+        Whether a hook adds the update to the output of the layer, unless W + delta replaces the weight.
     sharing
-        Of a `TokenBank` the modules that have the weight, and what each calls it; of others nothing.
+        For a `TokenBank`, the modules that have the weight, each with its name for the weight. Empty for other banks.
     placed
-        Whether W + delta stands in the place of the weight for now (`adamss_torch.in_place`): nothing is added then.
+        Whether W + delta replaces the weight for now (`adamss_torch.in_place`). Nothing is added to the output then.
     """
 
     holds_adapters = True
@@ -124,7 +127,8 @@ class LayerBank(nn.Module):
         self._input = "input"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # An adapter may have the name of an attribute, which PyTorch would take for an attempt to replace it.
+        # An adapter may have the name of one of these attributes. `nn.Module.__setattr__` would then take an
+        # assignment to the attribute for an attempt to replace the adapter.
         object.__setattr__(self, name, value)
 
     @property
@@ -133,12 +137,12 @@ class LayerBank(nn.Module):
         return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
     def look(self) -> None:
-        """See which adapters there is something to compute of."""
+        """Determine `computed` from the active and merged adapters and the switches."""
         on = frozenset[str]() if self.off or self.routing else self.active - self.merged
         self.computed = tuple(name for name in self._modules if name in on)
 
     def install(self, layer: Any, reader: nn.Module | None, view: View) -> None:
-        """Become a child of the layer, and hook its forward, or that of the module that reads its weight."""
+        """Make this bank a child of the layer, and hook the forward of the layer or of the `reader` of its weight."""
         _let_compilers_see_hooks()
         if isinstance(layer, Part):
             if CHILD not in layer.module._modules:
@@ -152,14 +156,14 @@ class LayerBank(nn.Module):
             put(reader, layer, self.kind.weight, self, None, view)
             return
         self._input = next(iter(signature(layer.forward).parameters), self._input)
-        # As `register_forward_hook` does, but for the key: PyTorch counts its own from zero in each process, and the
-        # hook of an unpickled model is not to be displaced by the first that is registered there.
+        # This does what `register_forward_hook` does, except for the key. PyTorch counts its keys from zero in each
+        # process, so the first hook that is registered on an unpickled model could displace ours.
         layer._forward_hooks[HOOK] = _add_updates
         layer._forward_hooks_with_kwargs[HOOK] = True
         self.hooked = True
 
     def move(self, layer: nn.Module, other: nn.Module, kind: Kind) -> None:
-        """Go from one layer to another, which takes its place, with all the hooks that see inputs and outputs."""
+        """Move from a layer to `other`, which takes its place, with all hooks on inputs, outputs and gradients."""
         for name in HOOKS:
             setattr(other, name, getattr(layer, name))
         other.training = layer.training
@@ -167,7 +171,7 @@ class LayerBank(nn.Module):
         self.install(other, None, kind.view(other, ""))
 
     def uninstall(self, layer: Any) -> None:
-        """Leave the layer as it was before `install`."""
+        """Restore the layer to its state before `install`."""
         take_back(self)
         if isinstance(layer, Part):
             banks: Any = layer.module._modules[CHILD]
@@ -175,17 +179,17 @@ class LayerBank(nn.Module):
             if not banks._modules:
                 del layer.module._modules[CHILD]
             return
-        # A copied or unpickled layer has hooks but no handles: the tables are the only way.
+        # A copied or unpickled layer has hooks but no handles, so the entries are taken out of the tables.
         layer._forward_hooks.pop(HOOK, None)
         layer._forward_hooks_with_kwargs.pop(HOOK, None)
         delattr(layer, CHILD)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _let_compilers_see_hooks()  # an unpickled model was not attached to in this process
+        _let_compilers_see_hooks()  # `install` was not called in a process that only unpickles the model
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # States of version 0.1 have no name of the adapter in their keys.
+        # Keys in states of version 0.1 do not contain the name of the adapter.
         for name in [name for name in state_dict if name.startswith(prefix)]:
             own = name.removeprefix(prefix)
             if "." not in own:
@@ -194,14 +198,14 @@ class LayerBank(nn.Module):
 
 
 class TokenBank(LayerBank):
-    """The trained rows of an embedding, which the embedding and all that share its weight compute with.
+    """The trained rows of an embedding, used by the embedding and by all modules that share its weight.
 
     Parameters
     ----------
     kind
-        Of the embedding.
+        Kind of the embedding.
     sharing
-        Modules that have the weight, the embedding among them, and what each calls it.
+        Modules that have the weight, including the embedding, each with its name for the weight.
     """
 
     sharing: list[tuple[nn.Module, str]]
@@ -212,11 +216,11 @@ class TokenBank(LayerBank):
 
     @property
     def rows(self) -> dict[str, TrainedRows]:
-        """The rows by the names of adapters."""
+        """The trained rows, by the name of their adapter."""
         return {name: module for name, module in self._modules.items() if isinstance(module, TrainedRows)}
 
     def install(self, layer: nn.Module, reader: nn.Module | None, view: View) -> None:
-        """Become a child of the embedding, and hook the forwards of all that have its weight."""
+        """Make this bank a child of the embedding, and hook the forwards of all modules that have its weight."""
         _let_compilers_see_hooks()
         layer.register_module(CHILD, self)
         self.hooked = is_known(layer)
@@ -224,14 +228,14 @@ class TokenBank(LayerBank):
             if is_known(module):
                 vars(module)[ROWS] = self
                 module._forward_hooks[HOOK] = _use_rows
-                # First, for the hooks of others are to change what comes of trained rows as they do the rest.
+                # Our hook comes first, so that other hooks see an output that has the trained rows already.
                 module._forward_hooks.move_to_end(HOOK, last=False)  # type: ignore[attr-defined]
                 module._forward_hooks_with_kwargs[HOOK] = True
             else:
                 put(module, module, name, self, None, view)
 
     def uninstall(self, layer: nn.Module) -> None:
-        """Leave all of them as they were before `install`."""
+        """Restore the embedding and the modules that share its weight to their state before `install`."""
         take_back(self)
         for module, _ in self.sharing:
             if vars(module).pop(ROWS, None) is not None:
@@ -241,7 +245,7 @@ class TokenBank(LayerBank):
 
 
 def _use_rows(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Forward hook of a module that has the weight of an embedding: return its output with the trained rows."""
+    """Forward hook of a module that has the weight of an embedding: return the output with the trained rows."""
     bank: TokenBank = vars(layer)[ROWS]
     x = args[0] if args else kwargs["input"]
     for name in bank.computed:
@@ -252,10 +256,11 @@ def _use_rows(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 def _add_updates(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor | None:
-    """Forward hook of a layer: return its output with the updates of its bank."""
-    # That of the layer which is called: it may be a replica, with children of its own.
+    """Forward hook of a layer: return its output plus the updates of its bank."""
+    # The bank is looked up at the layer that is called, which may be a replica with children of its own.
     bank: LayerBank = layer._modules[CHILD]  # type: ignore[assignment]
-    # It stays on a merged layer rather than come and go: others hook in before and behind it.
+    # The hook stays on a merged layer, because removing it and adding it again would change its place among the hooks
+    # of others.
     if bank.route is not None and not bank.off:
         return bank.route(layer, bank.kind, args[0] if args else kwargs[bank._input], output)
     if not bank.computed or bank.placed:
@@ -265,18 +270,19 @@ def _add_updates(
         for name in bank.computed:
             adapter: Any = bank._modules[name]
             if isinstance(bank.kind, Embedding) and x.numel() < adapter.d:
-                z, E = adapter.products(x)  # of the rows that are asked for, and not of all of a vocabulary
+                z, E = adapter.products(x)  # only the rows of M for these ids, not for the whole vocabulary
                 z = z.to(output.dtype)
             else:
-                with without_autocast(output):  # it would round A B, which is rounded once, as M
+                with without_autocast(output):  # autocast would round A and B; only M is rounded
                     M, E = adapter.products()
                 z = bank.kind.project(layer, x, M.to(output.dtype))
-            # Law 1: what overflows in z is finite, or infinity times C = 0 would be NaN.
+            # With C = 0 the output must be the base's (law 1). What overflows in z is set to zero, since infinity
+            # times zero would be NaN.
             z = torch.where(z.isfinite(), z, torch.zeros_like(z))
             u = bank.kind.spread(layer, z, E.to(output.dtype))
             output = output + (bank.kind.looked_up(layer, x, u) if isinstance(bank.kind, Embedding) else u)
         return output
-    if x.is_nested:  # the eval path of torch.nn.TransformerEncoder with a mask
+    if x.is_nested:  # torch.nn.TransformerEncoder makes nested tensors in evaluation with a mask
         for name in bank.computed:
             nested: Any = bank._modules[name]
             M, E = (factor.to(output.dtype) for factor in nested.products())
@@ -286,7 +292,8 @@ def _add_updates(
     overwrite = _is_ours_alone(layer, output)
     weight, trained = None, False
     if torch.is_grad_enabled():
-        # A computed one (`torch.nn.utils.parametrize`) would be computed once more, and may be another then.
+        # Only a Parameter is taken: a weight of `torch.nn.utils.parametrize` would be computed again, and might
+        # differ.
         weight = layer._parameters.get("weight")
         trained = weight is not None and weight.requires_grad
         weight = weight if overwrite and _is_linear_alone(layer, x, output) else None
@@ -298,17 +305,18 @@ def _add_updates(
 
 
 class OnLoan:
-    """An attribute of a module for as long as there are adapters; `TorchBackend.remove` gives the former one back.
+    """A substitute for an attribute of a module while the model has adapters; `TorchBackend.remove` takes it off.
 
     Parameters
     ----------
     module, name
-        Whose attribute it becomes.
+        Module, and name of the attribute that is replaced.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
         own = vars(module)
-        # What the module itself has, not its class: one thing or nothing.
+        # `former` holds the value in the module's own `__dict__`, not that of its class; it is empty if there is
+        # none.
         former = own.get(name)
         self.former: tuple[Any, ...] = (former,) if name in own else ()
         if isinstance(former, OnLoan):
@@ -317,7 +325,7 @@ class OnLoan:
 
     @staticmethod
     def give_back(module: nn.Module) -> None:
-        """Take all of them off a module."""
+        """Give a module back all attributes that were replaced."""
         own = vars(module)
         for name, value in [*own.items()]:
             if isinstance(value, OnLoan):
@@ -327,17 +335,17 @@ class OnLoan:
 
 
 class Off(OnLoan):
-    """An attribute that is false for as long as there are adapters."""
+    """An attribute that is false while the model has adapters."""
 
     def __bool__(self) -> bool:
         return False
 
 
 class OffWithGradients(OnLoan):
-    """An attribute that is false as long as gradients are recorded.
+    """An attribute that is false while gradients are recorded.
 
-    By ``use_nested_tensor`` `torch.nn.TransformerEncoder` takes a path for layers that are not trained, on which
-    there are no gradients of inputs. It looks at Parameters of its own alone, which are frozen.
+    With ``use_nested_tensor``, `torch.nn.TransformerEncoder` takes a path for layers that are not trained, on which
+    inputs get no gradients. It decides by its own Parameters only, which are frozen, and does not see the adapters.
     """
 
     def __bool__(self) -> bool:
@@ -363,23 +371,23 @@ def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = 
     for path, bank in module.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(bank, LayerBank):
             for name, adapter in bank.adapters.items():
-                # By its name here, in a state from before its block was wrapped, and in one of version 0.1.
+                # The prefixes of a present state, of one from before a block was wrapped, and of version 0.1.
                 for prefix in (f"{path}.{name}.", f"{plain(path)}.{name}.", f"{path}."):
                     adapter.check_fits_weight(state_dict, prefix)
 
 
 def without_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state of adapters that says that the weights of their layers are no part of it."""
+    """Return a state of adapters with marks which say that it does not contain the weights of their layers."""
     labels = re.compile(rf"(.*\.)?{CHILD}\.([^.]+\.)?[^.]+\.labels")  # of a layer, or of a part of a module
     marks = {name.removesuffix("labels") + HELD for name in state_dict if labels.fullmatch(name)}
     return {**state_dict, **{name: torch.zeros(0, dtype=torch.bool) for name in marks}}
 
 
 def _let_compilers_see_hooks() -> None:
-    """Have `torch.compile` look at the hooks of a module before it reuses what it has compiled.
+    """Make `torch.compile` check the hooks of a module before it reuses compiled code.
 
-    It does not by default, and takes the graph of a frozen layer without hooks for a layer that is adapted: of the
-    same model compiled before, or of another one of the same structure. Graphs made so far are thrown away, once.
+    By default it does not, and would run the graph of a frozen layer without hooks for an adapted layer, whether the
+    graph comes from the same model or from another of the same structure. Graphs made so far are discarded once.
     """
     from torch._dynamo import config
 
@@ -389,10 +397,10 @@ def _let_compilers_see_hooks() -> None:
 
 
 def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
-    """Whether nobody but our hook has seen the output of the layer, so that it may be written over.
+    """Return whether only our hook has seen the output of the layer, so that the output may be overwritten.
 
-    A forward of the user's own may keep what it returns, an earlier hook may, and so may a mode: that of selective
-    activation checkpointing hands it out once more. A compiler sees to it itself.
+    A forward of the user's own may keep its output, and so may an earlier hook or a dispatch mode: selective
+    activation checkpointing returns a kept output a second time. A compiler reuses memory by itself.
     """
     return (
         not torch.compiler.is_compiling()
@@ -408,7 +416,7 @@ def _is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
 
 
 def _is_linear_alone(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
-    """Whether the gradient of x through this layer of a frozen weight is ``dy weight``, and no other is wanted."""
+    """Return whether the layer's only gradient is that of x, ``dy weight``, because weight and bias are frozen."""
     weight = layer._parameters.get("weight")
     bias = layer._parameters.get("bias")
     return (

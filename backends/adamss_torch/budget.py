@@ -1,4 +1,4 @@
-"""The adaptive budget in a PyTorch training loop, on the hooks of the optimiser's step."""
+"""The adaptive budget in a PyTorch training loop, driven by hooks on the optimiser's step."""
 
 from __future__ import annotations
 
@@ -41,26 +41,27 @@ from adamss_torch.sharding import (
 __all__ = ["Allocation", "BudgetController"]
 
 _CONTROLLED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""Controllers, weakly, by the optimiser and by the model that each is on."""
+"""Weak references to controllers, by their optimiser and by each of their adapters."""
 
 
 class Allocation(NamedTuple):
-    """One decision of a `BudgetController`, as its callback gets it.
+    """One decision of a `BudgetController`, as it is passed to `on_allocation`.
 
     Attributes
     ----------
     step
-        Completed optimiser steps.
+        Number of completed optimiser steps.
     budget
-        Budget of the step, in the unit of the schedule.
+        Budget at this step, in the unit of the schedule.
     active
-        Subspaces that are trained from now on.
+        Number of subspaces that are trained from now on.
     parameters
-        Trained parameters ``sum r_k (n_k + R_k)`` of these.
+        Number of trained parameters ``sum r_k (n_k + R_k)`` of the active subspaces.
     scores
-        (K,) float32 on the CPU, by module path; zero for a subspace that was frozen before.
+        Scores of the subspaces, (K,) float32 on the CPU, by module path. A subspace that was frozen before has the
+        score zero.
     masks
-        (K,) booleans on the CPU, by module path.
+        Masks of the active subspaces, (K,) booleans on the CPU, by module path.
     """
 
     step: int
@@ -73,7 +74,7 @@ class Allocation(NamedTuple):
 
 @dataclass
 class _Progress:
-    """Where a controller stands; apart from it, so that it can be told after the controller is gone."""
+    """Progress of a controller, in an object of its own so that it can be reported after the controller is gone."""
 
     plan: BudgetPlan
     state: BudgetState
@@ -83,16 +84,16 @@ class _Progress:
 
     @property
     def active(self) -> int:
-        """Subspaces that are trained."""
+        """Number of subspaces that are trained."""
         return int(self.state.active.sum())
 
     def tell(self, *, moved: bool) -> None:
-        """Warn once if the training is over and the target was not reached.
+        """Warn once if the target was not reached; called when the training is over.
 
         Parameters
         ----------
         moved
-            Whether B or C are others than in the beginning.
+            Whether B or C have changed since the beginning.
         """
         step = int(self.state.step)
         if self.told or self.reached or not (step or moved):
@@ -101,8 +102,8 @@ class _Progress:
         config, left_out = self.plan.config, int(self.state.left_out)
         if not step:
             why = (
-                "B and C have changed, but never in the optimiser's step(), by which the controller goes; call "
-                "step(), or what calls it"
+                "B and C have changed, but never in the optimiser's step(), which the controller follows; call "
+                "step(), or the wrapper that calls it"
             )
         elif step < config.end_step:
             why = f"training ended after {step} optimiser steps, the schedule ends at {config.end_step}"
@@ -117,17 +118,17 @@ class _Progress:
 
 
 class _Reductions(Processes):
-    """What `core.observe` and `core.advance` take from a controller: sums over shards, and one decision for all.
+    """Communication for `core.observe` and `core.advance`: sums over shards, and one decision for all processes.
 
     Parameters
     ----------
     controller
-        Whose `scores` are used: a subclass may score by something else.
+        Controller whose `scores` are used, since a subclass may score by something else.
 
     Attributes
     ----------
     row, mask
-        Scores and decision of the last allocation, (T,) on the CPU; None if there was none in this step.
+        Scores and decision of the last allocation, (T,) on the CPU. None if this step made no allocation.
     """
 
     def __init__(self, controller: BudgetController) -> None:
@@ -138,7 +139,7 @@ class _Reductions(Processes):
         self.mask: Tensor | None = None
 
     def all_usable(self, usable: Tensor) -> Tensor:
-        """Return whether it is so on all processes: a part that is finite here is left out with one that is not."""
+        """Return whether the gradients are usable on all processes; one shard that is not finite spoils the step."""
         if not is_sharded(self._like):
             return usable
         return sum_over_shards((~usable).to(torch.float32), self._like) == 0
@@ -151,7 +152,7 @@ class _Reductions(Processes):
         return self.row
 
     def agree(self, active: Tensor) -> Tensor:
-        """Return the decision of the first process."""
+        """Return the decision of the first process, and warn if this process decided differently."""
         self.mask = agree(active.to(torch.uint8), self._like, self._group).to("cpu", torch.bool)
         if not torch.equal(self.mask, active):
             warnings.warn(
@@ -164,48 +165,56 @@ class _Reductions(Processes):
 
 
 class BudgetController:
-    """Keeps the budget of an adapted model while an optimiser trains it; the training loop needs no other line.
+    """Keep the budget of an adapted model while an optimiser trains it.
 
-    Before each step of the optimiser it scores the subspaces by ``|w g|``, smoothed, times its uncertainty; after it,
-    it gives frozen elements their values back and, when it is time, chooses the subspaces that stay trained. A step
-    that `torch.amp.GradScaler` skips is no step, whether the optimiser is fused or not. Gradients may be accumulated,
-    clipped and scaled as usual. With ``revive=True`` frozen subspaces keep their gradients, which count in the norm
-    that a loop clips by; otherwise these are zero.
+    Making the controller is all that a training loop has to add. Before each step of the optimiser, the controller
+    updates the scores of the subspaces: ``|w g|``, smoothed, times its uncertainty. After the step it restores frozen
+    elements and, when the schedule says so, chooses the subspaces that stay trained.
 
-    Several processes: with DistributedDataParallel (wrapped before this; it needs no ``find_unused_parameters``) and
-    FSDP2 (``fully_shard`` before the optimiser is made), scores come from the synchronised gradients, summed over
-    shards, and all processes take the decision of the first one. All must make a controller. DeepSpeed, FSDP1 and
-    ``ZeroRedundancyOptimizer(overlap_with_ddp=True)`` raise. Where a part of what DistributedDataParallel wraps was
-    adapted, pass it ``broadcast_buffers=False``, or it sends every basis with each forward.
+    A step that `torch.amp.GradScaler` skips does not count, whether the optimiser is fused or not. Gradients may be
+    accumulated, clipped and scaled as usual. With ``revive=True`` frozen subspaces keep their gradients, which count
+    in the norm by which a loop clips; otherwise their gradients are zero.
+
+    Several processes are supported with DistributedDataParallel (wrapped before the controller is made; it needs no
+    ``find_unused_parameters``) and FSDP2 (``fully_shard`` before the optimiser is made). All processes must make a
+    controller. Scores come from the synchronised gradients, summed over shards, and all processes adopt the decision
+    of the first one. DeepSpeed, FSDP1 and ``ZeroRedundancyOptimizer(overlap_with_ddp=True)`` raise an error. If only
+    a part of the module that DistributedDataParallel wraps was adapted, pass ``broadcast_buffers=False`` to it;
+    otherwise it sends every basis with each forward.
 
     Parameters
     ----------
     model
         An adapted model, wrapped or not.
     optimizer
-        That trains all of its B and C, in any number of groups; wrappers with an ``optimizer`` of their own
-        (`accelerate`) are looked through. Not `torch.optim.LBFGS`, whose step takes many gradients.
+        Optimiser that trains all B and C of the adapter, in any number of groups. Wrappers with an ``optimizer`` of
+        their own (`accelerate`) are unwrapped. `torch.optim.LBFGS` is refused, since its step evaluates many
+        gradients.
     config
-        The schedule; None for the one that the adapter was attached with.
+        Schedule of the budget. None means the one that the adapter was attached with.
     name
-        Of the adapter; None for the one that is trained. Steps while it is not trained are none of its schedule.
+        Name of the adapter. None means the one that is trained. Steps during which the adapter is not trained do not
+        count in its schedule.
     on_allocation
-        Called with an `Allocation` after each.
+        Function that is called with an `Allocation` after each decision.
 
     Attributes
     ----------
     config
-        The schedule.
+        Schedule of the budget.
     plan
-        The schedule and the subspaces of the model.
+        The schedule together with the subspaces of the model.
 
     Raises
     ------
     StateError
-        If the model has no adapters or is merged, or optimiser or model have a controller already; if frozen
-        subspaces could not return, although ``revive=True``.
+        If the model has no adapters, is merged, or does not train the adapter; if the optimiser or the model has a
+        controller already; if ``revive=True`` and frozen subspaces were consolidated and cannot return; or if the
+        processes train different subspaces.
     ConfigError
-        If there is no schedule, the model cannot keep to it, or the optimiser does not hold every B and C.
+        If no schedule was given, the model cannot keep to it, or the optimiser does not hold every B and C.
+    ConfigTypeError
+        If `optimizer` or `config` has the wrong type, or the optimiser is one that cannot be followed.
 
     References
     ----------
@@ -241,9 +250,9 @@ class BudgetController:
         self._optimizer = bare_optimizer(optimizer)
         self._adapters = adapters_of(model, adaptation.name)
         self.plan = plan_budget(adaptation.layers, self.config)
-        # In the order of the plan, which is that of no model.
+        # Adapters in the order of the plan, which is sorted by path and may not be the order of the model.
         self._adapters = {path: self._adapters[path] for path in self.plan.paths}
-        # FSDP2 may have others in their places at times, which no optimiser knows.
+        # Keep the Parameters that the optimiser knows: FSDP2 puts others in their places at times.
         self._trained = {path: (adapter.B, adapter.C) for path, adapter in self._adapters.items()}
         _check_held(self._optimizer, self._adapters)
         for thing, what in (
@@ -260,12 +269,12 @@ class BudgetController:
         self._frozen = FrozenElements(list(self._adapters.values()))
         weights = self._joined(local(p.detach()) for p in self._parameters)
         state = initial_budget_state(self.plan, weights)
-        # Step, flag and masks on the host: a look at them waits for no device.
+        # Step, flag and masks are kept on the host, where reading them does not wait for a device.
         state = state._replace(step=0, waiting=False, active=state.active.cpu())
         self._observed: BudgetState | None = None
         self._progress = _Progress(self.plan, state)
         self._loads = sum(adapter.loads for adapter in self._adapters.values())
-        # From here on nothing can fail.
+        # Nothing below can fail, so either all adapters and the optimiser get the controller or none does.
         for adapter in self._adapters.values():
             adapter.revive, adapter.followed, adapter.controlled = self.config.revive, True, True
             _CONTROLLED[adapter] = weakref.ref(self)
@@ -280,28 +289,34 @@ class BudgetController:
 
     @property
     def step(self) -> int:
-        """Completed optimiser steps, those that were skipped not counted."""
+        """Number of completed optimiser steps, not counting those that were skipped."""
         return int(self._state.step)
 
     @property
     def budget(self) -> int:
-        """Budget of the schedule after the present step, in its unit; an allocation keeps to that of its step."""
+        """Budget of the schedule at the present step, in its unit. The masks follow it at the next allocation."""
         budget: int = self.plan.budget_at(self.step)
         return budget
 
     @property
     def active_count(self) -> int:
-        """Subspaces that are trained."""
+        """Number of subspaces that are trained."""
         return self._progress.active
 
     @property
+    def parameters(self) -> int:
+        """Trained parameters ``sum r_k (n_k + R_k)`` of the subspaces that are trained."""
+        active = self._state.active.tolist()
+        return sum(cost for cost, kept in zip(self.plan.costs, active, strict=True) if kept)
+
+    @property
     def masks(self) -> dict[str, Tensor]:
-        """Which subspaces are trained, (K,) booleans on the CPU by module path."""
+        """Masks of the subspaces that are trained, (K,) booleans on the CPU, by module path."""
         return {path: adapter.active.cpu().clone() for path, adapter in self._adapters.items()}
 
     @property
     def reached(self) -> bool:
-        """Whether the last allocation has been made."""
+        """Whether the last allocation of the schedule has been made."""
         return self._progress.reached
 
     # ---- the step of the optimiser ----------------------------------------------------------------------
@@ -314,13 +329,13 @@ class BudgetController:
         this, *given = args  # the optimiser itself comes first
         closure = given[0] if given else kwargs.get("closure")
         if closure is None:
-            # A fused optimiser unscales in its own kernel: what it finds here is still scaled.
+            # A fused optimiser unscales gradients in its own kernel, so they are still scaled here.
             self._observe(getattr(optimizer, "grad_scale", None))
             return None
 
         def observed() -> Any:
             loss = closure()
-            # Not after the step: some optimisers work in the place of the gradient.
+            # Gradients are read before the step, since some optimisers overwrite them.
             if self._observed is None:
                 self._observe(None)
             return loss
@@ -359,7 +374,7 @@ class BudgetController:
             self._allocated(reductions.row, reductions.mask)
 
     def _look_for_loaded_masks(self) -> None:
-        """Take over the masks that came with a state that was loaded into the model, and say so."""
+        """Adopt the masks of a state that was loaded into the model, and warn if they differ."""
         loads = sum(adapter.loads for adapter in self._adapters.values())
         if loads == self._loads:
             return
@@ -394,7 +409,7 @@ class BudgetController:
 
     @property
     def _in_training(self) -> bool:
-        """Whether the adapter is trained, and not another of the model."""
+        """Whether this adapter is trained now, rather than another one of the model."""
         return self._parameters[0].requires_grad
 
     @property
@@ -407,13 +422,13 @@ class BudgetController:
         return row
 
     def _joined(self, parts: Iterable[Tensor]) -> Tensor:
-        """Return what this process holds of all B and C in one vector, in float32 or wider."""
+        """Join tensors that belong to the B and C of this process into one vector, in float32 or wider."""
         first = local(self._parameters[0])
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self._parameters) else torch.float32
         return torch.cat([part.detach().reshape(-1).to(first.device, wide) for part in parts])
 
     def _split(self, vector: Tensor) -> list[Tensor]:
-        """Undo `_joined`: return a tensor of the shape of each Parameter's part on this process."""
+        """Undo `_joined`: return one tensor for each Parameter, in the shape of its part on this process."""
         shapes = [local(p.detach()).shape for p in self._parameters]
         parts = torch.split(vector, [shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -431,24 +446,26 @@ class BudgetController:
     # ---- allocation -------------------------------------------------------------------------------------
 
     def _allocated(self, row: Tensor, mask: Tensor) -> None:
-        """Put a decision into force."""
+        """Put a decision into force, and report it to `on_allocation`."""
         masks = self.plan.split(mask)
         for path, adapter in self._adapters.items():
             adapter.active.copy_(masks[path])
         self._frozen.look()
         self._progress.reached = self.step >= self.config.end_step
         if self._on_allocation is not None:
-            parameters = sum(cost for cost, kept in zip(self.plan.costs, mask.tolist(), strict=True) if kept)
             self._on_allocation(
-                Allocation(self.step, self.budget, self.active_count, parameters, self.plan.split(row), masks)
+                Allocation(
+                    self.step, self.budget, self.active_count, self.parameters, self.plan.split(row), masks
+                )
             )
 
     @torch.no_grad()
     def scores(self) -> Tensor:
         """Return the score of every subspace, (T,) float32 on the CPU, in the order of `plan`.
 
-        Of the steps since the last allocation, or of all with a running window. Where the model is spread over
-        processes, all of them must call it. A subclass may score by something else: above zero what is worth keeping.
+        Scores cover the steps since the last allocation, or all steps with a running window. Where the model is
+        sharded over processes, all of them must call this method. A subclass may score by something else; subspaces
+        that are worth keeping must have scores above zero.
         """
         parts = iter(self._split(self._state.sensitivity * self._state.uncertainty))
         wholes = {
@@ -461,9 +478,10 @@ class BudgetController:
     # ---- state ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed training needs beside the model and the optimiser: tensors and plain values.
+        """Return what a resumed training needs in addition to the states of the model and the optimiser.
 
-        Averages have the shape of their Parameters, and are spread over processes as those are.
+        The state consists of tensors and plain values. Averages have the shapes of their Parameters, and are sharded
+        over processes as these are.
         """
         halves = zip(self._split(self._state.sensitivity), self._split(self._state.uncertainty), strict=True)
         pairs = iter(
@@ -491,16 +509,16 @@ class BudgetController:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned: step, averages and masks.
+        """Continue from a state that `state_dict` returned: step, averages and masks.
 
-        The optimiser's own state may be loaded before or after. The schedule is that of this controller; a warning
-        names what differs from the one that the state was made with.
+        The optimiser's own state may be loaded before or after. The controller keeps its own schedule; a warning
+        names the settings that differ from those with which the state was made.
 
         Raises
         ------
         StateError
-            If the state is of another model, of a form that is gone (compacted), or no state of a controller.
-            Nothing is changed then.
+            If the state is of another model, of the compacted form that is no longer supported, or not a state of a
+            controller. Nothing is changed then.
         """
         layers = _checked_state(state, self._adapters)
         differing = [
@@ -540,7 +558,7 @@ class BudgetController:
         )
 
     def remove(self) -> None:
-        """Take the hooks off; frozen subspaces stay frozen in the backward. Warns if the target was not reached."""
+        """Remove the hooks, and warn if the target was not reached. Frozen subspaces still get no gradients."""
         for handle in self._handles:
             handle.remove()
         for thing in (self._optimizer, *self._adapters.values()):
@@ -549,8 +567,9 @@ class BudgetController:
 
 
 def _ended(progress: _Progress, frozen: FrozenElements) -> None:
-    """Do what is left to do when a controller is removed, or collected."""
-    with _disable_current_modes():  # it may be collected while a compiler is at work, whose tensors are none
+    """Release frozen elements and report the progress when a controller is removed or garbage-collected."""
+    # A controller may be collected while a compiler is tracing with fake tensors.
+    with _disable_current_modes():
         moved = frozen.moved()
         frozen.release()
     for adapter in frozen.adapters:
@@ -563,7 +582,7 @@ def _ended(progress: _Progress, frozen: FrozenElements) -> None:
 
 
 def _in_whole(part: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return an array of a Parameter's part on this process in the shape of the whole, zero elsewhere."""
+    """Return an array of the shape of the whole Parameter that holds this process's part and zeros elsewhere."""
     if not is_sharded(parameter):
         return part
     places = torch.arange(parameter.numel(), device=part.device).view(parameter.shape)
@@ -575,7 +594,13 @@ def _in_whole(part: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the optimiser whose step is taken, from within wrappers."""
+    """Return the optimiser whose step is called, without the wrappers around it.
+
+    Raises
+    ------
+    ConfigTypeError
+        If it is not a `torch.optim.Optimizer`, or one whose gradients cannot be scored.
+    """
     seen = optimizer
     while True:
         if type(seen).__module__.partition(".")[0] == "deepspeed":
@@ -616,7 +641,7 @@ def _check_held(optimizer: torch.optim.Optimizer, adapters: Mapping[str, Adapter
         what = "none" if len(missing) == 2 * len(adapters) else f"not {', '.join(missing[:3])}"
         more = f" and {len(missing) - 3} more" if 3 < len(missing) < 2 * len(adapters) else ""
         raise ConfigError(
-            f"BudgetController: of the B and C of the model, the optimiser holds {what}{more}; make it of "
+            f"BudgetController: of the B and C of the model, the optimiser holds {what}{more}; make it from "
             "adamss.trainable_parameters(model), after the model was wrapped or moved, with all of them in one "
             "optimiser (several groups are fine)"
         )
@@ -628,12 +653,13 @@ def _controller_of(thing: Any) -> BudgetController | None:
 
 
 def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """Return the DistributedDataParallel around each of these Parameters that is within one."""
+    """Return the DistributedDataParallel around these Parameters, one entry for each Parameter that is within one."""
     wanted = {id(parameter) for parameter in parameters}
     if not wanted or not dist.is_available() or not dist.is_initialized():
         return []
     kinds = _with_subclasses(nn.parallel.DistributedDataParallel)
-    # Nothing leads from a Parameter to the wrapper. By type(), for isinstance() asks objects that may be lazy.
+    # A Parameter has no reference to its wrapper, so all live objects are searched. They are compared by type(),
+    # since isinstance() looks up attributes of objects that may be lazy.
     every = [thing for thing in gc.get_objects() if type(thing) in kinds]
     return [each for each in every for p in each.parameters() if id(p) in wanted]
 
@@ -648,7 +674,8 @@ def _synchronised_over(adapters: Mapping[str, Adapter]) -> dist.ProcessGroup | N
     Raises
     ------
     StateError
-        If they do not train in the same subspaces, which it does not bring into line.
+        If the processes have different bases, subspaces or masks, since DistributedDataParallel does not synchronise
+        these.
     """
     wrappers = wrappers_of(p for a in adapters.values() for p in (a.B, a.C))
     if not wrappers:
@@ -658,8 +685,8 @@ def _synchronised_over(adapters: Mapping[str, Adapter]) -> dist.ProcessGroup | N
     if bases and wrappers[0].broadcast_buffers:
         warnings.warn(
             "DistributedDataParallel sends the frozen bases of the adapters with every forward "
-            f"({sum(A.numel() for A in bases):,} numbers), for a part of what it wraps was adapted; pass it "
-            "broadcast_buffers=False, or adapt the whole",
+            f"({sum(A.numel() for A in bases):,} numbers), because only a part of the module that it wraps was "
+            "adapted; pass broadcast_buffers=False to it, or adapt the whole module",
             AdamssWarning,
             stacklevel=3,
         )

@@ -1,8 +1,8 @@
-"""The layers of a model divided among processes and threads: each is decomposed once.
+"""Division of a model's layers among processes and threads, so that each layer is decomposed once.
 
-The eigenvectors of a small matrix take about as long on two threads as on one. So each small layer on the CPU gets
-one thread, and there are as many of them at a time as PyTorch has threads. Always one: a result may differ in its
-last bit with the number of threads, and must not depend on how many layers there are.
+The eigenvectors of a small matrix take about as long on two threads as on one. Therefore each small layer on the CPU
+gets one thread, and PyTorch's threads work on several layers at a time. Even a single small layer gets one thread: a
+result may differ in its last bit with the number of threads, and must not depend on the number of layers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def divided(model: nn.Module, *, enabled: bool) -> Iterator[Division]:
 
 
 def _everyone(model: nn.Module) -> tuple[dist.ProcessGroup | None, torch.device]:
-    """Return the group of all processes, and a device on which they can send; None if there is but this one."""
+    """Return the group of all processes, and a device on which they can send.
+
+    The group is None for a single process, and where the processes cannot send from the device of the model.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None, device
@@ -52,19 +55,19 @@ def _everyone(model: nn.Module) -> tuple[dist.ProcessGroup | None, torch.device]
     assert group is not None
     kinds = {each.type for each in group._device_types}
     if device.type not in kinds and "cpu" not in kinds:
-        return None, device  # such as NCCL and a model on the CPU
+        return None, device  # for example NCCL with a model on the CPU
     return group, device_of(group, torch.empty(0, device=device))
 
 
 class TorchDivision(Division):
-    """Each layer is decomposed by one process, which sends its factors to all; small ones in a thread each.
+    """Decompose each layer on one process, which sends its factors to all; small layers get one thread each.
 
     Parameters
     ----------
     group
-        All processes; None for this one only.
+        Group of all processes. None means that this process works on its own.
     device
-        On which they send.
+        Device from which the processes send.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device | None = None) -> None:
@@ -77,14 +80,14 @@ class TorchDivision(Division):
         self._devices: dict[str, torch.device] = {}
 
     def share(self, weights: Weights, settings: str) -> Iterator[tuple[str, BaseWeight]]:
-        """Yield this process's layers: all of them where no other process has the same layers and weights."""
+        """Yield this process's layers, which are all layers unless the processes have the same layers and weights."""
         paths = by_shape(weights)
         if self._group is None or not self._agree(_plan(weights, settings, self._group)):
             for path in paths:
                 yield path, _gathered(weights[path])
             return
         size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
-        # The large ones first, so that those of one round take about as long.
+        # Layers are sorted by size, so that the layers of one round take about the same time.
         paths.sort(key=lambda path: -math.prod(weights.shape(path)))
         self._owners = {path: number % size for number, path in enumerate(paths)}
         for start in range(0, len(paths), size):
@@ -92,14 +95,14 @@ class TorchDivision(Division):
             for path in paths[start : start + size]:
                 base = weights[path]
                 self._devices[path] = local(base.W).device
-                base = _gathered(base)  # all take part in the gathering, one keeps it
+                base = _gathered(base)  # all processes take part in gathering the weight, and one keeps it
                 mine = (path, base) if self._owners[path] == rank else mine
                 del base
             if mine is not None:
                 yield mine
 
     def gather(self, layers: Mapping[str, Factors]) -> dict[str, Factors]:
-        """Return the factors of each layer, the same on all processes and to the bit those of a single one."""
+        """Return the factors of each layer, which are bit for bit those that a single process would compute."""
         if self._group is None:
             return dict(layers)
         mine = {path: [_Form.of(array) for array in layers[path]] for path in self._owners if path in layers}
@@ -115,7 +118,7 @@ class TorchDivision(Division):
 
     @contextmanager
     def carrying(self) -> Iterator[bool]:
-        """See `Division.carrying`: those that wait for this process hear of its error in `gather`."""
+        """See `Division.carrying`: an error is kept until `gather`, where the other processes receive it."""
         try:
             yield self._failure is None
         except Exception as error:
@@ -124,7 +127,7 @@ class TorchDivision(Division):
             self._failure = error
 
     def each(self, function: Callable[[str], T], batch: Mapping[str, BaseWeight]) -> list[T]:
-        """Return a function's results for the paths of a batch, small layers several at a time."""
+        """Return a function's results for the paths of a batch, computing several small layers at a time."""
         threads = torch.get_num_threads()
         if not (_is_small(next(iter(batch.values()))) and threads > 1 and _threads_are_our_own()):
             return list(map(function, batch))
@@ -138,11 +141,11 @@ class TorchDivision(Division):
             return list(pool.map(function, batch))
         finally:
             pool.shutdown(cancel_futures=True)
-            # It holds for the calling thread only, but new threads inherit the last value set: restore it.
+            # The number holds for the thread that sets it, but new threads inherit the last value set, so restore it.
             torch.set_num_threads(threads)
 
     def tell(self, error: Exception) -> None:
-        """Tell the other processes, if they wait to hear from this one for the first time, that it has failed."""
+        """Tell the other processes of an error, if they still wait for the first message of this process."""
         if not self._told:
             self._say(_Failure.of(error))
 
@@ -158,9 +161,9 @@ class TorchDivision(Division):
     def _warn_of_differing_weights(self) -> None:
         if self._differ:
             warnings.warn(
-                "the processes put the same adapters on base weights that differ, each on its own; if they are to "
-                "train one model, load the same weights on all of them before (DistributedDataParallel does not "
-                "bring the frozen parts of adapters into line)",
+                "the processes put the same adapters on base weights that differ, so each computed its own factors; "
+                "if they are to train one model, load the same weights on all of them first (DistributedDataParallel "
+                "does not synchronise the frozen parts of adapters)",
                 AdamssWarning,
                 stacklevel=4,
             )
@@ -171,7 +174,7 @@ class TorchDivision(Division):
         return exchanged_objects(thing, self._group, self._device)
 
     def _said(self, thing: Any, failure: Exception | None = None) -> list[Any]:
-        """Return what each process has to say, by rank; raise on all if one has failed."""
+        """Send an object to all processes, and return those of all by rank; raise on all if one has failed."""
         said = self._say(thing if failure is None else _Failure.of(failure))
         if failure is not None:
             raise failure
@@ -194,7 +197,7 @@ class TorchDivision(Division):
 
 
 class _Failure(NamedTuple):
-    """An error that travels: not every exception can be pickled."""
+    """An error in a form that can be sent, since not every exception can be pickled."""
 
     kind: str
     text: str
@@ -205,14 +208,14 @@ class _Failure(NamedTuple):
         return cls(type(error).__name__, str(error) if known else f"{type(error).__name__}: {error}")
 
     def error(self, rank: int) -> Exception:
-        """Return it as the error of another process."""
+        """Return the error to raise for a failure of the process `rank`."""
         kind = getattr(errors, self.kind, StateError)
         error: Exception = kind(f"process {rank} has failed: {self.text}")
         return error
 
 
 class _Form(NamedTuple):
-    """How an array lies in memory; products with one that lies otherwise differ in the last bit."""
+    """Memory layout of an array, since products with an array of another layout may differ in the last bit."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -228,9 +231,9 @@ class _Form(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def filled(self, part: Tensor) -> Tensor:
-        """Return the array of these bytes."""
+        """Return the array whose bytes are given, in this layout."""
         array = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=part.device)
-        # A copy starts where any dtype may.
+        # Copy the bytes first: a part may start at an address that is not aligned for the dtype.
         return array.copy_(part.clone().view(self.dtype).view(self.shape))
 
 
@@ -243,16 +246,16 @@ def _is_small(base: BaseWeight) -> bool:
 
 
 def _threads_are_our_own() -> bool:
-    """Whether a thread can be told how many threads it may use, without a word to the others."""
+    """Return whether the number of threads can be set for one thread without affecting the others."""
     return "parallel backend: OpenMP" in torch.__config__.parallel_info()
 
 
 def _plan(
     weights: Mapping[str, BaseWeight], settings: str, group: dist.ProcessGroup
 ) -> tuple[str, str | None]:
-    """Return what tells whether two processes adapt the same layers, and from the same values.
+    """Return two texts by which processes compare the layers that they adapt, and the values of their weights.
 
-    None in the second place if there is no saying.
+    The second text is None if the values cannot be compared.
     """
     outline = [(path, *(_described(tensor) for tensor in base)) for path, base in weights.items()]
     return repr((settings, outline)), _values(weights, dist.get_world_size(group))
@@ -271,9 +274,9 @@ def _values(weights: Mapping[str, BaseWeight], processes: int) -> str | None:
             if is_sharded(tensor):
                 if tensor.device_mesh.size() != processes:
                     return None
-                continue  # of one tensor, each holds a part
+                continue  # the processes hold parts of one tensor
             try:
                 found.append(fingerprint(tensor if tensor.ndim == 2 else tensor[None, :]))
-            except Exception:  # whatever is wrong with it, `compute` says so better
+            except Exception:  # the decomposition reports what is wrong with the weight in its own words
                 return None
     return repr(found)

@@ -1,4 +1,4 @@
-"""Frozen means frozen: what an optimiser does to the elements of a frozen subspace is undone after its step."""
+"""Hold frozen elements: changes that an optimiser makes to a frozen subspace are undone after its step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ __all__ = ["FrozenElements", "hold_frozen"]
 
 
 class FrozenElements:
-    """The values of frozen elements, which they have whatever an optimiser writes, in its step or outside of it.
+    """Values of frozen elements, kept apart from the Parameters that an optimiser writes to.
 
-    They are given back after a step. Some optimisers write at other times too (schedule-free ones between training
-    and evaluation, lookahead when it synchronises): so the adapters compute and save these values rather than those
-    of the Parameters. Adapters that FSDP2 has spread do not, and rely on the step alone.
+    The values are restored after each step. Some optimisers write at other times too (schedule-free ones between
+    training and evaluation, lookahead when it synchronises), so adapters compute with the kept values, and save them,
+    instead of those of the Parameters. Adapters that FSDP2 has sharded do not: their frozen elements are only
+    restored after a step.
 
     Parameters
     ----------
     adapters
-        Whose B and C the optimiser trains.
+        Adapters whose B and C the optimiser trains.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = adapters
-        # FSDP2 may have others in their places at times, which no optimiser knows.
+        # Keep the Parameters that the optimiser knows: FSDP2 puts others in their places at times.
         self._parameters = [p for adapter in adapters for p in (adapter.B, adapter.C)]
         self._spread: dict[int, tuple[Tensor, Tensor]] = {}
         for number, (B, C) in enumerate(zip(*[iter(self._tensors())] * 2, strict=True)):
@@ -45,7 +46,7 @@ class FrozenElements:
 
     @property
     def _kept(self) -> list[Tensor]:
-        """The values of B and C of each adapter, those of frozen elements among them."""
+        """The kept values of B and C of each adapter."""
         every = enumerate(self.adapters)
         return [
             tensor for number, own in every for tensor in own.kept or self._spread.get(number, (own.B, own.C))
@@ -53,12 +54,12 @@ class FrozenElements:
 
     @torch.no_grad()
     def look(self, *, afresh: bool = False) -> None:
-        """Take over the masks of the adapters, and the values of the elements that were trained until now.
+        """Adopt the adapters' masks, and keep the present values of the elements that were trained until now.
 
         Parameters
         ----------
         afresh
-            Take over those of all elements, as after a state was loaded.
+            Whether to keep the present values of all elements, as after a state was loaded.
         """
         now = self._tensors()
         if not afresh:
@@ -74,18 +75,18 @@ class FrozenElements:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give frozen elements their values, to the bit."""
+        """Restore the kept values of frozen elements, bit for bit."""
         now = self._tensors()
         torch._foreach_copy_(
             now, [torch.where(*three) for three in zip(self._trained, now, self._kept, strict=True)]
         )
 
     def moved(self) -> bool:
-        """Return whether any element is another than when its value was last taken over."""
+        """Return whether any element of B and C differs from its kept value."""
         return not all(map(torch.equal, self._tensors(), self._kept))
 
     def release(self) -> None:
-        """Give frozen elements their values once more; from then on the adapters compute those of the Parameters."""
+        """Restore frozen elements once more, and let the adapters compute with their Parameters from now on."""
         self.restore()
         for adapter in self.adapters:
             if adapter.keeper is self:
@@ -96,32 +97,32 @@ class FrozenElements:
 
 
 class Hold:
-    """What `hold_frozen` returns.
+    """The hold on frozen elements that `hold_frozen` returns.
 
     Parameters
     ----------
     elements
-        What is held.
+        The frozen elements.
     handles
-        Of the hooks.
+        Handles of the hooks on the optimiser.
     """
 
     def __init__(self, elements: FrozenElements, *handles: RemovableHandle) -> None:
         self._elements, self._handles = elements, handles
 
     def remove(self) -> None:
-        """Take the hooks off: optimisers may move frozen elements again."""
+        """Remove the hooks. Optimisers may then move frozen elements again."""
         for handle in self._handles:
             handle.remove()
         self._elements.release()
 
 
 def hold_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> Hold:
-    """Keep the frozen elements of an adapted model where they are, whatever the optimiser does.
+    """Keep the frozen elements of an adapted model at their values, whatever the optimiser does.
 
-    Weight decay, and momentum from before an element was frozen, move it although its gradient is zero. Hooks on
-    the optimiser's step remember every B and C and give the frozen elements back, to the bit. This is for masks
-    that are set by hand; `adamss_torch.BudgetController` does it by itself.
+    Weight decay moves a frozen element although its gradient is zero, and so does momentum from before it was frozen.
+    Hooks on the optimiser's step remember every B and C and restore the frozen elements bit for bit. Call this for
+    masks that you set by hand; `adamss_torch.BudgetController` holds frozen elements itself.
 
     Parameters
     ----------
@@ -133,13 +134,13 @@ def hold_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> Hold:
     Returns
     -------
     Hold
-        Its ``remove`` takes the hooks off.
+        The hold, whose ``remove`` takes the hooks off again.
     """
     reshard(model)
     elements = FrozenElements([module for module in model.modules() if isinstance(module, Adapter)])
 
     def before(*_: Any) -> None:
-        elements.look()  # whoever sets masks by hand does not tell
+        elements.look()  # masks may have been set by hand since the last step
 
     def after(*_: Any) -> None:
         elements.restore()

@@ -1,8 +1,8 @@
-"""Weights that others read: W + delta is put in the place of W for as long as the forward of the reader runs.
+"""Replacing weights: W + delta stands in the place of W while the forward of the module that reads it runs.
 
-It is the way of all that is no layer with a forward of its own: the Parameters of fused experts, of routers and of
-`torch.nn.MultiheadAttention`; layers whose forward a subclass has changed; and layers whose weight another module
-reads past their forward (`adamss_torch.watch`). Keys of state dicts stay as they are.
+This is how everything is adapted that is not a layer with a known forward: the Parameters of fused experts, of
+routers and of `torch.nn.MultiheadAttention`; layers whose forward a subclass has changed; and layers whose weight
+another module reads past their forward (`adamss_torch.watch`). State-dict keys stay as they are.
 """
 
 from __future__ import annotations
@@ -25,34 +25,35 @@ from adamss_torch.tokens import TrainedRows
 __all__ = ["STANDING", "Place", "put", "readable", "readers", "restore", "take_back"]
 
 READS = "_adamss_reads"
-"""Attribute of a module whose forward reads weights that are put in place: a list of `Place`."""
+"""Attribute of a module whose forward reads replaced weights: a list of `Place`."""
 
 KEY = -2
 """Key of our hooks among those of the reader."""
 
 LOCK = RLock()
-"""Held while something is put in place or back."""
+"""Lock held while a weight is replaced or put back."""
 
 STANDING: dict[int, Place] = {}
-"""By ``id``, what stands in the place of a Parameter at the moment."""
+"""The `Place` of each tensor that stands in the place of a Parameter now, by the tensor's ``id``."""
 
 
 @dataclass
 class Place:
-    """A Parameter that is adapted, in whole or in slices, and what stands in its place for now.
+    """A Parameter that is adapted, in whole or in slices, and that W + delta replaces while a reader runs.
 
     Attributes
     ----------
     module, name
-        Whose Parameter it is.
+        Module that has the Parameter, and the module's name for it.
     banks
-        With the slice of rows that each of them adapts, None for all, and how that is a matrix; None of a bias.
+        Entries (bank, rows, view): the slice of rows that the bank adapts, None for all, and the view of these rows
+        as a matrix, None for a bias.
     original
         The Parameter, while W + delta stands in its place.
     readers
-        The modules in whose forwards it does.
+        Modules during whose forwards W + delta stands in its place.
     running
-        How many of these forwards are going on within each other, by thread.
+        Number of these forwards that are running within each other, by thread.
     """
 
     module: nn.Module
@@ -63,15 +64,15 @@ class Place:
     running: dict[int, int] = field(default_factory=dict)
 
     def enter(self) -> None:
-        """Put W + delta in place, unless it is there."""
+        """Put W + delta in the place of the Parameter, unless it is there already."""
         if torch.compiler.is_compiling():
             self._exchange()
             return
         thread = get_ident()
-        with LOCK:  # or one thread could take W + delta of another for the Parameter
+        with LOCK:  # without it, one thread could take the W + delta of another for the Parameter
             depth = self.running.get(thread, 0)
             if depth and not self._goes_on():
-                # The thread was interrupted before it could leave.
+                # A former forward of this thread was interrupted before it could leave.
                 depth = self.running.pop(thread) * 0
             if not self.running:
                 self.restore()
@@ -79,7 +80,7 @@ class Place:
             self.running[thread] = depth + 1
 
     def leave(self) -> None:
-        """Put the Parameter back, if nobody else is reading."""
+        """Put the Parameter back, unless another forward still reads W + delta."""
         if torch.compiler.is_compiling():
             self.restore()
             return
@@ -116,7 +117,10 @@ class Place:
             bank.placed = True
 
     def _goes_on(self) -> bool:
-        """Whether the forward of a reader is running further out in this thread."""
+        """Return whether the forward of a reader is running further out on the call stack of this thread.
+
+        One call of a reader is the present one, so at least two must be on the stack.
+        """
         frame: Any = sys._getframe(1)
         calls = 0
         while frame is not None:
@@ -126,9 +130,9 @@ class Place:
         return calls > 1
 
     def updated(self, weight: Tensor) -> Tensor:
-        """Return W + delta, through which gradients reach B and C, in the dtype of W."""
+        """Return W + delta in the dtype of W. Gradients reach B and C through it."""
         pieces, end = [], 0
-        with without_autocast(weight):  # rounded once
+        with without_autocast(weight):  # autocast would round the factors before their product is rounded
             for bank, rows, view in sorted(self.banks, key=lambda entry: entry[1].start if entry[1] else 0):
                 if rows is None:
                     return _updated(bank, view, weight)
@@ -138,6 +142,10 @@ class Place:
 
 
 def _updated(bank: Any, view: View | None, weight: Tensor) -> Tensor:
+    """Return a weight, or a bias if `view` is None, with the updates of a bank.
+
+    The factors are multiplied in the order in which the weight has its axes, so that the update is never transposed.
+    """
     for name in bank.computed:
         adapter: Any = bank._modules[name]
         if isinstance(adapter, TrainedRows):
@@ -162,7 +170,7 @@ def _updated(bank: Any, view: View | None, weight: Tensor) -> Tensor:
 
 
 def readable(weight: Any) -> bool:
-    """Whether something can be put in the place of a weight: a Parameter of numbers that are here, and whole."""
+    """Return whether W + delta can replace a weight: it must be floating point, and whole on this process."""
     return (
         type(weight) in (Tensor, nn.Parameter)
         and weight.is_floating_point()
@@ -175,11 +183,11 @@ def readable(weight: Any) -> bool:
 def put(
     reader: nn.Module, module: nn.Module, name: str, bank: Any, rows: slice | None, view: View | None
 ) -> Place:
-    """Have the update of a bank put in the place of a Parameter whenever the forward of a module runs."""
+    """Let W + delta, with the update of a bank, replace a Parameter whenever the forward of `reader` runs."""
     if view is not None and any(adapter.A.shape[1] > adapter.d for adapter in bank.adapters.values()):
         put(reader, module, bank.kind.bias, bank, None, None)
     places: list[Place] = vars(reader).setdefault(READS, [])
-    # One for all readers of a Parameter: they may run within each other.
+    # All readers of a Parameter share one `Place`, since their forwards may run within each other.
     known = {(id(place.module), place.name): place for place in (*places, *bank.places)}
     place = known.get((id(module), name))
     if place is None:
@@ -197,12 +205,12 @@ def put(
 
 
 def readers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the modules in whose forward something is put in place, by ``id`` of the module that it belongs to."""
+    """Return the modules during whose forwards Parameters are replaced, by ``id`` of the module that has them."""
     return {id(place.module): reader for reader in model.modules() for place in vars(reader).get(READS, ())}
 
 
 def take_back(bank: Any) -> None:
-    """Undo `put` of a bank."""
+    """Undo every `put` of a bank."""
     for place in bank.places:
         place.restore()
         place.banks = [entry for entry in place.banks if entry[0] is not bank]
@@ -221,7 +229,10 @@ def take_back(bank: Any) -> None:
 
 
 def restore(model: nn.Module, *_: Any) -> None:
-    """Put back what a forward that was interrupted (`KeyboardInterrupt` runs no hook) has left in its place."""
+    """Put back the Parameters that an interrupted forward has left replaced: `KeyboardInterrupt` runs no hooks.
+
+    Parameters that forwards of other threads are reading stay replaced.
+    """
     thread = get_ident()
     for module in dict(walk(model)).values():
         for place in vars(module).get(READS, ()):

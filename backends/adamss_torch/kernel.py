@@ -1,8 +1,9 @@
 """The update of a linear layer as one autograd function: a few matrix products, whatever K is.
 
-Operands have few, long rows: ``B: (q, P)``, ``M: (q, d)``, ``E: (q, n)``, and ``z: (q, N)`` for N tokens. Each is the
-transpose of its namesake in `adamss.core`, but for E, which is the same. All products of forward and backward read
-them along contiguous rows, and a product with few rows takes up to a third less time than one with few columns.
+All operands have few, long rows: ``B: (q, P)``, ``M: (q, d)``, ``E: (q, n)``, and ``z: (q, N)`` for N tokens. B, M
+and z are the transposes of their namesakes in `adamss.core`, while E is the same. All products of forward and
+backward read the operands along contiguous rows, since a product with few rows takes up to a third less time than one
+with few columns.
 """
 
 from __future__ import annotations
@@ -40,27 +41,27 @@ NO_SECOND_DERIVATIVES = (
 
 
 class Layout(NamedTuple):
-    """Where the entries of B and C stand among the rows of M and E.
+    """Positions of the entries of B and C among the rows of M and E.
 
-    It follows from labels and ranks, and from which subspaces the weight of the layer holds. The q' rows of M and E
-    are those of the other subspaces.
+    The layout follows from the labels, the ranks, and the subspaces that the weight of the layer holds. M and E have
+    q' rows, those of the subspaces that the weight does not hold.
 
     Attributes
     ----------
     rows
-        (r, n) int64: row of E in which ``C[i, j]`` stands; q' where it stands nowhere, being padding of C or of a
-        subspace that the weight holds.
+        (r, n) int64: row of E that holds ``C[i, j]``. It is q' for an entry that has no place in E, because it is
+        padding of C or belongs to a subspace that the weight holds.
     groups
         (q',) int64: subspace of each row of M.
     slots
-        (q',) int64: place ``k * r + i`` of each row of M among K padded groups of r.
+        (q',) int64: position ``k * r + i`` of each row of M when all K subspaces are padded to r rows.
     mask
-        (q', n), in the dtype of C: one where E has an entry, and zero elsewhere. None for r > 1, where E is not the
-        product of C and something, and of many blocks, where it would be mostly zeros.
+        (q', n), in the dtype of C: one where E has an entry, zero elsewhere. None for r > 1, where E is not C times a
+        mask, and for several blocks, where the mask would be mostly zeros.
     directions
-        (q',) int64: row of B of each row of M; None where M has all of them.
+        (q',) int64: row of B that each row of M is made of. None where M has all rows of B.
     padded
-        Whether an entry of C may stand nowhere.
+        Whether some entry of C may have no place in E.
     """
 
     rows: Tensor
@@ -72,23 +73,24 @@ class Layout(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All of an update that is not trained.
+    """The parts of an update that are not trained.
 
     Attributes
     ----------
     A
         Frozen basis, (G, d, P), or (G, d + 1, P) where the bias is adapted too.
     layout
-        Of B and C.
+        Layout of B and C.
     order
-        One of `adamss.core.cost.ORDERS`; None for the one that costs less.
+        One of `adamss.core.cost.ORDERS`. None chooses the one that costs less.
     weight
-        (n, d), frozen, if the base product is ``x weight^T`` and a frozen bias: the gradient of x is then that of
-        the whole layer, in one sum, and the base product has none.
+        Frozen weight (n, d) of a layer whose base product is ``x weight^T`` plus a frozen bias. The gradient of x is
+        then that of the whole layer, computed in one sum, and the base product gets no gradient. None leaves the base
+        product to autograd.
     overwrite
-        Whether the result may be written into the base product, which nobody else has seen.
+        Whether the result may overwrite the base product, because no other code has seen it.
     input_kept
-        Whether x is kept for the backward anyway, as by a layer whose own weight is trained.
+        Whether x is kept for the backward anyway, as it is by a layer whose own weight is trained.
     """
 
     A: Tensor
@@ -109,9 +111,10 @@ def make_layout(
     dtype: torch.dtype,
     masked: bool = True,
 ) -> Layout:
-    """Return the layout of B: (q, P) and C: (r, n) for these labels (n,) and ranks (K,) of sum q.
+    """Return the layout of B: (q, P) and C: (r, n) for labels (n,) and ranks (K,), whose sum is q.
 
-    The subspaces `held`, (K,) booleans, are left out of M and E; `dtype` is that of C.
+    M and E leave out the subspaces in `held`, (K,) booleans. The layout has a mask, in the dtype `dtype` of C, if
+    `masked` is True and r is 1.
     """
     masked = masked and r == 1
     labels, ranks = labels.to(torch.int64), ranks.to(torch.int64)
@@ -120,7 +123,7 @@ def make_layout(
     places = torch.arange(r, device=labels.device)[:, None]
     rows = torch.where(places < ranks[labels], starts[labels] + places, q)
     directions = torch.arange(q, device=labels.device)
-    # Not by `repeat_interleave`, whose length depends on values: a compiler must know it.
+    # `repeat_interleave` would do as well, but the length of its result depends on values, which no compiler knows.
     groups = torch.searchsorted(ends, directions, right=True)
     slots = groups * r + directions - starts[groups]
     if held is None:
@@ -137,7 +140,7 @@ def make_layout(
 
 
 def trained_elements(active: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which rows of B, (q, 1), and which columns of C, (1, n), belong to active subspaces; booleans.
+    """Return boolean masks of the rows of B, (q, 1), and the columns of C, (1, n), that belong to active subspaces.
 
     Parameters
     ----------
@@ -156,26 +159,28 @@ def _mask(rows: Tensor, q: int, dtype: torch.dtype) -> Tensor:
 def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
     """Return ``base + (x M^T) E`` in the dtype of `base`.
 
-    The base product is an input, not redone: with C = 0 the result equals it to the bit. For that, what overflows
-    in ``x M^T`` is made finite: infinity times zero would be NaN.
+    The base product is an argument and is not computed again, so with C = 0 the result equals it to the bit. For the
+    same reason, entries of ``x M^T`` that overflow are replaced by finite numbers: infinity times zero would be NaN.
 
     Parameters
     ----------
     base
         Output of the frozen layer, (..., n).
     x
-        Its input, (..., d).
+        Input of the layer, (..., d).
     B
-        Trained, (q, P).
+        Trained factor, (q, P).
     C
-        Trained, (r, n).
+        Trained factor, (r, n).
     plan
-        The rest.
+        The parts of the update that are not trained.
 
     Returns
     -------
     Tensor
-        (..., n), differentiable in base, x, B and C, as often as anyone wants.
+        Output (..., n), differentiable in x, B and C, and in `base` if `plan.weight` is None. Gradients can be
+        differentiated again where x itself was kept for the backward; elsewhere the second differentiation raises
+        `StateError`.
 
     Raises
     ------
@@ -190,7 +195,7 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
         plan = plan._replace(order="factors_first")
     elif plan.order is None:
         plan = plan._replace(order=_cheapest(base, x, B, C, plan))
-    # Autocast would round A B to half precision; it is to be rounded once, as M.
+    # Autocast would round A and B to half precision. Only their product M may be rounded, and only once.
     with without_autocast(base):
         rows = B
         if plan.order == "factors_first":
@@ -207,10 +212,10 @@ def update(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> Tensor:
 
 
 def is_transformed() -> bool:
-    """Whether compilation, a transformation of `torch.func`, forward-mode differentiation or tracing is going on.
+    """Return whether compilation, a `torch.func` transformation, forward-mode differentiation or tracing is going on.
 
-    They take plain products, and know no autograd function whose backward is written by hand, or take its gradient
-    for a constant.
+    These need plain products: some reject an autograd function whose backward is written by hand, and others treat
+    its gradient as a constant.
     """
     return torch.compiler.is_compiling() or (
         bool(torch._C._are_functorch_transforms_active())
@@ -222,7 +227,7 @@ def is_transformed() -> bool:
 def _cheapest(base: Tensor, x: Tensor, B: Tensor, C: Tensor, plan: Plan) -> str:
     compiling = torch.compiler.is_compiling()
     if torch.compiler.is_exporting() or (not compiling and torch._C._is_tracing()):
-        return "factors_first"  # what is exported is for any number of tokens
+        return "factors_first"  # an exported graph must serve any number of tokens
     training = torch.is_grad_enabled() and (B.requires_grad or C.requires_grad)
     find = _cheapest_of.__wrapped__ if compiling else _cheapest_of
     on_cpu = base.device.type == "cpu"
@@ -241,7 +246,7 @@ def _cheapest_of(
     itemsize: int,
     on_cpu: bool,
 ) -> str:
-    """Return `cheapest_order` for inputs of this shape, (..., d); a training has few."""
+    """Return `cheapest_order` for inputs of shape (..., d), cached because a training sees few shapes."""
     *outer, d = shape
     return cheapest_order(
         tokens=prod(outer),
@@ -256,7 +261,10 @@ def _cheapest_of(
 
 
 def _projected(x: Tensor, rows: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``z = rows inputs^T``, (q', N), and its operands: `rows` are M, or B where the inputs are x A."""
+    """Return the operands `inputs` and `rows` of ``z = rows inputs^T``, and z (q', N).
+
+    The rows are M with the inputs x, or, with the order ``"input_first"``, B with the inputs x A.
+    """
     inputs = _in(x.reshape(-1, x.shape[-1]), dtype)
     if plan.order == "input_first":
         inputs = _in_basis(inputs, _in(plan.A[0], dtype)).nan_to_num()
@@ -267,7 +275,10 @@ def _projected(x: Tensor, rows: Tensor, plan: Plan, dtype: torch.dtype) -> tuple
 def _forward(
     base: Tensor, x: Tensor, rows: Tensor, C: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the result for `rows`, which are M, or B if it is projected; the inputs of that product, z and E."""
+    """Return the result, the inputs of the product z, z itself, and E.
+
+    The rows are M, or B with the order ``"input_first"``.
+    """
     n = base.shape[-1]
     E = _expand(C, plan.layout, base.dtype)
     inputs, _, z = _projected(x, rows, plan, base.dtype)
@@ -275,20 +286,23 @@ def _forward(
         base.view(-1, n).addmm_(z.t(), E)
         return base, inputs, z, E
     y = torch.addmm(base.reshape(-1, n), z.t(), E)
-    # Not a view, which autograd would not let anyone change in place (`ReLU(inplace=True)`).
+    # Autograd forbids in-place changes (`ReLU(inplace=True)`) of a view that an autograd function returns, and
+    # `_unsafe_view` does not mark its result as a view.
     return torch.ops.aten._unsafe_view(y, base.shape), inputs, z, E
 
 
 class _Update(torch.autograd.Function):
-    """``y = base + z^T E``, ``z = M x^T``; by hand ``dz = E dy^T``, ``dx = dz^T M``, ``dM = dz x``, ``dE = z dy``.
+    """Compute ``y = base + z^T E`` with ``z = M x^T``.
 
-    `rows` is M, made of B outside, by products that autograd knows: it then finds the gradient of B without Python,
-    which takes longer than the arithmetic. With the order ``"input_first"``, `rows` is B.
+    The backward is written by hand: ``dz = E dy^T``, ``dx = dz^T M``, ``dM = dz x``, ``dE = z dy``.
 
-    Kept for the backward are x and z, and M and E; none that no gradient wants. The order ``"input_first"`` is for
-    those who are short of memory: it keeps ``x A`` for x, and forms M and E anew. Who differentiates the gradients
-    once more needs x, from which all else is computed again: it is at hand but where another dtype or ``x A`` is kept
-    in its place.
+    With the order ``"factors_first"``, `rows` is M. M is formed from B outside of this function, by products that
+    autograd differentiates itself: a backward in Python would take longer than its arithmetic. With the order
+    ``"input_first"``, `rows` is B.
+
+    The forward keeps x, z, M and E for the backward, except those that no wanted gradient needs. The order
+    ``"input_first"`` saves memory: it keeps ``x A`` instead of x, and forms M and E again. Second derivatives compute
+    everything again from x, so they are not available where ``x A``, or x in another dtype, was kept instead of x.
     """
 
     @staticmethod
@@ -297,7 +311,7 @@ class _Update(torch.autograd.Function):
         _, x_wanted, rows_wanted, C_wanted, _ = ctx.needs_input_grad
         first = plan.order == "factors_first"
         as_it_is = first and x.dtype == base.dtype
-        # No more than M takes.
+        # With so few tokens x is no larger than M, so it is kept for second derivatives whatever the order.
         few = x.numel() <= rows.shape[0] * x.shape[-1]
         ctx.save_for_backward(
             x if (rows_wanted or C_wanted) and (as_it_is or few) else None,
@@ -308,8 +322,8 @@ class _Update(torch.autograd.Function):
             C,
             plan.weight if x_wanted else None,
         )
-        # What is left of the plan is not trained, and never changed in place: no need of what `save_for_backward`
-        # watches over.
+        # The rest of the plan is neither trained nor changed in place, so it does not need the checks of
+        # `save_for_backward`.
         ctx.plan, ctx.whole = plan._replace(weight=None), plan.weight is not None
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         if plan.overwrite:
@@ -325,7 +339,7 @@ class _Update(torch.autograd.Function):
         dy2 = dy.reshape(-1, dy.shape[-1])
         with without_autocast(dy):
             if torch.is_grad_enabled():
-                # Somebody differentiates what comes out of here: everything must hang on x, rows and C.
+                # The gradients will be differentiated again, so autograd must see how they depend on x, rows and C.
                 if rows_wanted or C_wanted:
                     if x is None:
                         raise StateError(NO_SECOND_DERIVATIVES)
@@ -355,7 +369,7 @@ class _Update(torch.autograd.Function):
 
 
 def block_places(labels: Tensor, r: int, K: int, blocks: int) -> Tensor:
-    """Return (L, r, n / L) int64: in which row of its block's E each entry of C stands, among K r / L rows."""
+    """Return the row, among the K r / L rows of its block's E, of each entry of C: (L, r, n / L) int64."""
     rows = (labels.to(torch.int64) % (K // blocks)) * r + torch.arange(r, device=labels.device)[:, None]
     return rows.view(r, blocks, -1).transpose(0, 1).contiguous()
 
@@ -363,15 +377,15 @@ def block_places(labels: Tensor, r: int, K: int, blocks: int) -> Tensor:
 def block_products(
     A: Tensor, B: Tensor, C: Tensor, layout: Layout, places: Tensor, K: int
 ) -> tuple[Tensor, Tensor]:
-    """Return M: (L, d, q'), and E: (L, q', n / L), of each of L weights that are one beside the other.
+    """Return M: (L, d, q') and E: (L, q', n / L) of L weights that lie next to each other in the columns.
 
-    All have q' = r K / L directions; those that a subspace of lower rank does not have, or that the weight holds, are
-    zero.
+    Every block has q' = r K / L directions. M is zero for the directions that a subspace of lower rank lacks, and for
+    those that the weight holds. Where A has a row for the bias, so has M.
 
     Parameters
     ----------
     A, B, C, layout
-        As for `update` and `Plan`; A without the row of a bias.
+        As for `update` and `Plan`.
     places
         See `block_places`.
     K
@@ -390,7 +404,7 @@ def block_products(
 
 
 def _by_block(A: Tensor, stacked: Tensor, blocks: int) -> Tensor:
-    """Return ``A_g stacked_g^T`` for every basis, those of one block beside each other: (L, d, q')."""
+    """Return ``A_g stacked_g^T`` for every basis, with the results of one block next to each other: (L, d, q')."""
     M = A @ stacked.transpose(1, 2)
     return M.view(blocks, -1, *M.shape[1:]).transpose(1, 2).reshape(blocks, A.shape[1], -1)
 
@@ -406,19 +420,19 @@ def _in(array: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_basis(x: Tensor, A: Tensor) -> Tensor:
-    """``x A``, the last row of A added where the bias is adapted, rather than a column of ones appended to x."""
+    """Return ``x A``. Where the bias is adapted, the last row of A is added, which saves appending ones to x."""
     d = x.shape[1]
     return x @ A if A.shape[0] == d else torch.addmm(A[d], x, A[:d])
 
 
 def _transposed_z(M: Tensor, x: Tensor) -> Tensor:
-    """``M x^T``, (q', N), the last column of M added where the bias is adapted."""
+    """Return ``M x^T``, (q', N), plus the last column of M where the bias is adapted."""
     d = x.shape[1]
     return M @ x.t() if M.shape[1] == d else torch.addmm(M[:, d:], M[:, :d], x.t())
 
 
 def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int, dtype: torch.dtype) -> Tensor:
-    """``M = B A^T``, (q', d), each row with the basis of its own subspace."""
+    """Return ``M = B A^T``, (q', d), where each row uses the basis of its own subspace."""
     if A.shape[0] == 1:
         return _in(B @ A[0].t(), dtype)
     stacked = B.new_zeros(A.shape[0] * r, B.shape[1]).index_copy(0, slots, B).view(A.shape[0], r, -1)
@@ -426,11 +440,11 @@ def _directions(A: Tensor, B: Tensor, slots: Tensor, r: int, dtype: torch.dtype)
 
 
 def _expand(C: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """``E[rows[i, j], j] = C[i, j]``, (q', n)."""
+    """Return E, (q', n), with ``E[rows[i, j], j] = C[i, j]`` and zeros elsewhere."""
     if layout.mask is not None:
         return _in(C * layout.mask, dtype)
     q = layout.groups.shape[0]
-    # The last row takes what stands nowhere.
+    # The last row collects the entries that have no place in E, and is cut off.
     zeros = torch.zeros((q + int(layout.padded), C.shape[1]), dtype=C.dtype, device=C.device)
     return _in(zeros.scatter(0, layout.rows, C)[:q], dtype)
 

@@ -33,14 +33,14 @@ REFUSED: dict[type, str] = {
     nn.modules.conv._ConvTransposeNd: "a transposed convolution, whose inputs are not the rows of one matrix",
     nn.RNNBase: "a recurrent network, which keeps its weights in a list of its own",
 }
-"""Modules whose Parameters are not adapted either, and why."""
+"""Classes of modules that are never adapted, nor are their own Parameters, and the reason as a clause."""
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""What the four matrices of `torch.nn.MultiheadAttention` are called."""
+"""Names of the four projections of `torch.nn.MultiheadAttention`."""
 
 CONTAINERS = (nn.ParameterList, nn.ParameterDict)
-"""Modules without a forward, whose Parameters others read."""
+"""Modules without a forward, whose Parameters other modules read."""
 
 
 class Linear(LinearKind):
@@ -50,23 +50,23 @@ class Linear(LinearKind):
 
 
 class Conv1D(LinearKind):
-    """Transformers' ``Conv1D``: a linear layer with its weight the other way round, (d, n)."""
+    """``Conv1D`` of transformers: a linear layer whose weight is (d, n), the transpose of a `torch.nn.Linear`'s."""
 
     classes = ("transformers.pytorch_utils.Conv1D",)
 
     def view(self, layer: nn.Module, path: str) -> View:
-        """Return the weight as it is."""
+        """Return the view of a weight (d, n)."""
         return View(rows=(0,), columns=(1,))
 
 
 class Convolution(Kind):
-    """``y = patches(x) W + bias``: a row of W for each input channel and place of the window."""
+    """``y = patches(x) W + bias``: W has a row for each input channel and position in the window."""
 
     classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     lora = "convolution"
 
     def view(self, layer: _ConvNd, path: str) -> View:
-        """Return the window flattened, and transposed."""
+        """Return the view of a weight (n, channels, *window), whose rows are channels and window places."""
         if layer.groups != 1:
             kind = "depthwise" if layer.groups == layer.in_channels else f"of {layer.groups} groups"
             raise LayerError(
@@ -76,30 +76,30 @@ class Convolution(Kind):
         return View(rows=tuple(range(1, layer.weight.ndim)), columns=(0,))
 
     def lora_refusal(self, layer: _ConvNd) -> str | None:
-        """Return a dilation, or a padding with something else than zeros."""
+        """Return the padding mode or the dilation of the layer if PEFT's LoRA ignores it; else None."""
         if layer.padding_mode != "zeros":
             return f"padding_mode = {layer.padding_mode!r}"
         return f"dilation = {layer.dilation}" if set(layer.dilation) != {1} else None
 
     def project(self, layer: _ConvNd, x: Tensor, M: Tensor) -> Tensor:
-        """Return the convolution of the layer, padding and all, with the columns of M as its filters."""
+        """Return the layer's convolution, including its padding, with the columns of M as filters."""
         return layer._conv_forward(x, M.t().reshape(-1, *layer.weight.shape[1:]), None)
 
     def spread(self, layer: _ConvNd, z: Tensor, E: Tensor) -> Tensor:
-        """Return a convolution with a window of one."""
+        """Return ``z E`` at every position, as a convolution with a window of one."""
         window = (1,) * len(layer.kernel_size)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(window) - 1]
         return convolve(z, E.t().reshape(E.shape[1], E.shape[0], *window))
 
 
 class Embedding(Kind):
-    """``y = W[ids]``: a row of W for each id."""
+    """``y = W[ids]``: W has a row for each id."""
 
     classes = (nn.Embedding,)
     lora = "embedding"
 
     def view(self, layer: nn.Embedding, path: str) -> View:
-        """Return the weight as it is."""
+        """Return the view of a weight (d, n), with d ids."""
         if layer.max_norm is not None:
             raise LayerError(
                 f"{path} is an Embedding with max_norm = {layer.max_norm}, which rescales rows of the weight "
@@ -107,17 +107,17 @@ class Embedding(Kind):
             )
         if layer.scale_grad_by_freq:
             raise LayerError(
-                f"{path} is an Embedding with scale_grad_by_freq, which divides gradients of rows, and factors have "
-                "none; leave it out of targets"
+                f"{path} is an Embedding with scale_grad_by_freq, which divides the gradient of each row of the "
+                "weight, and factors have no such rows; leave it out of targets"
             )
         return View(rows=(0,), columns=(1,))
 
     def project(self, layer: nn.Embedding, x: Tensor, M: Tensor) -> Tensor:
-        """Return the rows of M."""
+        """Return the rows of M for the ids x."""
         return F.embedding(x, M)
 
     def looked_up(self, layer: Any, x: Tensor, u: Tensor) -> Tensor:
-        """Return the updates u of the rows x; that of ``padding_idx`` gives no gradient, as in the layer."""
+        """Return the updates u of the ids x. That of ``padding_idx`` passes no gradient, as in the layer."""
         return (
             u
             if layer.padding_idx is None
@@ -126,22 +126,22 @@ class Embedding(Kind):
 
 
 class InPlaceKind(Kind):
-    """A weight that is read by a forward that nobody knows: W + delta is put in its place while that runs."""
+    """A weight that an unknown forward reads: W + delta is put in its place while that forward runs."""
 
     in_place = True
 
 
 class Part(Fragment):
-    """A Parameter of a module, or rows of one, as if it were a layer with a weight and no bias.
+    """A Parameter of a module, or some of its rows, treated as a layer with a weight and no bias.
 
     Parameters
     ----------
     module, name
-        Whose Parameter it is, and what it calls that.
+        Module that has the Parameter, and the module's name for it.
     part
-        What the part is called.
+        Name of the part, as targets spell it.
     rows
-        Which rows of the Parameter it is; None for all.
+        Rows of the Parameter that make up the part. None means all.
     """
 
     bias: ClassVar[None] = None
@@ -162,20 +162,20 @@ class Part(Fragment):
 
 
 class OwnParameter(Part):
-    """A Parameter that a module reads itself, such as those of all experts of a layer."""
+    """A Parameter that a module reads itself, such as the weights of all experts of a layer in one array."""
 
 
 class OwnParameterKind(InPlaceKind):
-    """A Parameter of two axes (n, d), as `torch.nn.functional.linear` takes it, or three: one such for each expert.
+    """A Parameter (n, d), as `torch.nn.functional.linear` takes it, or (experts, n, d), one such matrix each.
 
-    Modules of transformers say by ``is_transposed`` that theirs are (experts, d, n).
+    In modules of transformers whose ``is_transposed`` is true, a Parameter with three axes is (experts, d, n).
     """
 
     classes = (OwnParameter,)
     lora = "parameter"
 
     def view(self, layer: OwnParameter, path: str) -> View:
-        """Return it with its experts beside each other."""
+        """Return the view in which the columns of the experts lie next to each other."""
         transposed = bool(getattr(layer.module, "is_transposed", False))
         if layer.weight.ndim == 2:
             return View(rows=(1,), columns=(0,))
@@ -191,13 +191,13 @@ class Projection(Part):
 
 
 class ProjectionKind(InPlaceKind):
-    """A projection of `torch.nn.MultiheadAttention`, whose forward reads the Parameters of all four."""
+    """A projection of `torch.nn.MultiheadAttention`, whose forward reads the Parameters of all four projections."""
 
     classes = (Projection,)
     all_linear = True
 
     def view(self, layer: Projection, path: str) -> View:
-        """Return the transpose."""
+        """Return the view of a weight (n, d)."""
         return View(rows=(1,), columns=(0,))
 
 
@@ -208,31 +208,32 @@ kinds = Kinds(
 
 
 def refusal(module: object) -> str | None:
-    """Return what a module is that is not adapted on purpose, as a clause; None for others."""
+    """Return, as a clause, why a module is never adapted; None if it may be."""
     return next((why for kind, why in REFUSED.items() if isinstance(module, kind)), None)
 
 
 def parameter_refusal(module: nn.Module, parameter: Tensor) -> str:
-    """Return what a Parameter is that is none of `fragments`, as a noun."""
+    """Return, as a noun phrase, what a Parameter is that `fragments` does not yield."""
     name = type(module).__name__
     if why := refusal(module):
         return f"a Parameter of a {name}, {why}"
     if isinstance(module, nn.MultiheadAttention):
-        return f"a Parameter of a {name}, of which targets name the projections, {', '.join(PROJECTIONS)}"
+        return f"a Parameter of a {name}, for which targets name the projections, {', '.join(PROJECTIONS)}"
     if isinstance(module, ParametrizationList):
         return "a Parameter within a parametrization, which computes the weight from it"
     if isinstance(module, CONTAINERS):
-        return f"an entry of a {name}, of which nobody knows who reads it"
+        return f"an entry of a {name}, which some unknown module reads"
     if parameter.ndim > 3:
-        return f"a Parameter of {parameter.ndim} axes, which are no matrix, nor matrices beside each other"
-    return f"a Parameter of shape {tuple(parameter.shape)} of a {name}, which is no matrix that can be adapted alone"
+        return f"a Parameter of {parameter.ndim} axes, which is neither a matrix nor a stack of matrices"
+    return f"a Parameter of shape {tuple(parameter.shape)} of a {name}, which is not a matrix that can be adapted"
 
 
 def fragments(module: object) -> Iterator[tuple[str, Part]]:
-    """Yield what is adapted of a module that is no layer of a known kind, by name.
+    """Yield, by name, the parts of a module that can be adapted although it is not a layer of a known kind.
 
-    Of `torch.nn.MultiheadAttention` its projections, but for ``out_proj``, which is a module. Of others the
-    Parameters that can be matrices: of two or three axes, each above one.
+    The parts of `torch.nn.MultiheadAttention` are its projections except ``out_proj``, which is a module itself. The
+    parts of other modules are the Parameters that can be matrices: those with two or three axes, each longer than
+    one.
     """
     if isinstance(module, nn.MultiheadAttention):
         packed, width = module.in_proj_weight is not None, module.embed_dim

@@ -1,4 +1,4 @@
-"""Modules by the paths that they have in the plain model: what wraps a module is no part of its path."""
+"""Paths of modules in the plain model, to which the wrappers around modules do not belong."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from adamss.backend.tensors import join_path
 __all__ = ["CHILD", "named_parameters", "plain", "unwrapped", "walk"]
 
 CHILD = "adamss"
-"""Name of the bank among the children of its layer, or of the banks of a module's own Parameters."""
+"""Name, among the children of a module, of its bank or of the banks of its own Parameters."""
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""What a compiled module, one whose activations are checkpointed, and one of FSDP1 call the module within."""
+"""Names that wrappers give the module within: of `torch.compile`, of checkpointed activations, and of FSDP1."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module within wrappers; itself if there are none."""
+    """Return the module within all wrappers, which is `module` itself if nothing wraps it."""
     while True:
         inner = next(
             (module._modules[name] for name in WRAPPED if module._modules.get(name) is not None), None
@@ -32,23 +32,23 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def plain(path: str) -> str:
-    """Return a path, or the name of a tensor, without the wrappers that have names of their own."""
+    """Return a path, or the name of a tensor, without the components that wrappers add."""
     return ".".join(part for part in path.split(".") if part not in WRAPPED)
 
 
 def walk(
     module: nn.Module, path: str = "", *, parametrizations: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield modules by path, parents first; one that appears twice is yielded twice.
+    """Yield modules with their paths, parents first. A module that appears twice is yielded twice.
 
-    Wrappers and banks are passed over.
+    Wrappers and banks are left out.
 
     Parameters
     ----------
     module, path
-        Where to begin.
+        Module to begin with, and its path.
     parametrizations
-        Whether what computes the tensors of a module is yielded too.
+        Whether to yield the modules of `torch.nn.utils.parametrize` too, which compute tensors.
     """
     module = unwrapped(module)
     yield path, module
@@ -61,7 +61,7 @@ def walk(
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the Parameters by all their names in the plain model."""
+    """Yield the Parameters with their names in the plain model, a shared one under each of its names."""
     for path, inner in walk(module, parametrizations=True):
         for name, parameter in inner._parameters.items():
             if parameter is not None:

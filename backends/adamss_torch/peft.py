@@ -1,7 +1,7 @@
-"""What the AdaMSS of Hugging Face PEFT finds in a base weight, which its files do not say.
+"""The grouping that the AdaMSS of Hugging Face PEFT derives from a base weight and does not write to its files.
 
-It is a procedure of library calls, so that the same calls with the same seeds find the same: a randomised SVD without
-oversampling (`torch.svd_lowrank`, two power iterations), and k-means of scikit-learn on the raw left singular
+PEFT derives it by library calls, so the same calls with the same seeds give the same grouping: a randomised SVD
+without oversampling (`torch.svd_lowrank`, two power iterations), and scikit-learn's k-means on the raw left singular
 vectors, from one random start (PEFT 0.21, ``peft/tuners/adamss/utils.py``).
 """
 
@@ -29,16 +29,16 @@ Array = np.ndarray[Any, Any]
 def find_grouping(
     rows: Array, rank: int, subspaces: int, seed: int, *, device: str = "cpu"
 ) -> tuple[Array, Array]:
-    """Return the subspace of each column of a weight and the basis, as PEFT finds them.
+    """Return the subspace of each column of a weight, and the basis, as PEFT finds them.
 
     Parameters
     ----------
     rows
-        (n, d) float32: the weight as `torch.nn.Linear` has it, with the bias as one more input.
+        Weight (n, d) float32 as `torch.nn.Linear` has it, with the bias as one more input.
     rank, subspaces, seed
         PEFT's ``r``, ``num_subspaces`` and ``random_seed``.
     device
-        Where the weight was when PEFT adapted it: random numbers are those of the device.
+        Device of the weight when PEFT adapted it, because random numbers differ between devices.
 
     Returns
     -------
@@ -56,7 +56,8 @@ def find_grouping(
         random_state=KMEANS_SEED,
     )
     with warnings.catch_warnings():
-        # Fewer different columns than subspaces: whoever asks compares with the file.
+        # scikit-learn warns if fewer columns differ than subspaces are asked for. The warning is not needed, since
+        # the caller compares the result with the file.
         warnings.simplefilter("ignore", ConvergenceWarning)
         labels = means.fit_predict(U.cpu().numpy())
     return np.asarray(labels), V.T.contiguous().cpu().numpy()
@@ -64,7 +65,7 @@ def find_grouping(
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the generator of one device; none has another state afterwards."""
+    """Seed the generator of one device, and restore its state afterwards."""
     if device.type == "cpu":
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

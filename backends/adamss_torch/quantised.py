@@ -1,13 +1,16 @@
-"""How other libraries keep the weights of PyTorch's layers in few bits, and how they are read.
+"""Weights that other libraries keep in few bits, and how they are read.
 
-A quantised weight is read by dequantising it, layer by layer, and never written: most of an update would be rounded
-away. Outputs and gradients go through the layer's own kernel. Classes are known by their names, and a library is
-imported only where a layer of it has been found.
+A quantised weight is read by dequantising it, layer by layer, and is never written, since most of an update would be
+rounded away. Outputs and gradients go through the layer's own kernel. Classes are recognised by their names, so a
+library is imported only after one of its layers was found.
 
-Each store says how large the rounding error of its layers is, root mean square, relative to the weight: of b bits
-``2^(1-b)``, since the numbers of a group reach to about three times their root mean square, and a rounding error is
-spread evenly over a step; 1/64 at least, since eight bits often have one scale for a whole row, which reaches
-farther; of floating-point numbers a quarter of the distance from 1 to the next one.
+Each store states the rounding error of its weights, as a root mean square relative to the weight:
+
+- ``2^(1-b)`` for b bits. The numbers of a group reach to about three times their root mean square, and a rounding
+  error is spread evenly over one step.
+- At least 1/64, because formats of eight bits often have one scale for a whole row, whose largest number is farther
+  from the root mean square.
+- A quarter of the distance from 1 to the next number, for floating-point formats.
 """
 
 from __future__ import annotations
@@ -40,14 +43,14 @@ __all__ = [
 
 
 class HQQ(LinearKind):
-    """``HQQLinear`` of hqq."""
+    """``HQQLinear`` layers of hqq."""
 
     classes = ("hqq.core.quantize.HQQLinear",)
     weight = "W_q"
 
 
 class GPTQ(LinearKind):
-    """GPTQ's layers in PyTorch's own operations, by gptqmodel."""
+    """GPTQ layers of gptqmodel that compute with PyTorch's own operations."""
 
     classes = (
         "gptqmodel.nn_modules.qlinear.torch.TorchLinear",
@@ -56,16 +59,16 @@ class GPTQ(LinearKind):
     weight = "qweight"
 
     def view(self, layer: nn.Module, path: str) -> View:
-        """Return the transpose."""
+        """Return the view of a weight (n, d)."""
         if getattr(layer, "rotation", None) is not None:
             raise LayerError(
-                f"{path} rotates its input, which its weight alone does not tell; leave it out of targets"
+                f"{path} rotates its input, so its weight is not the matrix that it applies; leave it out of targets"
             )
         return super().view(layer, path)
 
 
 class AWQ(LinearKind):
-    """AWQ's layers, by gptqmodel and by autoawq."""
+    """AWQ layers of gptqmodel and of autoawq."""
 
     classes = (
         "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear",
@@ -81,23 +84,23 @@ KINDS = (HQQ(), GPTQ(), AWQ())
 
 
 class QuantisedStore(PlainStore):
-    """A weight of few bits, of layers of some classes."""
+    """Weights of few bits, in layers of certain classes."""
 
     classes: ClassVar[tuple[str, ...]]
-    """Full names of the classes."""
+    """Full names of the layers' classes."""
 
     array: ClassVar[str] = "weight"
     """Name of the weight among the attributes of the layer."""
 
     casts: ClassVar[bool] = False
-    """Whether the layers take inputs of any dtype, and give outputs of the same."""
+    """Whether the layers take inputs of any dtype, and return outputs of the input's dtype."""
 
     def holds(self, layer: nn.Module, name: str) -> bool:
-        """Return whether this is the weight of such a layer."""
+        """Return whether `name` is the weight of a layer of one of `classes`."""
         return name == self.array and _is_one_of(layer, self.classes)
 
     def refusal(self, layer: nn.Module, name: str) -> str | None:
-        """Refuse: an update would be rounded away."""
+        """Return a refusal, because quantisation would round an update away."""
         return (
             f"is quantised ({self.described(layer)}), which would round the update away: pass dequantise=True to "
             "adamss.merge, which turns the layer into a float one; or leave the adapter unmerged, or export it by "
@@ -113,20 +116,20 @@ class TensorStore(QuantisedStore):
     """Tensors that can be dequantised: those of torchao, and of optimum-quanto once it is frozen."""
 
     def holds(self, layer: nn.Module, name: str) -> bool:
-        """Return whether the tensor is one."""
+        """Return whether the array is a tensor of a class with a ``dequantize`` of its own."""
         tensor: Any = getattr(layer, "_parameters", {}).get(name)
         own = tensor is not None and type(tensor) not in (Tensor, nn.Parameter) and not is_sharded(tensor)
         return own and getattr(type(tensor), "dequantize", None) is not Tensor.dequantize
 
     def read(self, layer: nn.Module, name: str) -> Tensor:
-        """Return the values."""
+        """Return the dequantised values."""
         tensor: Any = getattr(layer, name).detach()
-        # The `dequantize` of torchao's NF4Tensor is a function of something else.
+        # The `dequantize` of torchao's NF4Tensor takes other arguments and does not return the weight.
         values: Tensor = getattr(tensor, "get_original_weight", tensor.dequantize)()
         return values
 
     def noise(self, layer: nn.Module, name: str) -> float:
-        """Return that of the numbers within the tensor; of four bits where it does not say."""
+        """Return the rounding error of the dtype within the tensor, or of four bits if the tensor names no dtype."""
         tensor: Any = getattr(layer, name)
         kept = getattr(tensor, "target_dtype", None) or getattr(tensor, "qdata", tensor).dtype
         if (qtype := getattr(tensor, "qtype", None)) is not None:
@@ -139,7 +142,7 @@ class TensorStore(QuantisedStore):
 
 
 class UnfrozenStore(QuantisedStore):
-    """Layers of optimum-quanto before `freeze`, which quantise a float weight anew in every forward."""
+    """Layers of optimum-quanto before `freeze`, which quantise a float weight again in every forward."""
 
     classes = ("optimum.quanto.nn.qlinear.QLinear",)
 
@@ -148,104 +151,105 @@ class UnfrozenStore(QuantisedStore):
         return super().holds(layer, name) and layer.weight_qtype is not None and not layer.frozen
 
     def read(self, layer: Any, name: str) -> Tensor:
-        """Return the weight that the layer computes with."""
+        """Return the quantised weight that the layer computes with, dequantised."""
         values: Tensor = layer.qweight.detach().dequantize()
         return values
 
     def noise(self, layer: Any, name: str) -> float:
-        """Return that of its bits."""
+        """Return the rounding error of the type to which the weight is quantised."""
         qtype = layer.weight_qtype
         return _noise(qtype.dtype if qtype.is_floating_point else qtype.bits)
 
 
 class FourBitStore(QuantisedStore):
-    """NF4 and FP4 of bitsandbytes."""
+    """Weights of bitsandbytes in NF4 and FP4."""
 
     classes = ("bitsandbytes.nn.modules.Linear4bit",)
     casts = True
 
     def holds(self, layer: nn.Module, name: str) -> bool:
-        """Return whether it is quantised, which happens when the layer first comes to a device."""
+        """Return whether the weight is quantised, which happens when the layer is first moved to a device."""
         return super().holds(layer, name) and _quant_state(layer) is not None
 
     def read(self, layer: Any, name: str) -> Tensor:
-        """Return the values, in the dtype of the weight that was quantised."""
+        """Return the dequantised values, in the dtype of the weight before it was quantised."""
         from bitsandbytes import functional
 
         values: Tensor = functional.dequantize_4bit(*_unpacked(layer))
         return values
 
     def noise(self, layer: nn.Module, name: str) -> float:
-        """Return that of four bits."""
+        """Return the rounding error of four bits."""
         return _noise(4)
 
     def described(self, layer: Any) -> str:
-        """Return NF4 or FP4."""
+        """Return the class of the layer, and NF4 or FP4."""
         return f"{type(layer).__name__}, {layer.weight.quant_type}"
 
 
 class EightBitStore(QuantisedStore):
-    """LLM.int8() of bitsandbytes: a scale for each row, which moves to another place in the first forward."""
+    """Weights of bitsandbytes for LLM.int8(), with a scale for each row that the first forward moves elsewhere."""
 
     classes = ("bitsandbytes.nn.modules.Linear8bitLt",)
     casts = True
 
     def holds(self, layer: nn.Module, name: str) -> bool:
-        """Return whether it is quantised, which happens when the layer first comes to a device."""
+        """Return whether the weight is quantised, which happens when the layer is first moved to a device."""
         return super().holds(layer, name) and layer.weight.dtype == torch.int8
 
     def read(self, layer: Any, name: str) -> Tensor:
-        """Return the values, in half precision, as the kernel computes."""
+        """Return the dequantised values in half precision, in which the kernel computes."""
+        # SCB is the largest magnitude in each row, which is stored as 127.
         scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
         data: Tensor = layer.weight.data
         values: Tensor = data.float() * (scale.to(data.device) / 127)[:, None]
         return values.half()
 
     def noise(self, layer: nn.Module, name: str) -> float:
-        """Return that of eight bits."""
+        """Return the rounding error of eight bits."""
         return _noise(8)
 
 
 class HQQStore(QuantisedStore):
-    """Groups of any number of bits by hqq."""
+    """Weights of hqq, in groups with any number of bits."""
 
     classes, array = HQQ.classes, HQQ.weight
 
     def read(self, layer: Any, name: str) -> Tensor:
-        """Return the values."""
+        """Return the dequantised values."""
         values: Tensor = layer.dequantize().detach()
         return values
 
     def noise(self, layer: Any, name: str) -> float:
-        """Return that of its bits."""
+        """Return the rounding error of the layer's number of bits."""
         return _noise(layer.meta["nbits"])
 
 
 class GPTQStore(QuantisedStore):
-    """GPTQ: groups of columns, possibly in another order."""
+    """Weights of GPTQ: groups of columns, possibly in another order."""
 
     classes, array = GPTQ.classes, GPTQ.weight
     casts = True
 
     def read(self, layer: Any, name: str) -> Tensor:
-        """Return the values."""
-        # That of the class: the layer's own may be compiled.
+        """Return the dequantised values."""
+        # The method of the class is called, since the layer may have a compiled one as its own attribute.
         values: Tensor = type(layer).dequantize_weight(layer).detach().t()
         return values
 
     def noise(self, layer: Any, name: str) -> float:
-        """Return that of its bits."""
+        """Return the rounding error of the layer's number of bits."""
         return _noise(layer.bits)
 
 
 class AWQStore(QuantisedStore):
-    """AWQ: groups of columns."""
+    """Weights of AWQ: groups of columns."""
 
     classes, array = AWQ.classes, AWQ.weight
     casts = True
 
     def read(self, layer: Any, name: str) -> Tensor:
-        """Return the values."""
+        """Return the dequantised values."""
         packing = "gptqmodel.quantization.awq.utils.packing_utils"
         if type(layer).__module__.startswith("awq."):
             packing = "awq.utils.packing_utils"
@@ -255,7 +259,7 @@ class AWQStore(QuantisedStore):
         return values
 
     def noise(self, layer: Any, name: str) -> float:
-        """Return that of its bits."""
+        """Return the rounding error of the layer's number of bits."""
         return _noise(self._bits(layer))
 
     @staticmethod
@@ -264,17 +268,17 @@ class AWQStore(QuantisedStore):
 
 
 class BlockScaledStore(QuantisedStore):
-    """Float8 with a scale for each block of the weight, as checkpoints have it and transformers computes."""
+    """Float8 weights with a scale for each block, as checkpoints store them and transformers computes with them."""
 
     classes = ("transformers.integrations.finegrained_fp8.FP8Linear",)
     casts = True
 
     def holds(self, layer: nn.Module, name: str) -> bool:
-        """Return whether the weight is one, and not dequantised when it was loaded."""
+        """Return whether the weight is float8, and was not dequantised when it was loaded."""
         return super().holds(layer, name) and layer.weight.dtype == torch.float8_e4m3fn
 
     def read(self, layer: Any, name: str) -> Tensor:
-        """Return the values, in the dtype of inputs."""
+        """Return the dequantised values in bfloat16."""
         values: Tensor = layer.weight.detach().float()
         scale: Tensor = layer.weight_scale_inv.detach().float()
         if layer.block_size is not None:
@@ -283,7 +287,7 @@ class BlockScaledStore(QuantisedStore):
         return (values * scale).bfloat16()
 
     def noise(self, layer: nn.Module, name: str) -> float:
-        """Return that of its dtype."""
+        """Return the rounding error of the weight's dtype."""
         return _noise(layer.weight.dtype)
 
 
@@ -300,7 +304,7 @@ STORES = (
 
 
 def _noise(kept: Any) -> float:
-    """Return the rounding error of so many bits, or of a dtype."""
+    """Return the rounding error of a number of bits or of a dtype, as the docstring of the module derives it."""
     if isinstance(kept, torch.dtype) and kept.is_floating_point and kept.itemsize == 1:
         return torch.finfo(kept).eps / 4
     bits = kept if isinstance(kept, int) else re.fullmatch(r"torch\.u?int([1-8])", str(kept))
@@ -311,7 +315,7 @@ def _noise(kept: Any) -> float:
 
 
 class AnyInput(nn.Linear):
-    """A float layer in the place of a quantised one that takes inputs of any dtype, and so does this one."""
+    """A float layer in the place of a quantised one; like that one, it takes inputs of any dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``x W^T + b`` in the dtype of the input, computed in that of the weight."""
@@ -320,16 +324,16 @@ class AnyInput(nn.Linear):
 
 
 def float_layer(W: Tensor, b: Tensor | None, *, casts: bool) -> nn.Linear:
-    """Return a linear layer, frozen.
+    """Return a frozen linear layer.
 
     Parameters
     ----------
     W
-        (d, n).
+        Weight (d, n).
     b
-        (n,), or None.
+        Bias (n,), or None.
     casts
-        Whether it is to take inputs of any dtype.
+        Whether the layer takes inputs of any dtype.
     """
     kind = AnyInput if casts else nn.Linear
     d, n = W.shape
@@ -344,9 +348,9 @@ def float_layer(W: Tensor, b: Tensor | None, *, casts: bool) -> nn.Linear:
 
 
 PACKING = "support_avx512bf16_for_cpu"
-"""Attribute of a layer of bitsandbytes: whether it packs its weight in the first forward of an evaluation.
+"""Attribute of a layer of bitsandbytes: whether it packs its weight in the first forward in evaluation mode.
 
-The kernel of packed weights passes no gradient to its input, in training after an evaluation neither.
+The kernel of packed weights passes no gradient to its input, and the weight stays packed in later training.
 """
 
 
@@ -360,21 +364,21 @@ def packing_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def unpack(layer: Any) -> None:
-    """Give a weight of bitsandbytes that is packed its usual form, of the same numbers to the bit."""
+    """Give a packed weight of bitsandbytes its usual form, with the same numbers to the bit."""
     if _is_packed(layer):
         layer.weight.data, layer.weight.quant_state = _unpacked(layer)
         layer.quant_state = layer.weight.quant_state
 
 
 def _unpacked(layer: Any) -> tuple[Tensor, Any]:
-    """Return the numbers of a layer of four bits, and how they are to be read, in the usual form."""
+    """Return the data and the quantisation state of a four-bit layer in the usual form, which is not packed."""
     data, state = layer.weight.data, _quant_state(layer)
     if not _is_packed(layer):
         return data, state
     from bitsandbytes import functional
 
     state = copy.copy(state)
-    # Scales that were quantised themselves would be so anew, with another error.
+    # Otherwise the inverse would quantise nested scales again, which adds another error.
     state.original_nested = False
     data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
     state.absmax = state.absmax.t().reshape(-1).float()
@@ -386,10 +390,10 @@ def _is_packed(layer: Any) -> bool:
 
 
 def _quant_state(layer: Any) -> Any:
-    # FSDP hands out weights without it.
+    # The weights that FSDP gathers have no quantisation state, but the layer has it.
     return getattr(layer.weight, "quant_state", None) or layer.quant_state
 
 
 def _is_one_of(layer: nn.Module, classes: tuple[str, ...]) -> bool:
-    """Whether a layer is of one of these classes, or of a subclass; no library is imported for it."""
+    """Return whether a layer is an instance of one of these classes, without importing their libraries."""
     return any(f"{one.__module__}.{one.__qualname__}" in classes for one in type(layer).__mro__)

@@ -1,4 +1,4 @@
-"""Rows of a batch that go through adapters of their own: one pair of products over the factors of all adapters."""
+"""Routing of the rows of a batch through different adapters, by one pair of products over the factors of all."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from adamss_torch.kinds import Convolution, Embedding
 __all__ = ["LayerRoute"]
 
 GATHER_COST = 14
-"""What it costs to gather the factors of one row, in products of one token with as many numbers."""
+"""Cost of gathering the factors of one row, in units of the product of one token with these factors."""
 
 
 class LayerRoute:
-    """How the rows of a batch go through the adapters of one layer.
+    """Route of the rows of a batch through the A adapters of one layer.
 
-    With M: (A + 1, d, q) and E: (A + 1, q, n) of its A adapters, padded with zeros to the largest, and zeros at the
-    end for rows of the base, row i gets ``(x_i M[a]) E[a]``, a its adapter. Where a row has many tokens, the factors
-    of each row are gathered; where it has few, all tokens are multiplied with all of M, and a mask leaves each the
-    directions of its own adapter.
+    M: (A + 1, d, q) and E: (A + 1, q, n) stack the factors of the adapters, padded with zeros to the largest. The
+    last entries are zero and serve rows without an adapter. Row i gets the update ``(x_i M[a]) E[a]``, where a is the
+    number of its adapter. If a row has many tokens, the factors of each row are gathered. If it has few, all tokens
+    are multiplied by all of M, and a mask keeps the directions of each token's own adapter.
 
     Parameters
     ----------
     path
-        Of the layer.
+        Path of the layer, for messages.
     adapters
-        Of the layer, those that rows may go through.
+        Adapters of the layer that rows may go through.
     rows
-        For each row the number of its adapter among them, A for none.
+        Number, among `adapters`, of the adapter of each row; A for a row without one.
     axis
-        Of the input, along which the rows lie.
+        Axis of the input along which the rows lie.
     dtype
-        That the layer mostly computes in.
+        Dtype in which the layer mostly computes.
     """
 
     def __init__(
@@ -49,7 +49,11 @@ class LayerRoute:
         self.stacked(dtype)
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return M and E of all adapters: anew if one is trained, or, where nothing is compiled, has changed."""
+        """Return M and E of all adapters in a dtype.
+
+        They are made at every call if an adapter is trained. Otherwise they are kept until an adapter changes;
+        compiled code does not notice a change and uses what was kept.
+        """
         if any(adapter.B.requires_grad for adapter in self.adapters):
             return _stacked(self.adapters, dtype)
         if torch.compiler.is_compiling() and self._stack is not None:
@@ -63,13 +67,14 @@ class LayerRoute:
         return self._stack
 
     def __call__(self, layer: Any, kind: Any, x: Tensor, output: Tensor) -> Tensor:
-        """Return the output of the layer with the update of each row."""
+        """Return the output of the layer plus the update of each row."""
         M, E = self.stacked(output.dtype)
         if kind.linear:
             return self._linear(x.to(output.dtype), M, E, output)
         count, _, q = M.shape
         leading = x.shape if isinstance(kind, Embedding) else x.shape[: x.ndim > len(layer.weight.shape) - 1]
-        # Ids of one axis are those of rows, or positions that are one for all rows.
+        # Ids with a single axis are either one id for each row, or positions that all rows share. In the second case
+        # there is no row to route by, so their number must be exactly that of the rows.
         exact = isinstance(kind, Embedding) and len(leading) == 1
         share = rows_of(self.path, tuple(leading), len(self.rows), self.axis, exact=exact)
         z = kind.project(layer, x, torch.cat([*M[:-1]], dim=1))
@@ -105,12 +110,13 @@ class LayerRoute:
 
 
 def _finite(z: Tensor) -> Tensor:
-    """Return zero where z is not finite: with C = 0 the output is to be that of the base."""
+    """Return z with zeros where it is not finite: with C = 0 the output must be the base's, and not NaN."""
     return torch.where(z.isfinite(), z, torch.zeros_like(z))
 
 
 def _stacked(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    pairs = [adapter.products(scaled=False) for adapter in adapters]  # whatever weights are active
+    # A route ignores the weights with which adapters are active.
+    pairs = [adapter.products(scaled=False) for adapter in adapters]
     d, q = (max(M.shape[axis] for M, _ in pairs) for axis in (0, 1))
     pad = nn.functional.pad
     Ms = [pad(M.to(dtype), (0, q - M.shape[1], 0, d - M.shape[0])) for M, _ in pairs]

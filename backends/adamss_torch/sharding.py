@@ -1,6 +1,6 @@
-"""Several processes: tensors that FSDP2 has spread over them, and what they agree on.
+"""Several processes: tensors that FSDP2 has sharded, and values on which processes agree.
 
-FSDP2 is `torch.distributed.fsdp.fully_shard`. What it has not spread is left alone by all functions here.
+FSDP2 is `torch.distributed.fsdp.fully_shard`. All functions here leave tensors alone that it has not sharded.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def is_partitioned(tensor: Any) -> bool:
-    """Return whether a Parameter is one that DeepSpeed ZeRO-3 has taken apart, or will."""
+    """Return whether DeepSpeed ZeRO-3 manages a Parameter, and has partitioned it or will do so."""
     return hasattr(tensor, "ds_id")
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:
-    """Return the shape of a tensor, of which this process may hold nothing at the moment."""
+    """Return the shape of the whole tensor, of which this process may hold nothing at the moment."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def put_together(parameter: Any) -> Tensor:
-    """Return the values of a Parameter that DeepSpeed ZeRO-3 has taken apart; all processes must call this."""
-    # Whoever has taken it apart has imported it.
+    """Return the whole of a Parameter that DeepSpeed ZeRO-3 has partitioned. All processes must call this."""
+    # A Parameter can be partitioned only after deepspeed was imported.
     with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):
         values: Tensor = parameter.detach().clone()
     return values
@@ -84,25 +84,26 @@ def local(tensor: Any) -> Tensor:
 
 
 def unshard(tensor: Any) -> Tensor:
-    """Return the whole of a tensor, gathered from all processes, which all must call this."""
+    """Return the whole tensor, gathered from all processes. All processes must call this."""
     if not is_sharded(tensor):
         whole: Tensor = tensor
         return whole
     if tensor.ndim == 2 and tensor.stride(0) < tensor.stride(1):
-        # Laid out in memory as it was before it was spread, so that products with it are the same to the bit.
+        # The tensor gets the memory layout that it had before it was sharded, so that products with it are equal to
+        # the bit.
         return unshard(tensor.t()).t()
-    # Parts that are kept on the CPU cannot be sent from there.
+    # Parts that are offloaded to the CPU cannot be sent from there.
     part = local(tensor).to(tensor.device_mesh.device_type)
     full: Tensor = rebuilt(part, tensor).full_tensor()  # type: ignore[attr-defined]
     return full
 
 
 def shard_like(full: Tensor, like: Any) -> Tensor:
-    """Return this process's part of a tensor that every process has whole, cut as `like` is cut, on its device."""
+    """Return this process's part of a tensor that every process has whole, sharded as `like` is, on its device."""
     if not is_sharded(like):
         return full
     mesh = like.device_mesh
-    # Nothing is sent: each process cuts its part from its own.
+    # Nothing is sent, since each process cuts its part from its own copy.
     everywhere = DTensor.from_local(
         full.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False
     )
@@ -111,7 +112,7 @@ def shard_like(full: Tensor, like: Any) -> Tensor:
 
 
 def rebuilt(part: Tensor, like: Any) -> Tensor:
-    """Return the parts of all processes as one tensor, spread as `like` is; undoes `local`."""
+    """Return the parts of all processes as one tensor, sharded as `like` is. This undoes `local`."""
     if not is_sharded(like):
         return part
     spread: Tensor = DTensor.from_local(
@@ -121,9 +122,9 @@ def rebuilt(part: Tensor, like: Any) -> Tensor:
 
 
 def part_like(tensor: Any, like: Any) -> Tensor:
-    """Return this process's part of a tensor, whole or spread in whatever way, cut as `like` is cut.
+    """Return this process's part, sharded as `like` is, of a tensor that is whole or sharded in any way.
 
-    All processes call this.
+    All processes must call this.
     """
     alike = is_sharded(tensor) and is_sharded(like)
     if alike and (tensor.device_mesh, tensor.placements) == (like.device_mesh, like.placements):
@@ -132,7 +133,7 @@ def part_like(tensor: Any, like: Any) -> Tensor:
 
 
 def copy_into(tensor: Any, value: Any) -> None:
-    """Overwrite a tensor in place with one that is spread as it is, or that every process has whole."""
+    """Overwrite a tensor in place with a value that is sharded, or that every process has whole."""
     local(tensor).copy_(part_like(value, tensor))
 
 
@@ -140,10 +141,10 @@ def copy_into(tensor: Any, value: Any) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the parts back in the place of Parameters that a forward has left gathered; nothing is sent.
+    """Put the shards back in the place of Parameters that a forward has left gathered. Nothing is sent.
 
-    FSDP2 leaves those of its root, and all with ``reshard_after_forward=False``, until the backward. Whoever reads
-    or changes them in between would have a copy that goes out of date.
+    FSDP2 leaves the Parameters of its root gathered until the backward, and with ``reshard_after_forward=False``
+    those of all modules. Code that reads or changes them in between would work on a copy that goes out of date.
     """
     for module in _fsdp_modules(model):
         module.reshard()
@@ -151,17 +152,17 @@ def reshard(model: nn.Module) -> None:
 
 def _fsdp_modules(model: nn.Module) -> Iterator[Any]:
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if kind is not None:  # else nobody can have called fully_shard
+    if kind is not None:  # without this class fully_shard cannot have been called
         yield from (module for module in model.modules() if isinstance(module, kind))
 
 
 def check_not_flattened(model: nn.Module) -> None:
-    """Check that no part of the model is wrapped by FSDP1, unless its Parameters are put together for now.
+    """Check that FSDP1 wraps no part of the model, unless its Parameters are summoned in full at the moment.
 
     Raises
     ------
     StateError
-        If one is.
+        If FSDP1 wraps a part whose Parameters are not summoned.
     """
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     wrapped = [module for module in model.modules() if kind is not None and isinstance(module, kind)]
@@ -175,12 +176,12 @@ def check_not_flattened(model: nn.Module) -> None:
 
 
 def check_spread(model: nn.Module, layer: nn.Module, weight: Any, path: str) -> None:
-    """Check that an adapter on this layer could be spread as the layer is.
+    """Check that an adapter on this layer could be sharded as the layer is.
 
     Raises
     ------
     LayerError
-        If something other than FSDP2 has spread the weight, or keeps its parts on another device.
+        If something other than FSDP2 has sharded the weight, or if its shards are offloaded to the CPU.
     """
     if not is_sharded(weight):
         return
@@ -200,10 +201,11 @@ def check_spread(model: nn.Module, layer: nn.Module, weight: Any, path: str) -> 
 
 
 def shard_adapter(adapter: Adapter, like: Any) -> None:
-    """Spread B and C over the processes over which a weight is spread already."""
+    """Shard B and C over the processes over which a weight is sharded already."""
     from torch.distributed.fsdp import fully_shard
 
-    # What stays gathered after a forward is out of date after a step, if no backward comes between.
+    # B and C are resharded after the forward: if they stayed gathered and no backward came in between, they would be
+    # out of date after a step.
     fully_shard(adapter, mesh=like.device_mesh, reshard_after_forward=True)
 
 
@@ -223,7 +225,7 @@ def sum_over_shards(values: Tensor, like: Any) -> Tensor:
 
 
 def agree(values: Tensor, like: Any, group: dist.ProcessGroup | None) -> Tensor:
-    """Return what the first process has, on all of the group, and of the mesh over which `like` is spread."""
+    """Return the first process's values on all processes of the mesh over which `like` is sharded, or of `group`."""
     if is_sharded(like):
         mesh = like.device_mesh
         groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
@@ -236,7 +238,7 @@ def agree(values: Tensor, like: Any, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def same_everywhere(tensors: list[Tensor], group: dist.ProcessGroup) -> bool:
-    """Return whether tensors are equal to the bit on all processes of a group."""
+    """Return whether all processes of a group hold the same tensors, equal to the bit."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -246,9 +248,9 @@ def same_everywhere(tensors: list[Tensor], group: dist.ProcessGroup) -> bool:
 
 
 def once(model: nn.Module, action: Callable[[], None]) -> None:
-    """Call `action` on the first process of those that hold parts of the model, and wait for it on the others.
+    """Call `action` on the first of the processes that hold parts of the model, and wait for it on the others.
 
-    On each process, if it holds the whole.
+    A process that holds the whole model calls `action` itself. An error on the first process is raised on all.
     """
     spread: Any = next((p for p in model.parameters() if is_sharded(p)), None)
     world = dist.group.WORLD if any(map(is_partitioned, model.parameters())) else None
@@ -279,9 +281,9 @@ def device_of(group: dist.ProcessGroup, like: Tensor) -> torch.device:
 
 
 def exchanged_objects(thing: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
-    """Return the things of all processes of a group, by rank."""
+    """Return the objects that the processes of a group pass to this function, by rank."""
     found: list[Any] = [None] * dist.get_world_size(group)
-    # Objects go through the present device, which nobody may have set.
+    # Objects are sent through the current CUDA device, which may never have been set.
     on: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on:
         dist.all_gather_object(found, thing, group=group)
@@ -289,5 +291,5 @@ def exchanged_objects(thing: Any, group: dist.ProcessGroup, device: torch.device
 
 
 def as_bytes(array: Tensor) -> Tensor:
-    """Return the entries of an array as bytes, in one row."""
+    """Return the entries of an array as a one-dimensional tensor of bytes."""
     return array.detach().contiguous().view(-1).view(torch.uint8)

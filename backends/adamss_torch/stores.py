@@ -1,10 +1,10 @@
-"""How PyTorch's layers keep their tensors: as Parameters, computed, offloaded by accelerate, or spread by FSDP2.
+"""How PyTorch's layers keep their tensors: as Parameters, computed, offloaded by accelerate, or sharded.
 
 Quantised weights are read by `adamss_torch.quantised`.
 
 `accelerate` (``device_map``, `dispatch_model`, `cpu_offload`) keeps weights in a map outside of the module, and puts
-them in their places for the time of a forward only. What is written to a tensor on the meta device is lost without a
-word, so that such writes are refused.
+them in their places only during a forward. In between, the module has tensors on the meta device. Writes to these
+would be lost silently, so they are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ParameterStore", "exchanged", "execution_device", "present", "stores
 
 
 class ParameterStore(PlainStore):
-    """Parameters of the layer, and tensors that it has as buffers or plain attributes."""
+    """Parameters of a layer, and tensors that are its buffers or plain attributes."""
 
     def read(self, layer: nn.Module, name: str) -> Tensor:
         """Return the values of the Parameter."""
@@ -31,31 +31,31 @@ class ParameterStore(PlainStore):
         return tensor.detach()
 
     def refusal(self, layer: nn.Module, name: str) -> str | None:
-        """Refuse on the meta device."""
+        """Return a refusal if the tensor is on the meta device."""
         return writing_refused(getattr(layer, name))
 
     def write(self, layer: nn.Module, name: str, value: Tensor) -> None:
-        """Give the Parameter other values; it stays the object that it is."""
+        """Give the Parameter other values. It stays the same object."""
         exchanged(getattr(layer, name), value)
 
     def exchange(self, layer: nn.Module, name: str, value: Tensor) -> Tensor:
-        """Do the same, and return the former values, where they were."""
+        """Give the Parameter other values, and return the former ones on their device."""
         return exchanged(getattr(layer, name), value)
 
 
 class PartitionedStore(ParameterStore):
-    """Parameters that DeepSpeed ZeRO-3 has taken apart; whoever reads one does so in all processes."""
+    """Parameters that DeepSpeed ZeRO-3 has partitioned. All processes must read one together."""
 
     def holds(self, layer: Any, name: str) -> bool:
-        """Return whether the tensor is one."""
+        """Return whether the tensor is such a Parameter."""
         return is_partitioned(getattr(layer, name, None))
 
     def read(self, layer: Any, name: str) -> Tensor:
-        """Return the values, put together from all processes."""
+        """Return the whole Parameter, gathered from all processes."""
         return put_together(getattr(layer, name))
 
     def refusal(self, layer: Any, name: str) -> str | None:
-        """Refuse: the parts of the other processes are not in reach."""
+        """Return a refusal, because this process cannot write the parts of other processes."""
         return (
             "is taken apart by DeepSpeed ZeRO-3; adamss.save the adapter, load it into a model outside of DeepSpeed, "
             "and merge that"
@@ -63,18 +63,18 @@ class PartitionedStore(ParameterStore):
 
 
 class RowsStore(ParameterStore):
-    """Rows of a larger Parameter, as `torch.nn.MultiheadAttention` keeps three projections in one."""
+    """Rows of a larger Parameter, such as the one in which `torch.nn.MultiheadAttention` packs three projections."""
 
     def holds(self, layer: Any, name: str) -> bool:
-        """Return whether the tensor is a part of another."""
+        """Return whether the tensor consists of some rows of a Parameter."""
         return isinstance(layer, Part) and layer.rows is not None and name == "weight"
 
     def write(self, layer: Any, name: str, value: Tensor) -> None:
-        """Give the Parameter other values in these rows."""
+        """Give these rows of the Parameter other values."""
         self.exchange(layer, name, value)
 
     def exchange(self, layer: Any, name: str, value: Tensor) -> Tensor:
-        """Do the same, and return the former rows."""
+        """Give these rows of the Parameter other values, and return the former ones."""
         whole: Tensor = getattr(layer.module, layer.name)
         new = whole.detach().clone()
         new[layer.rows] = value.to(device=whole.device, dtype=whole.dtype)
@@ -82,14 +82,14 @@ class RowsStore(ParameterStore):
 
 
 class ComputedStore(ParameterStore):
-    """Weights that `torch.nn.utils.parametrize` computes whenever they are looked at."""
+    """Weights that `torch.nn.utils.parametrize` computes at every access."""
 
     def holds(self, layer: nn.Module, name: str) -> bool:
         """Return whether a class that `torch.nn.utils.parametrize` made computes the tensor."""
         return isinstance(layer, nn.Module) and isinstance(getattr(type(layer), name, None), property)
 
     def refusal(self, layer: nn.Module, name: str) -> str | None:
-        """Refuse: the next look would compute it anew."""
+        """Return a refusal, because the next access would compute the weight again."""
         return (
             "is computed by a parametrization and cannot be replaced; remove the parametrization, or leave the "
             "adapter unmerged"
@@ -97,7 +97,7 @@ class ComputedStore(ParameterStore):
 
 
 class OffloadedStore(ParameterStore):
-    """Weights in a map of `accelerate`."""
+    """Weights that `accelerate` keeps in a map outside of the module."""
 
     def holds(self, layer: nn.Module, name: str) -> bool:
         """Return whether the tensor is on the meta device and accelerate has its values."""
@@ -116,9 +116,10 @@ stores = Stores(
 
 
 def present(module: nn.Module, name: str) -> Any:
-    """Return a tensor of a module, or None as the module has it; from accelerate's map where its values are there.
+    """Return a tensor of a module with its values, or None if the module has None in its place.
 
-    It stays on the meta device where there are none at all. One that DeepSpeed has taken apart is put together.
+    Values that accelerate has offloaded come from its map, and a Parameter that DeepSpeed has partitioned is
+    gathered. A tensor without any values is returned on the meta device.
     """
     tensor = getattr(module, name)
     if is_partitioned(tensor):
@@ -128,7 +129,7 @@ def present(module: nn.Module, name: str) -> Any:
 
 
 def execution_device(layer: nn.Module) -> torch.device | int | str | None:
-    """Return where accelerate runs a layer whose weight is elsewhere in between; None for any other layer."""
+    """Return the device on which accelerate runs a layer that it offloads; None for any other layer."""
     hook = _offloading(layer)
     return None if hook is None else hook.execution_device
 
@@ -144,10 +145,11 @@ def writing_refused(tensor: Tensor) -> str | None:
 
 
 def exchanged(tensor: Tensor, value: Tensor) -> Tensor:
-    """Give a tensor other values, and return those that it had.
+    """Give a tensor other values, and return the former ones.
 
-    Not by a copy in place: what a forward before has saved for its backward must stay as it was. (FSDP2 gathers from
-    the memory of its parts, whatever ``data`` is, so that there it is a copy.)
+    The tensor gets other memory, because a tensor that an earlier forward has saved for its backward must not change.
+    Only a sharded tensor is overwritten in place, since FSDP2 gathers from the memory of the shards whatever ``data``
+    is.
     """
     if is_sharded(tensor):
         before = tensor.detach().clone()
@@ -155,7 +157,7 @@ def exchanged(tensor: Tensor, value: Tensor) -> Tensor:
         return before
     before = tensor.data
     value = value.detach().to(device=before.device, dtype=before.dtype)
-    if value.stride() != before.stride():  # as PyTorch keeps it, maybe channels last
+    if value.stride() != before.stride():  # keep the memory format, which may be channels last
         value = torch.empty_like(before).copy_(value)
     tensor.data = value
     return before
@@ -163,7 +165,7 @@ def exchanged(tensor: Tensor, value: Tensor) -> Tensor:
 
 def _offloading(module: nn.Module) -> Any:
     hook = getattr(module, "_hf_hook", None)
-    hooks: Any = getattr(hook, "hooks", (hook,))  # one, or several in a row
+    hooks: Any = getattr(hook, "hooks", (hook,))  # a single hook, or a sequence of hooks
     for each in hooks:
         if getattr(each, "offload", False) and each.weights_map is not None:
             return each

@@ -1,4 +1,4 @@
-"""Rows of an embedding that are trained, those of single tokens, in the place of the rows of its weight."""
+"""Trained rows of an embedding, those of single tokens, which replace rows of its weight."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["TrainedRows", "is_known"]
 class TrainedRows(nn.Module):
     """``y = W'[x]`` of an embedding, and ``y = x W'^T`` of a head, where W' is W with other rows for some ids.
 
-    To replace rows is idempotent: it does no harm where W' stands in the place of W already.
+    Replacing rows is idempotent, so it does no harm where W' stands in the place of W already.
 
     Parameters
     ----------
     rows
-        What they are at first, on the device of W.
+        Initial rows, on the device of W.
 
     Attributes
     ----------
     rows
         Trained Parameter, (k, E).
     ids
-        (k,) int64, ascending, on the device of `rows`. They are part of a state but no buffer, which other libraries
-        may average.
+        Ids of the rows, (k,) int64, ascending, on the device of `rows`. They are part of the state dict but not a
+        buffer, because other libraries may average buffers.
     """
 
     ids: Tensor
@@ -45,10 +45,14 @@ class TrainedRows(nn.Module):
         return Rows(tuple(self.ids.tolist()), self.rows.detach())
 
     def forward(self, layer: Any, x: Tensor, output: Tensor, *, overwrite: bool = False) -> Tensor:
-        """Return what a layer would have made of its input x with W'; `overwrite` says whether `output` may be."""
+        """Return the output that a layer has for its input x with W', given its `output` with W.
+
+        With `overwrite`, the result may be written into `output`.
+        """
         ids, rows = self.ids.to(output.device), self.rows.to(output.device)
         if not isinstance(layer, nn.Embedding):
-            # The difference, and not the product with the rows, which would not start equal to the bit.
+            # The product with the change of the rows is added. Products with the rows themselves would round
+            # differently, and the output would not start equal to the base's to the bit.
             change = F.linear(x, (rows - layer.weight[ids].to(rows.dtype)).to(x.dtype)).to(output.dtype)
             return (output.index_add_ if overwrite else output.index_add)(-1, ids, change)
         x = x.to(torch.int64).contiguous()
@@ -84,7 +88,8 @@ class TrainedRows(nn.Module):
     ) -> None:
         name = f"{prefix}ids"
         given = state_dict.get(name, self.ids)
-        # An average of equal integers, taken as if they were weights, is that integer, up to rounding.
+        # Libraries that average states make these integers floating point. The average of equal integers is that
+        # integer up to rounding.
         if given.shape != self.ids.shape or not torch.equal(given.round().to(self.ids), self.ids):
             error_msgs.append(f"{name}: the rows in the state are those of other tokens than in this model.")
             return
@@ -98,7 +103,10 @@ class TrainedRows(nn.Module):
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether the forward is that of `torch.nn.Embedding` or `torch.nn.Linear`, maybe within one of accelerate's."""
+    """Return whether a module's forward is that of `torch.nn.Embedding` or `torch.nn.Linear`.
+
+    A forward that accelerate has wrapped counts too.
+    """
     kind = kinds.find(module)
     return (
         isinstance(kind, Embedding | Linear)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adamss
+from adamss import plots
 from adamss.backend import Adaptation
 from adamss.backend.ledger import base_weight, sites_of
 from adamss.backend.training import adapter_of
@@ -27,6 +29,7 @@ from adamss_torch.sharding import is_sharded
 
 try:
     from transformers import PreTrainedModel, TrainerCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 except ImportError as error:
     raise MissingBackendError(
         "adamss_torch.transformers needs Hugging Face transformers: pip install 'adamss[transformers]'"
@@ -35,24 +38,26 @@ except ImportError as error:
 __all__ = ["ADAPTER_FILE", "AdamssCallback"]
 
 ADAPTER_FILE = "adapter.safetensors"
-"""In each folder that the Trainer saves: what `adamss.load` reads."""
+"""File that `adamss.load` reads, in each folder that the Trainer saves."""
 
 TRAINER_FILE = "model.safetensors"
-"""Where the Trainer looks for what it saved; here, all that is trained and nothing else."""
+"""File from which the Trainer reads back what it saved. Here it holds what is trained and nothing else."""
 
 MODULES_FILE = "modules.json"
-"""In the folders of sentence-transformers."""
+"""File by which folders of sentence-transformers are recognised."""
 
 CONFIG_FILE = "config.json"
-"""Which makes a folder a model for `AutoModel`; beside an adapter alone, it would give one with weights at random."""
+"""File that makes a folder a model for `AutoModel`. Without base weights, the model would get random ones."""
 
 KEY = "adamss"
-"""Under which our state is part of the optimiser's, which keeps what belongs to no Parameter: that of the controller,
-and the fingerprints of the base weights."""
+"""Key of our state in the optimiser's state, which keeps entries that belong to no Parameter.
+
+Our state consists of that of the controller, and of the fingerprints of the base weights.
+"""
 
 
 class AdamssCallback(TrainerCallback):
-    """Trains an adapted model with `transformers.Trainer`: the budget, its log, and small checkpoints.
+    """Train an adapted model with `transformers.Trainer`: the budget, its log, and small checkpoints.
 
     ::
 
@@ -60,41 +65,44 @@ class AdamssCallback(TrainerCallback):
         trainer = Trainer(model, arguments, ..., callbacks=[AdamssCallback()])
         trainer.train()
 
-    - **Budget**: a `adamss_torch.BudgetController` on the Trainer's optimiser, from the beginning of `train` on.
-    - **Log**: ``adamss/active`` (subspaces that are trained) and ``adamss/budget`` beside the loss. The Trainer puts
-      its own reporters (TensorBoard, ...) before the callbacks that it is given; `lead` has them see it too.
-    - **Files**: as long as the model is adapted and not merged, the Trainer's checkpoints and ``trainer.save_model``
-      hold what is trained, not the base: ``model.safetensors``, which the Trainer reads, and ``adapter.safetensors``,
-      which `adamss.load` reads. There is no ``config.json``, for the folder is no model that `AutoModel` could
-      load; one that an earlier save has left there is removed with the weights that it belonged to. (Of a model that
-      is no `transformers.PreTrainedModel` the Trainer writes the whole first, and what is taken out afterwards is
-      only that of checkpoints.)
-    - **Resuming**: ``trainer.train(resume_from_checkpoint=...)`` on the base model, attached afresh, gives the bits
-      of the training that was not interrupted, on the CPU. The controller's state is in ``optimizer.pt``.
-      A second ``trainer.train()`` that resumes nothing begins the schedule anew, with what the first has left
-      trained: without ``revive``, what is frozen stays so.
+    - **Budget**: the callback puts a `adamss_torch.BudgetController` on the Trainer's optimiser when `train` begins.
+    - **Log**: ``adamss/active`` (the number of trained subspaces), ``adamss/parameters`` (the number of trained
+      parameters) and ``adamss/budget`` are logged with the loss. The Trainer calls its own reporters (TensorBoard,
+      ...) before the callbacks that it is given. Call `lead` so that these reporters see the values too, and so that
+      TensorBoard gets pictures. ``state.log_history`` has every allocation, which `adamss.plots.active` draws.
+    - **Files**: while the model is adapted and not merged, the Trainer's checkpoints and ``trainer.save_model`` hold
+      what is trained, and not the base: ``model.safetensors``, which the Trainer reads, and ``adapter.safetensors``,
+      which `adamss.load` reads. They hold no ``config.json``, because `AutoModel` could not load the folder; a
+      ``config.json`` that an earlier save has left there is removed with the weights that it belonged to. (If the
+      model is not a `transformers.PreTrainedModel`, the Trainer writes all weights. The base is then taken out of
+      checkpoints, but not out of what ``trainer.save_model`` writes.)
+    - **Resuming**: attach to the base model again and call ``trainer.train(resume_from_checkpoint=...)``. On the CPU
+      this gives the same bits as a training that was not interrupted. The controller's state is in ``optimizer.pt``.
+      A second ``trainer.train()`` that resumes nothing begins the schedule again with the subspaces that the first
+      one has left trained: without ``revive``, frozen subspaces stay frozen.
 
-    Evaluation, accumulated gradients, mixed precision, ``load_best_model_at_end`` and `accelerate launch` are the
-    Trainer's own affair and work as ever. Not with DeepSpeed, which raises; with FSDP the budget cannot be resumed.
+    Evaluation, accumulated gradients, mixed precision, ``load_best_model_at_end`` and `accelerate launch` are handled
+    by the Trainer and work as usual. Training with DeepSpeed raises an error. With FSDP a budget cannot be resumed.
 
     Parameters
     ----------
     budget
-        The schedule; None for the one that the adapter was attached with. If there is none either, nothing is frozen.
+        Schedule of the budget. None means the one that the adapter was attached with; if that is None too, nothing is
+        frozen.
     name
-        Of the adapter; None for the one that is trained when the training begins.
+        Name of the adapter. None means the one that is trained when the training begins.
     on_allocation
-        Called with an `adamss_torch.Allocation` after each.
+        Function that is called with an `adamss_torch.Allocation` after each decision.
 
     Attributes
     ----------
     controller
-        The `BudgetController`, from the beginning of the training on; None without a schedule.
+        The `BudgetController`, once the training has begun. None without a schedule.
 
     Raises
     ------
     StateError
-        When the Trainer is made: if its model has no adapters, or is merged.
+        When the Trainer is made, if its model has no adapters or is merged.
     """
 
     def __init__(
@@ -113,18 +121,49 @@ class AdamssCallback(TrainerCallback):
         self.on_allocation = on_allocation
         self.controller: BudgetController | None = None
         self._hook: Any = None
+        self._told: list[Allocation] = []
+        self._counts: dict[str, int] = {}
+        self._reporters: Sequence[Any] = ()
+        self._sizes_due = False
         self._base: dict[str, list[Any]] = {}
 
-    def lead(self, trainer: Any) -> None:
-        """Put this callback before all others of a Trainer, so that its reporters see what it adds to the log."""
+    def lead(self, trainer: Any, *, pictures: bool = False) -> None:
+        """Put this callback before all others of a Trainer, so that its reporters see what it adds to the log.
+
+        Parameters
+        ----------
+        trainer
+            That has this callback.
+        pictures
+            Whether TensorBoard gets `adamss.plots.sizes` when the training begins and ends, and `adamss.plots.active`
+            after each allocation that changes something, which takes about a second. Nothing is drawn under
+            ``report_to="none"``.
+
+        Raises
+        ------
+        ConfigError
+            If pictures are asked for, and the Trainer reports, but not to TensorBoard.
+        MissingBackendError
+            If they are asked for and matplotlib is not installed.
+        """
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)
+        self._reporters = callbacks if pictures and trainer.args.report_to else ()
+        if not self._reporters:
+            return
+        if not any(isinstance(each, TensorBoardCallback) for each in callbacks):
+            raise ConfigError(
+                f"AdamssCallback: pictures are for TensorBoard, and report_to = {trainer.args.report_to!r}; add "
+                "'tensorboard' to it (pip install tensorboard)"
+            )
+        if find_spec("matplotlib") is None:
+            raise MissingBackendError("AdamssCallback: pictures need matplotlib: pip install 'adamss[plots]'")
 
     # ---- events -----------------------------------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the model save what is trained."""
+        """Make the model save only what is trained."""
         _save_what_is_trained(kwargs["model"], self.name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -132,8 +171,9 @@ class AdamssCallback(TrainerCallback):
         model = kwargs["model"]
         adaptation = _save_what_is_trained(model, self.name)
         self._remove()
+        self._sizes_due = True
         bare = bare_optimizer(kwargs["optimizer"])
-        # Loading a checkpoint has put it there.
+        # If a checkpoint was loaded, our state is in that of the optimiser.
         stored = bare.state.pop(KEY, None) or {}  # type: ignore[call-overload]
         if not any(is_sharded(adapter.B) for adapter in adapters_of(model, adaptation.name).values()):
             self._base = _fingerprints(model, adaptation)
@@ -143,7 +183,7 @@ class AdamssCallback(TrainerCallback):
         if config is None:
             return
         self.controller = BudgetController(
-            model, bare, config, name=adaptation.name, on_allocation=self.on_allocation
+            model, bare, config, name=adaptation.name, on_allocation=self._allocated
         )
         if stored.get("controller") is not None:
             self.controller.load_state_dict(stored["controller"])
@@ -154,26 +194,76 @@ class AdamssCallback(TrainerCallback):
                 AdamssWarning,
                 stacklevel=2,
             )
+        self._told, self._counts = [], _counts(self.controller.masks)
+        if not any(plots.ALLOCATION in entry for entry in state.log_history):
+            self._record(state, self.controller.step, self._counts, budget=config.to_dict())
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the sizes of the subspaces, once: TensorBoard is not ready when the training begins."""
+        if self._sizes_due:
+            self._sizes_due = False
+            self._draw("sizes", kwargs["model"], state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the allocations of the step into the history, as far as they change something."""
+        told, self._told = self._told, []
+        for allocation in told:
+            counts = _counts(allocation.masks)
+            changed = {path: count for path, count in counts.items() if count != self._counts[path]}
+            if changed:
+                self._counts = counts
+                self._record(state, allocation.step, changed)
+                self._draw("active", state.log_history, state)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the number of trained subspaces."""
+        """Add the number of trained subspaces and the budget to the log."""
         logs = kwargs["logs"]
         if self.controller is None or "loss" not in logs:
             return
-        more = {"adamss/active": self.controller.active_count, "adamss/budget": self.controller.budget}
+        controller = self.controller
+        more = {
+            "adamss/active": controller.active_count,
+            "adamss/parameters": controller.parameters,
+            "adamss/budget": controller.budget,
+        }
         logs.update(more)
         if state.log_history:
             state.log_history[-1].update(more)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave what is trained of a checkpoint that the Trainer has written itself."""
+        """Take the base out of a checkpoint that the Trainer has written by itself."""
         model, folder = kwargs["model"], Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and not isinstance(vars(model).get("save_pretrained"), _SavePretrained):
             _shrink(model, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the controller off; it warns if the training was too short for its schedule."""
+        """Draw the sizes once more and remove the controller, which warns if the training was too short for it."""
+        self._draw("sizes", kwargs["model"], state)
         self._remove()
+
+    # ---- what is drawn ----------------------------------------------------------------------------------
+
+    def _allocated(self, allocation: Allocation) -> None:
+        self._told.append(allocation)
+        if self.on_allocation is not None:
+            self.on_allocation(allocation)
+
+    def _record(self, state: Any, step: int, active: dict[str, int], **more: Any) -> None:
+        """Put an allocation into the history of the Trainer; its reporters take numbers alone, and do not see it."""
+        entry = {plots.ALLOCATION: {"step": step, "active": active, **more}}
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, **entry})
+
+    def _draw(self, name: str, source: Any, state: Any) -> None:
+        """Hand TensorBoard a picture of `adamss.plots`; on the process that writes, and if it is asked for."""
+        writers = [each.tb_writer for each in self._reporters if isinstance(each, TensorBoardCallback)]
+        for writer in writers:
+            if writer is not None:
+                from matplotlib.figure import Figure
+
+                # Not of pyplot, which would open a window where there is a screen.
+                figure = Figure(figsize=(8, 8), layout="constrained")
+                getattr(plots, name)(source, ax=figure.add_subplot())
+                writer.add_figure(f"adamss/{name}", figure, state.global_step)
 
     # ---- the budget -------------------------------------------------------------------------------------
 
@@ -190,11 +280,15 @@ class AdamssCallback(TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no hooks on an optimiser.
-        return vars(self) | {"controller": None, "_hook": None}
+        return vars(self) | {"controller": None, "_hook": None, "_reporters": ()}
+
+
+def _counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    return {path: int(mask.sum()) for path, mask in masks.items()}
 
 
 def _fingerprints(model: nn.Module, adaptation: Adaptation) -> dict[str, list[Any]]:
-    """Return what tells the base weights of the adapted layers from others, in plain values."""
+    """Return the fingerprints of the base weights of the adapted layers, in plain values."""
     backend = TorchBackend()
     bank = backend.bank(model)
     with backend.exact():
@@ -209,7 +303,7 @@ def _check_base(stored: dict[str, list[Any]], ours: dict[str, list[Any]]) -> Non
     Raises
     ------
     StateError
-        If not; the message names a layer.
+        If it was trained on others; the message names a layer.
     """
     for path in stored.keys() & ours.keys():
         there, here = (Fingerprint(tuple(m[0]), m[1], tuple(m[2])) for m in (stored[path], ours[path]))
@@ -224,17 +318,17 @@ def _check_base(stored: dict[str, list[Any]], ours: dict[str, list[Any]]) -> Non
 
 
 def _save_what_is_trained(model: nn.Module, name: str | None) -> Adaptation:
-    """Have a model write what is trained alone, as long as it is adapted and not merged; return the adapter.
+    """Make a model save only what is trained while it is adapted and not merged, and return the adapter.
 
     Raises
     ------
     StateError
-        If it has no such adapter, or that is merged.
+        If the model has no such adapter, or if the adapter is merged.
     """
     adaptation = adapter_of(TorchBackend(), model, "AdamssCallback", name)
     if isinstance(model, PreTrainedModel):
         _SavePretrained(model)
-        # The Trainer compares what a checkpoint lacks with this, and tells of the difference.
+        # The Trainer compares the keys that a checkpoint lacks with these names, and warns if they differ.
         _Untrained(model)
     else:
         vars(model).setdefault("_keys_to_ignore_on_save", None)
@@ -242,7 +336,7 @@ def _save_what_is_trained(model: nn.Module, name: str | None) -> Adaptation:
 
 
 def _untrained(model: nn.Module) -> set[str]:
-    """Return the names of the frozen parameters of the base; none of a model that is merged, or has no adapters."""
+    """Return the names of the frozen parameters of the base; no names if the model is merged or has no adapters."""
     adapters = TorchBackend().bank(model).adapters.values()
     if not adapters or any(each.merged for each in adapters):
         return set()
@@ -252,7 +346,7 @@ def _untrained(model: nn.Module) -> set[str]:
 
 
 class _Untrained(OnLoan, Set[str]):
-    """In the place of a model's `_keys_to_ignore_on_save`: what is not trained at the time it is looked at."""
+    """Substitute for a model's `_keys_to_ignore_on_save`: the names of what is not trained when it is read."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "_keys_to_ignore_on_save")
@@ -274,9 +368,10 @@ class _Untrained(OnLoan, Set[str]):
 
 
 class _SavePretrained(OnLoan):
-    """In the place of a model's `save_pretrained`: what is trained, as long as it has these adapters, not merged.
+    """Substitute for a model's `save_pretrained` that saves what is trained.
 
-    An object that holds the model, and no closure: a copy of the model has one of its own.
+    It saves the whole model once that is merged or no longer has these adapters. It is an object that holds the
+    model, and not a closure, so that a copy of the model gets its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -294,8 +389,8 @@ class _SavePretrained(OnLoan):
         for name in ("push_to_hub", "variant"):
             if options.get(name):
                 raise ConfigError(
-                    f"save_pretrained: {name} is for whole models, and this one saves its adapter; merge it first, "
-                    "or upload the folder"
+                    f"save_pretrained: {name} is for whole models, and this model saves only its adapter; merge it "
+                    "first, or upload the folder"
                 )
         if is_main_process:
             state_dict = options.get("state_dict")
@@ -305,7 +400,7 @@ class _SavePretrained(OnLoan):
 
 def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> None:
     untrained = _untrained(model)
-    # Copies, for a file has no two names for one memory.
+    # Tensors are copied, because safetensors refuses two names for the same memory.
     kept = {name: tensor.detach().clone() for name, tensor in state_dict.items() if name not in untrained}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -315,12 +410,12 @@ def _write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> Non
 
 
 def _shrink(model: nn.Module, folder: Path) -> None:
-    """Take the base out of what the Trainer has written.
+    """Take the base out of a checkpoint that the Trainer has written.
 
     Raises
     ------
     StateError
-        If it cannot be read back: a Trainer of another library has written it in a form of its own.
+        If the Trainer is that of another library whose form of checkpoints cannot be read back into adapters.
     """
     weights = folder / TRAINER_FILE
     written = load_file(weights) if weights.is_file() else {}

@@ -1,4 +1,4 @@
-"""Who reads the weights of an adapted model: seen in its first forwards, in training and in evaluation."""
+"""Finding out which modules read the weights of an adapted model, in its first forwards of either mode."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FORM = {
     ),
     *("is_contiguous", "is_floating_point", "is_complex", "type", "get_device", "__len__", "requires_grad_"),
 }
-"""Functions of a tensor that read no number of it."""
+"""Functions of a tensor that read none of its numbers."""
 
 FORM_ATTRIBUTES = ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "itemsize")
 CHECKS = ("isinstance", "hasattr", "type")
@@ -63,23 +63,23 @@ NO_FORWARD = (
 
 
 FORWARDS = 100
-"""So many are watched at most, for a layer that none of them has called: in a block that is dropped now and then."""
+"""Number of forwards to watch at most: a layer in a block that is dropped at random may not run for a long time."""
 
 
 @dataclass
 class Seen:
-    """What was seen in the forwards of a model so far, in training (True) and in evaluation (False).
+    """Findings in the forwards of a model so far, in training (True) and in evaluation (False).
 
     Attributes
     ----------
     paths
-        The adapted layers whose weights were read.
+        Paths of the adapted layers whose weights were read, by mode.
     forwards
-        How many forwards that read any of them were watched.
+        Number of watched forwards that read any of these weights, by mode.
     told
-        Layers of which something was told.
+        Paths of layers about which a warning was given.
     heads
-        Embeddings whose weight somebody takes for a head, by a function.
+        Paths of embeddings whose weight another module uses as a head, through a function.
     """
 
     paths: dict[bool, set[str]] = field(default_factory=lambda: {True: set(), False: set()})
@@ -93,34 +93,34 @@ class Seen:
         return self.paths[True] | self.paths[False]
 
     def done(self, training: bool, paths: Set[str]) -> bool:
-        """Whether these layers were all seen in a mode, or enough forwards have passed."""
+        """Return whether all of these layers were seen in a mode, or enough forwards were watched."""
         return self.forwards[training] >= FORWARDS or (
             self.forwards[training] > 0 and paths <= self.paths[training]
         )
 
 
 class Watch(TorchFunctionMode):
-    """Sees, in a forward of a model, who reads the weights of adapted layers.
+    """Find out, in a forward of a model, which modules read the weights of adapted layers.
 
-    If another module reads a weight than the layer itself, or reads a Parameter outside of the forward of its module,
-    its update is put in place there too: at once, and whenever that module runs from then on. Otherwise the adapter
-    would have no effect, without a word. A module that has the Parameter too, as a head that is tied to an
-    embedding, is no such reader.
+    If a module other than the layer itself reads the weight, or a Parameter is read outside of the forward of its
+    module, then W + delta replaces the weight there too: at once, and whenever that reader runs from then on.
+    Otherwise the adapter would silently have no effect. A module that has the Parameter itself, such as a head that
+    is tied to an embedding, does not count as such a reader.
 
     Parameters
     ----------
     layers
-        Adapted layers and Parameters by path, with their banks.
+        Adapted layers and Parameters, with their banks, by path.
     seen
-        What is added to.
+        Findings to which this watch adds.
     training
-        The mode of the model.
+        Whether the model is in training mode.
     began
-        The module whose forward it is.
+        Module whose forward is watched.
     """
 
     active = 0
-    """How many of them are in force: whoever counts `torch.overrides` modes leaves these out."""
+    """Number of watches in force, which code that counts `torch.overrides` modes must leave out."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Watch(TorchFunctionMode):
         began: nn.Module,
     ) -> None:
         super().__init__()
-        self.thread = get_ident()  # a mode is in force in one thread
+        self.thread = get_ident()  # a mode is in force in one thread only
         self.began, self.training, self.seen = began, training, seen
         self.compiled = False
         self.found_readers = False
@@ -139,10 +139,10 @@ class Watch(TorchFunctionMode):
         self._paths = {id(bank): path for path, (_, bank) in layers.items()}
         for path, (layer, bank) in layers.items():
             weight: Any = layer.module._parameters.get(layer.name) if isinstance(layer, Part) else None
-            # accelerate reads and moves the weights that it offloads, in the name of whoever runs.
+            # accelerate reads and moves offloaded weights during the forward of any module, so these are not watched.
             if not isinstance(layer, Part) and execution_device(layer) is None:
                 weight = layer._parameters.get(bank.kind.weight)
-            if id(weight) in STANDING:  # in a forward that has begun
+            if id(weight) in STANDING:  # a forward that is running has replaced the weight already
                 weight = STANDING[id(weight)].original
             if weight is not None and bank.computed:
                 self._weights[id(weight)] = path, layer, bank
@@ -152,7 +152,8 @@ class Watch(TorchFunctionMode):
     def __enter__(self) -> Any:
         Watch.active += 1
         if "torch._dynamo" in sys.modules:
-            # A compiled part shows nothing, and a graph made under a mode would have to be made anew without it.
+            # A mode sees nothing of compiled code, and a graph that is compiled under the mode would have to be
+            # compiled again without it.
             self._eager = torch.compiler.set_stance("force_eager")
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -163,19 +164,19 @@ class Watch(TorchFunctionMode):
             self._eager.__exit__(None, None, None)
 
     def end(self) -> None:
-        """Note what was seen, and tell of layers that were not called, but others which have the same weight."""
+        """Record what was seen, and warn of layers that were not called while others with the same weight were."""
         if not (self._read or self._others):
-            return  # others stood in the places of the weights, as in `torch.func.functional_call`
+            return  # other tensors stood in the places of the weights, as in `torch.func.functional_call`
         self.seen.paths[self.training] |= self._read
-        # Once more where readers were found: is what they read then W + delta?
+        # A forward in which readers were found does not count, so that another one checks that they read W + delta.
         self.seen.forwards[self.training] += FORWARDS if self.compiled else not self.found_readers
         every = self.seen.every | self.seen.told
         for path, name in self._others.items():
             if path not in every:
                 self.seen.told.add(path)
                 warnings.warn(
-                    f"{path}: the forward has called another {name} of the same weight, and not this one, whose "
-                    "adapter had no effect; name the other in targets",
+                    f"{path}: the forward has called another {name} of the same weight instead of this one, whose "
+                    "adapter had no effect; name the other one in targets",
                     AdamssWarning,
                     stacklevel=3,
                 )
@@ -184,7 +185,7 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # a function within the model, as flexible attention is
+        if torch.compiler.is_compiling():  # the model compiles a function itself, such as flexible attention
             return func(*args, **kwargs)
         given = {id(tensor): tensor for tensor in _tensors((*args, *kwargs.values()))}
         for key in given.keys() & STANDING.keys():
@@ -199,7 +200,8 @@ class Watch(TorchFunctionMode):
             path, layer, bank = self._weights[key]
             reader = _reader(weight)
             owner = layer.module if isinstance(layer, Part) else layer
-            # None: we, who put W + delta in its place. What a compiler has made has the layer's own product in it.
+            # None means that our own code reads the weight, to form W + delta. A graph that a compiler has made
+            # contains the layer's own product.
             own = (reader is layer and bank.hooked) or any(reader is module for module, _ in bank.sharing)
             if reader is None or own or isinstance(reader, Adapter | TrainedRows | GraphModule):
                 self._read.add(path)
@@ -209,7 +211,7 @@ class Watch(TorchFunctionMode):
             elif path in self._read and isinstance(bank.kind, Embedding) and not bank.sharing:
                 self._tell_of_head(path, reader)
             elif any(place.original is weight for place in bank.places):
-                self.found_readers = True  # and in every forward from now on
+                self.found_readers = True  # so that later forwards are watched, and raise, as well
                 raise LayerError(
                     f"{path}: {type(reader).__name__} keeps its weight in a place of its own, where W + delta cannot "
                     "be put; leave it out of targets"
@@ -223,7 +225,7 @@ class Watch(TorchFunctionMode):
         return func(*_exchanged(args, new), **dict(zip(kwargs, values, strict=True)))
 
     def _updated(self, key: int, weight: Tensor, reader: nn.Module) -> Tensor:
-        """Return W + delta for whoever reads W, and put it in place there from now on."""
+        """Return W + delta for a module that reads W, and let it replace W in that module's forwards from now on."""
         path, layer, bank = self._weights[key]
         self.found_readers = True
         if not readable(weight):
@@ -239,19 +241,19 @@ class Watch(TorchFunctionMode):
         return place.updated(weight)
 
     def _tell_of_head(self, path: str, reader: nn.Module) -> None:
-        """Tell, once, of a head that takes the weight of an embedding which is called too: that alone is adapted."""
+        """Warn once of a head that uses the weight of an embedding, because only the embedding is adapted."""
         if path not in self.seen.heads:
             self.seen.heads.add(path)
             warnings.warn(
-                f"{path}: {type(reader).__name__} takes the weight of this embedding for a head too, which goes on "
-                "with the base weight; once merged, both have the update: leave it unmerged",
+                f"{path}: {type(reader).__name__} uses the weight of this embedding as a head too, and the head "
+                "keeps the base weight; merging would change both, so leave the adapter unmerged",
                 AdamssWarning,
                 stacklevel=2,
             )
 
     @staticmethod
     def _check_checkpoint(place: Place) -> None:
-        """Check that W + delta is not read within a checkpoint that computes it anew after W is back."""
+        """Check that W + delta is not read within an activation checkpoint that is recomputed after W is back."""
         frame: Any = sys._getframe(2)
         while frame is not None:
             if frame.f_code.co_name == "_call_impl" and any(
@@ -270,14 +272,14 @@ class Watch(TorchFunctionMode):
 
 @cache
 def _lookups(kind: Any) -> frozenset[tuple[str, str]]:
-    """Return which attributes of its children a class looks up in its source: (child, attribute) of ``self.child.x``.
+    """Return (child, attribute) for each attribute ``self.child.attribute`` that a class looks up in its source.
 
-    Not those of which it asks for the form alone, nor in methods that run before or after a training.
+    Look-ups that only ask for a tensor's form do not count, nor do methods that run before or after a training.
     """
     found = set()
     for each in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         if each.__module__.startswith("torch."):
-            continue  # its fused paths look for hooks, and step aside
+            continue  # PyTorch's own fused paths look for hooks, and step aside
         try:
             tree = ast.parse(dedent(getsource(each)))
         except (OSError, TypeError, SyntaxError):
@@ -299,18 +301,18 @@ def _lookups(kind: Any) -> frozenset[tuple[str, str]]:
 
 
 def seems_to_read(module: nn.Module | None, child: str, name: str) -> bool:
-    """Whether a module reads an array of one of its children itself, by what its source says."""
+    """Return whether a module, by its source, reads an array of one of its children itself."""
     kind: Any = type(module)
     return isinstance(module, nn.Module) and (child, name) in _lookups(kind)
 
 
 def _has(module: nn.Module, weight: Tensor) -> bool:
-    """Whether a tensor is one of the Parameters of a module."""
+    """Return whether a tensor is one of a module's own Parameters."""
     return any(own is weight for own in module._parameters.values())
 
 
 def _asks_for_form(func: Any, args: tuple[Any, ...], found: Mapping[int, Tensor]) -> bool:
-    """Whether a function of a tensor asks for its dtype, shape or the like, and not for its numbers."""
+    """Return whether a function of a tensor asks for its dtype, shape or the like, and not for its numbers."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(func.__self__, "__name__", "") not in ("data", "T", "mT", "H", "mH")
@@ -320,9 +322,9 @@ def _asks_for_form(func: Any, args: tuple[Any, ...], found: Mapping[int, Tensor]
 
 
 def _reader(weight: Tensor) -> nn.Module | None:
-    """Return the module that has looked up a weight, or one that a compiler made; None for ourselves.
+    """Return the module that has looked up a weight, or the graph module of a compiler; None for our own code.
 
-    It is the innermost one whose forward is running, but for those that were given the weight as an argument.
+    The reader is the innermost module whose forward is running and that was not given the weight as an argument.
     """
     frame: Any = sys._getframe(2)
     found = None
@@ -342,7 +344,7 @@ def _reader(weight: Tensor) -> nn.Module | None:
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Return tensors among arguments, and in lists of them."""
+    """Return the tensors among arguments, and those in arguments that are lists or tuples."""
     flat = [inner for value in values for inner in (value if isinstance(value, tuple | list) else (value,))]
     return [value for value in flat if isinstance(value, Tensor)]
 

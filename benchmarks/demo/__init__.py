@@ -1,1 +1,1 @@
-"""The demo in PyTorch and in JAX, and its task: tell from which submodule of SciPy a sentence comes."""
+"""The demo in PyTorch and in JAX. Its task is to tell which submodule of SciPy a sentence comes from."""

@@ -1,13 +1,13 @@
-"""The demo in JAX: fine-tune MiniLM in Flax NNX, then let the adapter travel to PyTorch and another one back.
+"""Fine-tune MiniLM in Flax NNX, and exchange adapters with PyTorch.
 
-The task, the batches, the learning rates and the head's initial values are those of `in_torch`, the encoder is
+The task, the batches, the learning rates and the initial values of the head are those of `in_torch`. The encoder is
 the NNX model of `minilm_nnx`. ::
 
     python benchmarks/demo/in_jax.py
     python benchmarks/demo/in_jax.py --model path/to/bert --steps 500
 
-Afterwards the adapter trained here is loaded into the PyTorch model, and one trained in PyTorch into the model
-here. Each has to give the same answer to every test sentence; if one does not, the exit status is 1.
+Afterwards the adapter trained in JAX is loaded into the PyTorch model, and one trained in PyTorch into the JAX model.
+Each must give the same predictions for all test sentences in both frameworks, else the exit status is 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; demo/in_torch.py says why
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # set before torch is loaded, see demo/in_torch.py
     sys.path.insert(0, str(Path(__file__).parents[1]))  # the package demo
 
 import jax
@@ -69,9 +69,9 @@ class Method:
     prepare : callable
         ``(model, rngs) -> model``: adds the adapter.
     trained : filter of NNX
-        Which variables are trained.
+        Filter of the trained variables.
     learning_rate : float
-        The winner of the search that `in_torch` describes.
+        Rate that the search in `in_torch` has chosen.
     """
 
     prepare: Callable[[SentenceClassifier, nnx.Rngs], SentenceClassifier]
@@ -80,7 +80,7 @@ class Method:
 
 
 def prepare_adamss(model: SentenceClassifier, rngs: nnx.Rngs) -> SentenceClassifier:
-    """Adapt the target layers by AdaMSS. The adapter and the head become variables of type LoRAParam."""
+    """Adapt the target layers by AdaMSS. The variables of adapter and head then have the type `nnx.LoRAParam`."""
     config = adamss.AdamssConfig(
         rank=100, subspaces=10, subspace_rank=1, targets=TARGETS, modules_to_save=[HEAD]
     )
@@ -88,7 +88,7 @@ def prepare_adamss(model: SentenceClassifier, rngs: nnx.Rngs) -> SentenceClassif
 
 
 def prepare_lora(model: SentenceClassifier, rngs: nnx.Rngs) -> SentenceClassifier:
-    """Adapt the same layers by Flax's own LoRA."""
+    """Adapt the same layers by the LoRA of Flax."""
     for _, module in list(nnx.iter_modules(model)):
         for name in TARGETS:
             layer = getattr(module, name, None)
@@ -124,22 +124,23 @@ METHODS = {
 
 @dataclass(kw_only=True)
 class Run:
-    """A model in training, with what is measured on the way.
+    """A model in training, with its losses and step times.
 
     Attributes
     ----------
     model : SentenceClassifier
     trained : filter of NNX
+        Filter of the trained variables.
     optimizer : nnx.Optimizer
-        AdamW on what is trained, and a learning rate that falls linearly to zero.
+        AdamW on the trained variables, with a learning rate that falls linearly to zero.
     update : callable
         The compiled step: ``(model, optimizer, inputs, labels) -> loss``.
     losses : list of float
         Training loss of each step.
     seconds : list of float
-        Duration of each step, without those that compiled.
+        Duration of each step, without the steps that compiled.
     compiled : set
-        Shapes of the batches so far: another one is compiled anew.
+        Shapes of the batches so far. The first batch of another shape compiles.
     """
 
     model: SentenceClassifier
@@ -152,9 +153,9 @@ class Run:
 
     @classmethod
     def start(cls, model: SentenceClassifier, method: Method, steps: int) -> Run:
-        """Put an optimiser on what a method trains."""
+        """Make the optimiser of the variables that the method trains, and compile the step."""
         schedule = optax.linear_schedule(method.learning_rate, 0.0, steps)
-        rule = optax.adamw(schedule, weight_decay=1e-2)  # PyTorch's default, which the rates were found with
+        rule = optax.adamw(schedule, weight_decay=1e-2)  # PyTorch's default, as in the search of the rates
         differentiated = nnx.DiffState(0, method.trained)
 
         @nnx.jit
@@ -173,7 +174,7 @@ class Run:
         return cls(model=model, trained=method.trained, optimizer=optimizer, update=update)
 
     def step(self, inputs: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
-        """Take one step on one batch."""
+        """Take one training step on one batch."""
         start = time.perf_counter()
         loss = self.update(self.model, self.optimizer, inputs, labels)
         jax.block_until_ready(nnx.state((self.model, self.optimizer)))
@@ -185,7 +186,7 @@ class Run:
         self.losses.append(float(loss))
 
     def trained_arrays(self) -> dict[str, np.ndarray]:
-        """Return the values of what is trained, by path."""
+        """Return the trained arrays by path."""
         state = nnx.to_flat_state(nnx.state(self.model, self.trained))
         return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
 
@@ -196,7 +197,7 @@ class Run:
         return {"adapter": sum(sizes.values()) - head, "head": head}
 
     def save(self, path: Path, *, adapted: bool) -> Path:
-        """Write what was trained: by `adamss`, or the arrays as they are."""
+        """Write the trained arrays, through `adamss.save` if the model is adapted by AdaMSS; return the path."""
         if adapted:
             adamss.save(self.model, path)
         else:
@@ -205,7 +206,7 @@ class Run:
 
 
 def tokenize(tokenizer: Callable, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Turn texts into one batch of token ids and mask, padded to one of four lengths: few compilations."""
+    """Turn texts into one batch of token ids and mask, padded to one of four lengths so that few shapes compile."""
     batch = tokenizer(
         list(texts),
         padding=True,
@@ -236,7 +237,7 @@ def logits(model: SentenceClassifier, inputs: Mapping[str, Any]) -> jax.Array:
 
 
 def predict(model: SentenceClassifier, tokenizer: Callable, texts: Sequence[str]) -> np.ndarray:
-    """Return the logits (len(texts), classes), dropout off."""
+    """Return the logits (len(texts), classes), with dropout off."""
     model.eval()
     batches = (tokenize(tokenizer, texts[i : i + 64]) for i in range(0, len(texts), 64))
     return np.concatenate([logits(model, inputs) for inputs in batches])
@@ -247,7 +248,7 @@ def predict(model: SentenceClassifier, tokenizer: Callable, texts: Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all parts share: where the model is, the split and the settings."""
+    """What all parts of the demo share: the model's source, the split of the data, and the settings."""
 
     source: in_torch.Source
     tokenizer: Callable
@@ -274,7 +275,7 @@ class Session:
         )
 
     def classifier(self, seed: int) -> SentenceClassifier:
-        """Load the encoder, and put the head on it that the PyTorch demo has with this seed."""
+        """Load the encoder, and give it the head that the PyTorch demo has for this seed."""
         rngs = nnx.Rngs(seed)
         classes = len(self.train.classes)
         model = SentenceClassifier(load_encoder(self.source.name, rngs=rngs), classes, rngs=rngs)
@@ -290,16 +291,16 @@ class Session:
         return Run.start(model, method, self.steps)
 
     def in_jax(self, model: SentenceClassifier) -> np.ndarray:
-        """Predict the test sentences by a model of NNX."""
+        """Return the logits of the test sentences from an NNX model."""
         return predict(model, self.tokenizer, self.test.texts)
 
     def in_torch(self, model: torch.nn.Module) -> np.ndarray:
-        """Predict the test sentences by a model of PyTorch."""
+        """Return the logits of the test sentences from a PyTorch model."""
         return in_torch.predict(model, self.tokenizer, self.test.texts, "cpu").numpy()
 
 
 def compare(session: Session) -> tuple[np.ndarray, Path]:
-    """Train the three methods, print the table, and return the logits and the file of AdaMSS."""
+    """Train the three methods, print the table, and return the logits of AdaMSS and its file."""
     print(
         f"{len(session.train)} sentences to train on, {len(session.test)} to test on, "
         f"{len(session.train.classes)} classes; adapted: {', '.join(TARGETS)}; JAX on {jax.default_backend()}"
@@ -330,8 +331,8 @@ def train_in_torch(session: Session) -> tuple[np.ndarray, Path]:
 
 
 def travel(session: Session, here: tuple[np.ndarray, Path]) -> bool:
-    """Load either framework's adapter into a fresh base of the other, and say whether the answers agree."""
-    # Another seed, so that the heads of the fresh bases are not those that the training started from.
+    """Load the adapter of each framework into a fresh base of the other; return whether the predictions agree."""
+    # Another seed, so that the fresh bases have other heads than the training started from.
     before, path = here
     base = session.source.classifier(len(session.train.classes), session.seed + 1)
     after = session.in_torch(adamss.load(base, path))
@@ -350,7 +351,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, help="folder of a BERT model (default: MiniLM-L6)")
     parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of head, LoRA, batches and dropout (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of head, LoRA, batches and dropout (default: 0)"
+    )
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the adapters")
     return parser.parse_args(argv)
 

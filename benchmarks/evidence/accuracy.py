@@ -1,14 +1,16 @@
-"""AdaMSS beside other methods: test accuracy over seeds, each at its own best learning rate.
+"""Compare AdaMSS with other methods: test accuracy over seeds, each method at its own best learning rate.
 
-For every task and method four learning rates are tried with one seed, and more where the best of them is at an
-edge; five further seeds are run with the best (see `evidence.study`). The column "trials" counts what was tried. A
-table for each task shows the paired difference to a baseline within the seeds with its 95 % t interval; it is about
-the seeds alone: the examples of the test part are the same in all runs. A last table is over the tasks. ::
+For every task and method, four learning rates are tried with one seed, and more if the best of them is at the edge of
+the grid. Five other seeds are then run with the best rate (see `evidence.study`). The column "trials" counts the runs
+of the search. The table of each task has the mean difference to a baseline, paired by seed, with its 95 % t interval.
+The interval covers only the variation between seeds, because all runs are tested on the same examples. The last
+table summarises all tasks. ::
 
     python benchmarks/evidence/accuracy.py --plot accuracy.png
     python benchmarks/evidence/accuracy.py --quick
 
-Every run is written to a journal at once: an interrupted command resumes, and ``--report`` prints what is there.
+Every run is written to a journal as soon as it ends. So an interrupted command resumes where it stopped, and
+``--report`` prints the tables of the runs in the journal.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ GROUPS = {"first": ("first",), "then": ("then",), "all": ("first", "then")}
 QUICK_METHODS = ("head alone", "LoRA r=8", "AdaMSS K=10 r=1", "AdaMSS K=10 r=1, budget")
 
 Outcomes = Mapping[str, Mapping[str, Outcome]]
-"""By task, then by method."""
+"""Outcomes by task, then by method."""
 
 
 def over_tasks(found: Outcomes) -> list[list[str]]:
-    """Return the lines of the last table: the methods that every task has, by mean accuracy."""
+    """Return the rows of the last table: the methods that were run on every task, by descending mean accuracy."""
     shared = [name for name in METHODS if all(name in each and each[name].records for each in found.values())]
     means = np.asarray([[each[name].mean for name in shared] for each in found.values()])
     if not means.size:
@@ -55,7 +57,7 @@ def over_tasks(found: Outcomes) -> list[list[str]]:
 
 
 def print_tables(found: Outcomes, baseline: str) -> None:
-    """Print a table for each task, and one over them."""
+    """Print a table for each task, one over all tasks, and the methods that are not compared."""
     header = [title.format(baseline=baseline) for title in study.HEADER]
     for task, each in found.items():
         print(f"\n{task}: test accuracy in percent, mean and deviation over seeds")
@@ -69,17 +71,17 @@ def print_tables(found: Outcomes, baseline: str) -> None:
 
 
 def family(name: str) -> str:
-    """Return the key of the picture's legend that a method belongs to."""
+    """Return the entry of the picture's legend that a method belongs to."""
     if name.startswith("AdaMSS"):
         return "AdaMSS, budget" if name.endswith("budget") else "AdaMSS"
     return name.partition(" r=")[0] if name.startswith("LoRA r=") else name
 
 
 def draw(found: Outcomes, path: Path) -> None:
-    """Draw accuracy against trained parameters, one panel for each task; the head alone is a line.
+    """Draw accuracy against trained parameters, with one panel for each task.
 
-    Parameters are those without the head's, on average over the steps. The bars are 95 % t intervals of the mean over
-    the seeds.
+    The parameters do not include the head's and are averaged over the steps. The bars are 95 % t intervals of the
+    mean over the seeds. A dotted line shows the accuracy of training only the head.
     """
     import matplotlib as mpl
 
@@ -122,7 +124,7 @@ def draw(found: Outcomes, path: Path) -> None:
 
 
 def interval(outcome: Outcome) -> float:
-    """Return half the 95 % t interval of the mean; 0 for one seed."""
+    """Return half the width of the 95 % t interval of the mean; 0 for one seed."""
     count = len(outcome.records)
     return float(stats.t.ppf(0.975, count - 1) * outcome.deviation / np.sqrt(count)) if count > 1 else 0.0
 
@@ -148,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     journal = study.open_journal(arguments, "accuracy")
     if not arguments.report:
         with Runner(journal, arguments.processes, arguments.cache) as runner:
-            for group in groups:  # all tasks of the first group before any of the next
+            for group in groups:  # the first group is finished on all tasks before the next one starts
                 some = {name: entry for name, entry in entries.items() if entry.method.group == group}
                 for task in names:
                     study.conduct(runner, settings, task, some, group)

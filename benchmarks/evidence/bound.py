@@ -1,15 +1,16 @@
-"""The terms of Theorem 1 along a training, for AdaMSS and for LoRA, at equal accuracy.
+"""Compute the terms of Theorem 1 along a training, and compare AdaMSS and LoRA at equal accuracy.
 
 The theorem bounds the expected loss by ``empirical loss + sqrt(L_g pi) L_phi Rx sum_k beta_k sqrt(r_k n_k / m) +
 sqrt(9 log(2 / delta) / (2 m))`` (Zheng et al. 2025; `adamss.core.analysis.generalisation_bound`). Here m is the
-number of training examples, beta_k the spectral norm of what subspace k has learnt, Rx the largest norm of a layer's
-input over the training examples in the pretrained model, and L_g = L_phi = 1, delta = 0.05. LoRA is the case of one
-subspace, with r_1 = r, n_1 = n and beta_1 the norm of its whole update. The theorem is about one weight; the terms of
-the adapted layers are added up, which compares methods and proves nothing. ::
+number of training examples, beta_k is the spectral norm of the update of subspace k, Rx is the largest norm of a
+layer's input over the training examples in the pretrained model, L_g = L_phi = 1, and delta = 0.05. LoRA is the case
+of one subspace, with r_1 = r, n_1 = n and beta_1 the spectral norm of its whole update. The theorem holds for one
+weight. The script adds up the terms of all adapted layers, which allows a comparison of methods but proves no bound
+of the whole model. ::
 
     python benchmarks/evidence/bound.py --plot bound.png
 
-Each method is trained at the learning rate that `accuracy.py` has chosen for it.
+Each method is trained at the learning rates that `accuracy.py` has chosen for it.
 """
 
 from __future__ import annotations
@@ -42,20 +43,22 @@ RESULTS = Path(__file__).parent / "results"
 COMPARED = ("AdaMSS K=10 r=1", "AdaMSS K=10 r=3", "LoRA r=1", "LoRA r=8")
 CONFIDENCE = 0.95
 POINTS = 25
-"""Measurements along a training."""
+"""Approximate number of measurements along a training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A model at one moment of its training.
+    """Measurements of a model at one step of its training.
 
     Attributes
     ----------
     step : int
-    accuracy, validation_loss, train_loss : float
-        Of the validation part, and the mean loss over the training part.
+    accuracy, validation_loss : float
+        Accuracy and mean loss on the validation part.
+    train_loss : float
+        Mean loss on the training part.
     capacity : float
-        Sum over layers of the theorem's second term.
+        Second term of the theorem, summed over the layers.
     """
 
     step: int
@@ -66,7 +69,7 @@ class Point:
 
 
 def input_norms(task: Task) -> dict[str, float]:
-    """Return the largest norm of an input of each target layer in the pretrained model, over the training part."""
+    """Return, for each target layer of the pretrained model, the largest norm of its inputs on the training part."""
     model, found = task.model(0).eval(), {}
 
     def watch(path: str, layer: nn.Module) -> None:
@@ -85,7 +88,7 @@ def input_norms(task: Task) -> dict[str, float]:
 
 
 def second_terms(model: nn.Module, norms: dict[str, float], samples: int) -> dict[str, float]:
-    """Return the theorem's second term of each adapted layer, whichever method adapts it."""
+    """Return the theorem's second term for each layer that AdaMSS or LoRA adapts."""
     terms = {}
     bank = adamss.backend.get_backend("torch").bank(model)
     layers = bank.only().layers if bank is not None and bank.adapters else {}
@@ -114,14 +117,14 @@ def second_terms(model: nn.Module, norms: dict[str, float], samples: int) -> dic
 
 
 def third_term(samples: int) -> float:
-    """Return what the theorem adds for the confidence: the bound of a model that has learnt nothing."""
+    """Return the theorem's third term, which depends only on confidence and samples: the bound without an update."""
     return analysis.generalisation_bound(
         0.0, spectral_norms=[], ranks=[], sizes=[], input_norm=0.0, samples=samples, confidence=CONFIDENCE
     )
 
 
 def rates_of(journal: Journal, task: str, name: str, *, quick: bool) -> Rates:
-    """Return the rates that `accuracy.py` has chosen; for a dry run, some of its grid."""
+    """Return the rates that `accuracy.py` has chosen for a method; for a dry run, fixed rates of its grids."""
     method = METHODS[name]
     if quick:
         return Rates(adapter=method.rates[2], head=method.head_rates[0])
@@ -137,7 +140,7 @@ def rates_of(journal: Journal, task: str, name: str, *, quick: bool) -> Rates:
 def path_of(
     task: Task, name: str, rates: Rates, seed: int, steps: int, norms: dict[str, float]
 ) -> list[Point]:
-    """Train once, and return what was measured along the way; nothing if the run diverged."""
+    """Train once and return the measurements along the training; an empty list if the run diverged."""
     points: list[Point] = []
     every = max(1, steps // POINTS)
 
@@ -166,7 +169,7 @@ def first_at(points: Sequence[Point], level: float) -> Point:
 
 
 def level_rows(found: dict[str, list[list[Point]]], levels: Sequence[float]) -> list[list[str]]:
-    """Return for each method the second term where its seeds first reach each accuracy: mean and range."""
+    """Return, for each method, the second term at the first point of each accuracy: mean and range over seeds."""
     rows = []
     for name, paths in found.items():
         row = [name]
@@ -178,7 +181,7 @@ def level_rows(found: dict[str, list[list[Point]]], levels: Sequence[float]) -> 
 
 
 def last_rows(found: dict[str, list[list[Point]]], samples: int) -> list[list[str]]:
-    """Return for each method the whole bound after training, beside the loss that it bounds."""
+    """Return, for each method, the bound and its terms after training, and the validation loss to compare with."""
     rows = []
     for name, paths in found.items():
         last = [points[-1] for points in paths]
@@ -190,7 +193,7 @@ def last_rows(found: dict[str, list[list[Point]]], samples: int) -> list[list[st
 
 
 def draw(found: dict[str, list[list[Point]]], title: str, path: Path) -> None:
-    """Draw the second term against accuracy along the trainings, a line for each seed."""
+    """Draw the second term against accuracy along the trainings, with one line for each seed."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -220,7 +223,7 @@ def draw(found: dict[str, list[list[Point]]], title: str, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, and print the tables."""
+    """Train the compared methods, print the tables, and draw the picture if asked."""
     parser = argparse.ArgumentParser(description="Theorem 1 along a training.")
     parser.add_argument(
         "--task", choices=list(tasks.PLANS), default="docstrings", help="default: %(default)s"
@@ -259,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"diverged, in no figure: {paths.count([])} of {seeds} seeds of {name}")
     if not found:
         return 0
-    # What every training reaches.
+    # The levels go up to the highest accuracy that every training reaches.
     common = min(max(point.accuracy for point in points) for paths in found.values() for points in paths)
     levels = sorted({math.floor(100 * share * common) / 100 for share in (0.5, 0.7, 0.85, 0.95, 1.0)})
     print(

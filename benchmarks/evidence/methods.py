@@ -1,11 +1,11 @@
-"""The methods that are compared: AdaMSS, and what PEFT has, each with a grid of learning rates.
+"""The compared methods: AdaMSS and the methods of PEFT, each with a grid of learning rates.
 
 All of them adapt the query and value projections of the upper layers and train the same head. Settings that are not
-said here are the defaults of PEFT 0.21. Ranks are chosen so that DoRA, LoRA-Pro, MiSS (r = 16) and GraLoRA have as
-many trained parameters as LoRA with r = 8; LoRA-FA, which trains B alone, has half of them. VeRA (r = 256, d = 0.1),
+given here are the defaults of PEFT 0.21. Ranks are chosen so that DoRA, LoRA-Pro, MiSS (r = 16) and GraLoRA have as
+many trained parameters as LoRA with r = 8. LoRA-FA trains only B, so it has half as many. VeRA (r = 256, d = 0.1),
 FourierFT (1000 frequencies, scaling 150) and RandLoRA (r = 32, alpha 640) have PEFT's defaults.
 
-`NOT_COMPARED` has the methods of the paper's tables that are missing here, and why.
+`NOT_COMPARED` lists the methods of the paper's tables that are missing here, with the reasons.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from adamss import BudgetConfig
 from evidence.tasks import Top
 
 HEAD_RATES = (1e-2, 3e-2)
-"""Learning rates of the head that every method but the head alone may choose from; the first is where it starts."""
+"""Learning rates of the head that are searched, for every method that also trains an adapter.
+
+The search of the adapter's rate uses the first of them.
+"""
 
 AfterStep = Callable[[int], None]
 """Called after each step of the optimiser with the number of completed steps, before gradients are cleared."""
@@ -40,19 +43,20 @@ def is_head(name: str) -> bool:
 
 
 def live(model: nn.Module) -> int:
-    """Return how many numbers are trained, those of the head left out."""
+    """Return the number of trained parameters, without those of the head."""
     return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Learning rates.
+    """Learning rates of one run.
 
     Attributes
     ----------
     adapter : float
-        Of all that is trained but the head.
+        Rate of all trained parameters outside the head.
     head : float
+        Rate of the head.
     """
 
     adapter: float
@@ -68,9 +72,9 @@ class Session:
     model : nn.Module
     optimizer : torch.optim.Optimizer
     live : callable
-        ``() -> int``: how many numbers are trained now, without the head.
+        ``() -> int``: the number of parameters that are trained at present, without those of the head.
     penalty : callable or None
-        ``() -> Tensor``: what the method adds to the loss.
+        ``() -> Tensor``: the term that the method adds to the loss.
     after_step : callable or None
         See `AfterStep`.
     """
@@ -90,9 +94,9 @@ class Method(ABC):
     ----------
     name : str
     group : str
-        ``"first"`` or ``"then"``: the order of work.
+        ``"first"`` or ``"then"``: the order in which the methods are run.
     rates : tuple of float
-        Learning rates to search, ascending.
+        Learning rates of the adapter to search, ascending.
     """
 
     name: str
@@ -101,11 +105,14 @@ class Method(ABC):
 
     @property
     def head_rates(self) -> tuple[float, ...]:
-        """The learning rates of the head to search."""
+        """Learning rates of the head to search."""
         return HEAD_RATES
 
     def settings(self) -> dict[str, Any]:
-        """Return what determines a run beside task, rates, seed and steps: plain values, for the key in a journal."""
+        """Return the settings of the method as plain values, for the key of a run in the journal.
+
+        Together with task, rates, seed and steps they determine a run.
+        """
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("name", "group", "rates"):
             del own[name]
@@ -119,27 +126,27 @@ class Method(ABC):
         Parameters
         ----------
         top : Top
-            Changed in place.
+            Model to adapt; it is changed in place.
         targets : tuple of str
             Names of the layers to adapt.
         rates : Rates
             Learning rates.
         seed : int
-            Of what the method draws at random; PyTorch's generator is seeded already.
+            Seed of the method's own random draws. PyTorch's global generator is seeded already.
         steps : int
-            How many steps the run takes.
+            Number of steps that the run takes.
         """
 
 
 def adamw(model: nn.Module, rates: Rates, **others: float) -> torch.optim.AdamW:
-    """Return AdamW without weight decay for what is trained.
+    """Return AdamW without weight decay for the trained parameters.
 
     Parameters
     ----------
     model : nn.Module
     rates : Rates
     **others : float
-        Learning rates of parameters by the last component of their name.
+        Other learning rates for some parameters, by the last component of the parameter's name.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -151,17 +158,17 @@ def adamw(model: nn.Module, rates: Rates, **others: float) -> torch.optim.AdamW:
 
 @dataclass(frozen=True, kw_only=True)
 class Head(Method):
-    """The head alone."""
+    """Train only the head."""
 
     rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
 
     @property
     def head_rates(self) -> tuple[float, ...]:
-        """None beside the rate that is searched already."""
+        """One placeholder, because `rates` are already the rates of the head."""
         return HEAD_RATES[:1]
 
     def start(self, top: Top, targets: tuple[str, ...], rates: Rates, seed: int, steps: int) -> Session:
-        """Freeze the layers; the rate that is searched is the head's."""
+        """Freeze the layers, and give the head the rate that is searched (`rates.adapter`)."""
         top.layers.requires_grad_(False)
         own = Rates(adapter=rates.adapter, head=rates.adapter)
         return Session(model=top, optimizer=adamw(top, own), live=partial(live, top))
@@ -169,7 +176,7 @@ class Head(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Method):
-    """All of the upper layers."""
+    """Train all weights of the upper layers and the head."""
 
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
 
@@ -183,14 +190,14 @@ class Full(Method):
 
 
 class ByScore(adamss_torch.BudgetController):
-    """Keeps the subspaces of the highest scores, as AdaMSS does.
+    """A budget controller that keeps the subspaces with the highest scores, as AdaMSS does.
 
     Parameters
     ----------
     model, optimizer, config, on_allocation
         As for `adamss_torch.BudgetController`.
     seed : int
-        Of a choice at random.
+        Seed for subclasses that choose at random.
     """
 
     def __init__(
@@ -207,16 +214,16 @@ class ByScore(adamss_torch.BudgetController):
 
 
 class AtRandom(ByScore):
-    """Keeps subspaces at random."""
+    """A budget controller that keeps random subspaces."""
 
     def scores(self) -> Tensor:
-        """Return random numbers above zero, other ones for each run and each allocation."""
+        """Return positive random scores, which differ between runs and between allocations."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
         return torch.rand(len(self.plan.costs), generator=generator) + 0.1
 
 
 class BySmallestScore(ByScore):
-    """Keeps the subspaces that the score would freeze."""
+    """A budget controller that keeps the subspaces with the lowest scores."""
 
     def scores(self) -> Tensor:
         """Return the reciprocal of the score."""
@@ -224,16 +231,16 @@ class BySmallestScore(ByScore):
 
 
 class ByNorm(ByScore):
-    """Keeps the subspaces whose trained factors are the largest."""
+    """A budget controller that keeps the subspaces with the largest trained factors."""
 
     def scores(self) -> Tensor:
-        """Return the l1 norm of B_k and C_k together for each subspace."""
+        """Return, for each subspace, the sum of the l1 norms of B_k and C_k."""
         layers = adamss.backend.get_backend("torch").bank(self.model).only().layers
         norms = []
         for path in self.plan.paths:
             factors = layers[path]
             owners = torch.repeat_interleave(torch.arange(len(factors.ranks)), factors.ranks)
-            columns = factors.B.detach().abs().sum(0)[: len(owners)]  # what follows is padding
+            columns = factors.B.detach().abs().sum(0)[: len(owners)]  # the other columns are padding
             norm = torch.zeros(len(factors.ranks)).index_add(0, owners, columns)
             norms.append(norm.index_add(0, factors.labels.long(), factors.C.detach().abs().sum(0)))
         return torch.cat(norms)
@@ -244,22 +251,22 @@ SELECTIONS = {"score": ByScore, "random": AtRandom, "smallest": BySmallestScore,
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much stays trained, and which subspaces.
+    """A budget relative to the model and the training, and the rule that selects the subspaces to keep.
 
     Attributes
     ----------
     share : float
-        Of the model's subspaces, or of their parameters, that is left at the end.
+        Share of the model's subspaces, or of their parameters, that is still trained at the end.
     unit : str
-        What is counted: ``"subspaces"`` or ``"parameters"``.
+        Unit of the budget: ``"subspaces"`` or ``"parameters"``.
     start, end, interval : float
-        When the reduction begins and ends, and how often it happens, as shares of the steps.
+        Start and end of the reduction, and distance between two allocations, as shares of the steps.
     power : float
         Exponent of the schedule.
     window : str
-        What becomes of the averages at an allocation: ``"reset"`` or ``"running"``.
+        Whether an allocation resets the averages of the score: ``"reset"`` or ``"running"``.
     selection : str
-        A key of `SELECTIONS`.
+        Key of `SELECTIONS`.
     """
 
     share: float = 1 / 3
@@ -272,7 +279,7 @@ class Budget:
     selection: str = "score"
 
     def config(self, subspaces: int, parameters: int, steps: int) -> BudgetConfig:
-        """Return the schedule for a model with so many subspaces, and parameters in their factors."""
+        """Return the schedule for a model with these numbers of subspaces and of parameters in their factors."""
         start = round(self.start * steps)
         total = parameters if self.unit == "parameters" else subspaces
         return BudgetConfig(
@@ -288,17 +295,17 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Adamss(Method):
-    """AdaMSS of this repository, R = 100.
+    """AdaMSS as implemented in this repository.
 
     Attributes
     ----------
     options : dict
-        Arguments of `adamss.AdamssConfig`; a `seed` of None is the run's.
+        Arguments of `adamss.AdamssConfig`. A `seed` of None is replaced by the seed of the run.
     budget : Budget or None
     random_B : bool
-        Whether to start from random orthonormal columns of B_k, a control for those that the weight gives.
+        Whether B_k starts with random orthonormal columns, as a control for those computed from the weight.
     rate_ratio : float
-        Learning rate of B over that of C, which is the one that is searched.
+        Learning rate of B over that of C. The search is over the rate of C.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -307,7 +314,7 @@ class Adamss(Method):
     rate_ratio: float = 1.0
 
     def start(self, top: Top, targets: tuple[str, ...], rates: Rates, seed: int, steps: int) -> Session:
-        """Attach, and follow the budget if there is one."""
+        """Attach the adapter, and a budget controller if the method has a budget."""
         options = {
             name: seed if (name, value) == ("seed", None) else value for name, value in self.options.items()
         }
@@ -316,12 +323,13 @@ class Adamss(Method):
         if self.random_B:
             randomise_B(model, seed)
         optimizer = adamw(model, rates, B=rates.adapter * self.rate_ratio)
-        # Not the elements of the Parameters: C is padded where a subspace has fewer columns than subspace_rank.
+        # The sizes of the Parameters would count padding: C is padded if a subspace has fewer columns than
+        # subspace_rank.
         layers = adamss.backend.get_backend("torch").bank(model).only().layers.values()
         counts = [sum(adamss.core.count_factors(factors) for factors in layers)]
         if self.budget is None:
             return Session(model=model, optimizer=optimizer, live=lambda: counts[-1])
-        SELECTIONS[self.budget.selection](  # the optimiser's hooks keep it
+        SELECTIONS[self.budget.selection](  # hooks of the optimiser keep the controller alive
             model,
             optimizer,
             self.budget.config(adamss.summary(model).total.K, counts[0], steps),
@@ -333,10 +341,10 @@ class Adamss(Method):
 
 @torch.no_grad()
 def randomise_B(model: nn.Module, seed: int) -> None:
-    """Give every B_k random orthonormal columns."""
+    """Replace every B_k by random orthonormal columns."""
     generator = torch.Generator().manual_seed(seed)
     for path, factors in adamss.backend.get_backend("torch").bank(model).only().layers.items():
-        B = model.get_submodule(f"{path}.adamss.default").B  # a row is a column of some B_k, in their order
+        B = model.get_submodule(f"{path}.adamss.default").B  # its rows are the columns of B_1, B_2, ...
         if factors.A.shape[0] != 1:
             raise ValueError("a random B is for the shared basis: in another, a part of B is padding")
         first = 0
@@ -356,45 +364,44 @@ class Peft(Method):
     Attributes
     ----------
     config : str
-        Name of its config class.
+        Name of PEFT's config class.
     options : dict
-        Arguments of that class.
+        Arguments of the config class.
     """
 
     config: str
     options: dict[str, Any] = field(default_factory=dict)
 
     def start(self, top: Top, targets: tuple[str, ...], rates: Rates, seed: int, steps: int) -> Session:
-        """Adapt by PEFT."""
+        """Adapt the model by PEFT, and make its AdamW."""
         return self.session(self.adapted(top, targets, **self.options), rates)
 
     def adapted(self, top: Top, targets: tuple[str, ...], **options: Any) -> nn.Module:
-        """Return PEFT's model."""
+        """Return the model as adapted by PEFT."""
         import peft
 
         config = getattr(peft, self.config)(target_modules=list(targets), modules_to_save=[HEAD], **options)
-        with (
-            warnings.catch_warnings()
-        ):  # of deprecated attributes of transformers, and layers too small for a rank
+        with warnings.catch_warnings():  # PEFT reads attributes that transformers 5 has deprecated
             warnings.simplefilter("ignore")
             return peft.get_peft_model(top, config)
 
     def session(self, model: nn.Module, rates: Rates, **hooks: Any) -> Session:
-        """Return the session with AdamW."""
+        """Return a session of this model with AdamW."""
         return Session(model=model, optimizer=adamw(model, rates), live=partial(live, model), **hooks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLora(Peft):
-    """AdaLoRA: ranks go down from 12 to 8 on average, between the same steps as our budget.
+    """AdaLoRA, whose mean rank falls from 12 to 8 between the same steps as our budget.
 
-    Its penalty, which PEFT adds to the loss that a model returns, is added here: our model returns logits.
+    PEFT adds AdaLoRA's penalty to the loss that a model returns. Our models return logits, so this class passes the
+    penalty to the session.
     """
 
     config: str = "AdaLoraConfig"
 
     def start(self, top: Top, targets: tuple[str, ...], rates: Rates, seed: int, steps: int) -> Session:
-        """Adapt, and allocate after each step."""
+        """Adapt the model, and let AdaLoRA allocate its ranks after each step."""
         schedule = {
             "total_step": steps,
             "tinit": round(0.1 * steps),
@@ -414,7 +421,7 @@ class AdaLora(Peft):
         elements = {name: p for name, p in model.named_parameters() if "lora_E" in name}
 
         def left() -> int:
-            """Count a rank as frozen once the allocation has set its singular value to zero for good."""
+            """Return the parameters of the ranks that are left: AdaLoRA sets the others to zero for good."""
             if not pattern.rank_pattern:
                 return whole
             kept = sum(sum(map(bool, kept)) for kept in pattern.rank_pattern.values())
@@ -426,12 +433,12 @@ class AdaLora(Peft):
 
 @dataclass(frozen=True, kw_only=True)
 class PeftAdamss(Peft):
-    """PEFT's AdaMSS with its adaptive allocation, between the same steps and down to the same third as ours."""
+    """PEFT's AdaMSS with its adaptive allocation, over the same steps and to the same third as our budget."""
 
     config: str = "AdamssConfig"
 
     def start(self, top: Top, targets: tuple[str, ...], rates: Rates, seed: int, steps: int) -> Session:
-        """Adapt, and allocate after each step."""
+        """Adapt the model, and let PEFT allocate the subspaces after each step."""
         layers = sum(
             isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets for n, m in top.named_modules()
         )
@@ -448,12 +455,12 @@ class PeftAdamss(Peft):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFa(Peft):
-    """LoRA-FA: A is frozen, and PEFT's own optimiser corrects the gradient of B."""
+    """LoRA-FA, which freezes A; an optimiser of PEFT corrects the gradient of B."""
 
     config: str = "LoraConfig"
 
     def start(self, top: Top, targets: tuple[str, ...], rates: Rates, seed: int, steps: int) -> Session:
-        """Adapt, with that optimiser; the head in a group of its own."""
+        """Adapt the model, and make that optimiser with a separate group for the head."""
         from peft.optimizers import create_lorafa_optimizer
 
         model = self.adapted(top, targets, **self.options)
@@ -473,12 +480,12 @@ class LoraFa(Peft):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPro(Peft):
-    """LoRA-Pro: the optimiser of the package ``lora-pro-adamw`` corrects the gradients of both factors."""
+    """LoRA-Pro, in which the optimiser of the package ``lora-pro-adamw`` corrects the gradients of both factors."""
 
     config: str = "LoraConfig"
 
     def start(self, top: Top, targets: tuple[str, ...], rates: Rates, seed: int, steps: int) -> Session:
-        """Adapt, with that optimiser."""
+        """Adapt the model, and make that optimiser."""
         try:
             from lora_pro import LoRAProAdamW
         except ModuleNotFoundError as error:
@@ -500,7 +507,7 @@ ALGORITHMS = {
     "basis": "per_subspace",
     "initial_B": "qr",
 }
-"""What `adamss.AdamssConfig.paper` sets: Algorithms 1 and 2 as the paper describes them."""
+"""Settings of `adamss.AdamssConfig.paper`, which follow Algorithms 1 and 2 of the paper."""
 
 
 def ours(name: str, budget: Budget | None = None, **options: Any) -> Adamss:
@@ -560,4 +567,4 @@ NOT_COMPARED = {
     "LoRETTA": "whose package loretta 0.1.0 adapts only models that have a Hugging Face config",
     "WeGeFT": "for which PyPI has no package",
 }
-"""Methods of the paper's tables that are missing, and why."""
+"""Methods of the paper's tables that are missing here, with the reasons as the end of a sentence."""

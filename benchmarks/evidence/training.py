@@ -1,12 +1,12 @@
-"""One training run, and the journal that remembers all of them.
+"""Training runs, and the journal in which they are recorded.
 
-A run is determined by its `Job`: the same job gives the same record, but for the seconds. The seed decides the order
-of the batches, the head's start, dropout, and what the method draws at random. Batches, start and dropout are the
-same for all methods, so that differences between methods can be taken within a seed.
+A run is determined by its `Job`: the same job gives the same record, except for the seconds. The seed decides the
+order of the batches, the initial values of the head, dropout, and the method's own random draws. Batches, initial
+head and dropout are the same for all methods, so that methods can be compared within a seed.
 
-Runs: AdamW without weight decay, a learning rate that rises linearly during the first 6 % of the steps and then falls
-linearly to zero, no clipping. The head has a rate of its own (`evidence.methods.HEAD_RATES`), which follows the same
-schedule. Each run has one thread; several processes run side by side.
+A run uses AdamW without weight decay and without gradient clipping. The learning rate rises linearly during the first
+6 % of the steps and then falls linearly to zero. The head has its own rate (`evidence.methods.HEAD_RATES`), with the
+same schedule. Each run uses one thread, and several processes work in parallel.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WARMUP = 0.06
 """Share of the steps during which the learning rate rises."""
 
 PROTOCOL = 1
-"""Counts changes of this module that change records: those of another protocol are not reused."""
+"""Version of the training procedure; a change that affects records increases it. Older records are not reused."""
 
 PACKAGES = ("adamss", "torch", "peft", "transformers", "numpy")
 
@@ -50,19 +50,19 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What determines a run.
+    """Everything that determines a run.
 
     Attributes
     ----------
     task : str
-        A key of `evidence.tasks.PLANS`.
+        Key of `evidence.tasks.PLANS`.
     method : Method
     rate, head_rate : float
         Learning rates of the adapter and of the head.
     seed : int
     steps : int
     search : bool
-        Whether the run is for choosing the rate: its model never sees the test part.
+        Whether the run belongs to the search of the rates. Such a run never uses the test part.
     """
 
     task: str
@@ -74,7 +74,7 @@ class Job:
     search: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """Return all that determines the record, as plain values."""
+        """Return everything that determines the record, as plain values."""
         plan = {key: value for key, value in asdict(tasks.PLANS[self.task]).items() if key != "steps"}
         return {
             "task": {"name": self.task, **plan},
@@ -88,7 +88,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """A hash of the settings."""
+        """Hash of the settings, under which the journal stores the run."""
         text = json.dumps(self.settings(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
@@ -97,14 +97,14 @@ class Job:
 
 
 def schedule(steps: int) -> Callable[[int], float]:
-    """Return the factor of the learning rate for each step: a linear rise, then a linear fall to zero."""
+    """Return the function from step to factor of the learning rate: a linear rise, then a linear fall to zero."""
     rise = max(1, round(WARMUP * steps))
     return lambda step: min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)))
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, part: Part) -> tuple[float, float]:
-    """Return accuracy and mean cross entropy, dropout off."""
+    """Return accuracy and mean cross entropy on a part, with dropout off."""
     model.eval()
     right, loss = 0, 0.0
     for batch in part.batches(100):
@@ -132,21 +132,22 @@ def run(
     task : Task
     method : Method
     learning_rate, head_rate : float
-        Of the adapter and of the head.
+        Learning rates of the adapter and of the head.
     seed : int
     steps : int
     search : bool
-        Whether to leave the test part alone.
+        Whether to skip the evaluation on the test part.
     watch : callable or None
-        Called after each step with the number of completed steps.
+        ``(step, session) -> None``: called after each step with the number of completed steps.
 
     Returns
     -------
     dict
-        Accuracies and cross entropies of the validation and the test part (None where the loss was not finite or the
-        part was not used); trained parameters without the head's at the start (`trained`), at the end and on average
-        over the steps; the mean loss of the last tenth of the steps; whether the run diverged: a loss that is not
-        finite, or a last loss above that of guessing, log(classes).
+        ``validation``, ``validation_loss``, ``test`` and ``test_loss`` are accuracies and cross entropies. They are
+        None if the loss was not finite or the part was not used. ``trained``, ``end_trained`` and ``mean_trained``
+        count the trained parameters without those of the head: at the start, at the end, and averaged over the steps.
+        ``last_loss`` is the mean loss over the last tenth of the steps. ``diverged`` tells whether a loss was not
+        finite or the last loss is above that of guessing, log(classes). ``seconds`` is the duration.
     """
     started = time.perf_counter()
     torch.manual_seed(seed)
@@ -183,7 +184,10 @@ def run(
 
 
 def train_step(session: Session, batch: Part, step: int) -> float:
-    """Take one step and return the loss, without the method's penalty; no step is taken if it is not finite."""
+    """Take one step and return the loss without the method's penalty.
+
+    If loss or penalty are not finite, no step is taken and NaN is returned.
+    """
     model = session.model.train()
     loss = nn.functional.cross_entropy(model(batch.hidden, batch.mask), batch.labels)
     whole: Tensor = loss if session.penalty is None else loss + session.penalty()
@@ -201,15 +205,15 @@ def train_step(session: Session, batch: Part, step: int) -> float:
 
 
 class Journal:
-    """Records in a file, one JSON object a line, in the order in which the runs ended.
+    """File of records, with one JSON object a line in the order in which the runs ended.
 
-    A last line that an interruption has cut off is left out, and removed by the first `add`; any other line that
-    cannot be read is an error.
+    An interruption may cut off the last line. Such a line is ignored, and the first `add` removes it. Any other line
+    that cannot be read is an error.
 
     Parameters
     ----------
     path : Path
-        Read if it exists, else made at the first record.
+        File of the journal. It is read if it exists; else the first `add` makes it.
     """
 
     def __init__(self, path: Path):
@@ -236,7 +240,11 @@ class Journal:
             self._repaired = whole + b"\n"
 
     def _repair(self) -> None:
-        """Mend the end of the file, which only who adds to it may: another command may be writing it."""
+        """Repair the end of the file.
+
+        This happens only before records are added, because a command that just reads may see a line that another
+        command is still writing.
+        """
         if self._repaired is not None:
             unfinished = self.path.with_suffix(".unfinished")
             unfinished.write_bytes(self._repaired)
@@ -265,14 +273,14 @@ class Journal:
 
 
 def one_thread() -> None:
-    """Give this process one thread, and keep its output free of warnings that say nothing about results."""
+    """Limit this process to one thread, and silence its warnings."""
     torch.set_num_threads(1)
-    # Each process has its own share of what is printed by libraries: deprecations, layers too small for a rank.
+    # Every process would print the deprecation warnings of libraries, which say nothing about the results.
     warnings.simplefilter("ignore")
 
 
 def work(job: Job, cache: Path | None) -> Record:
-    """Do a job in this process."""
+    """Run a job in this process, and return its record with package versions and date."""
     record = run(
         tasks.load_task(job.task, cache),
         job.method,
@@ -287,15 +295,15 @@ def work(job: Job, cache: Path | None) -> Record:
 
 
 class Runner:
-    """Does the jobs that a journal lacks, on several processes; this one alone writes the journal.
+    """Runs the jobs that a journal lacks, on several processes. Only the parent process writes the journal.
 
     Parameters
     ----------
     journal : Journal
     processes : int
-        With 1, jobs are done in this process.
+        Number of worker processes. With 1, jobs run in this process.
     cache : Path or None
-        Folder for hidden states; None for the default.
+        Folder of the cached hidden states. None means the default.
     """
 
     def __init__(self, journal: Journal, processes: int = 1, cache: Path | None = None):
@@ -313,11 +321,11 @@ class Runner:
             self._pool = None
 
     def run(self, jobs: Iterable[Job], label: str = "") -> None:
-        """Do the jobs that the journal lacks."""
+        """Run the jobs that the journal lacks, and record each as soon as it ends."""
         pending = {job.key: job for job in jobs if job not in self.journal}
         if not pending:
             return
-        # Here first: the processes would all run the frozen layers.
+        # Fill the cache before the workers start, else each of them would run the frozen layers.
         for name in dict.fromkeys(job.task for job in pending.values()):
             tasks.load_task(name, self.cache)
         with tqdm(total=len(pending), desc=label, unit="run", mininterval=1) as progress:
@@ -340,7 +348,7 @@ class Runner:
 
     def _processes(self) -> Executor:
         if self._pool is None:
-            # Read when torch is imported, which a spawned process does for itself.
+            # A spawned worker imports torch itself, and OpenMP reads the variable then.
             os.environ["OMP_NUM_THREADS"] = "1"
             self._pool = ProcessPoolExecutor(
                 self.processes, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread

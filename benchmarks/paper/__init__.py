@@ -1,1 +1,1 @@
-"""The tables of the paper, one command each: `glue`, `image`, `generation`, `parameters`."""
+"""Commands that reproduce the tables of the paper: `glue`, `image`, `generation` and `parameters`."""

@@ -1,7 +1,7 @@
-"""What the commands of the tables share: arguments, a journal of runs, methods, training, and the table itself.
+"""Shared code of the commands for the paper's tables: arguments, journal, methods, training, and printing.
 
-A table is a grid of runs (method, task, seed). Each run is one line of JSON in the journal, and a run that was
-interrupted goes on from its last checkpoint: the same command can be given again until the table is full.
+A table is a grid of runs (method, task, seed). Each run is one line of JSON in the journal. An interrupted run
+continues from its last checkpoint, so the same command can be repeated until the table is complete.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from adamss_torch.transformers import AdamssCallback
 from paper.settings import MEAN, RANK, SUBSPACES, Method, Rates, Row, Schedule
 
 PROTOCOL = 1
-"""Counts changes of these scripts that change weights or scores: records of another protocol are not reused."""
+"""Version of these scripts; a change that affects weights or scores increases it. Older records are not reused."""
 
 
 class MissingError(Exception):
-    """A model or a data set is not here; the message says what to give."""
+    """A model or a data set is missing; the message says which folder to give or what to download."""
 
 
 class DivergedError(Exception):
-    """The loss, or a prediction, is no finite number; the argument says when."""
+    """A loss, a prediction or a weight is not finite; the argument says at which step."""
 
 
 # --- Loading ----------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class DivergedError(Exception):
 
 @contextmanager
 def told_if_missing(what: str, name: str, option: str) -> Iterator[None]:
-    """Turn any failure to load something into one line that says what to download or which folder to give."""
+    """Turn any failure to load something into a `MissingError` of one line."""
     if Path(name).is_absolute() and not Path(name).exists():
         raise MissingError(f"{what}: there is no {name}; give another folder with {option}")
     try:
@@ -74,26 +74,27 @@ def pretrained(loader: Any, name: str, **options: Any) -> Any:
     Raises
     ------
     MissingError
-        If it is neither a folder nor on the hub.
+        If `name` can be loaded neither from a folder nor from the hub.
     """
     with told_if_missing(f"the {loader.__name__.removeprefix('Auto')}", name, "--model"):
         return loader.from_pretrained(name, **options)
 
 
 def data_set(folder: Path | None, name: str, *hub: str, needs: Mapping[str, Sequence[str]]) -> Any:
-    """Return the parts of a data set: of a folder that has one of this name, or from the hub.
+    """Return the parts of a data set, from a folder or from the hub.
 
     Parameters
     ----------
     folder : Path or None
-        ``folder/name`` was written by `save_to_disk`, or holds files that `datasets.load_dataset` reads (CSV, JSON
-        lines, Parquet, images in folders of classes).
+        Folder with the data sets. ``folder/name`` was written by `save_to_disk`, or has files that
+        `datasets.load_dataset` reads (CSV, JSON lines, Parquet, images in one folder for each class). None means the
+        hub.
     name : str
-        Folder of the data set in it.
+        Name of the data set, and of its folder.
     hub : str
-        Name on the hub, and configuration.
+        Name on the hub, and optionally the configuration.
     needs : mapping of str to sequence of str
-        The columns that each part has to have; ``"a or b"`` is either.
+        Columns that each part must have. ``"a or b"`` means either of the two.
 
     Raises
     ------
@@ -120,7 +121,10 @@ def data_set(folder: Path | None, name: str, *hub: str, needs: Mapping[str, Sequ
 
 
 def located(name: str | Path | None) -> str | None:
-    """Return one spelling of a path; the name as it is where nothing is there."""
+    """Return the absolute path if a file or folder of this name exists, else the name itself.
+
+    The settings of a run contain it, so a folder must have one spelling whatever the working directory.
+    """
     if name is None:
         return None
     return str(Path(name).resolve() if Path(name).exists() else name)
@@ -131,38 +135,40 @@ def located(name: str | Path | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of the paper: what is run, and how it is trained.
+    """A table of the paper: its runs, and how they are trained.
 
     Attributes
     ----------
     title : str
     rows : mapping of str to Row
-        The models.
+        Models by name.
     methods : mapping of str to Method
     tasks : tuple of str
-        One training each.
+        Data sets to train on. Each has its own training.
     columns : tuple of str
-        What is scored; the tasks, where a training has one score.
+        Names of the scores. They are the tasks if each training has one score.
     seeds : tuple of int
     epochs, batch, device_batch : int
-        `device_batch` examples at a time on the device, accumulated to `batch`.
+        Number of epochs, examples of one optimiser step, and examples of one forward pass. Gradients are accumulated
+        from `device_batch` to `batch`.
     warmup : float
-        Share of the steps.
+        Share of the steps during which the learning rate rises.
     clip : float
-        Largest norm of the gradient; 0 for any.
+        Largest norm of the gradient. 0 means no clipping.
     budget : Schedule
     subspaces : int or str
         K, or "estimate".
     dtype : str
         Default of ``--dtype``.
     save_steps : int or None
-        Optimiser steps between checkpoints; None for one an epoch.
+        Optimiser steps between checkpoints. None means one checkpoint after each epoch.
     constants : mapping of str to Any
         Further settings of the paper that determine the weights.
     training_options, scoring_options : tuple of str
-        Arguments of this command alone that determine the weights, and that determine the scores of given weights.
+        Arguments that only this command has. The former determine the weights, the latter only the scores of given
+        weights.
     note : str
-        What stands under the table.
+        Text below the table.
     """
 
     title: str
@@ -186,7 +192,7 @@ class Table:
     note: str = ""
 
     def parser(self, description: str) -> argparse.ArgumentParser:
-        """Return the arguments that the commands share."""
+        """Return an argument parser with the options that all commands share."""
         parser = argparse.ArgumentParser(description=description)
         add = parser.add_argument
         first = next(iter(self.rows))
@@ -218,7 +224,7 @@ class Table:
             metavar="K",
             help='or "estimate": default %(default)s',
         )
-        ways = [name for name in SEGMENTATIONS if name != "ksubspaces"]  # which needs a dimension
+        ways = [name for name in SEGMENTATIONS if name != "ksubspaces"]  # ksubspaces would need a dimension
         add("--segmentation", choices=ways, help="default: that of the variant")
         add("--target", type=positive, help="subspaces that the budget leaves (default: in settings.py)")
         add("--learning-rate", type=positive_number, help="of the adapter (default: the paper's)")
@@ -228,7 +234,7 @@ class Table:
 
 
 def subspaces(text: str) -> int | str:
-    """Read ``--subspaces``."""
+    """Read the value of ``--subspaces``: a positive integer, or "estimate"."""
     return text if text == "estimate" else positive(text)
 
 
@@ -253,7 +259,7 @@ class Run:
 
     @property
     def row(self) -> Row:
-        """The model of the paper."""
+        """Row of the table: the paper's model with its settings."""
         return self.table.rows[self.arguments.row]
 
     @property
@@ -263,19 +269,19 @@ class Run:
 
     @property
     def rates(self) -> Rates:
-        """Learning rates and weight decay: the paper's for AdaMSS and the linear probe, else chosen."""
+        """Learning rates and weight decay: from the paper for AdaMSS and the linear probe, else chosen by us."""
         rates = self.row.chosen.get(self.method.kind, self.row.rates[self.task])
         new = self.arguments.learning_rate
         return rates if new is None else Rates(new, rates.head, rates.weight_decay)
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule of the budget, with the target of ``--target``, else of the row, else of the table."""
+        """Schedule of the budget. Its target is that of ``--target``, else of the row, else of the table."""
         target = self.arguments.target or self.row.target or self.table.budget.target
         return replace(self.table.budget, target=target)
 
     def training(self) -> dict[str, Any]:
-        """Return all that determines the weights, as plain values."""
+        """Return everything that determines the weights, as plain values."""
         given = vars(self.arguments)
         names = ["epochs", "dtype", *self.table.training_options]
         special: dict[str, Any] = {}
@@ -302,17 +308,17 @@ class Run:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Return all that its scores depend on, as plain values; the journal writes them."""
+        """Return everything that determines the scores, as plain values for the journal."""
         return self.training() | {name: vars(self.arguments)[name] for name in self.table.scoring_options}
 
     @property
     def key(self) -> str:
-        """A hash of the settings, by which the journal finds the run."""
+        """Hash of the settings, under which the journal stores the run."""
         return hashed(self.settings())
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints are: the same for all ways to score the same weights."""
+        """Folder of the checkpoints. It depends only on what determines the weights, not on how they are scored."""
         return self.arguments.output / "runs" / hashed(self.training())
 
 
@@ -327,7 +333,7 @@ def complete(
     parser: argparse.ArgumentParser,
     score: Callable[[Run], dict[str, Any]],
 ) -> int:
-    """Do the runs of a table that the journal lacks, and print it.
+    """Do the runs of a table that the journal lacks, and print the table.
 
     Parameters
     ----------
@@ -336,12 +342,13 @@ def complete(
     table : Table
     parser : argparse.ArgumentParser
     score : callable
-        ``run -> record``: trains, and returns ``scores`` by column, in per cent, and what `counted` returns.
+        ``run -> record``: trains, and returns a dict with ``scores`` by column, in per cent, and the items of
+        `counted`.
 
     Returns
     -------
     int
-        Exit status; 2 where a model or a data set is missing; the table then lacks the runs that need it.
+        Exit status. It is 2 if a model or a data set is missing; the table then lacks the runs that need it.
     """
     arguments = parser.parse_args(argv)
     for name in ("tasks", "methods", "seeds"):
@@ -351,11 +358,12 @@ def complete(
     if torch.cuda.device_count() > 1 and not arguments.report:
         parser.error("the batch is the paper's on one GPU: set CUDA_VISIBLE_DEVICES to one of them")
     quiet_transformers()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of the processes that load data
+    # Without this variable tokenizers warns about the processes that load data.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"transformers\.|accelerate\.|torch\.|peft\.|datasets\.")
     journal = Journal(arguments.output / "runs.jsonl")
     records = []
-    missing: dict[str, str] = {}  # what a task lacks
+    missing: dict[str, str] = {}  # message for each task whose model or data set is missing
     for task in arguments.tasks:
         for name in arguments.methods:
             for seed in arguments.seeds:
@@ -377,14 +385,14 @@ def complete(
 
 def finished(run: Run, score: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
     """Return the record of a run, and remove its checkpoints."""
-    # The seconds of a run that was resumed are those since then.
+    # The recorded seconds of a resumed run cover only the time since it was resumed.
     start, resumed = time.perf_counter(), last_checkpoint(run.folder) is not None
     try:
         found = score(run)
     except DivergedError as error:
         found = {"diverged": error.args[0]}
     if torch.cuda.is_available():
-        gc.collect()  # model and optimiser hold each other
+        gc.collect()  # model and optimiser form a reference cycle
         torch.cuda.empty_cache()
     for checkpoint in run.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -397,20 +405,20 @@ def finished(run: Run, score: Callable[[Run], dict[str, Any]]) -> dict[str, Any]
 def adapted(
     model: nn.Module, run: Run, *, targets: Sequence[str] = (), head: Sequence[str] = ()
 ) -> nn.Module:
-    """Freeze what the method does not train, and add its adapter.
+    """Prepare a model for the method of a run: add the adapter, and freeze all other parameters except the head.
 
     Parameters
     ----------
     model : nn.Module
     run : Run
     targets : sequence of str
-        Names of the layers to adapt; none for query and value, whatever the architecture calls them.
+        Names of the layers to adapt. Empty means query and value, under the names that the architecture uses.
     head : sequence of str
-        Modules that are trained whole.
+        Names of the modules that are trained whole.
     """
     method, arguments = run.method, run.arguments
     if torch.cuda.is_available():
-        model.to("cuda")  # the Trainer would do so after the decompositions of the weights
+        model.to("cuda")  # the Trainer would move it later, but decomposing the weights is faster on the GPU
     targets = list(targets) or find_targets(model)
     if method.kind == "full":
         return model
@@ -444,7 +452,7 @@ def adapted(
 
 
 def trained(model: nn.Module) -> int:
-    """Count the numbers that are trained now: without the head, and without the subspaces that are frozen."""
+    """Count the parameters that are trained at present, without those of the head and of frozen subspaces."""
     adapters = adapters_of(model)
     if adapters:
         return sum(adamss.core.count_factors(each.factors(), active_only=True) for each in adapters.values())
@@ -455,12 +463,12 @@ def trained(model: nn.Module) -> int:
 
 
 class FineTuning(Trainer):
-    """The Trainer of transformers with two learning rates, that stops where it diverges.
+    """The Trainer of transformers with two learning rates, which stops when the loss is not finite.
 
     Parameters
     ----------
     rates : Rates
-        Of AdamW: one for the head, one for all else.
+        Learning rates and weight decay of AdamW. The head has its own rate.
     """
 
     def __init__(self, *arguments: Any, rates: Rates, **options: Any):
@@ -468,7 +476,7 @@ class FineTuning(Trainer):
         self.rates = rates
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Put AdamW on what is trained."""
+        """Make AdamW for the trained parameters, with separate groups for head and adapter."""
         if self.optimizer is None:
             groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
             for name, parameter in self.model.named_parameters():
@@ -498,7 +506,7 @@ class FineTuning(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log how many parameters are trained, beside what the Trainer logs."""
+        """Log the number of trained parameters in addition to what the Trainer logs."""
         super().log(logs | {"trained": trained(self.model)}, start_time)
 
 
@@ -519,20 +527,21 @@ def fit(
     model : nn.Module
     run : Run
     data : data set
-        Of the training.
+        Training examples.
     collate : callable
-        Makes a batch of a list of examples.
+        ``examples -> batch``.
     evaluated : data set or None
-        Scored after each epoch.
+        Data set on which the model is scored after each epoch.
     metric : callable or None
         ``predictions with labels -> scores``.
     autocast : bool
-        Whether ``--dtype bf16`` means autocast over float32 weights; else the weights are bfloat16 themselves.
+        Whether ``--dtype bf16`` means autocast over float32 weights. If False, the caller has loaded the weights in
+        bfloat16.
 
     Returns
     -------
     FineTuning
-        The Trainer; ``state.log_history`` has what was logged, that of earlier processes too.
+        The Trainer. Its ``state.log_history`` also has the logs of earlier processes that worked on the run.
 
     Raises
     ------
@@ -552,7 +561,7 @@ def fit(
         lr_scheduler_type="linear",
         warmup_steps=round(table.warmup * steps),
         max_grad_norm=table.clip,
-        use_cpu=not torch.accelerator.is_available(),  # else the Trainer takes bf16 for a GPU alone
+        use_cpu=not torch.accelerator.is_available(),  # else the Trainer refuses bf16 without a GPU
         bf16=autocast and arguments.dtype == "bf16",
         eval_strategy="no" if evaluated is None else "epoch",
         logging_strategy=each,
@@ -565,7 +574,7 @@ def fit(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=arguments.workers,
-        logging_nan_inf_filter=False,  # a loss that is not finite ends the training
+        logging_nan_inf_filter=False,  # losses that are not finite must be visible; they end the training
         disable_tqdm=not sys.stderr.isatty(),
     )
     callbacks = []
@@ -584,15 +593,19 @@ def fit(
         compute_metrics=metric,
         callbacks=callbacks,
     )
-    trainer.remove_callback(PrinterCallback)  # the output is the table
+    trainer.remove_callback(PrinterCallback)  # the command prints only the table
     trainer.train(resume_from_checkpoint=last_checkpoint(run.folder))
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
-        raise DivergedError("the last step")  # whose loss was that of the weights before
+        # The loss of the last step was computed from the weights before it, so it may still be finite.
+        raise DivergedError("the last step")
     return trainer
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end: the Trainer writes its state last."""
+    """Return the newest complete checkpoint, or None.
+
+    A complete checkpoint has a readable state file, which the Trainer writes last.
+    """
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _readable(path)]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
@@ -605,7 +618,7 @@ def _readable(path: Path) -> bool:
 
 
 def counted(trainer: FineTuning) -> dict[str, Any]:
-    """Return the trained parameters, averaged over the epochs (or other logged intervals), and the subspaces."""
+    """Return the number of trained parameters, averaged over the log entries, and the number of subspaces."""
     found = [entry["trained"] for entry in trainer.state.log_history if "loss" in entry]
     total = adamss.summary(trainer.model).total.K if adapters_of(trainer.model) else None
     return {"trained": statistics.fmean(found), "subspaces": total}
@@ -621,7 +634,7 @@ NEVER_FALLS = (
 
 
 def print_table(table: Table, arguments: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> None:
-    """Print our scores beside the paper's, then the runs that diverged or whose budget never fell."""
+    """Print our scores next to the paper's, then the runs that diverged or whose budget never fell."""
     row = table.rows[arguments.row]
     by_task = table.columns == table.tasks
     columns = [name for name in table.columns if name in arguments.tasks or not by_task]

@@ -1,8 +1,8 @@
-r"""Table 3 of the paper: language models trained on MetaMathQA, asked GSM8K and MATH.
+r"""Reproduce Table 3 of the paper: language models trained on MetaMathQA and tested on GSM8K and MATH.
 
-Trained on the first 100,000 examples, once; asked with greedy decoding in batches, prompts padded on the left. The
-prompt, which examples, their length, the warm-up, and the schedule of the budget are not said in the paper and are
-chosen here (`settings`). ::
+The models are trained for one epoch on the first 100,000 examples. They answer the test questions by greedy decoding
+in batches, with prompts padded on the left. The paper does not state the prompt, the choice of examples, their
+length, the warm-up or the schedule of the budget. These are chosen here (`settings`). ::
 
     python benchmarks/paper/generation.py --row LLaMA-2-7B --methods "AdaMSS*_base" --seeds 0
     python benchmarks/paper/generation.py --model path/to/mistral --row Mistral-7B --data path/to/sets
@@ -10,15 +10,15 @@ chosen here (`settings`). ::
 ``--data`` is a folder with ``MetaMathQA`` (columns query and response), ``gsm8k`` (question, answer; part ``test``)
 and ``MATH`` (problem, solution; part ``test``). The answers are kept beside the journal.
 
-What a model writes ends where it goes on to another "Question:". Its answer is what follows the last "The answer is",
-else the last "####", else the last ``\boxed``, else the last number. It counts if it is the same text as the right
-one, spaces and spacing commands aside, or if math-verify finds the two equal: fractions, decimals, roots, sets,
-intervals, matrices, and expressions that simplify to each other; units in ``\text``, currency and degree signs are
-left out, and 50 % is both 50 and 1/2. Numbers with a base (``2516_8``) are compared as text. Answers of GSM8K are
-numbers, so words behind a number are left out there ("18 dollars").
+A model's text is cut off where it starts another "Question:". The answer is the text after the last "The answer is",
+else after the last "####", else in the last ``\boxed``, else the last number. An answer is right if it is the same
+text as the reference, apart from spaces and spacing commands, or if math-verify finds the two equal. math-verify
+compares fractions, decimals, roots, sets, intervals, matrices, and expressions that simplify to each other. Units in
+``\text``, currency and degree signs are ignored, and 50 % equals both 50 and 1/2. Numbers with a base (``2516_8``)
+are compared as text. Answers of GSM8K are numbers, so there the words after a number are ignored ("18 dollars").
 
-Full fine-tuning trains float32 weights whatever ``--dtype`` is, because bfloat16 would round most of its steps away.
-That takes 16 bytes a parameter for weights, gradients and averages. The answers are written in ``--dtype``.
+Full fine-tuning trains float32 weights whatever ``--dtype`` is, because rounding to bfloat16 would lose most updates.
+It takes 16 bytes a parameter for weights, gradients and AdamW's averages. The answers are generated in ``--dtype``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ TABLE = Table(
 
 
 _LATEX = LatexExtractionConfig()
-# Else math-verify takes letters for units, and 2ab for 2.
+# With units, math-verify would take letters for units and read 2ab as 2.
 EXTRACTION = (
     replace(_LATEX, normalization_config=replace(_LATEX.normalization_config, units=False)),
     ExprExtractionConfig(),
@@ -82,7 +82,7 @@ EXTRACTION = (
 
 
 def boxed(text: str) -> str | None:
-    r"""Return the content of the last ``\boxed{...}`` or ``\boxed ...``; None if there is none, or no end of it."""
+    r"""Return the content of the last ``\boxed{...}`` or ``\boxed ...``; None if it is missing or incomplete."""
     found = re.split(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text)
     if len(found) == 1:
         return None
@@ -98,13 +98,13 @@ def boxed(text: str) -> str | None:
 
 
 def answer_of(text: str, *, words: bool = True) -> str:
-    """Return the final answer in what a model wrote; empty where it has none.
+    """Return the final answer in a text that a model wrote; empty if it has none.
 
     Parameters
     ----------
     text : str
     words : bool
-        Whether words behind a number belong to the answer.
+        Whether words after a number belong to the answer.
     """
     found = _answer_of(text.partition("Question:")[0])
     return found if words else re.sub(r"(?<=\d)\s+[A-Za-z]{2,}(?:\s+[A-Za-z]+)*$", "", found)
@@ -123,7 +123,7 @@ def _answer_of(text: str) -> str:
 
 
 def tidy(answer: str) -> str:
-    r"""Return an answer without dollar signs and a point around it, commands of spacing, and a unit in ``\text``."""
+    r"""Return an answer without enclosing dollar signs, a final point, spacing commands, and a unit in ``\text``."""
     answer = answer.lstrip(" $").rstrip(" $.")
     answer = re.sub(r"(?<!\\)\\(?:[!,;:]|left(?![a-z])|right(?![a-z]))\s*", "", answer)
     answer = re.sub(r"(?<!\\)\\(?: |q?quad(?![a-z]))|~", " ", answer)
@@ -132,14 +132,14 @@ def tidy(answer: str) -> str:
 
 
 def same_answer(right: str, answer: str) -> bool:
-    """Say whether two answers are equal, as text or as mathematics."""
+    """Return whether two answers are equal, as text or as mathematics."""
     if not answer:
         return False
     texts = [re.sub(r"_\{(\w+)\}", r"_\1", text.replace(" ", "")) for text in (right, answer)]
     if texts[0] == texts[1]:
         return True
     if any(re.search(r"[0-9A-F]_", text) for text in texts):
-        return False  # math-verify leaves out the base of a number
+        return False  # math-verify ignores the base of a number, so only equal texts count
     return verify(*(parse(f"${text}$", EXTRACTION) for text in (right, answer)))
 
 
@@ -147,13 +147,13 @@ def same_answer(right: str, answer: str) -> bool:
 
 
 def prompt(question: str) -> str:
-    """Return what the model is given before it writes a solution."""
+    """Return the prompt for a question."""
     return f"Question: {question.strip()}\nSolution:"
 
 
 @cache
 def tokenizer_of(model: str) -> Any:
-    """Return the tokenizer, with something to pad with."""
+    """Return the tokenizer of a model, with a padding token."""
     tokenizer = pretrained(AutoTokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -162,7 +162,7 @@ def tokenizer_of(model: str) -> Any:
 
 @cache
 def training_set(folder: Path | None, model: str, examples: int, length: int) -> Any:
-    """Return the examples as token ids; only the solution is learnt (label -100 elsewhere)."""
+    """Return the training examples as token ids; labels are -100 outside the solution, which excludes them."""
     tokenizer = tokenizer_of(model)
     needs = {"train": ("query", "response")}
     rows = data_set(folder, TRAINING_SET, "meta-math/MetaMathQA", needs=needs)["train"]
@@ -179,13 +179,13 @@ def training_set(folder: Path | None, model: str, examples: int, length: int) ->
 
     rows = rows.select(range(min(examples, len(rows))))
     encoded = rows.map(encode, remove_columns=rows.column_names, keep_in_memory=True)
-    # A question that fills the whole length leaves nothing to learn.
+    # If the question fills the whole length, the example has no solution to learn.
     return encoded.filter(lambda row: row["labels"][-1] >= 0, keep_in_memory=True)
 
 
 @cache
 def questions(folder: Path | None, task: str, most: int | None) -> list[tuple[str, str]]:
-    """Return questions with their right answers."""
+    """Return the test questions with their right answers; only the first `most` if given."""
     if task == "GSM8K":
         needs = {"test": ("question", "answer")}
         rows = data_set(folder, "gsm8k", "openai/gsm8k", "main", needs=needs)["test"]
@@ -202,7 +202,10 @@ def questions(folder: Path | None, task: str, most: int | None) -> list[tuple[st
 
 @torch.no_grad()
 def solutions(model: nn.Module, run: Run, asked: Sequence[str], file: Path) -> list[str]:
-    """Return what the model writes after each prompt, decoded greedily; the file has what was written before."""
+    """Return the model's text after each prompt, by greedy decoding.
+
+    The texts are saved to `file` after each batch. Those in the file are not generated again.
+    """
     tokenizer, arguments = tokenizer_of(run.model), run.arguments
     tokenizer.padding_side = "left"
     model.eval()
@@ -229,7 +232,7 @@ def solutions(model: nn.Module, run: Run, asked: Sequence[str], file: Path) -> l
 
 
 def score(run: Run) -> dict[str, Any]:
-    """Train on MetaMathQA and return the share of questions that are answered right."""
+    """Train on MetaMathQA, and return the share of right answers on each test set, in per cent."""
     arguments = run.arguments
     asked = {task: questions(arguments.data, task, arguments.questions) for task in TABLE.columns}
     data = training_set(arguments.data, run.model, arguments.examples, arguments.length)
@@ -257,7 +260,7 @@ def score(run: Run) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the arguments."""
+    """Return the argument parser of this command."""
     parser = TABLE.parser("Table 3 of the paper: MetaMathQA, then GSM8K and MATH.")
     add = parser.add_argument
     tokens = "tokens (default: %(default)s)"
@@ -270,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do the runs that are missing and print the table."""
+    """Do the missing runs and print the table."""
     return complete(argv, TABLE, parser(), score)
 
 

@@ -1,13 +1,13 @@
-"""Table 1 of the paper: RoBERTa on six tasks of GLUE.
+"""Reproduce Table 1 of the paper: RoBERTa on six tasks of GLUE.
 
-Every epoch is scored on the validation set, and a run counts with its best epoch, as in the paper. The paper does not
-say whether it prints means or medians over the seeds; the table has both. ::
+The validation set is scored after every epoch, and the score of a run is that of its best epoch, as in the paper. The
+paper does not state whether it prints means or medians over the seeds, so the table has both. ::
 
     python benchmarks/paper/glue.py --row RoBERTa-base --tasks RTE MRPC
     python benchmarks/paper/glue.py --model path/to/roberta --data path/to/glue --methods AdaMSS --seeds 0
 
-``--data`` is a folder with one folder for each task (``rte``, ``stsb``, ...), as GLUE on the hub has. The same
-command goes on with what an earlier one has left.
+``--data`` is a folder with one folder for each task (``rte``, ``stsb``, ...), named as in GLUE on the hub. An
+interrupted command continues when it is given again.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ COLUMNS = {
 
 
 def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Return Pearson's correlation, 0 where one side is constant, as Matthews' is."""
+    """Return Pearson's correlation, or 0 if one side is constant, like Matthews' correlation in scikit-learn."""
     if not (np.ptp(predicted) and np.ptp(labels)):
         return 0.0
     return float(pearsonr(predicted, labels).statistic)
 
 
 def metric_of(task: str) -> Callable[[Any], dict[str, float]]:
-    """Return what scores predictions on a task, in per cent."""
+    """Return the function that scores predictions on a task, in per cent."""
 
     def metric(found: Any) -> dict[str, float]:
         logits, labels = np.asarray(found.predictions, dtype=np.float64), found.label_ids
@@ -83,7 +83,7 @@ def metric_of(task: str) -> Callable[[Any], dict[str, float]]:
 
 @cache
 def tokenized(folder: Path | None, task: str, model: str) -> tuple[Any, Any, Any]:
-    """Return training set, validation set, and what makes batches of them."""
+    """Return training set, validation set, and the function that makes a batch from examples."""
     name = task.replace("-", "").lower()
     tokenizer = pretrained(AutoTokenizer, model)
     columns = (*COLUMNS[task], "label")
@@ -102,7 +102,7 @@ def tokenized(folder: Path | None, task: str, model: str) -> tuple[Any, Any, Any
 
 
 def score(run: Run) -> dict[str, Any]:
-    """Train on a task and return the score of the best epoch."""
+    """Train on a task, and return the score of the best epoch."""
     data, validation, collate = tokenized(run.arguments.data, run.task, run.model)
     set_seed(run.seed)
     model = pretrained(
@@ -123,7 +123,7 @@ def score(run: Run) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do the runs that are missing and print the table."""
+    """Do the missing runs and print the table."""
     return complete(argv, TABLE, TABLE.parser("Table 1 of the paper: RoBERTa on GLUE."), score)
 
 

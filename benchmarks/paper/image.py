@@ -1,14 +1,14 @@
-"""Table 2 of the paper: Vision Transformers on seven sets of images.
+"""Reproduce Table 2 of the paper: Vision Transformers on seven sets of images.
 
-The score is that of the test set after the last epoch. As the authors' script does, a training image is cropped at
-random and mirrored, a test image cropped at its centre; and where a set has no validation part, a tenth of the
-training images is left out, here the same tenth for all. ::
+The score is the accuracy on the test set after the last epoch. As in the authors' script, training images are cropped
+and mirrored at random, and test images are cropped at the centre. Also as there, a tenth of the training images is
+left out if a set has no validation part; here it is the same tenth for all runs. ::
 
     python benchmarks/paper/image.py --row ViT-base --tasks Pets FGVC --workers 8
     python benchmarks/paper/image.py --model path/to/vit --data path/to/sets --tasks Cars --seeds 7
 
-``--data`` is a folder with one folder for each set (``Pets``, ...), with the parts ``train`` and ``test`` as folders
-of classes, or written by `datasets`.
+``--data`` is a folder with one folder for each set (``Pets``, ...). The parts ``train`` and ``test`` in it have one
+folder for each class, or the set was written by `datasets`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ LEFT_OUT, SPLIT_SEED = 0.1, 0
 
 
 def random_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """Return a part of an image: 8 to 100 % of its area, between 3:4 and 4:3; the whole where none is found."""
+    """Return a random box with 8 to 100 % of an image's area and a shape between 3:4 and 4:3.
+
+    If ten draws give no box that fits, the box is the whole image.
+    """
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1.0)
         shape = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -81,7 +84,7 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def cropped(image: Image.Image, size: tuple[int, int], *, training: bool) -> Image.Image:
-    """Return an RGB image of a size (width, height): a random part, mirrored half of the time, or the centre."""
+    """Return an RGB image of a size (width, height): randomly cropped and mirrored for training, else the centre."""
     image = image.convert("RGB")
     if not training:
         return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
@@ -90,7 +93,7 @@ def cropped(image: Image.Image, size: tuple[int, int], *, training: bool) -> Ima
 
 
 def pixels(processor: Any, label: str, *, training: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return what turns rows of a data set into inputs of a model."""
+    """Return the function that turns rows of a data set into inputs of a model."""
     size = (processor.size["width"], processor.size["height"])
 
     def transform(rows: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def pixels(processor: Any, label: str, *, training: bool) -> Callable[[dict[str,
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Make a batch."""
+    """Stack examples into a batch."""
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["labels"] for row in rows]),
@@ -112,7 +115,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @cache
 def prepared(folder: Path | None, task: str, model: str) -> tuple[Any, Any, int]:
-    """Return training set, test set, and the number of classes."""
+    """Return training set, test set, and number of classes."""
     hub, parts = HUB[task], {}
     processor = pretrained(AutoImageProcessor, model)
     columns = ("image or img", "label or fine_label")
@@ -131,7 +134,7 @@ def prepared(folder: Path | None, task: str, model: str) -> tuple[Any, Any, int]
 
 
 def accuracy(found: Any) -> dict[str, float]:
-    """Return the share of images that are classified right, in per cent."""
+    """Return the share of correctly classified images, in per cent."""
     logits = np.asarray(found.predictions)
     if not np.isfinite(logits).all():
         raise DivergedError("the evaluation")
@@ -139,7 +142,7 @@ def accuracy(found: Any) -> dict[str, float]:
 
 
 def score(run: Run) -> dict[str, Any]:
-    """Train on a set and return the accuracy of the last epoch."""
+    """Train on a set, and return the test accuracy after the last epoch."""
     data, test, classes = prepared(run.arguments.data, run.task, run.model)
     set_seed(run.seed)
     model = pretrained(
@@ -156,7 +159,7 @@ def score(run: Run) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do the runs that are missing and print the table."""
+    """Do the missing runs and print the table."""
     return complete(argv, TABLE, TABLE.parser("Table 2 of the paper: ViT on seven sets of images."), score)
 
 

@@ -1,13 +1,13 @@
-"""The trained parameters that the paper prints, and what counting gives.
+"""Count trained parameters, and compare them with the numbers that the paper prints.
 
-Counted from the shapes of the layers (models on the meta device: nothing is allocated, nothing downloaded) by
-`adamss.core`, and for RoBERTa and ViT also by attaching AdaMSS to layers with random weights. Of the rows whose
-budget falls, the paper prints the average over the epochs: here that of the schedule b(t), with the targets of the
-authors' scripts and with those that fit what is printed. ::
+`adamss.core` counts from the shapes of the layers. The models are on the meta device, so nothing is allocated or
+downloaded. For RoBERTa and ViT, AdaMSS is also attached to layers with random weights. For methods with a budget the
+paper prints the average over the epochs. The script averages the schedule b(t), with the targets of the authors'
+scripts and with the targets that fit the printed numbers best. ::
 
     python benchmarks/paper/parameters.py
 
-The exit status is 1 if a count on an attached model and its formula differ.
+The exit status is 1 if the count on an attached model differs from the formula.
 """
 
 from __future__ import annotations
@@ -62,23 +62,26 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "Mistral-7B": MistralConfig(),
     "Gemma-7B": GemmaConfig(),
 }
-"""The defaults of transformers are the base models, LLaMA-7B (whose shapes LLaMA-2 has), Mistral-7B and Gemma-7B."""
+"""Configs of the models. The defaults of transformers are the base and 7B models; LLaMA-2 has LLaMA-7B's shapes."""
 
 GLUE_ROWS = {"SST-2": 67_349, "MRPC": 3_668, "CoLA": 8_551, "QNLI": 104_743, "RTE": 2_490, "STS-B": 5_749}
 IMAGE_ROWS = {"Pets": 3_312, "Cars": 7_329, "CIFAR10": 45_000, "EuroSAT": 16_200, "FGVC": 6_000}
 IMAGE_ROWS |= {"RESISC45": 18_900, "CIFAR100": 45_000}
-"""Training examples; of images without a validation part, nine tenths."""
+"""Numbers of training examples: for image sets without a validation part, nine tenths of the training part."""
 
 VIT_LARGE_SUBSPACES = 27
-"""K is estimated for images. 178K at r_k = 1 imply this mean for ViT-large, and 42K imply 10 for ViT-base."""
+"""Mean K of ViT-large, implied by the printed 178K at r_k = 1. For images, K is estimated from the weights.
+
+For ViT-base the printed 42K imply K = 10.
+"""
 
 NAMES = {"query": "q_proj", "value": "v_proj"}
-"""Of RoBERTa, by those of the other models."""
+"""Names of RoBERTa's and ViT's projections, mapped to those of the language models."""
 
 
 @cache
 def linear_layers(model: str) -> tuple[dict[str, list[tuple[int, int]]], int]:
-    """Return the shapes (d, n) of the linear layers of a model by their own name, and all of its parameters."""
+    """Return the shapes (d, n) of a model's linear layers by layer name, and its total number of parameters."""
     config = CONFIGS[model]
     kind = AutoModelForCausalLM
     if model in settings.GLUE:
@@ -96,19 +99,19 @@ def linear_layers(model: str) -> tuple[dict[str, list[tuple[int, int]]], int]:
 
 
 def subspaces_of(model: str) -> int:
-    """Return K of each layer."""
+    """Return the number of subspaces K in each layer."""
     return VIT_LARGE_SUBSPACES if model == "ViT-large" else SUBSPACES
 
 
 def count(model: str, method: Method, *, only_C: bool = False) -> int:
-    """Return the trained parameters of a method without the head, at the start of the training.
+    """Return the number of trained parameters of a method without the head, at the start of the training.
 
     Parameters
     ----------
     model : str
     method : Method
     only_C : bool
-        For AdaMSS: leave B out, as the paper's counts of language models do: ``sum r_k n_k``.
+        For AdaMSS, whether to count only C, ``sum r_k n_k``, as the paper does for language models.
     """
     shapes, whole = linear_layers(model)
     if method.kind == "full":
@@ -130,7 +133,7 @@ def count(model: str, method: Method, *, only_C: bool = False) -> int:
 
 
 def total_subspaces(model: str, method: Method) -> int:
-    """Return the subspaces of the whole model."""
+    """Return the number of subspaces in the whole model."""
     names = settings.SEVEN if method.starred else settings.QUERY_AND_VALUE
     return subspaces_of(model) * sum(len(linear_layers(model)[0][name]) for name in names)
 
@@ -142,9 +145,9 @@ def mean_share(schedule: Schedule, total: int, epochs: int, steps: int) -> float
     ----------
     schedule : Schedule
     total : int
-        Subspaces of the model.
+        Number of subspaces in the model.
     epochs, steps : int
-        Of the training; optimiser steps of an epoch.
+        Number of epochs, and optimiser steps of one epoch.
     """
     config = schedule.config(epochs * steps, total)
     every = np.arange(1, epochs * steps + 1)
@@ -155,18 +158,18 @@ def mean_share(schedule: Schedule, total: int, epochs: int, steps: int) -> float
 
 
 def budget_share(model: str, method: Method, target: int | None = None) -> float:
-    """Return `mean_share` over the trainings of a table: the mean of its tasks.
+    """Return the mean of `mean_share` over the tasks of a table.
 
     Parameters
     ----------
     model : str
     method : Method
     target : int or None
-        Replaces that of the schedule.
+        Target that replaces the one of the schedule. None keeps it.
     """
     total = total_subspaces(model, method)
     if model in settings.GENERATION:
-        # One epoch, at whose log entries we average.
+        # Training has a single epoch, so the average is over its 25 log entries.
         steps = settings.GENERATION_EXAMPLES // settings.GENERATION_BATCH // 25
         return mean_share(settings.CHOSEN_GENERATION_BUDGET, total, 25, steps)
     glue = model in settings.GLUE
@@ -181,19 +184,19 @@ def budget_share(model: str, method: Method, target: int | None = None) -> float
 
 
 def figure(printed: str) -> float:
-    """Return the number that the paper prints, as ``0.042M`` or ``59K``."""
+    """Return the value of a printed number like ``0.042M`` or ``59K``."""
     return float(printed[:-1]) * {"K": 1e3, "M": 1e6}[printed[-1]]
 
 
 def agrees(number: float, printed: str) -> bool:
-    """Say whether a number rounds to what is printed."""
+    """Return whether a number rounds to the printed one."""
     decimals = len(printed[:-1].partition(".")[2])
     unit = {"K": 1e3, "M": 1e6}[printed[-1]]
     return round(number / unit, decimals) == float(printed[:-1])
 
 
 def lines_of(model: str, row: Row, methods: Mapping[str, Method]) -> list[list[object]]:
-    """Return the lines of a model: one for each count that the paper has, and for each way to arrive at it."""
+    """Return the rows of a model: one for each number that the paper prints and each way to count it."""
     lines: list[list[object]] = []
     generation = model in settings.GENERATION
     for name, published in row.published.items():
@@ -224,7 +227,7 @@ def lines_of(model: str, row: Row, methods: Mapping[str, Method]) -> list[list[o
 
 
 def attached(model: str, layers: int) -> int:
-    """Attach AdaMSS to the first layers of a model with random weights, the vocabulary cut, and count."""
+    """Attach AdaMSS to a model of `layers` layers with random weights and a tiny vocabulary; return the count."""
     config = CONFIGS[model].to_dict() | {"vocab_size": 16, "num_hidden_layers": layers}
     kind = AutoModelForSequenceClassification if model in settings.GLUE else AutoModelForImageClassification
     built = kind.from_config(type(CONFIGS[model]).from_dict(config))
@@ -253,7 +256,7 @@ the multiples of 50 that come nearest to it, and are what glue.py and image.py u
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table and the check."""
+    """Print the table and the check on attached models; return the exit status."""
     parser = argparse.ArgumentParser(description="Trained parameters: the paper's, and by counting.")
     parser.add_argument("--quick", action="store_true", help="attach to one layer of each model")
     arguments = parser.parse_args(argv)

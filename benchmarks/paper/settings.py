@@ -1,8 +1,8 @@
 """Settings and results of the paper (Zheng et al., NeurIPS 2025), as data.
 
-A reproduction has to choose what the paper does not say. What is chosen here has ``CHOSEN`` in its name or is in
-`Row.chosen`; `Row.target` is inferred. Scores are those that the paper prints; its means over tasks have the column
-`MEAN`.
+The paper does not state every setting. Settings that are chosen here have ``CHOSEN`` in their name or are in
+`Row.chosen`; `Row.target` is inferred from the printed counts. Scores are those that the paper prints, with its means
+over tasks in the column `MEAN`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MEAN = "mean"
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rate of what is adapted, learning rate of the head, and weight decay of both."""
+    """Learning rate of the adapter, learning rate of the head, and weight decay of both."""
 
     adapter: float
     head: float
@@ -30,14 +30,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper prints for a method.
+    """Numbers that the paper prints for a method.
 
     Attributes
     ----------
     parameters : str
-        Trained parameters without the head, as printed; averaged over the epochs where the budget falls.
+        Trained parameters without the head, as printed. Under a budget they are averaged over the epochs.
     scores : mapping of str to float
-        By task, in per cent.
+        Scores by task, in per cent.
     """
 
     parameters: str = "-"
@@ -51,16 +51,16 @@ class Method:
     Attributes
     ----------
     name : str
-        As the tables call it.
+        Name in the paper's tables.
     kind : {"adamss", "lora", "pissa", "full", "head"}
     rank : int
-        r_k of each subspace, or the rank of LoRA.
+        Rank r_k of each subspace, or rank of LoRA and PiSSA.
     budget : bool
         Whether the number of trained subspaces falls.
     starred : bool
-        Whether all seven projections are adapted, not only query and value.
+        Whether all seven projections are adapted instead of only query and value.
     biases : bool
-        Whether LoRA trains the biases of the adapted layers, as the reference code has it.
+        Whether LoRA trains the biases of the adapted layers too, as in the reference code.
     """
 
     name: str
@@ -73,16 +73,16 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """When the budget falls, in shares of the training or in steps.
+    """Schedule of the budget, in shares of the training or in steps.
 
     Attributes
     ----------
     target : int or float
-        Subspaces that are left, or (below one) the share of them that is left.
+        Number of subspaces that are left, or their share if below one.
     start, end, interval : int or float
-        Optimiser steps, or (below one) shares of all steps.
+        Optimiser steps, or shares of all steps if below one.
     power : float
-        Exponent.
+        Exponent of the schedule.
     """
 
     target: float
@@ -92,7 +92,7 @@ class Schedule:
     power: float = POWER
 
     def config(self, steps: int, subspaces: int) -> BudgetConfig:
-        """Return the schedule for a training of so many steps and a model of so many subspaces.
+        """Return the schedule for this number of training steps and of subspaces in the model.
 
         A training that is shorter than the schedule reaches the target at its last step.
         """
@@ -112,21 +112,21 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A model of a table.
+    """A model of a table, with its settings and published results.
 
     Attributes
     ----------
     hub : str
-        Its name on the hub.
+        Name of the weights on the hub.
     rates : mapping of str to Rates
-        Of AdaMSS, by task.
+        Rates of AdaMSS, by task. The linear probe has the same head rate.
     chosen : mapping of str to Rates
-        Of the other methods, by kind. The linear probe has the head rate of AdaMSS.
+        Rates of the other methods, by kind.
     published : mapping of str to Published
-        By method.
+        Printed numbers, by method.
     target : int or None
-        Subspaces of the whole model that the budget leaves: the multiple of 50 whose average over the epochs comes
-        nearest to the count that the paper prints (parameters.py). None for the target of the schedule.
+        Number of subspaces in the whole model that the budget leaves. It is the multiple of 50 whose average over the
+        epochs is closest to the count that the paper prints (parameters.py). None means the target of the schedule.
     """
 
     hub: str
@@ -137,7 +137,7 @@ class Row:
 
 
 def _rates(tasks: tuple[str, ...], text: str) -> dict[str, Rates]:
-    """Read ``adapter/head/weight decay`` for each task, as the paper lists them."""
+    """Parse ``adapter/head/weight decay`` for each task, in the order in which the paper lists the tasks."""
     triples = [Rates(*map(float, word.split("/"))) for word in text.split()]
     return dict(zip(tasks, triples, strict=True))
 
@@ -153,17 +153,17 @@ def _named(*methods: Method) -> dict[str, Method]:
 # --- Table 1: GLUE ----------------------------------------------------------------------------------------
 
 GLUE_TASKS = ("SST-2", "MRPC", "CoLA", "QNLI", "RTE", "STS-B")
-GLUE_SEEDS = (0, 11111, 22222, 33333, 444444)  # the script of the authors has 44444
+GLUE_SEEDS = (0, 11111, 22222, 33333, 444444)  # the last one is 44444 in the authors' script
 GLUE_EPOCHS, GLUE_BATCH, GLUE_LENGTH, GLUE_WARMUP, GLUE_CLIP = 100, 32, 512, 0.06, 0.0
-# Of the authors' script: first and last allocation at epochs 5 and 95 of 100, every 10 epochs. Its target gives fewer
-# parameters on average than the paper prints, so each row has one of its own.
+# The schedule of the authors' script: allocations from epoch 5 to epoch 95 of 100, every 10 epochs. The script's
+# target gives fewer parameters on average than the paper prints, so each row has its own target.
 GLUE_SCRIPT_TARGET = 40
 GLUE_BUDGET = Schedule(target=GLUE_SCRIPT_TARGET, start=0.05, end=0.95, interval=0.10)
 GLUE_METHODS = _named(
     Method("AdaMSS_base", "adamss"),
     Method("AdaMSS", "adamss", budget=True),
     Method("LoRA r=8", "lora", 8),
-    # With the biases its count is the 0.055M that the paper prints.
+    # The paper prints 0.055M, which is the count with the biases.
     Method("LoRA r=1", "lora", 1, biases=True),
     Method("PiSSA r=8", "pissa", 8),
     Method("full", "full"),
@@ -172,12 +172,13 @@ GLUE = {
     "RoBERTa-base": Row(
         hub="FacebookAI/roberta-base",
         target=150,
-        # The last, STS-B, is scrambled in the text of the paper: this is the most likely reading.
+        # The paper's text of the last entry, STS-B, is scrambled; this is the most likely reading.
         rates=_rates(
             GLUE_TASKS,
             "1e-3/5e-3/5e-4 1e-2/5e-4/0 1e-3/5e-3/5e-3 1e-3/5e-3/5e-3 5e-4/5e-3/5e-3 1e-3/5e-3/5e-3",
         ),
-        # Not said. LoRA: the rates of its authors' scripts for most of these tasks; full: usual for RoBERTa.
+        # The paper does not state these rates. LoRA: as in its authors' scripts for most of these tasks. Full: usual
+        # for RoBERTa.
         chosen={
             "lora": Rates(4e-4, 4e-4, 0.1),
             "pissa": Rates(4e-4, 4e-4, 0.1),
@@ -218,10 +219,10 @@ GLUE = {
 
 IMAGE_TASKS = ("Pets", "Cars", "CIFAR10", "EuroSAT", "FGVC", "RESISC45", "CIFAR100")
 IMAGE_SEEDS = (7, 77, 777, 7777, 77777)
-# A batch of 10, four of which the authors' script accumulates.
+# The authors' script accumulates the gradients of four batches of 10.
 IMAGE_EPOCHS, IMAGE_BATCH, IMAGE_DEVICE_BATCH = 10, 40, 10
 CHOSEN_IMAGE_WARMUP, CHOSEN_IMAGE_CLIP = 0.0, 1.0  # defaults of transformers' Trainer
-# Of the authors' script: the target is reached at step 1000, an allocation every 100 steps.
+# The schedule of the authors' script: an allocation every 100 steps, which reaches the target at step 1000.
 IMAGE_SCRIPT_TARGET = 200
 IMAGE_BUDGET = Schedule(target=IMAGE_SCRIPT_TARGET, start=1, end=1000, interval=100)
 IMAGE_METHODS = _named(
@@ -289,7 +290,7 @@ CHOSEN_GENERATION_LENGTH = 512  # tokens of a training example
 CHOSEN_GENERATION_ANSWER = 512  # tokens of an answer
 CHOSEN_GENERATION_WARMUP, CHOSEN_GENERATION_CLIP, CHOSEN_GENERATION_DECAY = 0.03, 1.0, 0.0
 CHOSEN_GENERATION_BUDGET = Schedule(target=0.5, start=0.05, end=0.5, interval=0.05)
-CHOSEN_GENERATION_RANK = 16  # of LoRA and PiSSA
+CHOSEN_GENERATION_RANK = 16  # rank of LoRA and PiSSA
 GENERATION_METHODS = _named(
     Method("AdaMSS*_base", "adamss", 3, starred=True),
     Method("AdaMSS*", "adamss", 3, budget=True, starred=True),
@@ -329,8 +330,8 @@ GENERATION = {
             "AdaMSS_base": _pair("0.8M", 44.41, 6.05),
         },
     ),
-    # That the counts without a budget are those of C is known, so that 4M and 0.5M can be inferred; what is printed
-    # is not known.
+    # The counts without a budget are known to be those of C, which gives 4M and 0.5M. How the paper prints them is
+    # not known, so they are left out.
     "Mistral-7B": Row(
         hub="mistralai/Mistral-7B-v0.1",
         **_generation(6e-4),
@@ -355,4 +356,4 @@ GENERATION = {
 
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
-"""What the starred rows adapt."""
+"""Projections that the starred rows adapt."""

@@ -1,12 +1,12 @@
-"""The conformance suite of `adamss`: fifteen laws that every backend keeps, yours too.
+"""The conformance suite of `adamss`: fifteen laws that every backend must obey, including third-party backends.
 
-From the command line, for a backend by name or class::
+Run the suite from the command line, for a backend given by name or class::
 
     pytest -p adamss_conformance.plugin --pyargs adamss_conformance --adamss-backend NAME_or_module:Class
 
-or as a test class of your own: subclass `BackendSuite` and override its fixture ``driver``. A `Driver` says how your
-framework makes, runs and trains a small model, and its `Capabilities` what it cannot do, and why: the cases that
-need it are then reported as not applicable, by law and with the reason.
+or as a test class of your own: subclass `BackendSuite` and override its fixture ``driver``. A `Driver` makes, runs
+and trains a small model in your framework. Its `Capabilities` list what the driver cannot do, with a reason for each.
+The suite reports the cases that need a missing capability as not applicable, by law and with the reason.
 """
 
 from adamss_conformance.capabilities import Capabilities

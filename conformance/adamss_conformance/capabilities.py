@@ -1,7 +1,7 @@
-"""What each driver can do: the one table that decides which cases of the suite apply to it.
+"""The capabilities of each driver: the only table that decides which cases of the suite apply to it.
 
-Whatever a driver lacks stands in the table with the reason; `Capabilities` refuses to be made without one. So no case
-can be left out in silence: the suite reports the law, and the reason, by name.
+The table gives a reason for everything that a driver lacks, and `Capabilities` cannot be made without one. No case
+can therefore be skipped silently: the suite reports its law and the reason.
 """
 
 from __future__ import annotations
@@ -18,38 +18,39 @@ WHETHER = ("models", "arrays", "gradients", "compiles", "budget", "consolidates"
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a driver can do.
+    """What a driver can do, and why it cannot do the rest.
 
     Parameters
     ----------
     models
-        The models that it drives, in words; empty if it has arrays only.
+        Description of the models that the driver makes; empty if it has arrays only.
     dtypes
-        Of `DTYPES`.
+        Dtypes that the framework supports, from `DTYPES`.
     devices
-        Where its arrays can live, the CPU first. The suite runs on those that are present, and names the others.
+        Devices that arrays can be on, the CPU first. The suite runs on those that are present and reports the others.
     optimisers
-        Of `OPTIMISERS`: SGD with momentum and weight decay, AdamW with weight decay, Adafactor, Muon.
+        Optimisers that the driver can train with, from `OPTIMISERS`: SGD with momentum and weight decay, AdamW with
+        weight decay, Adafactor, Muon.
     arrays
-        Whether it tries `Backend.linear` on arrays. False where another driver of the same backend does.
+        Whether the driver tests `Backend.linear` on arrays. False if another driver of the same backend does so.
     gradients
-        Whether it has gradients of `Backend.linear`.
+        Whether the driver has gradients of `Backend.linear`.
     compiles
         Whether the framework compiles functions.
     budget
-        Whether it has a controller of the budget in training.
+        Whether the framework has a controller of the budget in training.
     consolidates
-        Whether the backend has `Backend.consolidate`.
+        Whether the backend supports `adamss.consolidate`.
     routes
-        Whether the backend has `Backend.routed`.
+        Whether the backend supports `adamss.routed`.
     missing
-        For everything above that is lacking, why: by the dtype, by the optimiser, or by ``"models"``, ``"arrays"``,
-        ``"gradients"``, ``"compiles"``, ``"budget"``, ``"consolidates"``, ``"routes"``.
+        Reason for everything above that is missing, by dtype, by optimiser, or by ``"models"``, ``"arrays"``,
+        ``"gradients"``, ``"compiles"``, ``"budget"``, ``"consolidates"`` or ``"routes"``.
 
     Raises
     ------
     ValueError
-        If something is lacking without a reason, or a reason is given for what is there.
+        If a capability is missing without a reason, or a reason is given for one that is present.
 
     Examples
     --------
@@ -147,4 +148,4 @@ TABLE: dict[str, Capabilities] = {
         missing={"arrays": "the functions on arrays are those that jax-nnx tries"},
     ),
 }
-"""The drivers of `adamss` itself; a third party's driver has a table entry of its own, `Driver.capabilities`."""
+"""Capabilities of the drivers of `adamss`. A third-party driver gives its own in `Driver.capabilities`."""

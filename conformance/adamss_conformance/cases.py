@@ -1,4 +1,4 @@
-"""What the suite tries: problems of every shape and rank, a small model, and every variant of the settings."""
+"""The cases of the suite: random problems of any shape and rank, a small model, and variants of the settings."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-"""Distance from 1 to the next number of each dtype."""
+"""Distance from 1 to the next larger number of each dtype."""
 
 _RNG = np.random.default_rng(0)
 
 LAYERS: dict[str, tuple[Array, Array | None]] = {
-    # Not in alphabetical order, in which some frameworks give back what they have transformed.
+    # Some frameworks return transformed trees in alphabetical order, so this order differs from it on purpose.
     "encoder.0.value": (_RNG.standard_normal((16, 19)), None),
     "encoder.0.query": (_RNG.standard_normal((16, 19)), _RNG.standard_normal(19)),
     "head": (_RNG.standard_normal((16, 5)), _RNG.standard_normal(5)),
 }
-"""The small model: W: (d, n) and b of each layer by module path."""
+"""The small model: weight W, (d, n), and bias b of each layer by module path."""
 
 TARGETS = ("encoder.0.value", "encoder.0.query")
 INPUTS = {path: _RNG.standard_normal((7, W.shape[0])) for path, (W, _) in LAYERS.items()}
@@ -76,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clamped": {"rank": 1000, "subspaces": 1000, "subspace_rank": 1000},
     "one subspace": {"subspaces": 1, "subspace_rank": 4},
 }
-"""Settings that give factors of different forms. Other segmentations change labels alone."""
+"""Changes of the settings that give factors of different forms. Other segmentations change only the labels."""
 
 SCHEDULES = {
     "one way": BudgetConfig(target=2, end_step=6, interval=4),
@@ -84,7 +84,7 @@ SCHEDULES = {
     "parameters": BudgetConfig(target=60, start_step=1, end_step=5, unit="parameters"),
     "a minimum for each layer": BudgetConfig(target=2, end_step=5, interval=2, minimum_per_layer=1),
 }
-"""Of the six subspaces of the small model; the interval does not divide the window of the first."""
+"""Budgets for the six subspaces of the small model. In the first, the interval does not divide the steps evenly."""
 
 
 def config(**changes: Any) -> adamss.AdamssConfig:
@@ -93,17 +93,20 @@ def config(**changes: Any) -> adamss.AdamssConfig:
 
 
 THOROUGH = bool(os.environ.get("ADAMSS_THOROUGH"))
-"""Whether every law tries its full number of examples; by default it tries a third, at least three."""
+"""Whether every law tries its full number of examples; by default it tries a third of them, and at least three."""
 
 
 def every(examples: int, **strategies: Any) -> Callable[[Any], Any]:
-    """Return a decorator: examples of the strategies, the same ones every time, `examples` if thorough."""
+    """Return a decorator that runs a test on examples of the strategies, the same ones in every run.
+
+    There are `examples` of them in a thorough run, and a third otherwise.
+    """
     chosen = settings(
         max_examples=examples if THOROUGH else max(3, examples // 3),
         derandomize=True,
         deadline=None,
         database=None,
-        # Several classes inherit the same tests, a driver keeps nothing between examples, and a compiler is slow.
+        # Several classes inherit the same tests, drivers keep no state between examples, and compilers are slow.
         suppress_health_check=[
             HealthCheck.differing_executors,
             HealthCheck.function_scoped_fixture,
@@ -121,9 +124,9 @@ class Problem(NamedTuple):
     x
         Inputs (..., d).
     W, b
-        (d, n), and (n,) or None.
+        Weight (d, n), and bias (n,) or None.
     factors
-        Every trained number non-zero, some subspaces frozen.
+        Factors with no zero among the trained numbers and some subspaces frozen.
     dy
         Gradient of the output, (..., n).
     """
@@ -137,7 +140,7 @@ class Problem(NamedTuple):
 
 @st.composite
 def problems(draw: st.DrawFn, *, empty: bool = True) -> Problem:
-    """Draw a problem: sizes, K up to n, ranks that differ, both bases, with and without bias, any leading axes."""
+    """Draw a problem: any sizes, K up to n, unequal ranks, either basis, with or without bias, any leading axes."""
     d, n = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     K, R = draw(st.integers(1, n)), draw(st.integers(1, d))
     most, shared, bias_row = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.booleans())
@@ -166,19 +169,19 @@ def problems(draw: st.DrawFn, *, empty: bool = True) -> Problem:
 
 
 def random_C(factors: Factors, rng: np.random.Generator) -> Array:
-    """Return a trained C for NumPy factors, (r, n), its padding zero."""
+    """Return a random C, (r, n), for NumPy factors; its padding is zero."""
     r, n = factors.C.shape
     within = np.arange(r)[:, None] < factors.ranks[factors.labels]
     return np.where(within, rng.standard_normal((r, n)), 0.0)
 
 
 def magnitudes(factors: Factors) -> Factors:
-    """Return factors with every sign positive: with them no sum cancels, and the result bounds its own terms."""
+    """Return the factors with absolute values; sums over these do not cancel, so they bound the original terms."""
     return factors._replace(A=np.abs(factors.A), B=np.abs(factors.B), C=np.abs(factors.C))
 
 
 def planted(d: int, n: int, groups: int, seed: int = 0) -> Array:
-    """Return a weight whose columns lie in a few subspaces, up to a little noise: no segmentation by luck."""
+    """Return a weight whose columns lie near a few subspaces, so that rounding does not change the segmentation."""
     rng = np.random.default_rng(seed)
     W = np.empty((d, n))
     for group in range(groups):
@@ -189,7 +192,7 @@ def planted(d: int, n: int, groups: int, seed: int = 0) -> Array:
 
 
 def adjusted_rand_index(first: Array, second: Array) -> float:
-    """Return how far two groupings agree beyond chance, 1 for the same one (Hubert and Arabie, 1985)."""
+    """Return the agreement of two groupings beyond chance, 1 for equal ones (Hubert and Arabie, 1985)."""
     table = np.zeros((int(first.max()) + 1, int(second.max()) + 1))
     np.add.at(table, (first, second), 1)
 
@@ -203,7 +206,7 @@ def adjusted_rand_index(first: Array, second: Array) -> float:
 
 
 def reference_mask(scores: Array, budget: int, costs: Array | None) -> Array:
-    """Return the allocation, one subspace after another as the design words it."""
+    """Return the allocation by its definition: in order of value, take each subspace whose cost the budget allows."""
     value = scores if costs is None else scores / costs
     mask, left = np.zeros(len(scores), dtype=bool), budget
     for index in sorted(range(len(scores)), key=lambda index: (-value[index], index)):
@@ -214,5 +217,5 @@ def reference_mask(scores: Array, budget: int, costs: Array | None) -> Array:
 
 
 def layers_without_bias() -> Mapping[str, tuple[Array, Array | None]]:
-    """Return the small model without its biases: fed with the identity, a layer gives its weight."""
+    """Return the small model without biases, whose layers map the identity to their weights."""
     return {path: (W, None) for path, (W, _) in LAYERS.items()}

@@ -1,8 +1,8 @@
-"""How the suite drives a framework: a `Driver` makes its arrays and models, runs and trains them.
+"""Drivers, through which the suite uses a framework: a `Driver` makes arrays and models, runs and trains them.
 
-A backend says what the framework does for `adamss`; a driver says what a user of the framework would write. Writing
-one takes some thirty lines. It is found by the name of its backend: in `BUILT_IN`, or through the entry-point group
-``adamss.conformance``, or it is named outright as ``module:Class``.
+A backend implements what `adamss` needs of the framework. A driver does what a user of the framework would do, and
+takes about thirty lines. The suite finds it by the name of its backend, in `BUILT_IN` or in the entry-point group
+``adamss.conformance``, or gets it directly as ``module:Class``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Inputs = Mapping[str, np.ndarray]
 Budget = BudgetConfig | None
 
 ENTRY_POINT_GROUP = "adamss.conformance"
-"""Name: that of the backend; value: ``module:Class`` of its driver."""
+"""Entry-point group of drivers. The name of an entry is the backend's, its value ``module:Class`` of the driver."""
 
 BUILT_IN = {
     "numpy": ("adamss_conformance.drivers.numpy:NumpyDriver",),
@@ -62,49 +62,49 @@ class Training(ABC):
 
     @abstractmethod
     def step(self) -> None:
-        """Take a step, and let the framework's controller decide what it decides."""
+        """Take a step of the optimiser, and of the budget's controller."""
 
     @property
     @abstractmethod
     def model(self) -> Model:
-        """Return the model as it stands, its masks those of the last allocation."""
+        """Return the model in its current state, with the masks of the last allocation."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what a resumed training needs beside the model: the state of optimiser and controller."""
+        """Write the states of optimiser and controller, which a resumed training needs in addition to the model."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Restore the states that `save` wrote."""
 
     @abstractmethod
     def memory(self) -> list[Array]:
-        """Return every number that optimiser and controller remember, as NumPy arrays in an order of their own."""
+        """Return all numbers in the states of optimiser and controller, as NumPy arrays in any fixed order."""
 
     def compilations(self) -> int:
-        """Return how often the step has been compiled so far; 0 where it is not."""
+        """Return how often the step has been compiled so far; 0 if it is not compiled."""
         return 0
 
 
 class Driver(ABC):
-    """What the suite needs of a framework beside its `Backend`.
+    """What the suite needs of a framework in addition to its `Backend`.
 
     Parameters
     ----------
     backend
-        The backend under test; None for the registered one of the name `backend_name`.
+        Backend under test. None means the registered backend called `backend_name`.
     device
-        One of `devices()`.
+        Device to run on, one of `devices()`. None means the first of them.
     """
 
     name: ClassVar[str]
-    """What reports call it."""
+    """Name of the driver in reports."""
 
     backend_name: ClassVar[str]
-    """Name of the backend that it drives."""
+    """Name of the backend that the driver uses."""
 
     capabilities: ClassVar[Capabilities]
-    """What it can do, and why not the rest."""
+    """What the driver can do, and the reasons for what it cannot."""
 
     def __init__(self, backend: Backend | None = None, device: str | None = None) -> None:
         self.backend = get_backend(self.backend_name) if backend is None else backend
@@ -112,62 +112,62 @@ class Driver(ABC):
 
     @classmethod
     def has_device(cls, device: str) -> bool:
-        """Return whether a device of the table is present; override it if one may not be."""
+        """Return whether a device of `capabilities` is present; override this if one may be absent."""
         return True
 
     @classmethod
     def devices(cls) -> tuple[str, ...]:
-        """Return the devices of the table that are present; the suite runs on each."""
+        """Return the devices of `capabilities` that are present; the suite runs on each."""
         return tuple(device for device in cls.capabilities.devices if cls.has_device(device))
 
-    # ---- what every framework needs ---------------------------------------------------------------------
+    # ---- what every driver must define ------------------------------------------------------------------
 
     @abstractmethod
     def model(self, layers: Mapping[str, tuple[np.ndarray, np.ndarray | None]], dtype: str) -> Model:
-        """Return a model with linear layers of these weights W: (d, n) and biases at these module paths."""
+        """Return a model with linear layers at these module paths, of these weights W, (d, n), and biases."""
 
     @abstractmethod
     def call(self, model: Model, path: str, x: Array) -> Array:
         """Return the output (..., n) of the layer at a path for an input (..., d)."""
 
-    # ---- what most frameworks share ---------------------------------------------------------------------
+    # ---- what the default does for most frameworks ------------------------------------------------------
 
     def array(self, values: np.ndarray, dtype: str | None = None) -> Array:
-        """Return values as an array of the framework on `device`."""
+        """Return values as an array of the framework, on the driver's device."""
         return self.backend.from_stored(StoredTensor.of(np.asarray(values)), dtype=dtype)
 
     def numpy(self, array: Array) -> np.ndarray:
-        """Return an array of the framework as NumPy's; bfloat16 as float32."""
+        """Return an array of the framework as a NumPy array; bfloat16 becomes float32."""
         return self.backend.to_stored(array).numpy()
 
     def device_of(self, array: Array) -> str:
-        """Return the name of the device that an array is on, as `devices` spells it."""
+        """Return the name of the device that an array is on, as `devices` writes it."""
         return self.device if len(self.devices()) == 1 else str(array_api_compat.device(array))
 
     def base_linear(self, x: Array, W: Array, b: Array | None) -> Array:
-        """Return what a frozen layer computes."""
+        """Return the output of a frozen layer."""
         return x @ W if b is None else x @ W + b
 
     def allocate(self, scores: Array, budget: int, costs: Array | None = None) -> Array:
-        """Return the mask (T,) that the framework's budget controller would decide on."""
+        """Return the mask (T,) that the framework's controller of the budget would choose."""
         return core.allocate(scores, budget, costs)
 
     def count(self, parameters: Any) -> int:
-        """Return how many numbers `adamss.trainable_parameters` hands out."""
+        """Return the total size of the arrays that `adamss.trainable_parameters` returned."""
         if hasattr(parameters, "shape"):
             return int(np.prod(parameters.shape))
         inner = parameters.values() if isinstance(parameters, Mapping) else parameters
         return sum(self.count(entry) for entry in inner)
 
     def settings(self, dtype: str | None = None) -> AbstractContextManager[object]:
-        """Return a context with the settings of the framework in which cases of a dtype run."""
+        """Return a context that sets the framework up for cases of a dtype."""
         return nullcontext()
 
     def random_state(self) -> Any:
-        """Return the state of the framework's global random generator, comparable by ``==``; None if it has none."""
+        """Return the state of the framework's global random generator, to be compared by ``==``; None without one."""
         return None
 
-    # ---- what the capabilities promise ------------------------------------------------------------------
+    # ---- what the capabilities require ------------------------------------------------------------------
 
     def gradients(
         self, linear: Callable[..., Array], x: Array, W: Array, b: Array | None, factors: Factors, dy: Array
@@ -176,7 +176,7 @@ class Driver(ABC):
         self._broke_its_promise("gradients", "gradients")
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function compiled as a whole, with nothing left to the interpreter. Capability ``compiles``."""
+        """Compile a function as a whole, without falling back to the interpreter. Capability ``compiles``."""
         self._broke_its_promise("compiles", "compile")
 
     def compilations(self, compiled: Callable[..., Any]) -> int:
@@ -193,10 +193,10 @@ class Driver(ABC):
         rate: float,
         compiled: bool = False,
     ) -> Model:
-        """Train an adapted model and return it, the step compiled if asked. Capability ``optimisers``.
+        """Train an adapted model and return it, with a compiled step if asked. Capability ``optimisers``.
 
-        Minimises the sum over the paths of `inputs` of ``mean(call(model, path, x)^2)``, without frozen elements
-        moving, by one of `adamss_conformance.capabilities.OPTIMISERS`, started anew with every call.
+        The loss is the sum of ``mean(call(model, path, x)^2)`` over the paths of `inputs`. The optimiser is one of
+        `adamss_conformance.capabilities.OPTIMISERS`, with a new state in every call. Frozen elements must not move.
         """
         self._broke_its_promise("optimisers", "train")
 
@@ -210,13 +210,13 @@ class Driver(ABC):
         budget: BudgetConfig,
         compiled: bool = False,
     ) -> Training:
-        """Return a training of an adapted model as `train` does it, under a budget. Capability ``budget``."""
+        """Return the training of an adapted model that `train` does, but under a budget. Capability ``budget``."""
         self._broke_its_promise("budget", "training")
 
     def _broke_its_promise(self, capability: str, method: str) -> NoReturn:
         raise TypeError(
-            f"{type(self).__name__}: its capabilities promise {capability!r}, and it does not override `{method}`; "
-            "write it, or give in Capabilities(missing=...) the reason why not"
+            f"{type(self).__name__}: its capabilities promise {capability!r}, but it does not override `{method}`; "
+            "write the method, or give the reason why not in Capabilities(missing=...)"
         )
 
     def __str__(self) -> str:
@@ -224,13 +224,13 @@ class Driver(ABC):
 
 
 class LoopDriver(Driver):
-    """A driver that trains with and without a budget by one loop."""
+    """A driver that uses one training loop with and without a budget."""
 
     @abstractmethod
     def loop(
         self, model: Model, inputs: Inputs, optimiser: str, rate: float, budget: Budget, compiled: bool
     ) -> Training:
-        """Return a training as `Driver.training` does, or one as in `Driver.train` where `budget` is None."""
+        """Return a training as `Driver.training` does; if `budget` is None, it trains as `Driver.train` does."""
 
     def train(self, model: Model, inputs: Inputs, *, steps: int, compiled: bool = False, **how: Any) -> Model:
         """See `Driver.train`."""
@@ -245,19 +245,19 @@ class LoopDriver(Driver):
 
 
 NOT_APPLICABLE = "not applicable: "
-"""How the reason of every case begins that the table excludes."""
+"""Prefix of the reason with which the table excludes a case."""
 
 FROM_TABLE = "from_capability_table"
-"""Attribute of the outcome of such a case."""
+"""Attribute that marks the pytest outcome of such a case."""
 
 
 def reasons(driver: Driver) -> set[str]:
-    """Return the reasons for which a case may be left out."""
+    """Return the reasons for which a case may be skipped."""
     return {f"{NOT_APPLICABLE}{what}: {why}" for what, why in driver.capabilities.missing.items()}
 
 
 def require(driver: Driver, capability: str) -> None:
-    """Leave the case, with the reason of the table, if the driver lacks a capability."""
+    """Skip the case, with the reason from the table, if the driver lacks a capability."""
     if capability in driver.capabilities.missing:
         try:
             pytest.skip(f"{NOT_APPLICABLE}{capability}: {driver.capabilities.missing[capability]}")
@@ -277,9 +277,9 @@ def find_drivers(target: str) -> list[Driver]:
     Raises
     ------
     LookupError
-        If nothing of the kind can be found; the message says what there is.
+        If there is no driver for the name, or the class is neither a backend nor a driver.
     ImportError
-        If it is there and cannot be imported.
+        If the module of the class or driver cannot be imported.
     """
     backend: Backend | None = None
     module, colon, attribute = target.partition(":")

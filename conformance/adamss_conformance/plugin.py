@@ -1,4 +1,4 @@
-"""The pytest plugin: which backends to hold to the laws, and what came of it.
+"""The pytest plugin, which selects the backends to test and reports the outcome of each law.
 
 ::
 
@@ -31,18 +31,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME_or_module:Class",
-        help="hold this backend to the laws (again for more): a registered name (numpy, torch, jax, ...), 'strict' "
-        "for the core on array-api-strict, or module:Class of a Backend or an adamss_conformance.Driver",
+        help="test this backend against the laws (repeat the option for more backends): a registered name (numpy, "
+        "torch, jax, ...), 'strict' for the core on array-api-strict, or module:Class of a Backend or an "
+        "adamss_conformance.Driver",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find the drivers; a backend that was asked for and cannot be had is an error, not a skip."""
+    """Find the drivers; a requested backend that is not available is an error, not a skip."""
     drivers: list[Driver] = []
     for target in config.getoption("adamss_backend"):
         try:
             drivers += find_drivers(target)
-        except Exception as error:  # whatever a module of somebody else's does when it is imported
+        except Exception as error:  # importing a third-party module may raise anything
             raise pytest.UsageError(f"--adamss-backend {target}: {type(error).__name__}: {error}") from error
     config.stash[_DRIVERS] = drivers
     absent = {
@@ -73,7 +74,7 @@ def requested_drivers(config: pytest.Config) -> list[Driver]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note law and driver of each report, and fail what was left out for a reason that is not in the table."""
+    """Add law and driver to each report, and fail cases skipped for a reason that is not in the table."""
     report = yield
     law = law_of(item.name)
     if law is None:
@@ -81,7 +82,7 @@ def pytest_runtest_makereport(
     driver = getattr(item, "funcargs", {}).get("driver")
     report.user_properties.append((_PROPERTY, f"{driver or item.nodeid}/{law}"))
     if report.skipped:
-        # An expected failure is reported as skipped too, and has no such tuple.
+        # Pytest reports an expected failure as skipped too, but its longrepr is not a tuple with the reason.
         found = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
         reason = found.removeprefix("Skipped: ")
         if not isinstance(driver, Driver) or reason not in reasons(driver):
@@ -91,14 +92,14 @@ def pytest_runtest_makereport(
 
 
 class _Outcomes:
-    """Collects what came of each case, and prints it, by driver and law."""
+    """Collects the outcomes of all cases, and prints them by driver and law."""
 
     def __init__(self, absent: Mapping[str, list[str]]) -> None:
         self.absent = absent
         self.by_driver: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note the outcome of a case."""
+        """Record the outcome of a case."""
         if report.when != "call" and not (report.when == "setup" and not report.passed):
             return
         reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
@@ -108,7 +109,7 @@ class _Outcomes:
                 self.by_driver[driver].append((int(law), report.outcome, reason.partition(NOT_APPLICABLE)[2]))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Print, for each driver, by how many cases each law was held, and why the others do not apply."""
+        """Print, for each driver, how many cases of each law held, and why other cases do not apply."""
         for driver, outcomes in sorted(self.by_driver.items()):
             counts = Counter((law, outcome) for law, outcome, _ in outcomes)
             rows = [
@@ -124,5 +125,5 @@ class _Outcomes:
         for driver, devices in self.absent.items():
             if devices:
                 terminalreporter.write_line(
-                    f"{driver}: not run on {', '.join(devices)}, of which there is none here"
+                    f"{driver}: not run on {', '.join(devices)}, because this machine has no such device"
                 )

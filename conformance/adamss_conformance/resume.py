@@ -1,4 +1,4 @@
-"""The second half of law 10, in a process of its own: load a training file, take single steps, save."""
+"""The second half of law 10, run in a new process: load a training file, take single steps, save."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adamss_conformance.laws.helpers import single_steps
 
 
 def main(arguments: list[str]) -> None:
-    """Run; the suite makes the command line."""
+    """Load, train and save, as the arguments say; the suite composes the command line."""
     module, source, name, device, backend_module, backend_source, backend_name, half, steps, out = arguments
     driver_class = _attribute(module, source, name)
     backend_class = _attribute(backend_module, backend_source, backend_name)
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _attribute(module: str, source: str, name: str) -> Any:
-    """Return a class of a module; a test file, which cannot be imported by name, is loaded from where it lies."""
+    """Return a class of a module; a test file, which cannot be imported by name, is loaded from its path."""
     try:
         found: Any = importlib.import_module(module)
     except ImportError:

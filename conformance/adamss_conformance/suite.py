@@ -1,4 +1,4 @@
-"""`BackendSuite`: the laws of the design, for any backend."""
+"""`BackendSuite`: the laws of the design as tests for any backend."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class BackendSuite(
     RoutingLaws,
     WalkLaws,
 ):
-    """The laws, each test named after its law's number.
+    """The laws as tests; the name of each test contains the number of its law.
 
-    Run it from the command line with the plugin::
+    Run the suite from the command line with the plugin::
 
         pytest -p adamss_conformance.plugin --pyargs adamss_conformance --adamss-backend NAME_or_module:Class
 
-    or subclass it, and override the fixture ``driver``::
+    or subclass it and override the fixture ``driver``::
 
         class TestMine(BackendSuite):
             @pytest.fixture
@@ -50,7 +50,7 @@ class BackendSuite(
     """
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Run on every driver that ``--adamss-backend`` asks for, unless the fixture is overridden."""
+        """Run every test on each driver of ``--adamss-backend``, unless a subclass overrides the fixture."""
         overridden = inspect.getattr_static(type(self), "driver") is not BackendSuite.__dict__["driver"]
         if not overridden and "driver" in metafunc.fixturenames:
             from adamss_conformance.plugin import requested_drivers
@@ -66,6 +66,6 @@ class BackendSuite(
 
     @pytest.fixture(autouse=True)
     def _registered(self, driver: Driver) -> Iterator[None]:
-        # The verbs must find the very backend under test, not one of the same name.
+        # The verbs must find the instance under test, not the registered backend of the same name.
         with using(driver.backend):
             yield

@@ -1,7 +1,7 @@
-"""What ``--pyargs adamss_conformance`` collects: the laws, on every backend asked for."""
+"""The tests that ``--pyargs adamss_conformance`` collects: the laws, on every requested backend."""
 
 from adamss_conformance.suite import BackendSuite
 
 
 class TestLaws(BackendSuite):
-    """On every driver of ``--adamss-backend``."""
+    """The laws on every driver of ``--adamss-backend``."""

@@ -1,4 +1,4 @@
-"""The one table of tolerances that every comparison of floating-point results uses."""
+"""The table of tolerances that all comparisons of floating-point results use."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 __all__ = ["RELATIVE_TOLERANCE", "assert_agrees"]
 
 RELATIVE_TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""Largest difference allowed, over the largest magnitude of the expected array, by dtype of the computation.
+"""Largest difference allowed, relative to the largest magnitude of the expected array, by dtype of the computation.
 
-About 2^5 rounding units for half precision, whose inputs are rounded before they are multiplied, and more
-for the wider ones, whose sums are longer than their rounding units show.
+In half precision, the tolerance is about four times the machine epsilon, mostly for the rounding of the inputs. In
+the wider dtypes the rounding errors that long sums accumulate dominate, so the tolerance is a larger multiple.
 """
 
 
@@ -22,19 +22,19 @@ def assert_agrees(actual: Any, expected: Any, *, dtype: str, what: str, scale: f
     Parameters
     ----------
     actual, expected
-        Arrays that `numpy.asarray` understands, of equal shape.
+        Arrays that `numpy.asarray` accepts, of equal shape.
     dtype
-        Dtype in which `actual` was computed: a key of `RELATIVE_TOLERANCE`.
+        Dtype in which `actual` was computed, a key of `RELATIVE_TOLERANCE`.
     what
-        What is compared, for the message.
+        Description of the compared quantity, for the message.
     scale
-        Magnitude that differences are relative to; None for the largest of `expected`. Sums that cancel
-        need the magnitude of their terms.
+        Magnitude that differences are relative to. None means the largest magnitude in `expected`. For a sum that
+        cancels, give the magnitude of its terms.
 
     Raises
     ------
     AssertionError
-        Naming `what`, the difference and the tolerance.
+        If the arrays differ by more; the message gives `what`, the difference and the tolerance.
     """
     actual, expected = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
@@ -43,5 +43,5 @@ def assert_agrees(actual: Any, expected: Any, *, dtype: str, what: str, scale: f
     magnitude = float(np.max(np.abs(expected))) if scale is None else scale
     difference = float(np.max(np.abs(actual - expected)))
     allowed = RELATIVE_TOLERANCE[dtype] * magnitude
-    # Not `difference > allowed`: NaN must fail.
+    # Written as `<=` so that NaN fails.
     assert difference <= allowed, f"{what}: differs by {difference:.3g}, {dtype} allows {allowed:.3g}"

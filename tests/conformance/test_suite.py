@@ -1,4 +1,4 @@
-"""The suite itself: what is right passes, what is wrong fails, by the law that should find it."""
+"""Test the conformance suite: right backends pass, and each wrong backend fails the law that should find it."""
 
 import re
 import subprocess
@@ -40,21 +40,21 @@ WRONG = {
     "GlobalSeedTouched": 12,
     "DecomposesRounded": 13,
 }
-"""Each class of `wrong.py`, and the law that must find it."""
+"""Classes of `wrong.py`, with the law that must find the mistake."""
 
 CASES = len(VARIANTS) + 1
-"""Cases of law 12: each variant, and the seed."""
+"""Number of cases of law 12: one for each variant, and one for the seed."""
 
 
 def run(*arguments: str, cwd: Path = HERE) -> subprocess.CompletedProcess[str]:
-    """Run the suite in a process of its own, as a user would."""
+    """Run the suite in a separate process, as a user would."""
     plugins = ("-p", "no:cacheprovider", "-p", "adamss_conformance.plugin")
     command = [sys.executable, "-m", "pytest", "-q", *plugins, "--pyargs", "adamss_conformance", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def table(output: str) -> dict[int, tuple[int, int, int]]:
-    """Return held, failed and not applicable of each law, as the summary prints them."""
+    """Return the numbers of held, failed and not applicable cases of each law, from the printed summary."""
     rows = re.findall(r"^ +(\d+)  .*?(\d+) +(\d+) +(\d+)$", output, flags=re.MULTILINE)
     return {
         int(law): (int(held), int(failed), int(not_applicable)) for law, held, failed, not_applicable in rows
@@ -90,7 +90,7 @@ def test_a_case_left_out_for_a_reason_of_its_own_fails(name):
 
 
 def test_behind_the_other_door_what_is_right_passes_and_what_is_left_out_fails(tmp_path):
-    """A subclass overrides the fixture, and needs no plugin."""
+    """A subclass of `BackendSuite` that overrides the fixture `driver` needs no plugin."""
     (tmp_path / "test_shy.py").write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(HERE)!r})\n"
@@ -114,7 +114,7 @@ def test_behind_the_other_door_what_is_right_passes_and_what_is_left_out_fails(t
 def test_a_device_that_is_absent_is_named():
     done = run("--adamss-backend", "wrong:OnTheMoon", "-k", "law_07")
     assert done.returncode == 0, done.stdout
-    assert "moon: not run on moon, of which there is none here" in done.stdout
+    assert "moon: not run on moon, because this machine has no such device" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_driver_that_promises_what_it_has_not_is_told_what_to_write(capability
 def test_adjusted_rand_index():
     labels = np.asarray([0, 0, 1, 1, 2, 2])
     assert adjusted_rand_index(labels, (labels + 1) % 3) == 1.0
-    # Hubert and Arabie's definition by hand: 1 pair together in both, 3 in each, 15 pairs.
+    # By Hubert and Arabie's definition: 1 pair is together in both groupings, 3 pairs in each, of 15 pairs.
     other = np.asarray([0, 0, 1, 2, 2, 1])
     assert adjusted_rand_index(labels, other) == pytest.approx((1 - 9 / 15) / (3 - 9 / 15))
     assert adjusted_rand_index(np.zeros(4, int), np.zeros(4, int)) == 1.0

@@ -1,4 +1,4 @@
-"""The backend of docs/guides/backend.md, installed as a third party would, is held to the laws."""
+"""Test that the backend of the guide keeps the laws when it is installed as a third party would install it."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def blocks():
 
 @pytest.fixture(scope="module")
 def installed(blocks, tmp_path_factory):
-    """Return a folder into which pip has installed the project that the guide writes out."""
+    """Return a folder into which pip has installed the project whose files the guide contains."""
     project, site = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("site")
     for language, block in blocks:
         if language == "toml":
@@ -66,7 +66,7 @@ def test_the_verbs_find_it(installed):
         "print(adamss.summary(adamss.attach(model, config)).total.trained)"
     )
     done = python(installed, "-c", code)
-    assert done.stdout.strip() == "14", done.stderr  # 6 columns and 2 times 4 of the basis
+    assert done.stdout.strip() == "14", done.stderr  # C has 6 columns, B two subspaces of 4 directions
 
 
 def test_it_holds_the_laws(installed):

@@ -1,4 +1,4 @@
-"""Backends with one thing wrong each. `test_suite.py` sees that the suite finds it, and by which law."""
+"""Backends with one mistake each. `test_suite.py` checks that the suite finds the mistake, and by which law."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from adamss_conformance.drivers.strict import HOST, StrictBackend, StrictDriver
 
 
 class DeltaTransposed(NumpyBackend):
-    """The update of a square weight is that of its transpose."""
+    """Transpose the update of a square weight."""
 
     def linear(self, x, weight, bias, factors):
         delta = core.delta(factors)[: weight.shape[0]]
@@ -24,7 +24,7 @@ class DeltaTransposed(NumpyBackend):
 
 
 class SegmentPermuted(NumpyBackend):
-    """Subspaces 0 and 1 have each other's directions."""
+    """Swap the directions of subspaces 0 and 1."""
 
     def linear(self, x, weight, bias, factors):
         swapped = np.where(factors.labels == 0, 1, np.where(factors.labels == 1, 0, factors.labels))
@@ -34,7 +34,7 @@ class SegmentPermuted(NumpyBackend):
 
 
 class GradientOfBScaled(NumpyBackend):
-    """As if the loss were averaged over the tokens once more."""
+    """Halve the gradient of B."""
 
     def linear_vjp(self, dy, x, weight, factors):
         gradients = super().linear_vjp(dy, x, weight, factors)
@@ -42,14 +42,14 @@ class GradientOfBScaled(NumpyBackend):
 
 
 class GradientOfFrozen(NumpyBackend):
-    """Frozen subspaces have a gradient, which would count in a clipped norm."""
+    """Give frozen subspaces a gradient, which would count when a norm is clipped."""
 
     def linear_vjp(self, dy, x, weight, factors):
         return core.linear_vjp(dy, x, weight, factors, revive=True)
 
 
 class BaseMutated(NumpyBackend):
-    """Training writes into the frozen weight."""
+    """Write into the frozen weight during training."""
 
     def linear_vjp(self, dy, x, weight, factors):
         weight[0, 0] += 1e-3
@@ -57,7 +57,7 @@ class BaseMutated(NumpyBackend):
 
 
 class OriginalsLost(NumpyBackend):
-    """`detach` leaves the trained head in place."""
+    """Leave the trained head in place in `detach`."""
 
     def bank(self, model):
         bank = super().bank(model)
@@ -65,7 +65,7 @@ class OriginalsLost(NumpyBackend):
 
 
 class StartsOff(NumpyBackend):
-    """The base product is fused with the update's, and rounded otherwise."""
+    """Fuse the base product with the update's, so that it is rounded differently."""
 
     def linear(self, x, weight, bias, *factors):
         y = x @ (weight + core.delta(factors[0])[: weight.shape[0]]).astype(weight.dtype)
@@ -75,7 +75,7 @@ class StartsOff(NumpyBackend):
 
 
 class MergedTwice(NumpyBackend):
-    """`unmerge` subtracts what was added instead of giving W0 back."""
+    """Subtract the update in `unmerge` instead of restoring W0."""
 
     def exchange(self, model, arrays):
         (adaptation,) = model.bank.adapters.values()
@@ -87,7 +87,7 @@ class MergedTwice(NumpyBackend):
 
 
 class PaddingTrained(NumpyBackend):
-    """The padding of C gets a gradient, so that it is no longer zero."""
+    """Give the padding of C a gradient, so that it does not stay zero."""
 
     def linear_vjp(self, dy, x, weight, factors):
         gradients = super().linear_vjp(dy, x, weight, factors)
@@ -95,15 +95,15 @@ class PaddingTrained(NumpyBackend):
 
 
 class GlobalSeedTouched(NumpyBackend):
-    """`attach` seeds NumPy's global generator."""
+    """Seed NumPy's global generator in `attach`."""
 
     def insert(self, model, adaptation, originals):
-        np.random.seed(adaptation.config.seed)  # noqa: NPY002 (this is what is wrong with it)
+        np.random.seed(adaptation.config.seed)  # noqa: NPY002 (the mistake under test)
         return super().insert(model, adaptation, originals)
 
 
 class SilentUpcast(NumpyBackend):
-    """Half-precision outputs come back as float32."""
+    """Return half-precision outputs as float32."""
 
     def linear(self, x, weight, bias, *factors):
         y = super().linear(x, weight, bias, *factors)
@@ -111,7 +111,7 @@ class SilentUpcast(NumpyBackend):
 
 
 class LabelsMadeAnew(NumpyBackend):
-    """What is loaded is segmented by position, not as the file says."""
+    """Sort the labels of a loaded adapter, instead of keeping those of the file."""
 
     def from_stored(self, stored, *, like=None, dtype=None):
         array = super().from_stored(stored, like=like, dtype=dtype)
@@ -121,7 +121,7 @@ class LabelsMadeAnew(NumpyBackend):
 
 
 class PrecisionLost(NumpyBackend):
-    """Files hold half precision."""
+    """Round values to half precision when a file is written."""
 
     def to_stored(self, array):
         narrow = array.astype(np.float16) if array.dtype == np.float32 else array
@@ -129,21 +129,21 @@ class PrecisionLost(NumpyBackend):
 
 
 class DecomposesRounded(NumpyBackend):
-    """The decomposition sees a quantised weight."""
+    """Round the weight before it is decomposed."""
 
     def decomposition_input(self, W):
         return np.round(W)
 
 
 class WrongDevice(StrictBackend):
-    """Results are brought back to the host."""
+    """Move results to the host."""
 
     def linear(self, x, weight, bias, *factors):
         return super().linear(x, weight, bias, *factors).to_device(HOST)
 
 
 class WrongDeviceDriver(StrictDriver):
-    """On the second device, where it shows."""
+    """Run `WrongDevice` on the second device, where its mistake shows."""
 
     name = "wrong-device"
 
@@ -152,7 +152,7 @@ class WrongDeviceDriver(StrictDriver):
 
 
 class MaskOffByOne(NumpyDriver):
-    """Keeps what is strictly above the score at the budget: one too few."""
+    """Keep only subspaces strictly above the score at the budget, which is one too few."""
 
     name = "off-by-one"
 
@@ -164,7 +164,7 @@ class MaskOffByOne(NumpyDriver):
 
 
 class ReducesTooFar(NumpyDriver):
-    """Its controller freezes one subspace more than it should."""
+    """Freeze one subspace more than the budget asks for."""
 
     name = "too-far"
 
@@ -177,7 +177,7 @@ class ReducesTooFar(NumpyDriver):
 
 
 class ChoosesTheWorst(NumpyDriver):
-    """Its controller keeps as many as it should, and the wrong ones."""
+    """Keep the right number of subspaces, but the wrong ones."""
 
     name = "worst"
 
@@ -190,7 +190,7 @@ class ChoosesTheWorst(NumpyDriver):
 
 
 class ForgetsAverages(NumpyDriver):
-    """Resumes with the masks and the step, and with averages of zero."""
+    """Resume with the saved masks and step, but with averages of zero."""
 
     name = "forgets"
 
@@ -210,7 +210,7 @@ class ForgetsAverages(NumpyDriver):
 
 
 class FoldedTwice(NumpyBackend):
-    """The adapter goes on adding what was folded into the weight."""
+    """Keep computing the update of subspaces that are folded into the weight."""
 
     def enter(self, model, ledger):
         model = super().enter(model, ledger)
@@ -220,7 +220,7 @@ class FoldedTwice(NumpyBackend):
 
 
 class FrozenDecayed(NumpyDriver):
-    """Weight decay goes on where the gradient is zero."""
+    """Let weight decay change frozen values."""
 
     name = "decayed"
 
@@ -229,7 +229,7 @@ class FrozenDecayed(NumpyDriver):
 
 
 class CompilesMasks(NumpyDriver):
-    """A compiler, of a kind, that takes the mask for a constant."""
+    """Simulate a compiler that treats the mask as a constant, and so compiles again after each allocation."""
 
     name = "compiler"
     capabilities = replace(
@@ -253,7 +253,7 @@ class CompilesMasks(NumpyDriver):
 
 
 class OnTheMoon(NumpyDriver):
-    """Nothing wrong: one of its devices is elsewhere."""
+    """A right driver with a device that is not present."""
 
     name = "moon"
     capabilities = replace(NumpyDriver.capabilities, devices=("cpu", "moon"))
@@ -264,7 +264,7 @@ class OnTheMoon(NumpyDriver):
 
 
 class Shy(NumpyDriver):
-    """Left out of the laws for a reason of its own making, which looks like one of the table's."""
+    """A driver that skips laws for its own reason, worded like one of the suite's reasons."""
 
     name = "shy"
 
@@ -273,7 +273,7 @@ class Shy(NumpyDriver):
 
 
 class Resigned(NumpyDriver):
-    """Expects to fail."""
+    """A driver that marks every case as an expected failure."""
 
     name = "resigned"
 

@@ -1,4 +1,4 @@
-"""The array namespaces that the core must run on."""
+"""Fixtures for the array namespaces that the core must run on."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def xp(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session")
 def to_numpy() -> Callable[[Any], np.ndarray]:
-    """Return a function that turns any framework's array into NumPy's."""
+    """Return a function that converts an array of any framework to NumPy."""
     return np.from_dlpack

@@ -1,4 +1,4 @@
-"""Weights that the tests of the core share."""
+"""Weights that several tests of the core use."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ def gaussian(*shape, seed=0):
 
 @st.composite
 def awkward_weights(draw, d, n):
-    """Weights of every awkward kind and up to this size: one row, one column, rank-deficient, duplicated, zero."""
+    """Draw weights up to this size, including one row or column, low rank, duplicate columns, and zero."""
     d, n = draw(st.integers(1, d)), draw(st.integers(1, n))
     seed = draw(st.integers(0, 1000))
     W, rng = gaussian(d, n, seed=seed), np.random.default_rng(seed + 1)
@@ -31,7 +31,7 @@ def awkward_weights(draw, d, n):
 
 
 def planted(seed, *, d, subspaces, dimension, noise=0.0):
-    """Give a matrix whose columns lie in independent subspaces, in random order, and their labels."""
+    """Return a matrix whose columns lie in independent subspaces, in random order, and the labels of the columns."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(5 * dimension, 8 * dimension + 1, subspaces)
     blocks = [rng.standard_normal((d, dimension)) @ rng.standard_normal((dimension, size)) for size in sizes]

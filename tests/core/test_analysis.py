@@ -1,6 +1,7 @@
-"""Z* and what it says of labels, energy, and Theorem 1 term by term."""
+"""Test Z* and the measures of labels that use it, the captured energy, and Theorem 1 term by term."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from adamss import core
 from adamss.core import decompose
 from adamss.core.analysis import (
     block_diagonality,
+    cell_means,
     generalisation_bound,
+    inside_over_between,
     lowest_rank_representation,
     ordering,
     spectral_norms,
@@ -33,7 +36,7 @@ def test_representation_reproduces_the_weight(seed, rank, surplus):
     np.testing.assert_allclose(W @ Z, W, atol=1e-8)
     np.testing.assert_allclose(Z @ Z, Z, atol=1e-8)
     np.testing.assert_allclose(Z, Z.T, atol=1e-12)
-    # Null directions would add one each.
+    # Each direction of a zero singular value would add one to the trace.
     assert np.trace(Z) == pytest.approx(rank)
 
 
@@ -60,6 +63,41 @@ def test_block_diagonality_is_the_share_of_squares(xp, magnitude):
     assert float(block_diagonality(Z, xp.asarray([0, 0, 1]))) == pytest.approx(16 / 24)
     assert float(block_diagonality(Z, xp.asarray([0, 1, 0]))) == pytest.approx(14 / 24)
     assert float(block_diagonality(Z, xp.asarray([0, 0, 0]))) == 1.0
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_inside_over_between_is_a_ratio_of_means_without_the_diagonal(xp, magnitude):
+    rng = np.random.default_rng(0)
+    Z, labels = rng.standard_normal((12, 12)), rng.integers(0, 3, 12)
+    pairs = [(i, j) for i in range(12) for j in range(12) if i != j]
+    inside = np.mean([abs(Z[i, j]) for i, j in pairs if labels[i] == labels[j]])
+    between = np.mean([abs(Z[i, j]) for i, j in pairs if labels[i] != labels[j]])
+    found = inside_over_between(xp.asarray((Z * magnitude).astype(np.float32)), xp.asarray(labels))
+    assert float(found) == pytest.approx(inside / between, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("Z", "labels", "expected"),
+    [
+        (np.kron(np.eye(2), np.ones((2, 2))), [0, 0, 1, 1], math.inf),
+        (np.eye(4), [0, 0, 1, 1], math.nan),
+        (np.ones((4, 4)), [0, 0, 0, 0], math.nan),
+        (np.ones((4, 4)), [0, 1, 2, 3], math.nan),
+    ],
+    ids=["block diagonal", "diagonal", "one subspace", "one column each"],
+)
+def test_inside_over_between_where_a_mean_is_zero_or_missing(xp, Z, labels, expected):
+    found = inside_over_between(xp.asarray(Z.astype(np.float32)), xp.asarray(labels))
+    assert float(found) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(("n", "cells"), [(12, 4), (13, 5), (5, 5), (3, 8)])
+def test_cells_are_means_that_lose_no_column(xp, to_numpy, n, cells):
+    Z = np.random.default_rng(0).standard_normal((n, n)).astype(np.float32)
+    ends = [-(-n * cell // min(n, cells)) for cell in range(min(n, cells) + 1)]
+    blocks = [slice(*pair) for pair in pairwise(ends)]
+    expected = [[Z[rows, columns].mean() for columns in blocks] for rows in blocks]
+    np.testing.assert_allclose(to_numpy(cell_means(xp.asarray(Z), cells)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])

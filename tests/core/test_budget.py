@@ -1,7 +1,7 @@
-"""The budget against DESIGN 2.6 and 2.7, written as loops over subspaces in float64 NumPy.
+"""Compare the budget with its definition, written as loops over subspaces in float64 NumPy.
 
-Weights and gradients are small whole numbers and the decays powers of two, so that every average is exact in every
-framework and dtype: ties are real ties, and what is compared is compared with ``==``.
+Weights and gradients are small integers and the decays are powers of two, so every average is exact in every
+framework and dtype. Ties are therefore real ties, and results are compared with ``==``.
 """
 
 import math
@@ -53,14 +53,14 @@ def test_allocations_are_on_the_interval_and_always_at_the_end(t0, span, interva
 def test_initial_budget():
     config = BudgetConfig(target=5, end_step=10, initial=8)
     assert core.budget_at(0, config) == core.budget_at(0, config, total=100) == 8
-    with pytest.raises(ConfigError, match="budget at the start is not known"):
+    with pytest.raises(ConfigError, match="initial budget is not known"):
         core.budget_at(0, BudgetConfig(target=5, end_step=10))
-    with pytest.raises(ConfigError, match="target = 5 is more than the 4"):
+    with pytest.raises(ConfigError, match="target = 5 is more than the initial budget 4"):
         core.budget_at(0, BudgetConfig(target=5, end_step=10), total=4)
 
 
 def allocate_by_loop(scores, budget, costs=None, candidates=None, layers=None, minimum=0):
-    """The law of allocation: best first, of every layer its minimum before all others."""
+    """Return the mask by the law of allocation: every layer's minimum first, then the best scores of all layers."""
     T = len(scores)
     price = [1] * T if costs is None else [int(cost) for cost in costs]
     values = [score / scores.dtype.type(cost) for score, cost in zip(scores, price, strict=True)]
@@ -79,7 +79,11 @@ def allocate_by_loop(scores, budget, costs=None, candidates=None, layers=None, m
 
 
 def allocation(rng, T):
-    """Scores with ties, NaN and infinity; candidates, unsorted layers, costs or none, a budget from 0 to too much."""
+    """Return random arguments of `core.allocate`.
+
+    They have scores with ties, NaN and infinity, candidates, unsorted layers, costs or none, and a budget from 0 to
+    more than everything costs.
+    """
     costs = rng.integers(1, 7, T).astype(np.int32)
     by_cost = rng.random() < 0.5
     return {
@@ -104,7 +108,7 @@ def test_allocation_is_the_loop_over_the_best_first(rng, T):
     assert core.allocate(**everyone).tolist() == allocate_by_loop(**everyone)
 
 
-@pytest.mark.parametrize("T", [9, 200])  # sorts that are not stable are found among many
+@pytest.mark.parametrize("T", [9, 200])  # an unstable sort shows only with many elements
 def test_every_framework_allocates_alike_also_compiled(xp, to_numpy, T):
     rng = np.random.default_rng(T)
     allocate, traces = core.allocate, []
@@ -167,9 +171,10 @@ EXACT = {"sensitivity_decay": 0.5, "uncertainty_decay": 0.5}
 
 
 def layer(rng, sizes=(1, 2, 4), P=4, r=2, basis="shared", padding=0):
-    """Factors of subspaces of these sizes, whole numbers in them and in all padding but that of B's own columns.
+    """Return factors of subspaces of these sizes, filled with integers.
 
-    Ranks go down from r to 0, the last ones; every mean is over a power of two of numbers where sizes and P are.
+    The padding is filled too, except within the columns of B that belong to a subspace. Ranks fall from r to 0. If
+    the sizes and P are powers of two, every mean is over a power of two of numbers, and so exact.
     """
     K, sizes = len(sizes), np.asarray(sizes)
     P = min(P, sizes.max()) if basis == "per_subspace" else P
@@ -187,7 +192,7 @@ def layer(rng, sizes=(1, 2, 4), P=4, r=2, basis="shared", padding=0):
 
 
 def at_step(rng, f):
-    """The factors with other values of B and C."""
+    """Return the factors with other integers in B and C, as after a step."""
     B, C = (rng.integers(-2, 3, array.shape).astype(np.float64) for array in (f.B, f.C))
     within = np.arange(f.B.shape[0])[:, None] < np.repeat(core.basis_ranks(f), f.ranks)
     q = f.ranks.sum()
@@ -205,7 +210,7 @@ def gradients_of(rng, layers, kind="any"):
     if kind in ("nan", "inf"):
         path = sorted(layers)[rng.integers(len(layers))]
         gradients[path][rng.integers(2)][0, -1] = float(kind) * rng.choice([-1, 1])
-        for f in layers.values():  # infinity times zero is for a test of its own
+        for f in layers.values():  # a separate test covers infinity times zero
             f.B[0, -1] = f.C[0, -1] = 1
     return gradients
 
@@ -236,7 +241,7 @@ def costs_of(f):
 
 
 def needed(layers, unit, minimum, *, revive=False):
-    """The least target: what every layer keeps, and the whole model, whichever of the subspaces that will be."""
+    """Return the lowest possible target: enough for the minimum of every layer, whichever subspaces are kept."""
     costs = [costs_of(f) for f in layers.values()]
     if unit == "subspaces":
         return max(1, sum(min(minimum, len(layer)) for layer in costs))
@@ -246,7 +251,7 @@ def needed(layers, unit, minimum, *, revive=False):
 
 @st.composite
 def schedules(draw, layers, **fixed):
-    """Any schedule that the layers can keep to, of no more than 8 steps, so that averages stay exact."""
+    """Draw a schedule that the layers can keep to, of at most 8 steps, so that the averages stay exact."""
     unit = fixed.get("unit", draw(UNITS))
     minimum = draw(st.integers(0, 3))
     costs = [cost for f in layers.values() for cost in costs_of(f)]
@@ -283,13 +288,13 @@ def started(layers, config):
 
 
 def step_of(plan, state, layers, gradients, *processes):
-    """One step of a training: both functions, on the vectors of all layers."""
+    """Take one step of the budget: call `observe` and `advance` on the vectors of all layers."""
     weights, slopes = elements(plan, layers), plan.join_elements(gradients)
     return core.advance(plan, core.observe(plan, state, weights, slopes, *processes), *processes)
 
 
 class ByLoop:
-    """One model under a schedule. The subspaces stand in a list, by module path, then by number."""
+    """The reference: one model under a schedule, with its subspaces in a list, by module path and then by number."""
 
     def __init__(self, layers, config, dtype="float64"):
         self.config, self.dtype = config, dtype
@@ -368,7 +373,7 @@ class ByLoop:
                 self.forget(layers)
 
     def check(self, plan, state, layers, to_numpy=np.asarray, dtype=None):
-        """Check that a state is the same: to the bit, or to the tolerance of a dtype where one is given."""
+        """Check that a state equals the reference: to the bit, or within the tolerance of `dtype` if given."""
         active = to_numpy(state.active).tolist()
         found = int(state.step), bool(state.waiting), int(state.left_out), active
         assert found == (self.step, self.waiting, self.left_out, self.active)
@@ -415,7 +420,7 @@ class TestPlan:
 
     @given(models(), UNITS, st.integers(0, 3))
     def test_least_target(self, model, unit, minimum):
-        """What ``needed`` says can be kept to; one less cannot, and the message says what it takes."""
+        """A target of `needed` is accepted; one less is refused, and the message gives the lowest target."""
         _, layers = model
         least = needed(layers, unit, minimum)
 
@@ -474,15 +479,15 @@ class TestPlan:
         jax = pytest.importorskip("jax")
         layers = as_arrays(jax.numpy, {"block.q": layer(np.random.default_rng(0))})
         config = BudgetConfig(target=1, end_step=5)
-        with pytest.raises(ArrayTypeError, match=r"^block\.q: the values are needed here"):
+        with pytest.raises(ArrayTypeError, match=r"^block\.q: values are needed here"):
             jax.jit(lambda layers: core.plan_budget(layers, config).total)(layers)
 
 
 @given(models(), st.data())
 def test_every_step_is_that_of_the_loop(model, data):
-    """Averages, scores, schedule, waiting, what is left out, reset and masks: all exact, whatever the schedule."""
+    """Averages, scores, schedule, waiting, skipped steps, resets and masks are all exact, for any schedule."""
     rng, layers = model
-    for path, f in layers.items():  # as after `load`: some are frozen from the start
+    for path, f in layers.items():  # some subspaces are frozen from the start, as after `load`
         layers[path] = f._replace(active=rng.random(f.active.size) < 0.9)
     config = data.draw(schedules(layers))
     plan, state = started(layers, config)
@@ -498,18 +503,18 @@ def test_every_step_is_that_of_the_loop(model, data):
 
 
 def one_layer(K=3, columns=2, P=2):
-    """K subspaces of rank one, on a shared basis."""
+    """Return factors with K subspaces of rank one on a shared basis, and C = 0."""
     labels = np.repeat(np.arange(K), columns)
     C = np.zeros((1, K * columns))
     return Factors(np.zeros((1, 4, P)), np.ones((P, K)), C, labels, np.ones(K, int), np.ones(K, bool))
 
 
 def pointing_at(*subspaces, scale=1.0, K=3):
-    """Gradients of B that make these subspaces of `one_layer` important, the first most."""
+    """Return gradients that make these subspaces of `one_layer` important, in decreasing order."""
     gradient = np.zeros((2, K))
     for i, k in enumerate(subspaces):
         gradient[:, k] = scale * (len(subspaces) - i)
-    return {"q": (gradient, np.ones((1, 2 * K)))}  # C is zero, so that its gradient says nothing
+    return {"q": (gradient, np.ones((1, 2 * K)))}  # C is zero, so |w g| of C is zero whatever its gradient
 
 
 NOTHING, BAD = pointing_at(), pointing_at(1)
@@ -571,7 +576,7 @@ def test_by_hand(settings, steps, expected):
     assert int(state.left_out) == sum(gradients is BAD for gradients in steps)
 
 
-# 1e30 is finite, and its square, which a score needs, is not.
+# 1e30 is finite in float32, but its square, which a score needs, is not.
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_step_that_cannot_be_scored_leaves_the_averages_of_all_layers_as_they_were(
@@ -592,7 +597,7 @@ def test_a_step_that_cannot_be_scored_leaves_the_averages_of_all_layers_as_they_
 
 
 class Elsewhere(core.Processes):
-    """The elements stand in another order here; the other process could not use a step, and decides."""
+    """Processes whose elements are in another order, and where another process rejects a step or decides the mask."""
 
     def __init__(self, order, usable=True, decision=None):
         self.order, self.usable, self.decision = order, usable, decision
@@ -649,7 +654,7 @@ def two_layers():
 
 
 def steps_of(layers, noise=0.0, scale=1.0):
-    """Factors and gradients of every step: whole numbers, with ties between subspaces, or without where noisy."""
+    """Yield factors and gradients of every step: integers with ties between subspaces, or without ties if `noise`."""
     rng = np.random.default_rng(1)
     for kind in KINDS:
         layers = {path: at_step(rng, f) for path, f in layers.items()}
@@ -664,11 +669,11 @@ def steps_of(layers, noise=0.0, scale=1.0):
 
 
 def as_arrays(xp, tree, floating="float32"):
-    """The arrays of layers or gradients in another framework; floating point in a dtype."""
+    """Convert the arrays of layers or gradients to another framework, with floating-point arrays in this dtype."""
 
     def convert(array):
         kind = {"f": floating, "i": "int32", "b": "bool"}[array.dtype.kind]
-        if kind == "bfloat16":  # which NumPy lacks
+        if kind == "bfloat16":  # NumPy has no bfloat16
             return xp.asarray(array.astype("float32"), dtype=xp.bfloat16)
         return xp.asarray(array.astype(kind))
 
@@ -684,7 +689,7 @@ def test_every_framework_decides_alike_in_every_step(xp, to_numpy, name):
 
 
 def check_every_step(xp, to_numpy, name, scale=1.0, floating="float32"):
-    """Check that from the same gradients the same masks come, those of float64 NumPy, and the same averages."""
+    """Check that the same gradients give the same masks and averages as the reference in float64 NumPy."""
     dtype, noise = ("float32", 1.0) if name == "defaults" else (None, 0.0)
     layers = two_layers()
     plan, state = started(as_arrays(xp, layers, floating), CONFIGS[name])
@@ -702,13 +707,13 @@ def check_every_step(xp, to_numpy, name, scale=1.0, floating="float32"):
     ("framework", "floating"), [("numpy", "float16"), ("torch", "bfloat16"), ("jax.numpy", "bfloat16")]
 )
 def test_factors_in_half_precision_have_float32_averages(to_numpy, framework, floating):
-    """Formed in 16 bits, these products would overflow, or the averages be rounded."""
+    """In 16 bits the products would overflow or the averages would be rounded."""
     xp = pytest.importorskip(framework)
     check_every_step(xp, to_numpy, "exact", scale=512.0, floating=floating)
 
 
 def test_step_and_waiting_may_be_python_numbers(xp, to_numpy):
-    """A controller on a GPU keeps them so, that it need not wait for the device in every step."""
+    """A controller on a GPU keeps them as Python numbers, so that it need not wait for the device in every step."""
     layers, config = two_layers(), CONFIGS["exact"]
     plan, state = started(as_arrays(xp, layers), config)
     state, reference = state._replace(step=0, waiting=False), ByLoop(layers, config, dtype="float32")
@@ -720,7 +725,7 @@ def test_step_and_waiting_may_be_python_numbers(xp, to_numpy):
 
 
 def test_scanned_over_all_steps_it_decides_alike():
-    """``jax.lax.scan`` wants a state of the same shapes and dtypes in every step, whatever those of the factors."""
+    """``jax.lax.scan`` needs a state with the same shapes and dtypes in every step, for factors of any dtype."""
     jax = pytest.importorskip("jax")
     layers, config = two_layers(), CONFIGS["parameters, minimum"]
     steps = [[as_arrays(jax.numpy, tree, "float16") for tree in step] for step in steps_of(layers)]
@@ -745,7 +750,7 @@ def test_initial_state_has_the_masks_of_the_factors(xp, to_numpy):
     layers["q"] = layers["q"]._replace(active=np.asarray([True, False, True, True, False]))
     arrays = layers if xp is np else as_arrays(xp, layers)
     plan = core.plan_budget(arrays, CONFIGS["exact"])
-    layers["q"].active[:] = False  # as a framework that trains in place does later
+    layers["q"].active[:] = False  # a framework that trains in place changes the array later
     state = core.initial_budget_state(plan, elements(plan, arrays))
     masks = {path: to_numpy(mask).tolist() for path, mask in plan.split(state.active).items()}
     assert masks == {"q": [True, False, True, True, False], "v": [True] * 4}

@@ -1,4 +1,4 @@
-"""The cost model of the update against products that are counted, and the choices that it makes."""
+"""Compare the cost model of the update with counted products, and test the orders that it chooses."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ SHAPES = st.fixed_dictionaries(
 
 
 def counted(order: str, *, tokens: int, d: int, n: int, rank: int, directions: int, training: bool) -> int:
-    """Return the multiply-adds of the products that the order's docstring names."""
+    """Return the multiply-adds of the products that an order of the update consists of."""
     total = 0
 
     def product(rows: int, inner: int, columns: int) -> None:

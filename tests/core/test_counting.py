@@ -1,4 +1,4 @@
-"""Counts against the numbers of the paper, and against its bound."""
+"""Compare parameter counts with the numbers of the paper and with its bound."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ SUBSPACES = st.lists(
 
 @pytest.mark.parametrize(("width", "layers", "expected"), [(768, 12, 42_432), (1024, 24, 97_152)])
 def test_roberta_of_the_papers_table_1(width, layers, expected):
-    """0.042M and 0.097M: query and value, K = 10, r_k = 1, R = 100."""
+    """The paper prints 0.042M and 0.097M for query and value, K = 10, r_k = 1, R = 100."""
     sizes = [width - 9 * 7] + 9 * [7]
     assert 2 * layers * core.count_trainable(sizes, [1] * 10, [100] * 10) == expected
 

@@ -22,7 +22,7 @@ def with_spectrum(singular_values, seed=0):
 
 
 def captured(U, W, rank):
-    """Return ``||U^T W||^2`` over the most that ``rank`` directions hold."""
+    """Return ``||U^T W||^2`` over the largest energy that ``rank`` directions can capture."""
     W = W.astype(np.float64)
     best = np.sum(np.linalg.svd(W, compute_uv=False)[:rank] ** 2)
     return np.sum((U.astype(np.float64).T @ W) ** 2) / best
@@ -46,7 +46,7 @@ def assert_decomposes(W, rank, U, S, V):
     tolerance = 1e-5 * max(1.0, exact[0])
     np.testing.assert_allclose(S / scale, exact[:rank], atol=tolerance)
     assert np.all(np.diff(S) <= 0)
-    # The best approximation is not unique where singular values coincide; how good it is, is.
+    # With equal singular values the best approximation is not unique, but its error is.
     error = np.linalg.norm(W / scale - (U * (S.astype(np.float64) / scale)) @ V.T)
     best = np.linalg.norm(W / scale - (left[:, :rank] * exact[:rank]) @ right[:rank])
     assert error <= best + 10 * tolerance
@@ -108,7 +108,7 @@ def test_a_search_that_runs_out_of_directions(xp, to_numpy, kind):
     rank = {"zero": 0, "two rows": 2, "rank 60": 60, "duplicate columns": 5}[kind]
     rounding = np.finfo(np.float32).eps * 700 * S[0]
     assert np.count_nonzero(rounding < S) == rank
-    # Sums over 640 equal columns in float32, in an order that each library chooses.
+    # Each library sums the 640 equal columns in its own order, so their rounding errors differ.
     assert np.linalg.norm(W - (U * S) @ V.T) <= 700 * np.finfo(np.float32).eps * np.linalg.norm(W)
 
 
@@ -119,7 +119,8 @@ def rotated(singular_values, d, n, seed=0):
     return (U * singular_values) @ V.T
 
 
-# Of 160 directions 40 are asked for. The 41st is nearly as long; in float32 it would be mixed in, as W W^T squares.
+# The tests ask for 40 of 160 directions. The 41st singular value is nearly as large as the 40th. In float32 the two
+# directions would mix, because W W^T squares the singular values.
 STEEP = np.geomspace(10.0, 1.0, 40)
 SPECTRA = {
     "small gap": np.concatenate([STEEP, np.geomspace(0.99, 0.1, 120)]),
@@ -148,7 +149,7 @@ def test_spectra_of_every_kind(xp, to_numpy, kind, shape, magnitude):
 def test_spectra_of_every_kind_in_float64(kind, shape):
     W = rotated(SPECTRA[kind], *shape)
     U, S, V = decompose(W, 40)
-    # Directions shorter than the root of the rounding unit are not to be had from W W^T.
+    # W W^T does not resolve singular values below the square root of the rounding unit, relative to the largest.
     np.testing.assert_allclose((U * S) @ V.T @ V, W @ V, atol=1e-8 * np.linalg.norm(W))
     assert np.max(np.abs(U.T @ U - np.eye(40))) <= 1e-12
     assert np.max(np.abs(V.T @ V - np.eye(40))) <= 1e-12
@@ -215,7 +216,7 @@ def test_one_seed_one_result_and_no_global_randomness():
 
 @pytest.mark.parametrize("size", [1e-16, 1e-18, 1e-19, 1e-20])
 def test_eigenvectors_of_matrices_whose_squares_underflow(xp, to_numpy, size):
-    """LAPACK gives NaN, or does not converge, for about half of these as they are."""
+    """Without scaling, LAPACK returns NaN or does not converge for about half of these matrices."""
     for seed in range(20):
         column = np.random.default_rng(seed).standard_normal(16).astype(np.float32) * np.float32(size)
         column[:2] = 0.14, -0.98

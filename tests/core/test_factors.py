@@ -1,4 +1,4 @@
-"""Factors against a loop over subspaces in float64 NumPy, written as the paper writes it."""
+"""Compare the factors with a loop over subspaces in float64 NumPy, in the notation of the paper."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from adamss_conformance.tolerances import assert_agrees
 
 @st.composite
 def problems(draw):
-    """A weight, its decomposition and labels; K up to n, R up to min(d, n)."""
+    """Draw a weight, its decomposition and labels, with K up to n and R up to min(d, n)."""
     W = draw(awkward_weights(10, 12)).astype(np.float64)
     decomposition = core.decompose(W, draw(st.integers(1, min(W.shape))))
     method = draw(st.sampled_from(["kmeans", "contiguous", "random"]))
@@ -28,7 +28,7 @@ def problems(draw):
 
 
 def random_factors(decomposition, labels, r, basis, seed=0):
-    """Factors with every trained number non-zero, and every second subspace frozen."""
+    """Return factors with random B and C, and every second subspace frozen."""
     rng = np.random.default_rng(seed)
     f = core.initial_factors(decomposition, labels, r, basis=basis)
     bases = np.repeat(core.basis_ranks(f), f.ranks)
@@ -38,7 +38,7 @@ def random_factors(decomposition, labels, r, basis, seed=0):
 
 
 def per_subspace(f):
-    """Yield (columns I_k, A_k, B_k, C_k) of each subspace: the paper's own objects."""
+    """Yield (columns I_k, A_k, B_k, C_k) of each subspace, the objects of the paper."""
     start = 0
     for k, (rank, R) in enumerate(zip(f.ranks, core.basis_ranks(f), strict=True)):
         columns = np.flatnonzero(f.labels == k)
@@ -105,7 +105,7 @@ class TestInitialFactors:
 
     @given(problems(), st.integers(1, 4), BASES)
     def test_B_of_a_qr_spans_what_the_paper_says(self, problem, r, basis):
-        """The first r_k columns of S(k) V(k)^T Z*(k); where they are dependent, Q goes on with any others."""
+        """B_k spans the first r_k columns of S(k) V(k)^T Z*(k); if those are dependent, Q adds any directions."""
         _, decomposition, labels = problem
         f = core.initial_factors(decomposition, labels, r, basis=basis, initial_B="qr")
         W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
@@ -116,7 +116,7 @@ class TestInitialFactors:
 
     @given(problems(), BASES, st.sampled_from(["orthonormal", "weighted"]))
     def test_B_spans_the_leading_directions(self, problem, basis, initial_B):
-        """B_k spans A_k^T W_hat[:, I_k] Q_k, Q_k the leading right singular vectors of V_k^T (here by LAPACK)."""
+        """B_k spans A_k^T W_hat[:, I_k] Q_k, with Q_k the leading right singular vectors of V_k^T, here by LAPACK."""
         _, decomposition, labels = problem
         f = core.initial_factors(decomposition, labels, 1, basis=basis, initial_B=initial_B)
         W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
@@ -167,7 +167,7 @@ class TestUpdate:
 
     @given(cases.problems())
     def test_linear_and_merge_are_the_product_with_the_updated_weight(self, problem):
-        """With d + 1 input rows the update is that of inputs with a one appended, which is never formed."""
+        """With d + 1 rows in A the update is that of inputs with a one appended, but those are never formed."""
         assert_update(NumpyDriver(), core.linear, problem, "float64")
         x, W, b, f, _ = problem
         b = np.zeros(W.shape[1]) if b is None else b
@@ -192,7 +192,7 @@ class TestUpdate:
 
     @pytest.mark.parametrize(("dtype", "value"), [("float16", 6e4), ("float32", 3e38), ("float64", 1.7e308)])
     def test_inputs_that_overflow_the_update_give_the_output_of_the_base_at_the_start(self, dtype, value):
-        """Infinity times C = 0 would be NaN. A sum of both infinities is NaN already. A NaN of the input shows."""
+        """Infinity in ``x M`` times C = 0, and a sum of both infinities, would be NaN; only a NaN of x may show."""
         W = np.eye(64, dtype=dtype) * 2.0**-10
         W[:, 1] = -W[:, 0]
         decomposition = core.decompose(W, 64)
@@ -254,7 +254,7 @@ class TestFromDirections:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"A": np.zeros((3, 4, 2))}, r"A must hold 1 or K = 2 bases, or one for so many in a row, found 3"),
+        ({"A": np.zeros((3, 4, 2))}, r"A must hold 1 or K = 2 bases, or a divisor of K, found 3"),
         ({"A": np.zeros((4, 2))}, "3 axes"),
         ({"A": np.zeros((1, 7, 2))}, r"A must have d = 4 rows"),
         ({"B": np.zeros((3, 2))}, "B must have P = 2 rows, found 3"),
@@ -283,7 +283,7 @@ def test_check_factors_names_what_does_not_fit(changes, match):
 @pytest.mark.parametrize("basis", ["shared", "per_subspace"])
 @pytest.mark.parametrize("initial_B", INITIAL_B)
 def test_every_framework_computes_the_same(xp, to_numpy, basis, initial_B):
-    """The very same functions on each framework's arrays; from the same factors, the same numbers."""
+    """The same functions run on the arrays of each framework, and the same factors give the same numbers."""
     W = np.random.default_rng(0).standard_normal((9, 12)).astype(np.float32)
     x, dy = (
         np.random.default_rng(s).standard_normal((5, k)).astype(np.float32) for s, k in ((1, 9), (2, 12))
@@ -315,7 +315,7 @@ def test_every_framework_computes_the_same(xp, to_numpy, basis, initial_B):
 
 @pytest.mark.parametrize("r", [1, 3, 20])
 def test_leading_directions_of_subspaces_of_every_size(xp, to_numpy, r):
-    """Whichever Gram matrix they come from, and where columns coincide or are zero."""
+    """The test covers both Gram matrices that they may come from, and columns that are equal or zero."""
     rng = np.random.default_rng(0)
     sizes = [1, 5, 16, 17, 30, 51, 6, 6]
     labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
@@ -332,14 +332,14 @@ def test_leading_directions_of_subspaces_of_every_size(xp, to_numpy, r):
         assert_agrees(own.T @ own, np.eye(ranks[k]), dtype="float32", what=f"B_{k}^T B_{k}")
         best = np.sum(np.linalg.svd(V_k.astype(np.float64), compute_uv=False)[: ranks[k]] ** 2)
         assert np.sum((V_k @ own) ** 2) == pytest.approx(best, rel=1e-5, abs=1e-12)
-        # The columns of C are the right singular vectors: B C is then the best approximation of its rank.
+        # The rows of C_k are the right singular vectors, so that B_k C_k is the best approximation of its rank.
         fit = (V_k @ own) @ own.T
         Q_k = C[: ranks[k], labels == k].T
         assert_agrees(Q_k @ (Q_k.T @ fit), fit, dtype="float32", what=f"Q_{k}")
 
 
 class TestPadding:
-    """Layers of one stack share a shape: B may have more columns than ranks, C more rows."""
+    """Layers of one stack share a shape, so B may have more columns, and C more rows, than the ranks need."""
 
     @given(cases.problems(), st.integers(1, 2), st.integers(0, 2))
     def test_more_columns_and_rows_change_nothing(self, problem, columns, rows):
@@ -361,7 +361,7 @@ class TestPadding:
 
 @st.composite
 def partitions(draw):
-    """Factors whose subspaces differ in rank and size, some frozen, and any mask over them."""
+    """Draw factors whose subspaces differ in rank and size, some of them frozen, and any mask over the subspaces."""
     f = draw(cases.problems()).factors
     K = f.ranks.size
     some = st.lists(st.booleans(), min_size=K, max_size=K)
@@ -371,7 +371,7 @@ def partitions(draw):
 class TestSelection:
     @given(partitions(), st.integers(0, 2))
     def test_says_where_the_chosen_subspaces_stand(self, partition, padding):
-        """B of a layer in a stack may have more columns than ranks: they belong to no subspace."""
+        """In a stack, B may have more columns than the sum of the ranks; these belong to no subspace."""
         f, chosen = partition
         layer = outline(f._replace(B=np.pad(f.B, ((0, 0), (0, padding)))))
         part = select(layer.labels, layer.ranks, chosen)
@@ -385,7 +385,7 @@ class TestSelection:
 
     @given(partitions())
     def test_the_update_of_the_chosen_is_that_of_their_parts(self, partition):
-        """What the backends build on it: B and C of some subspaces, and labels of -1 for all other columns."""
+        """The backends rely on this form: B and C of some subspaces, and labels of -1 for all other columns."""
         f, chosen = partition
         part = select(f.labels, f.ranks, chosen)
         A = f.A if len(f.A) == 1 else f.A[part.subspaces]
@@ -399,7 +399,7 @@ class TestSelection:
         )
         if chosen.any():
             expected = np.where(own, delta_by_loop(f), 0)[:, own]
-            # What rounding is relative to: the terms of the sums.
+            # The rounding error is relative to the magnitudes of the summed terms.
             scale = delta_by_loop(cases.magnitudes(f)).max()
             agrees(core.delta(g), expected, "delta", scale=scale)
         agrees(core.delta(core.only(f, chosen)), np.where(own, core.delta(f), 0), "the update of only these")
@@ -427,5 +427,5 @@ def as_float32(f):
 def test_outline_of_a_tracer_is_refused():
     jax = pytest.importorskip("jax")
     f = random_factors(core.decompose(np.eye(6), 4), np.asarray([0, 1, 2, 1, 0, 0]), 2, "shared")
-    with pytest.raises(ArrayTypeError, match=r"^block\.q: the values are needed here"):
+    with pytest.raises(ArrayTypeError, match=r"^block\.q: values are needed here"):
         jax.jit(lambda f: outline(f, name="block.q").labels)(Factors(*map(jax.numpy.asarray, as_float32(f))))

@@ -76,13 +76,12 @@ def test_planted_subspaces_are_recovered_from_noise(shape):
     rank = shape["subspaces"] * shape["dimension"]
     for seed in range(4):
         W, labels = planted(seed, **shape, noise=0.05)
-        if (
-            shape["dimension"] > 1
-        ):  # On a line, a column is as long as its one coordinate; some drown in noise.
+        # In one dimension a column may have a tiny coordinate, and then drowns in the noise.
+        if shape["dimension"] > 1:
             for method in ("ncut", "spectral"):
                 found = segment(decompose(W, rank), shape["subspaces"], method)
                 assert adjusted_rand_index(found, labels) >= 0.9
-        # Knowing the dimension, this one does not mind directions that hold nothing but noise.
+        # This method knows the dimension, so directions of pure noise in the decomposition do not disturb it.
         for surplus in (0, 100):
             found = segment(
                 decompose(W, rank + surplus), shape["subspaces"], "ksubspaces", shape["dimension"]
@@ -177,7 +176,7 @@ def test_weights_together_are_grouped_as_each_alone(xp, to_numpy, method, subspa
     weights = [gaussian(12, 30, seed=seed) for seed in range(5)]
     weights[1][:] = 0.0
     weights[2] = planted(1, d=12, subspaces=3, dimension=2)[0][:, :30]
-    weights[3][:, :20] = weights[3][:, :1]  # so few different columns that groups come out empty
+    weights[3][:, :20] = weights[3][:, :1]  # with so few different columns some groups start empty
     weights[4][:, :15] = weights[4][:, 15:]
     each = [decompose(xp.asarray(W), 8) for W in weights]
     stacked = Decomposition(*map(xp.stack, zip(*each, strict=True)))
@@ -197,7 +196,10 @@ def test_no_weights_and_stacks_that_do_not_fit(xp):
 
 
 def test_columns_of_very_different_lengths_are_grouped_in_float32_as_in_float64():
-    """What rounding may decide is left undecided in both. (With another tolerance for each, all of these differ.)"""
+    """Differences below the rounding error must not decide, so both dtypes use one tolerance.
+
+    With a tolerance for each dtype, all six groupings would differ.
+    """
     different = 0
     for seed in range(6):
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The number of subspaces and the embedding of columns, against the paper's formulas written out."""
+"""Compare the estimated number of subspaces and the spectral embedding with the paper's formulas written out."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ EXPONENTS = [1.0, 2.0, 3.5]
 
 
 WAYS = {"exact": 10**6, "searched": 0}
-"""All eigenvectors, or those that a search finds, whatever the number of columns."""
+"""Limits of the number of columns that select all eigenvectors, or only those that a search finds."""
 
 PLANTED = [
     {"d": 30, "subspaces": 3, "dimension": 2},
@@ -32,7 +32,7 @@ def assert_found_exactly(shape, surplus, xp=np, to_numpy=np.asarray):
     assert np.array_equal(found[:, None] == found, labels[:, None] == labels)
 
 
-# The last three have more subspaces than a search looks for at first: each gives the same eigenvalue once more.
+# The last three have more subspaces than a search looks for at first. Each subspace adds one more equal eigenvalue.
 @pytest.mark.parametrize(
     ("way", "shape"),
     [*(("exact", shape) for shape in PLANTED[:2]), *(("searched", shape) for shape in PLANTED)],
@@ -99,7 +99,8 @@ def test_bounds_and_columns_that_say_nothing():
     assert estimate_subspaces(decomposition) == 10  # the paper's K0
     assert estimate_subspaces(decomposition, minimum=2, maximum=4) == 4
     assert estimate_subspaces(decomposition, minimum=10**6) == n
-    # As many directions as columns: each is a subspace; no more than there are directions, unless it is asked for.
+    # With orthogonal columns each direction is a subspace. The estimate exceeds the number of directions only if
+    # `minimum` does.
     orthogonal = decompose(np.eye(30, dtype=np.float32), 20)
     assert estimate_subspaces(orthogonal, minimum=1) == 20
     assert estimate_subspaces(decompose(np.zeros((5, 7)), 3), minimum=1) == 1

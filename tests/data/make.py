@@ -1,7 +1,7 @@
-"""Write the adapter files of this format version, and beside them what they hold, in JSON: once, at its release.
+"""Write adapter files of this format version, and their content as JSON. This happens once, at its release.
 
-`tests/test_compatibility.py` reads the files of every version there ever was, with whatever is the present one. A new
-format version gets files of its own; those of the older ones are never written again. ::
+`tests/test_compatibility.py` reads the files of all versions with the present code. A new format version gets new
+files, and those of older versions are never written again. ::
 
     python tests/data/make.py
 """
@@ -24,13 +24,13 @@ SHAPES = {"encoder.0.query": (7, 6), "encoder.0.value": (7, 6), "encoder.1.query
 
 
 def numbers(shape: tuple[int, ...], step: int) -> np.ndarray[Any, Any]:
-    """Return exact binary fractions without a pattern: of no generator, whose stream might change one day."""
+    """Return exact binary fractions from a formula, because the stream of a random generator may change one day."""
     index = np.arange(np.prod(shape), dtype=np.int64)
     return ((index * index * 7 + index * step + step) % 31 - 15).reshape(shape) / 16
 
 
 def base_model(dtype: str) -> NumpyModel:
-    """Return the model that the files are for."""
+    """Return the base model of the files."""
     return NumpyModel(
         {
             path: NumpyLinear(numbers(shape, step).astype(dtype), numbers(shape[1:], step).astype(dtype))
@@ -40,7 +40,7 @@ def base_model(dtype: str) -> NumpyModel:
 
 
 def adapted(dtype: str, **settings: Any) -> NumpyModel:
-    """Return an adapted and trained model: every number of C and of the head another, a subspace frozen."""
+    """Return an adapted model with other values in C and in the head, and with a frozen subspace."""
     config = adamss.AdamssConfig(
         targets=["query", "value"], modules_to_save=["head"], segmentation="contiguous", **settings
     )
@@ -56,7 +56,7 @@ def adapted(dtype: str, **settings: Any) -> NumpyModel:
 
 
 def update_of(factors: Any) -> np.ndarray[Any, Any]:
-    """Return ``A_k B_k C_k`` in the columns of each subspace, by the definition and in float64."""
+    """Return the update ``A_k B_k C_k`` in the columns of each subspace, by its definition in float64."""
     A, B, C = (np.asarray(array, dtype=np.float64) for array in factors[:3])
     ends = np.cumsum(factors.ranks)
     columns = []
@@ -67,7 +67,7 @@ def update_of(factors: Any) -> np.ndarray[Any, Any]:
 
 
 def held(model: NumpyModel) -> dict[str, Any]:
-    """Return what a file of the model has to hold, in plain numbers."""
+    """Return the content that a file of the model must have, as plain numbers."""
     layers = {
         path: {
             "update": update_of(factors).tolist(),
@@ -85,7 +85,7 @@ def held(model: NumpyModel) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write the files that are not there yet."""
+    """Write the files that do not exist yet."""
     budget = adamss.BudgetConfig(target=4, start_step=10, end_step=100, interval=10)
     plan = {
         "portable": (adapted("float32", rank=4, subspaces=4, subspace_rank=2, budget=budget), False),

@@ -1,6 +1,6 @@
-"""Write the PyTorch states of version 0.1, once; `tests/torch/test_former_states.py` loads them.
+"""Write the PyTorch states of version 0.1, which `tests/torch/test_former_states.py` loads.
 
-Run with a wheel of that version: the compacted form that it also writes has been removed since. ::
+The script needs a wheel of version 0.1, because it also writes the compacted form, which was removed later. ::
 
     python tests/data/make_state.py
 """
@@ -30,7 +30,7 @@ CONFIG = adamss.AdamssConfig(
 
 
 def base_model() -> nn.Module:
-    """Return the model that was adapted; every number follows from its place."""
+    """Return the base model, whose values follow from a formula."""
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 10), nn.Linear(10, 3))
     with torch.no_grad():
         for step, parameter in enumerate(model.parameters(), start=3):
@@ -55,7 +55,7 @@ def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer, adamss_torch.
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Take a step of the training."""
+    """Take a training step."""
     optimizer.zero_grad()
     model(inputs()).square().mean().backward()
     optimizer.step()
@@ -73,7 +73,7 @@ def main() -> int:
     for name, change in changes.items():
         model, optimizer, controller = trained(4)
         change(model, controller)
-        # Copies: the steps below would write into what a state refers to.
+        # The values are copied, because the training steps below change the tensors in place.
         state = {
             "model": {key: value.clone() for key, value in model.state_dict().items()},
             "outputs": model(inputs()).detach().clone(),

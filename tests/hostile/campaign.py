@@ -1,15 +1,16 @@
-"""Damaged and hostile adapter files: each gives an `AdamssError` or loads what it says, and nothing else happens.
+"""Load damaged and hostile adapter files: each must raise an `AdamssError` or load what it says, and nothing else.
 
-Valid files (both forms, both bases, with and without bias, saved modules, a budget, frozen subspaces, every dtype, a
-few kilobytes and half a megabyte) are spoiled, one way or several at once, mostly with the checksum made right again
-so that what lies behind it is reached. Every file is loaded into a NumPy model, and a share of them into a PyTorch
-and an Equinox model where those are installed, and into ``adamss show``. What fails, and keeps its file:
+The campaign starts from valid files: both forms, both bases, with and without bias, saved modules, a budget, frozen
+subspaces, every dtype, sizes of a few kilobytes and half a megabyte. It damages each file in one or several ways.
+Most files get a correct checksum again, so that the checks after it are reached. Every file is loaded into a NumPy
+model, and some also into ``adamss show`` and, where installed, into PyTorch and Equinox models. A file fails, and is
+kept, for:
 
-- any exception but an `AdamssError`, warnings among them;
-- a model that is not what it was after a file was refused;
-- an update, segmentation, mask, setting or saved tensor that is not what a reader of its own finds in the file;
+- any exception other than an `AdamssError`, including warnings;
+- a model that has changed although the file was refused;
+- an update, segmentation, mask, setting or saved tensor that differs from what an independent reader finds;
 - a load that takes longer than `TIME_LIMIT`;
-- memory beyond twice the file, besides what the honest file takes in the same model and `HEADER`. ::
+- memory above the sum of twice the file, the memory of the honest file in the same model, and `HEADER`. ::
 
     python tests/hostile/campaign.py --files 100000 --seed 0
     python tests/hostile/campaign.py --seed 0 --only 4711 --keep here
@@ -58,22 +59,22 @@ from adamss.core import Factors
 from adamss.errors import AdamssError
 
 TIME_LIMIT = 10.0
-"""Seconds. Files load in milliseconds; the rest is for a machine that does other things too."""
+"""Largest time of a load, in seconds. Files load in milliseconds; the margin is for a busy machine."""
 
 HEADER = 1 << 19
-"""Bytes for the Python objects of a header (names, shapes, numbers) and of the load, for a file of any size."""
+"""Bytes allowed for the Python objects of the header (names, shapes, numbers) and of the load, for any file size."""
 
 SHOWN = 1 << 26
-"""The same for ``adamss show``, which has no model that would say how many layers there can be."""
+"""Bytes allowed in ``adamss show``, which has no model that would limit the number of layers."""
 
 ADDRESS_SPACE = 4 << 30
-"""Bytes that the process may map beyond what it has: a library's attempt to allocate more is an error, not a swap."""
+"""Bytes that the process may map in addition, so that a huge allocation fails instead of filling the swap."""
 
 RESIDENT = 64 << 20
-"""Bytes by which one load may raise the resident memory of the process, by what libraries take untraced."""
+"""Bytes by which one load may raise the resident memory, since libraries allocate memory that is not traced."""
 
 BFLOAT16 = 2.0**-7
-"""Rounding unit."""
+"""Rounding unit of bfloat16."""
 
 # ---- valid files ---------------------------------------------------------------------------------------
 
@@ -83,9 +84,9 @@ Weights = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 @dataclass
 class Origin:
-    """A valid file, the weights (W, b) by module path that it is for, and the memory that its load takes.
+    """A valid file, and the weights (W, b) by module path of its base model.
 
-    `memory` is the peak of the honest load at its largest setting, by `trainable`, in bytes.
+    `memory` is the peak of the memory of loading it with the most expensive settings, in bytes, by `trainable`.
     """
 
     name: str
@@ -99,7 +100,7 @@ def base_model(weights: Weights) -> NumpyModel:
 
 
 def origins(folder: Path) -> list[Origin]:
-    """Write the valid files that mutations start from."""
+    """Write the valid files from which mutations start, and return them."""
     common = {"rank": 5, "subspaces": 3, "subspace_rank": 2}
     budget = adamss.BudgetConfig(target=2, end_step=10)
     per_subspace = {"basis": "per_subspace", "include_bias": True}
@@ -150,14 +151,15 @@ def origins(folder: Path) -> list[Origin]:
         adamss.save(model, path, training=options.get("training", False))
         draft = draft_of(path.read_bytes())
         if "code" in options:
-            # What NumPy cannot write.
+            # NumPy cannot write bfloat16, so the draft is converted.
             for _, tensor in draft.tensors:
                 if tensor.dtype in FLOATS:
                     tensor.set(tensor.array(), options["code"])
             draft.metadata["config"]["factor_dtype"] = "bfloat16"
         base = base_model(weights)
         origin = Origin(name, written(draft), weights)
-        # A setting may ask for more than the file needs, and get what the model has: all directions, in float64.
+        # A false setting may ask for more than the file needs, up to what the model allows: all directions in
+        # float64. The memory of that load is the limit.
         draft.metadata["config"] |= {"rank": 10**18, "factor_dtype": "float64"}
         path.write_bytes(written(draft))
         for trainable in (True, False):
@@ -172,16 +174,16 @@ def origins(folder: Path) -> list[Origin]:
 
 
 class TooLongError(BaseException):
-    """A load took too long; no handler of exceptions may take it for something else."""
+    """A load took too long. It derives from BaseException so that no ``except Exception`` catches it."""
 
 
 class WrongError(Exception):
-    """What was loaded is not what the file says, or a model was changed."""
+    """The loaded adapter differs from the file, or a model was changed."""
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What came of one file."""
+    """The result of one file."""
 
     index: int
     kind: str
@@ -191,16 +193,16 @@ class Outcome:
     failure: str = ""
     changed: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the load, by target."""
+    """Seconds of the load, by target."""
     memory: int = 0
-    """Bytes, without those that the honest file takes in the same model besides itself, and without `HEADER`."""
+    """Bytes of the load, minus those of the honest file in the same model and minus `HEADER`."""
 
 
 PARTS = ("M", "A", "B", "C", "labels", "ranks")
 
 
 def update_of(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``A_k B_k C_k`` in the columns of subspace k, and the size of its terms: by the definition."""
+    """Return the update ``A_k B_k C_k`` in the columns of subspace k by its definition, and the size of its terms."""
     C, labels, ranks = values["C"].astype("f8"), values["labels"].astype("i8"), values["ranks"].astype("i8")
     ends = np.cumsum(ranks)
     if "M" in values:
@@ -222,9 +224,9 @@ def update_of(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 def check_loaded(
     content: bytes, layers: Mapping[str, Any], saved: Mapping[str, Any], config: Any, *, eps: float = 0.0
 ) -> None:
-    """Compare what was loaded, as NumPy arrays in the dtype of the model, with what the file says.
+    """Compare the loaded arrays, in NumPy and in the dtype of the model, with the content of the file.
 
-    `eps` is the rounding unit of the factors, where it is more than that of the arrays.
+    `eps` is the rounding unit of the factors if it is larger than that of the arrays.
     """
     tensors, metadata = taken_apart(content)
     tables = {name: json.loads(metadata[name]) for name in TABLES}
@@ -241,11 +243,11 @@ def check_loaded(
             found, own = update_of({"A": A, "B": B, "C": C, "labels": factors.labels, "ranks": factors.ranks})
         eps = max(eps, *(float(np.finfo(array.dtype).eps) for array in factors[:3]))
         least = {"float16": 6e-8, "float64": 1e-300}.get(str(factors.C.dtype), 1e-37)
-        # Underflow of a factor leaves an error that the other one multiplies.
+        # If one factor underflows, its error is multiplied by the other factor.
         floor = least * (1 + np.abs(C).max()) * (1 + np.abs(B).max()) * 100 * B.shape[0]
         with np.errstate(all="ignore"):
             bound = 50 * eps * np.maximum(size, own) + floor
-            # Where a product of finite factors overflows there is nothing to compare.
+            # Products that overflow although the factors are finite cannot be compared.
             right = (np.abs(found - wanted) <= bound) | ~np.isfinite(size * 2)
         if not right.all():
             raise WrongError(f"{path}: the update is not that of the file")
@@ -259,7 +261,7 @@ def check_loaded(
                 raise WrongError(f"{path}.{name} is not that of the file")
     for name, value in tables["config"].items():
         if name == "overrides":
-            continue  # patterns of a file are not taken over
+            continue  # `load` ignores the patterns in a file
         mine = getattr(config, name)
         if isinstance(value, dict) and name == "budget":
             mine, value = [getattr(mine, key) for key in value], list(value.values())
@@ -270,7 +272,7 @@ def check_loaded(
 
 
 class Target(ABC):
-    """What files are loaded into: a model per origin, which is given back as it was."""
+    """A kind of model to load files into. Each origin has one model, which is restored after every load."""
 
     name: str
 
@@ -283,7 +285,7 @@ class Target(ABC):
 
     @abstractmethod
     def state(self, model: Any) -> Any:
-        """Return all that a load could change."""
+        """Return everything that a load could change in a model."""
 
     def model(self, origin: Origin) -> Any:
         if id(origin) not in self.models:
@@ -296,7 +298,7 @@ class Target(ABC):
         return bool(self.state(model) == before)
 
     def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
-        """Load, and return what checks the result against the content of the file."""
+        """Load a file, and return a function that checks the result against the content of the file."""
         model = adamss.load(self.model(origin), path, **options)
 
         def check(content: bytes) -> None:
@@ -322,10 +324,10 @@ class Target(ABC):
         return self.backend.to_stored(array).numpy()
 
     def check_more(self, origin: Origin, model: Any, layers: Mapping[str, Factors], saved: Any) -> None:  # noqa: B027
-        """Check what only this kind of model can show."""
+        """Make further checks that only this kind of model allows."""
 
     def give_back(self, model: Any) -> None:  # noqa: B027
-        """Take off what was loaded, where models are changed in place."""
+        """Remove the loaded adapter, for models that are changed in place."""
 
 
 class NumpyTarget(Target):
@@ -348,10 +350,10 @@ class NumpyTarget(Target):
 
 
 class ShowTarget(NumpyTarget):
-    """The command, which prints a file or says why not."""
+    """The command ``adamss show``, which prints a file or the reason why it cannot."""
 
     def load(self, origin: Origin, path: Path, options: Mapping[str, Any]) -> Callable[[bytes], None]:
-        """Print into the void, through an encoding that has only half of all characters."""
+        """Print the file to memory, through an encoding that lacks most characters."""
         self.model(origin)
         out = io.TextIOWrapper(io.BytesIO(), "latin-1")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
@@ -366,7 +368,7 @@ class ShowTarget(NumpyTarget):
 
 
 def nested(layers: Mapping[str, Any], new: Callable[[], Any], put: Callable[[Any, str, Any], None]) -> Any:
-    """Return a tree of containers with layers at their module paths."""
+    """Return a tree of containers with the layers at their module paths."""
     root, made = new(), {}
     for path, layer in layers.items():
         place, above = root, ""
@@ -381,7 +383,7 @@ def nested(layers: Mapping[str, Any], new: Callable[[], Any], put: Callable[[Any
 
 
 class TorchTarget(Target):
-    """PyTorch: models are changed in place, and given back by `detach`."""
+    """PyTorch models, which are changed in place and restored by `detach`."""
 
     name = "torch"
 
@@ -404,7 +406,7 @@ class TorchTarget(Target):
         )
 
     def check_more(self, origin: Origin, model: Any, layers: Mapping[str, Factors], saved: Any) -> None:
-        """Compare what the layers compute with ``x (W + delta)``, where numbers are of an ordinary size."""
+        """Compare the outputs of the layers with ``x (W + delta)``, unless numbers are very large."""
         import torch
 
         for path, factors in layers.items():
@@ -424,7 +426,7 @@ class TorchTarget(Target):
 
 
 class EquinoxTarget(Target):
-    """JAX: models are trees, which nothing may change."""
+    """JAX models, which are immutable trees."""
 
     name = "equinox"
 
@@ -447,7 +449,7 @@ class EquinoxTarget(Target):
 
 
 def stage_of(error: AdamssError, path: Path) -> str:
-    """Return how far a file got: which of the columns of the table it counts in."""
+    """Return the check that refused a file, as the name of a column of the table."""
     text = str(error)
     if "checksum" in text:
         return "checksum"
@@ -466,7 +468,7 @@ def judge(
     content: bytes,
     options: Mapping[str, Any],
 ) -> None:
-    """Load one file into one target, and write down what came of it."""
+    """Load one file into one target, and record the result in `outcome`."""
     check: Callable[[bytes], None] | None = None
     path.write_bytes(content)
     resident = most_resident()
@@ -513,14 +515,14 @@ def judge(
 
 
 def most_resident() -> int:
-    """Return the most memory that this process has ever had resident, in bytes."""
+    """Return the peak of the resident memory of this process, in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
 
 @contextlib.contextmanager
 def traced() -> Iterator[Callable[[], int]]:
-    """Trace memory, which makes all slower, within this block alone; give what returns the peak so far."""
+    """Trace memory within this block, since tracing is slow; yield a function that returns the peak so far."""
     already = tracemalloc.is_tracing()
     if not already:
         tracemalloc.start(1)
@@ -535,7 +537,7 @@ def traced() -> Iterator[Callable[[], int]]:
 
 @contextlib.contextmanager
 def alarm() -> Iterator[None]:
-    """Stop what takes too long, where signals can."""
+    """Stop the block after `TIME_LIMIT`. Signals work only in the main thread, so other threads have no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -552,7 +554,7 @@ def _ring(*_: object) -> None:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Turn warnings into errors, limit the address space, catch the alarm, and put all of it back."""
+    """Turn warnings into errors, limit the address space and catch the alarm, and restore all of these afterwards."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     mapped = Path("/proc/self/statm")
     main = threading.current_thread() is threading.main_thread()
@@ -571,7 +573,7 @@ def guarded() -> Iterator[None]:
 
 
 def targets_of(frameworks: Sequence[str]) -> dict[str, Target]:
-    """Return what files are loaded into, by name."""
+    """Return the targets by name: NumPy, ``adamss show``, and the given frameworks that are installed."""
     found: dict[str, Target] = {"numpy": NumpyTarget(), "show": ShowTarget()}
     if "torch" in frameworks and importlib.util.find_spec("torch"):
         found["torch"] = TorchTarget()
@@ -581,7 +583,7 @@ def targets_of(frameworks: Sequence[str]) -> dict[str, Target]:
 
 
 SHARES = {"show": 0.1, "torch": 0.05, "equinox": 0.005}
-"""Of the files, what is given to another target besides the NumPy model."""
+"""Share of the files that a target other than the NumPy model also loads."""
 
 
 def campaign(
@@ -594,30 +596,30 @@ def campaign(
     only: int | None = None,
     keep: Path | None = None,
 ) -> list[Outcome]:
-    """Make files, load them, and return what came of each; the same for the same seed.
+    """Make files, load them, and return the outcome of each; the same seed gives the same files.
 
-    File i depends on `seed` and i alone; `only` makes the one of this number. `kinds` names the mutations to choose
-    from, none for all. NumPy gets every file, the other targets their `shares`, and the `frameworks` only where they
-    are installed. Files that fail are kept in the folder `keep`.
+    File i depends only on `seed` and i; `only` makes just the file of this number. `kinds` names the mutations to
+    choose from; none means all. NumPy loads every file, and the other targets load their `shares` if they are in
+    `frameworks` and installed; ``show`` needs neither. Files that fail are kept in the folder `keep`.
     """
     targets = targets_of(frameworks)
     outcomes = []
     with guarded(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         valid = origins(folder)
-        # The two large ones, at the end, are slower.
+        # The two large files at the end are slower, so they are chosen less often.
         weights = np.asarray([1.0] * (len(valid) - 2) + [0.15] * 2)
         path = folder / "file.safetensors"
         for origin in valid:
             path.write_bytes(origin.content)
             for target in targets.values():
-                # What a framework imports or compiles at first counts for no file.
+                # Load each origin once, so that first imports and compilations count for no file.
                 with contextlib.suppress(WrongError):
                     target.load(origin, path, {})(origin.content)
         numbers = range(files) if only is None else [only]
         for index in tqdm(numbers, desc="fuzz", unit="file", leave=False, disable=None):
             if not index % 500:
-                # Should a library hang where no signal reaches, this ends the process and says where.
+                # If a library hangs where no signal is handled, this ends the process with a traceback.
                 faulthandler.dump_traceback_later(600, exit=True, file=sys.__stderr__)
             rng = np.random.default_rng([seed, index])
             origin = valid[rng.choice(len(valid), p=weights / weights.sum())]
@@ -658,7 +660,7 @@ def table_of(outcomes: Sequence[Outcome]) -> str:
 
 
 def last_line(outcomes: Sequence[Outcome], seed: int) -> str:
-    """Return the line that sums a campaign up."""
+    """Return the line that summarises a campaign."""
     loaded = sum(outcome.result == "loaded" for outcome in outcomes)
     others = sum(bool(outcome.failure) and not outcome.changed for outcome in outcomes)
     changed = sum(outcome.changed for outcome in outcomes)
@@ -672,7 +674,7 @@ def last_line(outcomes: Sequence[Outcome], seed: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the campaign and print its table; the exit status is 1 if a file did what none may do."""
+    """Run the campaign and print its table; return 1 if any file failed, else 0."""
     parser = argparse.ArgumentParser(description="Damaged and hostile adapter files.")
     parser.add_argument("--files", type=int, default=100_000, help="how many (default: 100,000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the campaign (default: 0)")

@@ -1,8 +1,8 @@
-"""Adapter files as others might write them: a reader and a writer of their own, and every way to spoil a file.
+"""Mutations of adapter files, with a reader and a writer that use nothing of the library.
 
-A `Draft` is a safetensors file before it is written, in which every field may be a lie. The `MUTATIONS` change
-drafts, so that the checksum can be made right again behind them; the `DAMAGES` change bytes. Nothing of the library's
-own reading and writing is used here. `campaign` judges what comes of them.
+A `Draft` is a safetensors file before it is written, in which every field may be false. The `MUTATIONS` change
+drafts, so that the written file can still get a correct checksum. The `DAMAGES` change the bytes of a file.
+`campaign` loads the files and judges the results.
 """
 
 from __future__ import annotations
@@ -56,27 +56,28 @@ TABLES = ("config", "layers", "modules_to_save", "writer")
 
 @dataclass(frozen=True)
 class Raw:
-    """JSON text that is written as it is."""
+    """JSON text that is written unchanged, and may be invalid."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A JSON object as pairs, whose names may repeat."""
+    """A JSON object as pairs, in which names may repeat."""
 
     pairs: list[tuple[Any, Any]]
 
 
 @dataclass
 class Tensor:
-    """A tensor as the header describes it, be it true or not.
+    """A tensor as the header describes it, truthfully or not.
 
     Attributes
     ----------
     dtype, shape, offsets : any
-        What is written; offsets None for the true ones.
+        Values written to the header. Offsets of None mean the true ones.
     data : bytes
+        Bytes of the tensor.
     """
 
     dtype: Any
@@ -85,14 +86,14 @@ class Tensor:
     offsets: Any = None
 
     def array(self) -> np.ndarray:
-        """Return the values, bfloat16 widened."""
+        """Return the values as an array; bfloat16 is widened to float32."""
         if self.dtype == "BF16":
             bits = np.frombuffer(self.data, "<u2").astype("<u4") << 16
             return bits.view("<f4").reshape(self.shape)
         return np.frombuffer(self.data, NUMPY_OF[self.dtype]).reshape(self.shape)
 
     def set(self, array: np.ndarray, dtype: str | None = None) -> None:
-        """Take the values, and a dtype, of an array."""
+        """Replace the values by those of an array, stored in `dtype` or in the tensor's own dtype."""
         self.dtype = dtype or self.dtype
         self.shape = list(array.shape)
         with np.errstate(all="ignore"):
@@ -104,23 +105,23 @@ class Tensor:
 
 @dataclass
 class Draft:
-    """A file before it is written: its tensors in their order, and its metadata, the four tables decoded."""
+    """A file before it is written: its tensors in order, and its metadata with the tables decoded from JSON."""
 
     tensors: list[tuple[str, Tensor]]
     metadata: dict[str, Any]
     extra: list[tuple[Any, Any]] = field(default_factory=list)
-    """More entries of the header."""
+    """Further entries of the header."""
     extra_first: bool = False
 
     def tensor(self, rng: np.random.Generator, *names: str) -> Tensor:
-        """Return one of the tensors, of those that have such a last name if there are any."""
+        """Return a random tensor, if possible one whose last name component is in `names`."""
         last = [tensor for name, tensor in self.tensors if name.rpartition(".")[2] in names]
         every = last or [tensor for _, tensor in self.tensors]
         return every[rng.integers(len(every))] if every else Tensor("F32", [0], b"")
 
 
 def encode(value: Any) -> str:
-    """Return JSON, with `Raw` and `Pairs` in it."""
+    """Return the JSON text of a value that may contain `Raw` and `Pairs`."""
     if isinstance(value, Raw):
         return value.text
     try:
@@ -137,19 +138,20 @@ CHECKSUM = f"sha256:{64 * '0'}"
 
 
 def written(draft: Draft, *, checksum: bool = True) -> bytes:
-    """Return the bytes of a file, with the right checksum unless a mutation has put something else there."""
+    """Return the bytes of a file, with a correct checksum unless a mutation has replaced it."""
     draft.metadata = {
         name: CHECKSUM if name == "checksum" and checksum and str(value).startswith("sha256:") else value
         for name, value in draft.metadata.items()
     }
     content = _written(draft)
-    # A draft whose header no JSON reader takes has no right checksum.
+    # If no JSON reader accepts the header, there is no correct checksum.
     with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
         content = content.replace(CHECKSUM.encode(), checksum_of(content).encode(), 1)
     return content
 
 
 def _written(draft: Draft) -> bytes:
+    """Return the bytes of a file; names in its header may repeat, which a dictionary could not express."""
     metadata = {
         name: encode(value) if name in TABLES and not isinstance(value, Raw) else value
         for name, value in draft.metadata.items()
@@ -169,7 +171,7 @@ def _written(draft: Draft) -> bytes:
 
 
 def taken_apart(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors and metadata of a file that is one."""
+    """Return tensors and metadata of a well-formed file."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     metadata = header.pop("__metadata__")
@@ -182,7 +184,7 @@ def taken_apart(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def checksum_of(content: bytes) -> str:
-    """Return the checksum that a file should have."""
+    """Return the correct checksum of a file."""
     tensors, metadata = taken_apart(content)
     metadata = {name: value for name, value in metadata.items() if name != "checksum"}
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
@@ -210,7 +212,7 @@ DAMAGES: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {}
 
 
 def mutation(name: str) -> Callable[[Mutation], Mutation]:
-    """Register what changes a draft."""
+    """Register a function that changes a draft."""
 
     def register(function: Mutation) -> Mutation:
         MUTATIONS[name] = function
@@ -220,7 +222,7 @@ def mutation(name: str) -> Callable[[Mutation], Mutation]:
 
 
 def pick(rng: np.random.Generator, choices: Sequence[Any]) -> Any:
-    """Return one of a sequence, as it is."""
+    """Return a random element of a sequence, without converting it to a NumPy type."""
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -240,7 +242,7 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 def odd_value(rng: np.random.Generator) -> Any:
-    """Return a JSON value that does not belong where it is put."""
+    """Return a JSON value that is wrong almost everywhere."""
     return deepcopy(pick(rng, ODD_VALUES))
 
 
@@ -262,12 +264,12 @@ def odd_name(rng: np.random.Generator, name: str = "query") -> Any:
 
 
 def text_of(name: Any) -> str:
-    """Return a name that a dictionary can have."""
+    """Return a name as text, so that it can be the key of a dictionary."""
     return name.text if isinstance(name, Raw) else name
 
 
 def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Give the way to every value within JSON."""
+    """Yield the path to every value within JSON, as a tuple of names and indices."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
         yield (*above, name)
@@ -275,7 +277,7 @@ def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def holder_of(draft: Draft, rng: np.random.Generator) -> tuple[Any, Any]:
-    """Return a dictionary or list within the tables, and an index or name that it has."""
+    """Return a random dictionary or list within the tables, and one of its names or indices."""
     ways = [way for way in places({name: draft.metadata.get(name) for name in TABLES}) if len(way) > 1]
     if not ways:
         return draft.metadata, "config"
@@ -453,6 +455,7 @@ def _ranks(draft: Draft, rng: np.random.Generator) -> None:
 
 
 def _integers(tensor: Tensor, rng: np.random.Generator) -> None:
+    """Permute or change integers of a tensor, or widen it to hold numbers that its dtype could not."""
     array = tensor.array().copy().reshape(-1)
     if array.size < 1 or tensor.dtype in FLOATS:
         return
@@ -465,7 +468,7 @@ def _integers(tensor: Tensor, rng: np.random.Generator) -> None:
         wide[where] = pick(rng, (2**64 - 1, 2**64 - 2, 2**63, 2**63 - 1, 2**32, 255, 256, 1))
         tensor.set(wide, "U64")
     elif kind == "move" and array.size > 1:
-        # The sum stays.
+        # The sum of the numbers stays, so that checks of the sum of the ranks pass.
         take, give = rng.choice(array.size, 2, replace=False)
         moved = array.astype("i8")
         moved[take] -= 1
@@ -513,7 +516,7 @@ def _directions(draft: Draft, rng: np.random.Generator) -> None:
             new.reshape(-1)[0] = q
             ranks.set(new, "U16")
             if rng.integers(2) and (C := found.get(f"{path}.C")) is not None and C.dtype in FLOATS:
-                # Of a layer that was blown up already, a column is enough.
+                # Limit the columns, since the layer may have been blown up by an earlier mutation.
                 C.set(np.ones((q, min(C.array().shape[-1], 1000))))
             return
 
@@ -544,7 +547,7 @@ def _inflated(draft: Draft, rng: np.random.Generator) -> None:
 
 @mutation("a whole layer blown up")
 def _blown_up(draft: Draft, rng: np.random.Generator) -> None:
-    # All agrees but the model: 2^17 outputs in as many subspaces, or in one.
+    # The tensors are consistent with each other but not with the model: 2^17 outputs in as many subspaces, or in one.
     path = (
         pick(rng, list(draft.metadata["layers"]) or ["x"])
         if isinstance(draft.metadata["layers"], dict)
@@ -636,7 +639,7 @@ def _keys(draft: Draft, rng: np.random.Generator) -> None:
 def _entry(draft: Draft, rng: np.random.Generator) -> None:
     name = pick(rng, [*TABLES, "format", "format_version", "checksum"])
     value = odd_value(rng)
-    # A Raw stands in the header itself, anything else in the text of the entry.
+    # A Raw is written into the header itself, any other value into the text of the metadata entry.
     draft.metadata[name] = Raw(encode(value)) if rng.integers(2) else value
     for table in TABLES:
         draft.metadata.setdefault(table, Raw("1"))
@@ -750,7 +753,7 @@ def _many(draft: Draft, rng: np.random.Generator) -> None:
 
 
 def damage(name: str) -> Callable[..., Any]:
-    """Register what changes bytes."""
+    """Register a function that changes bytes."""
 
     def register(function: Callable[[bytes, np.random.Generator], bytes]) -> Any:
         DAMAGES[name] = function
@@ -764,7 +767,7 @@ def _bits(content: bytes, rng: np.random.Generator) -> bytes:
     changed = bytearray(content)
     length = min(8 + int.from_bytes(content[:8], "little"), len(content))
     for _ in range(int(rng.integers(1, 9))):
-        # Half of them in the header, which is the smaller part.
+        # Half of the flips are limited to the header, which would otherwise be hit rarely.
         changed[rng.integers(pick(rng, (length, len(content))))] ^= 1 << rng.integers(8)
     return bytes(changed)
 
@@ -836,14 +839,14 @@ def _noise(content: bytes, rng: np.random.Generator) -> bytes:
 def mutated(
     valid: bytes, other: bytes, rng: np.random.Generator, kinds: Sequence[str] = ()
 ) -> tuple[str, bytes]:
-    """Return a file made of a valid one, by these mutations or any, and the name of the first."""
+    """Return the name of the first mutation, and a valid file after mutations of these kinds, or of any."""
     names = kinds or [*MUTATIONS, *DAMAGES]
     count = int(rng.choice([1, 2, 4], p=[0.7, 0.2, 0.1]))
     chosen = [pick(rng, names) for _ in range(count)]
     draft = draft_of(valid)
     for name in chosen:
         if name in MUTATIONS:
-            # A second mutation may find what the first has left unfit for it.
+            # A mutation may fail on a draft that an earlier one has changed.
             unfit = contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, OverflowError)
             with unfit, np.errstate(all="ignore"):
                 MUTATIONS[name](draft, rng)

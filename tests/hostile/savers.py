@@ -1,6 +1,6 @@
-"""Processes that save to one path, collide and are killed; test_hostile.py runs this in a process of its own.
+"""Processes that save to one path, collide and are killed. test_hostile.py runs this script in a separate process.
 
-It forks, which a process with the threads of a framework must not do. ::
+The script forks, which is not safe in a process with the threads of a framework. ::
 
     python savers.py kill FOLDER KILLS
     python savers.py collide FOLDER ROUNDS
@@ -23,7 +23,7 @@ NAME = "adapter.safetensors"
 
 
 def adapted(seed):
-    """Return a model whose file has a few hundred kilobytes, so that it takes a moment to write."""
+    """Return a model whose file has a few hundred kilobytes, so that writing it takes a moment."""
     rng = np.random.default_rng(0)
     model = NumpyModel({f"layer.{i}.query": NumpyLinear(rng.standard_normal((200, 160))) for i in range(2)})
     model = adamss.attach(
@@ -35,18 +35,18 @@ def adapted(seed):
 
 
 def references(folder):
-    """Return two models, and what their files hold."""
+    """Return two models, and the content of their files."""
     models = [adapted(1), adapted(2)]
     for number, model in enumerate(models):
-        adamss.save(model, folder / f"reference-{number}")
-    files = [checkpoint.read(folder / f"reference-{number}") for number in range(2)]
+        adamss.save(model, folder / f"reference-{number}.safetensors")
+    files = [checkpoint.read(folder / f"reference-{number}.safetensors") for number in range(2)]
     for number in range(2):
-        (folder / f"reference-{number}").unlink()
+        (folder / f"reference-{number}.safetensors").unlink()
     return models, files
 
 
 def which(path, files):
-    """Return which of the two files is at the path, whole; None for neither."""
+    """Return the index of the file whose content is at the path; None if it is neither."""
     try:
         found = checkpoint.read(path)
     except adamss.AdamssError:
@@ -55,7 +55,7 @@ def which(path, files):
 
 
 def child(action):
-    """Run an action in a process of its own, which ends with it; 1 if it failed."""
+    """Run an action in a forked process, which then exits with status 0, or 1 if the action failed."""
     pid = os.fork()
     if pid:
         return pid
@@ -68,7 +68,7 @@ def child(action):
 
 
 def kill(folder, kills):
-    """Kill a process that saves one and the other, again and again, at random moments."""
+    """Kill processes that save the two models by turns, at random moments."""
     models, files = references(folder)
     path, rng = folder / NAME, np.random.default_rng(0)
     found = {"first": 0, "second": 0, "neither": 0, "interrupted": 0, "most_temporaries": 0}
@@ -113,7 +113,7 @@ def collide(folder, rounds):
 
         def save(model, gate=gate, opened=opened):
             os.close(opened)
-            os.read(gate, 1)  # both go when the other end is closed
+            os.read(gate, 1)  # both processes start when the parent closes the other end
             for _ in range(3):
                 adamss.save(model, path)
 
@@ -122,7 +122,7 @@ def collide(folder, rounds):
         failed += sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
         os.close(gate)
         winners.append(which(path, files))
-    # It ends by itself only if it has read something else than the two.
+    # The reader ends by itself only if it has read something other than one of the two files.
     ended, _ = os.waitpid(reader, os.WNOHANG)
     if not ended:
         os.kill(reader, signal.SIGKILL)

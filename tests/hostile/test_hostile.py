@@ -1,4 +1,4 @@
-"""Files and processes that do their worst: spoiled files, writers that are killed, writers that collide."""
+"""Test hostile files and processes: damaged files, writers that are killed, and writers that collide."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def test_spoiled_files(tmp_path):
     outcomes = campaign(files, 0, keep=tmp_path)
     assert [outcome for outcome in outcomes if outcome.failure] == []
     assert last_line(outcomes, 0).startswith(f"{files:,} files (seed 0): loaded ")
-    # It tests something: files of every kind, of which many get past the checksum, and many load.
+    # The campaign must cover every kind of file, and many files must pass the checksum or load.
     assert {outcome.kind for outcome in outcomes} >= {*MUTATIONS, *DAMAGES}
     results = [outcome.result for outcome in outcomes]
     assert results.count("loaded") > files / 10
@@ -80,10 +80,10 @@ def test_a_file_depends_on_seed_and_number_alone():
 
 
 def savers(mode, folder, *arguments):
-    """Run savers.py, whose processes have no threads to fork, and return what it found."""
+    """Run savers.py in a process without threads, which can fork safely, and return its result."""
     script = Path(__file__).with_name("savers.py")
     command = [sys.executable, *map(str, (script, mode, folder, *arguments))]
-    # One thread of BLAS: a fork copies the thread that calls it alone.
+    # BLAS gets one thread, because a fork copies only the calling thread.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -96,7 +96,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):
     assert found["neither"] == 0
     assert found["first"] + found["second"] == 200
     assert min(found["first"], found["second"]) > 10
-    # The kills did hit writes, and what those left behind is gone after the next one.
+    # Some kills interrupted a write, and the next write removed what they left behind.
     assert found["interrupted"] > 10
     assert found["most_temporaries"] <= 1
     assert found["left"] == ["adapter.safetensors"]
@@ -134,7 +134,7 @@ def test_a_writer_whose_temporary_was_taken_away_makes_another(tmp_path, monkeyp
     lock, taken = writer._lock, []
 
     def lock_late(descriptor):
-        # Another writer comes between the opening and the locking.
+        # Simulate another writer between opening and locking.
         if not taken:
             (temporary,) = tmp_path.iterdir()
             taken.append(temporary)

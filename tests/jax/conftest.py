@@ -1,4 +1,4 @@
-"""The tests of JAX need all of its libraries, and find what they share in `jax_helpers`, by plain name."""
+"""The tests of JAX need all of its libraries, and import their shared module `jax_helpers` by its plain name."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the tests of JAX share: small models and their values, and gradients and training in both libraries."""
+"""Shared code of the JAX tests: small models with values, and gradients and training loops in both libraries."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from adamss_jax.flax import Adapter
 
 
 class Net(nnx.Module):
-    """A layer norm, two layers side by side as in attention, and a head."""
+    """A layer norm, two parallel layers as in attention, and a head."""
 
     def __init__(self, width: int, *, param_dtype, rngs: nnx.Rngs) -> None:
         def linear(n):
@@ -39,7 +39,7 @@ class Net(nnx.Module):
 
 
 def net(*, dtype=jnp.float32, seed=0) -> Net:
-    """Return a network with the same weights every time, no bias of them zero."""
+    """Return a network whose weights depend only on the seed, with biases that are not zero."""
     model = Net(8, param_dtype=dtype, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     for path, variable in sorted(nnx.to_flat_state(nnx.state(model)), key=lambda pair: str(pair[0])):
@@ -49,7 +49,7 @@ def net(*, dtype=jnp.float32, seed=0) -> Net:
 
 
 class Block(nnx.Module):
-    """Two layers side by side, of 64 bits where those are enabled; one has heads."""
+    """Two parallel layers, one of them with heads; float64 if JAX has it enabled."""
 
     def __init__(self, rngs):
         dtype = jnp.zeros(()).dtype
@@ -85,7 +85,7 @@ def inputs(*shape, dtype=jnp.float32, seed=1) -> jax.Array:
 
 
 def filled(model, *, seed=2):
-    """Return an adapted model with every C other than zero, without training; one of NNX is changed in place."""
+    """Return an adapted model with random values in every C, without training; an NNX model is changed in place."""
     rng = np.random.default_rng(seed)
 
     def C_of(adapter):
@@ -128,7 +128,7 @@ def agrees(actual, expected, what, scale=None):
 
 
 def gradient(loss, model, *batch):
-    """Return the gradient of ``loss(model, *batch)`` with respect to what is trained."""
+    """Return the gradient of ``loss(model, *batch)`` with respect to the trained arrays."""
     if isinstance(model, nnx.Module):
         return nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, *batch)
     trained, frozen = eqx.partition(model, trainable_filter(model))
@@ -136,7 +136,7 @@ def gradient(loss, model, *batch):
 
 
 def program(model):
-    """Return the forward pass as a function of arrays, and those of the model."""
+    """Return the forward pass as a function of arrays and x, and the arrays of the model."""
     if isinstance(model, nnx.Module):
         graph, arrays = nnx.split(model)
         return lambda arrays, x: nnx.merge(graph, arrays)(x), arrays
@@ -145,7 +145,7 @@ def program(model):
 
 
 class NnxLoop:
-    """Training with an `nnx.Optimizer`, every step compiled; `traces` counts how often."""
+    """Training with an `nnx.Optimizer` and a compiled step; `traces` counts how often the step is traced."""
 
     def __init__(self, model, tx, loss):
         self.model, self.traces = model, 0
@@ -177,7 +177,7 @@ class NnxLoop:
 
 
 class EquinoxLoop:
-    """The same with an optax transformation."""
+    """Training of an Equinox model with an optax transformation, with the same interface as `NnxLoop`."""
 
     def __init__(self, model, tx, loss):
         self.model, self.traces = model, 0
@@ -206,7 +206,7 @@ def loop_of(model, tx, loss):
 
 
 def train(model, loss, *batch, tx=None, steps=3):
-    """Return the loop after some steps on one batch, of AdamW with weight decay unless it is told otherwise."""
+    """Return the loop after some steps on one batch; the default optimiser is AdamW with weight decay."""
     loop = loop_of(model, tx or optax.adamw(0.05, weight_decay=0.1), loss)
     for _ in range(steps):
         loop.step(*batch)
@@ -214,7 +214,7 @@ def train(model, loss, *batch, tx=None, steps=3):
 
 
 def run_python(*arguments):
-    """Return what an interpreter of its own prints, on the CPU."""
+    """Run a separate Python interpreter with JAX on the CPU, and return what it prints."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)

@@ -1,8 +1,8 @@
-"""Print, as JSON, how far results on a mesh of four devices lie from those on one: run by `test_functional.py`.
+"""Print, as JSON, the differences between results on a mesh of four devices and on one device.
 
-With the argument ``budget``, of training under a budget: run by `test_budget.py`.
-
-XLA reads the number of devices when JAX is imported, so that this is a process of its own.
+`test_functional.py` runs this script without arguments, for `adamss_jax.linear`. `test_budget.py` runs it with the
+argument ``budget``, for training under a budget. The script needs its own process, because XLA reads the number of
+devices when JAX is imported.
 """
 
 import itertools
@@ -39,7 +39,7 @@ SHARDINGS = {
     "A on d, B on P": {"A": P(None, "m", None), "B": P("m", None)},
 }
 EXPLICIT = ("kernel on n", "x on batch")
-"""Those whose base product JAX takes without being told the sharding of the result, the factors on every device."""
+"""Shardings whose base product JAX computes without an explicit sharding of the result, with replicated factors."""
 
 
 def problem(*, bias_row):
@@ -89,7 +89,7 @@ def differences(kind, names):
         for name in names:
             specs = SHARDINGS[name]
             if bias_row and "A" in specs:
-                continue  # d + 1 rows are not divided by 4
+                continue  # the d + 1 rows of A are not divisible by 4
             if kind is AxisType.Explicit:
                 rows, columns = specs.get("x", P(None, None))[0], specs.get("kernel", P(None, None))[1]
                 specs = specs | {"dy": P(rows, columns)}
@@ -114,7 +114,7 @@ class Net(nnx.Module):
 
 
 def attached(kind, specs, *, inputs=None, hidden=None):
-    """Return what the verbs do to a model that is sharded over a mesh; its first layer's output is to be `hidden`."""
+    """Return the results of the verbs on a sharded model; `hidden` is the sharding of the first layer's output."""
     mesh = jax.make_mesh((4,), ("m",), axis_types=(kind,))
     with jax.set_mesh(mesh):
         return attached_to(mesh, specs, inputs or P(None, None), hidden)
@@ -164,14 +164,14 @@ class Pair(nnx.Module):
 
 
 def trained(*, steps, specs=None, mesh=None, replicated=False):
-    """Return a model after some steps under a budget, the masks after each step, and one step more.
+    """Train under a budget; return the model, the masks after each step, and a function that takes one step more.
 
     Parameters
     ----------
-    specs
-        How variables are spread over the mesh, by the end of their paths; the others are on every device.
-    replicated
-        Whether the state of the optimiser is on every device, whatever the parameters are.
+    specs : mapping
+        Sharding of the variables by the end of their paths. Other variables are replicated.
+    replicated : bool
+        Whether the state of the optimiser is replicated even if the parameters are sharded.
     """
     budget = adamss.BudgetConfig(target=2, end_step=6, interval=2, power=1)
     model = adamss.attach(
@@ -196,7 +196,7 @@ def trained(*, steps, specs=None, mesh=None, replicated=False):
 
 
 def budgets():
-    """Return how training under a budget on a mesh differs from that on one device."""
+    """Return how training under a budget on a mesh differs from training on one device."""
     mesh = jax.make_mesh((4,), ("m",), axis_types=(AxisType.Auto,))
     sharded = {"kernel": P("m", None), "A": P(None, "m", None), "B": P("m", None), "C": P(None, "m")}
     cases = {

@@ -1,4 +1,4 @@
-"""Section 8 of the design on JAX: type and message of each error, and models left as they were."""
+"""Test bad input on JAX: type and message of each error, and that models are left unchanged."""
 
 import equinox as eqx
 import jax
@@ -28,7 +28,7 @@ BUILTIN = {
 
 
 def unchanged(kind, match, verb, model, *args):
-    """Check that a verb raises, names what it should, and leaves the model as it was."""
+    """Check that a verb raises this error with a matching message, and leaves the model unchanged."""
     before = variables(model)
     with pytest.raises(kind, match=match) as caught:
         verb(model, *args)
@@ -43,7 +43,7 @@ def equinox_model(seed=0):
 
 
 def calling(call):
-    """Return a function of a model that calls a verb, and what a transformation can take."""
+    """Return a function of a model that calls a verb and returns a number, so that it can be transformed."""
 
     def function(model):
         call(model)
@@ -53,7 +53,7 @@ def calling(call):
 
 
 def stacked(model):
-    """Return two of a model as one, as training an ensemble takes them."""
+    """Return a model with all arrays stacked twice along a new axis, as in training an ensemble."""
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state))
 
@@ -63,7 +63,7 @@ TRANSFORMS = {
     "grad": lambda call, model: nnx.grad(calling(call))(model),
     "vmap": lambda call, model: nnx.vmap(calling(call))(stacked(model)),
     "remat": lambda call, model: nnx.jit(nnx.remat(calling(call)))(model),
-    # The base weights have values there, the factors have none.
+    # In this transformation the base weights are concrete and the factors are traced.
     "grad of what is trained": lambda call, model: gradient(calling(call), model),
 }
 VERBS_ON_BASE = {
@@ -79,14 +79,14 @@ VERBS_ON_ADAPTED = {
 
 @pytest.fixture
 def file(tmp_path):
-    """Return an adapter file of `net`."""
+    """Return the path of an adapter file for `net`."""
     adamss.save(adamss.attach(net(), config()), tmp_path / "a.safetensors")
     return tmp_path / "a.safetensors"
 
 
 VERBS = VERBS_ON_BASE | VERBS_ON_ADAPTED
 COUNTED = {("summary", "grad"), ("summary", "grad of what is trained")}
-"""What is counted is no subject of a gradient."""
+"""Cases in which `summary` works under a gradient, because what it counts is not differentiated."""
 CASES = [(v, t) for v in VERBS for t in TRANSFORMS if v not in VERBS_ON_BASE or "trained" not in t]
 
 
@@ -113,7 +113,7 @@ def test_verbs_on_equinox_models_within_transformations(verb, transform, tmp_pat
     target = model if verb in VERBS_ON_BASE else adapted
     wrapped = transform(calling(lambda m: VERBS[verb](m, path)))
     if (verb, transform) == ("summary", eqx.filter_grad):
-        wrapped(target)  # what it counts is no subject of a gradient
+        wrapped(target)  # what `summary` counts is not differentiated, so it has values
         return
     with jax.checking_leaks(), pytest.raises(errors.ArrayTypeError, match=r"query: .*outside of jax\.jit"):
         wrapped(target)
@@ -142,7 +142,7 @@ def test_core_functions_that_need_values_say_so(name, transform):
     else:
         wrapped = jax.grad(calling(function), allow_int=True)
         if name == "count_factors":
-            wrapped(argument)  # integers have no gradient, and so have values
+            wrapped(argument)  # integers are not differentiated, so they have values
             return
     with jax.checking_leaks(), pytest.raises(errors.ArrayTypeError, match=r"tracer.*outside of jax\.jit"):
         wrapped(argument)
@@ -171,7 +171,8 @@ VALUE, TYPE = errors.ArrayValueError, errors.ArrayTypeError
 )
 def test_weights_that_cannot_be_adapted(name, change, kind, match):
     model = net()
-    variable = getattr(model.blocks[1]["value"], name)  # of the last target: the others come first
+    # This is the last target, so the others are adapted before the error.
+    variable = getattr(model.blocks[1]["value"], name)
     variable.set_value(change(variable.get_value()))
     settings = config(include_bias=name == "bias")
     unchanged(kind, rf"blocks\.1\.value: {match}", adamss.attach, model, settings)

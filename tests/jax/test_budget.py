@@ -1,4 +1,4 @@
-"""The adaptive budget as an optax transformation: `budgeted`, `synchronise` and `allocation`."""
+"""Test the adaptive budget as an optax transformation: `budgeted`, `synchronise` and `allocation`."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ SCHEDULES = {
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly_compiled():
-    """Most of the time of these tests is XLA's."""
+    """Turn off most optimisations of XLA, since these tests spend most of their time compiling."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -56,7 +56,7 @@ def quickly_compiled():
 class NnxNet(nnx.Module):
     def __init__(self, seed=0):
         self.block = Block(nnx.Rngs(seed))
-        # Without heads, both layers have one input, which the backward keeps once.
+        # Both layers have the same input array without heads, so the backward pass keeps it only once.
         dtype = jnp.zeros(()).dtype
         self.block.value = nnx.Linear(
             WIDTH, WIDTH, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(seed + 1)
@@ -92,7 +92,7 @@ def config(budget=None, **changes):
 
 
 def attached(kind, budget=None, **changes):
-    # The layers of the stack have subspaces of other sizes each, so that their arrays are padded.
+    # By k-means, each layer of the stack gets subspaces of other sizes, so their arrays are padded.
     changes = {"segmentation": "kmeans" if kind == "stack" else "contiguous"} | changes
     return adamss.attach(MODELS[kind](), config(budget, **changes))
 
@@ -106,7 +106,7 @@ def loss(model, x):
 
 
 def trained(kind, tx, budget, *, steps=0, **changes):
-    """Return a loop over a model that is attached with this budget, after some steps."""
+    """Return the loop of a model adapted with this budget, after some steps."""
     model = attached(kind, budget, **changes)
     return steps_of(loop_of(model, adamss_jax.budgeted(tx, model), loss), range(steps))
 
@@ -127,7 +127,7 @@ def same_file(first, second):
 
 
 def masks(state):
-    """Return the mask of each layer, which lie one after the other by path."""
+    """Return the mask of each layer; the state concatenates them in the order of the paths."""
     paths = sorted(state.sizes)
     ends = np.cumsum([int(state.sizes[path]) for path in paths])
     return dict(zip(paths, np.split(np.asarray(state.budget.active), ends[:-1]), strict=True))
@@ -138,7 +138,7 @@ def count(state):
 
 
 def numpy_layer(params, path, outline):
-    """Return B and C of a layer from a tree of parameters, or of gradients, as NumPy arrays of its own size."""
+    """Return B and C of a layer from a tree of parameters or gradients, as NumPy arrays without padding."""
     owner, index = split_path(path)
     ends = [f"{owner}.{kind}.default.{name}" for kind in ("adamss", "adapters") for name in "BC"]
     found = []
@@ -161,7 +161,7 @@ def random_like(params, rng):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_it_decides_what_the_state_machine_in_numpy_decides(schedule, kind):
-    """From the same gradients, at every step, with averages that are the same to rounding."""
+    """The gradients are the same at every step. The averages must agree up to rounding, and the masks exactly."""
     budget = BudgetConfig(**SCHEDULES[schedule])
     with jax.enable_x64(True):
         model = attached(kind)
@@ -208,7 +208,7 @@ def test_it_decides_what_the_state_machine_in_numpy_decides(schedule, kind):
 
 
 def test_a_mask_holds_from_the_step_after_its_allocation():
-    """The allocation is decided after the step, as PyTorch's hook does: that step moves what it then freezes."""
+    """An allocation is decided after a step, as in PyTorch's hook, so that step still moves what it freezes."""
     loop = trained("nnx", optax.sgd(0.1), {"target": 1, "end_step": 2, "interval": 2}, steps=1)
     before = factors(loop.model)
     loop.step(inputs(1))
@@ -223,7 +223,7 @@ def test_a_mask_holds_from_the_step_after_its_allocation():
 
 
 def test_the_first_reduction_waits_for_a_step_that_says_something():
-    """C is zero at first: the first gradients are those of C alone, and |w g| is zero everywhere."""
+    """C is zero at first, so only C has a gradient, and |w g| is zero everywhere."""
     loop = trained("nnx", optax.sgd(0.1), {"target": 2, "end_step": 1})
     loop.step(inputs(0))
     first = adamss_jax.allocation(loop.optimizer)
@@ -430,7 +430,7 @@ def test_revive_without_its_budget_in_the_model_is_refused_or_warned_of():
     consolidated = adamss.consolidate(model)
     with pytest.raises(StateError, match=r"revive = True, but adamss\.consolidate has folded"):
         adamss_jax.budgeted(optax.sgd(0.1), consolidated, revive)
-    # The other way round nothing is lost: `budgeted` masks the gradients itself.
+    # The opposite mismatch is harmless, because `budgeted` masks the gradients itself.
     model = attached("nnx", {"target": 1, "end_step": 2, "revive": True})
     one_way = adamss_jax.budgeted(optax.sgd(0.1), model, BudgetConfig(target=1, end_step=2))
     assert not one_way.init(adamss.trainable_parameters(model)).revive
@@ -440,7 +440,7 @@ LONG = {"target": 2, "end_step": 9, "interval": 3, "power": 1}
 
 
 def kept_for_backward(model, x):
-    """Return the shapes of what the backward of a model's parameters keeps that have a row per token."""
+    """Return the shapes of the arrays with a row for each token that the backward pass of the parameters keeps."""
     params = adamss.trainable_parameters(model)
     if isinstance(model, nnx.Module):
         graph, trained_variables, rest = nnx.split(model, nnx.LoRAParam, ...)
@@ -454,7 +454,7 @@ def kept_for_backward(model, x):
 
 
 def test_only_what_is_trained_is_kept_for_the_backward():
-    """Of 8 subspaces 1 is left: one layer keeps z of its direction, the other neither z nor x."""
+    """One of 8 subspaces is left, so one layer keeps z of one direction, and the other neither z nor x."""
     loop = trained("nnx", optax.sgd(0.1), {"target": 1, "end_step": 3}, steps=5, subspace_rank=1)
     x, model = inputs(rows=37), loop.synchronise()
     before = kept_for_backward(model, x)
@@ -466,7 +466,7 @@ def test_only_what_is_trained_is_kept_for_the_backward():
 
 
 def ordered(model, order):
-    """Return a model whose adapted layers take their products in this order."""
+    """Return the model with this order of the products in its adapted layers."""
     if isinstance(model, nnx.Module):
         for layer in (model.block.query, model.block.value):
             layer.adamss.default.order = order
@@ -478,7 +478,7 @@ def ordered(model, order):
 
 
 def orders(model):
-    """Return the orders of the adapted layers."""
+    """Return the order of the products in each adapted layer."""
     if isinstance(model, nnx.Module):
         return [layer.adamss.default.order for layer in (model.block.query, model.block.value)]
     return [layer.adapter.order for layer in model.block.values()]
@@ -486,7 +486,7 @@ def orders(model):
 
 @pytest.mark.parametrize("kind", ["stack", "equinox"])
 def test_the_order_of_the_products_outlives_consolidating(kind, tmp_path):
-    """It is in no file, and training by either order is the same but for rounding."""
+    """Files do not contain the order, and both orders train the same up to rounding."""
     model = attached(kind, {"target": 3, "end_step": 1})
     adamss.save(model, tmp_path / "as attached")
     outputs = []
@@ -509,7 +509,7 @@ def test_projected_nothing_of_the_inputs_is_kept_but_their_coordinates():
     before = kept_for_backward(model, x)
     after = kept_for_backward(ordered(model, "input_first"), x)
     assert after.count((37, rank)) - before.count((37, rank)) == 2
-    assert before.count((37, WIDTH)) - after.count((37, WIDTH)) == 1  # one x, of both layers
+    assert before.count((37, WIDTH)) - after.count((37, WIDTH)) == 1  # x, which both layers share
     model = backend_for(model).set_active(
         model, {path: jnp.arange(K) < 2 for path in ("block.query", "block.value")}
     )
@@ -519,7 +519,7 @@ def test_projected_nothing_of_the_inputs_is_kept_but_their_coordinates():
 
 
 def flops(model, x):
-    """Return the floating-point operations of a forward pass, as XLA counts them."""
+    """Return the number of floating-point operations of a forward pass, as counted by XLA."""
     run, arrays = program(model)
     return jax.jit(run).lower(arrays, x).compile().cost_analysis()["flops"]
 
@@ -532,7 +532,7 @@ def test_training_goes_on_after_consolidating(kind, keep_base, tmp_path):
         x, base, backend = inputs(rows=64), MODELS[kind](), backend_for(loop.model)
 
         def consolidated():
-            """Consolidate, and check that the outputs stay and cost less."""
+            """Consolidate, and check that the outputs stay the same and take fewer operations."""
             model = loop.synchronise()
             before, y = flops(model, x), model(x)
             loop.model = adamss.consolidate(model, keep_base=keep_base)
@@ -601,7 +601,7 @@ def test_merged_and_disabled_models_cost_what_the_base_costs(kind):
 
     model = attached(kind)
     assert products(MODELS[kind]()) == 3
-    assert products(model) == 3 + 2 * 3  # A B, x M and z E of each layer
+    assert products(model) == 3 + 2 * 3  # A B, x M and z E in each layer
     with adamss.disabled(model) as base:
         assert products(base) == 3
     model = adamss.merge(model)
@@ -654,7 +654,7 @@ def test_synchronise_and_allocation_refuse():
         adamss_jax.allocation((loop.state, loop.state))
     with pytest.raises(StateError, match=r"another model.*differ in block\.query"):
         adamss_jax.synchronise(attached("stack"), loop.optimizer)
-    with pytest.raises(StateError, match="another model, or attached otherwise"):
+    with pytest.raises(StateError, match="another model, or one attached with other settings"):
         adamss_jax.synchronise(attached("nnx", subspaces=3), loop.optimizer)
     same_shapes = attached("nnx", segmentation="random", seed=1)
     with pytest.raises(StateError, match=r"another model: .* has other subspaces there"):
@@ -679,12 +679,12 @@ def test_the_state_is_found_where_it_is():
 
 
 STEPS, DONE = 5, 3
-"""Allocations after steps 1, 3 and 5: the first waits for step 2."""
+"""Allocations are due after steps 1, 3 and 5; the first one waits until step 2."""
 RESUMED = {"target": 2, "end_step": STEPS, "start_step": 1, "interval": 2, "window": "running"}
 
 
 def resumed(folder):
-    """Return a loop that goes on from what lies in a folder, made of nothing but that."""
+    """Return a loop that resumes a training using only the files in a folder."""
     model = adamss.load(NnxNet(), folder / "a.safetensors")
     loop = loop_of(model, adamss_jax.budgeted(optax.adamw(0.02, weight_decay=0.1), model), loss)
     with orbax.StandardCheckpointer() as checkpointer:
@@ -693,7 +693,7 @@ def resumed(folder):
 
 
 def everything(loop):
-    """Return every number of the end of a training, as one list of arrays."""
+    """Return all trained values and the whole optimiser state of a loop, as a list of arrays."""
     layers = factors(loop.model)
     trained_arrays = [
         np.asarray(array) for path in sorted(layers) for array in (layers[path].B, layers[path].C)
@@ -710,7 +710,7 @@ def uninterrupted(folder):
 
 
 def test_resumed_in_another_process(tmp_path):
-    """Neither process has compiled anything before, as this one may have, with other options."""
+    """Both parts run in new processes, because this one may have compiled the step with other options before."""
     script = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -729,7 +729,7 @@ def test_resumed_in_another_process(tmp_path):
 
 @pytest.fixture(scope="module")
 def on_a_mesh():
-    """Return what `on_a_mesh.py` found: four devices need a process of their own."""
+    """Return the report of `on_a_mesh.py`, which needs its own process for four devices."""
     return json.loads(run_python(str(Path(__file__).with_name("on_a_mesh.py")), "budget"))
 
 

@@ -1,4 +1,4 @@
-"""The demo in JAX: a short run on a tiny BERT with random weights, and the way of adapters between frameworks."""
+"""Test the demo in JAX: a short run on a tiny BERT with random weights, and adapters between frameworks."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ def demo_jax(script):
 
 @pytest.fixture(scope="module")
 def folder(tiny_tokenizer, tmp_path_factory):
-    """Return a folder with a tiny BERT."""
+    """Return a folder with a tiny BERT and its tokenizer."""
     config = transformers.BertConfig(
         vocab_size=len(tiny_tokenizer),
         hidden_size=32,
@@ -46,7 +46,7 @@ def session(demo_jax, folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(demo_jax, session):
-    """Return what `compare` returns and what it prints."""
+    """Return the result of `compare`, and what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         found = demo_jax.compare(session)
     return found, printed.getvalue()
@@ -56,7 +56,8 @@ def test_table_has_the_three_methods(demo_jax, trained):
     cells = [re.split(r"\s{2,}", line.strip()) for line in trained[1].splitlines()]
     rows = {row[0]: row[1:] for row in cells if row[0] in demo_jax.METHODS}
     assert list(rows) == list(demo_jax.METHODS)
-    # Of two layers (32, 32): B (32, 10) and C (1, 32) of AdaMSS; A (32, 8) and B (8, 32) of LoRA. Head (32, 12).
+    # Two layers of (32, 32) are adapted: AdaMSS has B (32, 10) and C (1, 32), LoRA has A (32, 8) and B (8, 32). The
+    # head is (32, 12) with a bias.
     assert [row[1:3] for row in rows.values()] == [["0", "396"], ["704", "396"], ["1,024", "396"]]
     assert all(0 <= float(row[0]) <= 1 for row in rows.values())
 
@@ -99,7 +100,7 @@ def test_only_what_is_trained_changes(demo_jax, session, name):
 
     before, trained = values(), {path for path, _ in nnx.to_flat_state(nnx.state(run.model, method.trained))}
     inputs = demo_jax.tokenize(session.tokenizer, session.train.texts[:16])
-    for _ in range(2):  # while the other factor is still zero, the gradient of the first is too
+    for _ in range(2):  # in the first step the gradient of one factor is zero, because the other factor is
         run.step(inputs, session.train.labels[:16])
     changed = {path for path, array in values().items() if not np.array_equal(array, before[path])}
     assert changed == trained

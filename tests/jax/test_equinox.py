@@ -1,4 +1,4 @@
-"""Equinox: trees of layers, the filters and the transforms in which people use them."""
+"""Test Equinox models: trees of layers, filters, and the transformations that users apply to them."""
 
 import copy
 import dataclasses
@@ -60,7 +60,7 @@ def adapted(**changes):
 
 
 def leaves(tree):
-    """Return the structure, and the bytes of every leaf."""
+    """Return the structure of a tree, and dtype and bytes of every array in it."""
     flat, structure = jax.tree.flatten(tree)
     return structure, [
         (np.asarray(leaf).dtype, np.asarray(leaf).tobytes()) for leaf in flat if eqx.is_array(leaf)
@@ -167,7 +167,7 @@ def test_models_of_equinox_itself(make, args, targets):
 
 
 class Tied(eqx.Module):
-    """An embedding whose weight is that of the head, and a layer to adapt between them."""
+    """An embedding and a head that share one weight, with a layer to adapt between them."""
 
     shared: eqx.nn.Shared
     query: eqx.nn.Linear
@@ -198,7 +198,7 @@ def test_shared_nodes_are_left_as_they_are(tmp_path):
 
 
 def test_one_object_in_two_places_is_two_layers():
-    """A tree has values and no identities: they are trained apart, as Equinox documents."""
+    """A tree holds values without identity, so the two are trained separately, as Equinox documents."""
     layer, x = eqx.nn.Linear(8, 8, key=jax.random.key(0)), inputs(8)
     model = {"first": layer, "second": layer}
     attached = adamss.attach(model, config(targets=["first", "second"]))
@@ -247,7 +247,7 @@ def test_training_changes_what_is_trained_and_nothing_else():
 
 
 def test_the_order_of_the_products_of_a_layer():
-    """Many inputs of a vmap, each a vector, are contracted with M unless the layer says otherwise."""
+    """Under vmap each input is a vector. The default order then multiplies with M = A B; a layer may set another."""
 
     def ordered(model, order):
         replaced = lambda adapter: dataclasses.replace(adapter, order=order)  # noqa: E731
@@ -324,7 +324,7 @@ def test_no_verb_touches_the_tree_it_is_given(tmp_path):
 
 
 def test_adapted_layers_can_be_stacked_and_scanned_over():
-    """With rank 1 everywhere the factors have equal shapes."""
+    """With rank 1 everywhere the factors of all layers have equal shapes."""
     layers = [eqx.nn.Linear(8, 8, key=jax.random.key(i)) for i in range(3)]
     model = filled(adamss.attach(layers, config(targets=["0", "1", "2"], subspace_rank=1)))
     x = expected = inputs(8)
@@ -338,7 +338,7 @@ def test_adapted_layers_can_be_stacked_and_scanned_over():
 
 
 def test_equal_models_have_trees_of_equal_structure():
-    """So that they can be averaged, and a state of an optimiser can be loaded for a model that was loaded."""
+    """Models can be averaged, and an optimiser state fits a loaded model, only if the structures are equal."""
     first, second = (adamss.attach(Net(), config(modules_to_save=["classifier"])) for _ in range(2))
     assert jax.tree.structure(first) == jax.tree.structure(second)
     mean = jax.tree.map(lambda a, b: a if a.dtype == bool else (a + b) / 2, first, second)

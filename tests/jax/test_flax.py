@@ -1,4 +1,4 @@
-"""Flax NNX: the layers, the models and the transforms in which people use them."""
+"""Test Flax NNX: its layers and models, and the transformations that users apply to them."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ from adamss_jax.flax import AdamssParam
 
 general, einsum = partial(partial, nnx.LinearGeneral), partial(partial, nnx.Einsum)
 FORMS = {
-    # name: (layer, shape of its input, axes of its kernel in the order of the rows and columns of W, rows)
+    # name: (layer, shape of the input, axes of the kernel in the order of rows and columns of W, number of row axes)
     "linear": (partial(nnx.Linear, 6, 8), (2, 6), (0, 1), 1),
     "linear of one vector": (partial(nnx.Linear, 6, 8, use_bias=False), (6,), (0, 1), 1),
     "heads": (general(6, (2, 4)), (2, 3, 6), (0, 1, 2), 1),
@@ -28,10 +28,10 @@ FORMS = {
     "two contracted axes": (general((2, 3), 8, axis=(-2, -1)), (2, 5, 2, 3), (0, 1, 2), 2),
     "positive axis": (general(6, 8, axis=1), (3, 6, 4), (0, 1), 1),
     "axes of both signs": (general((2, 3), (4, 2), axis=(0, -1), use_bias=False), (2, 5, 3), (0, 1, 2, 3), 2),
-    # Flax sorts them: the first axis of the kernel goes with the first of the input.
+    # Flax sorts the axes, so the first axis of the kernel belongs to the first axis of the input.
     "axes out of order": (general((2, 3), 8, axis=(-1, -2)), (5, 2, 3), (0, 1, 2), 2),
     "BTD,NDH->BTNH": (einsum("BTD,NDH->BTNH", (2, 6, 4), (2, 4)), (2, 3, 6), (1, 0, 2), 1),
-    # A bias is in the order of the output, whatever shape it was given.
+    # The bias has the order of the output axes, whatever shape was given.
     "BTD,NDH->BTHN": (einsum("BTD,NDH->BTHN", (2, 6, 4), (2, 4)), (2, 3, 6), (1, 2, 0), 1),
     "...d,df->...f": (einsum("...d, df -> ...f", (6, 8), (8,)), (2, 3, 6), (0, 1), 1),
     "d...,df->f...": (einsum("d...,df->f...", (6, 8)), (6, 2, 3), (0, 1), 1),
@@ -41,7 +41,7 @@ FORMS = {
 
 
 class Holder(nnx.Module):
-    """A model of one layer."""
+    """A model with one layer."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -51,7 +51,7 @@ class Holder(nnx.Module):
 
 
 def with_bias(layer):
-    """Give the bias, zero at first, values."""
+    """Give the bias of a layer, which starts at zero, random values."""
     if layer.bias is not None:
         layer.bias.set_value(
             jnp.asarray(np.random.default_rng(5).standard_normal(layer.bias.shape), "float32")
@@ -60,7 +60,7 @@ def with_bias(layer):
 
 
 def add_delta(layer, factors, order, rows):
-    """Add the update to the kernel and the bias of a layer without adapter, along axes spelled out by hand."""
+    """Add the update to kernel and bias of a layer without adapter, along explicitly given axes."""
     delta = np.asarray(core.delta(factors))
     d = int(np.prod([layer.kernel.shape[axis] for axis in order[:rows]]))
     split = delta[:d].reshape([layer.kernel.shape[axis] for axis in order])
@@ -95,7 +95,7 @@ def test_every_form_of_a_layer(name):
 
 @pytest.mark.parametrize("name", ["heads", "two contracted axes", "BSD,CKDH->CBSKH", "BTD,NDH->BTHN"])
 def test_gradients_of_every_form(name):
-    """Those of C and of the input, against finite differences of a linear function: exact but for rounding."""
+    """Compare the gradients of C and of the input with finite differences, which are exact for a linear function."""
     make, shape, _, _ = FORMS[name]
     model, x = (
         filled(adamss.attach(Holder(make(rngs=nnx.Rngs(0))), config(targets=["layer"]))),
@@ -182,7 +182,7 @@ def test_layers_that_are_no_matrix_are_refused(make, match):
 
 
 class Shifted(nnx.Linear):
-    """A user's layer with a signature of its own."""
+    """A user's layer with another signature."""
 
     def __call__(self, x, shift, *, negate=False, out_sharding=None):
         y = super().__call__(x, out_sharding=out_sharding)
@@ -276,7 +276,7 @@ def test_a_module_that_appears_twice_is_adapted_once(targets, tmp_path):
 
 
 def sharing():
-    """Return two layers that have one kernel."""
+    """Return two layers that share one kernel."""
     model = Pair(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1)))
     model.second.kernel = model.first.kernel
     return model
@@ -329,7 +329,7 @@ class Traced:
 
 
 def test_the_order_of_the_products_of_a_layer():
-    """Chosen by name it compiles once more, and is in copies, but in no file."""
+    """Setting an order compiles once more. Copies keep the order, but files do not contain it."""
     model, x, run = filled(adamss.attach(net(), config())), inputs(4, 8), Traced()
     y, programs = run(model, x), []
     for number, order in enumerate(ORDERS):
@@ -355,7 +355,7 @@ def test_the_order_of_the_products_of_a_layer():
 
 
 def test_masks_and_merges_do_and_do_not_compile_anew():
-    """A mask is a value; whether a model is merged is a property of the program."""
+    """A mask is an array, so changing it does not compile; merging changes the program, so it does."""
     model, x, run = filled(adamss.attach(net(), config())), inputs(4, 8), Traced()
     y = run(model, x)
     run(model, x)
@@ -505,7 +505,7 @@ def test_disabled_nested_and_in_functions_that_were_compiled_before():
 
 
 class Heads(nnx.Module):
-    """A target, and every kind of module that is saved whole."""
+    """A target, and every kind of module that `modules_to_save` supports."""
 
     def __init__(self, rngs):
         self.query = nnx.Linear(8, 8, rngs=rngs)
@@ -575,7 +575,7 @@ def test_saved_modules_come_back_on_another_model(tmp_path):
 
 
 def test_what_is_trained_of_a_saved_module():
-    """Its parameters; no statistics, no random state, and nothing of the layers around it."""
+    """Only the parameters of a saved module are trained: no statistics, no random state, no other layer."""
     model = adamss.attach(heads(), config(targets=["query"], modules_to_save=["batch", "conv"]))
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
     adapters = {f"{layer}.adamss.default.{name}" for layer in ("query", "attention.query") for name in "BC"}
@@ -591,7 +591,7 @@ def test_equal_models_share_what_is_compiled():
 
 
 def test_the_base_within_a_compiled_step():
-    """As preference optimisation does it, with a head that was trained too."""
+    """Preference optimisation needs the base's outputs within a step; here the model also has a trained head."""
     x = inputs(2, 8)
     model = adamss.attach(net(), config(modules_to_save=["classifier"]))
     model.classifier.kernel.set_value(model.classifier.kernel[...] * 2)

@@ -1,4 +1,4 @@
-"""`adamss_jax.linear` under JAX's transformations, against the float64 NumPy reference."""
+"""Compare `adamss_jax.linear` under JAX's transformations with the float64 NumPy reference."""
 
 import json
 from functools import partial
@@ -30,7 +30,7 @@ VARIANTS = {
 
 
 def problem(variant="shared, ranks 3 1 2, bias", *, tokens=(2, 3), d=D, n=N, seed=0):
-    """Return a problem in float64 whose subspace 1 is frozen."""
+    """Return a problem in float64, in which subspace 1 is frozen."""
     ranks, shared, bias_row = VARIANTS[variant]
     rng, ranks = np.random.default_rng(seed), np.asarray(ranks)
     labels = rng.permutation(np.arange(n) % K)
@@ -43,7 +43,7 @@ def problem(variant="shared, ranks 3 1 2, bias", *, tokens=(2, 3), d=D, n=N, see
 
 
 def on_device(tree, dtype="float64"):
-    """Return NumPy arrays as JAX's, floating point in this dtype."""
+    """Convert NumPy arrays to JAX, with floating-point arrays in this dtype."""
     return jax.tree.map(lambda a: jnp.asarray(a, dtype if a.dtype.kind == "f" else None), tree)
 
 
@@ -118,7 +118,7 @@ def test_vmap_over_inputs_is_the_batched_call(variant, order, x64):
 
 @each_case
 def test_vmap_over_layers_and_their_factors(variant, order, x64):
-    """Labels and masks differ from layer to layer: nothing of them is a constant of the program."""
+    """Labels and masks differ between the layers, so the program must not treat them as constants."""
     layers = [problem(variant, seed=seed) for seed in range(3)]
     layers[2] = layers[2]._replace(factors=layers[2].factors._replace(active=np.asarray([False, True, True])))
     assert len({tuple(p.factors.labels) for p in layers}) == 3
@@ -160,7 +160,7 @@ def test_scan_over_stacked_layers(variant, order, remat, x64):
 
 
 def test_gradients_of_what_is_frozen(x64):
-    """Kernel and bias have theirs, of use to whoever trains them too; the basis is a constant."""
+    """Kernel and bias have gradients, for users who train them too; the basis A is a constant."""
     p = problem()
     arrays = on_device(p)
     trained = {"B": arrays.factors.B, "C": arrays.factors.C}
@@ -176,7 +176,7 @@ def test_gradients_of_what_is_frozen(x64):
 
 @each_case
 def test_second_derivatives_in_reverse_mode(variant, order, x64):
-    """The gradient of a slope, against differences of that slope along every coordinate."""
+    """Compare the gradient of a slope with central differences of that slope along every coordinate."""
     p = on_device(problem(variant, tokens=(2,)))
     point = {"B": p.factors.B, "C": p.factors.C}, p.x
     rng = np.random.default_rng(1)
@@ -196,18 +196,18 @@ def test_second_derivatives_in_reverse_mode(variant, order, x64):
     differences = (
         jax.vmap(lambda step: slope(restore(flat + step)) - slope(restore(flat - step)))(steps) / 2e-4
     )
-    # What is frozen is a constant, for the gradient and for its gradient.
+    # Frozen values are constants in the gradient and in its derivative.
     columns, rows = core.trained_elements(p.factors)
     trained = jax.tree.map(
         lambda mask, array: jnp.broadcast_to(mask, array.shape), {"B": columns, "C": rows}, point[0]
     )
     mask, _ = jax.flatten_util.ravel_pytree((trained, jnp.ones_like(p.x, bool)))
-    # The error of a central difference is of the order of the step squared, far above that of the sums.
+    # The error of a central difference is of the order of the squared step, far above the rounding error of the sums.
     assert_agrees(second, differences * mask, dtype="float32", what="second derivative")
 
 
 def test_hessian(x64):
-    """Forward mode over the gradient is allowed: the gradient is an ordinary function."""
+    """Forward mode over the gradient works, because the gradient is an ordinary function."""
     p = on_device(problem(tokens=()))
 
     def value(C):
@@ -249,7 +249,7 @@ each_half = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @each_half
 @each_case
 def test_half_precision(variant, order, dtype):
-    """Outputs in the dtype of the base, gradients in that of the factors, both as near as the inputs' rounding."""
+    """Outputs have the dtype of the base and gradients that of the factors, with errors of the inputs' rounding."""
     linear, p = jax.jit(partial(adamss_jax.linear, order=order)), problem(variant, tokens=(20,))
     assert_update(NnxDriver(), linear, p, dtype)
     assert_gradients(NnxDriver(), linear, p, dtype)
@@ -274,7 +274,7 @@ def test_start_equals_the_base_for_inputs_at_the_end_of_the_dtype(dtype, transfo
 @each_half
 @each_order
 def test_sums_over_many_tokens_are_not_done_in_half_precision(dtype, order):
-    """2,049 ones add up to 2,049, which neither type can hold."""
+    """Neither half-precision type can represent 2,049, so a sum of 2,049 ones in it would stop earlier."""
     tokens, ones = 2049, partial(jnp.ones, dtype=dtype)
     f = Factors(
         jnp.ones((1, 2, 1)),
@@ -286,12 +286,12 @@ def test_sums_over_many_tokens_are_not_done_in_half_precision(dtype, order):
     )
     p = Problem(ones((tokens, 1)), ones((1, 1)), ones(1), f, ones((tokens, 1)))
     _, trained, _ = jax.jit(gradients, static_argnums=1)(p, by(order))
-    assert float(trained["C"][0, 0]) == 2 * tokens  # z is 2: one from the input, one from the bias row
+    assert float(trained["C"][0, 0]) == 2 * tokens  # z is 2, one from the input and one from the bias row
     assert float(trained["B"][0, 0]) == 2 * tokens
 
 
 def kept_shapes(p, apply):
-    """Return the shapes of what the backward keeps that has a row per token."""
+    """Return the shapes of the arrays with a row for each token that the backward pass keeps."""
     arrays = on_device(p, "float32")
     trained = {"B": arrays.factors.B, "C": arrays.factors.C}
     _, vjp = jax.vjp(lambda t: apply(t, arrays.x, arrays.W, arrays.b, arrays.factors), trained)
@@ -313,7 +313,7 @@ def test_kept_for_the_backward_is_what_the_order_says(order, expected):
     [
         ("cpu", "float32", (1, 8), "input_first"),
         ("cpu", "float32", (2, 16), "factors_first"),
-        ("cpu", "float32", (), "factors_first"),  # one of many, under vmap
+        ("cpu", "float32", (), "factors_first"),  # a single vector, as under vmap
         ("cpu", "bfloat16", (4, 2048), "factors_first"),
         ("gpu", "float32", (2, 16), "input_first"),
         ("gpu", "float32", (4, 2048), "factors_first"),
@@ -334,7 +334,7 @@ def test_the_order_that_costs_less_is_chosen(backend, dtype, tokens, expected, m
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
 
     def program(order):
-        def apply(x, factors):  # a function of its own: JAX remembers what it has traced
+        def apply(x, factors):  # a new function each time, because JAX caches what it has traced
             return adamss_jax.update(x, factors, order=order)
 
         return str(jax.make_jaxpr(apply)(x, factors))
@@ -358,7 +358,7 @@ def test_an_unknown_order_raises(variant):
 
 @each_order
 def test_padding_stays_out_of_the_products_and_gets_no_gradient(order, x64):
-    """Rank, directions, rows of C and columns of no subspace: what stacks and consolidated layers are padded with."""
+    """Stacks and consolidated layers are padded in rank, directions, rows of C, and columns of no subspace."""
     p = problem("shared, ranks 3 1 2, bias")
     f = p.factors
     labels = np.where(f.labels == 1, -1, f.labels)
@@ -380,7 +380,7 @@ def test_padding_stays_out_of_the_products_and_gets_no_gradient(order, x64):
 
 @pytest.fixture(scope="module")
 def on_a_mesh():
-    """Return what `on_a_mesh.py` found: four devices need a process of their own."""
+    """Return the report of `on_a_mesh.py`, which needs its own process for four devices."""
     return json.loads(run_python(str(Path(__file__).with_name("on_a_mesh.py"))))
 
 

@@ -1,4 +1,4 @@
-"""What is imported, and what is said where something is not installed; each in a process of its own."""
+"""Test what is imported, and the errors if a library is missing; each test runs a separate process."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ sys.meta_path.insert(0, Absent())
 
 
 def run(script, *, absent=()):
-    """Return what a script prints in an interpreter in which some libraries are not installed."""
+    """Run a script in an interpreter without some libraries, and return what it prints."""
     script = ABSENT.format(absent=absent) + textwrap.dedent(script)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
@@ -58,7 +58,7 @@ def test_adamss_itself_needs_no_framework():
 @pytest.mark.parametrize(
     ("imports", "model", "absent"),
     [
-        # Flax imports Optax itself.
+        # Optax is not absent here, because Flax imports it.
         ("from flax import nnx", "nnx.Linear(6, 8, rngs=nnx.Rngs(0))", ("equinox", "torch")),
         ("import equinox, jax", "equinox.nn.Linear(6, 8, key=jax.random.key(0))", ("flax", "optax", "torch")),
     ],
@@ -73,7 +73,7 @@ def test_models_of_one_library_need_not_the_other(imports, model, absent):
         print(adamss.summary(model).total.trained)
         adamss.detach(adamss.merge(model))
     """
-    assert run(script, absent=absent) == "16"  # 2 subspaces of 4 directions, and 8 columns
+    assert run(script, absent=absent) == "16"  # B has 2 subspaces of 4 directions, C has 8 columns
 
 
 @pytest.mark.parametrize(

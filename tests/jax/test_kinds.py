@@ -1,4 +1,4 @@
-"""Every kind of layer of NNX and Equinox does the same; other kinds and stores are registered from outside."""
+"""Test that all kinds of layers in NNX and Equinox behave alike, and that other kinds and stores can be added."""
 
 import contextlib
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def config(**changes):
 
 
 class Turned(nnx.Module):
-    """A linear layer whose weight is (n, d), perhaps in eight bits, a scale for each output."""
+    """A linear layer whose weight is (n, d), optionally in eight bits with a scale for each output."""
 
     def __init__(self, *, bits8=False, param_dtype=jnp.float32, rngs=None):
         weight = jax.random.normal(jax.random.key(0), (8, 6), param_dtype) / 4
@@ -58,7 +58,7 @@ class TurnedKind(Kind):
 
 
 class TransposedKind(Kind):
-    """`nnx.ConvTranspose` over one axis, which is refused otherwise: every input gives a window of outputs."""
+    """`nnx.ConvTranspose` over one axis, which maps every input to a window of outputs; `adamss` refuses it."""
 
     classes = (nnx.ConvTranspose,)
     weight = "kernel"
@@ -103,16 +103,16 @@ def registered():
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A layer, which a model holds at the path ``0``.
+    """A layer, which a model has at the path ``0``.
 
     Attributes
     ----------
-    make
-        Returns a layer, from the dtype of its parameters and a key.
-    run
-        Returns what a layer computes from `x`.
-    x
-        Input.
+    make : callable
+        ``(dtype, key) -> layer``: makes a layer with parameters of this dtype.
+    run : callable
+        ``(layer, x) -> y``: calls the layer.
+    x : jax.Array
+        Input of the layer.
     """
 
     make: object
@@ -183,7 +183,7 @@ OUTSIDE = {
 
 
 def stacked(case, vmap, axis):
-    """Return two layers whose arrays share a leading axis, as `scan` and `vmap` over layers want them."""
+    """Return the case of two layers whose arrays share a leading axis, as `scan` and `vmap` over layers need."""
 
     def make(dtype, key):
         return vmap(lambda key: case.make(dtype, key))(jax.random.split(key))
@@ -191,7 +191,7 @@ def stacked(case, vmap, axis):
     return Case(make, vmap(case.run, in_axes=(axis, None)), case.x)
 
 
-# Those of `nnx.Linear` are in test_stacks.py.
+# test_stacks.py tests stacks of `nnx.Linear`.
 STACKED = {name: stacked(case, nnx.vmap, 0) for name, case in NNX.items() if "Linear" not in name} | {
     name: stacked(case, eqx.filter_vmap, eqx.if_array(0)) for name, case in EQUINOX.items()
 }
@@ -212,7 +212,7 @@ def node(model, path):
 
 @cache
 def moved(case, settings, dtype, mask):
-    """Return factors of the layers with other values of C than zero, perhaps a frozen subspace, and their shapes."""
+    """Return factors with random C and, if given, this mask of active subspaces, and the shapes of the layers."""
     model = adamss.attach(case.model(dtype), settings)
     adaptation, layers = backend_for(model).bank(model).only(), {}
     for seed, (path, f) in enumerate(adaptation.layers.items()):
@@ -223,14 +223,14 @@ def moved(case, settings, dtype, mask):
 
 
 def filled(case, settings=CONFIG, dtype="float32", mask=(True, False, True)):
-    """Return a model with these factors."""
+    """Return a model of the case with the factors of `moved`."""
     layers, shapes = moved(case, settings, dtype, mask)
     model = case.model(dtype)
     return put(backend_for(model), model, layers, shapes, config=settings, saved={})
 
 
 def parted(model):
-    """Return the trained arrays of a model, the others, and the function that makes the model of both."""
+    """Return the trained arrays of a model, its other arrays, and a function that rebuilds the model from both."""
     if isinstance(model, nnx.Module):
         graph, trained, rest = nnx.split(model, nnx.LoRAParam, ...)
         return trained, rest, partial(nnx.merge, graph, copy=True)
@@ -241,7 +241,7 @@ def parted(model):
 
 
 def dense(adapted, model):
-    """Return a model without adapters with W + delta in the place of each weight that the other one adapts."""
+    """Return a model without adapters, with W + delta in place of each weight that `adapted` adapts."""
     backend = backend_for(adapted)
     modules = backend.modules(model)
     for path, f in backend.bank(adapted).only().layers.items():
@@ -279,7 +279,7 @@ def test_starts_with_the_output_of_the_base_and_computes_with_w_and_delta(case, 
 
 
 def check_gradients(case, settings):
-    """Check those of B, C and the input; none reaches a frozen subspace, unless it may return."""
+    """Check the gradients of B, C and the input. Frozen subspaces get none, unless the budget may revive them."""
     model = filled(case, settings)
     (trained, rest, build), (none, base, build_base) = parted(model), parted(case.model())
     argnums = (0,) if jnp.issubdtype(case.x.dtype, jnp.integer) else (0, 1)
@@ -347,7 +347,7 @@ def test_the_weight_takes_up_the_update_and_gives_it_back(case):
 
 
 def test_trains_to_its_budget_and_goes_on_from_a_file(case, tmp_path):
-    """To the bit from a file that is made for training."""
+    """Training resumes bit for bit from a training file."""
     total = 3 * len(adamss.summary(adamss.attach(case.model(), CONFIG)).rows)
     settings = config(budget=adamss.BudgetConfig(target=total - 1, end_step=2))
     model = adamss.attach(case.model(), settings)
@@ -367,7 +367,7 @@ def test_trains_to_its_budget_and_goes_on_from_a_file(case, tmp_path):
 
 @pytest.mark.parametrize("name", STACKED)
 def test_a_stack_is_many_layers(name):
-    """Each has factors of its own, and all that a single layer does holds for them."""
+    """Each layer of a stack has its own factors, and everything that holds for a single layer holds for it."""
     case = STACKED[name]
     start = case.model()
     base = case.run(start[0], case.x)
@@ -420,7 +420,7 @@ def test_convolutions_of_nnx(w, padding, batch_axes):
         w["stride"],
         padding=padding,
         kernel_dilation=w["dilation"],
-        input_dilation=w["input_dilation"] if padding == w["pads"] else 1,  # Flax has it with numbers alone
+        input_dilation=w["input_dilation"] if padding == w["pads"] else 1,  # for Flax only with numeric pads
         use_bias=batch_axes > 0,
     )
     check_convolution(of_nnx(make, inputs(*[2] * batch_axes, *[6] * len(w["window"]), 2)))
@@ -486,7 +486,7 @@ SAME_LAYERS = {
 
 @pytest.mark.parametrize("name", SAME_LAYERS)
 def test_files_travel_between_libraries(name, tmp_path):
-    """The matrix is that of PyTorch's weight, and so are the arrays of modules that are saved whole."""
+    """Files have the orientation of PyTorch's weights, also for the arrays of `modules_to_save`."""
     make, other, x = SAME_LAYERS[name]
     here, there = of_equinox(make, x), of_nnx(other, x)
     weight, twin = here.model()[0].weight, there.model()
@@ -696,7 +696,7 @@ def test_sizes_of_an_adapted_layer_of_equinox_are_those_of_the_frozen_one(name):
 
 @pytest.mark.parametrize("name", ["nnx.Conv, 1d", "equinox.nn.Conv1d"])
 def test_an_overflow_of_the_projection_does_not_reach_the_output(name):
-    """Law 1: with C = 0 the output is the base's, for every input for which that is finite."""
+    """Law 1: with C = 0 the output is that of the base, for every input for which the base's output is finite."""
     case = SINGLE[name]
     model, x = case.model(), jnp.full_like(case.x, 3e38)
     if name.startswith("nnx"):

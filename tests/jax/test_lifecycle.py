@@ -1,6 +1,6 @@
-"""The life of an adapter on Flax NNX and Equinox models, from `attach` to `detach` and back: docs/comparison.md.
+"""Test the lifecycle of an adapter on Flax NNX and Equinox models, as in the table of docs/comparison.md.
 
-What other files hold already (copies, compilation, donated buffers, tied modules, ...) is not tried here again.
+Other modules test copies, compilation, donated buffers, tied modules, and so on.
 """
 
 import copy
@@ -21,7 +21,7 @@ from adamss_conformance.tolerances import assert_agrees
 
 
 class Nnx:
-    """Flax NNX: models change in place."""
+    """Flax NNX, where models change in place."""
 
     half = "float16"
 
@@ -56,7 +56,7 @@ class Nnx:
 
 
 class Equinox:
-    """Equinox: every verb returns another tree."""
+    """Equinox, where every verb returns a new tree."""
 
     half = "bfloat16"
 
@@ -97,7 +97,7 @@ def library(request):
 
 @pytest.fixture
 def values(library):
-    """Return a function of a model: the bytes of each of its arrays by path."""
+    """Return a function that returns dtype and bytes of each array of a model, by path."""
     return lambda model: {
         path: (a.dtype, np.asarray(a).tobytes()) for path, a in library.arrays(model).items()
     }
@@ -211,7 +211,7 @@ def test_one_adapter_after_the_other_on_one_base(library, values, tmp_path):
 
 @pytest.mark.parametrize("verb", [adamss.merge, adamss.consolidate])
 def test_states_whose_weights_hold_the_update_fit_no_other_model(library, tmp_path, verb):
-    """They would count it twice."""
+    """A model with an adapter would add the update to a weight that already contains it."""
     x = inputs(4, 8)
     after = with_frozen(trained(library, adamss.attach(library.make(), config()), x))
     y, model = library.call(after, x), verb(after)
@@ -295,7 +295,7 @@ def test_pickled_models_in_a_process_that_has_not_imported_adamss(library, tmp_p
 
 
 def test_load_into_an_abstract_model_that_has_got_its_values(library, values, tmp_path):
-    """The base is in memory once: what `load` finds there stays there, not copied."""
+    """`load` does not copy the base, so it is in memory only once."""
     x, path = inputs(4, 8), tmp_path / "a.safetensors"
     model = trained(library, adamss.attach(library.make(), config()), x)
     adamss.save(model, path)

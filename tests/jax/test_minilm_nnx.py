@@ -1,4 +1,4 @@
-"""The encoder in Flax NNX, against transformers' in PyTorch."""
+"""Compare the encoder in Flax NNX with that of transformers in PyTorch."""
 
 import json
 
@@ -28,7 +28,7 @@ def nnx_bert(script):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Return the folder of a BERT with random weights, none of them at its initial zero or one."""
+    """Return the folder of a BERT with random weights, including biases and norms, which start at zero or one."""
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     model = transformers.BertModel(transformers.BertConfig(**SIZES, layer_norm_eps=1e-3))
@@ -41,7 +41,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def copied(tiny, tmp_path):
-    """Return a folder that a test may spoil, with functions that change its settings and its tensors."""
+    """Return a copy of the folder, with functions that change its settings and its tensors."""
     for path in tiny.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
 
@@ -100,7 +100,7 @@ def test_minilm_agrees_with_transformers(nnx_bert, script):
     assert inputs["attention_mask"].min() == 0
     encoder = nnx_bert.load_encoder(folder, rngs=nnx.Rngs(0))
     found = nnx.jit(lambda model, kwargs: model(**kwargs))(encoder, inputs)
-    # Only what somebody uses: in the vectors of padding PyTorch itself is up to 1e-4 from float64.
+    # Padding is left out, because there PyTorch itself differs from float64 by up to 1e-4.
     token = inputs["attention_mask"].astype(bool)
     np.testing.assert_allclose(found[token], torch_vectors(folder, **inputs)[token], rtol=0, atol=1e-5)
 
@@ -187,7 +187,7 @@ QUERY = "encoder.layer.1.attention.self.query.weight"
     ],
 )
 def test_settings_and_tensors_that_do_not_fit(nnx_bert, copied, what, change, message):
-    """A name is taken out, and pairs are put in."""
+    """A `change` that is a string names an entry to remove; a dictionary has entries to add."""
     getattr(copied, what)(lambda all: all.pop(change) if isinstance(change, str) else all.update(change))
     with pytest.raises(ValueError, match=message):
         nnx_bert.load_encoder(copied.folder, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""Several adapters on one model, of Flax NNX and Equinox: what each computes is what it computes on its own."""
+"""Test several adapters on one model in Flax NNX and Equinox: each computes what it computes alone."""
 
 import copy
 import itertools
@@ -45,7 +45,7 @@ def loss_of(library):
 
 
 def with_values(model, name, seed):
-    """Return the model with other values than zero in the C of an adapter."""
+    """Return the model with random values in the C of an adapter."""
     backend, rng = backend_for(model), np.random.default_rng(seed)
     layers = {
         path: f._replace(C=jnp.asarray(0.3 * random_C(jax.tree.map(np.asarray, f), rng), f.C.dtype))
@@ -55,7 +55,7 @@ def with_values(model, name, seed):
 
 
 def adapted(library, names="bac"):
-    """Return a model with these adapters, as after training; those that save the head have one of their own."""
+    """Return a model with these adapters, as after training. Adapters that save the head have different heads."""
     model = library.make()
     for name in names:
         model = with_values(adamss.attach(model, SETTINGS[name], name=name), name, seed=ord(name))
@@ -144,8 +144,10 @@ def test_saved_modules_follow_the_active_one_and_come_back(library, x, tmp_path)
         model = adamss.activate(model, name)
         same(library.call(model, x), heads[name])
         same(library.call(adamss.load(library.make(), tmp_path / name), x), heads[name])
-    adamss.save(model, tmp_path / "inactive", name="c", training=True)  # with the values that are kept
-    same(library.call(adamss.load(library.make(), tmp_path / "inactive"), x), heads["c"])
+    adamss.save(
+        model, tmp_path / "inactive.safetensors", name="c", training=True
+    )  # the kept values of its head
+    same(library.call(adamss.load(library.make(), tmp_path / "inactive.safetensors"), x), heads["c"])
     if library is Nnx:
         assert isinstance(model["head"].kernel, AdamssParam)
         adamss.activate(model, [])
@@ -189,9 +191,9 @@ def test_taken_off_in_any_order(library, order, x):
 
 
 def test_a_file_in_the_place_of_an_adapter_compiles_nothing(library, x, tmp_path):
-    adamss.save(adapted(library, "a"), tmp_path / "a", training=True)
+    adamss.save(adapted(library, "a"), tmp_path / "a.safetensors", training=True)
     model, traces = adapted(library), []
-    for name in "bca":  # also where c has values of the head, and a is not active any more
+    for name in "bca":  # change each adapter while it is active
         model = with_values(adamss.activate(model, name), name, seed=99)
     expected = library.call(adapted(library, "a"), x)
 
@@ -202,17 +204,17 @@ def test_a_file_in_the_place_of_an_adapter_compiles_nothing(library, x, tmp_path
 
     compiled = {name: run(model := adamss.activate(model, name), x) for name in "cba"}
     structure = library.structure(model)
-    model = adamss.load(model, tmp_path / "a", name="a", replace=True)
+    model = adamss.load(model, tmp_path / "a.safetensors", name="a", replace=True)
     assert library.structure(model) == structure
     np.testing.assert_allclose(run(model, x), expected, rtol=1e-5, atol=1e-5)
     for name in "cb":
         model = adamss.activate(model, name)
         same(run(model, x), compiled[name])
-    model = adamss.load(model, tmp_path / "a", name="a", replace=True)
+    model = adamss.load(model, tmp_path / "a.safetensors", name="a", replace=True)
     same(library.call(adamss.activate(model, "a"), x), expected)
     assert len(traces) == 3
     with pytest.raises(errors.StateError, match="other adapted layers"):
-        adamss.load(model, tmp_path / "a", name="c", replace=True)
+        adamss.load(model, tmp_path / "a.safetensors", name="c", replace=True)
 
 
 def test_budgets_of_two(library, x):
@@ -261,7 +263,7 @@ def test_copies(library, x):
 
 
 def test_a_state_has_the_names(x):
-    """Orbax writes such a dictionary of arrays, and the next process has another model of the same adapters."""
+    """Orbax writes such a dictionary of arrays, and another process restores it into an equally adapted model."""
     model = adamss.activate(train(adapted(Nnx), loss_of(Nnx), x).model, "b")
     other = adamss.activate(adapted(Nnx), "b")
     state = nnx.state(other)
@@ -285,7 +287,7 @@ def test_names_that_are_also_something_else(library, name, x):
 
 
 def test_stacks(x, tmp_path):
-    """The head that is kept goes through `scan` with the arrays of the layers."""
+    """The kept head goes through `scan` together with the arrays of the layers."""
 
     def make():
         return Stack(3)
@@ -308,8 +310,10 @@ def test_stacks(x, tmp_path):
     expected = {name: run(filled(name)) for name in "ab"}
     for name in "bab":
         same(run(adamss.activate(model, name)), expected[name])
-    adamss.save(model, tmp_path / "a", name="a")
-    np.testing.assert_allclose(run(adamss.load(make(), tmp_path / "a")), expected["a"], rtol=1e-4, atol=1e-5)
+    adamss.save(model, tmp_path / "a.safetensors", name="a")
+    np.testing.assert_allclose(
+        run(adamss.load(make(), tmp_path / "a.safetensors")), expected["a"], rtol=1e-4, atol=1e-5
+    )
     backend_for(model).set_active(model, {"block.query[1]": jnp.asarray([True, False])}, "b")
     loss = lambda model, x: jnp.square(model(x)).mean()  # noqa: E731
     train(model, loss, x, tx=hold_frozen(optax.adam(0.05), model))

@@ -1,4 +1,4 @@
-"""Situations that users of adapters, averaging and transformations have reported as bugs elsewhere."""
+"""Test situations that were reported as bugs in other libraries for adapters, averaging and transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ X = jax.random.normal(jax.random.key(1), (5, 16))
 
 
 def attached(kind, *, seed=2, consolidated=False, **settings):
-    """An adapted model with an update, the second subspace of it frozen, or held by the weight."""
+    """Return an adapted model with an update, whose second subspace is frozen, or folded if `consolidated`."""
     model = adamss.attach(
         MODELS[kind][0](), AdamssConfig(**{"targets": ["0"], "rank": 8, "subspaces": 4, **settings})
     )
@@ -40,7 +40,7 @@ def attached(kind, *, seed=2, consolidated=False, **settings):
 
 
 def averaged(kind, first, second):
-    """The mean of all arrays of two models, as if all were weights."""
+    """Return the weighted mean of all arrays of two models, as if all of them were weights."""
     if kind == "equinox":
         return jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b if eqx.is_array(a) else a, first, second)
     structure, state = nnx.split(first)
@@ -56,9 +56,9 @@ def test_an_average_of_all_arrays(kind, consolidated, tmp_path):
         first, second = adamss.consolidate(first), adamss.consolidate(second)
     mean = averaged(kind, first, second)
     np.testing.assert_allclose(MODELS[kind][1](mean)(X), expected, rtol=1e-5, atol=1e-5)
-    if not consolidated:  # a mean of merged weights is no weight that any mask describes
-        adamss.save(mean, tmp_path / "a")
-        again = adamss.load(MODELS[kind][0](), tmp_path / "a")
+    if not consolidated:  # no mask describes which subspaces a mean of folded weights contains
+        adamss.save(mean, tmp_path / "a.safetensors")
+        again = adamss.load(MODELS[kind][0](), tmp_path / "a.safetensors")
         np.testing.assert_allclose(MODELS[kind][1](again)(X), expected, rtol=1e-5, atol=1e-5)
         merged = adamss.merge(mean)
         np.testing.assert_allclose(MODELS[kind][1](merged)(X), expected, rtol=1e-5, atol=1e-5)
@@ -175,8 +175,10 @@ def test_a_layer_that_was_replaced_is_named(tmp_path):
             with pytest.raises(StateError, match="second has been replaced by another module"):
                 verb(model)
         with pytest.warns(adamss.AdamssWarning, match="second has been replaced .* the file is without it"):
-            adamss.save(model, tmp_path / "a")
-        assert [row.path for row in adamss.summary(adamss.load(fresh, tmp_path / "a")).rows] == ["first"]
+            adamss.save(model, tmp_path / "a.safetensors")
+        assert [row.path for row in adamss.summary(adamss.load(fresh, tmp_path / "a.safetensors")).rows] == [
+            "first"
+        ]
 
 
 def test_a_schedule_that_nobody_follows_is_told_when_saving(tmp_path):
@@ -185,9 +187,9 @@ def test_a_schedule_that_nobody_follows_is_told_when_saving(tmp_path):
     with pytest.warns(
         adamss.AdamssWarning, match=r"a budget of 2 subspaces, but all 4 .*adamss_jax\.budgeted"
     ):
-        adamss.save(model, tmp_path / "a")
+        adamss.save(model, tmp_path / "a.safetensors")
     adamss_jax.budgeted(optax.sgd(0.1), model)
-    adamss.save(model, tmp_path / "a")
+    adamss.save(model, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Layers whose arrays are stacked for `scan` or `vmap`, in Flax NNX and Equinox: each is a layer of its own."""
+"""Test layers whose arrays are stacked for `scan` or `vmap` in Flax NNX and Equinox; each is a separate layer."""
 
 import equinox as eqx
 import jax
@@ -68,7 +68,7 @@ def test_every_layer_of_a_stack_has_factors_of_its_own(config):
     for index, row in enumerate(rows[:LAYERS]):
         W = kernels[index]
         if config.include_bias:
-            W = np.concatenate([W, np.zeros((1, WIDTH), np.float32)])  # the bias starts at zero
+            W = np.concatenate([W, np.zeros((1, WIDTH), np.float32)])  # the biases are zero
         expected = core.segment(core.decompose(W, 6), 4)
         factors = backend_for(model).bank(model).only().layers[row.path]
         np.testing.assert_array_equal(factors.labels, expected)
@@ -180,7 +180,7 @@ def test_scanned_equinox_models(config, x, tmp_path):
 
 
 def test_experts_of_stacked_layers(tmp_path):
-    """Two leading axes: layers, and experts in each."""
+    """The arrays have two leading axes: the layers, and the experts of each layer."""
 
     @nnx.split_rngs(splits=2)
     @nnx.vmap

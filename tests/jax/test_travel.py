@@ -1,4 +1,4 @@
-"""Adapters with heads between JAX and PyTorch: trained in one, used in the other."""
+"""Test adapters with heads that are trained in JAX or PyTorch and used in the other framework."""
 
 import functools
 
@@ -20,7 +20,7 @@ SAVED = ["norm", "classifier", "embed", "conv"]
 
 
 class TorchNet(torch.nn.Module):
-    """Two layers to adapt, and a head of each kind."""
+    """Two layers to adapt, and saved modules of several kinds."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ TOKENS = np.asarray([[0, 1, 2, 3], [4, 3, 3, 1]])
 
 
 def parameters():
-    """Return the base weights by PyTorch's names."""
+    """Return random base weights by their names in PyTorch."""
     rng = np.random.default_rng(0)
     return {
         name: rng.standard_normal(tuple(tensor.shape)).astype(np.float32)
@@ -153,7 +153,7 @@ PAIRS = [("nnx", "torch"), ("torch", "nnx"), ("equinox", "torch"), ("torch", "eq
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return a function of a framework: outputs of a trained model, and the folder of its file in both forms."""
+    """Return a function from a framework to the outputs of a trained model and the folder with its two files."""
 
     @functools.cache
     def make(framework):
@@ -196,14 +196,14 @@ def test_an_adapter_with_heads(pair, training, trained):
 
 @pytest.mark.parametrize("pair", [("torch", "nnx"), ("equinox", "torch")], ids=" to ".join)
 def test_what_arrives_can_be_trained_further(pair, trained):
-    """Three steps more in either framework give the same: basis, mask and heads have all arrived."""
+    """Three more steps in either framework give the same, so basis, mask and heads must all have arrived."""
     source, target = pair
     _, folder = trained(source)
     outputs = []
     for framework in (source, target):
         make_net, train, run = FRAMEWORKS[framework]
         outputs.append(run(train(adamss.load(make_net(), folder / "True.safetensors"))))
-    # The optimiser divides by root mean squares near zero: rounding is magnified in the steps that it makes.
+    # The optimiser divides by root mean squares near zero, which magnifies rounding errors.
     assert_agrees(outputs[1], outputs[0], dtype="float16", what="outputs after further training")
 
 
@@ -211,7 +211,7 @@ def test_what_arrives_can_be_trained_further(pair, trained):
 @pytest.mark.parametrize("source", ["torch", "nnx"])
 @pytest.mark.parametrize("training", [False, True], ids=["portable", "training"])
 def test_a_float32_file_on_a_bfloat16_base(source, target, training, trained):
-    """Segmentation and factors come from the file, in float32: what is lost is what bfloat16 rounds."""
+    """Segmentation and factors come from the file in float32, so only the bfloat16 base differs."""
     y, folder = trained(source)
     make_net, _, run = FRAMEWORKS[target]
     model = adamss.load(make_net("bfloat16"), folder / f"{training}.safetensors")
@@ -222,7 +222,7 @@ def test_a_float32_file_on_a_bfloat16_base(source, target, training, trained):
 
 
 def test_batch_norm_travels_without_pytorchs_counter(tmp_path):
-    """PyTorch counts batches beside the running mean and variance; Flax does not."""
+    """PyTorch stores a counter of batches with the running mean and variance; Flax does not."""
     path = tmp_path / "a.safetensors"
     weight = np.random.default_rng(0).standard_normal((9, 8)).astype(np.float32)
     config = adamss.AdamssConfig(targets=["query"], modules_to_save=["norm"], rank=4, subspaces=2)
@@ -257,11 +257,11 @@ def test_batch_norm_travels_without_pytorchs_counter(tmp_path):
 
 _ROOT = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
 WEIGHT = _ROOT + _ROOT.T
-"""The same in every orientation."""
+"""A symmetric matrix, so that the orientation does not matter."""
 
 
 class TorchPair(torch.nn.Module):
-    """Two layers of one weight, or of two, after a layer to adapt."""
+    """A layer to adapt, and two layers that share one weight or have equal ones."""
 
     def __init__(self, *, tied):
         super().__init__()
@@ -283,7 +283,7 @@ class NnxPair(nnx.Module):
 
 
 class EquinoxPair(eqx.Module):
-    """Equinox has no two names for one array."""
+    """The same layers in Equinox, where an array cannot have two names."""
 
     query: eqx.nn.Linear
     a: eqx.nn.Linear
@@ -324,7 +324,7 @@ def test_a_file_says_what_was_one_tensor(origin, to, tmp_path):
         with pytest.raises(adamss.errors.CheckpointError, match="are one tensor in this model, and were two"):
             load()
     elif here and not there:
-        # Where it was trained it may have been tied by what the model computes.
+        # The model that was trained may have tied the weights by its computation, which the file cannot show.
         with pytest.warns(adamss.AdamssWarning, match="the file does not say"):
             load()
     else:

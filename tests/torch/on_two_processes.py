@@ -1,7 +1,8 @@
-"""What the processes of test_distributed.py run: ``python on_two_processes.py RANK PROCESSES FOLDER``.
+"""The program of the processes in test_distributed.py: ``python on_two_processes.py RANK PROCESSES FOLDER``.
 
-Each reads names of scenarios, a line each, runs them, and answers each by a line of JSON: the traceback, or an empty
-string. Sums are in float64 unless a scenario says otherwise, since processes and shards add up in another order.
+A process reads names of scenarios, one on each line, and runs them. It answers each with a line of JSON: the
+traceback, or an empty string. Sums are in float64 unless a scenario says otherwise, because processes and shards add
+up in another order than one process.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def scenario(run: Callable[[], None]) -> Callable[[], None]:
 
 
 class Net(torch_support.Net):
-    """A model with a buffer of its own, too."""
+    """The shared test network with an additional buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ def net(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> Net:
 
 
 def config(**changes) -> AdamssConfig:
-    # One row of C, which one of two processes holds, and five of B.
+    # C has one row, which only one of two processes holds; B has five rows.
     settings = {"targets": ["query", "value"], "rank": 6, "subspaces": 5, "modules_to_save": ["classifier"]}
     return AdamssConfig(**(settings | changes))
 
@@ -108,7 +109,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def trained(model: nn.Module) -> list[torch.Tensor]:
-    """Return all trained numbers, each Parameter whole."""
+    """Return all trained Parameters, gathered from their shards."""
     return [whole(p.detach()) for p in adamss.trainable_parameters(model)]
 
 
@@ -117,7 +118,7 @@ def whole(tensor):
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """Set every trained number of a model, sharded or not, to a value of its own."""
+    """Set all trained Parameters of a model, sharded or not, to random values, and return the model."""
     with torch.no_grad():
         for number, p in enumerate(adamss.trainable_parameters(model)):
             values = torch.randn(p.shape, generator=torch.Generator().manual_seed(number), dtype=p.dtype) / 4
@@ -134,28 +135,28 @@ def partly_frozen(model: nn.Module) -> nn.Module:
 
 
 def frozen_elements(model: nn.Module) -> list[torch.Tensor]:
-    """Return which elements of each B and C, whole, are frozen."""
+    """Return, for each gathered B and C, which elements are frozen."""
     adapters = adapters_of(model).values()
     pairs = [pair for a in adapters for pair in zip(a.trained_elements(), (a.B, a.C), strict=True)]
     return [~elements.expand(p.shape) for elements, p in pairs]
 
 
 def trained_values(model: nn.Module) -> list[torch.Tensor]:
-    """Return a copy of each B and C, whole."""
+    """Return copies of each B and C, gathered from their shards."""
     return [whole(p.detach()).clone() for a in adapters_of(model).values() for p in (a.B, a.C)]
 
 
 def assert_kept(frozen: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
-    """Check that no frozen element has moved, and that something has where not all are frozen."""
+    """Check that no frozen element has changed, and that each tensor with trained elements has."""
     for where, old, new in zip(frozen, before, after, strict=True):
         assert torch.equal(old[where], new[where]), "a frozen element has moved"
         assert where.all() or not torch.equal(old, new)
 
 
 class Run:
-    """A whole training of a model, wrapped or not, with a budget, and what it decided.
+    """A complete training of a model, wrapped or not, under a budget, with the masks that it decided.
 
-    `data` returns what this process sees of a batch.
+    `data` returns the part of a batch that this process sees.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class Run:
 
 
 def assert_same_training(model, masks, other, expected) -> None:
-    """Compare the decisions, and what was trained up to rounding."""
+    """Check that the masks are equal, and the trained values equal up to rounding."""
     assert len(masks) == len(expected)
     for ours, theirs in zip(masks, expected, strict=True):
         for path, mask in theirs.items():
@@ -205,12 +206,12 @@ def assert_same_training(model, masks, other, expected) -> None:
 
 @functools.cache
 def alone_with(config: BudgetConfig) -> Run:
-    """Return what one process does that sees everything."""
+    """Return the training of a single process that sees all data."""
     return Run(adapted(), everything, config)
 
 
 def same_on_all(*tensors: torch.Tensor) -> None:
-    """Compare hashes of what all processes have."""
+    """Check by hashes that these tensors are equal on all processes."""
     digest = hashlib.sha256(
         b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)
     ).hexdigest()
@@ -221,7 +222,7 @@ def same_on_all(*tensors: torch.Tensor) -> None:
 
 @contextmanager
 def raising(kind: type[Exception], *words: str) -> Iterator[None]:
-    """Check that an error of exactly this type, naming these words, is raised."""
+    """Check that an error of exactly this type is raised, and that its message contains these words."""
     caught: Exception | None = None
     try:
         yield
@@ -240,7 +241,7 @@ def warning(*words: str) -> Iterator[None]:
 
 
 def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of all Parameters and buffers, whole."""
+    """Return copies of all Parameters and buffers, gathered from their shards."""
     return {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
 
 
@@ -260,7 +261,7 @@ def ddp_takes_the_decisions_of_one_process():
 
 
 def accumulates(model: nn.Module, context: Callable[[nn.Module, bool], AbstractContextManager]) -> None:
-    """Compare a training by two batches a step with one process that sees everything."""
+    """Compare a training that accumulates two batches in each step with a single process that sees all data."""
     alone, decisions = adapted(), []
     for each, data in ((model, mine), (alone, everything)):
         optimizer, seen = adamw(each), []
@@ -286,6 +287,7 @@ def ddp_accumulates_without_synchronising():
 
 @scenario
 def ddp_decides_alike_even_if_gradients_are_not_synchronised():
+    """Within `no_sync` each process has its own scores. The first one decides, and the other warns if it differs."""
     for give_the_wrapper in (True, False):
         model = adapted()
         wrapper = DistributedDataParallel(model)
@@ -310,7 +312,7 @@ def ddp_does_not_send_the_buffers_of_adapters():
     rank = dist.get_rank()
 
     def check(wrapper, model):
-        """Change every buffer on the second process: what is sent comes back as on the first."""
+        """Change every buffer on the second process. Synchronised ones get the values of the first process again."""
         own = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".A")}
         kept = {name: buffer.clone() for name, buffer in own.items()}
         with torch.no_grad():
@@ -318,7 +320,7 @@ def ddp_does_not_send_the_buffers_of_adapters():
             for buffer in own.values():
                 buffer.mul_(1 + rank)
         x = mine(batch(0))
-        # What is kept for the backward must not change in between, or autograd raises.
+        # Tensors that are kept for the backward pass must not be written in between, or autograd raises.
         (loss_of(wrapper, x) + loss_of(wrapper, 2 * x)).backward()
         assert not model.shift.any(), "a buffer of the model's own was not synchronised"
         for name, buffer in own.items():
@@ -331,7 +333,7 @@ def ddp_does_not_send_the_buffers_of_adapters():
     check(DistributedDataParallel(torch.compile(model)), model)
     torch.compiler.set_stance("default")
     gc.collect()
-    # The mask of what is folded is one more buffer.
+    # After `consolidate`, the mask of the folded subspaces is another buffer.
     for path, adapter in adapters_of(model).items():
         adapter.active.copy_(torch.tensor([True, False, False, True, False]) ^ ("value" in path))
         with torch.no_grad():
@@ -386,7 +388,7 @@ def ddp_with_the_zero_redundancy_optimizer():
 
 
 def counted() -> AbstractContextManager[mock.Mock]:
-    """Count what this process decomposes."""
+    """Count the decompositions on this process."""
     return mock.patch.object(core, "decompose", wraps=core.decompose)
 
 
@@ -401,6 +403,7 @@ def assert_same_adapters(ours: nn.Module, theirs: nn.Module) -> None:
 
 @scenario
 def attach_decomposes_each_layer_once():
+    """The processes share the decompositions and exchange the results, which equal those of one process."""
     for changes in (
         {},
         {"targets": ["query", "value", "dense", "classifier"], "modules_to_save": []},
@@ -421,7 +424,7 @@ def attach_decomposes_each_layer_once():
 @scenario
 def attach_of_different_models_is_not_divided():
     rank = dist.get_rank()
-    # Stages of a pipeline, and the same layers with other settings.
+    # The models differ like the stages of a pipeline, or have the same layers with other settings.
     for changes in ({"targets": rf"layers\.{rank}\..*(query|value)"}, {"rank": 4 + rank}):
         with counted() as calls:
             model = adamss.attach(net(), config(**changes))
@@ -431,7 +434,7 @@ def attach_of_different_models_is_not_divided():
         model = adamss.attach(net(seed=rank), config())
     assert calls.call_count == 4
     assert_same_adapters(model, adamss.attach(net(seed=rank), config(), divide=False))
-    if rank == 0:  # waits for nobody
+    if rank == 0:  # without `divide` a process does not wait for the others
         adamss.attach(net(), config(), divide=False)
 
 
@@ -457,7 +460,7 @@ def attach_fails_on_all_or_none():
         adamss.attach(twice, config(), divide=False)
     with raising(errors.StateError, "attached already"):
         adamss.attach(twice, config())
-    # All are in step again.
+    # After the error, all processes can attach together again.
     assert_same_adapters(adamss.attach(net(), config()), adapted())
 
 
@@ -472,7 +475,7 @@ def load_is_divided_if_asked():
     assert_same_adapters(loaded, adamss.load(net(), path))
     with raising(errors.CheckpointError, "base weight"):
         adamss.load(net(seed=dist.get_rank()), path, divide=True)
-    if dist.get_rank() == 0:  # waits for nobody
+    if dist.get_rank() == 0:  # without `divide` a process does not wait for the others
         adamss.load(net(), path)
 
 
@@ -480,7 +483,7 @@ def load_is_divided_if_asked():
 
 
 def sharded(model: nn.Module, *, by: str = "layer", shape: tuple[int, ...] = (2,), **options) -> nn.Module:
-    """Spread a model over the processes: as a whole, layer by layer, or linear layer by linear layer."""
+    """Shard a model over the processes: as a whole, each layer, or each linear layer."""
     from torch.distributed.fsdp import fully_shard
 
     options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
@@ -498,7 +501,7 @@ def attached_first(**options) -> nn.Module:
 
 
 def attached_last(**options) -> nn.Module:
-    """Attach to a model that is sharded and has run."""
+    """Return a model to which the adapter is attached after it was sharded and has run."""
     model = sharded(net(), **options)
     model(mine(batch(99)))
     return adamss.attach(model, config())
@@ -529,7 +532,7 @@ def fsdp_is_attached_to_layer_by_layer():
             with counted() as calls, gathered() as most:
                 adamss.attach(model, config(), divide=divide)
             assert calls.call_count == (2 if divide else 4)
-            # Its own, and the one that is on its way to another.
+            # One for this process, and one that is being gathered for another process.
             assert most[0] <= 2, f"{most[0]} weights were whole at the same time"
             assert_same_state(numbers(model), numbers(alone))
             assert all(hasattr(p, "full_tensor") for p in adamss.trainable_parameters(model))
@@ -537,7 +540,7 @@ def fsdp_is_attached_to_layer_by_layer():
 
 @contextmanager
 def gathered() -> Iterator[list[int]]:
-    """Count how many weights are whole on this process at the same time."""
+    """Yield a list whose entry is the largest number of gathered weights on this process at the same time."""
     original, alive, most = sharding.unshard, [], [0]
 
     def watching(tensor):
@@ -599,6 +602,7 @@ def fsdp_accumulates_gradients():
 
 @scenario
 def fsdp_keeps_frozen_elements_while_others_stand_in_their_places():
+    """A forward pass before the optimiser's step leaves gathered Parameters in the model, instead of the shards."""
     for build in (attached_first, attached_last):
         model = moved(partly_frozen(build(by="root")))
         optimizer = adamw(model)
@@ -608,9 +612,9 @@ def fsdp_keeps_frozen_elements_while_others_stand_in_their_places():
                 optimizer.zero_grad()
                 loss_of(model, mine(batch(number))).backward()
                 with torch.no_grad():
-                    model(mine(batch(9)))  # leaves whole Parameters in the places of shards
+                    model(mine(batch(9)))  # leaves gathered Parameters in place of the shards
                 optimizer.step()
-                adamss.summary(model)  # puts the shards back, if only to read them
+                adamss.summary(model)  # reading puts the shards back
                 assert_kept(frozen, before, trained_values(model))
 
 
@@ -635,7 +639,7 @@ def fsdp_does_not_count_steps_that_a_scaler_skips():
 
 @scenario
 def fsdp_leaves_a_step_out_on_all():
-    """A gradient that is not finite on one process alone, whose shard it is in."""
+    """The gradient is not finite in the shard of only one process, but all processes must skip the step."""
     rank = dist.get_rank()
     model = moved(attached_first())
     optimizer = torch.optim.SGD(adamss.trainable_parameters(model), lr=0.0)
@@ -658,13 +662,14 @@ def fsdp_leaves_a_step_out_on_all():
         for path, value in before.items():
             assert value.full_tensor().any()
             assert torch.equal(value.to_local(), after[path].to_local()), "an average was changed"
-        moved(model)  # the optimiser has taken the gradient as it was
+        moved(model)  # the optimiser has applied the gradient that is not finite
         later = step(2, spoil=False)
         assert not torch.equal(later["layers.0.query"].full_tensor(), after["layers.0.query"].full_tensor())
 
 
 @scenario
 def fsdp_resumes():
+    """A training resumes from a distributed checkpoint, and budget states move between one process and several."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -730,7 +735,7 @@ def fsdp_saves_what_one_process_saves():
     for build in (attached_first, attached_last):
         for options in ({}, {"reshard_after_forward": False}):
             model = partly_frozen(moved(build(**options)))
-            model(mine(batch(0)))  # leaves whole Parameters in the places of shards
+            model(mine(batch(0)))  # leaves gathered Parameters in place of the shards
             for training in (True, False):
                 ours = folder() / f"sharded-{build.__name__}-{training}-{len(options)}"
                 theirs = folder() / f"alone-{training}-{rank}"
@@ -741,7 +746,7 @@ def fsdp_saves_what_one_process_saves():
                 assert files.read(ours) == files.read(theirs), f"{build.__name__} {options} {training}"
             names = (f"{name}-lora-{build.__name__}-{len(options)}" for name in ("sharded", rank))
             lora = [folder() / name for name in names]
-            with warnings.catch_warnings():  # of modules_to_save, which are put beside it
+            with warnings.catch_warnings():  # `to_lora` puts modules_to_save into a separate file
                 warnings.simplefilter("ignore")
                 for exported, where in zip((model, alone), lora, strict=True):
                     adamss.to_lora(exported, where)
@@ -751,7 +756,7 @@ def fsdp_saves_what_one_process_saves():
                 assert ours == theirs, f"{build.__name__} {options} {name}"
             with raising(errors.StateError, "first") if rank else raising(FileNotFoundError):
                 adamss.save(model, folder() / "missing" / "file")
-            if rank == 0:  # nobody waits for the others
+            if rank == 0:  # reading does not wait for the other processes
                 assert str(adamss.summary(model)) == str(adamss.summary(alone))
                 assert "R=6" in repr(model)
     same = folder() / "sharded-attached_first-True-0"
@@ -781,7 +786,7 @@ def fsdp_merges_and_detaches():
             start = numbers(model)
 
             def both(verb=adamss.summary, pair=(model, alone)):
-                """Call a verb on what is sharded and on what is not, and compare their outputs."""
+                """Call a verb on the sharded model and on the other one, and compare their outputs."""
                 for each in pair:
                     verb(each)
                 with torch.no_grad():
@@ -819,7 +824,7 @@ def fsdp_merges_and_detaches():
 
 
 def with_two(base: nn.Module) -> nn.Module:
-    """Attach two adapters to a model, each moved, on layers that they share and on others."""
+    """Attach two adapters with random values to a model; they share some layers and not others."""
     for name, targets in (("a", ["query", "value"]), ("b", ["query", "dense"])):
         adamss.attach(base, config(targets=targets, modules_to_save=[]), name=name)
         moved(base)
@@ -827,7 +832,7 @@ def with_two(base: nn.Module) -> nn.Module:
 
 
 def steps_of(model: nn.Module, share: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-    """Take three steps with the adapter that is trained, and return the numbers of both."""
+    """Take three steps with the trained adapter, and return the values of both adapters."""
     optimizer = adamw(model)
     for number in range(3):
         optimizer.zero_grad()
@@ -926,12 +931,12 @@ def folder() -> Path:
 
 def main(rank: int, processes: int) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a scenario or a library prints is no answer
+    os.dup2(2, 1)  # scenarios and libraries print to stderr, so that only answers go to the pipe
     torch.set_num_threads(1)
     warnings.filterwarnings("error", category=AdamssWarning)
     warnings.filterwarnings("error", message=".*returned a view tensor.*")
     store = dist.FileStore(str(folder() / "store"), processes)
-    # A process that waits in vain fails instead of hanging.
+    # The timeout makes a process fail instead of waiting forever.
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=30)
     )
@@ -941,7 +946,7 @@ def main(rank: int, processes: int) -> None:
             dist.barrier()
         except BaseException:
             print(json.dumps(traceback.format_exc()), file=answers)
-            os._exit(1)  # without waiting for those that wait for this one
+            os._exit(1)  # a regular exit would wait for processes that wait for this one
         print(json.dumps(""), file=answers)
         gc.collect()
     dist.destroy_process_group()

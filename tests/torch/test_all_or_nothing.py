@@ -1,4 +1,4 @@
-"""A verb that fails half way leaves the model as it was, and a block that is left does too."""
+"""Test that a verb that fails half way leaves the model unchanged, and so does a context that is left."""
 
 import copy
 
@@ -66,7 +66,7 @@ def test_a_failure_at_any_write_is_undone(name, failing, monkeypatch):
         assert adamss.summary(model) == summary
         assert torch.equal(adamss.detach(model)(x), adamss.detach(trained())(x))
     else:
-        assert next(writes) <= failing  # it has fewer
+        assert next(writes) <= failing  # the verb has fewer writes than that
 
 
 @pytest.mark.parametrize("verb", [adamss.merge, adamss.consolidate])
@@ -79,7 +79,7 @@ def test_a_refused_state_changes_no_weight(verb):
 
 
 def test_what_a_module_writes_while_switched_off_is_not_kept():
-    """Batch normalisation in training mode writes its statistics: reference outputs while a model is trained."""
+    """In training mode batch normalisation writes its statistics, also when only reference outputs are computed."""
     model = trained()
     torch.manual_seed(0)
     base = Net().state_dict()

@@ -1,7 +1,7 @@
-"""Architectures that nobody of this project wrote, from transformers, each through the life of an adapter.
+"""Test the lifecycle of an adapter on many architectures of transformers.
 
-Every model is built tiny and random from its own config. What is adapted are all of its linear layers, and in turn
-each other kind of matrix that it has: embeddings, convolutions, Parameters that a module reads itself.
+Every model is tiny and random, and made from its own config. The adapter covers all linear layers, and in turn one
+matrix of each other kind: embeddings, convolutions, and Parameters that a module reads itself.
 """
 
 import copy
@@ -100,11 +100,11 @@ CASES: dict[str, dict[str, object]] = {
 UNUSED = re.compile(
     r"router|gate|bias_table|position|visual|score|norm|conv_layers|token_type|patch_embed|_bias$|shared$"
 )
-"""Matrices that these inputs do not reach, or that have too small a say to be learnt in a step."""
+"""Matrices that the inputs do not reach, or that affect the output too little to learn anything in one step."""
 
 
 def built(name):
-    """Return a tiny model, what calls it, and its output."""
+    """Return a tiny model, a function that calls it, and its output."""
     kind = getattr(transformers, name)
     settings = {}
     whole = kind.config_class()
@@ -116,7 +116,7 @@ def built(name):
     model = kind(kind.config_class(**settings | CASES[name])).eval()
     for parameter in model.parameters():
         if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)  # some start with zeros, which pass nothing on
+            nn.init.normal_(parameter, std=0.1)  # some start at zero, and would block gradients
     if model.main_input_name == "pixel_values":
         inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
     elif model.main_input_name == "input_values":
@@ -131,7 +131,7 @@ def built(name):
 
 
 def other_matrices(model):
-    """Return a path for each kind of matrix that is no linear layer."""
+    """Return one path for each kind of matrix that is not a linear layer."""
     backend, found = TorchBackend(), {}
     for path, module in backend.modules(model).items():
         kind = backend.kinds.find(module)
@@ -140,7 +140,7 @@ def other_matrices(model):
         try:
             backend.site(module, path)
         except adamss.errors.AdamssError:
-            continue  # grouped
+            continue  # a grouped convolution, which cannot be adapted
         label = path.rpartition(".")[2] if isinstance(module, OwnParameter) else type(module).__name__
         found.setdefault(label, path)
     return list(found.values())
@@ -172,9 +172,9 @@ def test_through_the_life_of_an_adapter(name, tmp_path):
         with torch.no_grad():
             y = call(model)
             assert not torch.allclose(y, y0), targets
-            adamss.save(model, tmp_path / "a")
+            adamss.save(model, tmp_path / "a.safetensors")
             torch.testing.assert_close(
-                call(adamss.load(copy.deepcopy(base), tmp_path / "a")), y, atol=1e-4, rtol=1e-4
+                call(adamss.load(copy.deepcopy(base), tmp_path / "a.safetensors")), y, atol=1e-4, rtol=1e-4
             )
             torch.testing.assert_close(call(adamss.merge(model)), y, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(call(adamss.unmerge(model)), y, atol=0, rtol=0)

@@ -1,4 +1,4 @@
-"""Section 8 of the design on PyTorch models: type and message of each error, and nothing left half attached."""
+"""Test bad input on PyTorch models: type and message of each error, and that nothing is left half attached."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ BUILTINS = {
 
 
 def unchanged(model, call, kind, match):
-    """Check that a call on a model raises, names what it should, and leaves the model as it was."""
+    """Check that a call raises this error with a matching message, and leaves the model unchanged."""
     before, trainable = state(model), required(model)
     hooks = [len(m._forward_hooks) for m in model.modules()]
     with pytest.raises(kind, match=match) as caught:
@@ -37,7 +37,8 @@ def unchanged(model, call, kind, match):
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_numbers_that_are_not_finite(net, config, name, value):
     model = net()
-    model.layers[1].value.get_parameter(name).data[2] = value  # the last target: the others come first
+    # This is the last target, so the others are adapted before the error.
+    model.layers[1].value.get_parameter(name).data[2] = value
     attach = lambda m: adamss.attach(m, config(include_bias=name == "bias"))  # noqa: E731
     unchanged(model, attach, errors.ArrayValueError, rf"layers\.1\.value: {name}.*NaN")
 

@@ -1,4 +1,4 @@
-"""The budget in a PyTorch training loop: exact, whatever the optimiser, the scaler and the loop around it."""
+"""Test the budget in PyTorch training loops: it is exact for every optimiser, gradient scaler and kind of loop."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def with_optimiser(optimiser="adamw", **changes):
 
 
 def trained_with(config, *, steps, optimiser="adamw", **changes):
-    """Return a model, its optimiser and the controller that was on it for so many steps."""
+    """Return a model, its optimiser and its controller, after some steps and the controller's removal."""
     model, optimizer = with_optimiser(optimiser, **changes)
     with controlled(model, optimizer, config) as budget:
         train(model, optimizer, batches(steps, next(model.parameters()).dtype))
@@ -86,10 +86,10 @@ def trained_with(config, *, steps, optimiser="adamw", **changes):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("basis", ["shared", "per_subspace"])
 def test_active_equals_the_budget_and_decisions_are_those_of_the_core(schedule, basis):
-    """At every allocation, and from the end on; the core is given the same gradients."""
+    """This holds at every allocation and after the end of the schedule. The core gets the same gradients."""
     config = BudgetConfig(**SCHEDULES[schedule])
     model, seen = build(basis=basis, subspace_rank=2), []
-    # It adds the momentum to the gradients in place, which must not count as importance.
+    # This optimiser adds the momentum to the gradients in place, which must not affect the importance.
     optimizer = OPTIMISERS["sgd"](trainable(model), nesterov=True, foreach=True, weight_decay=0.0)
 
     def host():
@@ -118,7 +118,7 @@ def test_active_equals_the_budget_and_decisions_are_those_of_the_core(schedule, 
                 assert budget.reached
         assert budget.step == STEPS
     due = [t for t in range(1, STEPS + 1) if budget.plan.allocates_at(t)]
-    # C starts at zero: the first step says nothing, and what is due then waits for the second.
+    # C starts at zero, so the first step is not informative, and an allocation due then waits for the second.
     assert [a.step for a in seen] == sorted({max(t, 2) for t in due})
     for each in seen:
         assert each.budget == core.budget_at(each.step, config, budget.plan.total)
@@ -137,7 +137,7 @@ def test_active_equals_the_budget_and_decisions_are_those_of_the_core(schedule, 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_frozen_values_survive_every_optimiser_to_the_bit(optimiser):
-    """Law 8 has Adafactor and Muon."""
+    """Law 8 also covers Adafactor and Muon."""
     model, optimizer = with_optimiser(optimiser, subspace_rank=2, modules_to_save=())
     with controlled(model, optimizer, BudgetConfig(target=10, end_step=8, interval=3)) as budget:
         for x in batches():
@@ -189,7 +189,7 @@ def test_gradient_accumulation_is_one_step():
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("foreach", [True, False])
 def test_a_closure(foreach, nesterov):
-    """With nesterov and foreach, and without weight decay, SGD works in the place of the gradient."""
+    """With nesterov and foreach, and without weight decay, SGD changes the gradients in place."""
 
     def closed(model, optimizer, data):
         for x in data:
@@ -218,7 +218,7 @@ def test_a_closure(foreach, nesterov):
 @pytest.mark.parametrize("unscale", [True, False])
 def test_a_step_that_the_scaler_skips_is_no_step_and_no_score(optimiser, unscale):
     def scaled(model, optimizer, data):
-        # Powers of two: scaling changes no bit of a gradient.
+        # The scales are powers of two, so that scaling is exact.
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
         for number, x in enumerate(data):
             for overflow in (True, False) if number in (0, 4, 9) else (False,):
@@ -264,7 +264,7 @@ def test_half_precision_factors(factor_dtype):
 
 
 def test_consolidate_compiles_once_more():
-    """That an allocation compiles nothing is law 11."""
+    """Law 11 tests that an allocation does not compile again."""
     torch.compiler.reset()
     compilations = CompileCounterWithBackend("aot_eager")
     schedule = BudgetConfig(target=10, end_step=6)
@@ -272,7 +272,7 @@ def test_consolidate_compiles_once_more():
     compiled = torch.compile(model, backend=compilations, fullgraph=True)
     hold_frozen(model, optimizer)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of the compiler about itself
+        warnings.simplefilter("ignore")  # the compiler warns about itself
         for count in (1, 2):
             train(compiled, optimizer, batches(3, torch.float32))
             assert compilations.frame_count == count
@@ -286,7 +286,7 @@ def test_a_step_with_nan_is_left_out_with_one_warning():
             optimizer.zero_grad()
             loss_of(model, x).backward()
             if number in (3, 4):
-                # Of a frozen or trained element alike; the optimiser is kept from taking it.
+                # A NaN counts in frozen and in trained elements. The values are restored after the step.
                 values = [p.detach().clone() for p in trainable(model)]
                 trainable(model)[0].grad[0, 0] = float("nan")
                 optimizer.step()
@@ -324,7 +324,7 @@ def test_a_training_shorter_than_the_schedule_is_told():
     match = rf"not reached: training ended after 7 .* the schedule ends at 100; {left} of 40"
     with pytest.warns(adamss.AdamssWarning, match=match):
         budget.remove()
-    budget.remove()  # a second time changes nothing, and says nothing
+    budget.remove()  # a second call changes nothing and does not warn
 
 
 def test_at_the_exit_of_the_process_the_end_is_told():
@@ -447,12 +447,12 @@ def test_a_copy_would_be_on_no_hooks(duplicate):
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 @pytest.mark.parametrize("budget_first", [True, False])
 def test_resumed_whichever_state_is_loaded_first(optimiser, budget_first, tmp_path):
-    """Law 10 has the rest: every schedule and step, files, and another process."""
+    """Law 10 covers the rest: every schedule and step, files, and another process."""
     config = BudgetConfig(target=10, start_step=1, end_step=7, interval=3)
     whole, *_ = trained_with(config, steps=10, optimiser=optimiser)
     half, *states = trained_with(config, steps=5, optimiser=optimiser)
-    adamss.save(half, tmp_path / "half", training=True)
-    model = adamss.load(adamss.detach(build()), tmp_path / "half")
+    adamss.save(half, tmp_path / "half.safetensors", training=True)
+    model = adamss.load(adamss.detach(build()), tmp_path / "half.safetensors")
     optimizer = OPTIMISERS[optimiser](trainable(model))
     with controlled(model, optimizer, config) as budget:
         pairs = list(zip((optimizer, budget), states, strict=True))

@@ -1,4 +1,4 @@
-"""Which layers a config means: "all-linear", default targets, exclude, overrides."""
+"""Test which layers a config selects: "all-linear", default targets, exclude, overrides."""
 
 import copy
 import warnings
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Something of every kind."""
+    """A model with layers of every kind."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ def test_overrides_match_a_run_of_whole_components_and_later_ones_win():
 
 
 def planted(*numbers, d=24, n=40):
-    """Return matrices (n, d) whose rows fall into so many independent groups each."""
+    """Return stacked matrices (n, d); the rows of each fall into the given number of independent groups."""
     blocks = [[torch.randn(n // K, 1) @ torch.randn(1, d // K) for _ in range(K)] for K in numbers]
     return torch.stack(
         [
@@ -154,7 +154,7 @@ def test_matrices_of_a_stack_have_the_highest_number_that_one_of_them_finds():
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            # One without groups: its labels change with the exponent.
+            # The last matrix has no groups, so its labels depend on the exponent.
             self.up = nn.Parameter(torch.cat([planted(3, 6), torch.randn(1, 40, 24)]).mT.contiguous())
 
         def forward(self, x):
@@ -195,14 +195,14 @@ def test_a_file_has_the_ranks_of_its_layers_and_no_pattern_of_it_is_compiled(tmp
     chosen(model, **settings)
     for adapter in adapters_of(model).values():
         adapter.C.data.normal_()
-    adamss.save(model, tmp_path / "a", training=training)
+    adamss.save(model, tmp_path / "a.safetensors", training=training)
     torch.manual_seed(0)
     other = Net()
     other.load_state_dict({n: t for n, t in model.state_dict().items() if ".adamss." not in n})
-    adamss.load(other, tmp_path / "a")
+    adamss.load(other, tmp_path / "a.safetensors")
     assert [row.R for row in adamss.summary(other).rows] == [4, 6, 4]
-    adamss.save(other, tmp_path / "b", training=training)
-    third = adamss.load(adamss.detach(other), tmp_path / "b")
+    adamss.save(other, tmp_path / "b.safetensors", training=training)
+    third = adamss.load(adamss.detach(other), tmp_path / "b.safetensors")
     assert [row.R for row in adamss.summary(third).rows] == [4, 6, 4]
 
 
@@ -282,7 +282,7 @@ def test_takes_what_peft_takes(name, targets):
         assert f"targets: {', '.join(names)}" in str(adamss.summary(model))
     adamss.detach(model)
     if targets is None and kind == "vit":
-        targets = list(names)  # PEFT's are those of transformers 4
+        targets = list(names)  # PEFT's defaults have the names of transformers 4
     with warnings.catch_warnings():  # PEFT 0.21 reads an attribute that transformers 5 has deprecated
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets)).targeted_module_names

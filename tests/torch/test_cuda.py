@@ -1,4 +1,4 @@
-"""What the laws do not try on CUDA, on which the suite runs too where there is one; skipped without a GPU."""
+"""Test on CUDA what the laws do not cover; the conformance suite runs on CUDA too. Skipped without a GPU."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_autocast_and_tf32_leave_attach_alone(net, config, dtype):
 
 
 def test_compiles(net, config, inputs):
-    """By the default compiler; law 11 has another."""
+    """This test uses the default compiler; law 11 uses another one."""
     model, x = adamss.attach(net().cuda(), config()), inputs(4, 16).cuda()
     model.layers[0].query.adamss.default.C.data.fill_(0.1)
     y = torch.compile(model, fullgraph=True)(x)

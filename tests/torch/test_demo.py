@@ -1,4 +1,4 @@
-"""The demo: a short run on a tiny model with random weights."""
+"""Test the demo by a short run on a tiny model with random weights."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny products gain nothing from more, and wait for each other on a busy machine."""
+    """Use one thread: tiny products gain nothing from more, and threads wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def demo(script):
 
 @pytest.fixture(scope="module", params=["roberta", "distilbert", "llama"])
 def model_folder(request, tiny_tokenizer, tmp_path_factory):
-    """Return a folder with a tiny random encoder; its tokenizer has no padding token, as many decoders'."""
+    """Return a folder with a tiny random encoder, whose tokenizer has no padding token, as in many decoders."""
     words = len(tiny_tokenizer)
     sizes = {"vocab_size": words, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4}

@@ -1,7 +1,7 @@
-"""Several processes: DistributedDataParallel, FSDP2, accelerate, and attaching together.
+"""Test several processes: DistributedDataParallel, FSDP2, accelerate, and attaching together.
 
-The processes run on_two_processes.py. Those of one number are started once, for all scenarios, and again after a
-failure: to start Python and import torch takes longer than most scenarios.
+The processes run on_two_processes.py. A group of processes is started once for all scenarios, and again after a
+failure, because starting Python and importing torch takes longer than most scenarios.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from adamss_torch.backend import UNSYNCHRONISED
 
 HERE = Path(__file__).parent
 SECONDS = 120
-"""After which processes that do not answer are ended; no scenario takes a tenth of it."""
+"""Time after which processes that do not answer are killed. No scenario takes a tenth of it."""
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="needs gloo"
@@ -40,13 +40,13 @@ ON_TWO = [n for n in worker.SCENARIOS if n not in worker.FOUR_PROCESSES and (FSD
 
 
 def environment() -> dict[str, str]:
-    """Return an environment in which nothing is sent but over the loopback interface."""
+    """Return an environment in which processes communicate only over the loopback interface."""
     on_loopback = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
     return os.environ | on_loopback | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class Processes:
-    """Processes that run scenarios together, started when one is asked for."""
+    """A group of processes that run scenarios together; the first scenario starts them."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count, self.launches = folder, count, 0
@@ -70,7 +70,7 @@ class Processes:
             self.running.append(process)
 
     def end(self) -> list[int]:
-        """End the processes, and return their exit statuses."""
+        """Kill the processes, and return their exit statuses."""
         for process in self.running:
             process.kill()
         statuses = [process.wait() for process in self.running]
@@ -82,7 +82,7 @@ class Processes:
         return statuses
 
     def run(self, name: str) -> list[str]:
-        """Run a scenario, and return what went wrong on each process: an empty string for nothing."""
+        """Run a scenario, and return the traceback of each process; an empty string means success."""
         if not self.running:
             self.start()
         for process in self.running:
@@ -96,7 +96,7 @@ class Processes:
         return found
 
     def answer(self, rank: int, until: float) -> str:
-        """Return the answer of a process, or that there is none and what it has printed."""
+        """Return the answer of a process; without one, a message with the output that it has printed."""
         process = self.running[rank]
         ready, _, _ = select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))
         if ready and (line := process.stdout.readline()):
@@ -107,15 +107,15 @@ class Processes:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int, str], None]]:
-    """Return a function that runs a scenario on so many processes, and fails with what went wrong."""
+    """Return a function that runs a scenario on a number of processes, and fails with their tracebacks."""
     groups: dict[int, Processes] = {}
 
     def run(count: int, name: str) -> None:
         if count not in groups:
             groups[count] = Processes(tmp_path_factory.mktemp("together"), count)
         failures = groups[count].run(name)
-        # A process was once ended by a signal (`free(): invalid size`, in FSDP2's gather on gloo), and the reason was
-        # not found: under valgrind all scenarios are clean. Such a scenario is run once more, no oftener.
+        # A process was once ended by a signal (`free(): invalid size`, in FSDP2's gather on gloo). The reason was not
+        # found, and valgrind reports nothing for any scenario. A scenario that ends by a signal is run once more.
         if any("ended with -" in text for text in failures):
             failures = groups[count].run(name)
         assert not any(failures), "\n".join(filter(None, failures))
@@ -166,7 +166,7 @@ def test_a_list_for_ddp_that_is_there_is_kept(net, config):
 
 
 def of_deepspeed(name: str, **attributes) -> object:
-    """Return an object of a class that says that it is DeepSpeed's."""
+    """Return an object whose class claims to be from DeepSpeed."""
     return type(name, (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2", **attributes})()
 
 
@@ -179,7 +179,7 @@ def test_optimisers_of_deepspeed_are_refused(net, config, wrapped):
         optimizer = type("DeepSpeedOptimizerWrapper", (), {"optimizer": optimizer})()
     with pytest.raises(errors.ConfigTypeError, match=r"DeepSpeed.*fully_shard"):
         BudgetController(model, optimizer, BudgetConfig(target=4, end_step=4))
-    # Nothing was changed: PyTorch's own is taken.
+    # The refusal has changed nothing, so the inner PyTorch optimiser is accepted.
     BudgetController(model, inner, BudgetConfig(target=4, end_step=4)).remove()
 
 
@@ -195,7 +195,7 @@ def test_a_convolution_that_deepspeed_has_partitioned_is_refused(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_under_deepspeed(tmp_path, processes):
-    """Attached before and after ZeRO-3 has taken the weights apart; trained, saved, and loaded elsewhere."""
+    """Adapters are attached before and after ZeRO-3 partitions the weights, trained, saved, and loaded elsewhere."""
     pytest.importorskip("deepspeed")
     command = [
         sys.executable,

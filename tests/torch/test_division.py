@@ -1,4 +1,4 @@
-"""Small layers are decomposed several at a time."""
+"""Test that small layers are decomposed several at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def weights(tensors):
 
 
 def computed(one, weights):
-    """Return what a function makes of each layer, as `attach` goes about it."""
+    """Return the result of a function for each layer, computed in batches as `attach` does."""
     division, found = TorchDivision(None), {}
     for batch in batches(division.share(weights, "")):
         found |= zip(batch, division.each(one, batch), strict=True)
@@ -72,7 +72,7 @@ def test_as_many_at_a_time_as_there_are_threads():
         threads.add(threading.get_ident())
         return path
 
-    # With fewer at a time the barrier would break, with more the set would be larger.
+    # With fewer threads at a time the barrier would break, and with more the set would be larger.
     assert computed(one, layers(6)) == {path: path for path in layers(6)}
     assert len(threads) == 3
 

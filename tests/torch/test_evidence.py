@@ -1,4 +1,4 @@
-"""The harness of the evidence: runs, their journal, the choice of learning rates, and the tables, on tiny tasks."""
+"""Test the harness of the evidence on tiny tasks: runs, journal, choice of learning rates, and tables."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-# PEFT tells of layers too small for its ranks; a lone seed has no deviation.
+# Libraries warn about deprecations, and SciPy and NumPy about the deviation of a single seed.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 WIDTH, CLASSES, LAYERS = 32, 3, 2
-C = WIDTH  # numbers of C where r_k = 1: one for each column
+C = WIDTH  # parameters of C for r_k = 1: one for each column
 COUNTS = {  # trained parameters of one adapted layer of 32 x 32; R is 32
     "head alone": 0,
     "LoRA r=1": 2 * WIDTH,
@@ -50,7 +50,7 @@ OTHERS = [
     "AdaMSS K=10 r=3",
     "AdaMSS K=10 r=3, budget",
     "RandLoRA",
-]  # counted by hand from their tensors
+]  # their parameters are counted from the tensors
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def evidence(script):
 
 @pytest.fixture
 def tiny(evidence, monkeypatch):
-    """Two tasks of one layer of 32 x 32, learnt within ten steps, that the harness takes for its own."""
+    """Replace the tasks of the harness by two tiny ones with layers of 32 x 32, which are learnt within ten steps."""
     from transformers.models.bert.modeling_bert import BertConfig, BertLayer
 
     tasks = evidence.tasks
@@ -117,7 +117,7 @@ def test_a_method_trains_what_it_should(name, evidence, tiny):
     assert math.isfinite(loss)
     changed = {n for n, value in session.model.named_parameters() if not torch.equal(value, before[n])}
     assert changed <= trained
-    assert changed == trained or "budget" in name  # which has frozen some by now
+    assert changed == trained or "budget" in name  # the budget has frozen some by now
     assert any("classifier" in name for name in trained)
     if name in COUNTS:
         assert count == LAYERS * COUNTS[name]
@@ -126,7 +126,7 @@ def test_a_method_trains_what_it_should(name, evidence, tiny):
         assert count == sum(row.trained for row in layers if row.K)
     else:
         assert count == sum(before[n].numel() for n in trained if "classifier" not in n)
-    if name not in ("full", "PiSSA r=8"):  # PiSSA takes its part out of the frozen weight
+    if name not in ("full", "PiSSA r=8"):  # PiSSA subtracts its factors from the frozen weight
         frozen = [n for n in before if n.endswith(("query.weight", "query.base_layer.weight"))]
         assert torch.equal(before[frozen[0]], tiny.layers[0].attention.self.query.weight)
 
@@ -305,7 +305,7 @@ CHOSEN = ["head alone", "LoRA r=8", "AdaMSS K=3 r=1, budget"]
 
 @pytest.fixture
 def commands(evidence, tiny, monkeypatch):
-    """The commands with the tiny tasks for all tasks, and grids of two rates, so that there is little to run."""
+    """Return the commands with only the tiny tasks and grids of two rates, so that they have few runs."""
     for name in CHOSEN:
         method = dataclasses.replace(evidence.methods.METHODS[name], rates=(1e-3, 1e-2))
         monkeypatch.setitem(evidence.methods.METHODS, name, method)
@@ -344,7 +344,7 @@ def test_an_interrupted_study_resumes(commands, tmp_path, monkeypatch, capsys):
     assert len(set(keys)) == len(keys) == len(whole.read_text().splitlines())
 
     size = whole.stat().st_size
-    monkeypatch.setattr(commands.training, "work", None)  # nothing is left to run
+    monkeypatch.setattr(commands.training, "work", None)  # no run is left, so nothing may call it
     again = [*COMMAND, *CHOSEN, "--journal", str(whole), "--plot", str(tmp_path / "b.svg")]
     assert commands.accuracy.main(again) == 0
     assert commands.accuracy.main([*again, "--report"]) == 0
@@ -409,7 +409,7 @@ def test_a_variant_is_compared_with_the_centre_at_its_own_rate(evidence):
         "K=1": outcome(0.001, [0.5, 0.6]),
     }
     rows = {row[0]: row[-3:-1] for row in evidence.ablation.variant_rows(found)}
-    assert list(rows) == ["centre", "rate 0.03", "K=3", "K=1"]  # the centre stands there once
+    assert list(rows) == ["centre", "rate 0.03", "K=3", "K=1"]  # the centre appears once
     assert [minus_centre.split()[0] for minus_centre, _ in list(rows.values())[2:]] == ["+0.0", "+0.0"]
     assert [same.split(" ")[0] for _, same in rows.values()] == ["", "", "-10.0", ""]
 
@@ -463,7 +463,7 @@ def test_giveaways_are_taken_out(evidence):
 
 def test_padding_does_not_change_what_the_top_computes(evidence, tiny):
     model = tiny.model(0).eval()
-    short = tiny.train.take(np.arange(0, 60, CLASSES))  # two tokens each
+    short = tiny.train.take(np.arange(0, 60, CLASSES))  # these examples have two tokens
     assert short.hidden.shape[1] == 2
     with torch.no_grad():
         whole = model(tiny.train.hidden, tiny.train.mask)[::CLASSES]
@@ -517,7 +517,7 @@ def test_figures_of_structure(evidence):
 
 
 def test_the_second_term_of_the_bound(evidence, tiny):
-    """Of AdaMSS with one subspace and of LoRA it is sqrt(pi) Rx |update| sqrt(r n / m), each update its own."""
+    """For LoRA, and for AdaMSS with one subspace, it is sqrt(pi) Rx |update| sqrt(r n / m)."""
     bound, norms = evidence.bound, evidence.bound.input_norms(tiny)
     assert {path.rpartition(".")[2] for path in norms} == {"query", "value"}
     for name, rank in (("LoRA r=2", 2), ("one", 1)):

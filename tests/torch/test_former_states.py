@@ -1,4 +1,4 @@
-"""States that version 0.1 wrote: `tests/data/make_state.py` says of what."""
+"""Test that the states of version 0.1 load; `tests/data/make_state.py` wrote them."""
 
 import runpy
 from pathlib import Path
@@ -22,7 +22,7 @@ def states():
 
 @pytest.fixture
 def training():
-    """Return an adapted model, its optimiser and its controller, which comes off again."""
+    """Yield an adapted model, its optimiser and its controller, and remove the controller afterwards."""
     model, optimizer, controller = MAKER["trained"](0)
     yield model, optimizer, controller
     controller.remove()
@@ -45,7 +45,7 @@ def test_a_training_goes_on(states, training):
 @pytest.mark.parametrize("form", ["consolidated", "merged"])
 def test_what_the_weights_hold_goes_into_a_model_of_the_same_form(states, training, form):
     model, _, _ = training
-    with pytest.raises(RuntimeError, match="Bring the model into the same form first"):
+    with pytest.raises(RuntimeError, match="Merge, consolidate or unmerge the model likewise first"):
         model.load_state_dict(states[form]["model"])
     if form == "merged":
         adamss.merge(model)

@@ -1,4 +1,4 @@
-"""The forms in which real models use a linear layer."""
+"""Test the ways in which real models use a linear layer."""
 
 import copy
 import io
@@ -73,7 +73,7 @@ def test_fused_transformer_paths_do_not_bypass_the_adapter(config, inputs, mode)
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_attention_on_fused_inference_paths(config, inputs, mode):
-    """`torch.nn.TransformerEncoderLayer` reads the weights of its attention itself where nobody has hooked it."""
+    """Without hooks, `torch.nn.TransformerEncoderLayer` reads the weights of its attention itself."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = adamss.attach(nn.TransformerEncoder(layer, 2).eval(), config(targets=["self_attn"]))
     x = inputs(2, 5, 16)
@@ -95,7 +95,7 @@ def test_a_module_that_appears_twice_is_adapted_once(config, targets):
     assert [row.path for row in adamss.summary(model).rows] == ["0"]
     assert len(shared._forward_hooks) == 1
     assert len(adamss.trainable_parameters(model)) == 2
-    adamss.merge(model)  # no warning of ties: it is one layer, not two of one weight
+    adamss.merge(model)  # it is one layer and not two with one weight, so there is no warning about ties
 
 
 def test_the_layer_keeps_class_weight_and_state_dict_keys(net, config):
@@ -166,7 +166,7 @@ def test_copies_keep_adapters_merges_and_saved_modules(net, config, train, input
 
 
 def test_state_dict_round_trip_rebuilds_what_it_does_not_hold(net, config, train, inputs):
-    """The layout of C follows from the labels: loading other labels must change it too."""
+    """The layout of C depends on the labels, so loading other labels must change it too."""
     model = train(adamss.attach(net(), config(segmentation="random", seed=3, subspace_rank=1)))
     other = adamss.attach(net(), config(segmentation="random", seed=4, subspace_rank=1))
     labels = [each.layers[0].query.adamss.default.labels for each in (model, other)]
@@ -201,7 +201,7 @@ def test_hooks_of_a_new_process_do_not_displace_the_adapter(net, config, train, 
     x = inputs(5, 16)
     model = pickle.loads(pickle.dumps(train(adamss.attach(net(), config()))))
     expected = model(x)
-    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)  # as at the start of a process
+    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)  # as in a new process
     query = model.layers[0].query
     handles = [query.register_forward_hook(lambda *_: None, with_kwargs=kind) for kind in (False, True)]
     assert torch.equal(model(x), expected)
@@ -215,7 +215,7 @@ def test_hooks_of_a_new_process_do_not_displace_the_adapter(net, config, train, 
 
 @pytest.fixture
 def default_compiler():
-    """The compiler as PyTorch comes: it does not look at hooks."""
+    """Use the default setting of PyTorch, in which the compiler does not guard hooks."""
     config = torch._dynamo.config
     before = config.skip_nnmodule_hook_guards
     config.skip_nnmodule_hook_guards = True
@@ -229,7 +229,7 @@ def default_compiler():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("training", [False, True])
 class TestCompiledBeforeAndAfter:
-    """A graph of a model without the adapter must not serve a model with it, nor the other way round."""
+    """A graph compiled without the adapter must not be used for the model with it, nor vice versa."""
 
     def compiled(self, model):
         return torch.compile(model, backend="eager")
@@ -257,7 +257,7 @@ class TestCompiledBeforeAndAfter:
 
     def test_an_unpickled_model(self, net, config, train, inputs, training):
         x, stored = inputs(40, 16), pickle.dumps(train(adamss.attach(net(), config())))
-        torch._dynamo.config.skip_nnmodule_hook_guards = True  # as in a new process
+        torch._dynamo.config.skip_nnmodule_hook_guards = True  # the default in a new process
         torch.compiler.reset()
         model, base = pickle.loads(stored), net().requires_grad_(False)
         self.assert_follows(self.compiled(base), base, x, training)
@@ -287,7 +287,7 @@ def test_exported(net, config, train, inputs, options, strict):
 
 
 def test_the_layout_follows_where_other_libraries_move_buffers(net, config, train, inputs):
-    """They know nothing of it: FSDP2 and accelerate move Parameters and buffers one by one."""
+    """FSDP2 and accelerate move Parameters and buffers one by one, but do not know the layout."""
     model, x = train(adamss.attach(net(), config())), inputs(4, 16)
     expected, adapter = model(x), model.layers[0].query.adamss.default
     adapter.layout = adapter.layout._replace(rows=adapter.layout.rows.to("meta"))
@@ -295,7 +295,7 @@ def test_the_layout_follows_where_other_libraries_move_buffers(net, config, trai
 
 
 class TestStatesWhoseWeightsHoldTheUpdate:
-    """A merged or consolidated state in a model that is neither would count the update twice."""
+    """A model that is not merged or consolidated would count the update of such a state twice."""
 
     @pytest.fixture
     def frozen(self, net, config, train):
@@ -317,7 +317,7 @@ class TestStatesWhoseWeightsHoldTheUpdate:
             before = state(adapter)
             with pytest.raises(RuntimeError, match="the weight of the layer holds other subspaces"):
                 target.load_state_dict(source.state_dict(), strict=strict)
-            # Who goes on all the same counts nothing twice.
+            # The adapter is unchanged, so a user who ignores the error does not count the update twice.
             assert_same_state(adapter, before)
         twin, source = verb(frozen()), verb(frozen())
         with torch.no_grad():
@@ -326,7 +326,7 @@ class TestStatesWhoseWeightsHoldTheUpdate:
         torch.testing.assert_close(twin(x), source(x), rtol=0, atol=0)
 
     def test_factors_alone(self, net, config, frozen):
-        """A state without the weight, as the Trainer's checkpoints are, fits if the weight holds what it says."""
+        """A state without the weight, as in the Trainer's checkpoints, fits if the weight contains what it says."""
         model = adamss.consolidate(frozen())
         own = without_weights({name: tensor for name, tensor in state(model).items() if ".adamss." in name})
         trained, folded = (
@@ -342,7 +342,7 @@ class TestStatesWhoseWeightsHoldTheUpdate:
 
 
 class TestStatesThatDoNotFit:
-    """A refused state leaves the adapter as it was, all of it; PyTorch itself loads the tensors that fit."""
+    """A refused state leaves the whole adapter unchanged, although PyTorch itself loads the tensors that fit."""
 
     def adapter_state(self, model):
         return {name: tensor for name, tensor in state(model).items() if "adamss" in name}
@@ -369,7 +369,7 @@ class TestStatesThatDoNotFit:
         model = adamss.attach(net(), config())
         before, wrong = self.adapter_state(model), state(model)
         wrong[f"layers.0.query.adamss.default.{name}"][0] = value
-        with pytest.raises(RuntimeError, match="none of subspaces of this layer"):
+        with pytest.raises(RuntimeError, match="do not describe subspaces of this layer"):
             model.load_state_dict(wrong)
         assert_same_state(self.adapter_state(model), before)
 
@@ -383,7 +383,7 @@ class TestStatesThatDoNotFit:
         assert torch.equal(empty(x), model(x))
 
     def test_trained_numbers_alone(self, net, config, inputs, train):
-        """An average of the parameters, or the best so far."""
+        """Such a state is an average of the trained parameters, or their best values so far."""
         model, x = train(adamss.attach(net(), config())), inputs(4, 16)
         best = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         expected = model(x)

@@ -1,4 +1,4 @@
-"""`TorchBackend.linear`: what is PyTorch's own; laws 3 and 4 are tried by `adamss_conformance`."""
+"""Test `TorchBackend.linear` for what is specific to PyTorch; `adamss_conformance` tests laws 3 and 4."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def as_torch(factors: Factors, dtype: torch.dtype) -> Factors:
 
 
 class Both:
-    """An adapted layer, and the same function of (x, B, C) written with plain products."""
+    """An adapted layer, and the same function of (x, B, C) written as plain products."""
 
     def __init__(self, order, basis, frozen, rows=5):
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ class Both:
         return torch.tanh(y).square().sum()
 
     def products_with_hessian(self, function, vector):
-        """By autograd, as a training loop takes them: the gradient is differentiated once more."""
+        """Return products with the Hessian by autograd, which differentiates the gradient once more."""
         values = [value.clone().requires_grad_() for value in self.values]
         gradients = torch.autograd.grad(function(*values), values, create_graph=True)
         along = sum((g * v).sum() for g, v in zip(gradients, vector, strict=True))
@@ -71,9 +71,8 @@ def test_second_derivatives(order, basis, frozen):
         torch.testing.assert_close(h, e, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # PyTorch's forward mode uses its own torch.jit.script
+# PyTorch's forward mode uses torch.jit.script, which is deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @BOTH
 @pytest.mark.parametrize(
     "transform", ["hessian", "jvp", "vmap of grad", "autograd.functional", "forward mode"]
@@ -109,7 +108,7 @@ def test_second_derivatives_raise_where_the_input_was_not_kept():
 
 
 def test_nothing_goes_stale_when_values_are_written_in_place():
-    """Fused optimisers and `.data` bump no version counter: no value may be kept from call to call."""
+    """Fused optimisers and `.data` do not change version counters, so nothing may be cached between calls."""
     rng = np.random.default_rng(0)
     labels, ranks = np.asarray([0, 1, 0]), np.asarray([1, 1])
     first = Factors(

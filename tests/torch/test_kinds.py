@@ -1,4 +1,4 @@
-"""Layers and ways of keeping weights that `adamss` does not know, registered from outside: nothing else is edited."""
+"""Test that kinds of layers and weight stores that `adamss` does not know can be registered from outside."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ from adamss_torch.stores import stores
 
 
 class Turned(nn.Module):
-    """A linear layer whose weight is (d, n), as in GPT-2."""
+    """A linear layer whose weight has the shape (d, n), as in GPT-2."""
 
     def __init__(self, d, n):
         super().__init__()
@@ -44,7 +44,7 @@ class TurnedKind(Kind):
 
 
 class EightBits(nn.Module):
-    """A linear layer whose weight is kept in eight bits, a scale for each output."""
+    """A linear layer whose weight has eight bits and a scale for each output."""
 
     def __init__(self, d, n):
         super().__init__()
@@ -96,7 +96,7 @@ def registered():
 
 
 class SamePadded(nn.Conv2d):
-    """A convolution with a forward of its own, as timm has them."""
+    """A convolution with its own forward, as in timm."""
 
     def forward(self, x):
         return self._conv_forward(nn.functional.pad(x, (1, 0, 1, 0)), self.weight, self.bias)
@@ -118,14 +118,14 @@ class Normalised(nn.Linear):
 
 
 class Scaled(nn.Embedding):
-    """An embedding with a forward of its own, as Gemma has it."""
+    """An embedding with its own forward, as in Gemma."""
 
     def forward(self, ids):
         return super().forward(ids) * 8.0
 
 
 class Router(nn.Module):
-    """A Parameter of two axes that a module reads itself."""
+    """A module that reads a Parameter of two axes itself."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of all experts of a layer in two Parameters; a token goes to one of them."""
+    """A layer of experts whose weights are stacked in two Parameters; each token goes to one expert."""
 
     def __init__(self, experts=3, d=12, inner=10, transposed=False):
         super().__init__()
@@ -168,7 +168,7 @@ class Attention(nn.Module):
 
 
 class Mixer(nn.Module):
-    """It reads the weight of a layer that it never calls, as Mamba's mixer and Swin's attention do."""
+    """A module that reads the weight of a layer without calling it, like Mamba's mixer and Swin's attention."""
 
     def __init__(self):
         super().__init__()
@@ -238,7 +238,7 @@ def made(name, **options):
 
 
 def trained(name, steps=3, **options):
-    """Return a model after some steps, in which a subspace of each layer stays frozen."""
+    """Return a model after some training steps, with one frozen subspace in each layer."""
     model, x, config = made(name, **options)
     adamss.attach(model, config)
     for adapter in adapters_of(model).values():
@@ -253,7 +253,7 @@ def trained(name, steps=3, **options):
 
 
 def put_updates_in(model):
-    """Detach the adapters, and write W + delta into the weights."""
+    """Detach the adapters, and write W + delta to the weights."""
     backend, adaptation = backend_for(model), backend_for(model).bank(model).only()
     adamss.detach(model)
     modules = backend.modules(model)
@@ -270,7 +270,7 @@ def put_updates_in(model):
 
 
 @every_layer
-@torch.no_grad()  # attention takes other kernels where a gradient is wanted, and their last bits differ
+@torch.no_grad()  # with gradients attention uses other kernels, whose last bits differ
 def test_starts_equal_and_gives_the_base_back(name):
     model, x, config = made(name)
     model.requires_grad_(False)
@@ -293,7 +293,7 @@ def test_starts_equal_and_gives_the_base_back(name):
 
 @pytest.mark.parametrize("name", ["conv1d", "conv2d reflect"])
 def test_an_input_whose_projection_overflows_still_starts_equal(name):
-    """Law 1: infinity in ``x M`` times C = 0 is no NaN."""
+    """Law 1: infinity in ``x M`` times C = 0 must not give NaN."""
     model, x, config = made(name)
     model[0].weight.data *= 1e-3
     x = torch.full_like(x, 3e38)
@@ -450,7 +450,7 @@ def test_under_autocast_a_weight_keeps_its_dtype(name):
 
 
 class Outside(nn.Module):
-    """It reads the Parameter of a module that it does not call, and calls a method of it that is no forward."""
+    """A module that reads the Parameter of a module without calling it, and calls another method than forward."""
 
     def __init__(self):
         super().__init__()
@@ -462,7 +462,7 @@ class Outside(nn.Module):
 
 
 class LaterPath(nn.Module):
-    """It reads a weight past the layer in evaluation alone."""
+    """A module that reads the weight of a layer without calling the layer, but only in evaluation mode."""
 
     def __init__(self):
         super().__init__()
@@ -473,7 +473,7 @@ class LaterPath(nn.Module):
 
 
 class Given(nn.Module):
-    """It gives the weight of a layer to another module."""
+    """A module that passes the weight of a layer to another module."""
 
     def __init__(self):
         super().__init__()
@@ -489,7 +489,7 @@ class Product(nn.Module):
 
 
 class Dropped(nn.Module):
-    """Of its blocks, the second does not run in the first forward."""
+    """A module whose second block does not run in the first forward pass."""
 
     def __init__(self):
         super().__init__()
@@ -506,7 +506,7 @@ class Dropped(nn.Module):
 @pytest.mark.parametrize("make", [Outside, LaterPath, Given, Dropped, Router])
 def test_parameters_that_are_read_outside_of_a_forward(make):
     torch.manual_seed(0)
-    # A model that reads a Parameter of its own is a case of its own too.
+    # `Router` is not wrapped, to cover a model that reads its own Parameter.
     model, x = make() if make is Router else nn.Sequential(make()), torch.randn(3, 12)
     targets = {Outside: ["own.weight", "k_proj", "attn.out_proj"], Router: ["weight"]}.get(make, ["fc"])
     adamss.attach(model, adamss.AdamssConfig(targets=targets, rank=6, subspaces=3))
@@ -614,7 +614,7 @@ def test_activation_checkpointing_within_a_reader_is_refused(reentrant):
 
 
 class Nested(nn.Module):
-    """It reads the weight of a layer that reads it too, and calls itself."""
+    """A module that reads the weight of a layer which reads it too, and that calls itself."""
 
     def __init__(self):
         super().__init__()
@@ -701,7 +701,7 @@ def test_replicas_of_data_parallel_are_refused_where_a_weight_is_put_in_place():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("what", ["blocks", "a function"])
 def test_parts_of_a_model_are_compiled_once(what):
-    """They run as they are written while the first forward is watched, so that no graph has to be made anew."""
+    """They run uncompiled while the first forward pass is watched, so that no graph has to be compiled again."""
     compiled, graphs = CompileCounterWithBackend("aot_eager"), []
 
     class Block(nn.Module):
@@ -756,7 +756,7 @@ NO_LORA = {
 
 
 class Outer(nn.Module):
-    """PEFT adapts no Parameter of the model itself."""
+    """A wrapper, because PEFT does not adapt Parameters of the outermost module."""
 
     def __init__(self, inner):
         super().__init__()
@@ -816,7 +816,7 @@ def test_what_is_no_one_matrix_is_refused(layer, why):
 
 
 class Tied(nn.Module):
-    """An embedding and a head of one weight; the head is a layer, or a product with it."""
+    """An embedding and a head that share one weight; the head is a layer, or a product with the weight."""
 
     def __init__(self, layer):
         super().__init__()
@@ -843,7 +843,7 @@ def test_an_embedding_that_is_tied_to_a_head_is_adapted_alone(layer):
     adapter = adapters_of(model)["embed"]
     adapter.C.data.normal_()
     head = pytest.warns(
-        errors.AdamssWarning, match=r"^embed: Tied takes the weight of this embedding for a head too"
+        errors.AdamssWarning, match=r"^embed: Tied uses the weight of this embedding as a head too"
     )
     with contextlib.nullcontext() if layer else head:
         y = model(ids)
@@ -855,9 +855,9 @@ def test_an_embedding_that_is_tied_to_a_head_is_adapted_alone(layer):
             adamss.merge(model)
         torch.testing.assert_close(model(ids), expected)
         return
-    for each in model, adamss.attach(Tied(layer), config):  # seen in its forward, and in its source
+    for each in model, adamss.attach(Tied(layer), config):  # found in the forward pass, and in the source
         with pytest.raises(
-            errors.LayerError, match=r"^embed: another module takes the weight of this embedding"
+            errors.LayerError, match=r"^embed: another module uses the weight of this embedding"
         ):
             adamss.merge(each)
 
@@ -877,7 +877,7 @@ def test_a_store_that_tells_its_noise_is_dequantised_if_asked():
 
 
 def test_an_embedding_that_another_one_stands_in_for_is_told():
-    """T5's ``shared`` is called by nobody: ``encoder.embed_tokens`` has its weight."""
+    """No module calls T5's ``shared``, because ``encoder.embed_tokens`` has the same weight."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -913,7 +913,7 @@ IN_FILE = weakref.WeakKeyDictionary()
 
 
 class InFile(nn.Module):
-    """A linear layer of one's own, whose weight is none of its attributes."""
+    """A custom linear layer whose weight is not one of its attributes."""
 
     def __init__(self, d, n):
         super().__init__()
@@ -931,7 +931,7 @@ class InFileKind(Kind):
 
 
 class InFileStore(Store):
-    """It writes into the memory that it reads from, as a file that is mapped does."""
+    """A store that writes to the memory it reads from, as with a memory-mapped file."""
 
     reading = 0
 

@@ -1,6 +1,6 @@
-"""What of the laws is PyTorch's own: state dicts, requires_grad, hooks, shared weights, the default compiler.
+"""Test what the laws mean for PyTorch: state dicts, requires_grad, hooks, shared weights, the default compiler.
 
-The laws themselves are tried by `adamss_conformance`.
+`adamss_conformance` tests the laws themselves.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ class TestLaw2BaseUntouched:
         assert required(model) == before
 
     def test_a_reference_forward_leaves_the_backward_of_another_alone(self, net, config, inputs, train):
-        """As preference optimisation does: the base's outputs are needed between forward and backward."""
+        """Preference optimisation needs the outputs of the base between forward and backward."""
         model, x = train(adamss.attach(net(), config(modules_to_save=["classifier"]))), inputs(4, 16)
         with adamss.disabled(model), torch.no_grad():
             reference = model(x)
@@ -133,7 +133,7 @@ class TestLaw11Compilation:
         expected = torch.autograd.grad(eager.square().sum(), leaves)
         torch._dynamo.reset()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the compiler's own imports
+            warnings.simplefilter("ignore")  # the compiler's own imports warn
             compiled = torch.compile(model, fullgraph=True)
             y = compiled(x)
             gradients = torch.autograd.grad(y.square().sum(), leaves)
@@ -173,7 +173,7 @@ def test_attach_under_inference_mode_can_be_trained(net, config, train):
 
 
 def test_attach_after_the_newer_precision_interface():
-    """Once it has been used, PyTorch's older one raises: in a process of its own."""
+    """After this interface has been used, PyTorch's older one raises. The setting is global, hence a new process."""
     code = (
         "import torch, adamss\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"

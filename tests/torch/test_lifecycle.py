@@ -1,6 +1,6 @@
-"""The life of an adapter, from `attach` to `detach` and back, as users of PEFT know it: docs/comparison.md.
+"""Test the lifecycle of an adapter from `attach` to `detach` and back, as in the table of docs/comparison.md.
 
-What other files hold already (copies, autocast, shared weights, fused paths, ...) is not tried here again.
+Other modules test copies, autocast, shared weights, fused paths, and so on.
 """
 
 import copy
@@ -144,7 +144,7 @@ def test_modes_change_neither_the_update_nor_what_is_trained(net, config, inputs
 
 
 def test_weight_decay_over_all_parameters_changes_only_what_is_trained(config, inputs):
-    """What users do who give the optimiser the whole model."""
+    """Users often pass all parameters of the model to the optimiser."""
     torch.manual_seed(0)
     layers = [nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 5), nn.Linear(5, 2)]
     model = nn.Sequential(*layers)
@@ -166,7 +166,7 @@ def test_weight_decay_over_all_parameters_changes_only_what_is_trained(config, i
 
 
 def test_reentrant_checkpointing_needs_an_input_that_requires_gradients(net, config, inputs, train):
-    """PyTorch's own rule, on which every frozen base with reentrant checkpointing stumbles."""
+    """This rule of PyTorch affects every frozen base with reentrant checkpointing."""
     model, x = train(adamss.attach(net(), config())), inputs(4, 16)
     expected = gradients(model, model(x).square().sum())
 
@@ -223,7 +223,7 @@ def test_state_as_a_safetensors_model(net, config, inputs, train, tmp_path):
 
 @pytest.fixture
 def files(net, config, train, tmp_path):
-    """Return the portable and the training file of a trained model."""
+    """Return the portable and the training file of a trained model, by whether it is for training."""
     model = train(adamss.attach(net(), config()))
     for training in (False, True):
         adamss.save(model, tmp_path / f"{training}.safetensors", training=training)
@@ -237,7 +237,7 @@ def on_meta(net):
 
 @pytest.mark.parametrize(("training", "trainable"), [(False, False), (True, True)])
 def test_load_before_the_base_has_values(net, inputs, train, files, training, trainable):
-    """The weights come afterwards, without a copy, and the adapter is the one of an ordinary `load`."""
+    """The weights are assigned later without a copy, and the adapter is the same as after an ordinary `load`."""
     model, x = on_meta(net), inputs(4, 16)
     adamss.load(model, files[training], check_base=False, trainable=trainable)
     assert {adapter.C.device.type for adapter in adapters_of(model).values()} == {"cpu"}
@@ -289,7 +289,7 @@ def test_modules_to_save_need_a_place_for_their_values(net, config, inputs, trai
 
 
 class Allocations(TorchDispatchMode):
-    """The bytes of every tensor that is made, whether or not it lives on."""
+    """Records the bytes of every new tensor, also of temporary ones."""
 
     def __init__(self):
         super().__init__()
@@ -307,7 +307,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_load_leaves_a_memory_mapped_base_where_it_is(config, tmp_path):
-    """All that `load` ever makes is a few times the adapter, whatever the base takes."""
+    """`load` allocates only a few times the size of the adapter, however large the base is."""
 
     def make():
         return nn.Sequential(*[nn.Linear(640, 640, bias=False) for _ in range(3)])
@@ -341,7 +341,7 @@ PROJECTIONS = {"targets": ["q_proj", "v_proj"], "rank": 8}
 
 
 def moved(model):
-    """Return the adapted model with all that is trained somewhere else than at its start."""
+    """Add random values to all trained parameters of an adapted model, and return the model."""
     for number, parameter in enumerate(adamss.trainable_parameters(model)):
         generator = torch.Generator().manual_seed(number)
         parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
@@ -392,7 +392,7 @@ def test_gradient_checkpointing_of_transformers(causal_lm, config, reentrant):
     model = moved(adamss.attach(causal_lm(), config(**PROJECTIONS))).train()
     expected = gradients(model, model(input_ids=WORDS, labels=WORDS).loss)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.enable_input_require_grads()  # some versions do it by themselves
+    model.enable_input_require_grads()  # only some versions of transformers do this themselves
     calls = []
     handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     actual = gradients(model, model(input_ids=WORDS, labels=WORDS).loss)
@@ -414,7 +414,7 @@ def test_weights_that_accelerate_keeps_elsewhere(causal_lm, config, tmp_path, fi
     base, y, y_base = state(model), adapted(WORDS).logits, model(WORDS).logits
 
     def load():
-        adamss.load(model, tmp_path / "a.safetensors")  # the fingerprints are compared
+        adamss.load(model, tmp_path / "a.safetensors")  # compares the fingerprints of the base weights
 
     if first == "load":
         load()
@@ -444,7 +444,7 @@ def test_weights_that_accelerate_keeps_elsewhere(causal_lm, config, tmp_path, fi
 
 
 def test_a_merged_model_that_was_offloaded_afterwards(causal_lm, config):
-    """Writing the base back to the meta device would lose it without a word."""
+    """Writing the base back to the meta device would silently lose it."""
     pytest.importorskip("accelerate", reason="needs the demo extra")
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_submodules

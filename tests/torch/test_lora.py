@@ -1,4 +1,4 @@
-"""Export to LoRA, loaded by PEFT."""
+"""Test exports to LoRA by loading them with PEFT."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ def with_lora(base, folder):
 
 
 def trained(model, tokens, **options):
-    """Return an adapted model whose factors have moved, with all but two subspaces frozen afterwards."""
+    """Return an adapted model after some training steps, with all but two subspaces frozen afterwards."""
     adamss.attach(model, adamss.AdamssConfig(**options))
     optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=2e-2)
     for _ in range(3):
@@ -115,7 +115,7 @@ def test_saved_modules_are_put_beside_it(net, config, train, tmp_path):
 
 
 def test_a_tied_weight_is_told_of(causal_lm, tmp_path):
-    """PEFT merges into the embeddings as well."""
+    """PEFT would merge the update of the head into the embeddings as well."""
     base = causal_lm(tied=True)
     adamss.attach(base, adamss.AdamssConfig(targets=["lm_head"], rank=8, subspaces=4))
     with pytest.warns(adamss.AdamssWarning, match=r"lm_head\.weight is one tensor with model\.embed_tokens"):
@@ -148,7 +148,7 @@ def test_factors_that_are_not_finite(net, config, tmp_path):
 
 
 def test_dense_layers_that_peft_takes_for_experts(tmp_path):
-    """It turns ``down_proj`` into ``target_parameters`` when it loads into a model with fused experts."""
+    """When PEFT loads into a model with fused experts, it turns ``down_proj`` into ``target_parameters``."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     experts = {
         "n_routed_experts": 4,
@@ -180,7 +180,7 @@ def test_dense_layers_that_peft_takes_for_experts(tmp_path):
 
 
 class Product(torch.nn.Module):
-    """It reads two Parameters of its own, and has a layer."""
+    """A module with a layer that also reads two Parameters of its own."""
 
     def __init__(self):
         super().__init__()
@@ -198,7 +198,7 @@ def test_layers_whose_weights_the_fused_paths_of_pytorch_read(tmp_path):
 
 
 def test_layers_within_a_module_of_which_parameters_are_adapted(tmp_path):
-    """PEFT wraps the module, once for each Parameter."""
+    """PEFT wraps the module once for each Parameter, which changes the paths of the layers within it."""
     torch.manual_seed(0)
     base, x = torch.nn.Sequential(torch.nn.Sequential(Product()), torch.nn.Linear(16, 16)), torch.randn(3, 16)
     model = copy.deepcopy(base)
@@ -214,7 +214,7 @@ def test_what_peft_refuses_of_mamba_is_told(tmp_path):
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=8)
     model = transformers.MambaModel(config)
     adamss.attach(model, adamss.AdamssConfig(targets=["out_proj"], rank=8, subspaces=3))
-    # On a GPU its kernel does.
+    # On a GPU, the fused kernel of the mixer reads it.
     with pytest.raises(
         errors.LayerTypeError, match=r"out_proj: by its source, MambaMixer reads its weight itself"
     ):

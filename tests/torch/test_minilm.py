@@ -1,4 +1,4 @@
-"""On the real weights of MiniLM-L6."""
+"""Test the adapter on the real weights of MiniLM-L6."""
 
 import warnings
 
@@ -46,7 +46,7 @@ def test_start_count_and_size(minilm, tokens, tmp_path):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_trained_in_float32_loaded_in_bfloat16(minilm, trained, tokens, tmp_path, training):
-    """PEFT 0.21.2 clusters the rounded weights anew and loses 72 % of the effect; here the base alone differs."""
+    """PEFT 0.21.2 clusters the rounded weights again and loses 72 % of the effect; here only the base differs."""
     adamss.save(trained, tmp_path / "a.safetensors", training=training)
     base, low_base = embed(minilm(), tokens), embed(minilm(torch.bfloat16), tokens)
     adapted = embed(trained, tokens)
@@ -82,6 +82,6 @@ def test_a_whole_transformer_block_compiles_without_a_graph_break(trained, order
     expected = results(block)
     torch._dynamo.reset()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of the compiler's own imports
+        warnings.simplefilter("ignore")  # the compiler's own imports warn
         actual = results(torch.compile(block, fullgraph=True))
     assert_agree(actual, expected, "float32", order)

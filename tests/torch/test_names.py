@@ -1,4 +1,4 @@
-"""Several adapters on one PyTorch model: what the laws 14 and 15 do not see."""
+"""Test several adapters on one PyTorch model, beyond laws 14 and 15."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ def settings(name, **changes):
 
 
 def trained(model, *names, **changes):
-    """Attach these adapters, each with an update."""
+    """Attach these adapters with random updates, and return the model."""
     for name in names:
         adamss.attach(model, settings(name, **changes), name=name)
         torch.manual_seed(ord(name))
@@ -54,7 +54,7 @@ def test_keys_of_a_state_stay_when_an_adapter_is_added(net):
 
 def test_a_state_goes_into_a_model_in_which_the_same_is_active(net, x):
     model, other = trained(net(), "a", "b"), trained(net(), "a", "b", seed=9)
-    with pytest.raises(errors.StateError, match="when 'a' was not active, and it is here"):
+    with pytest.raises(errors.StateError, match="when 'a' was not active, and it is active here"):
         adamss.activate(copy.deepcopy(model), "a").load_state_dict(other.state_dict())
     model.load_state_dict(other.state_dict())
     for name in ("a", "b", []):
@@ -229,7 +229,7 @@ def test_what_is_meant_must_be_said(net, x):
     model = trained(net(), "a", "b", "c")
     verbs = {
         "summary": lambda name: adamss.summary(model, name=name),
-        "save": lambda name: adamss.save(model, _file.folder / "f", name=name),
+        "save": lambda name: adamss.save(model, _file.folder / "f.safetensors", name=name),
         "merge": lambda name: adamss.merge(model, name=name),
         "detach": lambda name: adamss.detach(model, name=name),
         "activate": lambda name: adamss.activate(model, name),
@@ -279,7 +279,7 @@ def test_a_weighted_sum_as_one_lora(net, x):
 
 
 def test_the_lifecycle_is_that_of_pefts_lora(net, x):
-    """The same updates, ours and as PEFT's LoRA, through what several adapters go through."""
+    """The same updates, as our adapters and as PEFT's LoRA, go through all operations on several adapters."""
     names = ("b", "c")
     model, base = trained(net(), *names, include_bias=False), net()
     peft_model = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["query"], r=2), "unused")
@@ -301,12 +301,12 @@ def test_the_lifecycle_is_that_of_pefts_lora(net, x):
         mixed = peft_model(x, adapter_names=["b", "__base__", "c", "b"])
         torch.testing.assert_close(model(x), mixed, atol=1e-5, rtol=1e-5)
     peft_model.base_model.add_weighted_adapter([*names], [0.7, 0.4], "both", combination_type="cat")
-    adamss.activate(model, {"b": 0.7, "c": 0.4})  # weighted
+    adamss.activate(model, {"b": 0.7, "c": 0.4})  # weight
     peft_model.set_adapter("both")
     same()
     adamss.activate(model, names)
     adamss.merge(model)
-    peft_model.base_model.merge_adapter([*names])  # several
+    peft_model.base_model.merge_adapter([*names])  # merge several
     same()
     adamss.unmerge(model)
     peft_model.base_model.unmerge_adapter()
@@ -320,7 +320,7 @@ def test_the_lifecycle_is_that_of_pefts_lora(net, x):
 
 
 class Windows(nn.Module):
-    """It runs a layer on windows of its tokens, whose number is a multiple of that of the rows."""
+    """A module that runs a layer on windows of its tokens; their number is a multiple of the number of rows."""
 
     def __init__(self):
         super().__init__()
@@ -439,7 +439,7 @@ def test_what_one_adapts_another_does_not_save(net):
     model = adamss.attach(net(), settings("a"), name="a")
     before = state(model)
     with pytest.raises(
-        errors.TargetError, match=r"classifier would be adapted by one adapter .*'a' among them"
+        errors.TargetError, match=r"classifier would be adapted by one adapter .*'a' is one of the two"
     ):
         adamss.attach(model, settings("c", targets=["classifier"]), name="c")
     assert_same_state(model, before)

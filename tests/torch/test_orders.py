@@ -1,4 +1,4 @@
-"""Both orders of the products of the update; what is kept for the backward; when the base product is written over."""
+"""Test both orders of the products of the update: results, memory for the backward pass, and in-place writes."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ OPTIONS = {
 
 
 def adapted_layer(order=None, *, layer=None, dtype=torch.float32, base_dtype=None, **options):
-    """Return an adapted layer of which no factor is zero and one subspace is frozen."""
+    """Return an adapted layer with random factors and one frozen subspace."""
     torch.manual_seed(0)
     model = nn.Sequential(layer or nn.Linear(D, N_OUT)).to(base_dtype or dtype)
     settings = {"targets": ["0"], "rank": 8, "subspaces": 3, "factor_dtype": str(dtype).split(".")[1]}
@@ -51,7 +51,7 @@ def data(*shape, dtype=torch.float32):
 
 
 def step(model, x, dy, forward=None):
-    """Return the output, and the gradients of the input, B and C."""
+    """Run forward and backward; return the output and the gradients of the input, B and C."""
     x = x.clone().requires_grad_()
     model.zero_grad()
     y = (forward or model)(x)
@@ -60,7 +60,7 @@ def step(model, x, dy, forward=None):
 
 
 def reference(model, x, dy):
-    """Return the same from the closed form in NumPy and float64."""
+    """Return the results of `step` by the closed form in float64 NumPy."""
     layer = model[0]
     f = layer.adamss.default.factors()
     f = core.Factors(*(np.asarray(t.double()) for t in f[:3]), *(t.numpy() for t in f[3:]))
@@ -106,7 +106,7 @@ def test_in_other_dtypes(order, dtype):
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ORDERS)
 def test_factors_in_float16_neither_overflow_nor_vanish(order, base_dtype, options):
-    """Their exponents leave no room for a headroom, whatever the base has."""
+    """The range of float16 exponents has no headroom for large intermediate products, whatever dtype the base has."""
     model = adapted_layer(order, dtype=torch.float16, base_dtype=base_dtype, **options)
     model[0].adamss.default.C.data.mul_(50.0)
     x, dy = data(TOKENS, dtype=base_dtype)
@@ -137,7 +137,7 @@ def test_start_equals_the_base_for_the_largest_inputs(order, dtype):
     model = adapted_layer(order, base_dtype=dtype)
     model[0].adamss.default.C.data.zero_()
     with torch.no_grad():
-        model[0].weight.mul_(2.0**-8)  # so that the base itself does not overflow
+        model[0].weight.mul_(2.0**-8)  # keeps the base product from overflowing
     A = model[0].adamss.default.A[0].float()
     signs = torch.cat([A.sign().t(), torch.tensor([[1.0], [-1.0], [1e-3], [0.0]]).expand(4, D)])
     x = (torch.finfo(dtype).max * signs).to(dtype)
@@ -150,7 +150,7 @@ def test_start_equals_the_base_for_the_largest_inputs(order, dtype):
 
 
 def kept_numbers(model, x):
-    """Return the shapes of what one forward keeps, the values of the model itself left out."""
+    """Return the shapes of the tensors that a forward pass keeps, without the model's own Parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     shapes = []
 
@@ -191,12 +191,12 @@ def test_nothing_is_kept_where_nothing_is_wanted(order):
     model.requires_grad_(False)
     assert kept_numbers(model, x) == []
     assert model(x).grad_fn is None
-    # The gradient of the input alone needs no activation.
+    # If only the input needs a gradient, no activation is kept.
     assert all(TOKENS not in shape for shape in kept_numbers(model, x.clone().requires_grad_()))
 
 
 def test_equal_ranks_make_no_product_wider():
-    """Padding of C has a row of E to itself: sixteen directions would be multiplied as thirty-two."""
+    """If padding of C got rows in E, the products would have more than the sixteen directions."""
     layout = {"segmentation": "contiguous", "subspaces": 4, "subspace_rank": 4}
     x = data(600)[0].requires_grad_()
     kept = kept_numbers(adapted_layer("factors_first", **layout), x)
@@ -268,13 +268,13 @@ class Named(nn.Linear):
 def patched(*sizes):
     layer = nn.Linear(*sizes)
     inner = layer.forward
-    layer.forward = lambda x: torch.sigmoid(inner(x))  # whose backward reads what it returned
+    layer.forward = lambda x: torch.sigmoid(inner(x))  # the backward of a sigmoid reads its output
     return layer
 
 
 @pytest.mark.parametrize("kind", [Named, patched])
 def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind):
-    """Writing over the base product would spoil what it does to it."""
+    """Such a forward may still need its output, so the update must not be added to it in place."""
     layer, plain = kind(D, N_OUT), kind(D, N_OUT)
     plain.load_state_dict(layer.state_dict())
     model = adapted_layer(layer=layer)
@@ -288,7 +288,7 @@ def test_a_forward_of_the_users_own_is_added_to_and_left_alone(kind):
 
 
 def test_a_computed_weight_is_computed_once_and_differentiated_as_it_was():
-    """Spectral normalisation takes another step of its power iteration whenever somebody looks at the weight."""
+    """Spectral normalisation takes a step of its power iteration each time the weight is read."""
     model, looked = adapted_layer("factors_first"), []
     layer = model[0]
 
@@ -427,5 +427,5 @@ def test_compiled_without_a_graph_break(order):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of the compiler's own imports
+        warnings.simplefilter("ignore")  # the compiler's own imports warn
         assert_agree(step(model, x, dy, compiled), expected, "float32", order)

@@ -1,4 +1,4 @@
-"""The scripts of the paper's tables, end to end on tiny models and data sets of their own, without a network."""
+"""Test the scripts of the paper's tables end to end, on tiny models and data sets and without network access."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ WORDS = [f"word{number}" for number in range(20)]
 
 @pytest.fixture(scope="module", autouse=True)
 def caches(tmp_path_factory):
-    """Keep what datasets writes, and threads, to this module."""
+    """Give this module its own cache of datasets, and one thread."""
     patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def written(folder, name, **splits):
 
 @pytest.fixture(scope="module")
 def glue(script, tokenizer, tmp_path_factory):
-    """Return the script with the folders of a model and of three tasks: two saved, one as CSV."""
+    """Return the script, and a folder with a model and three tasks: two from `save_to_disk` and one as CSV."""
     folder, draw = tmp_path_factory.mktemp("glue"), random.Random(0)
     config = transformers.RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **SIZES)
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def glue(script, tokenizer, tmp_path_factory):
 
 
 def lines(capsys):
-    """Return what was printed, by method and task."""
+    """Return the printed text, and the cells of the table by method and task."""
     printed = capsys.readouterr().out
     cells = [line.split("  ") for line in printed.splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in cells]
@@ -113,7 +113,7 @@ def test_glue(glue, capsys, tmp_path):
     mean, deviation, _median, seeds, paper, trained, paper_trained, diverged = table["AdaMSS_base", "RTE"]
     assert (deviation, seeds, paper, paper_trained, diverged) == ("-", "1", "77.20", "0.042M", "-")
     assert float(mean) == pytest.approx(records[2]["scores"]["RTE"], abs=0.005)
-    # Query and value of two layers, 24 outputs, three subspaces of R = 24.
+    # Query and value of two layers have 24 outputs and three subspaces with R = 24: 4 x (24 + 3 x 24).
     assert trained == "384"
     assert float(table["AdaMSS", "RTE"][5]) < 384
     assert table["LoRA r=1", "RTE"][5] == str(4 * (24 + 24 + 24))
@@ -130,7 +130,7 @@ def test_a_journal_saves_the_runs_that_it_has(glue, capsys, tmp_path, monkeypatc
     for more in ([], ["--report"], ["--seeds", "0", "0", "--device-batch", "8"]):
         assert module.main([*arguments, *more]) == 0
         assert capsys.readouterr().out == before
-    # What is not in the journal is not run.
+    # With --report, runs that the journal lacks are not made.
     assert module.main([*arguments, "--report", "--seeds", "0", "1", "--tasks", "CoLA", "QNLI"]) == 0
     _, table = lines(capsys)
     assert (table["AdaMSS_base", "CoLA"][3], table["AdaMSS_base", "QNLI"][3]) == ("1", "0")
@@ -149,7 +149,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_table(
 
     def interrupted(self, *given, **options):
         taken.append(self.state.global_step)
-        if len(taken) == 8:  # in the third epoch of three steps each
+        if len(taken) == 8:  # in the third epoch, of three steps each
             raise KeyboardInterrupt
         return step(self, *given, **options)
 
@@ -158,7 +158,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_table(
         module.main([*arguments, str(tmp_path / "parts")])
     assert not (tmp_path / "parts" / "runs.jsonl").exists()
     (last,) = tmp_path.glob("parts/runs/*/checkpoint-6")
-    broken = last.with_name("checkpoint-7")  # as one that was being written
+    broken = last.with_name("checkpoint-7")  # like a checkpoint that was not finished
     broken.mkdir()
     taken.extend([0] * 8)
     capsys.readouterr()
@@ -246,7 +246,7 @@ def test_a_correlation_with_a_constant_is_zero(script):
 
 @pytest.fixture(scope="module")
 def image(script, tmp_path_factory):
-    """Return the script with a tiny ViT and a set of folders of images: dark ones and light ones."""
+    """Return the script, and a folder with a tiny ViT and a data set of dark and light images in folders."""
     folder, draw = tmp_path_factory.mktemp("image"), np.random.default_rng(0)
     config = transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)
     torch.manual_seed(0)
@@ -286,7 +286,7 @@ def test_image(image, capsys, tmp_path):
     assert trained["linear probe"] == 0
     given = [*where, "--epochs", "1", "--variant", "paper", "--subspaces", "estimate"]
     assert module.main([*given, "--methods", "AdaMSS_base r_k=1", "--output", str(tmp_path)]) == 0
-    assert float(table["full", "Pets"][0]) > 75  # of two classes that the mean brightness tells apart
+    assert float(table["full", "Pets"][0]) > 75  # the two classes differ in mean brightness
 
 
 def test_a_training_image_is_a_part_and_a_test_image_the_centre(image):
@@ -307,7 +307,10 @@ def test_a_training_image_is_a_part_and_a_test_image_the_centre(image):
 
 @pytest.fixture(scope="module")
 def generation(script, tokenizer, tmp_path_factory):
-    """Return the script with a tiny Llama, training examples as JSON lines, and questions with one answer, 7."""
+    """Return the script, and a folder with a tiny Llama, training examples as JSON lines, and questions.
+
+    The answer to all questions is 7.
+    """
     folder, draw = tmp_path_factory.mktemp("generation"), random.Random(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), num_key_value_heads=1, eos_token_id=2, pad_token_id=1, **SIZES
@@ -363,7 +366,7 @@ def test_generation_learns_to_answer_and_goes_on_where_it_was(
     capsys.readouterr()
     assert module.main([*arguments, "--output", str(tmp_path / "parts"), "--answer-batch", "3"]) == 0
     assert capsys.readouterr().out == whole
-    # Nothing was trained again, and the first two answers were not written again.
+    # Nothing was trained again, and saved answers were not generated again.
     assert len(steps) == 60 and calls == [2, 2, 3, 3, 2]
 
 
@@ -376,7 +379,7 @@ def test_generation_in_bfloat16(generation, capsys, tmp_path):
     _printed, table = lines(capsys)
     trained = {name: float(cells[5].replace(",", "")) for (name, _), cells in table.items()}
     wide, narrow = 2 * (24 + 12 + 12 + 24 + 24 + 32 + 32), 2 * (24 + 12)
-    # C, and B with R = 24, or 12 for keys and values.
+    # The counts are those of C and of B. R is 24, but 12 for keys and values.
     assert trained["AdaMSS_base"] == 3 * (narrow + 3 * 2 * (24 + 12))
     assert trained["AdaMSS*_base"] == 3 * (wide + 3 * 2 * (24 + 12 + 12 + 24 * 4))
     assert trained["AdaMSS*"] < trained["AdaMSS*_base"]
@@ -400,7 +403,7 @@ def test_full_fine_tuning_moves_the_weights_in_bfloat16_too(generation, tmp_path
     monkeypatch.setattr(module, "solutions", answered)
     assert module.main([*where, "--methods", "full", "--examples", "40", "--output", str(tmp_path)]) == 0
     name = "model.layers.1.mlp.down_proj.weight"
-    rounded = before[name].bfloat16().float()  # as it would be loaded in bfloat16
+    rounded = before[name].bfloat16().float()  # the values if the model were loaded in bfloat16
     moved = (after[name] != before[name]) & (after[name] != rounded)
     assert moved.float().mean() > 0.95
     assert answering == [torch.bfloat16] * 2

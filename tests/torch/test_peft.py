@@ -1,4 +1,4 @@
-"""Adapters of PEFT's AdaMSS, both ways, beside the installed PEFT."""
+"""Test the exchange of adapters with PEFT's AdaMSS, in both directions, against the installed PEFT."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def _peft_reads_what_transformers_has_deprecated():
 
 
 def trained_by_peft(base, folder, x, *, read=lambda y: y, **options):
-    """Save an adapter that PEFT has trained for a few steps, and return its model."""
+    """Train an adapter with PEFT for a few steps, save it, and return PEFT's model."""
     settings = {"r": 24, "num_subspaces": 4, "subspace_rank": 1, "target_modules": TARGETS} | options
     model = peft.get_peft_model(base, peft.AdamssConfig(**settings))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
@@ -96,7 +96,7 @@ class TestFromPeft:
         expected = read(trained_by_peft(minilm(), tmp_path, tokens, read=read, **options)(tokens))
         model = adamss.from_peft(minilm(), tmp_path)
         assert_close(read(model(tokens)), expected)
-        # In another dtype the columns stay where they are, which PEFT cannot promise.
+        # In another dtype the columns keep their subspaces, which PEFT cannot guarantee.
         adamss.save(model, tmp_path / "ours.safetensors")
         half = adamss.load(minilm(torch.bfloat16), tmp_path / "ours.safetensors")
         adamss.merge(adamss.load(minilm(), tmp_path / "ours.safetensors"))
@@ -296,7 +296,7 @@ class TestRefusals:
             adamss.from_peft(net().to("meta"), folder)
 
     def test_a_grouping_that_rounding_decides(self, net, folder, monkeypatch):
-        """Where the basis is not that of the file to the bit, the grouping has to withstand other roundings."""
+        """If the basis is not bit for bit that of the file, the grouping must be stable under other roundings."""
         path = folder / "adapter_model.safetensors"
         name = "base_model.model.layers.0.query.adamss_newB"
         tensors = load_file(path)
@@ -335,7 +335,7 @@ class TestRefusals:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_other_grouping_gets_through(dtype):
-    """Random layers, whose grouping a breath changes: each is let through as it was grouped, or not at all."""
+    """Random layers, whose grouping changes with tiny perturbations, load with their own grouping or are refused."""
     changes = {
         "nothing": lambda W, noise: W,
         "rounding": lambda W, noise: W * (1 + 1e-7 * noise),
@@ -370,7 +370,7 @@ WORDS = torch.arange(9)
 
 
 class Tied(torch.nn.Module):
-    """Embeddings and a head that are one tensor, or two alike."""
+    """Embeddings and a head that share one tensor, or have two equal ones."""
 
     def __init__(self, *, tied=True):
         super().__init__()
@@ -385,7 +385,7 @@ class Tied(torch.nn.Module):
 
 
 class TestTiedWeights:
-    """PEFT trains a copy of what it saves; here it stays tied, so that the two cannot stand for each other."""
+    """PEFT trains a copy of a saved module; in `adamss` the weights stay tied. Neither can replace the other."""
 
     @pytest.fixture
     def tied(self):
@@ -402,7 +402,7 @@ class TestTiedWeights:
 
     @pytest.mark.parametrize("saved", [["head"], ["embed"], ["embed", "head"]], ids=str)
     def test_from_peft(self, tied, tmp_path, saved):
-        """PEFT trains a copy of each, of which one tensor could hold the last alone."""
+        """PEFT trains a copy of each module, but one tied tensor could hold only the last of them."""
         options = {"target_modules": ["query"], "modules_to_save": saved, "r": 8}
         theirs = trained_by_peft(tied(), tmp_path, WORDS, **options)
         with pytest.raises(errors.CheckpointError, match="are one tensor in this model, and were two"):
@@ -423,7 +423,7 @@ class TestTiedWeights:
         assert_close(adamss.load(tied(), tmp_path / "b.safetensors")(WORDS), model(WORDS))
 
     def test_a_file_that_does_not_say(self, tied, tmp_path, monkeypatch):
-        """A JAX model may tie by what it computes, which no backend sees."""
+        """A JAX model may tie weights by its computation, which no backend can see."""
         monkeypatch.setattr(adamss_torch.TorchBackend, "shared", lambda *_: {})
         model = adamss.attach(tied(), self.config())
         with torch.no_grad():
@@ -473,7 +473,7 @@ def test_a_head_that_peft_writes_whole_besides(causal_lm, tmp_path):
 
 
 def test_a_layer_that_appears_twice(tmp_path):
-    """PEFT adapts the first appearance and leaves the second, so that neither can stand for the other."""
+    """PEFT adapts the layer only at its first path, so the adapters of the two libraries are not equivalent."""
 
     def make(*, twice):
         torch.manual_seed(0)

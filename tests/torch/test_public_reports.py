@@ -1,4 +1,4 @@
-"""Situations that users of adapters, averaging, wrapping and optimisers have reported as bugs elsewhere."""
+"""Test situations that were reported as bugs in other libraries for adapters, averaging, wrapping and optimisers."""
 
 import copy
 import gc
@@ -45,7 +45,7 @@ def train(model, optimizer, steps):
 
 
 def saved(model, path):
-    """What another process computes with the adapter that is saved of a model."""
+    """Save the adapter of a model, and return a fresh model with it, as another process would have."""
     adamss.save(model, path)
     return adamss.load(net(), path)
 
@@ -73,7 +73,7 @@ def test_an_average_of_models(decay, tmp_path):
     torch.testing.assert_close(adapter.C.detach(), expected)
     assert all(torch.equal(getattr(adapter, name), getattr(ours, name)) for name in STRUCTURE)
     assert (average(X) - net()(X)).abs().max() > 0.01
-    close(saved(average.module, tmp_path / "a"), average)
+    close(saved(average.module, tmp_path / "a.safetensors"), average)
 
 
 def test_an_average_that_is_written_into_a_state(tmp_path):
@@ -88,7 +88,7 @@ def test_an_average_that_is_written_into_a_state(tmp_path):
         torch.equal(getattr(average[2].adamss.default, n), getattr(model[2].adamss.default, n))
         for n in STRUCTURE
     )
-    close(saved(average, tmp_path / "a"), average)
+    close(saved(average, tmp_path / "a.safetensors"), average)
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.95])
@@ -103,7 +103,7 @@ def test_an_average_that_is_kept_as_a_state(decay, tmp_path):
     mean.load_state_dict(average)
     for adapter, ours in zip(adapters_of(mean).values(), adapters_of(model).values(), strict=True):
         assert all(torch.equal(getattr(adapter, name), getattr(ours, name)) for name in STRUCTURE)
-    close(saved(mean, tmp_path / "a"), mean)
+    close(saved(mean, tmp_path / "a.safetensors"), mean)
 
 
 # ---- copies that share a hook ------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_the_replicas_of_data_parallel_use_their_own_factors():
 
 
 class ScheduleFree(torch.optim.SGD):
-    """Trains at one point and evaluates at another, to which `eval` moves the parameters (Defazio et al. 2024)."""
+    """SGD that trains at one point and evaluates at another; `eval` moves the parameters (Defazio et al. 2024)."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -172,7 +172,7 @@ def test_frozen_elements_stay_where_an_optimiser_evaluates(held_by, tmp_path):
     assert any(not adapter.trained_elements()[1].all() for adapter in adapters)
     evaluated = model(X)
     assert not torch.allclose(evaluated, trained)
-    close(saved(model, tmp_path / "a"), model)
+    close(saved(model, tmp_path / "a.safetensors"), model)
     twin = attached()
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(twin(X), evaluated)
@@ -185,7 +185,7 @@ def test_frozen_elements_stay_where_an_optimiser_evaluates(held_by, tmp_path):
 
 
 def held(target=10):
-    """A model whose controller has frozen a part of it; the rest is still trained."""
+    """Return a model, its optimiser and its controller, which has frozen some of the subspaces."""
     model = attached()
     optimizer = adamw(model)
     budget = BudgetController(model, optimizer, BudgetConfig(target=target, end_step=3))
@@ -283,7 +283,7 @@ WRAPPERS = pytest.mark.parametrize(
     "wraps", [(checkpoint_wrapper,), (compiled,), (in_parallel,), (checkpoint_wrapper, compiled)]
 )
 VERBS = {
-    "save": lambda model, folder: adamss.save(model, folder / "a"),
+    "save": lambda model, folder: adamss.save(model, folder / "a.safetensors"),
     "merge": lambda model, folder: adamss.unmerge(adamss.merge(model)),
     "consolidate": lambda model, folder: adamss.consolidate(model),
     "to_lora": lambda model, folder: adamss.to_lora(model, folder / "lora"),
@@ -298,7 +298,7 @@ def wrapped(model, wraps):
     return model
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from PyTorch's own compiler
 @pytest.mark.filterwarnings("ignore:to_lora")
 @WRAPPERS
 @pytest.mark.parametrize("first", ["wrapped", "attached"])
@@ -325,8 +325,8 @@ def test_a_block_that_is_wrapped(verb, first, wraps, tmp_path):
     VERBS[verb](plain, tmp_path)
     torch.testing.assert_close(model(X), plain(X))
     if verb == "save":
-        torch.testing.assert_close(adamss.load(Blocks(), tmp_path / "a")(X), y)
-        torch.testing.assert_close(adamss.load(wrapped(Blocks(), wraps), tmp_path / "a")(X), y)
+        torch.testing.assert_close(adamss.load(Blocks(), tmp_path / "a.safetensors")(X), y)
+        torch.testing.assert_close(adamss.load(wrapped(Blocks(), wraps), tmp_path / "a.safetensors")(X), y)
     if verb in ("detach", "merge_and_unload"):
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert not any("adamss" in name for name in model.state_dict())
@@ -376,8 +376,8 @@ def test_a_layer_that_is_lost_is_named(change, what, tmp_path):
     with pytest.raises(StateError, match=what):
         BudgetController(model, adamw(first), BudgetConfig(target=5, end_step=4))
     with pytest.warns(AdamssWarning, match=f"save: {what}.*the file is without it"):
-        adamss.save(model, tmp_path / "a")
-    left = adamss.load(net(), tmp_path / "a")
+        adamss.save(model, tmp_path / "a.safetensors")
+    left = adamss.load(net(), tmp_path / "a.safetensors")
     assert [row.path for row in adamss.summary(left).rows] == ["0"]
     torch.testing.assert_close(left[0](X), first[0](X))
 
@@ -393,10 +393,10 @@ def test_a_saved_module_that_is_resized_leaves_nothing_half_done(tmp_path):
         ):
             verb(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    adamss.save(model, tmp_path / "a")
+    adamss.save(model, tmp_path / "a.safetensors")
     base = net()
     base[2] = nn.Linear(32, 40)
-    torch.testing.assert_close(adamss.load(base, tmp_path / "a")(X), y)
+    torch.testing.assert_close(adamss.load(base, tmp_path / "a.safetensors")(X), y)
     torch.testing.assert_close(adamss.merge_and_unload(model)(X), y)
 
 
@@ -441,7 +441,7 @@ def test_half_of_an_update_is_missed_where_the_output_hides_it():
 
 
 class Gated(nn.Linear):
-    """Takes a second input, which nobody can make up."""
+    """A linear layer with a second input, which a merge cannot guess."""
 
     def forward(self, x, gate):
         return super().forward(x) * gate
@@ -452,7 +452,7 @@ class GatedNet(nn.Module):
         super().__init__()
         self.gated = Gated(32, 32)
         if hooked:
-            self.gated.forward = self.gated.forward  # its own, and nobody can know
+            self.gated.forward = self.gated.forward  # its computation is unknown
 
     def forward(self, x):
         return self.gated(x, 0.5)
@@ -461,14 +461,14 @@ class GatedNet(nn.Module):
 def test_a_layer_that_cannot_be_tried_is_told():
     model = attached(lambda: GatedNet(hooked=True), targets=["gated"])
     with pytest.warns(
-        AdamssWarning, match="gated: its forward could not be tried .*compare it before and after"
+        AdamssWarning, match="gated: its forward could not be tried .*compare the output before and after"
     ):
         adamss.merge(model)
     assert model.gated.training
 
 
 def test_a_layer_whose_class_has_a_forward_of_its_own_is_merged():
-    """W + delta stands in the place of its weight, whatever it does with that."""
+    """W + delta replaces its weight, whatever the forward does with it."""
     model = attached(lambda: GatedNet(hooked=False), targets=["gated"])
     model.gated.adamss.default.C.data.normal_()
     y = model(X)
@@ -476,7 +476,7 @@ def test_a_layer_whose_class_has_a_forward_of_its_own_is_merged():
 
 
 class Plain(nn.Linear):
-    """Says something, and computes what its class does."""
+    """A subclass whose forward computes the same as its base class."""
 
     def forward(self, x):
         return super().forward(x)
@@ -490,7 +490,7 @@ def test_a_subclass_that_is_linear_is_merged():
 
 
 class Codes(torch.Tensor):
-    """A tensor that knows a few operators only, as those of quantisers do."""
+    """A tensor subclass that supports only a few operators, like those of quantisers."""
 
     @staticmethod
     def __new__(cls, values):
@@ -519,7 +519,7 @@ class Dequantisable(Codes):
 
 
 class Transposable(Codes):
-    """Knows one operator more, with which it gets as far as its decomposition."""
+    """A tensor with one more operator, so that it fails only in the decomposition."""
 
     @classmethod
     def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
@@ -536,9 +536,7 @@ def quantised(model, kind):
 
 def test_a_weight_that_nobody_can_read(tmp_path):
     for kind in (Codes, Transposable):
-        with pytest.raises(
-            LayerError, match=f"0: its weight is a {kind.__name__}, which nobody here can read"
-        ):
+        with pytest.raises(LayerError, match=f"0: its weight is a {kind.__name__}, which no store can read"):
             adamss.attach(quantised(net(), kind), AdamssConfig(targets="[02]", rank=8))
     model = attached()
     train(model, adamw(model), 2)
@@ -549,18 +547,18 @@ def test_a_weight_that_nobody_can_read(tmp_path):
         adamss.merge(model)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        adamss.save(model, tmp_path / "a")
+        adamss.save(model, tmp_path / "a.safetensors")
     for number, warning in zip((0, 2), told, strict=True):
         assert f"base weight of {number} cannot be read" in str(warning.message)
         assert "load it with check_base=False" in str(warning.message)
-    torch.testing.assert_close(adamss.load(net(), tmp_path / "a", check_base=False)(X), y)
+    torch.testing.assert_close(adamss.load(net(), tmp_path / "a.safetensors", check_base=False)(X), y)
 
 
 def test_a_weight_that_can_be_dequantised(tmp_path):
     model = attached(lambda: quantised(net(), Dequantisable))
     train(model, adamw(model), 2)
     assert (model(X) - net()(X)).abs().max() > 0.01
-    close(saved(model, tmp_path / "a"), model)
+    close(saved(model, tmp_path / "a.safetensors"), model)
     with pytest.raises(
         LayerError, match=r"is quantised \(Dequantisable\), which would round the update away"
     ):
@@ -630,12 +628,12 @@ def test_a_schedule_without_a_controller_is_told_when_saving(tmp_path):
     model = attached(budget=schedule)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adamss.save(model, tmp_path / "fresh")
+        adamss.save(model, tmp_path / "fresh.safetensors")
     train(model, adamw(model), 2)
     with pytest.warns(
         AdamssWarning, match="a budget of 5 subspaces, but all 40 .*nothing in this process follows"
     ):
-        adamss.save(model, tmp_path / "a")
+        adamss.save(model, tmp_path / "a.safetensors")
     model = attached(budget=schedule)
     optimizer = adamw(model)
     budget = BudgetController(model, optimizer)

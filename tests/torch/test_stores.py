@@ -1,4 +1,4 @@
-"""Adapters on quantised bases: one table of stores (`benchmarks/quantisers.py`), one set of behaviours."""
+"""Test that adapters behave the same on all quantised bases of `benchmarks/quantisers.py`."""
 
 import copy
 import importlib.util
@@ -37,13 +37,13 @@ pytestmark = [
 
 
 def made(name, *, seed=0, quantised=True):
-    """Return a network of two layers, the second of which sees an input that requires a gradient, and an input."""
+    """Return a network of two quantised layers, and an input; the input of the second layer requires a gradient."""
     kept = QUANTISERS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 64, bias=False))
         for layer in (model[0], model[2]):
-            # A weight with a spectrum, as trained ones have it; outputs of size one.
+            # The weight has a decaying spectrum as trained ones do, and outputs of size one.
             U, _, Vh = torch.linalg.svd(torch.randn_like(layer.weight), full_matrices=False)
             S = 1.0 / torch.arange(1, len(Vh) + 1)
             layer.weight.data = (U * S) @ Vh + torch.randn_like(layer.weight) * 0.05
@@ -59,7 +59,7 @@ def made(name, *, seed=0, quantised=True):
 
 
 def weights(model):
-    """Return what each layer's store reads, by path."""
+    """Return the weight that each layer's store reads, by path."""
     found = {}
     for path in LAYERS:
         layer = model[int(path)]
@@ -68,7 +68,7 @@ def weights(model):
 
 
 def reference(name, model, *, update=True):
-    """Return a float32 network of the dequantised weights, plus the update."""
+    """Return a float32 network with the dequantised weights, plus the update if `update`."""
     expected, _ = made(name, quantised=False)
     expected.float()
     adapters = adapters_of(model)
@@ -100,7 +100,7 @@ def loss(model, x):
 
 
 def moved(model):
-    """Give adapters an update without a forward, for layers whose kernel does not run here."""
+    """Give adapters a random update without training, for layers whose kernel does not run on this machine."""
     generator = torch.Generator().manual_seed(3)
     for adapter in adapters_of(model).values():
         adapter.C.data = 0.05 * torch.randn(adapter.C.shape, generator=generator)
@@ -113,7 +113,7 @@ def adapted(name, **options):
 
 
 def assert_close(actual, expected, tolerance):
-    """Compare to within a share of the largest number."""
+    """Check that the difference is at most `tolerance` times the largest expected value."""
     actual, expected = actual.detach().float(), expected.detach().float()
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -131,7 +131,7 @@ def test_reads_what_the_library_keeps(name):
         store = stores.of(layer, kinds.of(layer, path).weight)
         noise = store.noise(layer, kinds.of(layer, path).weight)
         assert W.is_floating_point()
-        # The weights have larger numbers than normally distributed ones.
+        # These weights have larger outliers than normally distributed ones, so the error may be larger.
         assert distance(W, whole[int(path)].weight) < 1.5 * kept.error
         assert kept.error / 1.5 < noise < 2 * kept.error
     if kept.runs:
@@ -145,7 +145,7 @@ def test_starts_equal_and_gives_the_layers_back(name):
     layers, output, before = list(model), model(x), weights(model)
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     adamss.attach(model, CONFIG)
-    if "used" in name and "NF4" in name:  # bitsandbytes packs weights in an evaluation, with another kernel
+    if "used" in name and "NF4" in name:  # packed in evaluation mode, with another kernel
         assert_close(model(x), output, 2e-2)
     else:
         assert torch.equal(model(x), output)
@@ -177,7 +177,7 @@ def test_trains_the_adapter_alone_through_the_kernel_of_the_layer(name):
     assert all(torch.equal(W, before[path]) for path, W in weights(model).items())
     assert all(p.grad is None for n, p in model.named_parameters() if ".adamss." not in n)
 
-    # Output and gradients are those of the dequantised weights plus the update, after an evaluation too.
+    # Output and gradients are those of the dequantised weights plus the update, also after evaluation mode.
     model.eval()
     with torch.no_grad():
         model(x)
@@ -210,10 +210,10 @@ def test_goes_into_a_file_and_back(name, training, tmp_path):
 @ALL
 @pytest.mark.parametrize("there", [False, True])
 def test_law_16_travels_between_the_float_and_the_quantised_base(name, there, tmp_path):
-    """What it computes there differs by no more than the base itself does; another base is refused."""
+    """The outputs on the two bases differ no more than those of the bases themselves; another base is refused."""
     kept = QUANTISERS[name]
     (model, x), path = trained(name, quantised=False), tmp_path / "a.safetensors"
-    if there:  # trained on the quantised base, loaded into the float one
+    if there:  # train on the quantised base and load into the float one
         model, _ = adapted(name)
     adamss.save(model, path)
     other = adamss.load(made(name, quantised=not there)[0], path)
@@ -225,7 +225,7 @@ def test_law_16_travels_between_the_float_and_the_quantised_base(name, there, tm
                 bases.append(each(x))
         own = distance(*bases)
         assert distance(quantised(x), (model, other)[there](x)) < 1.5 * own + kept.exact
-    if kept.error < 0.3:  # two layers of two bits are too few to tell: see the test of many
+    if kept.error < 0.3:  # two layers of two bits do not identify a base; another test has many layers
         for seed in range(1, 4):
             with pytest.raises(errors.CheckpointError, match=r"trained on .*check_base=False"):
                 adamss.load(made(name, seed=seed, quantised=not there)[0], path)
@@ -349,7 +349,7 @@ def test_two_bits_tell_another_base_by_many_layers(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["bitsandbytes NF4, used", "bitsandbytes NF4, single scales, used"])
 def test_packed_weights_of_bitsandbytes_are_unpacked_without_a_change(name):
-    """Its kernel of inference on the CPU passes no gradient to the input."""
+    """The inference kernel of bitsandbytes on the CPU passes no gradient to the input, so weights are unpacked."""
     model, x = made(name)
     if not model[0].weight.quant_state.__dict__.get("packing_format_for_cpu"):
         pytest.skip("this processor has no AVX512-BF16, for which bitsandbytes packs weights")
@@ -396,7 +396,7 @@ def test_peft_loads_its_lora_on_the_same_base(name, tmp_path):
     model, x = adapted(name)
     adamss.to_lora(model, tmp_path)
     base, _ = made(name)
-    base.register_parameter("spare", nn.Parameter(torch.zeros(1)))  # by which PEFT looks for a device
+    base.register_parameter("spare", nn.Parameter(torch.zeros(1)))  # PEFT reads the device from it
     base.is_loaded_in_4bit, base.is_loaded_in_8bit = (
         f"bitsandbytes {kind}" in name for kind in ("NF4", "int8")
     )
@@ -408,9 +408,9 @@ def test_peft_loads_its_lora_on_the_same_base(name, tmp_path):
 
 
 def four_bit_llama(folder):
-    """Return a small Llama in NF4, as `from_pretrained` makes it."""
+    """Return a small Llama in NF4, loaded by `from_pretrained`."""
     transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes")
-    # Sizes that bitsandbytes can pack.
+    # bitsandbytes can pack weights of these sizes.
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlamaConfig(vocab_size=200, **sizes, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[]):
@@ -427,7 +427,7 @@ def four_bit_llama(folder):
 
 
 def prepared_llama(folder):
-    """Return the same after QLoRA's preparation."""
+    """Return the small Llama in NF4 after PEFT's preparation for QLoRA."""
     peft = pytest.importorskip("peft")
     return peft.prepare_model_for_kbit_training(four_bit_llama(folder))
 
@@ -450,7 +450,10 @@ def test_a_model_with_merged_layers_is_saved_whole(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_qlora_with_the_trainer_of_transformers(tmp_path):
-    """NF4, norms in float32, gradient checkpointing, gradients at the input; evaluation between the steps."""
+    """The model has NF4 weights, float32 norms, gradient checkpointing and gradients at the input.
+
+    The Trainer evaluates between the steps.
+    """
     import transformers
 
     from adamss_torch.transformers import ADAPTER_FILE, AdamssCallback
@@ -481,7 +484,7 @@ def test_qlora_with_the_trainer_of_transformers(tmp_path):
     trainer = transformers.Trainer(
         model, arguments, train_dataset=data, eval_dataset=data, callbacks=[AdamssCallback()]
     )
-    # Backwards below the last layer go through the kernels of the base.
+    # The backward pass below the last layer goes through the kernels of the base.
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.2
@@ -514,7 +517,7 @@ def test_layers_that_accelerate_has_dispatched(name):
     assert torch.equal(model(x), output)
     model[2].forward = model[2].forward.__wrapped__
     del model[2]._hf_hook
-    with pytest.raises(errors.LayerError, match="2: somebody has put another forward on the layer"):
+    with pytest.raises(errors.LayerError, match="2: another forward was assigned to the layer"):
         adamss.merge(model, dequantise=True)
     assert torch.equal(model(x), output)
 

@@ -1,4 +1,4 @@
-"""Rows of an embedding that are trained, those of single tokens: `AdamssConfig(trained_tokens=...)`."""
+"""Test the training of single rows of an embedding: `AdamssConfig(trained_tokens=...)`."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ X = torch.tensor([[0, 3, 7, 3], [10, 1, 2, 8]])
 
 
 class Scaled(nn.Embedding):
-    """An embedding with a forward of its own, as Gemma has it."""
+    """An embedding with its own forward, as in Gemma."""
 
     embed_scale = 8.0
 
@@ -37,14 +37,14 @@ class Scaled(nn.Embedding):
 
 
 class Projection(nn.Linear):
-    """A head with a forward of its own."""
+    """A head with its own forward."""
 
     def forward(self, x):
         return 2 * super().forward(x)
 
 
 class Words(nn.Module):
-    """A language model; how its head has to do with its embedding is what differs."""
+    """A language model, whose head is related to the embedding in different ways."""
 
     def __init__(self, embed, head="none"):
         super().__init__()
@@ -66,7 +66,7 @@ class Words(nn.Module):
 
 
 class Fused(Words):
-    """It reads the weight of its head past that, as fused losses do."""
+    """A model that reads the weight of its head without calling the head, as fused losses do."""
 
     def forward(self, ids):
         return nn.functional.linear(torch.tanh(self.query(self.embed(ids))), self.out.weight)
@@ -105,7 +105,7 @@ def rows_of(model):
 
 
 def trained(name, **changes):
-    """Return an adapted model after some steps, and the base with the trained rows in its weight."""
+    """Return an adapted model after some training steps, and the base with the trained rows in its weight."""
     model = adamss.attach(made(name), config(**changes))
     optimizer = torch.optim.SGD(adamss.trainable_parameters(model), lr=0.5)
     for _ in range(3):
@@ -215,7 +215,8 @@ def test_within_the_forwards_of_accelerate(name):
         hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
     adamss.attach(wrapped, config())
     assert torch.equal(wrapped(X), made(name)(X))
-    assert (bank_module.ROWS in vars(wrapped.embed)) == (name == "tied")  # else a copy of the weight is made
+    # The other models compute with a copy of the weight.
+    assert (bank_module.ROWS in vars(wrapped.embed)) == (name == "tied")
     wrapped.load_state_dict(state(model))
     torch.testing.assert_close(wrapped(X), y)
 
@@ -284,7 +285,8 @@ def test_a_state_of_other_tokens_is_refused():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
-    ("name", "first"),  # a compiled first forward shows nobody who reads a weight past its layer
+    # If the first forward pass is compiled, nothing shows which module reads a weight without calling its layer.
+    ("name", "first"),
     [("tied", True), ("padded", True), ("tied, of its own", True), ("tied", False), ("reads", False)],
 )
 def test_compiles(name, first):
@@ -421,25 +423,25 @@ def test_goes_into_a_file_and_back(name, training, tmp_path):
     for at in ("a", "b"):
         adamss.save(model, tmp_path / at, training=training)
         adamss.merge(model) if at == "a" else None
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     adamss.unmerge(model)
-    other = adamss.load(made(name), tmp_path / "a")
+    other = adamss.load(made(name), tmp_path / "a.safetensors")
     assert torch.equal(rows_of(other), rows_of(model))
     close(other(X), model(X))
-    stored = files.read(tmp_path / "a")
+    stored = files.read(tmp_path / "a.safetensors")
     assert stored.config.trained_tokens == {"embed": IDS}
     assert stored.tokens["embed"].shape == (3, E)
-    inference = adamss.load(made(name), tmp_path / "a", trainable=False)
+    inference = adamss.load(made(name), tmp_path / "a.safetensors", trainable=False)
     assert not any(parameter.requires_grad for parameter in inference.parameters())
     assert adamss.trainable_parameters(inference) == []
 
 
 def test_a_file_is_loaded_before_the_weights_come(tmp_path):
     model, _ = trained("of its own")
-    adamss.save(model, tmp_path / "a")
+    adamss.save(model, tmp_path / "a.safetensors")
     with torch.device("meta"):
         empty = made("of its own")
-    adamss.load(empty, tmp_path / "a", check_base=False, trainable=False)
+    adamss.load(empty, tmp_path / "a.safetensors", check_base=False, trainable=False)
     empty.load_state_dict(state(made("of its own")), strict=False, assign=True)
     torch.testing.assert_close(empty(X), model(X))
 
@@ -476,8 +478,8 @@ def test_a_file_is_loaded_before_the_weights_come(tmp_path):
     ],
 )
 def test_a_file_that_does_not_fit_or_lies_is_refused(change, message, tmp_path, monkeypatch):
-    adamss.save(trained("untied")[0], tmp_path / "a")
-    stored = files.read(tmp_path / "a")
+    adamss.save(trained("untied")[0], tmp_path / "a.safetensors")
+    stored = files.read(tmp_path / "a.safetensors")
     path, ids = change.get("path", "embed"), change.get("ids", list(IDS))
     asked = change.get("asked", {path: ids})
     to_dict = adamss.AdamssConfig.to_dict
@@ -489,7 +491,7 @@ def test_a_file_that_does_not_fit_or_lies_is_refused(change, message, tmp_path, 
             "shared": {f"{path}.weight": frozenset()},
             "saved": change.get("saved", {}),
         }
-        files.write(tmp_path / "a", dataclasses.replace(stored, **new))
+        files.write(tmp_path / "a.safetensors", dataclasses.replace(stored, **new))
     torch.manual_seed(0)
     model = made(change.get("base", "untied"))
     if "V" in change or "E" in change:
@@ -497,31 +499,31 @@ def test_a_file_that_does_not_fit_or_lies_is_refused(change, message, tmp_path, 
     model.embed = change.get("embed", model.embed)
     before = state(model)
     if message is None:
-        adamss.load(model, tmp_path / "a")
+        adamss.load(model, tmp_path / "a.safetensors")
         return
     with pytest.raises((errors.CheckpointError, errors.LayerTypeError), match=message):
-        adamss.load(model, tmp_path / "a")
+        adamss.load(model, tmp_path / "a.safetensors")
     assert_same_state(model, before)
 
 
 def test_a_file_of_a_tied_model_is_for_no_untied_one(tmp_path):
-    adamss.save(trained("tied")[0], tmp_path / "a")
+    adamss.save(trained("tied")[0], tmp_path / "a.safetensors")
     with pytest.raises(
         errors.CheckpointError, match=r"'embed\.weight' and 'out\.weight' are two tensors in this"
     ):
-        adamss.load(made("untied"), tmp_path / "a")
+        adamss.load(made("untied"), tmp_path / "a.safetensors")
 
 
 def test_saves_what_is_left_when_the_embedding_was_replaced(tmp_path):
     model, _ = trained("untied")
-    with torch.no_grad():  # as resize_token_embeddings does it
+    with torch.no_grad():  # as in resize_token_embeddings
         model.embed.weight.data = torch.cat([model.embed.weight.data, torch.ones(2, E)])
     assert model.embed(torch.tensor([12]))[0, 0] == 1
-    adamss.save(model, tmp_path / "a")
+    adamss.save(model, tmp_path / "a.safetensors")
     model.embed.weight.data = model.embed.weight.data[:5]
     with pytest.warns(errors.AdamssWarning, match=r"embed has a weight of shape \(5, 12\) now"):
-        adamss.save(model, tmp_path / "b")
-    assert files.read(tmp_path / "b").config.trained_tokens is None
+        adamss.save(model, tmp_path / "b.safetensors")
+    assert files.read(tmp_path / "b.safetensors").config.trained_tokens is None
     model.embed = nn.Embedding(V, E)
     with pytest.raises(errors.StateError, match="embed has been replaced by another module"):
         adamss.merge(model)
@@ -561,8 +563,8 @@ def test_peft_loads_them_as_trainable_token_indices(causal_lm, tied, tmp_path):
     [
         ("tied", "the weight is shared by 1 other modules"),
         ("tied, a bias", "the weight is shared by 1 other modules"),
-        ("twin", r"it would train rows of other\.embed too"),
-        ("own", "it knows no Other, and takes it for a torch"),
+        ("twin", r"PEFT would also train rows of other\.embed"),
+        ("own", "PEFT does not know Other, and treats it as a torch"),
     ],
 )
 def test_what_peft_would_compute_otherwise_is_refused(name, why, tmp_path):
@@ -700,7 +702,7 @@ def test_an_untied_head_is_saved_or_adapted_beside_them():
 
 @pytest.mark.parametrize("framework", ["numpy", "flax", "equinox"])
 def test_a_backend_that_cannot_train_rows_says_so(framework, tmp_path):
-    adamss.save(trained("alone")[0], tmp_path / "a")
+    adamss.save(trained("alone")[0], tmp_path / "a.safetensors")
     model = _model_of(framework)
     with pytest.raises(
         errors.ConfigError, match=f"the backend {framework} cannot train rows of an embedding"
@@ -709,7 +711,7 @@ def test_a_backend_that_cannot_train_rows_says_so(framework, tmp_path):
     with pytest.raises(
         errors.ConfigError, match=f"the backend {framework} cannot train rows of an embedding"
     ):
-        adamss.load(model, tmp_path / "a")
+        adamss.load(model, tmp_path / "a.safetensors")
     adamss.attach(model, config(trained_tokens=None))
 
 

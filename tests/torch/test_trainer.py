@@ -1,8 +1,9 @@
-"""`AdamssCallback` in the Trainer of transformers."""
+"""Test `AdamssCallback` in the Trainer of transformers."""
 
 import copy
 import os
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -33,7 +34,7 @@ def _one_thread_and_no_warnings_of_others():
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Tokens whose label is to be seen in them."""
+    """Random tokens with a label that depends on the first of them."""
 
     def __init__(self, count=24, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -56,7 +57,7 @@ def bert():
 
 
 class Plain(nn.Module):
-    """A model that is none of transformers', with its loss in what it returns."""
+    """A model that is not from transformers and returns its loss in a dictionary."""
 
     def __init__(self):
         super().__init__()
@@ -115,14 +116,14 @@ class TestBudget:
     def test_the_schedule_is_kept_and_logged(self, tmp_path):
         trainer, callback = trained(adapted(), tmp_path)
         active = [entry["adamss/active"] for entry in trainer.state.log_history if "loss" in entry]
-        # Allocations at steps 3 (8/125 of the way from 12 to 3 are left), 5 and 6.
+        # Allocations are at steps 3, 5 and 6. At step 3, 8/125 of the reduction from 12 to 3 is still left.
         assert active == [12, 12, 4, 4, 3, 3, 3, 3]
         assert adamss.summary(trainer.model).total.active == callback.controller.active_count == 3
 
     def test_it_is_that_of_a_loop_of_ones_own(self, tmp_path):
         trainer, _ = trained(adapted(), tmp_path, lr_scheduler_type="constant", max_grad_norm=0)
         model = adapted()
-        # The same batches and dropout: those of the Trainer's seed.
+        # The second Trainer has the same seed, and so the same batches and dropout.
         again = trainer_of(model, tmp_path / "2", lr_scheduler_type="constant", max_grad_norm=0)
         optimizer = again.create_optimizer()
         budget = adamss_torch.BudgetController(model, optimizer)
@@ -182,6 +183,95 @@ class TestBudget:
             trainer.train()
         assert callback.controller.active_count == 3
         assert callback.controller.step == STEPS
+
+
+class TestPictures:
+    def test_the_history_has_every_change_and_can_be_drawn(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        from adamss import plots
+
+        told = []
+        callback = AdamssCallback(on_allocation=told.append)
+        trainer = trainer_of(adapted(), tmp_path, callback)
+        trainer.train()
+        trainer.save_state()
+        drawn = [
+            plots.active(source)
+            for source in (trainer.state.log_history, tmp_path, tmp_path / "checkpoint-6")
+        ]
+        # Allocations at 3, 5 and 6, of which the last changes nothing; the last step known of is 8.
+        for ax, last in zip(drawn, (8, 8, 6), strict=True):
+            assert ax.lines[0].get_xydata().tolist() == [[0, 12], [3, 4], [5, 3], [last, 3]]
+            steps, budget = ax.lines[1].get_data()
+            schedule = [adamss.core.budget_at(step, SCHEDULE, 12) for step in range(7)]
+            assert [budget[list(steps).index(step)] for step in range(7)] == schedule
+            (image,) = ax.figure.axes[1].collections
+            counts = [
+                [3, *(int(each.masks[path].sum()) for each in told[:2])] for path in sorted(told[0].masks)
+            ]
+            assert image.get_array().tolist() == counts
+        of_allocations = plots.active(told)
+        assert of_allocations.lines[0].get_xydata().tolist()[:-1] == [[3, 4], [5, 3], [6, 3]]
+        assert of_allocations.lines[1].get_ydata().tolist() == [4, 3, 3]
+        of_checkpoints = plots.active([tmp_path / "checkpoint-6" / ADAPTER_FILE, tmp_path / "checkpoint-3"])
+        assert of_checkpoints.lines[0].get_xydata().tolist()[:-1] == [[3, 4], [6, 3]]
+
+    def test_resuming_goes_on_with_the_history(self, tmp_path):
+        from adamss import plots
+
+        whole, _ = trained(adapted(), tmp_path)
+        again, _ = trained(adapted(), tmp_path / "2", resume=tmp_path / "checkpoint-3")
+        histories = [
+            [e[plots.ALLOCATION] for e in t.state.log_history if plots.ALLOCATION in e]
+            for t in (whole, again)
+        ]
+        assert histories[0] == histories[1]
+        assert [entry["step"] for entry in histories[0]] == [0, 3, 5]
+
+    def test_tensorboard_gets_pictures_and_numbers(self, tmp_path, monkeypatch):
+        accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        pytest.importorskip("matplotlib")
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+        callback = AdamssCallback()
+        trainer = trainer_of(adapted(), tmp_path, callback, report_to="tensorboard")
+        callback.lead(trainer, pictures=True)
+        trainer.train()
+        events = accumulator.EventAccumulator(str(tmp_path / "board"), {"images": 0, "scalars": 0})
+        events.Reload()
+        assert [image.step for image in events.Images("adamss/sizes")] == [0, STEPS]
+        assert [image.step for image in events.Images("adamss/active")] == [3, 5]
+        assert all(image.encoded_image_string[1:4] == b"PNG" for image in events.Images("adamss/active"))
+        for name in ("active", "parameters", "budget"):
+            logged = [entry[f"adamss/{name}"] for entry in trainer.state.log_history if "loss" in entry]
+            assert [scalar.value for scalar in events.Scalars(f"train/adamss/{name}")] == logged
+        costs = callback.controller.plan.costs
+        assert logged_parameters(trainer)[0] == sum(costs)
+        kept = callback.controller.plan.join(callback.controller.masks).tolist()
+        assert logged_parameters(trainer)[-1] == sum(c for c, on in zip(costs, kept, strict=True) if on)
+
+    def test_nothing_is_drawn_where_nothing_is_reported(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        callback = AdamssCallback()
+        trainer = trainer_of(adapted(), tmp_path, callback)
+        callback.lead(trainer, pictures=True)
+        trainer.train()
+
+    def test_what_pictures_lack_is_said_before_the_training(self, tmp_path, monkeypatch):
+        callback = AdamssCallback()
+        trainer = trainer_of(adapted(), tmp_path, callback)
+        trainer.args.report_to = ["wandb"]
+        with pytest.raises(errors.ConfigError, match=r"report_to = \['wandb'\]; add 'tensorboard'"):
+            callback.lead(trainer, pictures=True)
+        pytest.importorskip("tensorboard")
+        callback = AdamssCallback()
+        trainer = trainer_of(adapted(), tmp_path, callback, report_to="tensorboard")
+        monkeypatch.setattr("adamss_torch.transformers.find_spec", lambda name: None)
+        with pytest.raises(errors.MissingBackendError, match=r"pip install 'adamss\[plots\]'"):
+            callback.lead(trainer, pictures=True)
+
+
+def logged_parameters(trainer):
+    return [entry["adamss/parameters"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 class TestFiles:
@@ -332,7 +422,7 @@ class TestResuming:
         again = trainer(tmp_path / "2")
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same_state(ours(again.model), expected)
-        # Once more with the same Trainer, as in a notebook.
+        # The same Trainer resumes again, as in a notebook.
         whole.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same_state(ours(whole.model), expected)
 
@@ -357,7 +447,7 @@ class TestResuming:
 
     def test_the_best_model_is_loaded_at_the_end(self, tmp_path):
         class Worse(transformers.TrainerCallback):
-            """Makes the evaluation after the first one worse."""
+            """A callback that makes each evaluation worse than the one before."""
 
             def on_evaluate(self, args, state, control, metrics, **kwargs):
                 metrics["eval_loss"] = float(state.global_step)
@@ -401,7 +491,7 @@ class TestTheTrainersOptions:
 
 
 def test_the_trainer_on_two_processes(tmp_path, on_two_processes):
-    """Decisions are one on both, checkpoints are written once, and resuming gives the same bits."""
+    """Both processes decide the same, checkpoints are written once, and resuming is exact to the bit."""
     output = on_two_processes("trainer_under_accelerate.py", tmp_path)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, output[-5000:]
     assert (tmp_path / "run" / "checkpoint-6" / ADAPTER_FILE).exists()
@@ -429,7 +519,10 @@ def test_the_script_trains_the_demos_task(script, tiny_tokenizer, tmp_path, caps
 
 
 class FormOfItsOwn(transformers.Trainer):
-    """Writes its checkpoints as sentence-transformers does: module by module, none of them adapted when read."""
+    """A Trainer that writes checkpoints as sentence-transformers does, module by module.
+
+    When such a checkpoint is read, no module is adapted.
+    """
 
     def _save(self, output_dir=None, state_dict=None):
         os.makedirs(output_dir, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Models, loops and comparisons of the tests in this folder, and of the scripts that they start."""
+"""Models, loops and comparisons that the tests in this folder and the scripts that they start share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adamss_torch import BudgetController
 
 
 class Block(nn.Module):
-    """Two layers side by side, as in attention, of sizes that two processes cannot halve, and a nonlinearity."""
+    """Two parallel layers as in attention, with sizes that two processes cannot halve, and a nonlinearity."""
 
     def __init__(self, width: int, *, bias: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def state(model):
 
 
 def assert_same_state(actual, expected):
-    """Compare models or states, their names in order and their numbers to the bit."""
+    """Check that two models or states have the same names in the same order, and bit for bit the same values."""
     actual, expected = (
         dict(each.state_dict() if isinstance(each, nn.Module) else each) for each in (actual, expected)
     )
@@ -60,7 +60,7 @@ def required(model):
 
 
 def gradients(model, loss):
-    """Return the gradients of all that is trained."""
+    """Return the gradients of all trained Parameters."""
     model.zero_grad()
     loss.backward()
     found = [parameter.grad.clone() for parameter in adamss.trainable_parameters(model)]
@@ -69,14 +69,14 @@ def gradients(model, loss):
 
 
 def checkpointed(model, x, *, reentrant):
-    """Run a network, each layer recomputed in the backward."""
+    """Run a network with activation checkpointing, which recomputes each layer in the backward pass."""
     for layer in model.layers:
         x = x + checkpoint(layer, x, use_reentrant=reentrant)
     return model.classifier(x)
 
 
 def assert_agree(actual, expected, dtype, what, scale=None):
-    """Compare each pair; `scale` is a multiple of the largest expected number."""
+    """Compare pairs of arrays. The tolerance is relative to `scale` times the largest expected value, if given."""
     for ours, wanted in zip(actual, expected, strict=True):
         wanted = torch.as_tensor(wanted)
         size = {} if scale is None else {"scale": scale * float(wanted.abs().max())}
@@ -103,7 +103,7 @@ def train(model, optimizer, batches):
 
 @contextmanager
 def controlled(model, optimizer, config, **options) -> Iterator[BudgetController]:
-    """Enter with a controller, which comes off again; a target that is not reached is fine."""
+    """Attach a budget controller within the block, and remove it without a warning about a target not reached."""
     controller = BudgetController(model, optimizer, config, **options)
     del model  # a wrapper may be deleted within the block
     try:

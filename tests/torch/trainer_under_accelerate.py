@@ -1,4 +1,4 @@
-"""What `test_trainer.py` hands to ``accelerate launch``: the Trainer on two processes, and a resumed training."""
+"""Script that `test_trainer.py` runs with ``accelerate launch``: the Trainer on two processes, and resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `test_distributed.py` hands to ``accelerate launch``: a budget, with gradients accumulated by accelerate."""
+"""Script that `test_distributed.py` runs with ``accelerate launch``: a budget with gradient accumulation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch_support import controlled, loss_of
 from adamss import AdamssWarning
 
 MICRO_BATCHES = 13
-"""Of which two make a step, and the last one none."""
+"""Number of micro-batches. Two of them make a step, and the last one makes none."""
 
 
 def train_together(accelerator: Accelerator, config) -> tuple[torch.nn.Module, list]:

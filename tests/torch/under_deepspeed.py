@@ -1,4 +1,4 @@
-"""Trains and saves under DeepSpeed ZeRO-3 on the CPU, one program for each process: see `test_distributed.py`.
+"""Script of `test_distributed.py`: train and save under DeepSpeed ZeRO-3 on the CPU.
 
 torchrun --nproc-per-node 2 tests/torch/under_deepspeed.py FOLDER
 """
@@ -29,7 +29,7 @@ def net():
 
 
 def trained(model):
-    """Return the engine after some steps; every process has the same batch."""
+    """Return the DeepSpeed engine after some steps, in which every process has the same batch."""
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=adamss.trainable_parameters(model), config=SETTINGS

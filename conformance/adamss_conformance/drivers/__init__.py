@@ -1,1 +1,1 @@
-"""The drivers of the backends that `adamss` brings."""
+"""The drivers of the backends that `adamss` includes."""

@@ -1,4 +1,4 @@
-"""Driver of Equinox models."""
+"""The driver for Equinox models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["EquinoxDriver", "EquinoxTraining"]
 
 
 class EquinoxDriver(JaxDriver):
-    """`equinox.nn.Linear` layers in nested dictionaries."""
+    """A driver whose models are `equinox.nn.Linear` layers in nested dictionaries."""
 
     name = "jax-equinox"
     backend_name = "equinox"
@@ -53,6 +53,7 @@ class EquinoxDriver(JaxDriver):
         adapters = getattr(layer, "adapters", {}).values()
         gates = [adapter.gate for adapter in adapters if adapter.gate is not None]
         if gates:
+            # Map over the rows together with their gates, and within a row over its tokens, which share one gate.
             tokens = jnp.reshape(x, (len(gates[0]), -1, x.shape[-1]))
             of_a_row = eqx.filter_vmap(lambda layer, x: layer(x), in_axes=(None, 0))
             outputs = eqx.filter_vmap(of_a_row, in_axes=(route_axes(layer), 0))(layer, tokens)
@@ -78,7 +79,7 @@ class EquinoxDriver(JaxDriver):
 
 
 class EquinoxTraining(Training):
-    """A loop around a transformation; with a budget, it is `adamss_jax.budgeted`."""
+    """A training loop with an optax transformation, which is `adamss_jax.budgeted` if there is a budget."""
 
     def __init__(
         self,

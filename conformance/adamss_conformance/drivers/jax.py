@@ -1,4 +1,4 @@
-"""What the drivers of JAX's model libraries share."""
+"""The part that the drivers of JAX's model libraries share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["JaxDriver"]
 
 
 class JaxDriver(LoopDriver):
-    """JAX on its CPU, and on the accelerator where there is one; 64-bit types for the cases in float64 alone."""
+    """A driver for JAX on the CPU and, if present, an accelerator; only float64 cases enable 64-bit types."""
 
     @classmethod
     def has_device(cls, device: str) -> bool:
         try:
             return bool(jax.devices(device))
-        except RuntimeError:  # JAX has not been built for it, or finds none
+        except RuntimeError:  # this build of JAX does not support the device, or finds none
             return False
 
     def array(self, values: np.ndarray, dtype: str | None = None) -> Array:
@@ -41,7 +41,7 @@ class JaxDriver(LoopDriver):
 
     @contextmanager
     def settings(self, dtype: str | None = None) -> Iterator[None]:
-        # An accelerator would round the inputs of float32 products.
+        # By default, accelerators round the inputs of float32 products to fewer bits.
         with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
             yield
 
@@ -59,14 +59,14 @@ class JaxDriver(LoopDriver):
 
     @abstractmethod
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function under the library's own ``jit``, which takes models as arguments."""
+        """Wrap a function in the library's own ``jit``, which accepts models as arguments."""
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         count = 0
 
         def traced(*args: Any) -> Any:
             nonlocal count
-            count += 1  # Python runs it only to compile
+            count += 1  # this line runs only while JAX traces, once for each compilation
             return function(*args)
 
         compiled = self.jit(traced)
@@ -81,7 +81,7 @@ class JaxDriver(LoopDriver):
         return int(compiled.compilations())  # type: ignore[attr-defined]
 
     def optimiser(self, name: str, rate: float) -> optax.GradientTransformation:
-        """Return an optax transformation with weight decay."""
+        """Return an optimiser of `OPTIMISERS` as an optax transformation, with weight decay."""
         if name == "sgd":
             return optax.chain(optax.add_decayed_weights(0.1), optax.sgd(rate, momentum=0.9))
         if name == "adamw":
@@ -93,12 +93,12 @@ class JaxDriver(LoopDriver):
     def transformation(
         self, model: Any, name: str, rate: float, budget: Budget
     ) -> optax.GradientTransformation:
-        """Return an optimiser that keeps to a budget, or only holds what is frozen in the model."""
+        """Return an optimiser that reduces to a budget or, without one, only holds the frozen elements."""
         tx = self.optimiser(name, rate)
         return hold_frozen(tx, model) if budget is None else adamss_jax.budgeted(tx, model, budget)
 
     def loss(self, model: Any, inputs: Inputs) -> Array:
-        """Return what `train` minimises."""
+        """Return the loss that `train` minimises."""
         total = jnp.zeros(())
         for path, values in inputs.items():
             x = self.array(values, self.dtype_of(model, path))

@@ -1,4 +1,4 @@
-"""Driver of Flax NNX models."""
+"""The driver for Flax NNX models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["NnxDriver", "NnxTraining"]
 
 
 class NnxDriver(JaxDriver):
-    """`nnx.Linear` layers."""
+    """A driver whose models are `nnx.Linear` layers in nested modules."""
 
     name = "jax-nnx"
     backend_name = "flax"
@@ -70,7 +70,7 @@ class NnxDriver(JaxDriver):
 
 
 class NnxTraining(Training):
-    """A loop around an `nnx.Optimizer`; with a budget, its transformation is `adamss_jax.budgeted`."""
+    """A training loop with an `nnx.Optimizer`, whose transformation is `adamss_jax.budgeted` if there is a budget."""
 
     def __init__(
         self,

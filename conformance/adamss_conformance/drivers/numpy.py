@@ -1,4 +1,4 @@
-"""Driver of the NumPy reference, whose gradients and optimisers are written out."""
+"""The driver for the NumPy reference, with explicit gradients and optimisers, since NumPy has neither."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Array = Any
 
 
 class NumpyDriver(LoopDriver):
-    """`NumpyModel`, on the arrays of any namespace that a subclass chooses."""
+    """A driver for `NumpyModel`; subclasses may use arrays of another namespace."""
 
     name = "numpy"
     backend_name = "numpy"
@@ -55,7 +55,7 @@ class NumpyDriver(LoopDriver):
         return NumpyTraining(self, model, inputs, optimiser, rate, budget)
 
     def hold_frozen(self, before: Factors, after: Factors) -> Factors:
-        """Undo what an optimiser did to frozen elements."""
+        """Restore the frozen elements to their values before the optimiser's step."""
         return core.hold_frozen(before, after)
 
     def decide(
@@ -66,7 +66,7 @@ class NumpyDriver(LoopDriver):
 
 
 class NumpyTraining(Training):
-    """Steps of SGD or AdamW, written out; with a budget, by the functions of the core."""
+    """A training loop with SGD or AdamW, whose budget is computed by the functions of the core."""
 
     def __init__(
         self,
@@ -111,9 +111,10 @@ class NumpyTraining(Training):
                 own, weight = each.layers[path], each.weight
                 (factors,) = replace(bank, adapters={adapter: each}).computed(path)
                 if self._state is not None and self._plan.config.revive:
+                    # Mark all subspaces as active, because frozen ones need gradients to return.
                     factors = factors._replace(active=factors.active | ~factors.active)
                 slopes = driver.backend.linear_vjp(dy, x, layer.W, factors)  # type: ignore[attr-defined]
-                slopes = slopes._replace(C=slopes.C * weight)
+                slopes = slopes._replace(C=slopes.C * weight)  # chain rule: `factors` has C times the weight
                 gradients[path] = slopes.B, slopes.C
                 new = {
                     name: self._updated(adapter + path + name, getattr(own, name), getattr(slopes, name))

@@ -1,4 +1,4 @@
-"""Drivers of the core alone on `array_api_strict`: nothing but what the array API standard promises."""
+"""Drivers that run the core on `array_api_strict`, which offers only what the array API standard requires."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOST = xp.Device("CPU_DEVICE")
 
 
 class StrictBackend(NumpyBackend):
-    """`NumpyModel` with arrays of `array_api_strict`, on one of the several devices that it pretends to have."""
+    """A backend for `NumpyModel` with arrays of `array_api_strict`, on one of the devices that it simulates."""
 
     name = "strict"
     array_type = type(xp.asarray(0.0))
@@ -61,7 +61,7 @@ class StrictBackend(NumpyBackend):
 
 
 class StrictDriver(NumpyDriver):
-    """On the host, and on a second device: an array made on the wrong one cannot meet the others."""
+    """A driver for the host and a simulated second device, where mixing arrays of both is an error."""
 
     name = "strict"
     backend_name = "strict"
@@ -79,7 +79,7 @@ class StrictDriver(NumpyDriver):
 
 
 class StaticDriver(StrictDriver):
-    """The same with boolean indexing and shapes that depend on values turned off, as under a compiler."""
+    """The same without boolean indexing and data-dependent shapes, neither of which a compiler supports."""
 
     name = "strict-static"
     capabilities = replace(TABLE["strict"], devices=("cpu",))

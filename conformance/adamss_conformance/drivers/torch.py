@@ -1,4 +1,4 @@
-"""Driver of the PyTorch backend: models of nested `torch.nn.Module`, on the CPU and on CUDA where there is one."""
+"""The driver for PyTorch models, on the CPU and, if present, on CUDA."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["TorchDriver", "TorchTraining"]
 
 
 class TorchDriver(LoopDriver):
-    """`torch.nn.Linear` layers."""
+    """A driver whose models are `torch.nn.Linear` layers in nested modules."""
 
     name = "torch"
     backend_name = "torch"
@@ -78,8 +78,8 @@ class TorchDriver(LoopDriver):
         return Gradients(*torch.autograd.grad(y, leaves, dy))
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.compiler.reset()  # its limit of compilations is one per source line, not one per test
-        # Everything is captured and differentiated as for the default compiler, which only adds minutes.
+        torch.compiler.reset()  # the limit of recompilations counts per line of source, over all tests
+        # This backend captures and differentiates as the default one does, without minutes of code generation.
         inner = torch._dynamo.lookup_backend("aot_eager")
         count = 0
 
@@ -92,7 +92,7 @@ class TorchDriver(LoopDriver):
 
         def call(*args: Any) -> Any:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # those of the compiler about itself
+                warnings.simplefilter("ignore")  # the compiler warns about its own internals
                 return compiled(*args)
 
         call.compilations = lambda: count  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ class TorchDriver(LoopDriver):
 
 
 class TorchTraining(Training):
-    """A loop around an optimiser, which has a `BudgetController` where there is a budget."""
+    """A training loop with an optimiser and, if there is a budget, a `BudgetController`."""
 
     def __init__(
         self,
@@ -178,6 +178,6 @@ def _optimizer(model: nn.Module, name: str, rate: float) -> torch.optim.Optimize
         "adafactor": lambda p: torch.optim.Adafactor(p, lr=rate, weight_decay=0.1),
         "muon": lambda p: torch.optim.Muon(p, lr=rate, weight_decay=0.1),
     }
-    # Muon is for matrices.
+    # Muon accepts only matrices.
     parameters = adamss.trainable_parameters(model)
     return kinds[name]([p for p in parameters if name != "muon" or p.ndim == 2])

@@ -1,4 +1,4 @@
-"""The laws by number; every test of the suite carries the number of its law in its name."""
+"""The laws by number; the name of every test of the suite contains the number of its law."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAWS = {
 
 
 def law_of(test: str) -> int | None:
-    """Return the number of the law that a test of this name checks, or None.
+    """Return the number of the law that a test of this name checks; None for a test of no law.
 
     Examples
     --------

@@ -16,11 +16,11 @@ __all__ = ["AgreementLaws"]
 
 
 class AgreementLaws:
-    """One seed gives one result, and all backends find the same subspaces."""
+    """Tests that one seed gives one result, and that all backends find the same subspaces."""
 
     @each_variant
     def test_law_12_determinism(self, driver: Driver, variant: str) -> None:
-        """One seed, one result; the global random state of NumPy and the framework is left alone."""
+        """The same seed gives the same factors; global random states of NumPy and the framework do not change."""
         with case(driver, "float32", "models"):
             first_model, second_model = (driver.model(LAYERS, "float32") for _ in range(2))
             numpy_state = _numpy_random_state()
@@ -32,7 +32,7 @@ class AgreementLaws:
             assert_same(second, first, "attached again")
 
     def test_law_12_determinism_follows_the_seed(self, driver: Driver) -> None:
-        """Another seed, another random segmentation."""
+        """Another seed gives another random segmentation."""
         with case(driver, "float32", "models"):
             changes = [config(segmentation="random", seed=seed) for seed in (0, 1)]
             models = [adamss.attach(driver.model(LAYERS, "float32"), each) for each in changes]
@@ -42,7 +42,7 @@ class AgreementLaws:
     @pytest.mark.parametrize("dtype", ["float64", "float32"])
     @pytest.mark.parametrize("shape", [(48, 64), (64, 48), (560, 600)], ids=str)
     def test_law_13_agreement(self, driver: Driver, dtype: str, shape: tuple[int, int]) -> None:
-        """Attached to the same weight: the labels and the captured energy of the float64 reference."""
+        """Attached to one weight, a backend finds the labels and captures the energy of the float64 reference."""
         with case(driver, dtype, "models"):
             W = cases.planted(*shape, groups=6)
             reference = core.decompose(W, 6)
@@ -53,7 +53,7 @@ class AgreementLaws:
 
     @pytest.mark.parametrize("dtype", ["float64", "float32"])
     def test_law_13_agreement_of_core_on_arrays(self, driver: Driver, dtype: str) -> None:
-        """The core's functions on the framework's own arrays."""
+        """The functions of the core do so too on the framework's own arrays."""
         with case(driver, dtype, "arrays"):
             W = cases.planted(48, 64, groups=6)
             reference = core.decompose(W, 6)

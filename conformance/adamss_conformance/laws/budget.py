@@ -43,11 +43,11 @@ TRAININGS = [
     *((optimiser, mode, "one way") for optimiser in OPTIMISERS for mode in (EAGER, COMPILED)),
     *(("adamw", EAGER, schedule) for schedule in SCHEDULES if schedule != "one way"),
 ]
-"""Every optimiser on one schedule, and every other schedule with one optimiser."""
+"""Every optimiser with one schedule, and every other schedule with one optimiser."""
 
 
 class BudgetLaws:
-    """Counts equal the formula, an allocation keeps its budget, and what is frozen stays."""
+    """Tests that counts equal the formula, an allocation keeps its budget, and frozen elements do not move."""
 
     @every(
         15,
@@ -58,7 +58,7 @@ class BudgetLaws:
     def test_law_06_count(
         self, driver: Driver, sizes: tuple[int, int], settings: tuple[int, int, int], shared: bool
     ) -> None:
-        """``sum_k r_k (n_k + R_k)``, and what the optimiser sees beyond it is padding."""
+        """The count is ``sum_k r_k (n_k + R_k)``; any further elements that the optimiser gets are padding."""
         with case(driver, "float32", "models"):
             (d, n), (R, K, r) = sizes, settings
             W = np.random.default_rng(d * n).standard_normal((d, n))
@@ -82,7 +82,7 @@ class BudgetLaws:
             assert driver.count(adamss.trainable_parameters(model)) == row.trained + padding
 
     def test_law_06_count_of_a_model(self, driver: Driver) -> None:
-        """The sum over the layers, and the whole of ``modules_to_save``; padding stays zero in training."""
+        """The count is the sum over the layers plus all of ``modules_to_save``; training keeps padding at zero."""
         with case(driver, "float32", "models"):
             optimiser = an_optimiser(driver)
             model = adamss.attach(driver.model(LAYERS, "float32"), config(subspaces=12, subspace_rank=3))
@@ -103,7 +103,10 @@ class BudgetLaws:
     def test_law_07_allocation(
         self, driver: Driver, dtype: str, unit: str, scores: list[int], share: float
     ) -> None:
-        """Exactly the budget, best first, ties by position; in parameters, never above it."""
+        """An allocation keeps the best subspaces, ties by position; the budget is met exactly, or as a limit.
+
+        A budget in subspaces is met exactly. A budget in parameters is never exceeded.
+        """
         with case(driver, dtype):
             values = np.asarray(scores, dtype=np.float64)
             costs = 1 + np.arange(len(scores)) * 7 % 5 if unit == "parameters" else None
@@ -119,7 +122,7 @@ class BudgetLaws:
             assert_same(mask, cases.reference_mask(values, budget, costs), "decision")
 
     def test_law_07_allocation_reaches_the_model(self, driver: Driver) -> None:
-        """The mask that was decided on is the mask of the model, and of its summary."""
+        """The chosen mask becomes the mask of the model, and its summary counts it."""
         with case(driver, "float32", "models"):
             model, masks = partly_frozen(driver, adamss.attach(driver.model(LAYERS, "float32"), config()))
             assert_same({path: f.active for path, f in factors_of(driver, model).items()}, masks, "mask")
@@ -127,13 +130,13 @@ class BudgetLaws:
 
     @each_schedule
     def test_law_07_allocation_in_training(self, driver: Driver, schedule: str) -> None:
-        """The controller keeps exactly the budget, from ``end_step`` on and at every allocation before."""
+        """The controller keeps exactly the budget at every allocation, and at every step from ``end_step`` on."""
         with case(driver, "float32", "models", "budget"):
             assert_budget_kept(driver, schedule, EAGER)
 
     @each_schedule
     def test_law_07_allocation_in_training_is_the_references(self, driver: Driver, schedule: str) -> None:
-        """The same training in NumPy decides alike: the same masks after every step, in float64."""
+        """The same training in NumPy gives the same masks after every step, in float64."""
         with case(driver, "float64", "models", "budget", "sgd"):
             (reference,) = find_drivers("numpy")
             factors = factors_of(driver, attached_with(driver, schedule, "float64"))
@@ -154,7 +157,7 @@ class BudgetLaws:
     def test_law_08_frozen_in_training(
         self, driver: Driver, optimiser: str, mode: str, schedule: str
     ) -> None:
-        """From the step on at which a controller freezes an element it keeps its value, until it may return."""
+        """An element keeps its value from the step at which a controller freezes it until it is revived."""
         with case(driver, "float32", "models", "budget", optimiser):
             training = start_training(driver, attached_with(driver, schedule), schedule, mode, optimiser)
             after = factors_of(driver, training.model)
@@ -175,7 +178,7 @@ class BudgetLaws:
     @each_optimiser
     @each_mode
     def test_law_08_frozen(self, driver: Driver, optimiser: str, mode: str) -> None:
-        """No optimiser moves a frozen element, with weight decay and momentum; the others are trained."""
+        """No optimiser moves a frozen element, even with weight decay and momentum; other elements are trained."""
         with case(driver, "float32", "models", optimiser, *(("compiles",) if mode == COMPILED else ())):
             model, masks = partly_frozen(driver, trained_model(driver, "float32", {}))
             before = factors_of(driver, model)
@@ -194,7 +197,7 @@ class BudgetLaws:
     @each_mode
     @every(8, problem=problems(empty=False))
     def test_law_08_frozen_have_no_gradient(self, driver: Driver, mode: str, problem: Problem) -> None:
-        """The gradient of a frozen element is zero, so that it does not count in a clipped norm."""
+        """The gradient of a frozen element is zero, so that it does not contribute to a norm that is clipped."""
         with case(driver, "float32", "arrays", "gradients"):
             f = problem.factors
             arrays = arrays_of(driver, problem, "float32")
@@ -205,7 +208,7 @@ class BudgetLaws:
 
 
 def _with_factors(driver: Driver, factors: dict[str, Factors], schedule: str, dtype: str) -> Any:
-    """Return a model with these very factors."""
+    """Return the small model with the given factors, so that two frameworks start from the same numbers."""
 
     def made(f: Factors) -> Factors:
         arrays = f._asdict().items()

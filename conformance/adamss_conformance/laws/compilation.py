@@ -26,11 +26,11 @@ __all__ = ["CompilationLaws"]
 
 
 class CompilationLaws:
-    """A compiled model and a compiled training do what the eager ones do, and compile once."""
+    """Tests that compiled models and training steps give the eager results, and are compiled once."""
 
     @each_schedule
     def test_law_11_compilation_of_a_training_under_a_budget(self, driver: Driver, schedule: str) -> None:
-        """A compiled step keeps the budget (law 7), and is compiled once for the whole schedule."""
+        """A compiled step keeps the budget (law 7) and is compiled only once during the whole schedule."""
         with case(driver, "float32", "models", "budget", "compiles"):
             compiled = assert_budget_kept(driver, schedule, COMPILED).compilations()
             assert compiled == 1, f"compiled {compiled} times for one schedule"
@@ -38,7 +38,7 @@ class CompilationLaws:
     @each_dtype
     @pytest.mark.parametrize("variant", ["default", "bias per subspace"])
     def test_law_11_compilation(self, driver: Driver, dtype: str, variant: str) -> None:
-        """Compiled, a model gives the eager results; an allocation compiles nothing anew."""
+        """A compiled model gives the eager results, and an allocation does not compile it again."""
         with case(driver, dtype, "models", "compiles"):
             model = trained_model(driver, dtype, VARIANTS[variant])
             path = TARGETS[0]
@@ -55,7 +55,7 @@ class CompilationLaws:
     def test_law_11_compilation_leaves_a_model_that_the_verbs_know(
         self, driver: Driver, tmp_path: Path
     ) -> None:
-        """A model that has been through a compiled function is still adapted: it can be saved, merged, detached."""
+        """A model that was passed to a compiled function is still adapted: it can be saved, merged and detached."""
         with case(driver, "float32", "models", "compiles"):
             outputs = outputs_of(driver, driver.model(LAYERS, "float32"))
             model = trained_model(driver, "float32", {})

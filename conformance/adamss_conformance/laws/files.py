@@ -1,4 +1,4 @@
-"""Laws 9 and 10: a file carries the update to any model, and training goes on from it."""
+"""Laws 9 and 10: a file transfers the update to any copy of the base model, and training resumes from it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = ["FileLaws"]
 
 
 class FileLaws:
-    """Files carry the update between models and dtypes, and a training file goes on to the bit."""
+    """Tests that files transfer the update between models and dtypes, and that training resumes bit for bit."""
 
     @each_dtype
     @pytest.mark.parametrize("training", [False, True], ids=["portable", "training"])
@@ -50,7 +50,7 @@ class FileLaws:
     def test_law_09_travel(
         self, driver: Driver, dtype: str, training: bool, variant: str, tmp_path: Path
     ) -> None:
-        """A file holds the update; loaded into any dtype, the same update, segmentation and mask."""
+        """A file holds the update; a model of any dtype that loads it has that update, segmentation and mask."""
         with case(driver, dtype, "models"):
             path = tmp_path / "adapter.safetensors"
             model, masks = partly_frozen(driver, trained_model(driver, dtype, VARIANTS[variant]))
@@ -69,7 +69,7 @@ class FileLaws:
                     _assert_travelled(driver, loaded, mine, masks, working)
 
     def test_law_09_travel_from_the_reference(self, driver: Driver, tmp_path: Path) -> None:
-        """A file written from NumPy arrays alone, with the head in PyTorch's orientation."""
+        """A file written from NumPy arrays, with the head in PyTorch's orientation, can be loaded and saved again."""
         with case(driver, "float32", "models"):
             mine = _reference_factors()
             path = tmp_path / "adapter.safetensors"
@@ -86,7 +86,7 @@ class FileLaws:
             assert_same(files.read(again).saved["head"]["weight"].numpy(), head, "head written again")
 
     def test_law_09_travel_to_a_model_in_another_order(self, driver: Driver, tmp_path: Path) -> None:
-        """Layers are found by their paths, whatever the order in which a model has them."""
+        """A load finds layers by their paths, in whatever order the model has them."""
         with case(driver, "float32", "models"):
             model = trained_model(driver, "float32", {})
             adamss.save(model, tmp_path / "adapter.safetensors")
@@ -97,7 +97,7 @@ class FileLaws:
             assert not driver.backend.bank(adamss.detach(loaded))
 
     def test_law_09_travel_refuses_another_base(self, driver: Driver, tmp_path: Path) -> None:
-        """The wrong model is an error that names the layer, and is left as it was."""
+        """Loading into another base model is an error that names the layer and leaves the model unchanged."""
         with case(driver, "float32", "models"):
             path = tmp_path / "adapter.safetensors"
             _write(path, _reference_factors(), np.zeros((5, 16), np.float32))
@@ -109,7 +109,7 @@ class FileLaws:
             assert_same(everything_of(driver, other), before, "after a refused load")
 
     def test_law_10_resume(self, driver: Driver, tmp_path: Path) -> None:
-        """On the CPU to the bit, with a part of the subspaces frozen, by steps of an optimiser without state."""
+        """With some subspaces frozen and a new optimiser for every step, training resumes bit for bit on the CPU."""
         with case(driver, "float32", "models", "sgd"):
             half, whole, resumed = (tmp_path / f"{name}.safetensors" for name in ("half", "whole", "resumed"))
             model = adamss.attach(driver.model(LAYERS, "float32"), config(**VARIANTS["bias per subspace"]))
@@ -136,7 +136,7 @@ class FileLaws:
 
     @pytest.mark.parametrize("variant", ["default", "bias per subspace"])
     def test_law_10_resume_from_the_very_factors(self, driver: Driver, variant: str, tmp_path: Path) -> None:
-        """A training file gives A, B, C, segmentation and mask back to the bit."""
+        """A training file restores A, B, C, segmentation and mask bit for bit."""
         with case(driver, "float32", "models"):
             path = tmp_path / "adapter.safetensors"
             model, _ = partly_frozen(driver, trained_model(driver, "float32", VARIANTS[variant]))
@@ -149,7 +149,10 @@ class FileLaws:
     def test_law_10_resume_of_a_budget(
         self, driver: Driver, optimiser: str, schedule: str, tmp_path: Path
     ) -> None:
-        """From every third step on, mid-window too: model, optimiser, averages, masks, step, with fresh objects."""
+        """Training under a budget resumes with new objects from every third step, also between two allocations.
+
+        Model, optimiser, importance averages, masks and step count must be those of an uninterrupted training.
+        """
         with case(driver, "float32", "models", "budget", optimiser):
             training = start_training(driver, attached_with(driver, schedule), schedule, EAGER, optimiser)
             steps = SCHEDULES[schedule].end_step + 1
@@ -158,13 +161,13 @@ class FileLaws:
                 if step in resumed:
                     folder = tmp_path / str(step)
                     folder.mkdir()
-                    adamss.save(training.model, folder / "model", training=True)
+                    adamss.save(training.model, folder / "model.safetensors", training=True)
                     training.save(folder)
                 training.step()
             expected, memory = factors_of(driver, training.model), training.memory()
             for step in resumed:
                 folder = tmp_path / str(step)
-                model = adamss.load(driver.model(LAYERS, "float32"), folder / "model")
+                model = adamss.load(driver.model(LAYERS, "float32"), folder / "model.safetensors")
                 training = start_training(driver, model, schedule, EAGER, optimiser)
                 training.load(folder)
                 for _ in range(step, steps):
@@ -180,7 +183,7 @@ class FileLaws:
 def _assert_resumed(
     driver: Driver, actual: dict[str, Factors], expected: dict[str, Factors], what: str
 ) -> None:
-    """Compare factors to the bit on the CPU, and their floating-point numbers up to rounding elsewhere."""
+    """Compare factors bit for bit on the CPU; elsewhere, compare their floating-point numbers up to rounding."""
     if driver.device == "cpu":
         assert_same(actual, expected, what)
         return

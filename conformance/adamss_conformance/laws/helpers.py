@@ -1,4 +1,4 @@
-"""What the laws share: trained models, their weights and outputs, and comparisons to the bit."""
+"""Helpers of the laws: trained models, their weights and outputs, and bitwise comparisons."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def start_training(
 
 
 def attached_with(driver: Driver, schedule: str, dtype: str = "float32") -> Any:
-    """Return the small model, attached with a budget."""
+    """Return the small model with an adapter that has a budget."""
     return adamss.attach(driver.model(LAYERS, dtype), config(budget=SCHEDULES[schedule]))
 
 
@@ -63,7 +63,7 @@ def assert_budget_kept(driver: Driver, schedule: str, mode: str) -> Training:
         kept = sum(int(f.active.sum()) for f in layers)
         parameters = sum(core.count_factors(f, active_only=True) for f in layers)
         if step == 1:
-            # C starts at zero: the first step says nothing, and its allocation waits for the second.
+            # C starts at zero, so every importance is zero at the first step, and its allocation must wait.
             assert kept == len(plan.costs), f"reduced to {kept} without information"
         elif budget.unit == "subspaces":
             assert kept == plan.budget_at(step), f"step {step}: {kept} of a budget of {plan.budget_at(step)}"
@@ -74,7 +74,7 @@ def assert_budget_kept(driver: Driver, schedule: str, mode: str) -> Training:
 
 
 def single_steps(driver: Driver, model: Any, count: int) -> Any:
-    """Train by steps of an optimiser that is made anew for each: all the state there is lies in the model."""
+    """Train with a new optimiser for each step, so that the model holds the whole state of the training."""
     for _ in range(count):
         model = driver.train(model, INPUTS, steps=1, optimiser="sgd", rate=0.05)
     return model
@@ -82,7 +82,7 @@ def single_steps(driver: Driver, model: Any, count: int) -> Any:
 
 @contextmanager
 def case(driver: Driver, dtype: str, *capabilities: str) -> Iterator[None]:
-    """Enter the settings of a case that the table admits; within it, nothing may be left out."""
+    """Enter the settings of a case, or skip it if the driver lacks a capability; the case itself must not skip."""
     for capability in (dtype, *capabilities):
         require(driver, capability)
     try:
@@ -97,7 +97,7 @@ def case(driver: Driver, dtype: str, *capabilities: str) -> Iterator[None]:
 
 
 def an_optimiser(driver: Driver) -> str:
-    """Return the first optimiser of the table that the driver has."""
+    """Return the first of `OPTIMISERS` that the driver has."""
     for optimiser in OPTIMISERS:
         if optimiser in driver.capabilities.optimisers:
             return optimiser
@@ -106,7 +106,7 @@ def an_optimiser(driver: Driver) -> str:
 
 
 def assert_same(actual: Any, expected: Any, what: str) -> None:
-    """Assert equality to the bit of arrays, of factors, or of dictionaries or lists of either."""
+    """Assert that arrays or factors, or dictionaries or lists of them, are equal bit for bit."""
     if isinstance(expected, list):
         actual, expected = dict(enumerate(actual)), dict(enumerate(expected))
     if isinstance(expected, Factors):
@@ -122,7 +122,7 @@ def assert_same(actual: Any, expected: Any, what: str) -> None:
 
 
 def assert_outputs_agree(actual: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Assert that the outputs of float32 layers, by path, agree up to rounding."""
+    """Assert that outputs of float32 layers, given by path, agree up to rounding."""
     scale = max(float(np.abs(output).max()) for output in expected.values())
     for path, output in expected.items():
         assert_agrees(actual[path], output, dtype="float32", what=f"{path}, {what}", scale=scale)
@@ -144,19 +144,19 @@ def weights_of(driver: Driver, model: Any) -> dict[str, dict[str, np.ndarray]]:
         site = driver.backend.site(modules[path], path)
         W, b = base_weight(driver.backend, site, driver.backend.bank(model))
         arrays = {"W": driver.numpy(W)} if b is None else {"W": driver.numpy(W), "b": driver.numpy(b)}
-        # A copy: a model that is changed in place must not change what it is compared with.
+        # Copy, because a model that is changed in place would change the arrays that it is compared with later.
         weights[path] = {name: array.copy() for name, array in arrays.items()}
     return weights
 
 
 def everything_of(driver: Driver, model: Any) -> dict[str, dict[str, np.ndarray]]:
-    """Return all that the layers of a model without adapters hold."""
+    """Return all arrays of the layers of a model that has no adapters."""
     head = driver.backend.arrays(driver.backend.modules(model)["head"])
     return weights_of(driver, model) | {"head": {name: driver.numpy(a).copy() for name, a in head.items()}}
 
 
 def on_host(driver: Driver, factors: Factors) -> Factors:
-    """Return factors as NumPy arrays: floating point in float64, the rest as it is."""
+    """Return factors as NumPy arrays: floating-point numbers in float64, others in their own dtype."""
     arrays = {name: driver.numpy(getattr(factors, name)).copy() for name in Factors._fields}
     return Factors(
         **{name: array.astype(np.float64) if name in FLOATS else array for name, array in arrays.items()}
@@ -182,7 +182,10 @@ def with_random_C(
     *,
     relative: float | None = None,
 ) -> Any:
-    """Return a model whose C is as after training: through `Backend.insert`, by no optimiser's luck."""
+    """Return an adapted model with a random C, as after training, but without depending on an optimiser.
+
+    If `relative` is given, the norm of each update is this share of the norm of its weight.
+    """
     attached = driver.backend.bank(adamss.attach(model, settings)).only()
     new = {}
     for number, (path, factors) in enumerate(attached.layers.items()):
@@ -199,12 +202,12 @@ def with_random_C(
 
 
 def trained_model(driver: Driver, dtype: str, changes: Any, layers: Any = LAYERS) -> Any:
-    """Return an adapted model with changes to its settings and a random C."""
+    """Return an adapted model with a random C, and with changes to the settings."""
     return with_random_C(driver, driver.model(layers, dtype), config(**changes), layers, dtype)
 
 
 def partly_frozen(driver: Driver, model: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """Freeze every second subspace, and return the masks."""
+    """Freeze every second subspace, and return the model and its masks."""
     masks = {
         path: np.arange(len(f.ranks)) % 2 == number % 2
         for number, (path, f) in enumerate(factors_of(driver, model).items())
@@ -214,7 +217,7 @@ def partly_frozen(driver: Driver, model: Any) -> tuple[Any, dict[str, np.ndarray
 
 
 def layers_run(driver: Driver, model: Any, inputs: Mapping[str, Any], mode: str = EAGER) -> dict[str, Any]:
-    """Run the layers at these paths on the framework's arrays, eagerly or compiled together."""
+    """Run the layers at these paths on arrays of the framework, either eagerly or compiled as one function."""
 
     def run(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {path: driver.call(model, path, x) for path, x in inputs.items()}
@@ -235,7 +238,7 @@ def linear_of(driver: Driver, mode: str) -> Callable[..., Any]:
 
 
 def arrays_of(driver: Driver, problem: Problem, dtype: str) -> tuple[Any, ...]:
-    """Return x, W, b, factors and dy of a problem as arrays of the framework; factors are float32 or wider."""
+    """Return x, W, b, factors and dy of a problem as arrays of the framework; the factors are at least float32."""
     x, W, b, f, dy = problem
     working = "float64" if dtype == "float64" else "float32"
     wide = {name: driver.array(getattr(f, name), working) for name in FLOATS}
@@ -245,7 +248,7 @@ def arrays_of(driver: Driver, problem: Problem, dtype: str) -> tuple[Any, ...]:
 
 
 def exactly(driver: Driver, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what the framework was given, in float64: its own rounding of the inputs is not its error."""
+    """Return the results of `arrays_of` in float64, so that rounding the inputs does not count as an error."""
     x, W, b, f, dy = arrays
     low = [None if array is None else driver.numpy(array).astype(np.float64) for array in (x, W, b, dy)]
     return low[0], low[1], low[2], on_host(driver, f), low[3]

@@ -29,13 +29,13 @@ __all__ = ["LinearLaws"]
 
 
 class LinearLaws:
-    """The function on arrays, its gradients, and the layers of a model."""
+    """Tests of the update on arrays, of its gradients, and of the layers of a model."""
 
     @each_dtype
     @each_mode
     @every(12, problem=problems())
     def test_law_03_update(self, driver: Driver, dtype: str, mode: str, problem: Problem) -> None:
-        """``linear(x, W, b, f)`` is ``x @ (W + delta) + b``, in the dtype and on the device of its input."""
+        """``linear(x, W, b, f)`` equals ``x @ (W + delta) + b``, in the dtype and on the device of its input."""
         with case(driver, dtype, "arrays"):
             assert_update(driver, linear_of(driver, mode), problem, dtype)
 
@@ -59,19 +59,22 @@ class LinearLaws:
     @each_mode
     @every(12, problem=problems())
     def test_law_04_gradients(self, driver: Driver, dtype: str, mode: str, problem: Problem) -> None:
-        """Of x, B and C: the closed form; those of frozen subspaces are zero."""
+        """The gradients of x, B and C equal the closed form, and those of frozen subspaces are zero."""
         with case(driver, dtype, "arrays", "gradients"):
             assert_gradients(driver, linear_of(driver, mode), problem, dtype)
 
     @every(8, problem=problems(empty=False))
     def test_law_04_gradients_by_finite_differences(self, driver: Driver, problem: Problem) -> None:
-        """The update is linear in each of x, B and C alone, so that a difference has no error but rounding."""
+        """The gradients equal central differences.
+
+        These are exact up to rounding, since the output is affine in each of x, B and C while the others are fixed.
+        """
         with case(driver, "float64", "arrays", "gradients"):
             assert_finite_differences(driver, problem)
 
 
 def assert_update(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
-    """Assert law 3 of a function like `Backend.linear` on a problem."""
+    """Assert law 3 for a function that is called like `Backend.linear`."""
     arrays = arrays_of(driver, problem, dtype)
     y = linear(*arrays[:4])
     x, W, b, f, _ = exactly(driver, arrays)
@@ -91,7 +94,7 @@ def assert_update(driver: Driver, linear: Callable[..., Any], problem: Problem, 
 
 
 def assert_gradients(driver: Driver, linear: Callable[..., Any], problem: Problem, dtype: str) -> None:
-    """Assert law 4 of a function like `Backend.linear` on a problem."""
+    """Assert law 4 for a function that is called like `Backend.linear`."""
     arrays = arrays_of(driver, problem, dtype)
     gradients = driver.gradients(linear, *arrays)
     x, W, _, f, dy = exactly(driver, arrays)
@@ -107,7 +110,7 @@ def assert_gradients(driver: Driver, linear: Callable[..., Any], problem: Proble
 
 
 def assert_finite_differences(driver: Driver, problem: Problem) -> None:
-    """Assert that the gradients of `Backend.linear` are its slopes along x, B and C."""
+    """Assert that the gradients of `Backend.linear` equal its slopes along random changes of x, B and C."""
     x, W, b, factors, dy = arrays_of(driver, problem, "float64")
     gradients = driver.gradients(driver.backend.linear, x, W, b, factors, dy)
     f, rng = problem.factors, np.random.default_rng(0)
@@ -115,7 +118,7 @@ def assert_finite_differences(driver: Driver, problem: Problem) -> None:
     moves = {
         "x": rng.standard_normal(problem.x.shape),
         "B": rng.standard_normal(f.B.shape) * f.active[groups],
-        # Padding is no parameter: C may move where the subspace has the rank, and is trained.
+        # C may change only within the rank of a trained subspace, since padding is not a parameter.
         "C": cases.random_C(f, rng) * f.active[f.labels],
     }
 
@@ -129,6 +132,7 @@ def assert_finite_differences(driver: Driver, problem: Problem) -> None:
     for name, move in moves.items():
         difference = (value({name: move}) - value({name: -move})) / 2
         slope = float(np.sum(driver.numpy(getattr(gradients, name)) * move))
+        # Estimate the magnitude of the terms in the sums, with a margin for the random moves.
         terms = core.linear(np.abs(problem.x) + 3, np.abs(problem.W), None, cases.magnitudes(f))
         scale = 10 * float(np.sum(np.abs(problem.dy) * terms)) + 1e-6
         assert_agrees(slope, difference, dtype="float64", what=f"slope along {name}", scale=scale)

@@ -37,12 +37,12 @@ __all__ = ["MergeLaws"]
 
 
 class MergeLaws:
-    """What a merge rounds, what it keeps, and the ways back."""
+    """Tests of the rounding in a merge, of the base weight that it keeps, and of the verbs that undo it."""
 
     @each_dtype
     @each_mode
     def test_law_05_merge(self, driver: Driver, dtype: str, mode: str) -> None:
-        """``merge`` is the rounded sum; ``unmerge`` and ``detach`` are exact; twice is an error."""
+        """``merge`` gives the rounded sum; ``unmerge`` and ``detach`` are exact; merging twice is an error."""
         with case(driver, dtype, "models"), _unheard():
             layers = cases.layers_without_bias()
             model = trained_model(driver, dtype, {}, layers=layers)
@@ -70,7 +70,7 @@ class MergeLaws:
             assert_same(weights_of(driver, model), base, "after detach of the merged model")
 
     def test_law_05_merge_without_base(self, driver: Driver) -> None:
-        """Without W0 there is no way back, and every verb that needs one says so."""
+        """Every verb that needs W0 raises an error if the merge did not keep it."""
         with case(driver, "float32", "models"):
             model = trained_model(driver, "float32", {})
             before = outputs_of(driver, model)
@@ -88,7 +88,7 @@ class MergeLaws:
 
     @each_dtype
     def test_law_05_merge_and_unload(self, driver: Driver, dtype: str) -> None:
-        """What is left has the weights of ``merge``, to the bit, and no adapter; it can be adapted anew."""
+        """The result has the weights of ``merge``, bit for bit, and no adapter; it can be adapted again."""
         with case(driver, dtype, "models"), _unheard():
             merged = adamss.merge(trained_model(driver, dtype, {}))
             outputs = outputs_of(driver, merged, dtype)
@@ -103,7 +103,7 @@ class MergeLaws:
 
     @pytest.mark.parametrize(("relative", "lost"), [(1e-2, 0.17), (1e-3, 0.79)])
     def test_law_05_merge_says_what_rounding_lost(self, driver: Driver, relative: float, lost: float) -> None:
-        """A bfloat16 weight loses 17 % of an update of relative size 1e-2, and 79 % at 1e-3: with a warning."""
+        """A merge warns that a bfloat16 weight loses 17 % of an update of relative size 1e-2, or 79 % at 1e-3."""
         with case(driver, "bfloat16", "models"):
             layers = {"query": (np.random.default_rng(0).standard_normal((128, 128)), None)}
             model = driver.model(layers, "bfloat16")
@@ -120,7 +120,7 @@ class MergeLaws:
     def test_law_05_merge_of_the_frozen_alone(
         self, driver: Driver, mode: str, variant: str, keep_base: bool, tmp_path: Path
     ) -> None:
-        """``consolidate`` folds the frozen subspaces: the same model, the same file, and the base to be had again."""
+        """``consolidate`` folds frozen subspaces into W; outputs, factors and file stay, and W0 can be restored."""
         with case(driver, "float32", "models", "consolidates"):
             model, _ = partly_frozen(driver, trained_model(driver, "float32", VARIANTS[variant]))
             base, before = weights_of(driver, model), outputs_of(driver, model, mode=mode)

@@ -35,24 +35,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "b": {"targets": ["query"], "subspaces": 2, "seed": 5, "modules_to_save": []},
     "c": {"targets": ["value", "query"], "basis": "per_subspace", "include_bias": True},
 }
-"""Of three adapters, on the same layers and on others; two of them save the head."""
+"""Settings of three adapters, whose layers overlap; two of the adapters save the head."""
 
 OTHERS: dict[str, dict[str, Any]] = SETTINGS | {
     "c": SETTINGS["c"] | {"modules_to_save": []},
     "d": {"targets": ["value"], "subspaces": 4, "modules_to_save": []},
 }
-"""Of adapters that save nothing, but for the first."""
+"""Settings of four adapters, of which only the first saves a module."""
 
 WEIGHTS: tuple[dict[str, float], ...] = ({"a": 0.7, "b": -0.3}, {"b": 2.0}, {"a": 1.0, "b": 1.0}, {})
 
 
 class NameLaws:
-    """What each adapter computes does not depend on the others."""
+    """Tests that the update of an adapter does not depend on the other adapters."""
 
     @each_dtype
     @each_mode
     def test_law_14_one_at_a_time(self, driver: Driver, dtype: str, mode: str) -> None:
-        """With one active, outputs are those of a model that has it alone, to the bit; with none, of the base."""
+        """With one active adapter, outputs equal those of a model that has only it; with none, those of the base.
+
+        They are equal bit for bit.
+        """
         with case(driver, dtype, "models"):
             alone = {
                 name: outputs_of(driver, with_adapters(driver, dtype, name), dtype, mode) for name in SETTINGS
@@ -70,7 +73,7 @@ class NameLaws:
     @each_mode
     @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
     def test_law_14_updates_add_up(self, driver: Driver, mode: str, weights: dict[str, float]) -> None:
-        """Outputs are those of ``W0 + sum of weight * delta``, in float64; merged and as a file they are the same."""
+        """Outputs agree with ``W0 + sum of weight * delta``, computed in float64, also after a merge."""
         with case(driver, "float32", "models"):
             model = adamss.activate(with_adapters(driver, "float32", "a", "b"), weights)
             expected = _expected(driver, model, weights)
@@ -81,7 +84,10 @@ class NameLaws:
                 assert_outputs_agree({p: merged[p] for p in expected}, expected, f"merged with {weights}")
 
     def test_law_14_in_any_order(self, driver: Driver) -> None:
-        """Adapters come and go in any order; what is left is as if the others had never been, to the bit."""
+        """After adapters were added and removed in any order, the rest behave as if they had always been alone.
+
+        They do so bit for bit.
+        """
         with case(driver, "float32", "models"):
             base = everything_of(driver, driver.model(LAYERS, "float32"))
             for added, removed in zip(
@@ -99,7 +105,7 @@ class NameLaws:
                 assert_same(everything_of(driver, model), base, f"detached as {removed}")
 
     def test_law_14_training_one(self, driver: Driver) -> None:
-        """What is not trained keeps its numbers, and its head, to the bit, whatever the optimiser."""
+        """While one adapter is trained, the other keeps its factors and its head bit for bit."""
         with case(driver, "float32", "models"):
             optimiser = an_optimiser(driver)
             model = with_adapters(driver, "float32", "a", "c")
@@ -114,11 +120,12 @@ class NameLaws:
             assert_same(outputs_of(driver, model), outputs, "c, after a was active")
 
     def test_law_14_merged_one_after_the_other(self, driver: Driver) -> None:
-        """Merging a and b and unmerging a is merging b alone, to the bit, and the way back is W0."""
+        """Merging a and b and then unmerging a equals merging only b, bit for bit; unmerging both restores W0."""
         with case(driver, "float32", "models"):
             model = adamss.activate(with_adapters(driver, "float32", "a", "b"), ["a", "b"])
             both = outputs_of(driver, model)
             only_b = outputs_of(driver, adamss.merge(model, name="b"))
+            # A framework that changes models in place has merged `model` itself.
             model = adamss.unmerge(model) if adamss.adapters(model)["b"].merged else model
             model = adamss.merge(adamss.merge(model, name="a"), name="b")
             assert_outputs_agree(outputs_of(driver, model), both, "both merged")
@@ -135,7 +142,7 @@ class NameLaws:
             )
 
     def test_law_14_files(self, driver: Driver, tmp_path: Path) -> None:
-        """Each adapter has its file, whichever is active; it replaces the numbers of another of its shapes."""
+        """Any adapter can be saved and loaded, active or not; a file can replace an adapter of the same name."""
         with case(driver, "float32", "models"):
             model = with_adapters(driver, "float32", *SETTINGS)
             loaded = driver.model(LAYERS, "float32")
@@ -155,7 +162,7 @@ class NameLaws:
 def with_adapters(
     driver: Driver, dtype: str, *names: str, seed: int = 0, settings: Mapping[str, Any] = SETTINGS
 ) -> Any:
-    """Return the small model with these adapters, trained, the last one active."""
+    """Return the small model with these adapters, each with a random C; the last one is active."""
     model = driver.model(LAYERS, dtype)
     for name in names:
         model = adamss.attach(model, config(**settings[name]), name=name)
@@ -179,7 +186,7 @@ def _numbers(driver: Driver, model: Any) -> dict[str, dict[str, Any]]:
 
 
 def _expected(driver: Driver, model: Any, weights: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Return the outputs of the adapted layers in float64."""
+    """Return the expected outputs of the adapted layers, computed in float64."""
     numbers, outputs = _numbers(driver, model), {}
     for path in cases.TARGETS:
         W, b = LAYERS[path]

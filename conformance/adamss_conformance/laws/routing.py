@@ -1,4 +1,4 @@
-"""Law 15: a batch whose rows go through adapters of their own equals separate runs."""
+"""Law 15: a batch whose rows go through different adapters gives the outputs of separate runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adamss_conformance.tolerances import assert_agrees
 __all__ = ["RoutingLaws"]
 
 NAMES = ("b", "c", "d")
-"""Of adapters that save no module, which would be one for all rows; they adapt other layers each."""
+"""Adapters that can be routed, since they save no module, which all rows would share. Each adapts other layers."""
 
 ROUTES = (
     ["b", "c", "d", None, "b", "c", None],
@@ -30,11 +30,11 @@ ROUTES = (
 
 
 class RoutingLaws:
-    """Each row of a batch gets the update of its own adapter, and of no other."""
+    """Tests that each row of a batch gets the update of its own adapter, and of no other."""
 
     @each_dtype
     def test_law_15_routing(self, driver: Driver, dtype: str) -> None:
-        """Rows, and blocks of rows, equal those of runs with one adapter each."""
+        """The outputs of rows, and of blocks of flattened rows, equal those of runs with one adapter each."""
         with case(driver, dtype, "models", "routes"):
             model = with_adapters(driver, dtype, *NAMES, settings=OTHERS)
             for tokens in (1, 60):
@@ -46,7 +46,7 @@ class RoutingLaws:
                 alone = {
                     name: _run(driver, adamss.activate(model, name or []), arrays) for name in (*NAMES, None)
                 }
-                model = adamss.activate(model, {"b": -2.0, "d": 0.5})  # of no consequence for a route
+                model = adamss.activate(model, {"b": -2.0, "d": 0.5})  # a route must ignore these weights
                 for route in ROUTES:
                     with adamss.routed(model, route) as mixed:
                         outputs = _run(driver, mixed, arrays)
@@ -64,7 +64,7 @@ class RoutingLaws:
                         assert_agrees(again, expected, dtype=dtype, what=f"{what}, flattened", scale=scale)
 
     def test_law_15_routing_compiles_once(self, driver: Driver) -> None:
-        """Another route compiles nothing anew."""
+        """Another route does not cause another compilation."""
         with case(driver, "float32", "models", "routes", "compiles"):
             model, path = with_adapters(driver, "float32", *NAMES, settings=OTHERS), TARGETS[0]
             x = driver.array(INPUTS[path], "float32")
@@ -76,7 +76,7 @@ class RoutingLaws:
             assert driver.compilations(compiled) == 1
 
     def test_law_15_routing_refuses(self, driver: Driver) -> None:
-        """What cannot be routed is an error that changes nothing."""
+        """A route that is not possible is an error and changes nothing."""
         with case(driver, "float32", "models", "routes"):
             model = with_adapters(driver, "float32", "a", *NAMES, settings=OTHERS)
             before = {name: each.weight for name, each in adamss.adapters(model).items()}
@@ -88,9 +88,8 @@ class RoutingLaws:
                 with pytest.raises(AdamssError, match=match), adamss.routed(model, names):
                     pass
             with adamss.routed(model, ROUTES[0]) as mixed:
-                with pytest.raises(
-                    (LayerError, TypeError)
-                ):  # where a layer takes one row, its caller's own error
+                # Layers that take one row are mapped over by the caller, who gets an error of the framework instead.
+                with pytest.raises((LayerError, TypeError)):
                     layers_run(driver, mixed, {TARGETS[0]: driver.array(INPUTS[TARGETS[0]][:3], "float32")})
                 with pytest.raises(StateError, match="routed"):
                     adamss.activate(mixed, "b")

@@ -30,13 +30,13 @@ __all__ = ["StartLaws"]
 
 
 class StartLaws:
-    """The adapted model's outputs equal the base's; attaching and training do not touch the base."""
+    """Tests that the adapted model starts with the base's outputs, and that the base stays untouched."""
 
     @each_dtype
     @each_mode
     @pytest.mark.parametrize("leading", [(7,), (), (2, 3), (0,)], ids=str)
     def test_law_01_start(self, driver: Driver, dtype: str, mode: str, leading: tuple[int, ...]) -> None:
-        """Right after `attach`, outputs ``==`` the base model's."""
+        """Right after `attach`, outputs equal the base model's bit for bit."""
         with case(driver, dtype, "models"):
             x = driver.array(np.random.default_rng(1).standard_normal((*leading, 16)), dtype)
             _assert_starts_equal(driver, dtype, mode, x)
@@ -44,7 +44,7 @@ class StartLaws:
     @each_variant
     @each_mode
     def test_law_01_start_of_every_variant(self, driver: Driver, variant: str, mode: str) -> None:
-        """Whatever the segmentation, the basis and the initial B."""
+        """The same holds for every segmentation, basis and initial B."""
         with case(driver, "float32", "models"):
             x = driver.array(INPUTS["head"], "float32")
             _assert_starts_equal(driver, "float32", mode, x, VARIANTS[variant])
@@ -55,7 +55,7 @@ class StartLaws:
     def test_law_01_start_for_extreme_inputs(
         self, driver: Driver, dtype: str, mode: str, scale: float | str
     ) -> None:
-        """No finite input makes ``x M`` times C = 0 anything but zero."""
+        """The product of ``x M`` and C = 0 is zero for every finite input, even if ``x M`` overflows."""
         with case(driver, dtype, "models"):
             largest = {"float16": 6.5e4, "bfloat16": 3.3e38, "float32": 3.4e38, "float64": 1.7e308}[dtype]
             size = largest if scale == "largest" else float(scale)
@@ -65,7 +65,7 @@ class StartLaws:
 
     @each_variant
     def test_law_02_base_untouched_by_attach(self, driver: Driver, variant: str) -> None:
-        """`attach` does not change W0, and `detach` takes off whatever the factors have become."""
+        """`attach` does not change W0, and `detach` restores the base whatever values the factors have."""
         with case(driver, "float32", "models"):
             base = driver.model(LAYERS, "float32")
             weights, before = weights_of(driver, base), everything_of(driver, base)
@@ -81,7 +81,7 @@ class StartLaws:
         ("variant", "mode"), [*((variant, EAGER) for variant in VARIANTS), ("default", COMPILED)]
     )
     def test_law_02_base_untouched_by_training(self, driver: Driver, variant: str, mode: str) -> None:
-        """Training does not change W0, and `detach` gives the very same model back, its head included."""
+        """Training does not change W0, and `detach` restores the whole base model, including its head."""
         needs = ("compiles",) if mode == COMPILED else ()
         with case(driver, "float32", "models", *needs):
             how: Any = {"steps": 3, "optimiser": an_optimiser(driver), "rate": 0.05}

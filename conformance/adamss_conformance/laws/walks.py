@@ -1,4 +1,4 @@
-"""Law 14 once more: random walks through the life of up to three adapters."""
+"""Law 14 for long histories: random sequences of calls on up to three adapters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "c": {"basis": "per_subspace", "include_bias": True, "modules_to_save": []},
 }
 WALKS = 150
-"""Walks of a run; a third of them by default."""
+"""Number of random walks in a thorough run; by default it is a third."""
 
 DTYPE = "float64"
 names = st.sampled_from(sorted(SETTINGS))
@@ -44,12 +44,12 @@ weights = st.tuples(*[st.sampled_from([0.5, -2.0, 1.0, None])] * len(SETTINGS))
 
 
 class Walk(RuleBasedStateMachine):
-    """A model, and what each name and each row should compute, in NumPy.
+    """A model, together with a record in NumPy of what each adapter and each row should compute.
 
     Parameters
     ----------
     driver
-        Of the backend.
+        Driver of the backend under test.
     """
 
     def __init__(self, driver: Driver) -> None:
@@ -68,16 +68,16 @@ class Walk(RuleBasedStateMachine):
 
     @property
     def held(self) -> set[str]:
-        """Names of which the weights hold something."""
+        """Names of the adapters whose update the weights hold, wholly or partly."""
         return self.merged | self.partly
 
     def refused(self, verb: Any) -> None:
-        """Call what cannot be done, which changes nothing: the invariants see it."""
+        """Make a call that must fail; the invariants then check that it changed nothing."""
         with pytest.raises(StateError):
             verb()
 
     def look(self, *changed: str) -> None:
-        """Take over the updates of adapters that have changed; those of others must be what they were."""
+        """Record the updates of the adapters that were changed, and check that those of the others are the same."""
         for name, each in self.driver.backend.bank(self.model).adapters.items():
             deltas = {path: core.delta(on_host(self.driver, f)) for path, f in each.layers.items()}
             if name not in changed:
@@ -85,7 +85,7 @@ class Walk(RuleBasedStateMachine):
                     assert np.array_equal(delta, self.deltas[name][path]), f"{name} has changed in {path}"
             self.deltas[name] = deltas
 
-    # ---- what can be done -----------------------------------------------------------------------------
+    # ---- the calls of a walk --------------------------------------------------------------------------
 
     @rule(name=names)
     def attach(self, name: str) -> None:
@@ -94,11 +94,11 @@ class Walk(RuleBasedStateMachine):
         self.model = adamss.attach(self.model, config(**SETTINGS[name]), name=name)
         self.weights = {name: 1.0}
         self.look(name)
-        return self.train(name, seed=10)  # an update of zero would show nothing
+        return self.train(name, seed=10)  # an update of zero would hide mistakes
 
     @rule(name=names, seed=st.integers(0, 9))
     def train(self, name: str, seed: int) -> None:
-        """Give an adapter other numbers, as an optimiser does, but for those that the weights hold."""
+        """Change C of an adapter, as an optimiser would, unless the weights hold some of its update."""
         if name not in self.deltas or name in self.held:
             return
         new = {}
@@ -129,6 +129,7 @@ class Walk(RuleBasedStateMachine):
         what = {
             name: weight for name, weight in all_of_them.items() if weight is not None and name in self.deltas
         }
+        # The weights hold updates scaled by the adapters' weights, which therefore must not change.
         moves = any(what.get(name) != self.weights[name] for name in self.held)
         if not self.deltas or moves:
             return self.refused(lambda: adamss.activate(self.model, what))
@@ -204,14 +205,14 @@ class Walk(RuleBasedStateMachine):
                 outputs[path], expected, dtype=DTYPE, what=f"{path}, routed {rows}", scale=self.scale
             )
 
-    # ---- what must be ---------------------------------------------------------------------------------
+    # ---- the invariants -------------------------------------------------------------------------------
 
     scale = max(float(np.abs(INPUTS[path] @ LAYERS[path][0]).max()) for path in TARGETS)
 
     def expected(
         self, path: str, active: Iterable[str], weights: dict[str, float] | None = None
     ) -> np.ndarray:
-        """Return the outputs of a layer with the updates of these adapters."""
+        """Return the expected outputs of a layer with the updates of these adapters."""
         (W, b), x = LAYERS[path], INPUTS[path]
         y = x @ W if b is None else x @ W + b
         for name in active:
@@ -238,10 +239,10 @@ class Walk(RuleBasedStateMachine):
 
 
 class WalkLaws:
-    """Whatever is done with several adapters, each computes what it should."""
+    """Tests that each adapter computes its own update after any sequence of calls."""
 
     def test_law_14_random_walks(self, driver: Driver) -> None:
-        """Attached, trained, activated, routed, merged, consolidated, saved, detached: in any order."""
+        """Attach, train, activate, route, merge, consolidate, save and detach adapters in any order."""
         with case(driver, DTYPE, "models", "consolidates"):
             run_state_machine_as_test(
                 lambda: Walk(driver),  # type: ignore[arg-type]

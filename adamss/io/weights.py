@@ -1,0 +1,264 @@
+"""Weights of a model in safetensors files, one file or the shards of a folder, read one tensor at a time.
+
+Only headers are read when the files are opened, so that a checkpoint may be far larger than the memory. A file may
+come from anyone: offsets, shapes and dtypes are checked before anything is read by them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adamss.backend.tensors import StoredTensor, itemsize
+from adamss.config import shown
+from adamss.errors import CheckpointError, CheckpointNotFoundError
+from adamss.io.folder import ADAPTER_FILE
+from adamss.io.peft_folder import WEIGHTS_FILE
+from adamss.io.reader import DTYPES, MALFORMED, MODULES, parse, room_for, short
+
+__all__ = ["WeightEntry", "WeightFiles", "match_names", "weight_name"]
+
+INDEX_ENDING = ".safetensors.index.json"
+ENDING = ".safetensors"
+USUAL = ("model", "diffusion_pytorch_model")
+"""What transformers and diffusers call the weights of a model. A folder may hold copies under other names."""
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+LONGEST_HEADER = 100_000_000
+"""Bytes; the safetensors library refuses longer ones too."""
+
+
+class WeightEntry(NamedTuple):
+    """Where a tensor is.
+
+    Attributes
+    ----------
+    dtype
+        As `StoredTensor.dtype`, or the file's own word where that has no such dtype (``"F8_E4M3"``).
+    shape
+        Lengths of the axes.
+    file
+        The file that holds it.
+    start
+        Offset of its first byte in that file.
+    size
+        Bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+
+class WeightFiles(Mapping[str, WeightEntry]):
+    """The tensors of a model by name, none of which is read before `read` asks for it.
+
+    Parameters
+    ----------
+    path
+        A safetensors file, or a folder with ``model.safetensors``, with shards and their index, or with any
+        safetensors files of distinct tensors.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If nothing is there, or the folder has no weights.
+    CheckpointError
+        If a file is damaged or is no safetensors file, if a shard is missing, or if two files have a tensor of the
+        same name.
+    OSError
+        If a file cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.files = _files(self.path)
+        self._entries: dict[str, WeightEntry] = {}
+        for file in self.files:
+            for name, entry in _header(file).items():
+                if name in self._entries:
+                    raise CheckpointError(
+                        f"{str(file)!r} and {self._entries[name].file.name!r} both have the tensor {shown(name)}; "
+                        "name the file of the model itself"
+                    )
+                self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> WeightEntry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, name: str) -> StoredTensor:
+        """Return a tensor.
+
+        Raises
+        ------
+        CheckpointError
+            If its dtype is not one of `StoredTensor`, or the file has become shorter.
+        """
+        entry = self[name]
+        if entry.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{shown(name)} has dtype {entry.dtype}, which is a quantised format: load the model in its "
+                "framework, where adamss.load and adamss.to_lora take quantised layers"
+            )
+        with open(entry.file, "rb") as file:
+            file.seek(entry.start)
+            data = file.read(entry.size)
+        if len(data) != entry.size:
+            raise CheckpointError(f"{str(entry.file)!r} was cut short while it was read")
+        return StoredTensor(entry.dtype, entry.shape, data)
+
+
+def weight_name(path: str, names: Mapping[str, Any]) -> str | None:
+    """Return the tensor that is the weight of a module, or the parameter of that path itself; None for neither."""
+    return next((name for name in (f"{path}.weight" if path else "weight", path) if name in names), None)
+
+
+def match_names(paths: Iterable[str], names: Mapping[str, Any]) -> tuple[str, str]:
+    """Find how the module paths of an adapter are spelled in the files of its base model.
+
+    A model with a head and the bare model differ in a prefix: ``bert.encoder.layer.0`` and ``encoder.layer.0``.
+
+    Parameters
+    ----------
+    paths
+        Module paths.
+    names
+        Names of tensors.
+
+    Returns
+    -------
+    (str, str)
+        A prefix of every path, and the prefix that stands in its place in the files; one of the two is empty.
+
+    Raises
+    ------
+    CheckpointError
+        If no prefix fits all paths, or several do.
+
+    Examples
+    --------
+    >>> match_names(["bert.layer.0.query"], {"layer.0.query.weight": None})
+    ('bert.', '')
+    """
+    paths = list(paths)
+    if all(weight_name(path, names) for path in paths):
+        return "", ""
+    found = []
+    first = next(path for path in paths if not weight_name(path, names))
+    parts = first.split(".")
+    for cut in range(1, len(parts)):
+        ours = ".".join(parts[:cut]) + "."
+        if all(path.startswith(ours) and weight_name(path.removeprefix(ours), names) for path in paths):
+            found.append((ours, ""))
+    endings = (f".{first}.weight", f".{first}")
+    for name in names:
+        ending = next((ending for ending in endings if name.endswith(ending)), None)
+        theirs = None if ending is None else name.removesuffix(ending) + "."
+        if theirs is not None and all(weight_name(theirs + path, names) for path in paths):
+            found.append(("", theirs))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        places = " and ".join(sorted({theirs or ours for ours, theirs in found})[:2])
+        raise CheckpointError(
+            f"its layers fit several places of the base model ({places}): name the file of one"
+        )
+    missing = next((path for path in paths if not weight_name(path, names)), first)
+    raise CheckpointError(
+        f"the base model has no weight {shown(missing)} that the adapter changes: it was trained on another model, "
+        "or its layers have other names in its files"
+    )
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    """Return the files of the weights at a path."""
+    if not path.is_dir():
+        if not path.exists():
+            raise CheckpointNotFoundError(f"there is no file or folder {str(path)!r}")
+        return (path,)
+    indices = sorted(path.glob(f"*{INDEX_ENDING}"))
+    usual = [index for index in indices if index.name.removesuffix(INDEX_ENDING) in USUAL]
+    whole = [path / f"{name}{ENDING}" for name in USUAL if (path / f"{name}{ENDING}").is_file()]
+    if not whole and len(usual or indices) == 1:
+        return _shards((usual or indices)[0])
+    if whole:
+        return (whole[0],)
+    files = [
+        file for file in sorted(path.glob(f"*{ENDING}")) if file.name not in (ADAPTER_FILE, WEIGHTS_FILE)
+    ]
+    if not files:
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
+        what = (
+            f"its weights are pickled ({pickled[0]}), which may run anything when read; convert them with "
+            "model.save_pretrained"
+            if pickled
+            else "it has no .safetensors file of a model"
+        )
+        raise CheckpointNotFoundError(f"the folder {str(path)!r} has no weights that can be read: {what}")
+    return tuple(files)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """Return the files that an index of shards names, all of them in its own folder."""
+    if index.stat().st_size > LONGEST_HEADER:
+        raise CheckpointError(f"{str(index)!r} is longer than that of any model")
+    try:
+        names = sorted({*json.loads(index.read_bytes())["weight_map"].values()})
+        files = tuple(index.with_name(name) for name in names)
+    except MALFORMED as error:
+        raise CheckpointError(f"{str(index)!r} is damaged or no index of shards: {short(error)}") from error
+    if not files:
+        raise CheckpointError(f"{str(index)!r} names no files")
+    for name, file in zip(names, files, strict=True):
+        if file.parent != index.parent or Path(name).name != name:
+            raise CheckpointError(f"{str(index)!r} names {shown(name)}, which is outside of its folder")
+        if not file.is_file():
+            raise CheckpointNotFoundError(f"the shard {str(file)!r} is missing: copy the whole folder")
+    return files
+
+
+def _header(path: Path) -> dict[str, WeightEntry]:
+    """Return where the tensors of a safetensors file are."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise CheckpointError("it is truncated or no safetensors file")
+            header = parse(file.read(length), room_for(min(size, 1 << 32), MODULES))
+        return {
+            name: _entry(name, entry, path, 8 + length, size)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(path)!r}: {short(error)}") from error
+    except MALFORMED as error:
+        raise CheckpointError(f"{str(path)!r} is damaged or no safetensors file") from error
+
+
+def _entry(name: str, entry: Mapping[str, Any], file: Path, begin: int, size: int) -> WeightEntry:
+    (first, last), shape, word = entry["data_offsets"], entry["shape"], entry["dtype"]
+    numbers = (first, last, *shape)
+    if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(word, str):
+        raise CheckpointError(f"its header is damaged at {shown(name)}")
+    if not first <= last <= size - begin:
+        raise CheckpointError(f"it is truncated: {shown(name)} lies beyond its end")
+    dtype = DTYPES.get(word, word)
+    bytes_each = itemsize(dtype) if word in DTYPES else None
+    if bytes_each is not None and last - first != bytes_each * math.prod(shape):
+        raise CheckpointError(f"its header is damaged: the size of {shown(name)} does not fit its shape")
+    return WeightEntry(dtype, tuple(shape), file, begin + first, last - first)

@@ -1,0 +1,302 @@
+"""An adapter merged into the files of its base model, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adamss import core
+from adamss.backend.tensors import StoredTensor
+from adamss.errors import CheckpointError, LayerError
+from adamss.io.checkpoint import LINEAR, Checkpoint, StoredLayer
+from adamss.io.reader import DTYPES
+from adamss.io.weights import INDEX_ENDING, PICKLED, WeightEntry, WeightFiles, match_names, weight_name
+from adamss.io.writer import write_tensors, write_text
+from adamss.offline.compare import verify
+from adamss.offline.convert import new_folder
+
+__all__ = ["Merged", "merge"]
+
+PIECE = 1 << 24
+"""Bytes that are copied at a time."""
+
+EMBEDDINGS = ("embed", "wte", "shared")
+"""Parts of the names of input embeddings, whose weight an output head may share."""
+
+
+class Merged(NamedTuple):
+    """What was written.
+
+    Attributes
+    ----------
+    files
+        Weight files, in their order.
+    lost
+        By layer, the share of its update that the rounding to the dtype of the weight destroyed.
+    added
+        Names of tensors that the base model does not have, of ``modules_to_save``.
+    """
+
+    files: tuple[str, ...]
+    lost: dict[str, float]
+    added: tuple[str, ...]
+
+
+def merge(
+    stored: Checkpoint,
+    files: WeightFiles,
+    out: str,
+    *,
+    check_base: bool = True,
+    count: Callable[[], object] = lambda: None,
+) -> Merged:
+    """Write a model whose weights are ``round(W0 + delta)``, which loads as its base model does.
+
+    The folder gets the weights under the names of the base model, and everything else that lies in the base's folder
+    (configuration, tokenizer). Where the adapter brings a module that the base model lacks, such as a new head, the
+    tensors have the names of the model that was trained, which its class expects.
+
+    Parameters
+    ----------
+    stored
+        The adapter.
+    files
+        Weights of its base model.
+    out
+        Folder to write, which must be new or empty.
+    check_base
+        Whether to compare the fingerprints of the weights first.
+    count
+        Called after each layer.
+
+    Returns
+    -------
+    Merged
+        What was written.
+
+    Raises
+    ------
+    CheckpointError
+        If the base model is another, lacks a layer, or keeps one in a quantised dtype.
+    LayerError
+        If a weight may be shared with the output head, which would change too.
+    ArrayValueError
+        If a merged weight is not finite.
+    ConfigError
+        If the folder is not empty.
+    """
+    if check_base and (wrong := [check for check in verify(stored, files) if not check.fits]):
+        raise CheckpointError(
+            f"{wrong[0].path}: the base weight is not the one that the adapter was trained on"
+            + (f" (nor are {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        )
+    ours, theirs = match_names(stored.layers, files)
+
+    def in_files(path: str) -> str:
+        return theirs + path.removeprefix(ours)
+
+    layers = {str(weight_name(in_files(path), files)): (path, layer) for path, layer in stored.layers.items()}
+    _check_tied(layers, files)
+    saved = {f"{path}.{name}": tensor for path, own in stored.saved.items() for name, tensor in own.items()}
+    places = {name: next((n for n in (in_files(name), name) if n in files), None) for name in saved}
+    whole = {place: saved[name] for name, place in places.items() if place is not None}
+    added = {name: saved[name] for name, place in places.items() if place is None}
+    ids: Any = stored.config.trained_tokens
+    rows = {f"{in_files(path)}.weight": (ids[path], values) for path, values in stored.tokens.items()}
+    for name in rows:
+        if name not in files:
+            raise CheckpointError(f"the base model has no embedding {name}, of which the adapter has rows")
+    biases = _moved_biases(layers, files)
+    lost: dict[str, float] = {}
+
+    def spelled(name: str) -> str:
+        """Return what a tensor is called: as in the base, or as the class of the trained model has it."""
+        return ours + name.removeprefix(theirs) if added else name
+
+    def changed(name: str) -> StoredTensor | None:
+        """Return the new value of a tensor; None if it stays."""
+        if name in layers:
+            path, layer = layers[name]
+            tensor, lost[path] = _merged(path, layer, files, name)
+            count()
+            return tensor
+        if name in biases:
+            return biases[name]
+        if name in whole:
+            return _like(whole[name], files[name], name)
+        if name in rows:
+            return _with_rows(files, name, *rows[name])
+        return None
+
+    with new_folder(out) as folder:
+        names: dict[str, str] = {}
+        written = _names_of(files.files, more=bool(added))
+        for file, name_of_file in zip(files.files, written, strict=False):
+            entries = {name: entry for name, entry in files.items() if entry.file == file}
+            for name in entries:
+                names[spelled(name)] = name_of_file
+            _write(Path(folder) / name_of_file, file, entries, spelled, changed)
+        if added:
+            write_tensors(Path(folder) / written[-1], added, {"format": "pt"})
+            names |= dict.fromkeys(added, written[-1])
+        if len(written) > 1:
+            size = sum(entry.size for entry in files.values()) + sum(len(t.data) for t in added.values())
+            index = {"metadata": {"total_size": size}, "weight_map": names}
+            write_text(
+                Path(folder) / f"{_stem(files.files)}{INDEX_ENDING}", json.dumps(index, indent=2) + "\n"
+            )
+        _copy_rest(files, Path(folder))
+    return Merged(tuple(written), lost, tuple(added))
+
+
+def _merged(path: str, layer: StoredLayer, files: WeightFiles, name: str) -> tuple[StoredTensor, float]:
+    """Return the merged weight of a layer, and the share of its update that rounding destroyed."""
+    entry, view = files[name], layer.view or LINEAR
+    array = files.read(name).numpy()
+    if layer.blocks > 1:
+        pairs = [(view.block, array[i], part) for i, part in enumerate(layer.split(layer.blocks))]
+    else:
+        pairs = [(view, array, layer)]
+    found, lost = [], 0.0
+    for own_view, own, part in pairs:
+        W = own_view.matrix(own)
+        merged = core.merge(W, None, part.factors())
+        rounded = StoredTensor.of(own_view.array(np.asarray(merged.W), own.shape), entry.dtype)
+        share = float(merged.lost)
+        if entry.dtype == "bfloat16":  # in which NumPy does not compute
+            update = np.asarray(merged.W) - W
+            error = own_view.matrix(rounded.numpy()) - np.asarray(merged.W)
+            size = float(np.linalg.norm(update))
+            share = float(np.linalg.norm(error)) / size if size else 0.0
+        lost = max(lost, share)
+        found.append(rounded.data)
+    return StoredTensor(entry.dtype, entry.shape, b"".join(found)), lost
+
+
+def _moved_biases(
+    layers: Mapping[str, tuple[str, StoredLayer]], files: WeightFiles
+) -> dict[str, StoredTensor]:
+    """Return the new biases of layers whose update moves the bias, which are small, by name."""
+    found = {}
+    for name, (path, layer) in layers.items():
+        d = layer.base.shape[0]
+        if layer.directions().shape[0] <= d:
+            continue
+        bias = name.removesuffix("weight") + "bias"
+        if bias not in files:
+            raise CheckpointError(f"the adapter moves the bias of {path}, and the base model has no {bias}")
+        delta = np.asarray(core.delta(layer.factors()))[d]
+        b = files.read(bias).numpy()
+        found[bias] = StoredTensor.of(
+            (b + delta).astype(np.promote_types(b.dtype, np.float32)), files[bias].dtype
+        )
+    return found
+
+
+def _like(tensor: StoredTensor, entry: WeightEntry, name: str) -> StoredTensor:
+    """Return a tensor of a saved module in the dtype that the base model has it in."""
+    if tensor.shape != entry.shape:
+        raise CheckpointError(
+            f"{name} of modules_to_save has shape {tensor.shape}, and the base model's {entry.shape}"
+        )
+    return tensor if tensor.dtype == entry.dtype else StoredTensor.of(tensor.numpy(), entry.dtype)
+
+
+def _with_rows(files: WeightFiles, name: str, ids: tuple[int, ...], rows: StoredTensor) -> StoredTensor:
+    """Return an embedding with the trained rows in their places."""
+    stored, entry = files.read(name), files[name]
+    if len(entry.shape) != 2 or rows.shape[1] != entry.shape[1] or ids[-1] >= entry.shape[0]:
+        raise CheckpointError(
+            f"{name} has shape {entry.shape}, which has no room for the rows of trained_tokens"
+        )
+    width = len(stored.data) // entry.shape[0]
+    data, new = bytearray(stored.data), _like(rows, entry._replace(shape=rows.shape), name).data
+    for i, row in enumerate(ids):
+        data[row * width : (row + 1) * width] = new[i * width : (i + 1) * width]
+    return StoredTensor(entry.dtype, entry.shape, bytes(data))
+
+
+def _check_tied(layers: Mapping[str, Any], files: WeightFiles) -> None:
+    """Refuse to merge into an embedding that an output head may share: an adapter changes the embedding alone."""
+    heads = any(name.endswith(("lm_head.weight", "decoder.weight")) for name in files)
+    for name, (path, _) in layers.items():
+        if not heads and any(part in name for part in EMBEDDINGS):
+            raise LayerError(
+                f"{path} may share its weight with the output head, which would change too: load the model, then "
+                "adamss.load and adamss.merge_and_unload, which unties them"
+            )
+
+
+def _stem(files: Iterable[Path]) -> str:
+    return "diffusion_pytorch_model" if next(iter(files)).name.startswith("diffusion") else "model"
+
+
+def _names_of(files: tuple[Path, ...], *, more: bool) -> list[str]:
+    """Return what the weight files are called: as they were, or numbered if there is one more."""
+    if not more:
+        return [file.name for file in files]
+    count = len(files) + 1
+    return [f"{_stem(files)}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _write(
+    path: Path,
+    source: Path,
+    entries: Mapping[str, WeightEntry],
+    spelled: Callable[[str], str],
+    changed: Callable[[str], StoredTensor | None],
+) -> None:
+    """Write a safetensors file like another, in which some tensors have other values."""
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place, ordered = 0, sorted(entries, key=lambda name: entries[name].start)
+    for name in ordered:
+        entry = entries[name]
+        header[spelled(name)] = {
+            "dtype": words.get(entry.dtype, entry.dtype),
+            "shape": list(entry.shape),
+            "data_offsets": [place, place + entry.size],
+        }
+        place += entry.size
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    with open(source, "rb") as old, open(path, "wb") as new:
+        new.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            tensor = changed(name)
+            for piece in [tensor.data] if tensor is not None else _pieces(old, entries[name]):
+                new.write(piece)
+
+
+def _pieces(file: Any, entry: WeightEntry) -> Iterator[bytes]:
+    file.seek(entry.start)
+    left = entry.size
+    while left:
+        piece = file.read(min(left, PIECE))
+        if not piece:
+            raise CheckpointError(f"{str(entry.file)!r} was cut short while it was read")
+        left -= len(piece)
+        yield piece
+
+
+def _copy_rest(files: WeightFiles, folder: Path) -> None:
+    """Copy what lies beside the weights: configuration, tokenizer, ...; not weights in other formats."""
+    if not files.path.is_dir():
+        return
+    for file in files.path.iterdir():
+        weights = file.name.endswith(
+            (".safetensors", INDEX_ENDING, *PICKLED, ".h5", ".msgpack", ".gguf", ".onnx")
+        )
+        other = weights and not (file.name.endswith(INDEX_ENDING) and len(files.files) > 1)
+        if (
+            file.is_file()
+            and not other
+            and not file.name.startswith(".")
+            and not (folder / file.name).exists()
+        ):
+            shutil.copyfile(file, folder / file.name)

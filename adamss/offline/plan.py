@@ -1,0 +1,189 @@
+"""Which settings meet a budget of trained parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adamss.core import count_lora
+from adamss.errors import ConfigError, MissingBackendError
+from adamss.io.reader import short
+from adamss.io.weights import WeightFiles
+from adamss.offline.inspect import linear_layers, model_config
+
+__all__ = ["Plan", "layers_of", "plan", "suggested"]
+
+SUBSPACES = (1, 2, 3, 5, 10, 16, 32, 64, 128)
+SUBSPACE_RANKS = (1, 2, 4, 8)
+RANK = 100
+"""R of the paper; more directions for a basis are not offered unless they are asked for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings, and what they train.
+
+    Attributes
+    ----------
+    rank, subspaces, subspace_rank
+        R, K and r_k, as of `adamss.AdamssConfig`.
+    trained
+        Trained parameters in all layers, ``sum_k r_k (n_k + R)`` with a shared basis. It is exact as long as every
+        subspace has r_k columns or more, and an upper bound otherwise.
+    directions
+        q of the layer that has most, the rank of a LoRA of the same update.
+    lora_rank
+        Largest rank of a LoRA on the same layers that trains no more; 0 if none does.
+    """
+
+    rank: int
+    subspaces: int
+    subspace_rank: int
+    trained: int
+    directions: int
+    lora_rank: int
+
+
+def plan(
+    layers: Mapping[str, tuple[int, int]],
+    params: int,
+    *,
+    rank: int | None = None,
+    subspaces: int | None = None,
+    subspace_rank: int | None = None,
+) -> list[Plan]:
+    """Return the settings that train at most so many parameters, each with the largest R that does.
+
+    Parameters
+    ----------
+    layers
+        (d, n) of each adapted layer, by module path.
+    params
+        Most trained parameters, all layers together.
+    rank, subspaces, subspace_rank
+        R, K and r_k to keep to. None leaves the choice: R up to 100, K of 1 to 128, r_k of 1 to 8.
+
+    Returns
+    -------
+    list of Plan
+        Ordered by K and r_k.
+
+    Raises
+    ------
+    ConfigError
+        If no settings are within the budget; the message says what the least is.
+
+    Examples
+    --------
+    Query and value of RoBERTa-base:
+
+    >>> layers = {f"{i}.{name}": (768, 768) for i in range(12) for name in ("query", "value")}
+    >>> [p.trained for p in plan(layers, 42_432, subspaces=10, subspace_rank=1)]
+    [42432]
+    """
+    widest = max(min(shape) for shape in layers.values())
+    ranks = (
+        range(1, min(rank or RANK, widest) + 1)
+        if rank is None
+        else range(min(rank, widest), min(rank, widest) + 1)
+    )
+    found = []
+    least = None
+    for K in (subspaces,) if subspaces else SUBSPACES:
+        for r in (subspace_rank,) if subspace_rank else SUBSPACE_RANKS:
+            low = count(layers, ranks[0], K, r)
+            least = low if least is None else min(least, low)
+            fitting = [R for R in ranks if min(r, widest) <= R and count(layers, R, K, r) <= params]
+            if fitting:
+                R = fitting[-1]
+                trained = count(layers, R, K, r)
+                directions = max(_directions(shape, R, K, r) for shape in layers.values())
+                lora = trained // sum(count_lora(d, n, 1) for d, n in layers.values())
+                found.append(Plan(R, K, r, trained, directions, lora))
+    if not found:
+        raise ConfigError(
+            f"no such settings train {params:,} parameters or fewer in {len(layers)} layers: the least is "
+            f"{least:,}; name fewer layers by targets, or a larger budget"
+        )
+    return found
+
+
+def suggested(plans: Sequence[Plan]) -> Plan:
+    """Return the plan to begin with: of those with the largest R, the one that trains most; ties by the larger K."""
+    R = max(each.rank for each in plans)
+    return max((each for each in plans if each.rank == R), key=lambda each: (each.trained, each.subspaces))
+
+
+def count(layers: Mapping[str, tuple[int, int]], R: int, K: int, r: int) -> int:
+    """Return the trained parameters of settings, clamped in each layer to what it allows."""
+    total = 0
+    for d, n in layers.values():
+        own_R, own_K = min(R, d, n), min(K, n)
+        own_r = min(r, own_R)
+        total += own_r * (n + own_K * own_R) if own_r * own_K <= n else n * own_r + own_K * own_r * own_R
+    return total
+
+
+def _directions(shape: tuple[int, int], R: int, K: int, r: int) -> int:
+    own_R, own_K = min(R, *shape), min(K, shape[1])
+    return min(own_K * min(r, own_R), shape[1])
+
+
+def layers_of(model: str) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """Return (d, n) of the linear layers of a model by module path, and the type of the model.
+
+    Shapes come from the headers of the weights. Where there is only a ``config.json``, transformers builds the model
+    without values (on the meta device).
+
+    Parameters
+    ----------
+    model
+        A safetensors file, a folder with weights, a folder with a ``config.json``, or that file.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If nothing is there.
+    MissingBackendError
+        If transformers is needed and not installed.
+    ConfigError
+        If transformers cannot build the model.
+    """
+    path = Path(model)
+    config_only = path.name.endswith(".json") and path.is_file()
+    folder = path.parent if config_only else path
+    model_type = model_config(folder).get("model_type")
+    model_type = model_type if isinstance(model_type, str) else None
+    config = path if config_only else path / "config.json"
+    if config_only or (config.is_file() and not any(path.glob("*.safetensors*"))):
+        return _without_values(config), model_type
+    return linear_layers(WeightFiles(path)), model_type
+
+
+def _without_values(file: Path) -> dict[str, tuple[int, int]]:
+    """Return the linear layers of the model that a ``config.json`` describes."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingBackendError(
+            f"there are no weights beside {str(file)!r}; to build the model from its config takes transformers: "
+            "pip install 'adamss[transformers]'"
+        ) from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(os.fspath(file), local_files_only=True)
+        with torch.device("meta"):
+            model: Any = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    # Whatever a config makes the constructors of models raise.
+    except Exception as error:
+        raise ConfigError(f"transformers cannot build the model of {str(file)!r}: {short(error)}") from error
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if getattr(weight, "ndim", 0) == 2 and min(weight.shape) > 1:
+            n, d = weight.shape
+            found[name] = (n, d) if type(module).__name__ == "Conv1D" else (d, n)
+    return found
