@@ -33,14 +33,13 @@ PACKAGES = {
     "adamss.core": (),
     "adamss.core.analysis": (),
     "adamss.errors": (),
+    "adamss.plots": ("matplotlib",),
     "adamss.backend": (),
     "adamss_conformance": ("pytest", "hypothesis"),
     "adamss_torch": ("torch",),
     "adamss_jax": ("jax", "optax"),
 }
 """Packages whose `__all__` is public, and what they need."""
-if importlib.util.find_spec("adamss.plots"):
-    PACKAGES["adamss.plots"] = ("matplotlib",)
 
 MISSING_FROM_ALL = {"adamss_jax": ("allocation", "budgeted", "synchronise")}
 """Public names that a package imports when they are first asked for."""
