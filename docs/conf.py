@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from typing import Any
 
@@ -19,9 +18,6 @@ release = version = adamss.__version__
 # Formulas are drawn by a copy of MathJax in the site: neither the build nor a reader of it needs the network.
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 exclude_patterns = ["_build"]
-if importlib.util.find_spec("adamss.plots") is None:
-    exclude_patterns.append("reference/adamss.plots.md")
-    suppress_warnings = ["toc.not_readable"]
 nitpicky = True
 # Signatures name types that are not public: base classes, aliases, type variables. Names in docstrings must resolve.
 nitpick_ignore_regex = [("py:class", r"adamss.*")]
