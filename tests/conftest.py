@@ -42,6 +42,7 @@ SLOW = (
     "tests/conformance/test_third_party.py",
     "tests/hostile/",
     "tests/test_benchmarks.py",
+    "tests/core/test_array_libraries.py",
     "tests/jax/test_bad_input.py",
     "tests/jax/test_budget.py",
     "tests/jax/test_demo_jax.py",
