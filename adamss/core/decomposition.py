@@ -13,6 +13,7 @@ from adamss.core._array import (
     as_constant,
     as_widest_precision,
     as_working_precision,
+    check_linear_algebra,
     check_matrix,
     device,
     eigh,
@@ -94,7 +95,7 @@ def decompose(W: Array, rank: int, *, seed: int = 0) -> Decomposition:
     ConfigError
         If ``rank`` is not an integer, or is below 1.
     ArrayTypeError
-        If W is not real floating point, or has no values because it is traced.
+        If W is not real floating point, has no values because it is traced, or its framework has no linear algebra.
     ArrayValueError
         If W is not a finite, non-empty matrix.
 
@@ -112,6 +113,7 @@ def decompose(W: Array, rank: int, *, seed: int = 0) -> Decomposition:
     >>> bool(np.allclose(U.T, [[0, 1, 0]])), bool(np.allclose(V.T, [[0, -1]]))
     (True, True)
     """
+    check_linear_algebra(W)
     check_matrix(W, name="W")
     W = as_constant(W)
     rank = min(check_count(rank, name="rank", remedy="use 1 or more singular vectors"), *W.shape)

@@ -259,7 +259,7 @@ def column_index(factors: Factors) -> tuple[Array, Array]:
         # No rank is above 1 and the ranks sum to K, so all of them are 1, and column k belongs to subspace k.
         columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
         return columns, xp.zeros_like(columns)
-    ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
+    ends = xp.cumulative_sum(factors.ranks, axis=0, dtype=factors.ranks.dtype)
     columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
     before = xp.astype(columns[:, None] >= ends[None, :], factors.ranks.dtype)
     group = xp.sum(before, axis=1, dtype=factors.ranks.dtype)

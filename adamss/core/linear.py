@@ -314,7 +314,7 @@ def _per_subspace(columns: Array, factors: Factors) -> Array:
     """Rearrange the q columns of an (m, q) array into (K, m, r), with zeros beyond each rank."""
     xp = namespace(columns)
     K, r, q = factors.ranks.shape[0], factors.C.shape[0], columns.shape[1]
-    ends = xp.cumulative_sum(factors.ranks, dtype=factors.ranks.dtype)
+    ends = xp.cumulative_sum(factors.ranks, axis=0, dtype=factors.ranks.dtype)
     places = xp.arange(r, dtype=ends.dtype, device=device(ends))
     index = (ends - factors.ranks)[:, None] + places[None, :]
     index = xp.minimum(index, xp.full_like(index, q - 1))
