@@ -350,9 +350,9 @@ def plan(
 def plot(kind: str, sources: tuple[str, ...], out: str, base: str | None, layer: tuple[str, ...]) -> Result:
     """Draw an adapter, a model or a training run.
 
-    The pictures are: ordering (|Z*| with its columns ordered by subspace), spectrum, sizes (of the subspaces) and
-    active (number of trained subspaces over time). SOURCE is an adapter or a model. For active, it is one or more
-    checkpoints, or the trainer_state.json of a Trainer.
+    The pictures are: ordering (|Z*| with its columns ordered by subspace), spectrum (singular values), sizes (of the
+    subspaces) and active (number of trained subspaces over time). SOURCE is an adapter or, for ordering and spectrum,
+    a model. For active, it is one or more checkpoints, or the trainer_state.json of a Trainer.
 
     \b
     Examples:

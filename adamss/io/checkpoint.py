@@ -278,7 +278,7 @@ def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
         where = (
             "it is a folder, and adamss.from_peft reads those of PEFT"
             if path.is_dir()
-            else "no file is there"
+            else "the path does not exist"
         )
         raise CheckpointNotFoundError(f"there is no adapter file {str(path)!r}: {where}")
     try:
@@ -379,7 +379,7 @@ def _rows_of(
     for path, ids in asked.items():
         found[path] = rows = left.pop(join_path(path, ROWS))
         if path in layers:
-            raise CheckpointError(f"{shown(path)} is a layer that it adapts, and has trained_tokens besides")
+            raise CheckpointError(f"{shown(path)} is an adapted layer, and has trained_tokens too")
         if rows.dtype not in EXPONENTS or len(rows.shape) != 2 or rows.shape[0] != len(ids):
             raise CheckpointError(
                 f"the rows of {len(ids)} trained_tokens of {shown(path)} are {rows.dtype} {rows.shape}"
@@ -451,7 +451,7 @@ def _check_places(layers: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             outer = path if path in saved else outer
             continue
         raise CheckpointError(
-            f"{shown(path)} is or lies within {shown(outer)}, which it holds as a whole besides"
+            f"{shown(path)} is or lies within {shown(outer)}, which the file also stores as a module to save"
         )
 
 

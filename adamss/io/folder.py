@@ -110,7 +110,7 @@ def adapter_file(path: str) -> str:
         if os.path.isfile(file):
             return file
         if os.path.isfile(os.path.join(path, peft_folder.CONFIG_FILE)):
-            what = "PEFT wrote it: adamss.from_peft loads an AdaMSS of PEFT"
+            what = "it is a folder of PEFT, which adamss.from_peft loads if the method is PEFT's own AdaMSS"
         else:
             what = f"it has no {ADAPTER_FILE}"
         raise CheckpointNotFoundError(f"the folder {path!r} has no adapter of adamss: {what}")

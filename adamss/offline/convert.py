@@ -101,7 +101,7 @@ def new_folder(path: str) -> Iterator[str]:
     """
     target = Path(os.path.abspath(path))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{path!r} is there already; name a folder that is new or empty")
+        raise ConfigError(f"{path!r} exists already; name a folder that is new or empty")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     try:

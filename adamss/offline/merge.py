@@ -113,7 +113,7 @@ def merge(
     rows = {f"{in_files(path)}.weight": (ids[path], values) for path, values in stored.tokens.items()}
     for name in rows:
         if name not in files:
-            raise CheckpointError(f"the base model has no embedding {name}, of which the adapter has rows")
+            raise CheckpointError(f"the base model has no embedding {name} for the adapter's trained rows")
     biases = _moved_biases(layers, files)
     lost: dict[str, float] = {}
 
@@ -216,7 +216,7 @@ def _with_rows(files: WeightFiles, name: str, ids: tuple[int, ...], rows: Stored
     stored, entry = files.read(name), files[name]
     if len(entry.shape) != 2 or rows.shape[1] != entry.shape[1] or ids[-1] >= entry.shape[0]:
         raise CheckpointError(
-            f"{name} has shape {entry.shape}, which has no room for the rows of trained_tokens"
+            f"{name} has shape {entry.shape}, into which the rows of trained_tokens do not fit"
         )
     width = len(stored.data) // entry.shape[0]
     data, new = bytearray(stored.data), _like(rows, entry._replace(shape=rows.shape), name).data

@@ -106,8 +106,8 @@ def plan(
                 found.append(Plan(R, K, r, trained, directions, lora))
     if not found:
         raise ConfigError(
-            f"no such settings train {params:,} parameters or fewer in {len(layers)} layers: the least is "
-            f"{least:,}; name fewer layers by targets, or a larger budget"
+            f"no settings train {params:,} parameters or fewer in {len(layers)} layers: the smallest number is "
+            f"{least:,}; adapt fewer layers (targets), or allow more parameters"
         )
     return found
 

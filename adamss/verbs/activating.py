@@ -126,7 +126,7 @@ def routed(model: Model, names: Iterable[str | None], *, axis: int = 0) -> Itera
         each = bank.adapters[name]
         if what := "modules_to_save" if each.saved else "trained_tokens" if each.tokens else "":
             remedy = "route others" if name in used else "activate another first"
-            raise StateError(f"routed: {name!r} has {what}, which are one for all rows of a batch; {remedy}")
+            raise StateError(f"routed: {name!r} has {what}, which cannot differ between rows; {remedy}")
     if bank.ledger.held:
         held = bank.adapters[next(iter(bank.ledger.held))]
         raise StateError(
@@ -195,7 +195,7 @@ def activate(
     weights = chosen(bank, names, "activate", empty=True)
     trained = as_weights(train, "activate") if train is not None else {}
     if wrong := next((name for name in trained if name not in weights), None):
-        raise StateError(f"activate: train names {wrong!r}, which is none of those to activate")
+        raise StateError(f"activate: train names {wrong!r}, which is not among those to activate")
     if train is None:
         trained = {name: 1.0 for name in weights if bank.adapters[name].trainable}
     with backend.exact():

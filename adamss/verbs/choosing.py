@@ -167,7 +167,7 @@ def _tokens(
         path = next((path for path, module in modules.items() if module is embedding), None)
         if path is None and backend.trains_rows:
             raise TargetError(
-                f"trained_tokens: nobody knows the input embedding of this {type(model).__name__} (it has no "
+                f"trained_tokens: the input embedding of this {type(model).__name__} is not known (it has no "
                 "get_input_embeddings()); name it: trained_tokens={'embed_tokens': [...]}"
             )
         named = [(path or "", asked)]

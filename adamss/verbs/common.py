@@ -170,7 +170,7 @@ def as_weights(name: str | Iterable[str] | Mapping[str, float], verb: str) -> di
         weights = dict.fromkeys(names, 1.0)
     if not all(isinstance(one, str) for one in names):
         raise ConfigTypeError(
-            f"{verb}: an adapter is meant by its name, several by a list or by weights by name, found {name!r}"
+            f"{verb}: choose adapters by a name, a list of names, or a dictionary of weights by name, found {name!r}"
         )
     if len(weights) < len(names):
         raise ConfigError(f"{verb}: {names!r} names an adapter twice")
@@ -216,7 +216,7 @@ def new_name(backend: Backend, model: Model, name: str, verb: str, *, replace: b
         )
     if bank.ledger.held and not (replace and name in bank.adapters):
         raise StateError(
-            f"{verb}: the weights hold the update of {', '.join(map(repr, bank.ledger.held))}, beside which no "
+            f"{verb}: the weights hold the update of {', '.join(map(repr, bank.ledger.held))}, so that no other "
             f"adapter can be added; call {bank.adapters[next(iter(bank.ledger.held))].way_out} first"
         )
     return bank
@@ -250,8 +250,8 @@ def cast_factors(backend: Backend, factors: Factors, dtype: str) -> Factors:
 def factor_dtype(backend: Backend, base: BaseWeight, config: AdamssConfig, *, loading: bool = False) -> str:
     """Return the name of the dtype for the factors of a layer.
 
-    With `loading`, a ``factor_dtype`` of the config is ignored if the framework lacks it, so that a file can be
-    loaded in any framework.
+    It is ``factor_dtype`` of the config, or by default float64 for float64 weights and float32 for all others. With
+    `loading`, a ``factor_dtype`` that the framework lacks is ignored, so that any framework can load the file.
     """
     if config.factor_dtype is not None and (backend.has_dtype(config.factor_dtype) or not loading):
         return config.factor_dtype
@@ -332,8 +332,8 @@ def require_distinct(paths: list[str], modules: Mapping[str, Any]) -> None:
         other = seen.setdefault(id(modules[path]), path)
         if other != path:
             raise CheckpointError(
-                f"{other!r} and {path!r} are one module in this model; the file adapts them apart: "
-                "it was trained on another model"
+                f"{other!r} and {path!r} are one module in this model, but two in the file: the adapter was trained "
+                "on another model"
             )
 
 
@@ -345,8 +345,8 @@ def require_one_path(paths: Iterable[str], modules: Mapping[str, Any], verb: str
     for path in paths:
         if len(names := every[id(modules[path])]) > 1:
             raise LayerError(
-                f"{verb}: {' and '.join(map(repr, names))} are one layer, of which PEFT adapts one appearance alone; "
-                "adamss.save and adamss.load take it, or merge the model and save that"
+                f"{verb}: {' and '.join(map(repr, names))} are one layer, and PEFT would adapt it under one of these "
+                "paths only; use adamss.save and adamss.load, or merge the model and save that"
             )
 
 
@@ -437,14 +437,14 @@ def _require_agreement(name: str, others: Iterable[str], stored: Mapping[str, St
     for other in sorted(others):
         if other not in stored:
             warnings.warn(
-                f"modules_to_save: {shown(name)} is one tensor with {shown(other)} in this model, which takes its "
-                "values too; the file does not say whether it was where the adapter was trained",
+                f"modules_to_save: {shown(name)} is one tensor with {shown(other)} in this model, so that loading "
+                "changes both; the file does not say whether they were tied where the adapter was trained",
                 AdamssWarning,
                 stacklevel=4,
             )
         elif stored[name] != stored[other]:
             raise CheckpointError(
-                f"modules_to_save: {shown(name)} and {shown(other)} are one tensor in this model, and of different "
+                f"modules_to_save: {shown(name)} and {shown(other)} are one tensor in this model, but have different "
                 "values in the file; untie them in the base model (tie_word_embeddings)"
             )
 
@@ -489,6 +489,6 @@ def _saved_array(backend: Backend, name: str, tensor: StoredTensor, present: Any
             fits = np.array_equal(rounded.numpy(), tensor.numpy())
     if not fits:
         raise CheckpointError(
-            f"{name}: the file has {tensor.dtype}, of which the model's {dtype} cannot hold all"
+            f"{name}: the file has {tensor.dtype}, of which the model's {dtype} cannot hold all values"
         )
     return array

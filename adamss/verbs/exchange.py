@@ -386,8 +386,8 @@ def _require_linear(sites: Mapping[str, Site], verb: str) -> None:
     for path, site in sites.items():
         if not site.kind.linear:
             raise LayerTypeError(
-                f"{verb}: {path} is a {type(site.layer).__name__}, whose update is none of a linear layer; "
-                "adamss.save takes it, or merge the model and save that"
+                f"{verb}: {path} is a {type(site.layer).__name__}, but PEFT's AdaMSS adapts linear layers only; "
+                "use adamss.save and adamss.load, or merge the model and save that"
             )
 
 
@@ -399,11 +399,11 @@ def _require_base(
     for name, tensor in tensors.items():
         what = f"its tensor {shown(join_path(path, name))} belongs to no adapted layer and no module to save"
         if name not in arrays:
-            raise CheckpointError(f"{what}, and the model has none of the name")
+            raise CheckpointError(f"{what}, and the model has no tensor of this name")
         present = backend.to_stored(backend.whole(arrays[name]))
         if present.shape != tensor.shape or not np.array_equal(present.numpy(), tensor.numpy()):
             raise CheckpointError(
-                f"{what}, and is another than in this base, which the adapter was not trained on"
+                f"{what}, and differs from that of this model, so that the adapter was trained on another base"
             )
 
 

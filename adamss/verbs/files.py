@@ -544,7 +544,7 @@ def _check_base_present(backend: Backend, path: str, base: BaseWeight, *, needed
     if needed and not backend.has_values(base.W):
         raise LayerError(
             f"{path} is on the meta device: its weight has no values; load the weights first, or pass "
-            "check_base=False, trainable=False, by which the adapter is loaded alone and the weights may come later"
+            "check_base=False, trainable=False to load only the adapter now and the weights later"
         )
 
 
@@ -553,8 +553,8 @@ def _check_base_values(path: str, stored: Fingerprint, present: Fingerprint) -> 
     if not difference <= tolerance:
         raise CheckpointError(
             f"{path}: the base weight is not the one that the adapter was trained on (its fingerprint "
-            f"differs by {difference:.0%}, where {tolerance:.0%} may be rounding); load the right base model, or "
-            "pass check_base=False"
+            f"differs by {difference:.0%}, but rounding explains at most {tolerance:.0%}); load the right base "
+            "model, or pass check_base=False"
         )
 
 

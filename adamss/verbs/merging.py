@@ -215,8 +215,8 @@ def consolidate(model: Model, *, name: str | None = None, keep_base: bool = True
     frozen = {path: ~mask for path, mask in masks.items()}
     if adaptation.tokens and all(mask.all() for mask in frozen.values()):
         raise StateError(
-            "consolidate: no subspace is trained any more, but the rows of trained_tokens are, which it leaves "
-            "alone; merge at the end instead"
+            "consolidate: no subspace is trained any more, but the rows of trained_tokens are, which consolidate "
+            "does not merge; merge at the end instead"
         )
     held = adaptation.held
     if not any((mask & ~held.get(path, np.zeros_like(mask))).any() for path, mask in frozen.items()):
@@ -287,7 +287,8 @@ def _merged(
     if tied:
         warnings.warn(
             f"{verb}: {tied} in the base; it has a merged weight of its own now: save the model as an untied one "
-            "(tie_word_embeddings=False), for tying it again, or loading it into a tied one, loses the update",
+            "(tie_word_embeddings=False), because the update is lost if the weights are tied again or the file is "
+            "loaded into a tied model",
             AdamssWarning,
             stacklevel=3,
         )

@@ -256,7 +256,7 @@ def test_what_is_meant_must_be_said(net, x):
     for wrong in ({"a": float("nan")}, {"a": True}, {"a": "b"}):
         with pytest.raises(errors.ConfigTypeError, match="weight of 'a' must be a finite number"):
             adamss.activate(model, wrong)
-    with pytest.raises(errors.StateError, match="train names 'b', which is none of those to activate"):
+    with pytest.raises(errors.StateError, match="train names 'b', which is not among those to activate"):
         adamss.activate(model, "a", train="b")
     adamss.activate(model, "c")
     assert_same_state(model, before)

@@ -464,8 +464,8 @@ def test_a_file_is_loaded_before_the_weights_come(tmp_path):
         ({"rows": np.full((3, E), np.nan, np.float32)}, r"the trained_tokens of 'embed' hold NaN"),
         ({"rows": np.full((3, E), 1e300)}, r"the rows of embed are too large for float32"),
         ({"path": "elsewhere"}, r"the model has no layer 'elsewhere'"),
-        ({"path": "query"}, r"'query' is a layer that it adapts, and has trained_tokens besides"),
-        ({"saved": {"embed": {}}}, r"'embed' is or lies within 'embed', which it holds as a whole besides"),
+        ({"path": "query"}, r"'query' is an adapted layer, and has trained_tokens too"),
+        ({"saved": {"embed": {}}}, r"'embed' is or lies within 'embed', which the file also stores"),
         ({"ids": [3, 7, 7]}, "trained_tokens must be distinct ids from 0 on"),
         ({"ids": [-1, 7, 10]}, "trained_tokens must be distinct ids from 0 on"),
         ({"ids": [3, 7, "10"]}, "trained_tokens must be a list of integers"),
@@ -666,7 +666,7 @@ REFUSED = {
     "meta": ("tied", {}, errors.LayerError, r"on the meta device"),
     "renorm": ("tied", {}, errors.LayerError, r"embed is an Embedding with max_norm"),
     "computed": ("tied", {}, errors.LayerError, r"the weight of embed is a .* that is computed"),
-    "unnamed": ("tied", {}, errors.TargetError, r"nobody knows the input embedding of this Sequential"),
+    "unnamed": ("tied", {}, errors.TargetError, r"the input embedding of this Sequential is not known"),
 }
 
 
