@@ -92,7 +92,7 @@ SECTIONS: list[tuple[str, str, list[str]]] = [
     ),
     (
         "diff",
-        "How far two adapters are apart. The exit status is 1 if their updates differ.",
+        "How far two adapters are apart. The exit status is 1 if they differ.",
         ["adamss diff first.safetensors second.safetensors"],
     ),
     (

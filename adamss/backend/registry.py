@@ -68,7 +68,7 @@ def register_backend(backend: type[Backend]) -> type[Backend]:
 
 @contextmanager
 def using(backend: Backend) -> Iterator[None]:
-    """Use a given backend instance within a ``with`` block, for tests.
+    """Use a given backend instance within a ``with`` block.
 
     The instance is returned for its name, and it is asked before all other backends.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -96,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong, and 130 if the command was interrupted. Unless a check has failed, which is part of the result, an
         error is explained by one line on standard error.
     """
+    # The hub's library tells of every attempt; what comes of them is told once, by an error.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("always", category=UserWarning)
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
@@ -342,7 +345,7 @@ def plan(
 
 
 @command
-@click.argument("kind", type=click.Choice(PICTURES))
+@click.argument("kind", metavar="KIND", type=click.Choice(PICTURES))
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.option("--out", metavar="FILE", required=True, help="Picture to write, in .png, .svg or .pdf.")
 @click.option("--base", metavar="MODEL", help="Base model of the adapter, for ordering and spectrum.")
@@ -364,10 +367,12 @@ def plot(kind: str, sources: tuple[str, ...], out: str, base: str | None, layer:
         raise ConfigError(f"--out must end in .png, .svg or .pdf, found {out!r}")
     if kind != "active" and len(sources) > 1:
         raise ConfigError(f"{kind} draws one source; found {len(sources)}")
+    layers = _split(layer)
+    if kind == "ordering" and layers and len(layers) > 1:
+        raise ConfigError(f"ordering draws one layer; found {', '.join(layers)}")
     from adamss import plots
 
     source = sources[0] if len(sources) == 1 else sources
-    layers = _split(layer)
     options: dict[str, Any] = {}
     if kind in ("ordering", "spectrum"):
         options["base"] = base
@@ -462,7 +467,7 @@ def diff(a: str, b: str) -> Result:
     lines += [
         f"{printable(name)}: largest difference {largest:.3g}" for name, largest in difference.saved.items()
     ]
-    lines.append("the updates are the same" if difference.same else "the updates differ")
+    lines.append("the adapters change a model in the same way" if difference.same else "the adapters differ")
     document = dataclasses.asdict(difference) | {"same": difference.same}
     return Result(document, "\n".join(lines), right=difference.same)
 

@@ -16,12 +16,12 @@ from adamss.backend.numpy import NumpyBackend
 from adamss.backend.sites import Kind, Kinds, LinearKind, Site
 from adamss.backend.tensors import StoredTensor
 from adamss.backend.views import View
+from adamss.io.checkpoint import LINEAR
 from adamss.io.weights import WeightFiles, match_names
 
 __all__ = ["FileBackend", "FileLayer", "FileModel", "file_model"]
 
 Array = np.ndarray[Any, Any]
-LINEAR = View(rows=(1,), columns=(0,))
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ def merge(
         raise CheckpointError(
             f"{wrong[0].path}: the base weight is not the one that the adapter was trained on"
             + (f" (nor are {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+            + "; name the right base model, or pass check_base=False (--no-check)"
         )
     ours, theirs = match_names(stored.layers, files)
 

@@ -86,18 +86,17 @@ def plan(
     [42432]
     """
     widest = max(min(shape) for shape in layers.values())
-    ranks = (
-        range(1, min(rank or RANK, widest) + 1)
-        if rank is None
-        else range(min(rank, widest), min(rank, widest) + 1)
-    )
+    least_rank, most_rank = (1, min(RANK, widest)) if rank is None else (min(rank, widest),) * 2
+    ranks = range(least_rank, most_rank + 1)
     found = []
     least = None
     for K in (subspaces,) if subspaces else SUBSPACES:
         for r in (subspace_rank,) if subspace_rank else SUBSPACE_RANKS:
-            low = count(layers, ranks[0], K, r)
-            least = low if least is None else min(least, low)
-            fitting = [R for R in ranks if min(r, widest) <= R and count(layers, R, K, r) <= params]
+            possible = [R for R in ranks if min(r, widest) <= R] or [
+                ranks[-1]
+            ]  # r_k directions need as many of A
+            least = min([count(layers, possible[0], K, r), *([] if least is None else [least])])
+            fitting = [R for R in possible if count(layers, R, K, r) <= params]
             if fitting:
                 R = fitting[-1]
                 trained = count(layers, R, K, r)
@@ -127,8 +126,7 @@ def count(layers: Mapping[str, tuple[int, int]], R: int, K: int, r: int) -> int:
     total = 0
     for d, n in layers.values():
         own_R, own_K = min(R, d, n), min(K, n)
-        own_r = min(r, own_R)
-        total += own_r * (n + own_K * own_R) if own_r * own_K <= n else n * own_r + own_K * own_r * own_R
+        total += min(r, own_R) * (n + own_K * own_R)
     return total
 
 
