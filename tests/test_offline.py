@@ -240,6 +240,21 @@ def test_verify_tells_the_base_from_others(adapter, base, tmp_path, capsys):
     assert [each["fits"] for each in found["layers"]] == [True, True, False]
 
 
+def test_weights_of_few_bits_are_judged_together(adapter, tmp_path):
+    """The rounding error of two bits hides another weight in each layer, but not in all of them."""
+    stored = checkpoint.read(adapter)
+    layers = {p: replace(each, base=replace(each.base, noise=0.4)) for p, each in stored.layers.items()}
+    few_bits = replace(stored, layers=layers)
+    rng = np.random.default_rng(5)
+    others = {
+        f"{path}.weight": StoredTensor.of(rng.standard_normal((N, D)).astype(np.float32)) for path in layers
+    }
+    shapes = others | {f"{LAYERS[0]}.weight": StoredTensor.of(np.ones((N, D, 1), np.float32))}
+    for tensors, fits in ((weights(), True), (others, False), (shapes, False)):
+        files = WeightFiles(write_model(tmp_path / str(len(list(tmp_path.iterdir()))), tensors))
+        assert all(check.fits for check in offline.verify(few_bits, files)) == fits
+
+
 def test_diff_measures_the_updates(tmp_path, capsys):
     tensors = weights()
     first, second = adapted(tensors, seed=1), adapted(tensors, seed=2, segmentation="random")

@@ -78,7 +78,8 @@ def verify(
         mark = fingerprint_in(files, name, layer)
         difference, tolerance = layer.base.difference(mark), layer.base.tolerance(mark)
         found.append(LayerCheck(path, name, difference, tolerance, difference <= tolerance))
-        marks.append((layer.base, mark))
+        if mark.shape == layer.base.shape:
+            marks.append((layer.base, mark))
         count()
     if unlikely(marks):
         found = [dataclasses.replace(check, fits=False) for check in found]
