@@ -121,6 +121,13 @@ def allocates_at(step: Any, config: BudgetConfig) -> Any:
     -------
     bool
         Whether to call `allocate`. If `step` is an array, an array of booleans.
+
+    Examples
+    --------
+    >>> from adamss import BudgetConfig, core
+    >>> config = BudgetConfig(target=10, start_step=100, end_step=125, interval=10)
+    >>> [step for step in range(200) if core.allocates_at(step, config)]
+    [110, 120, 125]
     """
     within = (step > config.start_step) & (step <= config.end_step)
     return within & ((step == config.end_step) | ((step - config.start_step) % config.interval == 0))
@@ -260,6 +267,22 @@ class Processes:
 
     A controller whose arrays are distributed over processes overrides the methods. Its vectors may then hold only the
     elements of its own process, in any order, because only `scores` needs to know which subspace each belongs to.
+
+    Examples
+    --------
+    A process that adopts the choice of another one, here instead of its own choice of the second subspace:
+
+    >>> import numpy as np
+    >>> from adamss import BudgetConfig, core
+    >>> class Follower(core.Processes):
+    ...     def agree(self, active):
+    ...         return np.asarray([True, False])  # as received from the first process
+    >>> factors = core.initial_factors(core.decompose(np.eye(4), 4), np.asarray([0, 0, 1, 1]), 1)
+    >>> plan = core.plan_budget({"query": factors}, BudgetConfig(target=1, end_step=1))
+    >>> weights = plan.join_elements({"query": (np.ones((4, 2)), np.asarray([[1.0, 1.0, 2.0, 2.0]]))})
+    >>> state = core.observe(plan, core.initial_budget_state(plan, weights), weights, weights)
+    >>> core.advance(plan, state).active.tolist(), core.advance(plan, state, Follower()).active.tolist()
+    ([False, True], [True, False])
     """
 
     def all_usable(self, usable: Array) -> Array:
@@ -297,6 +320,17 @@ class BudgetPlan:
     total
         Number of subspaces or of parameters of the model, depending on ``config.unit``. It is the budget at the start
         if ``config.initial`` is None.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss import BudgetConfig, core
+    >>> factors = core.initial_factors(core.decompose(np.eye(4), 4), np.asarray([0, 0, 1, 1]), 1)
+    >>> plan = core.plan_budget({"value": factors, "query": factors}, BudgetConfig(target=1, end_step=10))
+    >>> plan.paths, plan.sizes, plan.costs
+    (('query', 'value'), (2, 2), (6, 6, 6, 6))
+    >>> {path: row.tolist() for path, row in plan.split(np.asarray([0, 1, 2, 3])).items()}
+    {'query': [0, 1], 'value': [2, 3]}
     """
 
     config: BudgetConfig
@@ -431,6 +465,22 @@ class BudgetState(NamedTuple):
         Moving average Ibar of ``I = |w g|`` of each element, (N,) in float32 or wider.
     uncertainty
         Moving average Ubar of ``|I - Ibar|`` of each element, (N,) in float32 or wider.
+
+    Examples
+    --------
+    A step of a model in which only the second subspace of two has a gradient:
+
+    >>> import numpy as np
+    >>> from adamss import BudgetConfig, core
+    >>> factors = core.initial_factors(core.decompose(np.eye(4), 4), np.asarray([0, 0, 1, 1]), 1)
+    >>> plan = core.plan_budget({"query": factors}, BudgetConfig(target=1, end_step=1))
+    >>> weights = np.ones(12)  # 4 x 2 elements of B, then 1 x 4 of C
+    >>> B, C = np.asarray([[0.0, 1.0]] * 4), np.asarray([[0.0, 0.0, 1.0, 1.0]])
+    >>> gradients = plan.join_elements({"query": (B, C)})
+    >>> state = core.observe(plan, core.initial_budget_state(plan, weights), weights, gradients)
+    >>> state = core.advance(plan, state)
+    >>> int(state.step), state.active.tolist()
+    (1, [False, True])
     """
 
     step: Array

@@ -57,6 +57,17 @@ class Decomposition(NamedTuple):
         Singular values, of shape (R,), in descending order.
     V
         Right singular vectors, of shape (n, R), orthonormal.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss import core
+    >>> decomposition = core.decompose(np.diag([3.0, 2.0, 1.0]), rank=2)
+    >>> decomposition.U.shape, np.round(decomposition.S, 6).tolist()
+    ((3, 2), [3.0, 2.0])
+    >>> W_hat = (decomposition.U * decomposition.S) @ decomposition.V.T
+    >>> bool(np.allclose(W_hat, np.diag([3.0, 2.0, 0.0])))
+    True
     """
 
     U: Array

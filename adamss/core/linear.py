@@ -28,7 +28,18 @@ __all__ = [
 
 
 class Gradients(NamedTuple):
-    """Gradients of a scalar with respect to x, B and C, each of the same shape as the array itself."""
+    """Gradients of a scalar with respect to x, B and C, each of the same shape as the array itself.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss import core
+    >>> factors = core.Factors(np.ones((1, 2, 1)), np.ones((1, 1)), np.asarray([[2.0, 3.0]]),
+    ...                        np.asarray([0, 0]), np.asarray([1]), np.asarray([True]))
+    >>> gradients = core.linear_vjp(np.ones((1, 2)), np.asarray([[1.0, 2.0]]), np.eye(2), factors)
+    >>> gradients.x.tolist(), gradients.B.tolist(), gradients.C.tolist()
+    ([[6.0, 6.0]], [[15.0]], [[3.0, 3.0]])
+    """
 
     x: Array
     B: Array
@@ -48,6 +59,19 @@ class Merged(NamedTuple):
         Share of the update that is lost by rounding to the dtype of W0,
         ``|round(W0 + delta) - (W0 + delta)| / |delta|`` in Frobenius norm. 0-d floating-point array, 0 for a zero
         update.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss import core
+    >>> factors = core.Factors(np.ones((1, 2, 1)), np.ones((1, 1)), np.asarray([[2.0, 3.0]]),
+    ...                        np.asarray([0, 0]), np.asarray([1]), np.asarray([True]))
+    >>> W0 = np.eye(2, dtype=np.float16)
+    >>> core.merge(W0, None, factors).W.tolist()
+    [[3.0, 3.0], [2.0, 4.0]]
+    >>> small = factors._replace(C=1e-4 * factors.C)  # too small to change the ones in float16
+    >>> round(float(core.merge(W0, None, small).lost), 2)
+    0.71
     """
 
     W: Array
