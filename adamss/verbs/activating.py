@@ -35,6 +35,16 @@ class AdapterInfo:
         Whether the adapter is trained now.
     merged
         Whether the weights hold the update.
+
+    Examples
+    --------
+    >>> import numpy as np, adamss
+    >>> from adamss.backend import NumpyLinear, NumpyModel
+    >>> model = NumpyModel({"query": NumpyLinear(np.eye(4))})
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
+    >>> adapter = adamss.adapters(model)["default"]
+    >>> adapter.layers, adapter.weight, adapter.trained, adapter.merged
+    (('query',), 1.0, True, False)
     """
 
     config: AdamssConfig

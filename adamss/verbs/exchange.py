@@ -107,6 +107,17 @@ def to_lora(model: Model, folder: str | os.PathLike[str], *, name: Name = None) 
         If there are ``modules_to_save``, which a LoRA cannot contain; the message names the separate file that holds
         them. If the weight of an adapted layer is tied to another one (an embedding to ``lm_head``). If PEFT reads
         the LoRA of a layer only from version 0.17 on, or does not load it at all.
+
+    Examples
+    --------
+    >>> import numpy as np, adamss, tempfile
+    >>> from adamss.backend import NumpyLinear, NumpyModel
+    >>> model = NumpyModel({"query": NumpyLinear(np.eye(4))})
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora = adamss.to_lora(model, folder)
+    ...     lora.rank, sorted(file.name for file in lora.path.iterdir())
+    (2, ['adapter_config.json', 'adapter_model.safetensors'])
     """
     path = checked_path(folder, name="folder", to_write=True)
     backend, bank = adapted(model, "to_lora")
@@ -219,6 +230,17 @@ def to_peft(model: Model, folder: str | os.PathLike[str], *, name: str | None = 
     -----
     AdamssWarning
         If subspaces are frozen. The format has no mask, so that PEFT would train all subspaces.
+
+    Examples
+    --------
+    >>> import numpy as np, adamss, tempfile
+    >>> from adamss.backend import NumpyLinear, NumpyModel
+    >>> model = NumpyModel({"query": NumpyLinear(np.eye(4))})
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     written = adamss.to_peft(model, folder)
+    ...     written.layers, sorted(file.name for file in written.path.iterdir())
+    (1, ['adapter_config.json', 'adapter_model.safetensors'])
     """
     path = checked_path(folder, name="folder", to_write=True)
     backend, bank = adapted(model, "to_peft")
@@ -324,6 +346,20 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str], *, name: str = 
         If the name is taken, or the weights hold the update of another adapter.
     MissingBackendError
         If PyTorch or scikit-learn is not installed.
+
+    Examples
+    --------
+    The folder usually comes from PEFT's ``save_pretrained``. Here `to_peft` writes it:
+
+    >>> import numpy as np, adamss, tempfile
+    >>> from adamss.backend import NumpyLinear, NumpyModel
+    >>> base = NumpyModel({"query": NumpyLinear(np.diag([4.0, 3.0, 2.0, 1.0]))})
+    >>> config = adamss.AdamssConfig(targets=["query"], rank=4, subspaces=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     written = adamss.to_peft(adamss.attach(base, config), folder)
+    ...     model = adamss.from_peft(base, folder)
+    >>> adamss.adapters(model)["default"].layers, adamss.summary(model).total.trained
+    (('query',), 8)
     """
     backend = backend_for(base_model)
     with backend.exact():

@@ -198,6 +198,13 @@ def push_to_hub(
         If ``repo_id`` is not the name of a repository.
     MissingBackendError
         If ``huggingface_hub`` is not installed.
+
+    Examples
+    --------
+    The upload needs an account, so this example is not run with the others:
+
+    >>> adamss.push_to_hub(model, "user/adapter", private=True)  # doctest: +SKIP
+    'https://huggingface.co/user/adapter/commit/0123456789abcdef0123456789abcdef01234567'
     """
     if not isinstance(repo_id, str) or not folder.is_repository(repo_id):
         raise ConfigError(f"repo_id must be of the form 'user/name', found {shown(repo_id)}")

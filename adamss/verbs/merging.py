@@ -199,6 +199,22 @@ def consolidate(model: Model, *, name: str | None = None, keep_base: bool = True
         If a weight is in half precision, where rounding would lose the update. Merge at the end instead.
     ArrayValueError
         If a weight would not be finite. The message names the layer, and nothing is changed.
+
+    Examples
+    --------
+    A budget freezes subspaces during training. Here, without training, C is set and one of two subspaces is frozen:
+
+    >>> import numpy as np, adamss
+    >>> from adamss.backend import NumpyLinear, NumpyModel, get_backend
+    >>> model = NumpyModel({"query": NumpyLinear(np.eye(4))})
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
+    >>> model.bank.only().layers["query"].C[...] = 0.5
+    >>> model = get_backend("numpy").set_active(model, {"query": np.asarray([True, False])})
+    >>> consolidated, x = adamss.consolidate(model), np.ones(4)
+    >>> bool(np.any(consolidated["query"].W != np.eye(4)))  # the weight holds the frozen update
+    True
+    >>> bool(np.allclose(consolidated["query"](x), model["query"](x)))
+    True
     """
     backend, bank = adapted(model, "consolidate")
     adaptation = one_of(bank, name, "consolidate")

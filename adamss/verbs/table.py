@@ -39,6 +39,16 @@ class SummaryRow:
         ``modules_to_save`` and ``trained_tokens``.
     active
         Number of subspaces that are still trained.
+
+    Examples
+    --------
+    >>> import numpy as np, adamss
+    >>> from adamss.backend import NumpyLinear, NumpyModel
+    >>> model = NumpyModel({"query": NumpyLinear(np.eye(4))})
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
+    >>> row = adamss.summary(model).rows[0]
+    >>> row.path, row.shape, row.K, row.q, row.trained
+    ('query', (4, 4), 2, 2, 12)
     """
 
     path: str
@@ -68,6 +78,19 @@ class Summary:
         Number of parameters of ``trained_tokens``.
     name
         Name of the adapter.
+
+    Examples
+    --------
+    >>> import numpy as np, adamss
+    >>> from adamss.backend import NumpyLinear, NumpyModel
+    >>> model = NumpyModel({"query": NumpyLinear(np.eye(4))})
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
+    >>> print(adamss.summary(model))
+    layer    shape      K    R    q    trained    active
+    -------  -------  ---  ---  ---  ---------  --------
+    query    4 x 4      2    4    2         12       2/2
+    total               2         2         12       2/2
+    targets: query
     """
 
     rows: tuple[SummaryRow, ...]
