@@ -75,6 +75,17 @@ class WeightFiles(Mapping[str, WeightEntry]):
         If a file is damaged or not a safetensors file, or if two files have a tensor of the same name.
     OSError
         If a file cannot be read.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from adamss.offline import WeightFiles
+    >>> from safetensors.numpy import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"query.weight": np.ones((2, 3), np.float32)}, f"{folder}/model.safetensors")
+    ...     files = WeightFiles(folder)
+    ...     files["query.weight"].shape, files.read("query.weight").numpy().tolist()
+    ((2, 3), [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -38,6 +38,13 @@ class Plan:
     lora_rank
         Largest rank of a LoRA on the same layers that trains at most as many parameters, or 0 if every LoRA trains
         more.
+
+    Examples
+    --------
+    >>> from adamss.offline import plan
+    >>> (found,) = plan({"query": (768, 768), "value": (768, 768)}, 3_536, subspaces=10, subspace_rank=1)
+    >>> found.rank, found.trained, found.directions, found.lora_rank
+    (100, 3536, 10, 1)
     """
 
     rank: int
