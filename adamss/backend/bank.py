@@ -85,6 +85,16 @@ class Ledger:
         rows overwrite when the adapter is merged.
     layers
         Quantised layers that were replaced by float layers and still contain W0, by path of the module.
+
+    Examples
+    --------
+    >>> import numpy as np, adamss
+    >>> from adamss.backend import NumpyLinear, NumpyModel
+    >>> model = NumpyModel({"query": NumpyLinear(np.eye(4))})
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
+    >>> ledger = adamss.merge(model).bank.ledger
+    >>> ledger.held["default"]["query"].tolist(), ledger.base["query"]["weight"].shape
+    ([True, True], (4, 4))
     """
 
     held: Mapping[str, Mapping[str, Mask]] = field(default_factory=dict)
@@ -129,6 +139,16 @@ class Adaptation:
     kept
         Values of ``modules_to_save`` that belong to this adapter, while it is not active and the modules have other
         values.
+
+    Examples
+    --------
+    >>> import numpy as np, adamss
+    >>> from adamss.backend import NumpyLinear, NumpyModel
+    >>> model = NumpyModel({"query": NumpyLinear(np.eye(4))})
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
+    >>> adaptation = model.bank.adapters["default"]
+    >>> adaptation.shapes, adaptation.layers["query"].C.shape, adaptation.trained, adaptation.merged
+    ({'query': (4, 4)}, (1, 4), True, False)
     """
 
     config: AdamssConfig

@@ -71,6 +71,19 @@ class Division:
                 if go:
                     layers |= ...
         layers = division.gather(layers)
+
+    Examples
+    --------
+    A division among the threads of one process:
+
+    >>> from concurrent.futures import ThreadPoolExecutor
+    >>> from adamss.backend import Division
+    >>> class Threads(Division):
+    ...     def each(self, function, batch):
+    ...         with ThreadPoolExecutor(2) as pool:
+    ...             return list(pool.map(function, batch))
+    >>> Threads().each(str.upper, {"query": None, "value": None})
+    ['QUERY', 'VALUE']
     """
 
     def share(self, weights: Weights, settings: str) -> Iterator[tuple[str, BaseWeight]]:

@@ -54,6 +54,17 @@ def register_backend(backend: type[Backend]) -> type[Backend]:
     ------
     BackendError
         If the class is not a concrete subclass of `Backend`, or has no name.
+
+    Examples
+    --------
+    >>> from adamss.backend import NumpyBackend, get_backend, register_backend
+    >>> @register_backend
+    ... class MyBackend(NumpyBackend):
+    ...     name = "mine"
+    ...     def handles(self, model):
+    ...         return type(model).__module__ == "my_framework"
+    >>> type(get_backend("mine")).__name__
+    'MyBackend'
     """
     missing = sorted(getattr(backend, "__abstractmethods__", ()))
     if not (isinstance(backend, type) and issubclass(backend, Backend)) or missing:

@@ -49,6 +49,15 @@ class BaseWeight(NamedTuple):
         Weight (d, n), for d inputs and n outputs.
     b
         Bias (n,), or None.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss.backend import NumpyLinear, get_backend
+    >>> site = get_backend("numpy").site(NumpyLinear(np.ones((2, 3)), np.zeros(3)), "query")
+    >>> base = site.weight({"weight": np.ones((3, 2)), "bias": np.zeros(3)})  # in the layer's own orientation
+    >>> base.W.shape, base.b.shape
+    ((2, 3), (3,))
     """
 
     W: Array
@@ -60,6 +69,22 @@ class Kind(ABC):
 
     A kind must satisfy this law, for any M: (d, q) and E: (q, n): the layer's own forward pass with ``W + M E`` in
     place of its weight equals ``forward(x) + spread(layer, project(layer, x, M), E)``.
+
+    Examples
+    --------
+    A kind of layer that stores W itself, and not its transpose:
+
+    >>> import numpy as np
+    >>> from adamss.backend import Kind, Kinds, View
+    >>> class Dense:
+    ...     W, b = np.ones((2, 3)), None
+    >>> class DenseKind(Kind):
+    ...     classes, weight, bias = (Dense,), "W", "b"
+    ...     def view(self, layer, path):
+    ...         return View(rows=(0,), columns=(1,))
+    >>> kind = Kinds(DenseKind()).of(Dense(), "query")
+    >>> kind.linear, kind.view(Dense(), "query").matrix(Dense.W).shape
+    (True, (2, 3))
     """
 
     classes: ClassVar[tuple[type | str, ...]]
@@ -240,6 +265,19 @@ class StackedLayer(Fragment):
         Module whose arrays have leading axes for the layers of the stack.
     index
         Index of this layer along the leading axes.
+
+    Examples
+    --------
+    The fourth of five layers whose weights are one array:
+
+    >>> import numpy as np
+    >>> from types import SimpleNamespace
+    >>> from adamss.backend import LinearKind, Site, StackedLayer, View
+    >>> stack = SimpleNamespace(weight=np.zeros((5, 3, 2)), bias=None)
+    >>> layer = StackedLayer(stack, index=(3,))
+    >>> site = Site("layers[3]", layer.module, LinearKind(), View(rows=(1,), columns=(0,)), layer.index)
+    >>> site.weight(vars(stack)).W.shape
+    (2, 3)
     """
 
     module: Any
@@ -262,6 +300,14 @@ class Site:
         View of the weight, without the axes of the stack, as a matrix.
     index
         Index in the stack, or ``()`` if the layer is not in a stack.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adamss.backend import NumpyLinear, get_backend
+    >>> site = get_backend("numpy").site(NumpyLinear(np.ones((2, 3))), "query")
+    >>> site.path, site.names, site.view
+    ('query', ('weight', 'bias'), View(rows=(1,), columns=(0,)))
     """
 
     path: str

@@ -21,6 +21,26 @@ class Store(ABC):
 
     A store must satisfy this law: if `refusal` returns None, then ``read(layer, name) == a`` after
     ``write(layer, name, a)``.
+
+    Examples
+    --------
+    A store for weights in eight bits, which can be read but not written:
+
+    >>> import numpy as np
+    >>> from types import SimpleNamespace
+    >>> from adamss.backend import PlainStore, Store, Stores
+    >>> class EightBits(Store):
+    ...     def holds(self, layer, name):
+    ...         return hasattr(layer, f"{name}_scale")
+    ...     def read(self, layer, name):
+    ...         return getattr(layer, name) * getattr(layer, f"{name}_scale")
+    ...     def refusal(self, layer, name):
+    ...         return "is kept in eight bits; export the adapter by adamss.to_lora"
+    ...     def write(self, layer, name, value):
+    ...         raise NotImplementedError
+    >>> layer = SimpleNamespace(weight=np.asarray([[2, -4]], np.int8), weight_scale=np.float32(0.5))
+    >>> Stores(PlainStore(), EightBits()).read(layer, "weight").tolist()
+    [[1.0, -2.0]]
     """
 
     @abstractmethod
@@ -68,6 +88,17 @@ class Stores:
     ----------
     stores
         Stores of the framework itself, starting with the most general one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from types import SimpleNamespace
+    >>> from adamss.backend import PlainStore, Stores
+    >>> stores, layer = Stores(PlainStore()), SimpleNamespace(weight=np.zeros(2), bias=None)
+    >>> type(stores.of(layer, "weight")).__name__, stores.of(layer, "bias")
+    ('PlainStore', None)
+    >>> stores.exchange(layer, "weight", np.ones(2)).tolist(), layer.weight.tolist()
+    ([0.0, 0.0], [1.0, 1.0])
     """
 
     def __init__(self, *stores: Store) -> None:
@@ -124,7 +155,17 @@ class Stores:
 
 
 class PlainStore(Store):
-    """Store for arrays that are plain attributes of layers that are changed in place."""
+    """Store for arrays that are plain attributes of layers that are changed in place.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from types import SimpleNamespace
+    >>> from adamss.backend import PlainStore
+    >>> store, layer = PlainStore(), SimpleNamespace(weight=np.zeros(2), bias=None)
+    >>> store.holds(layer, "weight"), store.holds(layer, "bias"), store.noise(layer, "weight")
+    (True, False, 0.0)
+    """
 
     def holds(self, layer: Any, name: str) -> bool:
         """Return whether the layer has an attribute `name` that is not None."""
