@@ -265,6 +265,20 @@ def synchronise(model: Any, opt_state: Any, *, name: str | None = None) -> Any:
     AdamssWarning
         If steps were left out of the averages because a gradient held NaN or infinity. If frozen subspaces may
         return, but the model was attached without such a schedule and so gives them no gradients.
+
+    Examples
+    --------
+    >>> import adamss, adamss_jax, jax, jax.numpy as jnp, optax
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    >>> budget = adamss.BudgetConfig(target=2, end_step=1)
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=4, subspaces=4, budget=budget))
+    >>> optimizer = nnx.Optimizer(model, adamss_jax.budgeted(optax.sgd(0.1), model), wrt=nnx.LoRAParam)
+    >>> _ = optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.LoRAParam)))
+    >>> adamss.summary(model).total.active
+    4
+    >>> adamss.summary(adamss_jax.synchronise(model, optimizer)).total.active
+    2
     """
     backend = models_of(model)
     adaptation = adapter_in_training(backend, model, "synchronise", name)
@@ -308,6 +322,19 @@ def allocation(opt_state: Any, *, name: str | None = None) -> Allocation:
     ------
     StateError
         If `opt_state` contains no state of `budgeted`, or those of several adapters while `name` is None.
+
+    Examples
+    --------
+    >>> import adamss, adamss_jax, jax, jax.numpy as jnp, optax
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    >>> budget = adamss.BudgetConfig(target=2, end_step=1)
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=4, subspaces=4, budget=budget))
+    >>> optimizer = nnx.Optimizer(model, adamss_jax.budgeted(optax.sgd(0.1), model), wrt=nnx.LoRAParam)
+    >>> _ = optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.LoRAParam)))
+    >>> progress = adamss_jax.allocation(optimizer)
+    >>> int(progress.step), int(progress.budget), int(progress.active["layers.0"])
+    (1, 2, 2)
     """
     state = budgeted_state(opt_state, None, "allocation", name)
     step, waiting, left_out, mask, *_ = state.budget

@@ -114,6 +114,17 @@ def update(x: Array, factors: Factors, *, order: str | None = None) -> Array:
     ------
     ConfigError
         If `order` is unknown.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, adamss_jax
+    >>> from adamss import core
+    >>> kernel = jax.random.normal(jax.random.key(0), (6, 8))
+    >>> decomposition = core.decompose(kernel, 4)
+    >>> factors = core.initial_factors(decomposition, core.segment(decomposition, 3), 1)
+    >>> factors, x = factors._replace(C=jnp.ones((1, 8))), jnp.ones((2, 6))
+    >>> bool(jnp.allclose(adamss_jax.update(x, factors), x @ core.delta(factors), atol=1e-5))
+    True
     """
     check_order(order)
     if factors.A.shape[0] > 1:

@@ -83,6 +83,16 @@ class Adapter(nn.Module):
     order
         Order in which the products are taken, one of `adamss.core.cost.ORDERS`. None chooses the one that costs less.
         An adapter with a basis for each subspace always uses ``"factors_first"``.
+
+    Examples
+    --------
+    >>> import adamss, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=4, subspaces=3))
+    >>> model[0].adamss.default
+    Adapter(d=8, n=6, R=4, K=3, q=3, bases=1)
+    >>> model[0].adamss.default.B.shape, model[0].adamss.default.C.shape
+    (torch.Size([3, 4]), torch.Size([1, 6]))
     """
 
     A: Tensor

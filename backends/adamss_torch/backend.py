@@ -159,7 +159,17 @@ class _Layers(Mapping[str, Factors]):
 
 
 class TorchBackend(Backend):
-    """Backend for PyTorch, which changes any `torch.nn.Module` in place."""
+    """Backend for PyTorch, which changes any `torch.nn.Module` in place.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from adamss.backend import backend_for
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> backend = backend_for(model)
+    >>> backend.name, backend.site(model[0], "0").view.shape(model[0].weight.shape)
+    ('torch', (8, 6))
+    """
 
     name = "torch"
     kinds = kinds

@@ -62,6 +62,21 @@ class Allocation(NamedTuple):
         score zero.
     masks
         Masks of the active subspaces, (K,) booleans on the CPU, by module path.
+
+    Examples
+    --------
+    >>> import adamss, adamss_torch, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["0"], rank=4, subspaces=4))
+    >>> optimizer = torch.optim.AdamW(adamss.trainable_parameters(model), lr=0.1)
+    >>> schedule, told = adamss.BudgetConfig(target=1, end_step=3), []
+    >>> budget = adamss_torch.BudgetController(model, optimizer, schedule, on_allocation=told.append)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     model(torch.ones(2, 8)).square().mean().backward()
+    ...     optimizer.step()
+    >>> told[-1].step, told[-1].active, int(told[-1].masks["0"].sum())
+    (3, 1, 1)
     """
 
     step: int

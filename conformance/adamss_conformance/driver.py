@@ -58,7 +58,25 @@ BUILT_IN = {
 
 
 class Training(ABC):
-    """A model in training under a budget, one step of the optimiser at a time."""
+    """A model in training under a budget, one step of the optimiser at a time.
+
+    Examples
+    --------
+    The training of the driver for NumPy, which reduces four subspaces to one in two steps:
+
+    >>> import numpy as np, adamss
+    >>> from adamss_conformance.drivers.numpy import NumpyDriver
+    >>> driver = NumpyDriver()
+    >>> model = driver.model({"query": (np.diag([4.0, 3.0, 2.0, 1.0]), None)}, "float64")
+    >>> budget = adamss.BudgetConfig(target=1, end_step=2)
+    >>> config = adamss.AdamssConfig(targets=["query"], rank=4, subspaces=4, budget=budget)
+    >>> model, inputs = adamss.attach(model, config), {"query": np.ones((2, 4))}
+    >>> training = driver.training(model, inputs, optimiser="sgd", rate=0.1, budget=budget)
+    >>> for _ in range(2):
+    ...     training.step()
+    >>> adamss.summary(training.model).total.active
+    1
+    """
 
     @abstractmethod
     def step(self) -> None:
