@@ -272,8 +272,11 @@ def test_every_reference_page_is_of_a_package():
     assert {page.stem for page in (DOCS / "reference").glob("*.md")} >= set(PACKAGES)
 
 
-FLOOR = 0.6
-"""Share of the public names that have an example; to be raised when it rises."""
+FLOOR = 1.0
+"""Share of the public names that have an example."""
+
+SHOWN_ONLY = {"adamss.push_to_hub": "it uploads to the hub"}
+"""Public names whose example is not run, and why."""
 
 
 def used_in_pages() -> set[str]:
@@ -302,7 +305,9 @@ def test_public_names_have_examples():
                 continue  # raised by others; nobody makes one
             names.append(each)
             in_pages = f"{package.rpartition('.')[2]}.{each}" in used
-            if not in_pages and ">>>" not in (getattr(value, "__doc__", None) or ""):
+            lines = re.findall(r"^ *>>> .*", getattr(value, "__doc__", None) or "", flags=re.MULTILINE)
+            runs = any("+SKIP" not in line for line in lines)
+            if not in_pages and not runs and not (lines and f"{package}.{each}" in SHOWN_ONLY):
                 without.append(f"{package}.{each}")
     share = 1 - len(without) / len(names)
     print(
