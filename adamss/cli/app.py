@@ -19,8 +19,7 @@ from adamss._version import __version__
 from adamss.cli.output import Result, emit, printable, progress, say, table
 from adamss.config import SEGMENTATIONS
 from adamss.errors import AdamssError, ConfigError, ConfigTypeError, TargetError
-from adamss.io import checkpoint, folder, writer
-from adamss.io.checkpoint import Checkpoint
+from adamss.io import checkpoint, writer
 from adamss.io.weights import WeightFiles
 from adamss.offline.convert import FORMATS
 from adamss.offline.inspect import linear_layers, model_type, targeted
@@ -150,10 +149,6 @@ def _one_line(error: Exception) -> str:
     return str(error)
 
 
-def _read(file: str) -> Checkpoint:
-    return checkpoint.read(folder.adapter_file(file))
-
-
 def _split(words: Sequence[str]) -> list[str] | None:
     """Split arguments at commas, except those that contain a brace, since ``{2,3}`` in an expression is no list."""
     return (
@@ -176,7 +171,7 @@ def show(file: str) -> Result:
       adamss show adapter.safetensors
       adamss show adapter.safetensors --json | jq .total.trained
     """
-    stored = _read(file)
+    stored = offline.read_adapter(file)
     summary = summary_of_file(stored)
     training = any(layer.A is not None for layer in stored.layers.values())
     text = "\n".join(
@@ -402,7 +397,7 @@ def verify(file: str, base: str) -> Result:
     Examples:
       adamss verify adapter.safetensors --base path/to/model
     """
-    stored, files = _read(file), WeightFiles(base)
+    stored, files = offline.read_adapter(file), WeightFiles(base)
     with progress(len(stored.layers), "layer") as count:
         checks = offline.verify(stored, files, count=count)
     rows = [
@@ -439,7 +434,7 @@ def diff(a: str, b: str) -> Result:
     Examples:
       adamss diff first.safetensors second.safetensors
     """
-    difference = offline.diff(_read(a), _read(b))
+    difference = offline.diff(offline.read_adapter(a), offline.read_adapter(b))
     lines = [
         f"{name}: {printable(str(ours))} | {printable(str(theirs))}"
         for name, (ours, theirs) in difference.settings.items()
@@ -508,7 +503,7 @@ def merge(file: str, base: str, out: str, check_base: bool) -> Result:
     Examples:
       adamss merge adapter.safetensors --base path/to/model --out merged
     """
-    stored, files = _read(file), WeightFiles(base)
+    stored, files = offline.read_adapter(file), WeightFiles(base)
     with progress(len(stored.layers), "layer") as count:
         merged = offline.merge(stored, files, out, check_base=check_base, count=count)
     worst = max(merged.lost, key=lambda path: merged.lost[path])
