@@ -361,8 +361,8 @@ def why_not_the_same(layer: PeftLayer, found: Grouping) -> str | None:
     stored = [B.shape[0] for B in layer.B]
     if sizes != stored:
         return f"it has subspaces of {shown(stored)} columns, and in this weight are found {shown(sizes)}"
-    if is_the_same_basis(layer, found):
-        return None
+    if len(stored) == 1 or is_the_same_basis(layer, found):
+        return None  # the columns of a single subspace are all columns, whatever the basis
     half = _half_precision(layer.basis)
     if half is not None and _half_precision(found.rows, half) is None:
         return f"its basis is in {half}, as of a base in {half}, and this weight is none"

@@ -314,7 +314,8 @@ def from_peft(base_model: Model, folder: str | os.PathLike[str], *, name: str = 
     basis in this weight. If the basis does not equal that of the file bit for bit, the segmentation must also stay
     the same when the weight is rounded differently. Another base model, or this one in another dtype, is therefore an
     error, whereas PEFT would silently assign columns to wrong subspaces. (The comparison is strong evidence but no
-    proof, since the file does not say which column is where.) Once attached, the segmentation is part of the adapter
+    proof, since the file does not say which column is where. An adapter with a single subspace needs no segmentation,
+    and only its shapes are compared.) Once attached, the segmentation is part of the adapter
     and `save` stores it, so that the adapter can be loaded in any dtype. PyTorch and scikit-learn must be installed,
     whatever the framework of the model.
 
@@ -469,7 +470,7 @@ def _factors_from_peft(backend: Backend, adapter: PeftAdapter, path: str, base: 
     layer = adapter.layers[path]
     found = _peft_grouping(backend, whole(backend, base), adapter.rank, adapter.subspaces, adapter.seed)
     difference = peft.why_not_the_same(layer, found)
-    if difference is None and not peft.is_the_same_basis(layer, found):
+    if difference is None and len(layer.B) > 1 and not peft.is_the_same_basis(layer, found):
         difference = _why_uncertain(adapter, found, base)
     if difference is not None:
         raise CheckpointError(

@@ -468,7 +468,7 @@ def test_a_head_that_peft_writes_whole_besides(causal_lm, tmp_path):
     other = causal_lm()
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1
-    with pytest.raises(errors.CheckpointError, match=r"'lm_head\.weight'.*another than in this base"):
+    with pytest.raises(errors.CheckpointError, match=r"'lm_head\.weight'.*differs from that of this model"):
         adamss.from_peft(other, tmp_path)
 
 
@@ -517,6 +517,7 @@ class TestToPeft:
             model = train(adamss.attach(net(), config(subspaces=1, subspace_rank=3, **options)))
             adamss.to_peft(model, tmp_path)
             assert_close(loaded_by_peft(net(), tmp_path)(x), model(x))
+            assert_close(adamss.from_peft(net(), tmp_path)(x), model(x))
 
     def test_a_portable_file_in_between(self, net, x, tmp_path):
         theirs = trained_by_peft(net(), tmp_path / "theirs", x, subspace_rank=2)
