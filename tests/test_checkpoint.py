@@ -521,8 +521,8 @@ class TestWriting:
     def test_the_same_adapter_makes_the_same_bytes(self, tmp_path):
         contents = set()
         for i in range(5):
-            adamss.save(adapted(), tmp_path / str(i))
-            contents.add((tmp_path / str(i)).read_bytes())
+            adamss.save(adapted(), tmp_path / f"{i}.safetensors")
+            contents.add((tmp_path / f"{i}.safetensors").read_bytes())
         assert len(contents) == 1
 
     def test_a_failed_write_leaves_the_old_file_and_no_other(self, path, monkeypatch):

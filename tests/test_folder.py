@@ -63,6 +63,12 @@ def test_save_and_load(model, tmp_path, name, is_folder, training):
     same_updates(model, adamss.load(base(), path))
 
 
+def test_an_existing_file_is_replaced_whatever_its_name(model, tmp_path):
+    (tmp_path / "adapter").write_bytes(b"an old one")
+    adamss.save(model, tmp_path / "adapter")
+    same_updates(model, adamss.load(base(), tmp_path / "adapter"))
+
+
 def test_the_card_says_what_was_trained_and_stays_when_edited(model, tmp_path):
     adamss.save(model, tmp_path / "run")
     card = tmp_path / "run" / "README.md"

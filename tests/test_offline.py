@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -490,9 +489,11 @@ def test_a_wrong_call_has_status_2(arguments, message, adapter, base, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def in_process(arguments, **options):
-    command = [sys.executable, "-c", "import sys; from adamss.cli import main; sys.exit(main(sys.argv[1:]))"]
-    return subprocess.run([*command, *map(str, arguments)], check=False, text=True, **options)
+def in_process(arguments, shell="", **options):
+    """Run a command in a process of its own, after some words of a shell."""
+    program = "import sys; from adamss.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = ["sh", "-c", f'{shell}\nexec "$@"', "sh", sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, check=False, text=True, **options)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs limits of processes")
@@ -500,8 +501,8 @@ def in_process(arguments, **options):
 def test_a_full_disk_leaves_nothing_behind(command, adapter, base, tmp_path):
     done = in_process(
         words(command, adapter=adapter, base=base, out=tmp_path / "out"),
+        shell="ulimit -f 2",
         capture_output=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)),
     )
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("adamss: ") and done.stderr.count("\n") == 1, done.stderr
@@ -515,7 +516,7 @@ def test_standard_output_that_takes_no_more(options, adapter):
         done = in_process(["show", adapter, *options], stdout=full, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "No space left on device" in done.stderr
-    done = in_process(["show", adapter, *options], stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    done = in_process(["show", adapter, *options], shell="exec >&-", stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (1, "adamss: standard output is closed\n")
     reader, pipe = os.pipe()
     os.close(reader)

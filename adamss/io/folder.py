@@ -37,9 +37,11 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 def is_folder(path: str) -> bool:
     """Return whether a path to write to means a folder.
 
-    It does if it is an existing folder, ends in a separator, or has no suffix.
+    It does if a folder is there, or if nothing is there and the path ends in a separator or has no suffix.
     """
-    return os.path.isdir(path) or path.endswith(("/", os.sep)) or not Path(path).suffix
+    if os.path.exists(path):
+        return os.path.isdir(path)
+    return path.endswith(("/", os.sep)) or not Path(path).suffix
 
 
 def is_repository(name: str) -> bool:
