@@ -82,9 +82,9 @@ def save(
     model
         An adapted model, merged or not.
     path
-        Path of the file or folder. It means a folder if a folder is there, or if nothing is there and the path ends in
-        a separator or has no suffix. Otherwise it means a file, such as ``"adapter.safetensors"``. An existing file is
-        replaced in one step.
+        Path of the file or folder. It means a folder if a folder is there, or if nothing is there and the path
+        ends in a separator or has no suffix. Otherwise it means a file, such as ``"adapter.safetensors"``. An
+        existing file is replaced in one step.
     name
         Name of the adapter. None means the only one, or the active one.
     training
