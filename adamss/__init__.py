@@ -6,6 +6,9 @@ on the arrays of any framework. The functions of this package work on whole mode
 imports no deep-learning framework.
 """
 
+from importlib import import_module
+from typing import Any
+
 from adamss import core, errors
 from adamss._version import __version__ as __version__
 from adamss.config import AdamssConfig, BudgetConfig, SubspaceEstimate
@@ -63,3 +66,10 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the submodules that few programs need, when they are first used."""
+    if name in ("offline", "plots"):
+        return import_module(f"adamss.{name}")
+    raise AttributeError(f"module 'adamss' has no attribute {name!r}")

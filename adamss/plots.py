@@ -36,6 +36,7 @@ from adamss.core.fingerprint import fingerprint
 from adamss.errors import (
     AdamssError,
     CheckpointError,
+    CheckpointNotFoundError,
     ConfigError,
     ConfigTypeError,
     MissingBackendError,
@@ -73,6 +74,9 @@ LARGEST_FORMED = 10_000
 
 APART = 8
 """Most layers whose spectra have a line style and a line of the legend each."""
+
+LONGEST_LOG = 1 << 28
+"""Bytes of a log."""
 
 POINTS = 500
 """Most points of the line of a schedule."""
@@ -408,9 +412,9 @@ def active(source: Any, *, ax: Axes | None = None) -> Axes:
     Raises
     ------
     ConfigError, ConfigTypeError
-        If there are no allocations in it, it is nothing of these, or a name does not end with a step.
+        If the source is none of these, or the name of a checkpoint does not end with a step.
     CheckpointError, CheckpointNotFoundError
-        If a file cannot be read.
+        If a file is missing or cannot be read, or there are no allocations in it.
     MissingBackendError
         If matplotlib is not installed.
 
@@ -551,7 +555,7 @@ def _of_file(path: Path, base: str | os.PathLike[str] | None, verb: str) -> dict
     def weight(place: str, layer: StoredLayer, block: int) -> Array:
         if reader is None:
             raise ConfigError(
-                f"plots.{verb}: {str(path)!r} has no base weights; name their file or folder by base="
+                f"plots.{verb}: {str(path)!r} has no base weights; name their file or folder by base (--base)"
             )
         W: Array = (layer.view or LINEAR).matrix(reader(place))
         mark = fingerprint(W)
@@ -728,10 +732,14 @@ def _of_allocations(allocations: Sequence[Any]) -> _History:
 
 
 def _log_of(path: Path) -> Any:
+    if path.stat().st_size > LONGEST_LOG:
+        raise CheckpointError(f"plots.active: {str(path)!r} is longer than the log of any training")
     try:
         return json.loads(path.read_bytes())["log_history"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ConfigError(f"plots.active: {str(path)!r} is no state of a Trainer ({shown(error)})") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"plots.active: {str(path)!r} is no state of a Trainer ({shown(error)})"
+        ) from error
 
 
 def _of_log(log: Any, where: str) -> _History:
@@ -748,11 +756,11 @@ def _of_log(log: Any, where: str) -> _History:
                 if "budget" in allocation:
                     budget = BudgetConfig.from_dict(allocation["budget"])
     except (AdamssError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(
+        raise CheckpointError(
             f"plots.active: an allocation in {where} cannot be read ({shown(error)})"
         ) from error
     if not steps:
-        raise ConfigError(
+        raise CheckpointError(
             f"plots.active: {where} has no allocations; train with adamss_torch.transformers.AdamssCallback and a "
             "budget"
         )
@@ -766,7 +774,7 @@ def _checkpoints_in(path: Path) -> list[Path]:
         each for each in path.iterdir() if each.suffix == ".safetensors" or (each / ADAPTER_FILE).is_file()
     ]
     if not inside:
-        raise ConfigError(
+        raise CheckpointNotFoundError(
             f"plots.active: {str(path)!r} has neither {TRAINER_STATE} nor checkpoints with {ADAPTER_FILE}"
         )
     return inside
@@ -777,10 +785,13 @@ def _of_checkpoints(paths: Iterable[Path]) -> _History:
     read = []
     for path in paths:
         file = _adapter_file(path)
+        if not file.is_file():
+            what = "is no file or folder of a checkpoint" if file.exists() else "does not exist"
+            raise CheckpointNotFoundError(f"plots.active: {str(path)!r} {what}")
         number = STEP.search(file.stem) or STEP.search(file.parent.name)
         if number is None:
             raise ConfigError(
-                f"plots.active: nobody knows the step of {str(path)!r}; a name must end with it, as checkpoint-500 "
+                f"plots.active: the step of {str(path)!r} is unknown; its name must end with it, as checkpoint-500 "
                 "or adapter-500.safetensors"
             )
         read.append((int(number[1]), checkpoint.read(file)))

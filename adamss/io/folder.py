@@ -107,6 +107,8 @@ def adapter_file(path: str) -> str:
     MissingBackendError
         If `path` may be the name of a repository, and ``huggingface_hub`` is not installed.
     """
+    if not path:
+        raise CheckpointNotFoundError("the path of the adapter file is empty")
     if os.path.isdir(path):
         file = os.path.join(path, ADAPTER_FILE)
         if os.path.isfile(file):

@@ -121,8 +121,8 @@ class WeightFiles(Mapping[str, WeightEntry]):
         entry = self[name]
         if entry.dtype not in DTYPES.values():
             raise CheckpointError(
-                f"{shown(name)} has dtype {entry.dtype}, which is a quantised format: load the model in its "
-                "framework, where adamss.load and adamss.to_lora take quantised layers"
+                f"{shown(name)} has dtype {entry.dtype}, a quantised format that files do not describe: load "
+                "the model in its framework, where adamss takes quantised layers"
             )
         with open(entry.file, "rb") as file:
             file.seek(entry.start)

@@ -20,6 +20,10 @@ from adamss.io.weights import WeightFiles, match_names, weight_name
 __all__ = ["Difference", "LayerCheck", "LayerDifference", "diff", "verify"]
 
 
+ROUNDING = 1e-5
+"""Distance of two updates that are the same up to rounding: a portable file has A B rounded once, others A and B."""
+
+
 @dataclass(frozen=True)
 class LayerCheck:
     """Comparison of the base weight of one layer with the one that the adapter was trained on.
@@ -136,8 +140,8 @@ def matrix_of(files: WeightFiles, name: str, view: View = LINEAR) -> Any:
     array = files.read(name).numpy()
     if array.dtype.kind != "f":
         raise CheckpointError(
-            f"{name} has dtype {array.dtype.name}, which is a quantised format: load the model in its framework, "
-            "where adamss.load takes quantised layers"
+            f"{name} has dtype {array.dtype.name}, a quantised format that files do not describe: load the model "
+            "in its framework, where adamss takes quantised layers"
         )
     return view.matrix(array)
 
@@ -236,7 +240,7 @@ class Difference:
         return (
             not any(self.only)
             and not any(self.saved_only)
-            and all(layer.distance == 0 for layer in self.layers)
+            and all(layer.distance <= ROUNDING for layer in self.layers)
             and not any(self.saved.values())
         )
 

@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 
@@ -15,7 +16,7 @@ from adamss.errors import CheckpointError, ConfigError, LayerTypeError
 from adamss.io import checkpoint, folder, peft, peft_folder
 from adamss.io.checkpoint import Checkpoint
 from adamss.io.file_model import FileBackend, FileModel, file_model
-from adamss.io.weights import WeightFiles
+from adamss.io.weights import WeightFiles, match_names
 from adamss.io.writer import write_text
 from adamss.verbs import from_peft, load, save, to_lora, to_peft
 from adamss.verbs.card import model_card
@@ -38,7 +39,7 @@ def convert(source: str, to: str, files: WeightFiles, out: str) -> str:
     files
         Weights of the base model.
     out
-        Path of the folder to write, which must be new or empty.
+        Path of the folder to write, which must not exist yet.
 
     Returns
     -------
@@ -48,7 +49,7 @@ def convert(source: str, to: str, files: WeightFiles, out: str) -> str:
     Raises
     ------
     ConfigError
-        If the format is unknown, or the folder is not empty.
+        If the format is unknown, or the folder exists already.
     CheckpointError, LayerTypeError
         If the adapter has the requested format already, or its layers cannot be told from files only.
     AdamssError
@@ -75,25 +76,47 @@ def convert(source: str, to: str, files: WeightFiles, out: str) -> str:
     with new_folder(out) as new, _renamed(new, out), using(FileBackend()):
         if os.path.isfile(os.path.join(source, peft_folder.CONFIG_FILE)):
             model = from_peft(file_model(files, peft.read_folder(source).layers), source)
+            if to == "adamss":
+                save(model, new)
+                return f"AdaMSS on {len(model.bank.only().layers)} layers in {out!r}"
             stored = _as_stored(model)
         else:
-            file = folder.adapter_file(source)
-            stored = checkpoint.read(file)
+            stored = checkpoint.read(folder.adapter_file(source))
             _check_forms(stored, to)
+        # What reads LoRA finds layers by the names of the base model.
+        stored = _named_as_in(files, stored)
+        with tempfile.TemporaryDirectory() as temporary:
+            file = os.path.join(temporary, folder.ADAPTER_FILE)
+            checkpoint.write(file, stored)
             views = {path: layer.view for path, layer in stored.layers.items() if layer.view is not None}
             model = file_model(files, stored.layers, views=views, saved=stored.saved)
             # PEFT's AdaMSS stores the whole basis, which takes a decomposition. A LoRA stores only the directions of
             # the update.
             model = load(model, file, trainable=to == "peft")
         if to == "lora":
-            text = str(to_lora(model, new)).replace(str(new), out)
-        elif to == "peft":
-            text = str(to_peft(model, new)).replace(str(new), out)
+            written = to_lora(model, new)
+            text = f"LoRA of rank {written.rank} on {written.layers} layers in {out!r}"
         else:
-            save(model, new)
-            return f"AdaMSS on {len(stored.layers)} layers in {out!r}"
+            text = f"AdaMSS of PEFT on {to_peft(model, new).layers} layers in {out!r}"
         write_text(Path(new) / folder.CARD_FILE, model_card(stored, str(files.path), form=to))
     return text
+
+
+def _named_as_in(files: WeightFiles, stored: Checkpoint) -> Checkpoint:
+    """Return an adapter whose layers have the names of the base model's files."""
+    ours, theirs = match_names(stored.layers, files)
+
+    def renamed(path: str) -> str:
+        return theirs + path.removeprefix(ours) if path.startswith(ours) else path
+
+    layers = {renamed(path): layer for path, layer in stored.layers.items()}
+    # A head that only the trained model has keeps its name.
+    saved = {
+        new if any(f"{new}.{name}" in files for name in own) else path: own
+        for path, own in stored.saved.items()
+        for new in [renamed(path)]
+    }
+    return replace(stored, layers=layers, saved=saved, shared={})
 
 
 @contextmanager
@@ -113,13 +136,20 @@ def new_folder(path: str) -> Iterator[str]:
     Raises
     ------
     ConfigError
-        If `path` exists and is not an empty folder.
+        If something exists at `path`, or the path is empty.
+    OSError
+        If the folder cannot be made. The error names `path`.
     """
+    if not path:
+        raise ConfigError("the name of the folder is empty")
     target = Path(os.path.abspath(path))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{path!r} exists already; name a folder that is new or empty")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    if os.path.lexists(target):
+        raise ConfigError(f"{path!r} exists already; name a new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
     try:
         # `mkdtemp` makes folders that only the user can read. Give this one the usual permissions.
         mask = os.umask(0)

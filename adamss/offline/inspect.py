@@ -21,7 +21,7 @@ from adamss.io.checkpoint import LINEAR
 from adamss.io.weights import WeightFiles
 from adamss.offline.compare import matrix_of
 
-__all__ = ["ALL_LINEAR", "MatrixReport", "inspect", "linear_layers", "model_type", "targeted"]
+__all__ = ["ALL_LINEAR", "MatrixReport", "inspect", "linear_layers", "model_type", "read_config", "targeted"]
 
 ALL_LINEAR = "all-linear"
 NOT_LINEAR = (
@@ -151,6 +151,8 @@ def inspect(
     views = _views(files)
     for path in paths:
         name = f"{path}.weight" if path else "weight"
+        if name not in files:
+            raise TargetError(f"the model has no weight {name!r}")
         W = matrix_of(files, name, views(path))
         try:
             yield _report(path, W, files[name].dtype, rank, subspaces, segmentation, seed)
@@ -205,9 +207,10 @@ def _inside(decomposition: core.Decomposition, labels: np.ndarray[Any, Any]) -> 
     return inside / whole, (diagonal + pairs * (whole - diagonal)) / whole
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Return the content of the ``config.json`` in the folder of the weights, or {} if none can be read."""
-    file = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    file = path / "config.json" if path.is_dir() else path
+    file = file if file.suffix == ".json" else file.with_name("config.json")
     try:
         if file.stat().st_size > LONGEST_CONFIG:
             return {}
@@ -219,7 +222,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def model_type(path: Path) -> str | None:
     """Return the ``model_type`` of the ``config.json`` beside weights; None if it is not known."""
-    found = _config(path).get("model_type")
+    found = read_config(path).get("model_type")
     return found if isinstance(found, str) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from adamss import core
 from adamss.backend.tensors import StoredTensor
-from adamss.errors import CheckpointError, LayerError
+from adamss.errors import ArrayValueError, CheckpointError, LayerError
 from adamss.io.checkpoint import LINEAR, Checkpoint, StoredLayer
 from adamss.io.folder import CARD_FILE
 from adamss.io.reader import DTYPES
@@ -20,12 +21,15 @@ from adamss.io.weights import INDEX_ENDING, PICKLED, WeightEntry, WeightFiles, m
 from adamss.io.writer import write_tensors, write_text
 from adamss.offline.compare import verify
 from adamss.offline.convert import new_folder
+from adamss.offline.inspect import read_config
 from adamss.verbs.card import model_card
 
 __all__ = ["MergedFiles", "merge"]
 
 PIECE = 1 << 24
 """Number of bytes that are copied at a time."""
+
+OTHER_FORMATS = (*PICKLED, ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
 
 EMBEDDINGS = ("embed", "wte", "shared")
 """Parts of the names of input embeddings, the weight of which an output head may share."""
@@ -77,8 +81,9 @@ def merge(
     """Write a model whose weights are ``round(W0 + delta)``. It loads in the same way as its base model.
 
     The folder gets the weights under the names of the base model, and all other files of the base model's folder
-    (configuration, tokenizer). If the adapter adds a module that the base model lacks, such as a new head, all
-    tensors are named as in the model that was trained, because the class of that model has to load them.
+    (configuration, tokenizer). A module that the base model lacks, such as a new head, is added under the name that
+    it had in training. `from_pretrained` of transformers finds both, also if the class that was trained has a prefix
+    before the names of the base model.
 
     Parameters
     ----------
@@ -87,7 +92,7 @@ def merge(
     files
         Weights of its base model.
     out
-        Path of the folder to write, which must be new or empty.
+        Path of the folder to write, which must not exist yet.
     check_base
         Whether to compare the fingerprints of the weights first.
     count
@@ -108,7 +113,7 @@ def merge(
     ArrayValueError
         If a merged weight is not finite.
     ConfigError
-        If the folder is not empty.
+        If the folder exists already.
 
     Examples
     --------
@@ -137,26 +142,33 @@ def merge(
         )
     ours, theirs = match_names(stored.layers, files)
 
-    def in_files(path: str) -> str:
-        return theirs + path.removeprefix(ours)
+    def in_files(name: str) -> str | None:
+        """Return the name that the base model's files have for a tensor of the trained model, or None."""
+        spellings = (theirs + name.removeprefix(ours), name)
+        return next((spelling for spelling in spellings if spelling in files), None)
 
-    layers = {str(weight_name(in_files(path), files)): (path, layer) for path, layer in stored.layers.items()}
+    layers = {
+        str(weight_name(theirs + path.removeprefix(ours), files)): (path, layer)
+        for path, layer in stored.layers.items()
+    }
     _check_tied(layers, files)
     saved = {f"{path}.{name}": tensor for path, own in stored.saved.items() for name, tensor in own.items()}
-    places = {name: next((n for n in (in_files(name), name) if n in files), None) for name in saved}
-    whole = {place: saved[name] for name, place in places.items() if place is not None}
-    added = {name: saved[name] for name, place in places.items() if place is None}
+    # A tensor that was trained under several names (tied embeddings) changes under each of them.
+    every = {other: tensor for name, tensor in saved.items() for other in stored.shared.get(name, ())} | saved
+    places = {name: in_files(name) for name in every}
+    whole = {place: every[name] for name, place in places.items() if place is not None}
+    added = {name: saved[name] for name in saved if places[name] is None}
     ids: Any = stored.config.trained_tokens
-    rows = {f"{in_files(path)}.weight": (ids[path], values) for path, values in stored.tokens.items()}
-    for name in rows:
-        if name not in files:
+    rows = {}
+    for path, values in stored.tokens.items():
+        name = f"{path}.weight"
+        if in_files(name) is None:
             raise CheckpointError(f"the base model has no embedding {name} for the adapter's trained rows")
+        for other in (name, *stored.shared.get(name, ())):
+            if (place := in_files(other)) is not None:
+                rows[place] = (ids[path], values)
     biases = _moved_biases(layers, files)
     lost: dict[str, float] = {}
-
-    def spelled(name: str) -> str:
-        """Return the name of a tensor in the new files, given its name in the base model's files."""
-        return ours + name.removeprefix(theirs) if added else name
 
     def changed(name: str) -> StoredTensor | None:
         """Return the new value of a tensor, or None if it does not change."""
@@ -178,9 +190,8 @@ def merge(
         written = _names_of(files.files, more=bool(added))
         for file, name_of_file in zip(files.files, written, strict=False):
             entries = {name: entry for name, entry in files.items() if entry.file == file}
-            for name in entries:
-                names[spelled(name)] = name_of_file
-            _write(Path(folder) / name_of_file, file, entries, spelled, changed)
+            names |= dict.fromkeys(entries, name_of_file)
+            _write(Path(folder) / name_of_file, file, entries, changed)
         if added:
             write_tensors(Path(folder) / written[-1], added, {"format": "pt"})
             names |= dict.fromkeys(added, written[-1])
@@ -206,7 +217,11 @@ def _merged(path: str, layer: StoredLayer, files: WeightFiles, name: str) -> tup
     found, lost = [], 0.0
     for own_view, own, part in pairs:
         W = own_view.matrix(own)
-        merged = core.merge(W, None, part.factors())
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                merged = core.merge(W, None, part.factors())
+        except ArrayValueError as wrong:
+            raise ArrayValueError(f"{path}: {wrong}") from wrong
         rounded = StoredTensor.of(own_view.array(np.asarray(merged.W), own.shape), entry.dtype)
         share = float(merged.lost)
         if entry.dtype == "bfloat16":  # NumPy has no bfloat16, so `core.merge` has not rounded yet
@@ -263,14 +278,15 @@ def _with_rows(files: WeightFiles, name: str, ids: tuple[int, ...], rows: Stored
 
 
 def _check_tied(layers: Mapping[str, Any], files: WeightFiles) -> None:
-    """Raise an error if an output head may share the weight of an adapted embedding.
-
-    An adapter changes only the embedding. If the files hold no separate head, it may be tied to the embedding and
-    would change too.
-    """
+    """Refuse to merge into an embedding that the output head may share. An adapter changes only the embedding."""
+    config = read_config(files.path)
+    tied, classes = config.get("tie_word_embeddings"), config.get("architectures")
+    headless = isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
     heads = any(name.endswith(("lm_head.weight", "decoder.weight")) for name in files)
+    if tied is False or headless or (heads and tied is not True):
+        return
     for name, (path, _) in layers.items():
-        if not heads and any(part in name for part in EMBEDDINGS):
+        if any(part in name for part in EMBEDDINGS):
             raise LayerError(
                 f"{path} may share its weight with the output head, which would change too: load the model, then "
                 "adamss.load and adamss.merge_and_unload, which unties them"
@@ -293,7 +309,6 @@ def _write(
     path: Path,
     source: Path,
     entries: Mapping[str, WeightEntry],
-    spelled: Callable[[str], str],
     changed: Callable[[str], StoredTensor | None],
 ) -> None:
     """Write a copy of a safetensors file in which some tensors have other names or values.
@@ -314,7 +329,7 @@ def _write(
     place, ordered = 0, sorted(entries, key=lambda name: entries[name].start)
     for name in ordered:
         entry = entries[name]
-        header[spelled(name)] = {
+        header[name] = {
             "dtype": words.get(entry.dtype, entry.dtype),
             "shape": list(entry.shape),
             "data_offsets": [place, place + entry.size],
@@ -342,12 +357,20 @@ def _pieces(file: Any, entry: WeightEntry) -> Iterator[bytes]:
 
 
 def _copy_rest(files: WeightFiles, folder: Path) -> None:
-    """Copy the other files of the base model's folder (configuration, tokenizer), but no weights in other formats."""
+    """Copy the other files of the base model's folder (configuration, tokenizer, parts of a pipeline).
+
+    Weights in other formats are left out, because they are those of the base model. Safetensors files in folders
+    below belong to other modules and are copied.
+    """
     if not files.path.is_dir():
         return
-    for file in files.path.iterdir():
-        weights = file.name.endswith(
-            (".safetensors", INDEX_ENDING, *PICKLED, ".h5", ".msgpack", ".gguf", ".onnx")
+    for directory, below, names in os.walk(files.path):
+        below[:] = [name for name in below if not name.startswith(".")]
+        place = folder / os.path.relpath(directory, files.path)
+        others = (
+            OTHER_FORMATS if place != folder else (*OTHER_FORMATS, ".safetensors", INDEX_ENDING, CARD_FILE)
         )
-        if file.is_file() and not weights and not file.name.startswith(".") and file.name != CARD_FILE:
-            shutil.copyfile(file, folder / file.name)
+        for name in names:
+            if not name.endswith(others) and not name.startswith("."):
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(directory) / name, place / name)

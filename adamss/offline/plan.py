@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adamss.core import count_lora
-from adamss.errors import ConfigError, MissingBackendError
+from adamss.errors import CheckpointError, ConfigError, MissingBackendError
 from adamss.io.reader import short
 from adamss.io.weights import WeightFiles
 from adamss.offline.inspect import linear_layers, model_type
@@ -18,6 +18,12 @@ __all__ = ["Plan", "layers_of", "plan", "suggested"]
 
 SUBSPACES = (1, 2, 3, 5, 10, 16, 32, 64, 128)
 SUBSPACE_RANKS = (1, 2, 4, 8)
+LEAST_SUBSPACES, MOST_SUBSPACES = 10, 32
+"""Between which K is suggested."""
+
+MOST_LAYERS = 10_000
+"""Of a model that is built from a config."""
+
 RANK = 100
 """R of the paper, which is the largest R that is offered unless the caller gives one."""
 
@@ -57,7 +63,7 @@ class Plan:
 
 def plan(
     layers: Mapping[str, tuple[int, int]],
-    params: int,
+    params: int | None = None,
     *,
     rank: int | None = None,
     subspaces: int | None = None,
@@ -70,7 +76,7 @@ def plan(
     layers
         Shape (d, n) of each adapted layer, by module path.
     params
-        Largest number of trained parameters in all layers together.
+        Largest number of trained parameters in all layers together. None means any number.
     rank, subspaces, subspace_rank
         Fixed values of R, K and r_k. None tries several values: R up to 100, K from 1 to 128, and r_k from 1 to 8.
 
@@ -92,6 +98,12 @@ def plan(
     >>> [p.trained for p in plan(layers, 42_432, subspaces=10, subspace_rank=1)]
     [42432]
     """
+    numbers = {"params": params, "rank": rank, "subspaces": subspaces, "subspace_rank": subspace_rank}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} must be at least 1, found {number}")
+    if not layers:
+        raise ConfigError("plan needs at least one layer")
     widest = max(min(shape) for shape in layers.values())
     least_rank, most_rank = (1, min(RANK, widest)) if rank is None else (min(rank, widest),) * 2
     ranks = range(least_rank, most_rank + 1)
@@ -103,7 +115,7 @@ def plan(
                 ranks[-1]
             ]  # r_k directions need as many of A
             least = min([count(layers, possible[0], K, r), *([] if least is None else [least])])
-            fitting = [R for R in possible if count(layers, R, K, r) <= params]
+            fitting = [R for R in possible if params is None or count(layers, R, K, r) <= params]
             if fitting:
                 R = fitting[-1]
                 trained = count(layers, R, K, r)
@@ -119,13 +131,18 @@ def plan(
 
 
 def suggested(plans: Sequence[Plan]) -> Plan:
-    """Return the recommended plan.
+    """Return the plan to begin with, by what docs/concepts/choosing.md concludes from the evidence.
 
-    Among the plans with the largest R, it is the one that trains the most parameters, or the one with the larger K if
-    several train as many.
+    More subspaces gained accuracy up to K = 32, a larger r_k did not, and K below 10 lost some. So the plan has the
+    smallest r_k, and the largest K up to 32 that leaves R as large as possible; or K = 10 with a smaller R.
     """
-    R = max(each.rank for each in plans)
-    return max((each for each in plans if each.rank == R), key=lambda each: (each.trained, each.subspaces))
+    least = min(each.subspace_rank for each in plans)
+    simple = [each for each in plans if each.subspace_rank == least]
+    usual = [each for each in simple if each.subspaces <= MOST_SUBSPACES] or simple
+    R = max(each.rank for each in usual)
+    best = max((each for each in usual if each.rank == R), key=lambda each: each.subspaces)
+    enough = [each for each in usual if each.subspaces >= LEAST_SUBSPACES]
+    return best if best.subspaces >= LEAST_SUBSPACES or not enough else enough[0]
 
 
 def count(layers: Mapping[str, tuple[int, int]], R: int, K: int, r: int) -> int:
@@ -159,17 +176,16 @@ def layers_of(model: str) -> tuple[dict[str, tuple[int, int]], str | None]:
         If there is no such file or folder, or the folder has neither weights nor a ``config.json``.
     MissingBackendError
         If transformers is needed but not installed.
-    ConfigError
+    CheckpointError
         If transformers cannot build the model.
     """
     path = Path(model)
-    config_only = path.name.endswith(".json") and path.is_file()
-    folder = path.parent if config_only else path
-    kind = model_type(folder)
-    config = path if config_only else path / "config.json"
-    if config_only or (config.is_file() and not any(path.glob("*.safetensors*"))):
-        return _without_values(config), kind
-    return linear_layers(WeightFiles(path)), kind
+    if path.name == "config.json":
+        path = path.parent  # where the weights may be
+    config = path if path.suffix == ".json" else path / "config.json"
+    if config.is_file() and not any(path.glob("*.safetensors*")):
+        return _without_values(config), model_type(config)
+    return linear_layers(WeightFiles(path)), model_type(path)
 
 
 def _without_values(file: Path) -> dict[str, tuple[int, int]]:
@@ -183,12 +199,19 @@ def _without_values(file: Path) -> dict[str, tuple[int, int]]:
             "pip install 'adamss[transformers]'"
         ) from error
     try:
-        config = transformers.AutoConfig.from_pretrained(os.fspath(file), local_files_only=True)
+        # A config may name code of its own, here or on the hub. It is never run.
+        config = transformers.AutoConfig.from_pretrained(
+            os.path.abspath(file), local_files_only=True, trust_remote_code=False
+        )
+        if getattr(config, "num_hidden_layers", 0) > MOST_LAYERS:
+            raise ValueError(f"it has {config.num_hidden_layers:,} layers, more than any model")
         with torch.device("meta"):
-            model: Any = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+            model: Any = transformers.AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     # An unsuitable config can make the constructors of models raise any error.
     except Exception as error:
-        raise ConfigError(f"transformers cannot build the model of {str(file)!r}: {short(error)}") from error
+        raise CheckpointError(
+            f"transformers cannot build the model of {str(file)!r}: {short(error)}"
+        ) from error
     found = {}
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)

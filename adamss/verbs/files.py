@@ -282,7 +282,7 @@ def load(
         If the path may be the name of a repository, and ``huggingface_hub`` is not installed.
     CheckpointError
         If the file is damaged, foreign or of an unknown version, or does not fit the model; if its factors hold NaN
-        or infinity (which `save` writes, so that a diverged training can be examined); or if a number overflows the
+        or infinity (which `save` writes all the same, so that nothing is lost); or if a number overflows the
         dtype that it gets in this model. The message says which. The model is unchanged.
     LayerError
         If the values of a weight are needed, but it has none because it is on the meta device.

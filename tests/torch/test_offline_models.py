@@ -150,3 +150,98 @@ def test_what_files_do_not_tell_is_refused(tmp_path, capsys):
     assert cli.main([*map(str, command)]) == 1
     assert "table is not a linear layer or a convolution" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def llama(*, tied):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=40,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"trained_tokens": [3, 7]}], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("both", [True, False])
+def test_what_is_tied_stays_so(tmp_path, settings, tied, both):
+    """A tensor that was trained under two names changes under both, also where the files have both."""
+    model, tokens = llama(tied=tied), torch.arange(12)[None]
+    model.save_pretrained(tmp_path / "base")
+    if both:
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    adamss.attach(model, adamss.AdamssConfig(targets=["q_proj"], rank=8, subspaces=2, **settings))
+    with torch.no_grad():
+        for parameter in adamss.trainable_parameters(model):
+            parameter += torch.randn(parameter.shape)
+        expected = model(tokens).logits
+    adamss.save(model, tmp_path / "a.safetensors")
+    run("merge", tmp_path / "a.safetensors", "--base", tmp_path / "base", "--out", tmp_path / "merged")
+    with torch.no_grad():
+        merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert_close(merged(tokens).logits, expected, atol=1e-4)
+
+
+def test_a_tied_embedding_is_not_adapted_in_files(tmp_path, capsys):
+    model = llama(tied=True)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.warns(adamss.AdamssWarning, match="is one tensor with lm_head"):
+        adamss.attach(model, adamss.AdamssConfig(targets=["embed_tokens"], rank=4, subspaces=2))
+    adamss.save(model, tmp_path / "a.safetensors")
+    command = ["merge", tmp_path / "a.safetensors", "--base", tmp_path / "base", "--out", tmp_path / "out"]
+    assert cli.main([*map(str, command)]) == 1
+    assert "may share its weight with the output head" in capsys.readouterr().err
+
+
+def test_a_lora_has_the_names_of_the_base(tmp_path):
+    """The model that was trained wraps the base, whose files know no wrapper."""
+    pytest.importorskip("peft")
+    base = classifier().bert
+    base.save_pretrained(tmp_path / "base")
+    wrapped = torch.nn.ModuleDict({"encoder": base})
+    adamss.attach(wrapped, adamss.AdamssConfig(targets=["query"], rank=8, subspaces=4))
+    with torch.no_grad():
+        for parameter in adamss.trainable_parameters(wrapped):
+            parameter += 0.1 * torch.randn(parameter.shape)
+    adamss.save(wrapped, tmp_path / "adapter")
+    run(
+        "convert",
+        tmp_path / "adapter",
+        "--to",
+        "lora",
+        "--base",
+        tmp_path / "base",
+        "--out",
+        tmp_path / "lora",
+    )
+    lora = loaded_by_peft(transformers.BertModel.from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert_close(lora(tokens).last_hidden_state, base(tokens).last_hidden_state)
+
+
+def test_code_that_a_config_names_is_not_run(tmp_path, capsys, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('run')")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    assert cli.main(["plan", str(tmp_path / "config.json"), "--params", "50k"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "transformers cannot build the model" in captured.err
+
+
+def test_parts_of_a_pipeline_are_copied(tmp_path):
+    classifier().bert.save_pretrained(tmp_path / "base")
+    for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "onnx/model.onnx", ".cache/x"):
+        (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / name).write_bytes(b"{}")
+    model = adamss.attach(classifier().bert, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
+    adamss.save(model, tmp_path / "a.safetensors")
+    run("merge", tmp_path / "a.safetensors", "--base", tmp_path / "base", "--out", tmp_path / "merged")
+    below = {f"{each.parent.name}/{each.name}" for each in (tmp_path / "merged").glob("*/*")}
+    assert below == {"1_Pooling/config.json", "2_Dense/model.safetensors"}
