@@ -33,7 +33,8 @@ model = PeftModel.from_pretrained(base_model, "{where}")
 ```
 """,
     "merged": """\
-The update is in the weights. The folder loads as the base model does.
+The update is in the weights. The folder loads as the base model does, and with the class that was trained if that
+has modules of its own, such as a head.
 """,
     "peft": """\
 ```python
