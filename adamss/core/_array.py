@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from functools import cache, wraps
+from typing import Any, TypeAlias, TypeVar
 
 import array_api_compat
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = [
     "check_linear_algebra",
     "check_matrix",
     "choose",
+    "compiled_as_one",
     "device",
     "eigh",
     "is_faster_in_float32",
@@ -38,6 +40,8 @@ Namespace: TypeAlias = Any
 """The array API namespace (``numpy``, ``torch``, ``jax.numpy``, ...) of an array."""
 
 device = array_api_compat.device
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def namespace(*arrays: Array) -> Namespace:
@@ -146,6 +150,34 @@ def repeat_while(condition: Callable[[Any], Array], body: Callable[[Any], Any], 
     while bool(condition(state)):
         state = body(state)
     return state
+
+
+def compiled_as_one(function: F) -> F:
+    """Let JAX compile a function as a whole, where it would compile each of the operations for every new shape.
+
+    Use it for functions that only count, compare and select: these give the same bits however they are compiled.
+    Other frameworks, and functions that JAX is already tracing, call the function itself.
+
+    Parameters
+    ----------
+    function
+        Pure function of arrays, which are given by position, and of integers, which are given by name.
+    """
+
+    @cache
+    def compiled(*names: str) -> Any:
+        return sys.modules["jax"].jit(function, static_argnames=names)
+
+    @wraps(function)
+    def call(*arrays: Array, **sizes: int) -> Any:
+        for array in arrays:
+            if not array_api_compat.is_jax_array(array):
+                return function(*arrays, **sizes)
+        if is_traced(*arrays):
+            return function(*arrays, **sizes)
+        return compiled(*sizes)(*arrays, **sizes)
+
+    return call  # type: ignore[return-value]
 
 
 def check_concrete(*arrays: Any, name: str) -> None:

@@ -12,6 +12,7 @@ from adamss.core._array import (
     Array,
     as_numpy,
     check_concrete,
+    compiled_as_one,
     device,
     eigh,
     namespace,
@@ -33,6 +34,7 @@ __all__ = [
     "join",
     "only",
     "outline",
+    "positions",
     "select",
     "split",
     "trained_elements",
@@ -253,19 +255,23 @@ def column_index(factors: Factors) -> tuple[Array, Array]:
     A column beyond the sum of the ranks is padding, which occurs in stacks, whose layers share one q. Its subspace
     is given as K, which no column of W has as a label, and its position is arbitrary.
     """
-    xp = namespace(factors.ranks)
-    q = factors.B.shape[1]
-    if factors.C.shape[0] == 1 and q == factors.ranks.shape[0]:
+    return positions(factors.ranks, q=factors.B.shape[1], highest=factors.C.shape[0])
+
+
+@compiled_as_one
+def positions(ranks: Array, *, q: int, highest: int) -> tuple[Array, Array]:
+    """Return `column_index` from the ranks, the number q of columns and the number of rows of C."""
+    xp = namespace(ranks)
+    columns = xp.arange(q, dtype=ranks.dtype, device=device(ranks))
+    if highest == 1 and q == ranks.shape[0]:
         # No rank is above 1 and the ranks sum to K, so all of them are 1, and column k belongs to subspace k.
-        columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
         return columns, xp.zeros_like(columns)
-    ends = xp.cumulative_sum(factors.ranks, axis=0, dtype=factors.ranks.dtype)
-    columns = xp.arange(q, dtype=factors.ranks.dtype, device=device(factors.ranks))
-    before = xp.astype(columns[:, None] >= ends[None, :], factors.ranks.dtype)
-    group = xp.sum(before, axis=1, dtype=factors.ranks.dtype)
-    last = xp.full_like(group, factors.ranks.shape[0] - 1)
-    place = columns - xp.take(ends - factors.ranks, xp.minimum(group, last))
-    return group, xp.minimum(place, xp.full_like(place, factors.C.shape[0] - 1))
+    ends = xp.cumulative_sum(ranks, axis=0, dtype=ranks.dtype)
+    before = xp.astype(columns[:, None] >= ends[None, :], ranks.dtype)
+    group = xp.sum(before, axis=1, dtype=ranks.dtype)
+    last = xp.full_like(group, ranks.shape[0] - 1)
+    place = columns - xp.take(ends - ranks, xp.minimum(group, last))
+    return group, xp.minimum(place, xp.full_like(place, highest - 1))
 
 
 def outline(factors: Factors, *, name: str = "factors") -> Factors:
@@ -354,11 +360,22 @@ def trained_elements(factors: Factors) -> tuple[Array, Array]:
     tuple of Array
         Booleans of shape (1, q) for B and (1, n) for C, which broadcast against them.
     """
-    xp = namespace(factors.labels)
-    group, _ = column_index(factors)
-    last = xp.full_like(group, factors.ranks.shape[0] - 1)
-    trained_B = xp.take(factors.active, xp.minimum(group, last)) & (group <= last)
-    return trained_B[None, :], xp.take(factors.active, factors.labels)[None, :]
+    q, highest = factors.B.shape[1], factors.C.shape[0]
+    masks: tuple[Array, Array] = _trained_elements(
+        factors.labels, factors.ranks, factors.active, q=q, highest=highest
+    )
+    return masks
+
+
+@compiled_as_one
+def _trained_elements(
+    labels: Array, ranks: Array, active: Array, *, q: int, highest: int
+) -> tuple[Array, Array]:
+    xp = namespace(labels)
+    group, _ = positions(ranks, q=q, highest=highest)
+    last = xp.full_like(group, ranks.shape[0] - 1)
+    trained_B = xp.take(active, xp.minimum(group, last)) & (group <= last)
+    return trained_B[None, :], xp.take(active, labels)[None, :]
 
 
 def only(factors: Factors, chosen: Array) -> Factors:

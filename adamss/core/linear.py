@@ -10,8 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adamss.core._array import Array, as_working_precision, check_concrete, device, namespace, one_hot
-from adamss.core.factors import Factors, column_index, trained_elements
+from adamss.core._array import (
+    Array,
+    as_working_precision,
+    check_concrete,
+    compiled_as_one,
+    device,
+    namespace,
+    one_hot,
+)
+from adamss.core.factors import Factors, column_index, positions, trained_elements
 from adamss.errors import ArrayValueError
 
 __all__ = [
@@ -122,10 +130,15 @@ def expand(factors: Factors) -> Array:
            [4., 0., 6.],
            [0., 2., 0.]])
     """
-    xp = namespace(factors.C)
-    group, place = column_index(factors)
-    rows = factors.C if factors.C.shape[0] == 1 else xp.take(factors.C, place, axis=0)
-    return xp.where(_own_columns(factors, group), rows, xp.zeros_like(rows))
+    return _expand(factors.C, factors.labels, factors.ranks, q=factors.B.shape[1])
+
+
+@compiled_as_one
+def _expand(C: Array, labels: Array, ranks: Array, *, q: int) -> Array:
+    xp = namespace(C)
+    group, place = positions(ranks, q=q, highest=C.shape[0])
+    rows = C if C.shape[0] == 1 else xp.take(C, place, axis=0)
+    return xp.where(_own_columns(labels, group), rows, xp.zeros_like(rows))
 
 
 def delta(factors: Factors) -> Array:
@@ -310,10 +323,10 @@ def _directions(x: Array, M: Array) -> Array:
     return xp.where(xp.isfinite(z), z, xp.zeros_like(z))
 
 
-def _own_columns(factors: Factors, group: Array) -> Array:
+def _own_columns(labels: Array, group: Array) -> Array:
     """Return booleans (q, n) that say whether column c of M acts on column j of W."""
-    xp = namespace(factors.labels)
-    return group[:, None] == xp.astype(factors.labels, group.dtype)[None, :]
+    xp = namespace(labels)
+    return group[:, None] == xp.astype(labels, group.dtype)[None, :]
 
 
 def _contract_vjp(dM: Array, factors: Factors) -> Array:
@@ -328,7 +341,7 @@ def _expand_vjp(dE: Array, factors: Factors) -> Array:
     """Return the gradient (r, n) of C from the gradient (q, n) of E. It is zero at the padding of C."""
     xp = namespace(dE)
     group, place = column_index(factors)
-    own = xp.where(_own_columns(factors, group), dE, xp.zeros_like(dE))
+    own = xp.where(_own_columns(factors.labels, group), dE, xp.zeros_like(dE))
     if factors.C.shape[0] == 1:
         return xp.sum(own, axis=0, keepdims=True)
     return xp.matrix_transpose(one_hot(place, factors.C.shape[0], dtype=dE.dtype)) @ own
@@ -336,14 +349,19 @@ def _expand_vjp(dE: Array, factors: Factors) -> Array:
 
 def _per_subspace(columns: Array, factors: Factors) -> Array:
     """Rearrange the q columns of an (m, q) array into (K, m, r), with zeros beyond each rank."""
+    return _stacked(columns, factors.ranks, highest=factors.C.shape[0])
+
+
+@compiled_as_one
+def _stacked(columns: Array, ranks: Array, *, highest: int) -> Array:
     xp = namespace(columns)
-    K, r, q = factors.ranks.shape[0], factors.C.shape[0], columns.shape[1]
-    ends = xp.cumulative_sum(factors.ranks, axis=0, dtype=factors.ranks.dtype)
+    K, r, q = ranks.shape[0], highest, columns.shape[1]
+    ends = xp.cumulative_sum(ranks, axis=0, dtype=ranks.dtype)
     places = xp.arange(r, dtype=ends.dtype, device=device(ends))
-    index = (ends - factors.ranks)[:, None] + places[None, :]
+    index = (ends - ranks)[:, None] + places[None, :]
     index = xp.minimum(index, xp.full_like(index, q - 1))
     stacked = xp.reshape(xp.take(columns, xp.reshape(index, (-1,)), axis=1), (columns.shape[0], K, r))
-    within = places[None, :] < factors.ranks[:, None]
+    within = places[None, :] < ranks[:, None]
     return xp.permute_dims(xp.where(within[None, :, :], stacked, xp.zeros_like(stacked)), (1, 0, 2))
 
 
@@ -358,9 +376,14 @@ def _in_bases(bases: Array, stacked: Array) -> Array:
 
 def _from_subspaces(stacked: Array, factors: Factors) -> Array:
     """Undo `_per_subspace`: rearrange (K, m, r) into (m, q), with zeros in the columns that are padding."""
+    return _side_by_side(stacked, factors.ranks, q=factors.B.shape[1])
+
+
+@compiled_as_one
+def _side_by_side(stacked: Array, ranks: Array, *, q: int) -> Array:
     xp = namespace(stacked)
     K, m, r = stacked.shape
-    group, place = column_index(factors)
+    group, place = positions(ranks, q=q, highest=r)
     index = group * r + place
     index = xp.minimum(index, xp.full_like(index, K * r - 1))
     columns = xp.take(xp.reshape(xp.permute_dims(stacked, (1, 0, 2)), (m, K * r)), index, axis=1)

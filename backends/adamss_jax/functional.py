@@ -137,6 +137,9 @@ def update(x: Array, factors: Factors, *, order: str | None = None) -> Array:
 
 def with_constants(factors: Factors) -> Factors:
     """Return factors that pass gradients, of any order, only to B and C of the active subspaces."""
+    numbers = (factors.A, factors.B, factors.C)
+    if all(isinstance(array, Array) and not isinstance(array, jax.core.Tracer) for array in numbers):
+        return factors  # nothing is differentiated, so the operations below need not be compiled
     masks = trained_elements(factors)
     B, C = (
         jnp.where(mask, array, jax.lax.stop_gradient(array))

@@ -183,7 +183,8 @@ def test_weights_together_are_grouped_as_each_alone(xp, to_numpy, method, subspa
     together = to_numpy(segment(stacked, subspaces, **settings_for(method)))
     alone = [to_numpy(segment(one, subspaces, **settings_for(method))) for one in each]
     np.testing.assert_array_equal(together, np.stack(alone))
-    if subspaces == 4:
+    # Two leading axes are only reshaped to the stack that is tested above, and cost JAX one more compilation.
+    if subspaces == 4 and (xp.__name__ != "jax.numpy" or THOROUGH):
         grid = Decomposition(*(xp.stack([array, array]) for array in stacked))
         assert tuple(segment(grid, subspaces, **settings_for(method)).shape) == (2, 5, 30)
 

@@ -37,7 +37,8 @@ class EquinoxDriver(JaxDriver):
         root: dict[str, Any] = {}
         for path, (W, b) in layers.items():
             d, n = W.shape
-            layer = eqx.nn.Linear(d, n, use_bias=b is not None, key=jax.random.key(0))
+            # Without values, because JAX takes a third of a second to compile random ones of a new shape.
+            layer = eqx.filter_eval_shape(eqx.nn.Linear, d, n, use_bias=b is not None, key=jax.random.key(0))
             layer = eqx.tree_at(lambda layer: layer.weight, layer, self.array(W.T, dtype))
             if b is not None:
                 layer = eqx.tree_at(lambda layer: layer.bias, layer, self.array(b, dtype))

@@ -37,7 +37,9 @@ class NnxDriver(JaxDriver):
         for path, (W, b) in layers.items():
             with jax.default_device(jax.devices(self.device)[0]):
                 d, n = W.shape
-                layer = nnx.Linear(d, n, use_bias=b is not None, rngs=nnx.Rngs(0))
+                # JAX takes half a second to compile random values of a new shape, which are replaced below.
+                zeros = nnx.initializers.zeros_init()
+                layer = nnx.Linear(d, n, use_bias=b is not None, kernel_init=zeros, rngs=nnx.Rngs(0))
             layer.kernel.set_value(self.array(W, dtype))
             if b is not None and layer.bias is not None:
                 layer.bias.set_value(self.array(b, dtype))
