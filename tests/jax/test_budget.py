@@ -488,12 +488,12 @@ def orders(model):
 def test_the_order_of_the_products_outlives_consolidating(kind, tmp_path):
     """Files do not contain the order, and both orders train the same up to rounding."""
     model = attached(kind, {"target": 3, "end_step": 1})
-    adamss.save(model, tmp_path / "as attached")
+    adamss.save(model, tmp_path / "as attached.safetensors")
     outputs = []
     for order in ORDERS:
         model = ordered(attached(kind, {"target": 3, "end_step": 1}), order)
-        adamss.save(model, tmp_path / order)
-        assert same_file(tmp_path / order, tmp_path / "as attached")
+        adamss.save(model, tmp_path / f"{order}.safetensors")
+        assert same_file(tmp_path / f"{order}.safetensors", tmp_path / "as attached.safetensors")
         loop = steps_of(loop_of(model, adamss_jax.budgeted(optax.sgd(0.1), model), loss), range(3))
         loop.model = adamss.consolidate(loop.synchronise())
         steps_of(loop, range(3, 6))

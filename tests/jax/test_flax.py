@@ -442,8 +442,8 @@ def test_a_model_within_a_larger_one_is_found(tmp_path):
     paths = [row.path for row in adamss.summary(model).rows]
     assert [row.path for row in adamss.summary(whole).rows] == paths
     for name, target in (("whole", whole), ("part", model)):
-        adamss.save(target, tmp_path / name)
-    stored, expected = load_file(tmp_path / "whole"), load_file(tmp_path / "part")
+        adamss.save(target, tmp_path / f"{name}.safetensors")
+    stored, expected = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "part.safetensors")
     assert stored.keys() == expected.keys()
     assert all(np.array_equal(stored[name], expected[name]) for name in stored)
     x = inputs(2, 8)

@@ -560,7 +560,7 @@ def hybrid_sharding_over_four():
         sharing = Run(build(shape=(2, 2)), mine, schedule(interval=2))
         sharing.equals(alone_with(schedule(interval=2)))
         same_on_all(*trained(sharing.model))
-        path = folder() / f"hybrid-{build.__name__}"
+        path = folder() / f"hybrid-{build.__name__}.safetensors"
         adamss.save(sharing.model, path)
         files.read(path)
 
@@ -737,8 +737,8 @@ def fsdp_saves_what_one_process_saves():
             model = partly_frozen(moved(build(**options)))
             model(mine(batch(0)))  # leaves gathered Parameters in place of the shards
             for training in (True, False):
-                ours = folder() / f"sharded-{build.__name__}-{training}-{len(options)}"
-                theirs = folder() / f"alone-{training}-{rank}"
+                ours = folder() / f"sharded-{build.__name__}-{training}-{len(options)}.safetensors"
+                theirs = folder() / f"alone-{training}-{rank}.safetensors"
                 with mock.patch.object(files, "write", wraps=files.write) as write:
                     adamss.save(model, ours, training=training)
                 assert write.call_count == (rank == 0), "one process, the first, is to write"
