@@ -764,7 +764,7 @@ def fsdp_saves_what_one_process_saves():
         sharded(adamss.load(net(), same)),
         adamss.load(sharded(net()), same),
         adamss.load(sharded(net()), same, divide=True),
-        adamss.load(sharded(net()), folder() / "sharded-attached_first-False-0", divide=True),
+        adamss.load(sharded(net()), folder() / "sharded-attached_first-False-0.safetensors", divide=True),
     ):
         x = mine(batch(1))
         torch.testing.assert_close(reloaded(x), alone(x), rtol=0, atol=1e-10)
