@@ -496,8 +496,9 @@ def _layers(
         return _of_model(source, verb)
     path = _adapter_file(source)
     if weights and not _is_adapter(path):
+        found = _of_weights(path)  # first, because a file that cannot be read is the more important fault
         _refuse_base(base, verb, "a path of weights")
-        return _of_weights(path)
+        return found
     return _of_file(path, base, verb)
 
 
@@ -515,6 +516,8 @@ def _adapter_file(path: str | os.PathLike[str]) -> Path:
 
 
 def _is_adapter(path: Path) -> bool:
+    if not path.is_file():
+        return False  # a pipe would keep its reader waiting
     try:
         with safe_open(path, "np") as file:
             return (file.metadata() or {}).get("format") == checkpoint.FORMAT
