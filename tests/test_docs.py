@@ -258,13 +258,14 @@ def documented() -> set[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_reference_has_every_public_name(package):
-    module, found = importlib.import_module(package), documented()
+    names, found = public(package), documented()  # skips a package that lacks its framework
+    module = importlib.import_module(package)
 
     def places(each: str) -> set[str]:
         # `adamss.AdamssError` is documented where it is defined.
         return {f"{package}.{each}", f"{getattr(getattr(module, each), '__module__', '')}.{each}"}
 
-    missing = [each for each in public(package) if not places(each) & found]
+    missing = [each for each in names if not places(each) & found]
     assert missing == [], f"docs/reference/{package}.md lacks them"
 
 
