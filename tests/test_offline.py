@@ -463,6 +463,13 @@ def test_what_cannot_be_read_is_told_in_a_line(which, command, kind, adapter, ba
     assert {*tmp_path.iterdir()} == before
 
 
+def test_plot_leaves_no_figure_open(adapter, base, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="it draws")
+    before = pyplot.get_fignums()
+    assert run(*words("plot", adapter=adapter, base=base, out=tmp_path / "out")) == 0
+    assert pyplot.get_fignums() == before
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_file_that_may_not_be_read(command, adapter, base, tmp_path, capsys):

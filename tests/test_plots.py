@@ -378,9 +378,10 @@ def two_active():
     ],
 )
 def test_bad_input_is_refused(draw, error, message):
+    before = plt.get_fignums()
     with pytest.raises(error, match=message):
         draw()
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before
 
 
 def two_models():

@@ -386,10 +386,13 @@ def plot(kind: str, sources: tuple[str, ...], out: str, base: str | None, layer:
     elif kind != "active":
         options["layers"] = layers
     axes = getattr(plots, kind)(source, **options)
+    from matplotlib import pyplot
+
     figure = axes.figure
     picture = io.BytesIO()
     plain = {"Date": None} if suffix == ".svg" else {"CreationDate": None} if suffix == ".pdf" else None
     figure.savefig(picture, format=suffix[1:], metadata=plain)
+    pyplot.close(figure)
     writer.replace(Path(out), picture.getvalue())
     return Result({"file": out, "kind": kind}, f"{out}: {kind}")
 
