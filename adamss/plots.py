@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from adamss import core
 from adamss.backend.ledger import base_weight, sites_of
@@ -46,7 +45,9 @@ from adamss.errors import (
 from adamss.io import checkpoint
 from adamss.io.checkpoint import LINEAR, StoredLayer
 from adamss.io.folder import ADAPTER_FILE
-from adamss.io.weights import WeightFiles, match_names, weight_name
+from adamss.io.weights import WeightFiles, match_names
+from adamss.offline.compare import matrix_of
+from adamss.offline.inspect import linear_layers, weight_of
 from adamss.verbs.common import adapted, progress
 
 if TYPE_CHECKING:
@@ -495,7 +496,7 @@ def _layers(
         _refuse_base(base, verb, "a model")
         return _of_model(source, verb)
     path = _adapter_file(source)
-    if weights and not _is_adapter(path):
+    if weights and not checkpoint.is_adapter(path):
         found = _of_weights(path)  # first, because a file that cannot be read is the more important fault
         _refuse_base(base, verb, "a path of weights")
         return found
@@ -510,19 +511,9 @@ def _refuse_base(base: Any, verb: str, what: str) -> None:
 
 
 def _adapter_file(path: str | os.PathLike[str]) -> Path:
-    """Return the adapter file in a folder, if there is one, or else the path."""
+    """Return the adapter file in a folder, or the path itself if there is none."""
     inside = Path(path) / ADAPTER_FILE
     return inside if inside.is_file() else Path(path)
-
-
-def _is_adapter(path: Path) -> bool:
-    if not path.is_file():
-        return False  # a pipe would keep its reader waiting
-    try:
-        with safe_open(path, "np") as file:
-            return (file.metadata() or {}).get("format") == checkpoint.FORMAT
-    except (OSError, SafetensorError):
-        return False
 
 
 def _of_model(model: Any, verb: str) -> dict[str, _Layer]:
@@ -553,14 +544,15 @@ def _of_model(model: Any, verb: str) -> dict[str, _Layer]:
 
 def _of_file(path: Path, base: str | os.PathLike[str] | None, verb: str) -> dict[str, _Layer]:
     stored = checkpoint.read(path)
-    reader = None if base is None else _reader(base, stored.layers)
+    files = None if base is None else WeightFiles(base)
+    spelling = None if files is None else match_names(stored.layers, files)
 
     def weight(place: str, layer: StoredLayer, block: int) -> Array:
-        if reader is None:
+        if files is None or spelling is None:
             raise ConfigError(
                 f"plots.{verb}: {str(path)!r} has no base weights; name their file or folder by base (--base)"
             )
-        W: Array = (layer.view or LINEAR).matrix(reader(place))
+        W: Array = matrix_of(files, spelling.weight(place), layer.view or LINEAR)
         mark = fingerprint(W)
         if not layer.base.difference(mark) <= layer.base.tolerance(mark):
             raise CheckpointError(
@@ -580,33 +572,10 @@ def _of_file(path: Path, base: str | os.PathLike[str] | None, verb: str) -> dict
     return found
 
 
-def _reader(base: str | os.PathLike[str], paths: Iterable[str]) -> Callable[[str], Array]:
-    """Return what reads the array of a layer of an adapter from the files of its base."""
-    weights = WeightFiles(base)
-    ours, theirs = match_names(paths, weights)
-
-    def read(path: str) -> Array:
-        name = weight_name(theirs + path.removeprefix(ours), weights)
-        assert name is not None  # `match_names` has seen to it
-        return weights.read(name).numpy()
-
-    return read
-
-
 def _of_weights(path: Path) -> dict[str, _Layer]:
-    weights = WeightFiles(path)
-
-    def weight(name: str) -> Array:
-        W: Array = LINEAR.matrix(weights.read(name).numpy())
-        return W
-
-    names = [
-        name
-        for name, entry in weights.items()
-        if name.endswith(".weight") and len(entry.shape) == 2 and min(entry.shape) > 1
-    ]
+    files = WeightFiles(path)
     return {
-        name.removesuffix(".weight"): _Layer(partial(weight, name)) for name in sorted(names, key=_natural)
+        name: _Layer(partial(weight_of, files, name)) for name in sorted(linear_layers(files), key=_natural)
     }
 
 

@@ -399,7 +399,7 @@ class TestBadFiles:
     def test_json_that_would_fill_the_memory(self, path, bomb, entry):
         rewrite_with_checksum(path, metadata={entry: bomb})
         with memory_below(2 * path.stat().st_size + 200_000):
-            self.refused(path, "its header is longer than that of any adapter of this size")
+            self.refused(path, "its header is longer than that of any file of this size")
 
     def test_a_file_takes_twice_its_size_while_it_is_read(self, path):
         n = 1 << 19

@@ -128,7 +128,9 @@ def test_names_of_an_adapter_in_files(paths, names, expected):
         with pytest.raises(CheckpointError, match=expected):
             match_names(paths, dict.fromkeys(names))
     else:
-        assert match_names(paths, dict.fromkeys(names)) == expected
+        spelling = match_names(paths, dict.fromkeys(names))
+        assert spelling[:2] == expected
+        assert all(spelling.in_model(spelling.in_files(path)) == path for path in paths)
 
 
 # ---- merging ---------------------------------------------------------------------------------------------
@@ -361,6 +363,8 @@ def test_plan_of_a_config_alone(tmp_path, capsys):
     pytest.importorskip("transformers", reason="it builds the model")
     config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    assert run("plan", tmp_path / "config.json", "--subspaces", 4) == 0  # without a budget
+    assert "any number of trained parameters" in capsys.readouterr().out
     assert run("plan", tmp_path / "config.json", "--params", "2k", "--subspaces", 4, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["layers"]) == 4 and {tuple(shape) for shape in found["layers"].values()} == {(32, 32)}

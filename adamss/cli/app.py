@@ -283,7 +283,7 @@ def inspect(model: str, targets: tuple[str, ...], rank: int, subspaces: int, seg
 @command
 @click.argument("model", type=PATH)
 @click.option(
-    "--params", type=Number(), required=True, help="Largest number of trained parameters: 50k, 1.5M."
+    "--params", type=Number(), help="Largest number of trained parameters: 50k, 1.5M. Default: any."
 )
 @targets_option
 @click.option("--subspaces", type=POSITIVE, help="Fix the number of subspaces K.")

@@ -36,7 +36,16 @@ from adamss.errors import AdamssError, CheckpointError, CheckpointNotFoundError
 from adamss.io import reader, writer
 from adamss.io.reader import MALFORMED, MODULES, short
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "READABLE_VERSIONS", "Checkpoint", "StoredLayer", "read", "write"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "READABLE_VERSIONS",
+    "Checkpoint",
+    "StoredLayer",
+    "is_adapter",
+    "read",
+    "write",
+]
 
 FORMAT = "adamss"
 FORMAT_VERSION = 1
@@ -309,6 +318,18 @@ def read(path: str | os.PathLike[str], *, modules: int = MODULES) -> Checkpoint:
         raise CheckpointError(f"{str(path)!r}: {short(error)}") from error
     except (AdamssError, *MALFORMED) as error:
         raise CheckpointError(f"{str(path)!r} is not a valid adapter file: {short(error)}") from error
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file says that it is an adapter file. It may still be damaged."""
+    if not os.path.isfile(path):
+        return False  # reading from a pipe would wait for ever
+    try:
+        with open(path, "rb") as file:
+            header, _, _ = reader.read_header(file)
+        return bool(_metadata(header))
+    except (OSError, CheckpointError):
+        return False
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:

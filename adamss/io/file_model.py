@@ -141,11 +141,11 @@ def file_model(
     CheckpointError
         If the files lack a layer: see `adamss.io.weights.match_names`.
     """
-    ours, theirs = match_names(layers, files)
+    spelling = match_names(layers, files)
     views = views or {}
     names: dict[str, dict[str, str]] = {"": {}}
     for full in files:
-        path, _, name = (ours + full.removeprefix(theirs)).rpartition(".")
+        path, _, name = spelling.in_model(full).rpartition(".")
         names.setdefault(path, {})[name] = full
     found = {}
     for path, own in names.items():

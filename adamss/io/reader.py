@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
@@ -27,6 +27,7 @@ __all__ = [
     "contents",
     "deserialize",
     "parse",
+    "read_header",
     "read_tensors",
     "room_for",
     "short",
@@ -39,6 +40,9 @@ MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError
 
 LONGEST_MESSAGE = 500
 """Largest number of characters of an error that is quoted in a message."""
+
+LARGEST_COUNTED = 1 << 32
+"""Size in bytes from which a file gets no more room for its header: that of a model names its tensors only."""
 
 LEAST_ROOM = 1 << 18
 ROOM_PER_MODULE = 1 << 14
@@ -88,7 +92,7 @@ def short(error: Exception) -> str:
 
 def room_for(size: int, modules: int) -> int:
     """Return the number of bytes that the Python objects of a header may take, for a file of `size` bytes."""
-    return size // 8 + LEAST_ROOM + ROOM_PER_MODULE * modules
+    return min(size, LARGEST_COUNTED) // 8 + LEAST_ROOM + ROOM_PER_MODULE * modules
 
 
 def contents(
@@ -110,23 +114,9 @@ def contents(
         Function that is called with the header before the tensors are read, and raises an error to refuse the file.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise CheckpointError("it is truncated or no safetensors file")
-        room = room_for(size, modules)
-        _check_room(length, room)
-        try:
-            header = parse(file.read(length), room)
-        except CheckpointError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError("it is damaged or no safetensors file") from error
-        if not isinstance(header, dict):
-            raise CheckpointError("it is damaged or no safetensors file")
+        header, begin, size = read_header(file, modules)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        if size != 8 + length + max(ends, default=0):
+        if size != begin + max(ends, default=0):
             raise CheckpointError("its length is not what its header says: it is truncated or damaged")
         check(header)
         file.seek(0)
@@ -134,6 +124,32 @@ def contents(
             return header, file.read(size)
         except MemoryError:
             raise CheckpointError(f"there is no memory for its {size:,} bytes") from None
+
+
+def read_header(file: BinaryIO, modules: int = MODULES) -> tuple[dict[str, Any], int, int]:
+    """Return the header of an open safetensors file, the offset at which its tensors begin, and the size of the file.
+
+    Raises
+    ------
+    CheckpointError
+        If the header is truncated, damaged, or so long that its Python objects would take too much memory.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise CheckpointError("it is truncated or no safetensors file")
+    room = room_for(size, modules)
+    _check_room(length, room)
+    try:
+        header = parse(file.read(length), room)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("it is damaged or no safetensors file") from error
+    if not isinstance(header, dict):
+        raise CheckpointError("it is damaged or no safetensors file")
+    return header, 8 + length, size
 
 
 def parse(text: bytes, room: int) -> Any:
@@ -155,7 +171,7 @@ def check_json(text: bytes, room: int) -> None:
 
 def _check_room(length: int, room: int, width: int = 1) -> None:
     if (1 + 2 * width) * length > room:
-        raise CheckpointError("its header is longer than that of any adapter of this size")
+        raise CheckpointError("its header is longer than that of any file of this size")
 
 
 def deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:

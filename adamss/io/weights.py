@@ -18,9 +18,9 @@ from adamss.config import shown
 from adamss.errors import CheckpointError, CheckpointNotFoundError
 from adamss.io.folder import ADAPTER_FILE
 from adamss.io.peft_folder import WEIGHTS_FILE
-from adamss.io.reader import DTYPES, MALFORMED, MODULES, parse, room_for, short
+from adamss.io.reader import DTYPES, MALFORMED, read_header, short
 
-__all__ = ["WeightEntry", "WeightFiles", "match_names", "weight_name"]
+__all__ = ["Spelling", "WeightEntry", "WeightFiles", "match_names", "weight_name"]
 
 INDEX_ENDING = ".safetensors.index.json"
 ENDING = ".safetensors"
@@ -29,8 +29,8 @@ USUAL = ("model", "diffusion_pytorch_model")
 not read then."""
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-LONGEST_HEADER = 100_000_000
-"""Largest length of a header in bytes, which is also the limit of the safetensors library."""
+LONGEST_INDEX = 100_000_000
+"""Largest size of an index of shards in bytes."""
 
 
 class WeightEntry(NamedTuple):
@@ -132,15 +132,51 @@ class WeightFiles(Mapping[str, WeightEntry]):
         return StoredTensor(entry.dtype, entry.shape, data)
 
 
+class Spelling(NamedTuple):
+    """How the names of a trained model are spelled in the files of its base model.
+
+    A model with a head and the bare model differ in a prefix: ``bert.encoder.layer.0`` and ``encoder.layer.0``.
+
+    Attributes
+    ----------
+    ours
+        Prefix of the module paths of the trained model.
+    theirs
+        Prefix that replaces it in the files. At least one of the two is empty.
+    names
+        Mapping whose keys are the names of the tensors in the files.
+    """
+
+    ours: str
+    theirs: str
+    names: Mapping[str, Any]
+
+    def in_files(self, name: str) -> str:
+        """Return a name of the trained model with the prefix of the files."""
+        return self.theirs + name.removeprefix(self.ours) if name.startswith(self.ours) else name
+
+    def in_model(self, name: str) -> str:
+        """Return a name in the files with the prefix of the trained model."""
+        return self.ours + name.removeprefix(self.theirs)
+
+    def tensor(self, name: str) -> str | None:
+        """Return the name in the files of a tensor of the trained model, or None if the files lack it."""
+        return next((spelled for spelled in (self.in_files(name), name) if spelled in self.names), None)
+
+    def weight(self, path: str) -> str:
+        """Return the name in the files of the weight of an adapted layer."""
+        name = weight_name(self.in_files(path), self.names)
+        assert name is not None  # `match_names` has found the weights of all layers
+        return name
+
+
 def weight_name(path: str, names: Mapping[str, Any]) -> str | None:
     """Return the name of the weight of a module, or the path itself if it is the name of a tensor, or else None."""
     return next((name for name in (f"{path}.weight" if path else "weight", path) if name in names), None)
 
 
-def match_names(paths: Iterable[str], names: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the prefixes by which the module paths of an adapter differ from the names in its base model's files.
-
-    A model with a head and the bare model differ in such a prefix: ``bert.encoder.layer.0`` and ``encoder.layer.0``.
+def match_names(paths: Iterable[str], names: Mapping[str, Any]) -> Spelling:
+    """Find the layers of an adapter in the files of its base model.
 
     Parameters
     ----------
@@ -151,8 +187,8 @@ def match_names(paths: Iterable[str], names: Mapping[str, Any]) -> tuple[str, st
 
     Returns
     -------
-    (str, str)
-        Prefix of every module path, and the prefix that replaces it in the files. At least one of them is empty.
+    Spelling
+        Prefixes by which the names differ.
 
     Raises
     ------
@@ -161,12 +197,12 @@ def match_names(paths: Iterable[str], names: Mapping[str, Any]) -> tuple[str, st
 
     Examples
     --------
-    >>> match_names(["bert.layer.0.query"], {"layer.0.query.weight": None})
-    ('bert.', '')
+    >>> match_names(["bert.layer.0.query"], {"layer.0.query.weight": None}).in_files("bert.layer.1.query")
+    'layer.1.query'
     """
     paths = list(paths)
     if all(weight_name(path, names) for path in paths):
-        return "", ""
+        return Spelling("", "", names)
     found = []
     first = next(path for path in paths if not weight_name(path, names))
     parts = first.split(".")
@@ -181,7 +217,7 @@ def match_names(paths: Iterable[str], names: Mapping[str, Any]) -> tuple[str, st
         if theirs is not None and all(weight_name(theirs + path, names) for path in paths):
             found.append(("", theirs))
     if len(found) == 1:
-        return found[0]
+        return Spelling(*found[0], names)
     if found:
         places = " and ".join(sorted({theirs or ours for ours, theirs in found})[:2])
         raise CheckpointError(
@@ -229,7 +265,7 @@ def _files(path: Path) -> tuple[Path, ...]:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     """Return the files that an index of shards names. Check that all of them are in its folder."""
-    if index.stat().st_size > LONGEST_HEADER:
+    if index.stat().st_size > LONGEST_INDEX:
         raise CheckpointError(f"{str(index)!r} is longer than that of any model")
     try:
         names = sorted({*json.loads(index.read_bytes())["weight_map"].values()})
@@ -250,14 +286,9 @@ def _header(path: Path) -> dict[str, WeightEntry]:
     """Return the locations of the tensors of a safetensors file by name."""
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise CheckpointError("it is truncated or no safetensors file")
-            header = parse(file.read(length), room_for(min(size, 1 << 32), MODULES))
+            header, begin, size = read_header(file)
         return {
-            name: _entry(name, entry, path, 8 + length, size)
+            name: _entry(name, entry, path, begin, size)
             for name, entry in header.items()
             if name != "__metadata__"
         }

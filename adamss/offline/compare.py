@@ -15,7 +15,7 @@ from adamss.core import expand
 from adamss.core.fingerprint import Fingerprint, fingerprint, unlikely
 from adamss.errors import CheckpointError
 from adamss.io.checkpoint import LINEAR, Checkpoint, StoredLayer
-from adamss.io.weights import WeightFiles, match_names, weight_name
+from adamss.io.weights import WeightFiles, match_names
 
 __all__ = ["Difference", "LayerCheck", "LayerDifference", "diff", "verify"]
 
@@ -108,11 +108,10 @@ def verify(
     >>> [(check.path, check.fits) for check in checks]
     [('query', True)]
     """
-    ours, theirs = match_names(stored.layers, files)
+    spelling = match_names(stored.layers, files)
     found, marks = [], []
     for path, layer in stored.layers.items():
-        name = weight_name(theirs + path.removeprefix(ours), files)
-        assert name is not None  # `match_names` has found the weights of all layers
+        name = spelling.weight(path)
         mark = fingerprint_in(files, name, layer)
         difference, tolerance = layer.base.difference(mark), layer.base.tolerance(mark)
         found.append(LayerCheck(path, name, difference, tolerance, difference <= tolerance))

@@ -104,17 +104,13 @@ def convert(source: str, to: str, files: WeightFiles, out: str) -> str:
 
 def _named_as_in(files: WeightFiles, stored: Checkpoint) -> Checkpoint:
     """Return an adapter whose layers have the names of the base model's files."""
-    ours, theirs = match_names(stored.layers, files)
-
-    def renamed(path: str) -> str:
-        return theirs + path.removeprefix(ours) if path.startswith(ours) else path
-
-    layers = {renamed(path): layer for path, layer in stored.layers.items()}
+    spelling = match_names(stored.layers, files)
+    layers = {spelling.in_files(path): layer for path, layer in stored.layers.items()}
     # A head that only the trained model has keeps its name.
     saved = {
         new if any(f"{new}.{name}" in files for name in own) else path: own
         for path, own in stored.saved.items()
-        for new in [renamed(path)]
+        for new in [spelling.in_files(path)]
     }
     return replace(stored, layers=layers, saved=saved, shared={})
 

@@ -12,16 +12,26 @@ from typing import Any
 import numpy as np
 
 from adamss import core
-from adamss.backend.targets import DEFAULT_TARGETS, match
+from adamss.backend.targets import DEFAULT_TARGETS, match, near_matches
 from adamss.backend.views import View
 from adamss.config import AdamssConfig
+from adamss.core._array import as_working_precision
 from adamss.core.decomposition import effective_coordinates
 from adamss.errors import ArrayValueError, TargetError
 from adamss.io.checkpoint import LINEAR
-from adamss.io.weights import WeightFiles
+from adamss.io.weights import WeightFiles, weight_name
 from adamss.offline.compare import matrix_of
 
-__all__ = ["ALL_LINEAR", "MatrixReport", "inspect", "linear_layers", "model_type", "read_config", "targeted"]
+__all__ = [
+    "ALL_LINEAR",
+    "MatrixReport",
+    "inspect",
+    "linear_layers",
+    "model_type",
+    "read_config",
+    "targeted",
+    "weight_of",
+]
 
 ALL_LINEAR = "all-linear"
 NOT_LINEAR = (
@@ -148,14 +158,10 @@ def inspect(
     >>> report.sizes, report.estimated, round(report.inside, 6)
     ((4, 4, 4), 3, 1.0)
     """
-    views = _views(files)
     for path in paths:
-        name = f"{path}.weight" if path else "weight"
-        if name not in files:
-            raise TargetError(f"the model has no weight {name!r}")
-        W = matrix_of(files, name, views(path))
+        W = weight_of(files, path)
         try:
-            yield _report(path, W, files[name].dtype, rank, subspaces, segmentation, seed)
+            yield _report(path, W, files[_weight_in(files, path)].dtype, rank, subspaces, segmentation, seed)
         except ArrayValueError as error:
             raise ArrayValueError(f"{path}: {error}") from error
 
@@ -165,7 +171,7 @@ def _report(
 ) -> MatrixReport:
     d, n = W.shape
     decomposition = core.decompose(W, min(rank, d, n), seed=seed)
-    norm = float(np.linalg.norm(W.astype(np.float32, copy=False).ravel()))
+    norm = float(np.linalg.norm(as_working_precision(W)))
     energy = float(np.sum(np.square(decomposition.S.astype(np.float64)))) / norm**2 if norm else 1.0
     K = min(subspaces, n)
     labels = np.asarray(core.segment(decomposition, K, segmentation, seed=seed))
@@ -230,6 +236,26 @@ def _views(files: WeightFiles) -> Any:
     """Return a function that returns the view of a weight as a matrix, given the module path."""
     names = CONV1D.get(model_type(files.path) or "", ())
     return lambda path: View(rows=(0,), columns=(1,)) if path.rpartition(".")[2] in names else LINEAR
+
+
+def _weight_in(files: WeightFiles, path: str) -> str:
+    name = weight_name(path, files)
+    if name is None:
+        raise TargetError(f"the model has no weight {path!r}; {near_matches([path], linear_layers(files))}")
+    return name
+
+
+def weight_of(files: WeightFiles, path: str) -> Any:
+    """Return the weight of a layer as the matrix W: (d, n), given the module path.
+
+    Raises
+    ------
+    TargetError
+        If the files have no such layer. The message lists near matches.
+    CheckpointError
+        If the weight is stored in a dtype that NumPy cannot read.
+    """
+    return matrix_of(files, _weight_in(files, path), _views(files)(path))
 
 
 def linear_layers(files: WeightFiles) -> dict[str, tuple[int, int]]:

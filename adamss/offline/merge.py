@@ -13,11 +13,12 @@ import numpy as np
 
 from adamss import core
 from adamss.backend.tensors import StoredTensor
+from adamss.core._array import as_working_precision
 from adamss.errors import ArrayValueError, CheckpointError, LayerError
 from adamss.io.checkpoint import LINEAR, Checkpoint, StoredLayer
 from adamss.io.folder import CARD_FILE
 from adamss.io.reader import DTYPES
-from adamss.io.weights import INDEX_ENDING, PICKLED, WeightEntry, WeightFiles, match_names, weight_name
+from adamss.io.weights import INDEX_ENDING, PICKLED, WeightEntry, WeightFiles, match_names
 from adamss.io.writer import write_tensors, write_text
 from adamss.offline.compare import verify
 from adamss.offline.convert import new_folder
@@ -140,32 +141,23 @@ def merge(
             + (f" (nor are {len(wrong) - 1} more)" if len(wrong) > 1 else "")
             + "; name the right base model, or pass check_base=False (--no-check)"
         )
-    ours, theirs = match_names(stored.layers, files)
-
-    def in_files(name: str) -> str | None:
-        """Return the name that the base model's files have for a tensor of the trained model, or None."""
-        spellings = (theirs + name.removeprefix(ours), name)
-        return next((spelling for spelling in spellings if spelling in files), None)
-
-    layers = {
-        str(weight_name(theirs + path.removeprefix(ours), files)): (path, layer)
-        for path, layer in stored.layers.items()
-    }
+    spelling = match_names(stored.layers, files)
+    layers = {spelling.weight(path): (path, layer) for path, layer in stored.layers.items()}
     _check_tied(layers, files)
     saved = {f"{path}.{name}": tensor for path, own in stored.saved.items() for name, tensor in own.items()}
     # A tensor that was trained under several names (tied embeddings) changes under each of them.
     every = {other: tensor for name, tensor in saved.items() for other in stored.shared.get(name, ())} | saved
-    places = {name: in_files(name) for name in every}
+    places = {name: spelling.tensor(name) for name in every}
     whole = {place: every[name] for name, place in places.items() if place is not None}
     added = {name: saved[name] for name in saved if places[name] is None}
     ids: Any = stored.config.trained_tokens
     rows = {}
     for path, values in stored.tokens.items():
         name = f"{path}.weight"
-        if in_files(name) is None:
+        if spelling.tensor(name) is None:
             raise CheckpointError(f"the base model has no embedding {name} for the adapter's trained rows")
         for other in (name, *stored.shared.get(name, ())):
-            if (place := in_files(other)) is not None:
+            if (place := spelling.tensor(other)) is not None:
                 rows[place] = (ids[path], values)
     biases = _moved_biases(layers, files)
     lost: dict[str, float] = {}
@@ -211,25 +203,24 @@ def _merged(path: str, layer: StoredLayer, files: WeightFiles, name: str) -> tup
     entry, view = files[name], layer.view or LINEAR
     array = files.read(name).numpy()
     if layer.blocks > 1:
-        pairs = [(view.block, array[i], part) for i, part in enumerate(layer.split(layer.blocks))]
+        parts = [(view.block, array[i], part) for i, part in enumerate(layer.split(layer.blocks))]
     else:
-        pairs = [(view, array, layer)]
+        parts = [(view, array, layer)]
     found, lost = [], 0.0
-    for own_view, own, part in pairs:
-        W = own_view.matrix(own)
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                merged = core.merge(W, None, part.factors())
-        except ArrayValueError as wrong:
-            raise ArrayValueError(f"{path}: {wrong}") from wrong
-        rounded = StoredTensor.of(own_view.array(np.asarray(merged.W), own.shape), entry.dtype)
-        share = float(merged.lost)
-        if entry.dtype == "bfloat16":  # NumPy has no bfloat16, so `core.merge` has not rounded yet
-            update = np.asarray(merged.W) - W
-            error = own_view.matrix(rounded.numpy()) - np.asarray(merged.W)
-            size = float(np.linalg.norm(update))
-            share = float(np.linalg.norm(error)) / size if size else 0.0
-        lost = max(lost, share)
+    for own_view, own, part in parts:
+        W = as_working_precision(own_view.matrix(own))
+        exact = W + np.asarray(core.delta(part.factors()))[: W.shape[0]]
+        with np.errstate(over="ignore"):
+            rounded = StoredTensor.of(own_view.array(exact, own.shape), entry.dtype)
+        if not rounded.is_finite():
+            raise ArrayValueError(
+                f"{path}: the update overflows the weight's dtype {entry.dtype}: not merged"
+            )
+        size, error = (
+            float(np.linalg.norm(difference))
+            for difference in (exact - W, own_view.matrix(rounded.numpy()) - exact)
+        )
+        lost = max(lost, error / size if size else 0.0)
         found.append(rounded.data)
     return StoredTensor(entry.dtype, entry.shape, b"".join(found)), lost
 
@@ -311,7 +302,7 @@ def _write(
     entries: Mapping[str, WeightEntry],
     changed: Callable[[str], StoredTensor | None],
 ) -> None:
-    """Write a copy of a safetensors file in which some tensors have other names or values.
+    """Write a copy of a safetensors file in which some tensors have other values.
 
     Parameters
     ----------
@@ -319,8 +310,6 @@ def _write(
         Paths of the new file and of the file to copy.
     entries
         Tensors of the file to copy, by name.
-    spelled
-        Function that returns the new name of a tensor.
     changed
         Function that returns the new value of a tensor, or None if it does not change.
     """

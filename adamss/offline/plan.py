@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adamss.backend.registry import get_backend
 from adamss.core import count_lora
-from adamss.errors import CheckpointError, ConfigError, MissingBackendError
-from adamss.io.reader import short
+from adamss.errors import ConfigError, MissingBackendError
 from adamss.io.weights import WeightFiles
 from adamss.offline.inspect import linear_layers, model_type
 
@@ -20,9 +19,6 @@ SUBSPACES = (1, 2, 3, 5, 10, 16, 32, 64, 128)
 SUBSPACE_RANKS = (1, 2, 4, 8)
 LEAST_SUBSPACES, MOST_SUBSPACES = 10, 32
 """Between which K is suggested."""
-
-MOST_LAYERS = 10_000
-"""Of a model that is built from a config."""
 
 RANK = 100
 """R of the paper, which is the largest R that is offered unless the caller gives one."""
@@ -191,31 +187,10 @@ def layers_of(model: str) -> tuple[dict[str, tuple[int, int]], str | None]:
 def _without_values(file: Path) -> dict[str, tuple[int, int]]:
     """Return the shapes of the linear layers of the model that a ``config.json`` describes, by module path."""
     try:
-        import torch
-        import transformers
-    except ImportError as error:
+        torch: Any = get_backend("torch")
+        return dict(torch.shapes_in_config(file))
+    except MissingBackendError as error:
         raise MissingBackendError(
             f"there are no weights beside {str(file)!r}; to build the model from its config takes transformers: "
             "pip install 'adamss[transformers]'"
         ) from error
-    try:
-        # A config may name code of its own, here or on the hub. It is never run.
-        config = transformers.AutoConfig.from_pretrained(
-            os.path.abspath(file), local_files_only=True, trust_remote_code=False
-        )
-        if getattr(config, "num_hidden_layers", 0) > MOST_LAYERS:
-            raise ValueError(f"it has {config.num_hidden_layers:,} layers, more than any model")
-        with torch.device("meta"):
-            model: Any = transformers.AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    # An unsuitable config can make the constructors of models raise any error.
-    except Exception as error:
-        raise CheckpointError(
-            f"transformers cannot build the model of {str(file)!r}: {short(error)}"
-        ) from error
-    found = {}
-    for name, module in model.named_modules():
-        weight: Any = getattr(module, "weight", None)
-        if getattr(weight, "ndim", 0) == 2 and min(weight.shape) > 1:
-            n, d = weight.shape
-            found[name] = (n, d) if type(module).__name__ == "Conv1D" else (d, n)
-    return found

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import get_ident
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -234,6 +235,22 @@ class TorchBackend(Backend):
         from adamss_torch.peft import find_grouping
 
         return find_grouping(*arguments, device=device)
+
+    def shapes_in_config(self, file: Path) -> dict[str, tuple[int, int]]:
+        """Return the shapes (d, n) of the linear layers of the model that a ``config.json`` describes, by path.
+
+        `adamss_torch.configs.model_without_values` builds the model, which needs transformers.
+        """
+        from adamss_torch.configs import model_without_values
+
+        modules = model_without_values(file).named_modules()
+        linear = [
+            (path, layer, kind) for path, layer in modules if (kind := self.kinds.find(layer)) and kind.linear
+        ]
+        return {
+            path: kind.view(layer, path).shape(getattr(layer, kind.weight).shape)
+            for path, layer, kind in linear
+        }
 
     # ---- several processes ----------------------------------------------------------------------------
 
