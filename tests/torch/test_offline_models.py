@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from test_peft import assert_close, loaded_by_peft, trained_by_peft
 
 import adamss
-from adamss import cli
+from adamss import cli, offline, plots
+from adamss.offline.plan import layers_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -245,3 +246,26 @@ def test_parts_of_a_pipeline_are_copied(tmp_path):
     run("merge", tmp_path / "a.safetensors", "--base", tmp_path / "base", "--out", tmp_path / "merged")
     below = {f"{each.parent.name}/{each.name}" for each in (tmp_path / "merged").glob("*/*")}
     assert below == {"1_Pooling/config.json", "2_Dense/model.safetensors"}
+
+
+def test_layers_that_store_w_itself(tmp_path):
+    """GPT-2 keeps W where a linear layer keeps its transpose; files, config and pictures agree on that."""
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=12)
+    torch.manual_seed(0)
+    model = transformers.GPT2Model(config)
+    model.save_pretrained(tmp_path / "base")
+    weight = model.h[0].attn.c_attn.weight.detach().numpy()
+    (report,) = offline.inspect(
+        offline.WeightFiles(tmp_path / "base"), ["h.0.attn.c_attn"], rank=8, subspaces=3
+    )
+    assert report.shape == weight.shape == (16, 48)
+    assert sum(report.sizes) == 48
+    config.save_pretrained(tmp_path / "config")
+    shapes, kind = layers_of(str(tmp_path / "config"))
+    assert kind == "gpt2"
+    in_files, _ = layers_of(str(tmp_path / "base"))
+    assert {path: in_files[path] for path in shapes} == shapes
+    close = pytest.importorskip("matplotlib.pyplot").close
+    ax = plots.ordering(tmp_path / "base", "c_attn", rank=8, subspaces=3)
+    assert ax.images[0].get_extent() == [0, 48, 48, 0]
+    close(ax.figure)
