@@ -1,13 +1,12 @@
 """Pictures of weights and adapters, drawn with matplotlib (the extra ``plots``).
 
-Every picture is one function. It draws on ``ax``, or on a new figure of pyplot, and returns the Axes; only `active`
-divides its Axes in two, and returns the upper one. Where there are several layers, they share one Axes, so that a
-picture of 72 layers has the form of one of two. ``ax.figure.savefig`` writes a new figure with the same bytes every
-time, as SVG and PDF too.
+Each function draws one picture on ``ax``, or on a new pyplot figure, and returns the Axes. `active` divides its
+Axes in two and returns the upper one. All layers share one Axes, so a picture of 72 layers has the same form as a
+picture of two. ``ax.figure.savefig`` writes a new figure with the same bytes every time, also as SVG and PDF.
 
-What is drawn comes from a ``source``: an adapted model of any framework, an adapter file, a folder with one in it
-(a checkpoint of the Trainer), or, for `ordering` and `spectrum`, a file or folder of a model's weights. An adapter
-file has no base weights, which ``base`` names where they are needed.
+The ``source`` of a picture is an adapted model of any framework, an adapter file, or a folder with an adapter file
+(such as a checkpoint of the Trainer). For `ordering` and `spectrum` it may also be a file or folder with the weights
+of a model. An adapter file has no base weights, so ``base`` names them if a picture needs them.
 """
 
 from __future__ import annotations
@@ -61,32 +60,33 @@ Source: TypeAlias = Any
 
 TRAINER_STATE = "trainer_state.json"
 ALLOCATION = "adamss/allocation"
-"""Under which an entry of the Trainer's log has an allocation: the step, the active subspaces of the layers in which
-they changed and, in the first one, the schedule."""
+"""Key of an allocation in an entry of the Trainer's log. The value has the step, the number of active subspaces of
+each layer in which it changed and, in the first entry, the schedule."""
 
 STEP = re.compile(r"[-_](\d+)$")
-"""Of a checkpoint, at the end of its name."""
+"""Pattern of the step at the end of the name of a checkpoint."""
 
 CELLS = 128
-"""Most cells of the picture of Z* on a side."""
+"""Largest number of cells on a side of the picture of Z*."""
 
 LARGEST_FORMED = 10_000
-"""Most columns of a Z* that is formed whole, 400 MB in float32; of a larger one, every second column or fewer."""
+"""Largest number of columns for which the whole Z* is formed, which takes 400 MB in float32. For a larger weight only
+every second column is drawn, or fewer."""
 
 APART = 8
-"""Most layers whose spectra have a line style and a line of the legend each."""
+"""Largest number of layers whose spectra have their own line styles and legend entries."""
 
 LONGEST_LOG = 1 << 28
-"""Bytes of a log."""
+"""Largest size of a log in bytes."""
 
 POINTS = 500
-"""Most points of the line of a schedule."""
+"""Largest number of points of the line of a schedule."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, which people with any colour vision tell apart."""
+"""Colours of Okabe and Ito, which can be told apart with every kind of colour vision."""
 
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))
-"""Tell lines apart without colours."""
+"""Line styles, which tell lines apart in black and white."""
 
 ACTIVE, FROZEN, LINES = COLOURS[0], "#BFBFBF", "#606060"
 
@@ -115,40 +115,40 @@ def ordering(
     segmentation: str = "kmeans",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw how far the columns of a weight lie in the subspaces: ``|Z*|`` with its columns in their order.
+    """Draw ``|Z*|`` with rows and columns ordered by subspace, which shows how well the subspaces fit the weight.
 
-    Entry (i, j) of ``Z* = V V^T`` says how much of column j the column i stands for. If the columns lay in
-    independent subspaces, all that is dark would lie in the squares along the diagonal. The title has
-    `adamss.core.analysis.inside_over_between`, 1 for labels that have nothing to do with the weight.
+    Entry (i, j) of ``Z* = V V^T`` is the share of column i in the representation of column j. If the columns lay in
+    independent subspaces, all dark cells would be in the squares along the diagonal. The title states
+    `adamss.core.analysis.inside_over_between`, which is 1 for labels that are unrelated to the weight.
 
     Parameters
     ----------
     source
-        An adapted model or its file, whose subspaces are drawn, or a path of weights, which are segmented.
+        Adapted model or adapter file, whose subspaces are drawn; or path of weights, which are segmented first.
     layer
-        Module path of the layer, or the end of it where no other layer has the same. None for the first one.
+        Module path of the layer, or the end of the path if it matches one layer only. None means the first layer.
     base
-        File or folder of the weights that an adapter file is for.
+        File or folder with the base weights of an adapter file.
     rank, subspaces, segmentation
-        R, K and method for weights without an adapter; an adapter has its own.
+        R, K and segmentation for weights without an adapter. They are ignored for an adapter, which has its own.
     ax
-        To draw on.
+        Axes to draw on. None makes a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        With one image, the means of ``|Z*|`` in at most 128 x 128 cells.
+        Axes with one image, which has the means of ``|Z*|`` in at most 128 x 128 cells.
 
     Raises
     ------
     TargetError
-        If there is no such layer, or there are several; the message lists near ones.
+        If no layer or several layers match. The message lists near matches.
     CheckpointError, CheckpointNotFoundError
-        If a file cannot be read, or the adapter is not for these weights.
+        If a file is missing or cannot be read, or the adapter was trained on other weights.
     ConfigError
-        If `base` is missing, or given for a source that has its weights.
+        If `base` is missing, or is given although the source has its own weights.
     StateError
-        If a model has no adapter, or several that are active.
+        If a model has no adapter, or several active ones.
     MissingBackendError
         If matplotlib is not installed.
 
@@ -214,27 +214,29 @@ def spectrum(
     rank: int = 100,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the singular values of weights over the largest, and how much of each weight lies within R.
+    """Draw the singular values of weights, divided by the largest, and the energy of each weight within rank R.
 
-    The legend has the captured energy ``sum_{i <= R} s_i^2 / ||W||_F^2``: of each layer or, beyond 8 layers, the
-    lowest and the highest of those whose paths differ in numbers alone, which share a colour.
+    The legend states the captured energy ``sum_{i <= R} s_i^2 / ||W||_F^2`` of each layer. If there are more than 8
+    layers, those whose paths differ only in numbers share a colour, and the legend states their lowest and highest
+    energy.
 
     Parameters
     ----------
     source, base
         As for `ordering`.
     layers
-        A list of names, or an expression for the whole path, as ``targets`` of a config. None for all that the
-        adapter adapts; of weights, the matrices in numbered blocks, or all where there are none.
+        List of names, or regular expression for whole paths, as for ``targets`` of `adamss.AdamssConfig`. None means
+        all adapted layers. For weights without an adapter it means the matrices in numbered blocks, or all matrices
+        if no block is numbered.
     rank
-        R for weights without an adapter; an adapter has its own.
+        R for weights without an adapter. It is ignored for an adapter, which has its own.
     ax
-        To draw on.
+        Axes to draw on. None makes a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        With a line for each layer in order, of the points ``(i, s_i / s_1)``, i from 1, and a marker at R.
+        Axes with one line for each layer, in order. Its points are ``(i, s_i / s_1)`` for i from 1, and R is marked.
 
     Raises
     ------
@@ -292,7 +294,7 @@ def spectrum(
             ax.annotate(
                 f"R = {next(iter(ranks))}", (next(iter(ranks)), 1), (3, -2), "data", "offset points", va="top"
             )
-        # What lies far below the values at R has next to no energy, and would press the rest into a corner.
+        # Values far below those at R have almost no energy, and would compress the rest of the picture.
         floor = min(float(S[R - 1]) for _, S, R, _ in rows) / 10
         ax.set(yscale="log", ylim=(min(max(floor, 1e-6), 1e-2), 1.2), xlim=(0, None))
         ax.set(xlabel="index i", ylabel="singular value $s_i / s_1$")
@@ -309,24 +311,24 @@ def spectrum(
 
 
 def sizes(source: Source, layers: str | Iterable[str] | None = None, *, ax: Axes | None = None) -> Axes:
-    """Draw how many columns the subspaces of each layer have, and which of them are frozen.
+    """Draw the number of columns of each subspace, and which subspaces are frozen.
 
-    A row for each layer, as long as its weight has columns: a piece for each subspace, of length n_k, the trained
-    ones first, the largest first.
+    Each layer is a row of pieces, one for each subspace, whose length is n_k. Trained subspaces come first, and
+    larger ones before smaller ones.
 
     Parameters
     ----------
     source
-        An adapted model, or an adapter file.
+        Adapted model or adapter file.
     layers
-        As for `spectrum`.
+        Layers to draw, as for `spectrum`.
     ax
-        To draw on.
+        Axes to draw on. None makes a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        With K bars for each layer in order, by ``ax.patches``.
+        Axes whose ``patches`` are the K bars of each layer, in order.
 
     Raises
     ------
@@ -387,28 +389,28 @@ def sizes(source: Source, layers: str | Iterable[str] | None = None, *, ax: Axes
 
 
 def active(source: Any, *, ax: Axes | None = None) -> Axes:
-    """Draw how many subspaces are trained over the course of a training: of all layers, and of each.
+    """Draw the number of trained subspaces over the steps of a training, in total and for each layer.
 
     Parameters
     ----------
     source
-        One of
+        One of these:
 
         - a list of allocations, as `adamss_torch.BudgetController` hands them to ``on_allocation`` or
           `adamss_jax.allocation` returns them;
         - the log of a Trainer with `adamss_torch.transformers.AdamssCallback`: ``trainer.state.log_history``,
           ``trainer_state.json``, or a folder with that file;
-        - checkpoints: a list of adapter files, or of folders with one, or a folder with these. Their names end with
-          the step: ``checkpoint-500``, ``adapter-500.safetensors``.
+        - checkpoints: a list of adapter files or of folders with one, or a folder that contains them. Their names end
+          with the step, as ``checkpoint-500`` and ``adapter-500.safetensors``.
     ax
-        To draw on. Its place is divided; below it comes a second Axes.
+        Axes to draw on, whose place is divided between two Axes. None makes a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        The upper one: ``lines[0]`` has all active subspaces over the optimiser steps (of checkpoints, points alone)
-        and ``lines[1]``, where the schedule is known and counts subspaces, the budget. The lower one has a row for
-        each layer, and is hatched where nothing is known.
+        The upper Axes. Its ``lines[0]`` is the total of active subspaces over the optimiser steps, which is drawn as
+        points if the source consists of checkpoints. Its ``lines[1]`` is the budget, if the schedule is known and
+        counts subspaces. The lower Axes has a row for each layer, and is hatched where nothing is known.
 
     Raises
     ------
@@ -460,7 +462,7 @@ def active(source: Any, *, ax: Axes | None = None) -> Axes:
         mesh = below.pcolormesh(
             edges, np.arange(len(paths) + 1), values, cmap="Blues", vmin=0, vmax=most, rasterized=True
         )
-        # Where nothing is known, which is something else than no active subspaces.
+        # Hatching marks unknown numbers, which must not look like zero.
         below.patch.set(hatch="////", edgecolor=FROZEN)
         _rows(below, _short(paths), 0.5)
         below.set(
@@ -480,7 +482,7 @@ def active(source: Any, *, ax: Axes | None = None) -> Axes:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One matrix; labels (n,), and the mask (K,), only of an adapter."""
+    """One matrix. Only layers of an adapter have labels (n,) and a mask (K,)."""
 
     weight: Callable[[], Array]
     rank: int | None = None
@@ -491,7 +493,7 @@ class _Layer:
 def _layers(
     source: Source, base: str | os.PathLike[str] | None, verb: str, *, weights: bool = True
 ) -> dict[str, _Layer]:
-    """Return the layers of a source by path; those of bare weights only where `weights` says that they will do."""
+    """Return the layers of a source by path. Weights without an adapter are accepted only if `weights` is true."""
     if not isinstance(source, str | os.PathLike):
         _refuse_base(base, verb, "a model")
         return _of_model(source, verb)
@@ -582,7 +584,7 @@ def _of_weights(path: Path) -> dict[str, _Layer]:
 def _parts(
     paths: Sequence[str], labels: Array, mask: Array, rank: int, weights: Sequence[Callable[[], Array]]
 ) -> dict[str, _Layer]:
-    """Return the matrices, such as experts, whose columns lie one after the other in a layer."""
+    """Split a layer into its matrices, such as experts, whose columns are concatenated."""
     count, K = len(paths), len(mask) // len(paths)
     rows = np.reshape(labels, (count, -1)) - K * np.arange(count)[:, None]
     masks = np.reshape(mask, (count, K))
@@ -591,7 +593,7 @@ def _parts(
 
 
 def _several(layers: str | Iterable[str] | None, found: Mapping[str, _Layer]) -> list[str]:
-    """Return the paths that `layers` means."""
+    """Return the paths of the layers to draw."""
     if layers is not None:
         try:
             return match(layers, found, name="layers")
@@ -607,7 +609,7 @@ def _several(layers: str | Iterable[str] | None, found: Mapping[str, _Layer]) ->
 
 
 def _one(layer: str | None, found: Mapping[str, _Layer]) -> str:
-    """Return the path that `layer` means."""
+    """Return the path of the layer to draw."""
     if layer is None:
         return _several(None, found)[0]
     paths = [layer] if layer in found else match([layer], found, name="layer")
@@ -617,7 +619,7 @@ def _one(layer: str | None, found: Mapping[str, _Layer]) -> str:
 
 
 def _checked(layer: _Layer, path: str) -> Array:
-    """Return the weight of a layer, if it is one that can be decomposed."""
+    """Return the weight of a layer after checking that it can be decomposed."""
     W = layer.weight()
     check_matrix(W, name=path)
     return W
@@ -628,18 +630,18 @@ def _checked(layer: _Layer, path: str) -> Array:
 
 @dataclass(frozen=True)
 class _History:
-    """Active subspaces by layer over the steps of a training.
+    """Numbers of active subspaces of each layer over the steps of a training.
 
     Attributes
     ----------
     steps, counts
-        Ascending steps, and the numbers after each.
+        Ascending steps, and the numbers by layer after each of them.
     schedule
-        Steps and budgets, if they are known and count subspaces.
+        Steps and budgets, if the schedule is known and counts subspaces.
     last
         Step up to which the last numbers are known to hold.
     sampled
-        Whether there may have been other numbers in between: checkpoints are not written with each change.
+        Whether the numbers may have changed between the steps, as they do between two checkpoints.
     """
 
     steps: list[int]
@@ -650,7 +652,7 @@ class _History:
 
     @property
     def edges(self) -> list[float]:
-        """Steps between which numbers are drawn: those of a sample around it, others up to the next."""
+        """Steps that bound the cells: around each step if `sampled`, else from each step to the next."""
         steps = np.asarray(self.steps)
         if self.sampled:
             gaps = np.diff(steps) if len(steps) > 1 else np.asarray([2])
@@ -682,7 +684,7 @@ def _history(source: Any) -> _History:
 
 
 def _of_allocations(allocations: Sequence[Any]) -> _History:
-    """Return the history in allocations of PyTorch, which have masks, or of JAX, which have numbers by layer."""
+    """Return the history from allocations. Those of PyTorch have masks, and those of JAX have numbers by layer."""
     try:
         masks = [getattr(each, "masks", None) for each in allocations]
         counts = [
@@ -699,7 +701,7 @@ def _of_allocations(allocations: Sequence[Any]) -> _History:
         ) from error
     known = [sum(len(mask) for mask in own.values()) for own in masks if own is not None]
     most = max(known or [sum(each.values()) for each in counts])
-    # A budget in parameters is far more than there are subspaces.
+    # A budget that exceeds the number of subspaces counts parameters, and is not drawn.
     return _History(points[0], counts, points if max(points[1]) <= most else ((), ()))
 
 
@@ -715,7 +717,7 @@ def _log_of(path: Path) -> Any:
 
 
 def _of_log(log: Any, where: str) -> _History:
-    """Return the history in the log of a Trainer; an entry has those layers alone whose number has changed."""
+    """Return the history from the log of a Trainer, whose entries name only the layers whose number has changed."""
     steps, counts, budget, last = [], [], None, 0
     now: dict[str, int] = {}
     try:
@@ -753,7 +755,7 @@ def _checkpoints_in(path: Path) -> list[Path]:
 
 
 def _of_checkpoints(paths: Iterable[Path]) -> _History:
-    """Return the history in the masks of adapter files."""
+    """Return the history from the masks of adapter files."""
     read = []
     for path in paths:
         file = _adapter_file(path)
@@ -775,7 +777,7 @@ def _of_checkpoints(paths: Iterable[Path]) -> _History:
 
 
 def _schedule(budget: BudgetConfig | None, total: int, last: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Return points of a schedule that counts subspaces, from step 0 to its end."""
+    """Return steps and budgets of a schedule that counts subspaces, from step 0 to its end."""
     if budget is None or budget.unit != "subspaces" or (budget.initial or total) < budget.target:
         return (), ()
     end = max(last, budget.end_step)
@@ -795,7 +797,7 @@ def _require_matplotlib(verb: str) -> None:
 
 @contextmanager
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Iterator[Any]:
-    """Give the Axes, or one of a new figure, width and height in inches, in our style."""
+    """Yield the given Axes, or those of a new figure of a size in inches, in the style of this module."""
     if ax is not None:
         yield ax
         return
@@ -806,7 +808,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def _picture() -> type[Any]:
-    """Return the class of our figures, which writes the same bytes every time."""
+    """Return a class of figures whose files have the same bytes every time."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -814,7 +816,7 @@ def _picture() -> type[Any]:
         """A figure."""
 
         def savefig(self, fname: Any, **options: Any) -> None:
-            """Write the figure without the time of day, and without names drawn at random."""
+            """Write the figure without the date and without random identifiers."""
             form = options.get("format") or Path(str(fname)).suffix.removeprefix(".")
             undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form.lower())
             with mpl.rc_context({"svg.hashsalt": "adamss"}):
@@ -824,28 +826,28 @@ def _picture() -> type[Any]:
 
 
 def _height(rows: int) -> float:
-    """Return the inches that so many rows of layers take."""
+    """Return the height in inches of a picture with this number of rows."""
     return min(1.2 + 0.16 * rows, 14.0)
 
 
 def _rows(ax: Any, names: Mapping[str, str], offset: float) -> None:
-    """Name rows of layers: all of them, or every second and so on, as the height of the figure allows."""
+    """Label the rows with the names of the layers, or every second row and so on if the figure is too low."""
     step = -(-len(names) // max(1, int(ax.figure.get_figheight() / 0.13)))
     ax.set_yticks(np.arange(len(names))[::step] + offset, [*names.values()][::step], fontsize=7)
 
 
 def _natural(path: str) -> list[tuple[int, int, str]]:
-    """Return what sorts paths with the numbers in them as numbers."""
+    """Return a sort key for paths that compares the numbers in them as numbers."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split(".")]
 
 
 def _pattern(path: str) -> str:
-    """Return a path with a star in the place of each number."""
+    """Return a path in which each number is replaced by a star."""
     return ".".join("*" if part.isdecimal() else part for part in path.split("."))
 
 
 def _short(paths: Iterable[str]) -> dict[str, str]:
-    """Return what tells paths apart: without the components that all begin with, fit to be drawn."""
+    """Return short labels by path, without the leading components that all paths share."""
     rows = [path.split(".") for path in paths]
     shortest = min(map(len, rows)) - 1 if len(rows) > 1 else 0
     start = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
@@ -853,7 +855,7 @@ def _short(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _text(text: str, longest: int = 80) -> str:
-    """Return a name as matplotlib draws it letter by letter: a dollar would begin a formula."""
+    """Shorten a name and escape its dollar signs, which would begin a formula in matplotlib."""
     text = text if len(text) <= longest else f"{text[:longest]}..."
     return "".join(char if char.isprintable() else "?" for char in text).replace("$", r"\$")
 

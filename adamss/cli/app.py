@@ -390,8 +390,7 @@ def plot(kind: str, sources: tuple[str, ...], out: str, base: str | None, layer:
 
     figure = axes.figure
     picture = io.BytesIO()
-    plain = {"Date": None} if suffix == ".svg" else {"CreationDate": None} if suffix == ".pdf" else None
-    figure.savefig(picture, format=suffix[1:], metadata=plain)
+    figure.savefig(picture, format=suffix[1:])
     pyplot.close(figure)
     writer.replace(Path(out), picture.getvalue())
     return Result({"file": out, "kind": kind}, f"{out}: {kind}")

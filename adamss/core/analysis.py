@@ -97,10 +97,11 @@ def block_diagonality(Z: Array, labels: Array) -> Array:
 
 
 def inside_over_between(Z: Array, labels: Array) -> Array:
-    """Compare the entries of a representation within subspaces with those between them.
+    """Compare the entries of a representation within subspaces with those between subspaces.
 
-    The mean of ``|Z_ij|``, i != j, over ``labels_i = labels_j``, divided by the mean over ``labels_i != labels_j``:
-    about 1 for labels that have nothing to do with Z, infinity for a block diagonal matrix.
+    The result is the mean of ``|Z_ij|`` over pairs i != j with ``labels_i = labels_j``, divided by the mean over
+    pairs with ``labels_i != labels_j``. It is about 1 for labels that are unrelated to Z, and infinite for a block
+    diagonal matrix.
 
     Parameters
     ----------
@@ -112,7 +113,7 @@ def inside_over_between(Z: Array, labels: Array) -> Array:
     Returns
     -------
     Array
-        A scalar; NaN where one of the two means has no entries, or both are zero.
+        A scalar. It is NaN if one of the two means has no entries, or if both means are zero.
 
     Examples
     --------
@@ -138,22 +139,22 @@ def inside_over_between(Z: Array, labels: Array) -> Array:
 
 
 def cell_means(Z: Array, cells: int) -> Array:
-    """Return the means of a square matrix over a grid of cells, which a picture can show where Z is too large.
+    """Return the means of a square matrix over the cells of a grid, for pictures of a large matrix.
 
-    ``M_ab = mean of Z_ij over i in cell a and j in cell b``. The cells are as equal as they can be: column i lies in
-    cell ``floor(i cells / n)``.
+    ``M_ab`` is the mean of ``Z_ij`` over i in cell a and j in cell b, where column i belongs to cell
+    ``floor(i cells / n)``.
 
     Parameters
     ----------
     Z
         Matrix of shape (n, n), real floating point.
     cells
-        Most cells on a side. Where n is no more, Z itself is returned.
+        Largest number of cells on a side. Z itself is returned if n is not larger.
 
     Returns
     -------
     Array
-        Of shape (m, m), ``m = min(n, cells)``.
+        Array of shape (m, m) with ``m = min(n, cells)``.
 
     Examples
     --------

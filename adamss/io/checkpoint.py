@@ -181,19 +181,6 @@ class Checkpoint:
         empty set means that the tensor is known to be untied. A missing tensor means that this is unknown.
     tokens
         Trained rows (k, E) by path of the embedding. Their ids are in ``config.trained_tokens`` under the same paths.
-
-    Examples
-    --------
-    >>> import tempfile, numpy as np, adamss
-    >>> from adamss.backend import NumpyLinear, NumpyModel
-    >>> from adamss.offline import read_adapter
-    >>> model = NumpyModel({"query": NumpyLinear(np.eye(6))})
-    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     adamss.save(model, folder)
-    ...     layer = read_adapter(folder).layers["query"]
-    >>> layer.labels.numpy().shape, layer.directions().shape
-    ((6,), (6, 2))
     """
 
     config: AdamssConfig

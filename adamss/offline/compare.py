@@ -40,23 +40,6 @@ class LayerCheck:
         Largest difference that rounding to another dtype, or quantisation, can explain.
     fits
         Whether the weight counts as the one that the adapter was trained on.
-
-    Examples
-    --------
-    >>> import numpy as np, adamss, tempfile
-    >>> from adamss.backend import NumpyLinear, NumpyModel
-    >>> from adamss.io.checkpoint import read
-    >>> from adamss.offline import WeightFiles, verify
-    >>> from safetensors.numpy import save_file
-    >>> W = np.diag(np.arange(1, 5, dtype=np.float32))
-    >>> model = NumpyModel({"query": NumpyLinear(W)})
-    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     adamss.save(model, f"{folder}/adapter.safetensors")
-    ...     save_file({"query.weight": 2 * W}, f"{folder}/model.safetensors")
-    ...     (check,) = verify(read(f"{folder}/adapter.safetensors"), WeightFiles(folder))
-    >>> check.tensor, check.fits, check.difference > check.tolerance
-    ('query.weight', False, True)
     """
 
     path: str
@@ -90,23 +73,6 @@ def verify(
     ------
     CheckpointError
         If the model lacks a layer, or stores it in a dtype that NumPy cannot read.
-
-    Examples
-    --------
-    >>> import numpy as np, adamss, tempfile
-    >>> from adamss.backend import NumpyLinear, NumpyModel
-    >>> from adamss.io.checkpoint import read
-    >>> from adamss.offline import WeightFiles, verify
-    >>> from safetensors.numpy import save_file
-    >>> W = np.diag(np.arange(1, 5, dtype=np.float32))
-    >>> model = NumpyModel({"query": NumpyLinear(W)})
-    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     adamss.save(model, f"{folder}/adapter.safetensors")
-    ...     save_file({"query.weight": W}, f"{folder}/model.safetensors")
-    ...     checks = verify(read(f"{folder}/adapter.safetensors"), WeightFiles(folder))
-    >>> [(check.path, check.fits) for check in checks]
-    [('query', True)]
     """
     spelling = match_names(stored.layers, files)
     found, marks = [], []
@@ -164,23 +130,6 @@ class LayerDifference:
         other.
     active
         Numbers of trained subspaces of both adapters.
-
-    Examples
-    --------
-    >>> import numpy as np, adamss, tempfile
-    >>> from adamss.backend import NumpyLinear, NumpyModel
-    >>> from adamss.io.checkpoint import read
-    >>> from adamss.offline import diff
-    >>> base = NumpyModel({"query": NumpyLinear(np.eye(4))})
-    >>> settings = {"targets": ["query"], "rank": 4, "segmentation": "contiguous"}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for K in (1, 2):
-    ...         config = adamss.AdamssConfig(subspaces=K, **settings)
-    ...         adamss.save(adamss.attach(base, config), f"{folder}/{K}.safetensors")
-    ...     difference = diff(read(f"{folder}/1.safetensors"), read(f"{folder}/2.safetensors"))
-    >>> layer = difference.layers[0]
-    >>> layer.path, layer.distance, layer.regrouped, layer.active
-    ('query', 0.0, 0.5, (1, 2))
     """
 
     path: str
@@ -209,22 +158,6 @@ class Difference:
         ``trained_tokens`` that both adapters have.
     saved_only
         Names of such tensors that only the first adapter has, and of those that only the second has.
-
-    Examples
-    --------
-    >>> import numpy as np, adamss, tempfile
-    >>> from adamss.backend import NumpyLinear, NumpyModel
-    >>> from adamss.io.checkpoint import read
-    >>> from adamss.offline import diff
-    >>> base = NumpyModel({"query": NumpyLinear(np.eye(4))})
-    >>> settings = {"targets": ["query"], "rank": 4, "segmentation": "contiguous"}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for K in (1, 2):
-    ...         config = adamss.AdamssConfig(subspaces=K, **settings)
-    ...         adamss.save(adamss.attach(base, config), f"{folder}/{K}.safetensors")
-    ...     difference = diff(read(f"{folder}/1.safetensors"), read(f"{folder}/2.safetensors"))
-    >>> difference.settings, difference.same  # both updates are still zero
-    ({'subspaces': (1, 2)}, True)
     """
 
     settings: dict[str, tuple[Any, Any]]
@@ -251,22 +184,6 @@ def diff(a: Checkpoint, b: Checkpoint) -> Difference:
     ----------
     a, b
         The adapters. They may have different layers and settings.
-
-    Examples
-    --------
-    >>> import numpy as np, adamss, tempfile
-    >>> from adamss.backend import NumpyLinear, NumpyModel
-    >>> from adamss.io.checkpoint import read
-    >>> from adamss.offline import diff
-    >>> base = NumpyModel({"query": NumpyLinear(np.eye(4))})
-    >>> settings = {"targets": ["query"], "rank": 4, "segmentation": "contiguous"}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for K in (1, 2):
-    ...         config = adamss.AdamssConfig(subspaces=K, **settings)
-    ...         adamss.save(adamss.attach(base, config), f"{folder}/{K}.safetensors")
-    ...     difference = diff(read(f"{folder}/1.safetensors"), read(f"{folder}/2.safetensors"))
-    >>> difference.settings, [layer.distance for layer in difference.layers]
-    ({'subspaces': (1, 2)}, [0.0])
     """
     ours, theirs = a.config.to_dict(), b.config.to_dict()
     settings = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}

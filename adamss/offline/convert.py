@@ -54,22 +54,6 @@ def convert(source: str, to: str, files: WeightFiles, out: str) -> str:
         If the adapter has the requested format already, or its layers cannot be told from files only.
     AdamssError
         If `adamss.load`, `adamss.from_peft`, `adamss.to_lora` or `adamss.to_peft` raise an error.
-
-    Examples
-    --------
-    >>> import numpy as np, adamss, tempfile
-    >>> from adamss.backend import NumpyLinear, NumpyModel
-    >>> from adamss.offline import WeightFiles, convert
-    >>> from safetensors.numpy import save_file
-    >>> W = np.diag(np.arange(1, 5, dtype=np.float32))
-    >>> model = NumpyModel({"query": NumpyLinear(W)})
-    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     adamss.save(model, f"{folder}/adapter.safetensors")
-    ...     save_file({"query.weight": W}, f"{folder}/model.safetensors")
-    ...     written = convert(f"{folder}/adapter.safetensors", "lora", WeightFiles(folder), f"{folder}/lora")
-    >>> written.partition(" in ")[0]
-    'LoRA of rank 2 on 1 layers'
     """
     if to not in FORMATS:
         raise ConfigError(f"to must be one of {', '.join(FORMATS)}; found {to!r}")

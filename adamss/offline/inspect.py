@@ -90,19 +90,6 @@ class MatrixReport:
         Ratio ``inside / inside_by_chance``. It is 1 if the subspaces tell nothing about the columns.
     gain_of_random
         Value of `gain` for a matrix with random singular vectors, whose columns are segmented in the same way.
-
-    Examples
-    --------
-    Three groups of four equal columns:
-
-    >>> import numpy as np, tempfile
-    >>> from adamss.offline import WeightFiles, inspect
-    >>> from safetensors.numpy import save_file
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_file({"query.weight": np.kron(np.eye(3), np.ones((4, 2)))}, f"{folder}/model.safetensors")
-    ...     (report,) = inspect(WeightFiles(folder), ["query"], subspaces=3)
-    >>> report.shape, report.dtype, round(report.energy, 6), round(report.gain, 6)
-    ((6, 12), 'float64', 1.0, 2.2)
     """
 
     path: str
@@ -144,19 +131,6 @@ def inspect(
         If a weight is stored in a dtype that NumPy cannot read. The message names the layer.
     ArrayValueError
         If a weight holds NaN or infinity. The message names the layer.
-
-    Examples
-    --------
-    Three groups of four equal columns:
-
-    >>> import numpy as np, tempfile
-    >>> from adamss.offline import WeightFiles, inspect
-    >>> from safetensors.numpy import save_file
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_file({"query.weight": np.kron(np.eye(3), np.ones((4, 2)))}, f"{folder}/model.safetensors")
-    ...     (report,) = inspect(WeightFiles(folder), ["query"], subspaces=3)
-    >>> report.sizes, report.estimated, round(report.inside, 6)
-    ((4, 4, 4), 3, 1.0)
     """
     for path in paths:
         W = weight_of(files, path)

@@ -47,23 +47,6 @@ class MergedFiles(NamedTuple):
         Share of the update that is lost by rounding to the dtype of the weight, by path of the layer.
     added
         Names of the tensors of ``modules_to_save`` that the base model does not have.
-
-    Examples
-    --------
-    >>> import numpy as np, adamss, tempfile
-    >>> from adamss.backend import NumpyLinear, NumpyModel
-    >>> from adamss.io.checkpoint import read
-    >>> from adamss.offline import WeightFiles, merge
-    >>> from safetensors.numpy import save_file
-    >>> W = np.diag(np.arange(1, 5, dtype=np.float32))
-    >>> model = NumpyModel({"query": NumpyLinear(W)})
-    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     adamss.save(model, f"{folder}/adapter.safetensors")
-    ...     save_file({"query.weight": W}, f"{folder}/model.safetensors")
-    ...     merged = merge(read(f"{folder}/adapter.safetensors"), WeightFiles(folder), f"{folder}/merged")
-    >>> merged.files, merged.lost
-    (('model.safetensors',), {'query': 0.0})
     """
 
     files: tuple[str, ...]
@@ -115,25 +98,6 @@ def merge(
         If a merged weight is not finite.
     ConfigError
         If the folder exists already.
-
-    Examples
-    --------
-    >>> import numpy as np, adamss, tempfile
-    >>> from adamss.backend import NumpyLinear, NumpyModel
-    >>> from adamss.io.checkpoint import read
-    >>> from adamss.offline import WeightFiles, merge
-    >>> from safetensors.numpy import save_file
-    >>> W = np.diag(np.arange(1, 5, dtype=np.float32))
-    >>> model = NumpyModel({"query": NumpyLinear(W)})
-    >>> model = adamss.attach(model, adamss.AdamssConfig(targets=["query"], rank=4, subspaces=2))
-    >>> model.bank.only().layers["query"].C[...] = 0.5  # in place of training
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     adamss.save(model, f"{folder}/adapter.safetensors")
-    ...     save_file({"query.weight": W}, f"{folder}/model.safetensors")
-    ...     merged = merge(read(f"{folder}/adapter.safetensors"), WeightFiles(folder), f"{folder}/merged")
-    ...     weight = WeightFiles(f"{folder}/merged").read("query.weight").numpy()
-    >>> bool(np.allclose(weight, adamss.merge(model)["query"].W.T))
-    True
     """
     if check_base and (wrong := [check for check in verify(stored, files) if not check.fits]):
         raise CheckpointError(

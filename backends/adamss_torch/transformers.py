@@ -199,13 +199,13 @@ class AdamssCallback(TrainerCallback):
             self._record(state, self.controller.step, self._counts, budget=config.to_dict())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the sizes of the subspaces, once: TensorBoard is not ready when the training begins."""
+        """Draw the sizes of the subspaces once. When the training begins, TensorBoard is not ready yet."""
         if self._sizes_due:
             self._sizes_due = False
             self._draw("sizes", kwargs["model"], state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the allocations of the step into the history, as far as they change something."""
+        """Record the allocations of the step that change something in the history."""
         told, self._told = self._told, []
         for allocation in told:
             counts = _counts(allocation.masks)
@@ -241,7 +241,7 @@ class AdamssCallback(TrainerCallback):
         self._draw("sizes", kwargs["model"], state)
         self._remove()
 
-    # ---- what is drawn ----------------------------------------------------------------------------------
+    # ---- pictures ---------------------------------------------------------------------------------------
 
     def _allocated(self, allocation: Allocation) -> None:
         self._told.append(allocation)
@@ -249,18 +249,18 @@ class AdamssCallback(TrainerCallback):
             self.on_allocation(allocation)
 
     def _record(self, state: Any, step: int, active: dict[str, int], **more: Any) -> None:
-        """Put an allocation into the history of the Trainer; its reporters take numbers alone, and do not see it."""
+        """Add an allocation to the history of the Trainer. Its reporters accept only numbers, so they do not get it."""
         entry = {plots.ALLOCATION: {"step": step, "active": active, **more}}
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, **entry})
 
     def _draw(self, name: str, source: Any, state: Any) -> None:
-        """Hand TensorBoard a picture of `adamss.plots`; on the process that writes, and if it is asked for."""
+        """Give a picture of `adamss.plots` to TensorBoard, if the Trainer reports to it and this process writes."""
         writers = [each.tb_writer for each in self._reporters if isinstance(each, TensorBoardCallback)]
         for writer in writers:
             if writer is not None:
                 from matplotlib.figure import Figure
 
-                # Not of pyplot, which would open a window where there is a screen.
+                # A figure of pyplot would open a window on a machine with a screen.
                 figure = Figure(figsize=(8, 8), layout="constrained")
                 getattr(plots, name)(source, ax=figure.add_subplot())
                 writer.add_figure(f"adamss/{name}", figure, state.global_step)
