@@ -249,7 +249,7 @@ class AdamssCallback(TrainerCallback):
             self.on_allocation(allocation)
 
     def _record(self, state: Any, step: int, active: dict[str, int], **more: Any) -> None:
-        """Add an allocation to the history of the Trainer. Its reporters accept only numbers, so they do not get it."""
+        """Add an allocation to the history of the Trainer, but not to its reporters, which accept only numbers."""
         entry = {plots.ALLOCATION: {"step": step, "active": active, **more}}
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, **entry})
 
