@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -21,6 +21,7 @@ from adamss.core import analysis
 from adamss.errors import AdamssError, CheckpointError, ConfigError, LayerError
 from adamss.io import checkpoint, writer
 from adamss.io.weights import WeightFiles, match_names
+from adamss.offline.plan import suggested
 from adamss_conformance.cases import random_C
 
 D, N = 24, 20
@@ -103,6 +104,7 @@ def test_tensors_are_read_as_they_were_written(tmp_path, dtype, shards):
     assert len(files.files) == shards
 
 
+@example([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8])  # halfway between two neighbours: the even one
 @given(st.lists(st.floats(width=32), max_size=20))
 def test_bfloat16_is_rounded_to_the_nearest(numbers):
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="it comes with JAX")
@@ -357,6 +359,32 @@ def test_any_config_beside_weights(text, base, tmp_path, capsys):
     (folder / "config.json").write_text(text)
     assert run("plan", folder, "--params", "2k") in (0, 2)
     assert capsys.readouterr().err.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (16_608, (10, 1, 100)),  # the whole R with K = 10
+        (40_000, (16, 1, 100)),  # the largest K up to 32 with the whole R
+        (10**9, (32, 1, 100)),
+        (12_000, (10, 1, 61)),  # K = 10 is kept, and R is not
+        (4_700, (1, 1, 7)),  # too little for K = 10
+    ],
+)
+def test_the_plan_to_begin_with(params, expected):
+    """It follows docs/concepts/choosing.md; the layers are query and value of MiniLM-L6."""
+    layers = {f"{i}.{name}": (384, 384) for i in range(6) for name in ("query", "value")}
+    best = suggested(offline.plan(layers, params))
+    assert (best.subspaces, best.subspace_rank, best.rank) == expected
+
+
+def test_shards_outside_of_the_folder_are_refused(base, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    shutil.copy(os.path.join(base, "model.safetensors"), tmp_path / "outside.safetensors")
+    index = {"weight_map": {"a.weight": "../outside.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run("inspect", tmp_path / "model") == 1
+    assert "no index of shards" in capsys.readouterr().err
 
 
 def test_plan_of_a_config_alone(tmp_path, capsys):

@@ -269,14 +269,12 @@ def _shards(index: Path) -> tuple[Path, ...]:
         raise CheckpointError(f"{str(index)!r} is longer than that of any model")
     try:
         names = sorted({*json.loads(index.read_bytes())["weight_map"].values()})
-        files = tuple(index.with_name(name) for name in names)
+        files = tuple(index.with_name(name) for name in names)  # an error for a name outside of the folder
     except MALFORMED as error:
         raise CheckpointError(f"{str(index)!r} is damaged or no index of shards: {short(error)}") from error
     if not files:
         raise CheckpointError(f"{str(index)!r} names no files")
-    for name, file in zip(names, files, strict=True):
-        if file.parent != index.parent or Path(name).name != name:
-            raise CheckpointError(f"{str(index)!r} names {shown(name)}, which is outside of its folder")
+    for file in files:
         if not file.is_file():
             raise CheckpointNotFoundError(f"the shard {str(file)!r} is missing: copy the whole folder")
     return files

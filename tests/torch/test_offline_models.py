@@ -227,13 +227,15 @@ def test_a_lora_has_the_names_of_the_base(tmp_path):
 
 
 def test_code_that_a_config_names_is_not_run(tmp_path, capsys, monkeypatch):
-    (tmp_path / "evil.py").write_text("raise SystemExit('run')")
-    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    marker = tmp_path / "run"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\n")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": f"{tmp_path}--evil.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     assert cli.main(["plan", str(tmp_path / "config.json"), "--params", "50k"]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and "transformers cannot build the model" in captured.err
+    assert not marker.exists()
 
 
 def test_parts_of_a_pipeline_are_copied(tmp_path):
